@@ -1,0 +1,1410 @@
+"""TinyQueue: a job queue on Redis. This file holds every rule of it and is the only one that talks to Redis.
+
+The promise
+    A job that was accepted is run at least once and never lost while Redis keeps its data. It is run twice only if the worker
+    that held it was cut off for longer than its lease. Jobs of a queue start first in, first out. A job that kills its worker
+    runs out of attempts like any other.
+
+States
+                 enqueue                dequeue                complete
+        (nothing) -----> pending ------------------> processing -----> completed
+                         |  ^  ^                       |  |  |
+                  cancel |  |  +--- release, reap -----+  |  | fail, reap: no attempt left
+                         v  |  +--- fail: attempts left --+  v
+                  cancelled +-------- retry ------------- failed
+
+    A job that waits for its delay or its backoff is pending with a `runAt`.
+
+Transitions. Each is one WATCH / MULTI / EXEC: two round trips however many jobs it moves, and no Lua.
+
+    verb        from -> to                      watches           only if                       writes
+    enqueue     nothing -> pending              -                 -                             record, list or delayed, bell
+    take        (list to list)                  -                 -                             RPOPLPUSH jobs -> proc, SADD workers
+    start       pending -> processing           worker, records   registered; pending and due   records: attempts + 1, worker = me
+    complete    processing -> completed         worker, records   registered                    record, proc, completed
+    fail        processing -> pending, failed   worker, records   registered                    record, proc, delayed or failed
+    release     processing -> pending           worker, records   registered                    record, proc, head of jobs, bell
+    promote     (delayed to list)               -                 runAt has come                delayed, jobs, bell
+    reap        processing -> pending, failed   worker, lease   lease gone; nothing newly taken  worker, record, proc, head of jobs
+    cancel      pending -> cancelled            record            pending                       record, delayed, cancelled
+    retry       failed, cancelled -> pending    record            failed or cancelled           record, failed, cancelled, jobs, bell
+
+    dequeue is take, then start. complete, fail and release are all written by settle, many in one transaction.
+
+Keys. All share one hash tag, the namespace, and with it one slot of a cluster.
+
+    {queue}:job:<id>          string    the record: the job as JSON, without its id and without what stands at its default
+    {queue}:jobs:<name>       list      ids waiting in queue <name>: enter left, leave right
+    {queue}:proc:<worker>     list      ids that this worker holds
+    {queue}:bell:<name>       list      wake-up tokens, at most 64; holds no work, may be lost
+    {queue}:delayed           zset      id -> runAt
+    {queue}:completed         zset      id -> when it ended; likewise {queue}:failed and {queue}:cancelled
+    {queue}:workers           set       every worker that may hold a job
+    {queue}:worker:<worker>   string    its registration: the fence. No time to live
+    {queue}:lease:<worker>    string    its sign of life, with a time to live; says what it is doing
+    {queue}:counts            hash      pending:<name> and processing:<name> now; completed, failed, cancelled since the beginning
+    {queue}:promoter          string    who promotes at the moment, with a time to live; two at once would do no harm
+
+Three rules carry everything
+    1. The record decides, lists are hints. A list may hold an id twice, or one whose job is cancelled, finished or gone; whoever
+       takes such an id drops it. So promote and reap may repeat themselves, and cancelling costs the same in any queue.
+    2. Every write of a worker is fenced. It watches its registration and writes only if that still exists. reap deletes the
+       registration in the transaction that gives the jobs away: a worker thought dead that wakes up can no longer write.
+    3. Waiting never holds work. An idle worker blocks on the bell, never on the jobs: a lost reply there costs nothing.
+
+Read on in the order of a job's life. `grep '^# [A-Z]' tinyqueue.py` prints the table of contents.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import json
+import logging
+import os
+import random
+import re
+import socket
+import sys
+import time
+import typing
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from datetime import datetime
+from typing import Annotated, Any, Concatenate, Generic, Literal, NamedTuple, ParamSpec, TypeVar, cast
+from urllib.parse import urlsplit
+
+import msgspec
+import redis
+from dotenv import dotenv_values
+from msgspec import Meta
+from redis.backoff import NoBackoff
+from redis.retry import Retry as NoRetries
+
+__version__ = "0.1.0"
+
+log = logging.getLogger("tinyqueue")
+
+
+# Errors ---------------------------------------------------------------------------------------------------------------
+
+
+class TinyQueueError(Exception):
+    """The base of every error that TinyQueue raises. "Nothing there" is None or empty, never an error."""
+
+
+class SettingsError(TinyQueueError):
+    """A setting, or the handlers module, is wrong: the process must not start. The text is one line that says what to do."""
+
+
+class InvalidJob(TinyQueueError):
+    """A job that cannot be accepted; nothing was stored.
+
+    `field` is the name of the offending part as JSON clients know it, `rule` what it must be, and `path` the place inside the
+    payload (``$.to``), if it is there.
+    """
+
+    def __init__(self, field: str, rule: str, path: str = "") -> None:
+        super().__init__(f"{field}{path.removeprefix('$')}: {rule}")
+        self.field, self.rule, self.path = field, rule, path
+
+
+class UnknownType(InvalidJob):
+    """No handler of that type is registered. `known` lists those that are."""
+
+    def __init__(self, type: str, known: Sequence[str]) -> None:
+        super().__init__("type", f"no handler is registered for {type!r}; known are: {', '.join(known) or 'none'}")
+        self.type, self.known = type, list(known)
+
+
+class WrongStatus(TinyQueueError):
+    """The verb is not for a job of this status; nothing was changed. `job` is the job as it stands."""
+
+    def __init__(self, verb: str, job: Job) -> None:
+        super().__init__(f"cannot {verb} job {job.id}: it is {job.status}")
+        self.verb, self.job = verb, job
+
+
+class Unavailable(TinyQueueError):
+    """Redis did not do it. `reason` is one word: unreachable, timeout, loading, full, read-only, refused or busy.
+
+    `doubtful` tells that a write was sent and its reply lost: it may have been applied.
+    """
+
+    def __init__(self, reason: str, detail: str, doubtful: bool = False) -> None:
+        super().__init__(f"Redis is {reason}: {detail}")
+        self.reason, self.doubtful = reason, doubtful
+
+
+class Corrupted(TinyQueueError):
+    """A key of the namespace holds what TinyQueue never writes there."""
+
+
+class Reaped(TinyQueueError):
+    """This worker was taken for dead and its jobs were given away: it must drop what it holds and register anew."""
+
+
+# What a handler raises to steer what becomes of its job. These are not errors of TinyQueue.
+
+
+class Retry(Exception):
+    """Raised by a handler: this attempt is over, try again `after` seconds (by default after the usual backoff)."""
+
+    def __init__(self, reason: str = "asked to be retried", *, after: float | None = None) -> None:
+        super().__init__(reason)
+        self.after = after
+
+
+class Discard(Exception):
+    """Raised by a handler: fail the job now, whatever attempts are left."""
+
+
+class TimedOut(BaseException):
+    """Raised in a handler that has run past its timeout. A BaseException, so that `except Exception` does not swallow it."""
+
+
+# Settings -------------------------------------------------------------------------------------------------------------
+# One table for the environment, `--help` and the README. An empty variable counts as unset.
+
+PLAIN_NAMES = {"redis_url", "host", "port", "worker_concurrency", "web_concurrency", "log_format", "log_level"}
+PLATFORMS = re.compile("DYNO|RENDER|K_SERVICE|FLY_APP_NAME|VERCEL|RAILWAY_.*|AWS_LAMBDA_.*")
+
+
+def _variable(field: str) -> str:
+    return field.upper() if field in PLAIN_NAMES else f"TINYQUEUE_{field.upper()}"
+
+
+class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, rename=_variable):
+    """Every tunable. `Settings.read()` makes one from the environment."""
+
+    redis_url: Annotated[str, Meta(description="where the jobs are; without it: embedded, nothing is kept")] = ""
+    host: Annotated[str, Meta(description="address the web process listens on; without it: all, IPv4 and IPv6")] = ""
+    port: Annotated[int, Meta(ge=0, le=65535, description="port the web process listens on")] = 3000
+    worker_concurrency: Annotated[int, Meta(ge=1, le=500, description="slots of a worker process: jobs at a time")] = 5
+    web_concurrency: Annotated[int, Meta(ge=1, le=64, description="web processes sharing the listening socket")] = 1
+    log_format: Annotated[Literal["text", "json"], Meta(description="log lines for people or for machines")] = "text"
+    log_level: Annotated[
+        Literal["debug", "info", "warning", "error"], Meta(description="the least serious lines that are logged")
+    ] = "info"
+    handlers: Annotated[str, Meta(description="modules that register handlers, comma-separated")] = "handlers"
+    namespace: Annotated[str, Meta(pattern="^[A-Za-z0-9._-]{1,100}$", description="key prefix and cluster hash tag in Redis")] = (
+        "queue"
+    )
+    lease: Annotated[int, Meta(ge=2, le=3600, description="seconds without a sign of life until a worker counts as dead")] = 30
+    shutdown_timeout: Annotated[int, Meta(ge=0, le=3600, description="seconds of drain at SIGTERM, then jobs are handed back")] = 25
+    watchdog: Annotated[
+        int, Meta(ge=10, le=86400, description="seconds without Redis, or without taking jobs, until a worker gives up and exits")
+    ] = 300
+    max_body: Annotated[int, Meta(ge=1024, le=16 << 20, description="bytes of a request's body")] = 262144
+    keep_completed: Annotated[int, Meta(ge=1, le=10**9, description="seconds that completed jobs stay")] = 86400
+    keep_failed: Annotated[int, Meta(ge=1, le=10**9, description="seconds that failed and cancelled jobs stay")] = 604800
+    tls_verify: Annotated[bool, Meta(description="0: accept any certificate of a rediss:// server")] = True
+
+    @classmethod
+    def read(cls, environ: Mapping[str, str] | None = None, **overrides: Any) -> Settings:
+        """Make settings from the environment and `.env` in the working directory; the real environment wins, `overrides` over both.
+
+        A wrong value, a name that begins with TINYQUEUE_ but is none, or a platform without REDIS_URL raises SettingsError.
+        """
+        if environ is None:
+            environ = {**{k: v or "" for k, v in dotenv_values(".env").items()}, **os.environ}
+        names = {field.encode_name for field in msgspec.structs.fields(cls)}
+        raw = {k: v for k, v in environ.items() if v and (k in names or k.startswith("TINYQUEUE_"))}
+        raw |= {_variable(k): v for k, v in overrides.items() if v is not None}
+        if unknown := sorted(raw.keys() - names):
+            raise SettingsError(f"{unknown[0]} is not a setting; there are {', '.join(sorted(names))}")
+        try:
+            settings = msgspec.convert(raw, cls, strict=False)
+        except msgspec.ValidationError as error:
+            rule, _, name = str(error).partition(" - at `$.")
+            raise SettingsError(f"{name.rstrip('`')}={raw[name.rstrip('`')]!r}: {rule}") from None
+        platform = next((name for name, value in environ.items() if value and PLATFORMS.fullmatch(name)), None)
+        if platform and not settings.redis_url:
+            raise SettingsError(f"REDIS_URL is not set, and {platform} tells of a platform that would lose every job at a restart")
+        return settings
+
+    @classmethod
+    def table(cls) -> list[tuple[str, str, str]]:
+        """List the settings as (variable, default, meaning), for `--help` and whoever checks the README."""
+        hints = typing.get_type_hints(cls, include_extras=True)
+        return [(f.encode_name, str(f.default), hints[f.name].__metadata__[0].description) for f in msgspec.structs.fields(cls)]
+
+
+class JSONFormatter(logging.Formatter):
+    """Write a log line as one JSON object; what was passed as `extra={"fields": {...}}` becomes members of it."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        line = {"time": int(record.created * 1000), "level": record.levelname.lower(), "message": record.getMessage()}
+        line |= getattr(record, "fields", {})
+        if record.exc_info:
+            line["traceback"] = self.formatException(record.exc_info)
+        return json.dumps(line, default=str)
+
+
+def set_up_logging(settings: Settings) -> None:
+    """Send all logging to standard error as the settings say."""
+    handler = logging.StreamHandler()
+    text = logging.Formatter("%(asctime)s %(levelname)s %(message)s")
+    handler.setFormatter(JSONFormatter() if settings.log_format == "json" else text)
+    logging.basicConfig(level=settings.log_level.upper(), handlers=[handler], force=True)
+
+
+# Limits that are part of the contract, not tunables.
+
+MAX_JOBS = 1000  # jobs of one enqueue_many: some milliseconds of Redis' one thread
+MAX_ATTEMPTS = 100
+MAX_DELAY = 366 * 86400  # seconds
+MAX_DEPTH = 100  # nested arrays and objects in a payload; a fixed number, for parsers give up at different ones
+MAX_RESULT = 262144  # bytes of a result's JSON
+MAX_REFUNDS = 10  # times that a release gives the attempt back: a job that never survives a deploy must end some day
+KEPT = 100_000  # ended jobs that stay, of each status
+BELLS = 64
+PROMOTED = 500  # jobs moved by one promote
+TRIES = 50  # of a transaction that others keep breaking
+CLOCK_AGE = 10.0  # seconds that a reading of Redis TIME is good for
+
+NAME = re.compile(r"[A-Za-z0-9._-]{1,100}")  # of queues, types, workers: no name can spell another key
+ID = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-7[0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9a-f]{12}")
+
+# Keys -----------------------------------------------------------------------------------------------------------------
+
+
+class Keys:
+    """The names of all keys, spelled here and nowhere else."""
+
+    def __init__(self, namespace: str) -> None:
+        tag = "{" + namespace + "}:"
+        self.job_prefix, self.jobs_prefix, self.proc_prefix = tag + "job:", tag + "jobs:", tag + "proc:"
+        self.bell_prefix, self.worker_prefix, self.lease_prefix = tag + "bell:", tag + "worker:", tag + "lease:"
+        self.delayed, self.workers = tag + "delayed", tag + "workers"
+        self.completed, self.failed, self.cancelled = tag + "completed", tag + "failed", tag + "cancelled"
+        self.counts, self.promoter = tag + "counts", tag + "promoter"
+
+    def job(self, id: str) -> str:
+        return self.job_prefix + id
+
+    def jobs(self, name: str) -> str:
+        return self.jobs_prefix + name
+
+    def proc(self, worker: str) -> str:
+        return self.proc_prefix + worker
+
+    def bell(self, name: str) -> str:
+        return self.bell_prefix + name
+
+    def worker(self, worker: str) -> str:
+        return self.worker_prefix + worker
+
+    def lease(self, worker: str) -> str:
+        return self.lease_prefix + worker
+
+
+# The job --------------------------------------------------------------------------------------------------------------
+
+Status = Literal["pending", "processing", "completed", "failed", "cancelled"]
+STATUSES: tuple[Status, ...] = typing.get_args(Status)
+UNREADABLE = "UnreadableRecord"
+
+_encode = msgspec.json.Encoder().encode
+
+
+class Failure(msgspec.Struct, rename="camel", omit_defaults=True):
+    """Why an attempt failed. Message and traceback are cut to size."""
+
+    type: str
+    message: str
+    traceback: str = ""
+
+    @classmethod
+    def of(cls, error: BaseException, traceback: str = "") -> Failure:
+        """Describe an exception. Text that JSON cannot hold, as lone surrogates, is escaped."""
+        message, trace = (text.encode("utf-8", "backslashreplace").decode() for text in (_text(error), traceback))
+        return cls(type(error).__name__, message[:1000], trace[-4000:])
+
+
+def _text(error: BaseException) -> str:
+    try:
+        return str(error)
+    except Exception as second:  # the handler's own exception class may be broken as well
+        return f"(its text raised {type(second).__name__})"
+
+
+class Job(msgspec.Struct, rename="camel", omit_defaults=True, dict=True):
+    """A job as it stood when it was read. Times are milliseconds of Redis TIME, 0 for never.
+
+    The fields are the record. It leaves out what stands at its default, so a default is part of the storage format.
+    """
+
+    id: str
+    type: str
+    payload: Any
+    status: Status = "pending"
+    attempts: int = 0
+    max_attempts: int = 3
+    queue: str = "default"
+    run_at: int = 0
+    updated_at: int = 0
+    started_at: int = 0
+    ended_at: int = 0
+    worker: str = ""
+    progress: float = 0.0
+    refunds: int = 0
+    result: Any = None
+    error: Failure | None = None
+
+    @property
+    def created_at(self) -> int:
+        """When it was enqueued: the id is a UUID of version 7 (RFC 9562) and begins with that time."""
+        return int(self.id[:8] + self.id[9:13], 16)
+
+    @property
+    def attempt(self) -> int:
+        """Which start of the handler this is, counted from 1."""
+        return self.attempts
+
+    def set_progress(self, done: float, of: float = 1.0) -> None:
+        """Show how far a running handler is. Goes to Redis at most once a second; the last value is kept with the outcome.
+
+        For the job that a handler was given. Raises Reaped if the job is no longer this worker's.
+        """
+        self.progress = round(min(1.0, max(0.0, done / of)), 4) if of else 1.0
+        now = time.monotonic()
+        if now - self.__dict__.get("_progress_written", -1.0) >= 1.0 and (queue := self.__dict__.get("_queue")):
+            self.__dict__["_progress_written"] = now
+            with suppress(Unavailable):  # no reason to fail an attempt
+                queue.write_progress(self)
+
+    def answer(self) -> dict[str, Any]:
+        """The job as clients see it: the record with its id, its times and its defaults; nothing that has not happened yet."""
+        shown = {
+            "id": self.id,
+            "type": self.type,
+            "payload": self.payload,
+            "status": self.status,
+            "attempts": self.attempts,
+            "maxAttempts": self.max_attempts,
+            "queue": self.queue,
+            "createdAt": self.created_at,
+            "updatedAt": self.updated_at or self.created_at,
+        }
+        later = {
+            "runAt": self.run_at,
+            "startedAt": self.started_at,
+            "endedAt": self.ended_at,
+            "worker": self.worker,
+            "progress": self.progress,
+            "error": self.error,
+        }
+        shown |= {name: value for name, value in later.items() if value}
+        if self.status == "completed":
+            shown["result"] = self.result
+        return shown
+
+
+_decode_job = msgspec.json.Decoder(Job).decode
+_ID_PART = len('{"id":"') + 36 + len('",')  # what every encoded job begins with, and no record holds
+
+
+def _record(job: Job) -> bytes:
+    return b"{" + _encode(job)[_ID_PART:]
+
+
+def _job(id: str, record: bytes) -> Job:
+    """Read a record. One that cannot be read becomes a failed job that shows it, so that no reader crashes or loops."""
+    try:
+        job = _decode_job(b'{"id":"%b",%b' % (id.encode(), record[1:]))
+        if job.id != id:
+            raise msgspec.DecodeError("a record must not hold an id")
+        return job
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        text = record[:10_000].decode("utf-8", "backslashreplace")
+        return Job(id, "unreadable", text, status="failed", error=Failure(UNREADABLE, str(error)))
+
+
+def _new_id(now: int) -> str:
+    """Make a UUID of version 7 from Redis time in milliseconds."""
+    noise = int.from_bytes(os.urandom(10), "big")
+    number = now << 80 | 7 << 76 | (noise >> 68) << 64 | 2 << 62 | noise & 0x3FFFFFFFFFFFFFFF
+    digits = f"{number:032x}"
+    return f"{digits[:8]}-{digits[8:12]}-{digits[12:16]}-{digits[16:20]}-{digits[20:]}"
+
+
+def to_json(value: Any) -> bytes:
+    """Encode what a client or a handler gave; raises ValueError for what JSON cannot hold or what is nested too deep.
+
+    Dates, sets, bytes, dataclasses become what JSON has for them, as msgspec does it.
+    """
+    try:
+        encoded = _encode(value)
+        if b"null" in encoded:  # which is what msgspec makes of NaN, silently; then a walk through the value is worth it
+            json.dumps(msgspec.to_builtins(value, str_keys=True), allow_nan=False)
+    except (TypeError, ValueError, OverflowError, RecursionError) as error:
+        raise ValueError(f"is not JSON: {_text(error) or type(error).__name__}"[:300]) from None
+    if encoded.count(b"[") + encoded.count(b"{") > MAX_DEPTH and _depth(msgspec.json.decode(encoded)) > MAX_DEPTH:
+        raise ValueError(f"is nested deeper than {MAX_DEPTH} levels")
+    return encoded
+
+
+def _depth(value: Any) -> int:
+    depth, level = 0, [value]
+    while level := [v for v in level if isinstance(v, dict | list)]:
+        depth += 1
+        level = [child for v in level for child in (v.values() if isinstance(v, dict) else v)]
+    return depth
+
+
+# Handlers -------------------------------------------------------------------------------------------------------------
+
+P = TypeVar("P")
+R = TypeVar("R")
+A = ParamSpec("A")
+
+HANDLERS: dict[str, Handler[Any, Any, Any]] = {}
+
+
+class Handler(Generic[P, A, R]):
+    """A function that runs jobs of one type. It stays callable as it is."""
+
+    def __init__(self, function: Callable[Concatenate[P, A], R], type: str, options: Mapping[str, Any]) -> None:
+        self.function, self.type, self.__doc__ = function, type, function.__doc__
+        self.max_attempts: int = _whole("maxAttempts", options["max_attempts"], 1, MAX_ATTEMPTS)
+        self.timeout: float | None = options["timeout"]
+        self.backoff: float = options["backoff"]
+        self.backoff_cap: float = options["backoff_cap"]
+        self.queue: str = _name("queue", options["queue"])
+        self.payload_type, self.wants_job = _signature(function)
+        self._parse = msgspec.json.Decoder(self.payload_type).decode
+
+    def __call__(self, payload: P, *args: A.args, **kwargs: A.kwargs) -> R:
+        return self.function(payload, *args, **kwargs)
+
+    def enqueue(self, queue: Queue, payload: P, **options: Any) -> Job:
+        """Enqueue a job of this type, the payload checked by mypy as well. Options as for Queue.enqueue."""
+        return queue.enqueue(self.type, payload, **options)
+
+    def parse(self, payload: bytes) -> P:
+        """Turn a payload's JSON into what the handler takes; raises InvalidJob with the path of what does not fit."""
+        try:
+            return cast(P, self._parse(payload))
+        except msgspec.ValidationError as error:
+            rule, _, path = str(error).partition(" - at ")
+            raise InvalidJob("payload", rule, path.strip("`") or "$") from None
+        except (msgspec.DecodeError, RecursionError) as error:
+            raise InvalidJob("payload", str(error)) from None
+
+    def run(self, job: Job) -> Any:
+        """Call the function for a job that a worker has started."""
+        payload = self.parse(_encode(job.payload))
+        call: Callable[..., Any] = self.function
+        return call(payload, job) if self.wants_job else call(payload)
+
+
+def handler(
+    type: str,
+    *,
+    max_attempts: int = 3,
+    timeout: float | None = 300,
+    backoff: float = 1.0,
+    backoff_cap: float = 300.0,
+    queue: str = "default",
+) -> Callable[[Callable[Concatenate[P, A], R]], Handler[P, A, R]]:
+    """Register a function as the handler of jobs of `type`.
+
+    Its first parameter is annotated with the payload's type (a dataclass, TypedDict, msgspec Struct or what else msgspec can
+    read from JSON), which is checked when a job is submitted and again before it runs. A second parameter, annotated `Job`,
+    receives the job. What it returns, as JSON, is the job's result.
+
+    `timeout` is in seconds (None: as long as it likes); attempt n is followed by a pause of `backoff` * 2 ** (n - 1) seconds and
+    up to half as much again, at most `backoff_cap`. Mistakes raise TypeError or InvalidJob when the module is imported.
+    """
+    _name("type", type)
+    if timeout is not None and not timeout > 0:
+        raise TypeError(f"handler {type!r}: timeout must be above 0, or None")
+    if not 0 < backoff <= backoff_cap:
+        raise TypeError(f"handler {type!r}: backoff must be above 0 and at most backoff_cap")
+    options = {"max_attempts": max_attempts, "timeout": timeout, "backoff": backoff, "backoff_cap": backoff_cap, "queue": queue}
+
+    def register(function: Callable[Concatenate[P, A], R]) -> Handler[P, A, R]:
+        twin = HANDLERS[type].function if type in HANDLERS else function
+        if (twin.__module__, twin.__qualname__) != (function.__module__, function.__qualname__):
+            raise TypeError(f"two handlers are declared for type {type!r}")
+        made = HANDLERS[type] = Handler(function, type, options)
+        return made
+
+    return register
+
+
+def _signature(function: Callable[..., Any]) -> tuple[Any, bool]:
+    """Tell a handler's payload type, and whether it wants the job as well."""
+    hints = typing.get_type_hints(function, include_extras=True)
+    names = list(inspect.signature(function).parameters)
+    if not 1 <= len(names) <= 2 or names[0] not in hints:
+        raise TypeError(f"handler {function.__name__} must take an annotated payload and, if it likes, a Job")
+    if len(names) == 2 and hints.get(names[1]) is not Job:
+        raise TypeError(f"the second parameter of handler {function.__name__} must be annotated Job")
+    return hints[names[0]], len(names) == 2
+
+
+def load_handlers(modules: str) -> dict[str, Handler[Any, Any, Any]]:
+    """Import the modules that register handlers; the working directory comes first, so that the user's own files win."""
+    if sys.path[:1] != [os.getcwd()]:
+        sys.path.insert(0, os.getcwd())
+    for module in filter(None, (name.strip() for name in modules.split(","))):
+        try:
+            importlib.import_module(module)
+        except ModuleNotFoundError as error:
+            if error.name != module:
+                raise SettingsError(f"cannot import {module}: {error}") from error
+            raise SettingsError(f"there is no {module}.py here: write your handlers there or set TINYQUEUE_HANDLERS") from None
+        except (Exception, SystemExit) as error:
+            raise SettingsError(f"cannot import {module}: {type(error).__name__}: {_text(error)}") from error
+    if not HANDLERS:
+        raise SettingsError(f"{modules} registers no handler: decorate a function with @handler('type')")
+    return HANDLERS
+
+
+def backoff(attempts: int, base: float = 1.0, cap: float = 300.0) -> float:
+    """Seconds to wait after that many attempts: doubling from `base` with jitter on top, at most `cap`, never below `base`."""
+    return float(min(cap, base * 2 ** min(attempts - 1, 60) * random.uniform(1.0, 1.5)))
+
+
+# Checking what comes in -----------------------------------------------------------------------------------------------
+
+
+def _name(field: str, value: Any) -> str:
+    if not isinstance(value, str) or not NAME.fullmatch(value):
+        raise InvalidJob(field, "must be 1 to 100 of the characters A-Z a-z 0-9 . _ -")
+    return value
+
+
+def _whole(field: str, value: Any, low: int, high: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high or value % 1:
+        raise InvalidJob(field, f"must be a whole number from {low} to {high}")
+    return int(value)
+
+
+def _moment(value: Any, now: int) -> int:
+    """Read `runAt`: milliseconds since 1970, or ISO 8601 with a zone. The past means now."""
+    rule = f"must be ISO 8601 with a zone, or milliseconds since 1970, and at most {MAX_DELAY // 86400} days ahead"
+    if isinstance(value, str):
+        try:
+            value = msgspec.convert(value, Annotated[datetime, Meta(tz=True)])
+        except msgspec.ValidationError:
+            raise InvalidJob("runAt", rule) from None
+    if isinstance(value, datetime) and value.tzinfo:
+        value = int(value.timestamp() * 1000)
+    if isinstance(value, bool) or not isinstance(value, int) or value > now + MAX_DELAY * 1000:
+        raise InvalidJob("runAt", rule)
+    return max(value, 0)
+
+
+# Talking to Redis -----------------------------------------------------------------------------------------------------
+
+Command = tuple[Any, ...]
+SOCKET_TIMEOUT = 4.0  # seconds for a reply; above BLOCK with room for a slow answer
+CONNECT_TIMEOUT = 2.0
+BLOCK = 2.0  # seconds of one wait for the bell
+
+REASONS: tuple[tuple[type[Exception], str], ...] = (
+    (redis.exceptions.BusyLoadingError, "loading"),
+    (redis.exceptions.ReadOnlyError, "read-only"),
+    (redis.exceptions.OutOfMemoryError, "full"),
+    (redis.exceptions.AuthenticationError, "refused"),
+    (redis.exceptions.AuthorizationError, "refused"),
+    (redis.exceptions.NoPermissionError, "refused"),
+    (redis.exceptions.MaxConnectionsError, "busy"),
+    (redis.exceptions.ClusterDownError, "unreachable"),
+    (redis.exceptions.TimeoutError, "timeout"),
+    (redis.exceptions.ConnectionError, "unreachable"),
+    (OSError, "unreachable"),
+)
+REFUSALS = {"MISCONF": "read-only", "NOREPLICAS": "read-only", "TRYAGAIN": "busy", "BUSY": "busy", "UNBLOCKED": "busy"}
+
+
+def _explained(error: Exception) -> TinyQueueError:
+    """Turn what the Redis client raised into an error of ours."""
+    text = " ".join(str(error).split())
+    if "CERTIFICATE_VERIFY_FAILED" in text:
+        text += "; name its authority with ?ssl_ca_certs=/path in REDIS_URL, or set TINYQUEUE_TLS_VERIFY=0"
+    for kind, reason in REASONS:
+        if isinstance(error, kind):
+            return Unavailable(reason, text)
+    if reason := REFUSALS.get(text.split(" ")[0], ""):
+        return Unavailable(reason, text)
+    return Corrupted(f"Redis answered: {text}")
+
+
+def connect(url: str, *, connections: int = 100, tls_verify: bool = True) -> redis.ConnectionPool:
+    """Make the pool of connections, none opened yet. Every option that differs between versions of the client is set here.
+
+    No retries: the client would send a whole transaction again after a lost reply, and every push in it twice.
+    A wrong URL raises SettingsError without showing the URL, which may hold a password.
+    """
+    options: dict[str, Any] = {
+        "max_connections": connections,
+        "protocol": 2,
+        "retry": NoRetries(NoBackoff(), 0),
+        "socket_timeout": SOCKET_TIMEOUT,
+        "socket_connect_timeout": CONNECT_TIMEOUT,
+        "socket_keepalive": True,
+        "health_check_interval": 0,
+    }
+    if url.startswith("unix:"):
+        del options["socket_keepalive"]
+    if url.startswith("rediss:") and not tls_verify:
+        log.warning("TINYQUEUE_TLS_VERIFY=0: the certificate of the Redis server is not checked")
+        options |= {"ssl_cert_reqs": "none", "ssl_check_hostname": False}
+    database = urlsplit(url).path.lstrip("/")
+    if url.startswith("redis") and database and not database.isdecimal():
+        raise SettingsError("REDIS_URL: what follows the host must be the number of a database, as /0")
+    try:
+        pool = redis.ConnectionPool.from_url(url, **options)
+        pool.connection_class(**pool.connection_kwargs)  # opens nothing; an option it does not know shows here
+    except (ValueError, TypeError, redis.RedisError) as error:
+        hint = "an option after ? is unknown" if isinstance(error, TypeError) else "use redis://, rediss:// or unix://"
+        raise SettingsError(f"REDIS_URL cannot be used: {hint}; percent-encode special characters of the password") from None
+    return pool
+
+
+class Clock:
+    """Redis time in milliseconds, known without asking: the monotonic clock carries the last reading on.
+
+    `ahead` is added to every reading. Tests move it; nobody else does.
+    """
+
+    def __init__(self) -> None:
+        self.ahead = 0
+        self._offset = 0.0
+        self._good_until = 0.0
+
+    @property
+    def stale(self) -> bool:
+        return time.monotonic() >= self._good_until
+
+    def read(self, reply: Sequence[bytes]) -> None:
+        """Take a reply to TIME."""
+        self._offset = int(reply[0]) * 1000 + int(reply[1]) / 1000 - time.monotonic() * 1000
+        self._good_until = time.monotonic() + CLOCK_AGE
+
+    def now(self) -> int:
+        return int(time.monotonic() * 1000 + self._offset) + self.ahead
+
+
+class Transaction:
+    """One try of a transition: WATCH and its reads in one round trip, then MULTI, the writes and EXEC in another."""
+
+    def __init__(self, connection: Any, watch: Sequence[str], clock: Clock, again: bool) -> None:
+        self._connection, self._watch, self._clock = connection, watch, clock
+        self.again = again  # an earlier try sent its EXEC and lost the reply: look whether it was applied
+        self.writes: list[Command] = []
+        self._counts: Counter[str] = Counter()
+
+    @property
+    def now(self) -> int:
+        return self._clock.now()
+
+    def read(self, *commands: Command) -> list[Any]:
+        """Ask Redis. The first call takes WATCH along, and TIME when the clock wants it."""
+        ahead: list[Command] = [("WATCH", *self._watch)] if self._watch else []
+        self._watch = ()
+        if self._clock.stale:
+            replies = _ask(self._connection, [*ahead, ("TIME",), *commands])
+            self._clock.read(replies[len(ahead)])
+            return replies[len(ahead) + 1 :]
+        return _ask(self._connection, [*ahead, *commands])[len(ahead) :]
+
+    def write(self, *command: Any) -> None:
+        self.writes.append(command)
+
+    def count(self, field: str, by: int = 1) -> None:
+        self._counts[field] += by
+
+    def sealed(self, counts: str) -> list[Command]:
+        """All writes, the counted ones last."""
+        return self.writes + [("HINCRBY", counts, field, by) for field, by in self._counts.items() if by]
+
+
+def _ask(connection: Any, commands: Sequence[Command]) -> list[Any]:
+    connection.send_packed_command(connection.pack_commands(commands))
+    return [connection.read_response() for _ in commands]
+
+
+class Outcome(NamedTuple):
+    """What became of a started job. `after`: seconds until the next attempt of a failed one, None for none."""
+
+    job: Job
+    verb: Literal["complete", "fail", "release"]
+    result: Any = None
+    error: Failure | None = None
+    after: float | None = None
+
+
+class Queue:
+    """The queue: every verb of it. Safe to share between threads and, unused before the fork, between processes."""
+
+    def __init__(
+        self,
+        pool: Any,
+        *,
+        namespace: str = "queue",
+        lease: float = 30,
+        keep_completed: float = 86400,
+        keep_failed: float = 604800,
+    ) -> None:
+        self.pool, self.keys, self.clock = pool, Keys(_name("namespace", namespace)), Clock()
+        self.lease_ms, self.lease = int(lease * 1000), lease
+        self.keep_ms = {
+            "completed": int(keep_completed * 1000),
+            "failed": int(keep_failed * 1000),
+            "cancelled": int(keep_failed * 1000),
+        }
+        self.last_contact = time.monotonic()
+        self.last_trouble = -1e9
+
+    @classmethod
+    def from_url(cls, url: str, *, connections: int = 100, tls_verify: bool = True, **options: Any) -> Queue:
+        """Make a queue on the Redis at a redis://, rediss:// or unix:// URL. Connects on first use."""
+        return cls(connect(url, connections=connections, tls_verify=tls_verify), **options)
+
+    @classmethod
+    def embedded(cls, **options: Any) -> Queue:
+        """Make a queue on a Redis inside this process, for a first run and for tests: gone when the process ends."""
+        import fakeredis  # takes a while to import, and nobody else needs it
+
+        return cls(fakeredis.FakeRedis(server=fakeredis.FakeServer(), protocol=2).connection_pool, **options)
+
+    @classmethod
+    def from_settings(cls, settings: Settings, connections: int = 100) -> Queue:
+        """Make the queue that the settings name; without REDIS_URL the embedded one."""
+        options: dict[str, Any] = {
+            "namespace": settings.namespace,
+            "lease": settings.lease,
+            "keep_completed": settings.keep_completed,
+            "keep_failed": settings.keep_failed,
+        }
+        if not settings.redis_url:
+            return cls.embedded(**options)
+        return cls.from_url(settings.redis_url, connections=connections, tls_verify=settings.tls_verify, **options)
+
+    @contextmanager
+    def _connection(self) -> Iterator[Any]:
+        """Lend a connection. After any error but our own it is closed: no reply must be left on it for the next one."""
+        connection = None
+        try:
+            connection = self.pool.get_connection()
+            yield connection
+            self.last_contact = time.monotonic()
+        except BaseException as error:
+            if connection and not isinstance(error, TinyQueueError):
+                connection.disconnect()
+            if isinstance(error, redis.RedisError | OSError):
+                self.last_trouble = time.monotonic()
+                raise _explained(error) from error
+            raise
+        finally:
+            if connection:
+                self.pool.release(connection)
+
+    def _read(self, *commands: Command) -> list[Any]:
+        with self._connection() as connection:
+            return Transaction(connection, (), self.clock, False).read(*commands)
+
+    def _transact(self, watch: Sequence[str], body: Callable[[Transaction], R], again: bool = False) -> R:
+        """Run `body` until its writes are applied with nothing watched having changed, and return what it returned.
+
+        A body that writes nothing ends it. When the reply to EXEC is lost, the body is called again with `again` set, must look
+        whether its writes are there, and leaves them out if so: nothing is ever repeated blindly.
+        """
+        for _ in range(TRIES):
+            sent = False
+            try:
+                with self._connection() as connection:
+                    try_ = Transaction(connection, watch, self.clock, again)
+                    try:
+                        result = body(try_)
+                    finally:
+                        if watch and not try_.writes:
+                            _ask(connection, [("UNWATCH",)])
+                    if not try_.writes:
+                        return result
+                    sent = True
+                    done = _ask(connection, [("MULTI",), *try_.sealed(self.keys.counts), ("EXEC",)])[-1]
+            except Unavailable as trouble:
+                if sent and trouble.reason in ("timeout", "unreachable"):
+                    again = True
+                    continue
+                trouble.doubtful = again
+                raise
+            if done is not None:
+                if errors := [reply for reply in done if isinstance(reply, Exception)]:
+                    raise _explained(errors[0])
+                return result
+        raise Unavailable("busy", "others kept changing the same keys", doubtful=again)
+
+    def now(self) -> int:
+        """Redis TIME in milliseconds."""
+        if self.clock.stale:
+            self._read()
+        return self.clock.now()
+
+    # Enqueue ----------------------------------------------------------------------------------------------------------
+
+    def draft(
+        self,
+        type: str,
+        payload: Any,
+        *,
+        max_attempts: int | None = None,
+        queue: str | None = None,
+        delay: float | None = None,
+        run_at: int | str | datetime | None = None,
+    ) -> Job:
+        """Check what a job is made of and make it, stored nowhere yet. Raises InvalidJob naming the field and the rule.
+
+        What is left out comes from the handler's declaration, if this process knows one. Asks Redis for the time at most.
+        """
+        known = HANDLERS.get(_name("type", type))
+        try:
+            encoded = to_json(payload)
+        except ValueError as error:
+            raise InvalidJob("payload", str(error)) from None
+        if known:
+            known.parse(encoded)
+        attempts = _whole("maxAttempts", max_attempts, 1, MAX_ATTEMPTS) if max_attempts is not None else 0
+        now = self.now()
+        job = Job(
+            id=_new_id(now),
+            type=type,
+            payload=payload,
+            max_attempts=attempts or (known.max_attempts if known else 3),
+            queue=_name("queue", queue) if queue is not None else (known.queue if known else "default"),
+        )
+        if delay is not None and run_at is not None:
+            raise InvalidJob("delay", "must not be given together with runAt")
+        if run_at is not None:
+            job.run_at = _moment(run_at, now)
+        if delay is not None:
+            if isinstance(delay, bool) or not isinstance(delay, int | float) or not 0 <= delay <= MAX_DELAY:
+                raise InvalidJob("delay", f"must be a number of seconds from 0 to {MAX_DELAY}")
+            job.run_at = now + round(delay * 1000) if delay else 0
+        job.run_at = job.run_at if job.run_at > now else 0
+        return job
+
+    def enqueue(self, type: str, payload: Any, **options: Any) -> Job:
+        """Accept one job; options as for `draft`. When it returns, the job is stored; when it raises InvalidJob, nothing is."""
+        return self.submit([self.draft(type, payload, **options)])[0]
+
+    def enqueue_many(self, type: str, payloads: Iterable[Any], **options: Any) -> list[Job]:
+        """Accept up to 1,000 jobs of one type, all or none."""
+        return self.submit([self.draft(type, payload, **options) for payload in payloads])
+
+    def submit(self, jobs: Sequence[Job]) -> list[Job]:
+        """Store drafted jobs, all or none.
+
+        nothing -> pending. Watches nothing: the ids are new. After a lost reply the first id tells whether all of them are there.
+        """
+        if len(jobs) > MAX_JOBS:
+            raise InvalidJob("jobs", f"must be at most {MAX_JOBS} at a time")
+        waiting: dict[str, list[str]] = {}
+        for job in jobs:
+            if not job.run_at:
+                waiting.setdefault(job.queue, []).append(job.id)
+        delayed = [part for job in jobs if job.run_at for part in (job.run_at, job.id)]
+        records = [part for job in jobs for part in (self.keys.job(job.id), _record(job))]
+
+        def body(tx: Transaction) -> list[Job]:
+            if not jobs or (tx.again and tx.read(("EXISTS", self.keys.job(jobs[0].id)))[0]):
+                return list(jobs)
+            tx.write("MSET", *records)
+            for name, ids in waiting.items():
+                tx.write("LPUSH", self.keys.jobs(name), *ids)
+                self._ring(tx, name, len(ids))
+            if delayed:
+                tx.write("ZADD", self.keys.delayed, *delayed)
+            for job in jobs:
+                tx.count("pending:" + job.queue)
+            return list(jobs)
+
+        return self._transact((), body)
+
+    def _ring(self, tx: Transaction, name: str, times: int = 1) -> None:
+        tx.write("LPUSH", self.keys.bell(name), *["1"] * min(times, BELLS))
+        tx.write("LTRIM", self.keys.bell(name), 0, BELLS - 1)
+
+    # Dequeue ----------------------------------------------------------------------------------------------------------
+
+    def register(self, queues: Sequence[str], concurrency: int) -> str:
+        """Enter a new worker and return its id. It must send a heartbeat within its lease from then on."""
+        host = re.sub(r"[^A-Za-z0-9._-]", "-", socket.gethostname())[:60] or "host"
+        worker = f"{host}-{os.getpid()}-{os.urandom(4).hex()}"
+        about = {"host": host, "pid": os.getpid(), "queues": list(queues), "concurrency": concurrency, "startedAt": self.now()}
+
+        def body(tx: Transaction) -> str:
+            tx.write("SADD", self.keys.workers, worker)
+            tx.write("SET", self.keys.worker(worker), _encode(about))
+            tx.write("SET", self.keys.lease(worker), "{}", "PX", self.lease_ms)
+            return worker
+
+        return self._transact((), body)
+
+    def wait(self, names: Sequence[str], seconds: float = BLOCK) -> None:
+        """Wait until a job may have come to one of the queues, or the time is up. Takes nothing but a wake-up token."""
+        with self._connection() as connection:
+            _ask(connection, [("BLPOP", *map(self.keys.bell, names), seconds)])
+
+    def waiting(self, names: Sequence[str]) -> int:
+        """Count the entries of the queues' lists, cancelled ones included: a cheap look before a take."""
+        return sum(self._read(*(("LLEN", self.keys.jobs(name)) for name in names)))
+
+    def take(self, worker: str, names: Sequence[str], most: int) -> list[bytes]:
+        """Move up to `most` ids from the queues, in strict order of the queues, to the worker's own list.
+
+        Each move is atomic by itself. If the reply is lost the ids lie in that list, where `adopt` finds them. The worker's id goes
+        into the set of workers along with every take: even one that slept through its own reaping can hide nothing.
+        """
+        taken: list[bytes] = []
+        for name in names:
+            move = ("RPOPLPUSH", self.keys.jobs(name), self.keys.proc(worker))
+            replies = self._read(("SADD", self.keys.workers, worker), *[move] * (most - len(taken)))
+            taken += [id for id in replies[1:] if id is not None]
+            if len(taken) == most:
+                break
+        return taken
+
+    def start(self, worker: str, ids: Sequence[bytes], held: Mapping[str, int] | None = None) -> list[Job]:
+        """Begin the attempt of every taken id whose job is pending and due; drop the ids that are not.
+
+        pending -> processing. Watches the registration and the records. `held` maps the ids of the jobs that this worker has
+        started and not settled to their attempts. An id that is processing under this worker's name but not held was started by a
+        transaction whose reply was lost: it is returned too. Raises Reaped if the worker is no longer registered.
+        """
+        held = held or {}
+        texts = [id.decode("ascii", "replace") for id in ids]
+        named = list(dict.fromkeys(id for id in texts if ID.fullmatch(id)))
+        if len(named) < len(set(texts)):
+            log.warning("dropped %d entries of a queue that are no job ids", len(set(texts)) - len(named))
+        record_keys = [self.keys.job(id) for id in named]
+        registration, proc = self.keys.worker(worker), self.keys.proc(worker)
+
+        def body(tx: Transaction) -> list[Job]:
+            reads: list[Command] = [("EXISTS", registration)] + ([("MGET", *record_keys)] if named else [])
+            registered, *found = tx.read(*reads)
+            if not registered:
+                raise Reaped(f"worker {worker} was reaped")
+            records = dict(zip(named, found[0], strict=True)) if named else {}
+            started: list[Job] = []
+            changed: list[Any] = []
+            for id, entry in zip(texts, ids, strict=True):
+                record = records.pop(id, None)  # a second entry of the same id finds nothing and is dropped
+                job = _job(id, record) if record is not None else None
+                if job and job.status == "processing" and job.worker == worker and held.get(id) != job.attempts:
+                    started.append(job)
+                elif job and job.status == "pending" and job.run_at <= tx.now:
+                    changed += [self.keys.job(id), _record(self._started(tx, job, worker))]
+                    started.append(job)
+                else:
+                    tx.write("LREM", proc, 1, entry)
+                    self._set_aside(tx, job)
+            if changed:
+                tx.write("MSET", *changed)
+            return started
+
+        return self._transact([registration, *record_keys], body)
+
+    def _started(self, tx: Transaction, job: Job, worker: str) -> Job:
+        job.status, job.worker = "processing", worker
+        job.attempts += 1
+        job.started_at = job.updated_at = max(tx.now, job.created_at)
+        job.ended_at, job.progress = 0, 0.0
+        tx.count("pending:" + job.queue, -1)
+        tx.count("processing:" + job.queue)
+        return job
+
+    def _set_aside(self, tx: Transaction, job: Job | None) -> None:
+        """See to a job whose entry is dropped: not due yet -> its place among the delayed; unreadable -> failed, as it is."""
+        if job and job.status == "pending":
+            tx.write("ZADD", self.keys.delayed, job.run_at, job.id)
+        elif job and job.error and job.error.type == UNREADABLE:
+            self._end(tx, msgspec.structs.replace(job), "failed")
+
+    def dequeue(self, worker: str, names: Sequence[str], most: int = 1) -> list[Job]:
+        """Take and start up to `most` jobs. Nothing there: an empty list."""
+        ids = self.take(worker, names, most)
+        return self.start(worker, ids) if ids else []
+
+    def adopt(self, worker: str, held: Collection[str]) -> list[bytes]:
+        """List the ids in the worker's own list that it does not know of, because a reply was lost: to be started.
+
+        `held` must have been read before this is called, and only the thread that takes may call it: an id whose reply is on its
+        way to another thread would be started twice.
+        """
+        known = Counter(id.encode() for id in held)
+        return list((Counter(self._read(("LRANGE", self.keys.proc(worker), 0, -1))[0]) - known).elements())
+
+    # Settle -----------------------------------------------------------------------------------------------------------
+
+    def complete(self, job: Job, result: Any = None) -> None:
+        """Record that a started job's handler returned `result`. Raises Reaped if the job is no longer this worker's."""
+        self.settle(job.worker, [Outcome(job, "complete", result=result)])
+
+    def fail(self, job: Job, error: Failure, after: float | None = None) -> None:
+        """Record that an attempt failed: pending again `after` seconds if attempts are left, else, or with None, failed."""
+        self.settle(job.worker, [Outcome(job, "fail", error=error, after=after)])
+
+    def release(self, job: Job) -> None:
+        """Hand a started job back to the head of its queue, the attempt refunded (at most MAX_REFUNDS times)."""
+        self.settle(job.worker, [Outcome(job, "release")])
+
+    def settle(self, worker: str, outcomes: Sequence[Outcome], again: bool = False) -> None:
+        """Write what became of many started jobs in one transaction, all or none.
+
+        processing -> completed, pending or failed. Watches the registration, and the records so that an EXEC given up for lost that
+        arrives late fails. `again` tells that an earlier call raised Unavailable with `doubtful`: what was written then is left
+        alone. Raises Reaped, with nothing written, if the worker is no longer registered.
+        """
+        registration = self.keys.worker(worker)
+        record_keys = [self.keys.job(outcome.job.id) for outcome in outcomes]
+
+        def body(tx: Transaction) -> None:
+            reads: list[Command] = [("EXISTS", registration)] + ([("MGET", *record_keys)] if tx.again else [])
+            registered, *found = tx.read(*reads)
+            if not registered:
+                raise Reaped(f"worker {worker} was reaped")
+            for at, outcome in enumerate(outcomes):
+                if not tx.again or self._still_ours(outcome.job, found[0][at]):
+                    tx.write("LREM", self.keys.proc(worker), 1, outcome.job.id)
+                    self._write_outcome(tx, outcome)
+
+        self._transact([registration, *record_keys], body, again)
+
+    def _still_ours(self, job: Job, record: bytes | None) -> bool:
+        if record is None:
+            return False
+        now = _job(job.id, record)
+        return (now.status, now.worker, now.attempts) == ("processing", job.worker, job.attempts)
+
+    def _write_outcome(self, tx: Transaction, outcome: Outcome) -> None:
+        job = msgspec.structs.replace(
+            outcome.job, updated_at=max(tx.now, outcome.job.started_at), error=outcome.error or outcome.job.error
+        )
+        tx.count("processing:" + job.queue, -1)
+        if outcome.verb == "complete":
+            job.result, job.error = outcome.result, None
+            self._end(tx, job, "completed")
+        elif outcome.verb == "release" and job.refunds < MAX_REFUNDS:
+            job.attempts -= 1
+            job.refunds += 1
+            self._back_to_head(tx, job)
+        elif outcome.verb == "release":
+            self._give_back(tx, job, "released too often")
+        elif outcome.after is not None and job.attempts < job.max_attempts:
+            job.status, job.worker, job.run_at = "pending", "", tx.now + round(outcome.after * 1000)
+            tx.write("SET", self.keys.job(job.id), _record(job))
+            tx.write("ZADD", self.keys.delayed, job.run_at, job.id)
+            tx.count("pending:" + job.queue)
+        else:
+            self._end(tx, job, "failed")
+
+    def _end(self, tx: Transaction, job: Job, status: Literal["completed", "failed", "cancelled"]) -> None:
+        """Write a job's last state: the record lives on for its time, the index lists it by when it ended."""
+        job.status, job.worker = status, ""
+        job.ended_at = job.updated_at = max(tx.now, job.updated_at)
+        tx.write("SET", self.keys.job(job.id), _record(job), "PX", self.keep_ms[status])
+        tx.write("ZADD", getattr(self.keys, status), job.ended_at, job.id)
+        tx.count(status)
+
+    def _back_to_head(self, tx: Transaction, job: Job) -> None:
+        job.status, job.worker, job.run_at = "pending", "", 0
+        tx.write("SET", self.keys.job(job.id), _record(job))
+        tx.write("RPUSH", self.keys.jobs(job.queue), job.id)
+        self._ring(tx, job.queue)
+        tx.count("pending:" + job.queue)
+
+    def _give_back(self, tx: Transaction, job: Job, reason: str) -> None:
+        """End an attempt that nobody will finish: to the head of its queue if attempts are left, else failed with the reason."""
+        job.error = Failure("WorkerLost", f"{reason} (attempt {job.attempts}/{job.max_attempts})")
+        job.updated_at = max(tx.now, job.updated_at)
+        if job.attempts < job.max_attempts:
+            self._back_to_head(tx, job)
+        else:
+            self._end(tx, job, "failed")
+
+    def write_progress(self, job: Job) -> None:
+        """Write how far a running job is, unless it is no longer this worker's: then raise Reaped. Watches both."""
+        key, registration = self.keys.job(job.id), self.keys.worker(job.worker)
+
+        def body(tx: Transaction) -> None:
+            registered, record = tx.read(("EXISTS", registration), ("GET", key))
+            if not registered or not self._still_ours(job, record):
+                raise Reaped(f"job {job.id} is no longer with worker {job.worker}")
+            tx.write("SET", key, _record(msgspec.structs.replace(job, updated_at=max(tx.now, job.started_at))))
+
+        self._transact([registration, key], body)
+
+    # Cancel and retry -------------------------------------------------------------------------------------------------
+
+    def cancel(self, id: str) -> Job | None:
+        """Cancel a pending job and return it; None if there is none of that id; raises WrongStatus if it is not pending.
+
+        pending -> cancelled. Watches the record. Its id stays in the list until somebody takes and drops it: LREM would cost as
+        much as the queue is long.
+        """
+
+        def body(tx: Transaction, job: Job) -> None:
+            if job.status == "cancelled" and tx.again:
+                return
+            if job.status != "pending":
+                raise WrongStatus("cancel", job)
+            tx.write("ZREM", self.keys.delayed, id)
+            tx.count("pending:" + job.queue, -1)
+            self._end(tx, job, "cancelled")
+
+        return self._change(id, body)
+
+    def retry(self, id: str) -> Job | None:
+        """Revive a failed or cancelled job with all its attempts and return it; None if there is none of that id.
+
+        failed, cancelled -> pending. Watches the record: of two at once one succeeds, the other raises WrongStatus.
+        """
+
+        def body(tx: Transaction, job: Job) -> None:
+            if job.status == "pending" and tx.again:
+                return
+            if job.status not in ("failed", "cancelled"):
+                raise WrongStatus("retry", job)
+            tx.write("ZREM", getattr(self.keys, job.status), id)
+            job.status, job.attempts, job.refunds, job.run_at, job.ended_at = "pending", 0, 0, 0, 0
+            job.updated_at = max(tx.now, job.updated_at)
+            tx.write("SET", self.keys.job(id), _record(job))
+            tx.write("LPUSH", self.keys.jobs(job.queue), id)
+            self._ring(tx, job.queue)
+            tx.count("pending:" + job.queue)
+
+        return self._change(id, body)
+
+    def _change(self, id: str, body: Callable[[Transaction, Job], None]) -> Job | None:
+        """Change one job under WATCH of its record."""
+        if not ID.fullmatch(id):
+            return None
+
+        def change(tx: Transaction) -> Job | None:
+            record = tx.read(("GET", self.keys.job(id)))[0]
+            if record is None:
+                return None
+            job = _job(id, record)
+            body(tx, job)
+            return job
+
+        return self._transact([self.keys.job(id)], change)
+
+    # Upkeep -----------------------------------------------------------------------------------------------------------
+
+    def heartbeat(self, worker: str, jobs: Sequence[str] = ()) -> None:
+        """Renew the lease and say which jobs run. Raises Reaped if the registration is gone.
+
+        A lease that still exists proves the registration, for reap deletes that only when the lease is gone: one command. A lease
+        that has lapsed is set anew only under WATCH of the registration.
+        """
+        lease, registration = self.keys.lease(worker), self.keys.worker(worker)
+        sign = ("SET", lease, _encode({"at": self.now(), "jobs": list(jobs)}), "PX", self.lease_ms)
+        if self._read((*sign, "XX"))[0] is not None:
+            return
+
+        def body(tx: Transaction) -> None:
+            if not tx.read(("EXISTS", registration))[0]:
+                raise Reaped(f"worker {worker} was reaped")
+            tx.write(*sign)
+
+        self._transact([registration], body)
+
+    def deregister(self, worker: str) -> None:
+        """Take a worker that has ended out of the books. If it holds ids, only its lease goes, and the next reap finds them."""
+        registration, proc = self.keys.worker(worker), self.keys.proc(worker)
+
+        def body(tx: Transaction) -> None:
+            if tx.read(("LLEN", proc))[0] == 0:
+                tx.write("DEL", registration)
+                tx.write("SREM", self.keys.workers, worker)
+            tx.write("DEL", self.keys.lease(worker))
+
+        self._transact([registration, proc], body)
+
+    def promote(self) -> int:
+        """Move the jobs whose runAt has come to their queues, 500 at most, and return how many ids left the delayed ones.
+
+        Watches nothing: done twice, it leaves an id in a list twice, which is harmless. The lock keeps that rare.
+        """
+
+        def body(tx: Transaction) -> int:
+            due = tx.read(("ZRANGEBYSCORE", self.keys.delayed, "-inf", tx.now, "LIMIT", 0, PROMOTED))[0]
+            if not due or tx.again or not tx.read(("SET", self.keys.promoter, "1", "NX", "PX", 1000))[0]:
+                return 0
+            waiting: dict[str, list[str]] = {}
+            for job in self._listed(tx, due):
+                if job.status == "pending":
+                    waiting.setdefault(job.queue, []).append(job.id)
+                else:
+                    self._set_aside(tx, job)
+            tx.write("ZREM", self.keys.delayed, *due)
+            for name, queued in waiting.items():
+                tx.write("LPUSH", self.keys.jobs(name), *queued)
+                self._ring(tx, name, len(queued))
+            tx.write("DEL", self.keys.promoter)
+            return len(due)
+
+        return self._transact((), body)
+
+    def _listed(self, tx: Transaction, entries: Iterable[bytes]) -> Iterator[Job]:
+        """The jobs that the entries of a list name, each once; what names none is passed over."""
+        ids = list(dict.fromkeys(id for entry in entries if ID.fullmatch(id := entry.decode("ascii", "replace"))))
+        records = tx.read(("MGET", *map(self.keys.job, ids)))[0] if ids else []
+        return (_job(id, record) for id, record in zip(ids, records, strict=True) if record is not None)
+
+    def lost_workers(self) -> list[str]:
+        """List the workers whose lease is gone."""
+        workers = sorted(worker.decode() for worker in self._read(("SMEMBERS", self.keys.workers))[0])
+        leases = self._read(("MGET", *map(self.keys.lease, workers)))[0] if workers else []
+        return [worker for worker, lease in zip(workers, leases, strict=True) if lease is None]
+
+    def reap(self, worker: str) -> int:
+        """Bury a worker whose lease is gone, give back what it held, and return how many jobs that were. Alive: 0.
+
+        processing -> pending, or failed with the last attempt. Watches the registration, the lease and the list, for a worker that
+        wakes up may just be taking, and deleting the list would delete what it took. An id in its list is given
+        back only if its job is pending, or processing under this worker's name: without that test a job that was given back before
+        and runs elsewhere would run twice. For a worker reaped before, it gives back what it took in its sleep.
+        """
+        registration, lease, proc = self.keys.worker(worker), self.keys.lease(worker), self.keys.proc(worker)
+
+        def body(tx: Transaction) -> int:
+            alive, entries = tx.read(("EXISTS", lease), ("LRANGE", proc, 0, -1))
+            if alive:
+                return 0
+            given = 0
+            for job in self._listed(tx, entries):
+                if job.status == "pending":
+                    tx.write("RPUSH", self.keys.jobs(job.queue), job.id)
+                    self._ring(tx, job.queue)
+                elif job.status == "processing" and job.worker == worker:
+                    tx.count("processing:" + job.queue, -1)
+                    self._give_back(tx, job, "worker lost")
+                else:
+                    self._set_aside(tx, job)
+                    continue
+                given += 1
+            tx.write("DEL", registration, proc)
+            tx.write("SREM", self.keys.workers, worker)
+            return given
+
+        return self._transact([registration, lease, proc], body)
+
+    def trim(self) -> int:
+        """Forget ended jobs whose time is up, and the oldest of each status above KEPT; return how many, 1,000 a status at most.
+
+        Records expire by themselves; their entries in the indexes do not.
+        """
+        removed = 0
+        for status, keep in self.keep_ms.items():
+            index = getattr(self.keys, status)
+            over, expired = self._read(("ZCARD", index), ("ZRANGEBYSCORE", index, "-inf", self.now() - keep, "LIMIT", 0, MAX_JOBS))
+            ids = expired or (self._read(("ZRANGE", index, 0, min(over - KEPT, MAX_JOBS) - 1))[0] if over > KEPT else [])
+            if ids:
+                removed += self._forget(status, ids)
+        return removed
+
+    def _forget(self, status: str, ids: Sequence[bytes]) -> int:
+        """Delete records and their entries in the index. Watches the records: one revived meanwhile is not listed, and needed.
+
+        Completed jobs cannot be revived, and thousands of them may end in a second: for them no look and no watch.
+        """
+        index = getattr(self.keys, status)
+        keys = [self.keys.job(id.decode("ascii", "replace")) for id in ids]
+
+        def body(tx: Transaction) -> int:
+            scores = tx.read(*(("ZSCORE", index, id) for id in ids)) if status != "completed" else ids
+            gone = [at for at, score in enumerate(scores) if score is not None]
+            if gone:
+                tx.write("ZREM", index, *(ids[at] for at in gone))
+                tx.write("DEL", *(keys[at] for at in gone))
+            return len(gone)
+
+        return self._transact(keys if status != "completed" else (), body)
+
+    # Reading ----------------------------------------------------------------------------------------------------------
+
+    def ping(self) -> None:
+        """Raise Unavailable unless Redis answers."""
+        self._read(("PING",))
+
+    def get(self, id: str) -> Job | None:
+        """The job of that id, or None."""
+        if not ID.fullmatch(id):
+            return None
+        record = self._read(("GET", self.keys.job(id)))[0]
+        return _job(id, record) if record is not None else None
+
+    def jobs(self, status: Status, *, limit: int = 50, offset: int = 0) -> list[Job]:
+        """List jobs of a status, newest first: by when they ended, or for those that have not, by when they were created."""
+        if status in ("pending", "processing"):
+            ids = self._unended_ids(status, offset + limit)[offset:]
+        else:
+            ids = [id.decode() for id in self._read(("ZREVRANGE", getattr(self.keys, status), offset, offset + limit - 1))[0]]
+        records = self._read(("MGET", *map(self.keys.job, ids)))[0] if ids else []
+        found = (_job(id, record) for id, record in zip(ids, records, strict=True) if record)
+        return [job for job in found if job.status == status]
+
+    def _unended_ids(self, status: str, most: int) -> list[str]:
+        if status == "pending":
+            names = self.queues()
+            lists = [self.keys.jobs(name) for name in names]
+        else:
+            lists = [self.keys.proc(worker.decode()) for worker in self._read(("SMEMBERS", self.keys.workers))[0]]
+        found = self._read(
+            *(("LRANGE", key, 0, most - 1) for key in lists),
+            *([("ZREVRANGE", self.keys.delayed, 0, most - 1)] if status == "pending" else []),
+        )
+        texts = {id.decode("ascii", "replace") for ids in found for id in ids}
+        return sorted((id for id in texts if ID.fullmatch(id)), reverse=True)[:most]
+
+    def queues(self) -> list[str]:
+        """The names of all queues that ever had a job."""
+        return sorted(self.stats()["queues"])
+
+    def stats(self) -> dict[str, Any]:
+        """Count the jobs of every status, each queue's own, and the workers that are alive. `pending` includes the delayed ones.
+
+        `total` counts since the beginning what the others forget when records end their time.
+        """
+        indexes = ("delayed", "completed", "failed", "cancelled")
+        counts, workers, *sizes = self._read(
+            ("HGETALL", self.keys.counts),
+            ("SMEMBERS", self.keys.workers),
+            *(("ZCARD", getattr(self.keys, index)) for index in indexes),
+        )
+        now = {key.decode(): int(value) for key, value in zip(counts[::2], counts[1::2], strict=True)}
+        names = sorted({key.partition(":")[2] for key in now if ":" in key})
+        queues = {name: {state: now.get(f"{state}:{name}", 0) for state in ("pending", "processing")} for name in names}
+        leases = [self.keys.lease(worker.decode()) for worker in workers]
+        return {
+            "pending": sum(queue["pending"] for queue in queues.values()),
+            "processing": sum(queue["processing"] for queue in queues.values()),
+            **dict(zip(indexes, sizes, strict=True)),
+            "workers": self._read(("EXISTS", *leases))[0] if leases else 0,
+            "queues": queues,
+            "total": {status: now.get(status, 0) for status in ("completed", "failed", "cancelled")},
+        }
+
+    def workers(self) -> list[dict[str, Any]]:
+        """List the registered workers: id, host, pid, queues, concurrency, startedAt, alive, lastHeartbeat and current jobs."""
+        ids = sorted(worker.decode() for worker in self._read(("SMEMBERS", self.keys.workers))[0])
+        keys = [key for id in ids for key in (self.keys.worker(id), self.keys.lease(id))]
+        found = self._read(("MGET", *keys))[0] if keys else []
+        listed = []
+        for id, about, lease in zip(ids, found[::2], found[1::2], strict=True):
+            sign = msgspec.json.decode(lease) if lease else {}
+            if about:
+                known = msgspec.json.decode(about)
+                at = sign.get("at", known["startedAt"] if lease else 0)
+                listed.append({"id": id, **known, "alive": bool(lease), "lastHeartbeat": at, "jobs": sign.get("jobs", [])})
+        return listed
