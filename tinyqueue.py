@@ -17,17 +17,17 @@ States
 
 Transitions. Each is one WATCH / MULTI / EXEC: two round trips however many jobs it moves, and no Lua.
 
-    verb        from -> to                      watches           only if                       writes
-    enqueue     nothing -> pending              -                 -                             record, list or delayed, bell
-    take        (list to list)                  -                 -                             RPOPLPUSH jobs -> proc, SADD workers
-    start       pending -> processing           worker, records   registered; pending and due   records: attempts + 1, worker = me
-    complete    processing -> completed         worker, records   registered                    record, proc, completed
-    fail        processing -> pending, failed   worker, records   registered                    record, proc, delayed or failed
-    release     processing -> pending           worker, records   registered                    record, proc, head of jobs, bell
-    promote     (delayed to list)               -                 runAt has come                delayed, jobs, bell
-    reap        processing -> pending, failed   worker, lease   lease gone; nothing newly taken  worker, record, proc, head of jobs
-    cancel      pending -> cancelled            record            pending                       record, delayed, cancelled
-    retry       failed, cancelled -> pending    record            failed or cancelled           record, failed, cancelled, jobs, bell
+    verb       from -> to                     watches              only if                      writes
+    enqueue    nothing -> pending             -                    -                            record, list or delayed, bell
+    take       (list to list)                 -                    -                            RPOPLPUSH jobs -> proc, workers
+    start      pending -> processing          worker, records      registered; pending and due  record: attempts + 1, worker
+    complete   processing -> completed        worker, records      registered                   record, proc, completed
+    fail       processing -> pending, failed  worker, records      registered                   record, proc, delayed or failed
+    release    processing -> pending          worker, records      registered                   record, proc, head of list, bell
+    promote    (delayed to list)              -                    runAt has come               delayed, list, bell
+    reap       processing -> pending, failed  worker, lease, proc  lease gone                   worker, proc, record, head of list
+    cancel     pending -> cancelled           record               pending                      record, delayed, cancelled
+    retry      failed, cancelled -> pending   record               failed or cancelled          record, failed, list, bell
 
     dequeue is take, then start. complete, fail and release are all written by settle, many in one transaction.
 
@@ -152,6 +152,8 @@ class Retry(Exception):
     """Raised by a handler: this attempt is over, try again `after` seconds (by default after the usual backoff)."""
 
     def __init__(self, reason: str = "asked to be retried", *, after: float | None = None) -> None:
+        if after is not None and not 0 <= after <= MAX_DELAY:
+            raise ValueError(f"Retry: after must be a number of seconds from 0 to {MAX_DELAY}")
         super().__init__(reason)
         self.after = after
 
@@ -730,6 +732,13 @@ def _ask(connection: Any, commands: Sequence[Command]) -> list[Any]:
     return [connection.read_response() for _ in commands]
 
 
+def _unfailed(replies: list[Any]) -> list[Any]:
+    """Pass the replies of an EXEC on, unless one of its commands failed: the others were applied all the same."""
+    if errors := [reply for reply in replies if isinstance(reply, Exception)]:
+        raise _explained(errors[0])
+    return replies
+
+
 class Outcome(NamedTuple):
     """What became of a started job. `after`: seconds until the next attempt of a failed one, None for none."""
 
@@ -759,8 +768,8 @@ class Queue:
             "failed": int(keep_failed * 1000),
             "cancelled": int(keep_failed * 1000),
         }
-        self.last_contact = time.monotonic()
-        self.last_trouble = -1e9
+        self.last_contact = time.monotonic()  # when Redis last did what it was asked
+        self.last_trouble = time.monotonic()  # when it last did not; before it was first asked, nobody knows
 
     @classmethod
     def from_url(cls, url: str, *, connections: int = 100, tls_verify: bool = True, **options: Any) -> Queue:
@@ -799,8 +808,10 @@ class Queue:
             if connection and not isinstance(error, TinyQueueError):
                 connection.disconnect()
             if isinstance(error, redis.RedisError | OSError):
-                self.last_trouble = time.monotonic()
-                raise _explained(error) from error
+                explained = _explained(error)
+                if isinstance(explained, Unavailable):
+                    self.last_trouble = time.monotonic()
+                raise explained from error
             raise
         finally:
             if connection:
@@ -837,8 +848,7 @@ class Queue:
                 trouble.doubtful = again
                 raise
             if done is not None:
-                if errors := [reply for reply in done if isinstance(reply, Exception)]:
-                    raise _explained(errors[0])
+                _unfailed(done)
                 return result
         raise Unavailable("busy", "others kept changing the same keys", doubtful=again)
 
@@ -916,7 +926,7 @@ class Queue:
         def body(tx: Transaction) -> list[Job]:
             if not jobs or (tx.again and tx.read(("EXISTS", self.keys.job(jobs[0].id)))[0]):
                 return list(jobs)
-            tx.write("MSET", *records)
+            tx.write("MSETNX", *records)  # an EXEC that was given up for lost and arrives late must not reset a job that ran
             for name, ids in waiting.items():
                 tx.write("LPUSH", self.keys.jobs(name), *ids)
                 self._ring(tx, name, len(ids))
@@ -948,10 +958,10 @@ class Queue:
 
         return self._transact((), body)
 
-    def wait(self, names: Sequence[str], seconds: float = BLOCK) -> None:
-        """Wait until a job may have come to one of the queues, or the time is up. Takes nothing but a wake-up token."""
+    def wait(self, names: Sequence[str], seconds: float = BLOCK) -> bool:
+        """Wait until a job may have come to one of the queues: True, or the time is up. Takes nothing but a wake-up token."""
         with self._connection() as connection:
-            _ask(connection, [("BLPOP", *map(self.keys.bell, names), seconds)])
+            return _ask(connection, [("BLPOP", *map(self.keys.bell, names), seconds)])[0] is not None
 
     def waiting(self, names: Sequence[str]) -> int:
         """Count the entries of the queues' lists, cancelled ones included: a cheap look before a take."""
@@ -960,14 +970,15 @@ class Queue:
     def take(self, worker: str, names: Sequence[str], most: int) -> list[bytes]:
         """Move up to `most` ids from the queues, in strict order of the queues, to the worker's own list.
 
-        Each move is atomic by itself. If the reply is lost the ids lie in that list, where `adopt` finds them. The worker's id goes
-        into the set of workers along with every take: even one that slept through its own reaping can hide nothing.
+        If the reply is lost the ids lie in that list, where `adopt` finds them. The worker's id goes into the set of workers in the
+        same transaction: even one that slept through its own reaping can hide nothing.
         """
         taken: list[bytes] = []
         for name in names:
             move = ("RPOPLPUSH", self.keys.jobs(name), self.keys.proc(worker))
-            replies = self._read(("SADD", self.keys.workers, worker), *[move] * (most - len(taken)))
-            taken += [id for id in replies[1:] if id is not None]
+            moves = [move] * (most - len(taken))
+            done = self._read(("MULTI",), ("SADD", self.keys.workers, worker), *moves, ("EXEC",))[-1]
+            taken += [id for id in _unfailed(done)[1:] if id is not None]
             if len(taken) == most:
                 break
         return taken
@@ -1010,7 +1021,10 @@ class Queue:
                 tx.write("MSET", *changed)
             return started
 
-        return self._transact([registration, *record_keys], body)
+        started = self._transact([registration, *record_keys], body)
+        for job in started:
+            job.__dict__["_queue"] = self  # for set_progress
+        return started
 
     def _started(self, tx: Transaction, job: Job, worker: str) -> Job:
         job.status, job.worker = "processing", worker
@@ -1028,10 +1042,10 @@ class Queue:
         elif job and job.error and job.error.type == UNREADABLE:
             self._end(tx, msgspec.structs.replace(job), "failed")
 
-    def dequeue(self, worker: str, names: Sequence[str], most: int = 1) -> list[Job]:
-        """Take and start up to `most` jobs. Nothing there: an empty list."""
+    def dequeue(self, worker: str, names: Sequence[str], most: int = 1, held: Mapping[str, int] | None = None) -> list[Job]:
+        """Take and start up to `most` jobs; `held` as for `start`. Nothing there: an empty list."""
         ids = self.take(worker, names, most)
-        return self.start(worker, ids) if ids else []
+        return self.start(worker, ids, held) if ids else []
 
     def adopt(self, worker: str, held: Collection[str]) -> list[bytes]:
         """List the ids in the worker's own list that it does not know of, because a reply was lost: to be started.
