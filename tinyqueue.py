@@ -61,6 +61,7 @@ import importlib
 import inspect
 import json
 import logging
+import math
 import os
 import random
 import re
@@ -165,6 +166,9 @@ class Discard(Exception):
 class TimedOut(BaseException):
     """Raised in a handler that has run past its timeout. A BaseException, so that `except Exception` does not swallow it."""
 
+    def __str__(self) -> str:
+        return "the handler ran past its timeout"
+
 
 # Settings -------------------------------------------------------------------------------------------------------------
 # One table for the environment, `--help` and the README. An empty variable counts as unset.
@@ -173,11 +177,11 @@ PLAIN_NAMES = {"redis_url", "host", "port", "worker_concurrency", "web_concurren
 PLATFORMS = re.compile("DYNO|RENDER|K_SERVICE|FLY_APP_NAME|VERCEL|RAILWAY_.*|AWS_LAMBDA_.*")
 
 
-def _variable(field: str) -> str:
+def variable(field: str) -> str:
     return field.upper() if field in PLAIN_NAMES else f"TINYQUEUE_{field.upper()}"
 
 
-class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, rename=_variable):
+class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, rename=variable):
     """Every tunable. `Settings.read()` makes one from the environment."""
 
     redis_url: Annotated[str, Meta(description="where the jobs are; without it: embedded, nothing is kept")] = ""
@@ -213,7 +217,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
             environ = {**{k: v or "" for k, v in dotenv_values(".env").items()}, **os.environ}
         names = {field.encode_name for field in msgspec.structs.fields(cls)}
         raw = {k: v for k, v in environ.items() if v and (k in names or k.startswith("TINYQUEUE_"))}
-        raw |= {_variable(k): v for k, v in overrides.items() if v is not None}
+        raw |= {variable(k): v for k, v in overrides.items() if v is not None}
         if unknown := sorted(raw.keys() - names):
             raise SettingsError(f"{unknown[0]} is not a setting; there are {', '.join(sorted(names))}")
         try:
@@ -228,9 +232,15 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 
     @classmethod
     def table(cls) -> list[tuple[str, str, str]]:
-        """List the settings as (variable, default, meaning), for `--help` and whoever checks the README."""
+        """List the settings as (variable, default, meaning), for whoever checks the README."""
         hints = typing.get_type_hints(cls, include_extras=True)
         return [(f.encode_name, str(f.default), hints[f.name].__metadata__[0].description) for f in msgspec.structs.fields(cls)]
+
+    @classmethod
+    def help(cls) -> str:
+        """The table as text for `--help`."""
+        lines = [f"  {name:<26} {text}{f' [{default}]' if default else ''}" for name, default, text in cls.table()]
+        return "\n".join(["Settings, from the environment or from .env here [and what they are without]:", *lines])
 
 
 class JSONFormatter(logging.Formatter):
@@ -448,6 +458,38 @@ def to_json(value: Any) -> bytes:
     return encoded
 
 
+def from_json(text: bytes) -> Any:
+    """Decode what a client sent, strictly; raises ValueError that says why it is not JSON.
+
+    Refused are other encodings than UTF-8, NaN and what else would become no number, a name given twice in one object (parsers
+    differ in which they take), and what is nested too deep to be a job with its payload.
+    """
+    try:
+        value = json.loads(text.decode(), object_pairs_hook=_object, parse_float=_number, parse_constant=_number)
+        if text.count(b"[") + text.count(b"{") > MAX_DEPTH and _depth(value) > MAX_DEPTH + 2:
+            raise RecursionError
+    except UnicodeDecodeError as error:
+        raise ValueError(f"not UTF-8: {error.reason} at byte {error.start}") from None
+    except RecursionError:
+        raise ValueError(f"nested deeper than {MAX_DEPTH} levels") from None
+    return value
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        twice = next(name for name, count in Counter(name for name, _ in pairs).items() if count > 1)
+        raise ValueError(f"the name {ascii(twice)[:100]} stands twice in one object")
+    return made
+
+
+def _number(text: str) -> float:
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError(f"{text[:100]} is no number that JSON can hold")
+    return number
+
+
 def _depth(value: Any) -> int:
     depth, level = 0, [value]
     while level := [v for v in level if isinstance(v, dict | list)]:
@@ -474,7 +516,7 @@ class Handler(Generic[P, A, R]):
         self.timeout: float | None = options["timeout"]
         self.backoff: float = options["backoff"]
         self.backoff_cap: float = options["backoff_cap"]
-        self.queue: str = _name("queue", options["queue"])
+        self.queue: str = check_name("queue", options["queue"])
         self.payload_type, self.wants_job = _signature(function)
         self._parse = msgspec.json.Decoder(self.payload_type).decode
 
@@ -520,7 +562,7 @@ def handler(
     `timeout` is in seconds (None: as long as it likes); attempt n is followed by a pause of `backoff` * 2 ** (n - 1) seconds and
     up to half as much again, at most `backoff_cap`. Mistakes raise TypeError or InvalidJob when the module is imported.
     """
-    _name("type", type)
+    check_name("type", type)
     if timeout is not None and not timeout > 0:
         raise TypeError(f"handler {type!r}: timeout must be above 0, or None")
     if not 0 < backoff <= backoff_cap:
@@ -574,7 +616,7 @@ def backoff(attempts: int, base: float = 1.0, cap: float = 300.0) -> float:
 # Checking what comes in -----------------------------------------------------------------------------------------------
 
 
-def _name(field: str, value: Any) -> str:
+def check_name(field: str, value: Any) -> str:
     if not isinstance(value, str) or not NAME.fullmatch(value):
         raise InvalidJob(field, "must be 1 to 100 of the characters A-Z a-z 0-9 . _ -")
     return value
@@ -761,7 +803,7 @@ class Queue:
         keep_completed: float = 86400,
         keep_failed: float = 604800,
     ) -> None:
-        self.pool, self.keys, self.clock = pool, Keys(_name("namespace", namespace)), Clock()
+        self.pool, self.keys, self.clock = pool, Keys(check_name("namespace", namespace)), Clock()
         self.lease_ms, self.lease = int(lease * 1000), lease
         self.keep_ms = {
             "completed": int(keep_completed * 1000),
@@ -874,7 +916,7 @@ class Queue:
 
         What is left out comes from the handler's declaration, if this process knows one. Asks Redis for the time at most.
         """
-        known = HANDLERS.get(_name("type", type))
+        known = HANDLERS.get(check_name("type", type))
         try:
             encoded = to_json(payload)
         except ValueError as error:
@@ -888,7 +930,7 @@ class Queue:
             type=type,
             payload=payload,
             max_attempts=attempts or (known.max_attempts if known else 3),
-            queue=_name("queue", queue) if queue is not None else (known.queue if known else "default"),
+            queue=check_name("queue", queue) if queue is not None else (known.queue if known else "default"),
         )
         if delay is not None and run_at is not None:
             raise InvalidJob("delay", "must not be given together with runAt")
@@ -1042,10 +1084,10 @@ class Queue:
         elif job and job.error and job.error.type == UNREADABLE:
             self._end(tx, msgspec.structs.replace(job), "failed")
 
-    def dequeue(self, worker: str, names: Sequence[str], most: int = 1, held: Mapping[str, int] | None = None) -> list[Job]:
-        """Take and start up to `most` jobs; `held` as for `start`. Nothing there: an empty list."""
+    def dequeue(self, worker: str, names: Sequence[str], most: int = 1) -> list[Job]:
+        """Take and start up to `most` jobs. Nothing there: an empty list."""
         ids = self.take(worker, names, most)
-        return self.start(worker, ids, held) if ids else []
+        return self.start(worker, ids) if ids else []
 
     def adopt(self, worker: str, held: Collection[str]) -> list[bytes]:
         """List the ids in the worker's own list that it does not know of, because a reply was lost: to be started.

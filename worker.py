@@ -1,0 +1,666 @@
+"""The worker process, and the operator's command line.
+
+    python worker.py           run jobs until SIGTERM or SIGINT
+    python worker.py --help    everything else
+
+Threads of a worker. Each method of Worker says which of them runs it.
+
+    main      waits for a signal, and watches that the others make progress
+    taker     waits for a free slot, then takes as many jobs as slots are free; nothing there: waits for the bell
+    slots     run handlers: a job from the inbox, what became of it into the outbox
+    settler   writes all outcomes that have piled up while it wrote the last ones, in one transaction
+    keeper    heartbeat, promote, reap, trim, and the time-outs of handlers
+
+A slot is free when its handler has returned, and no job is taken ahead of a free slot: a long job never holds up a short one.
+Stopping has three strengths: quiet (take nothing more), drain (let the handlers end, for a time), release (hand back the rest).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import itertools
+import logging
+import os
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from datetime import UTC, datetime
+from queue import Empty, SimpleQueue
+from typing import Any, Literal, NoReturn
+
+import click
+import msgspec
+
+from tinyqueue import (
+    BLOCK,
+    HANDLERS,
+    MAX_JOBS,
+    MAX_RESULT,
+    PROMOTED,
+    Corrupted,
+    Discard,
+    Failure,
+    InvalidJob,
+    Job,
+    Outcome,
+    Queue,
+    Reaped,
+    Retry,
+    Settings,
+    SettingsError,
+    TimedOut,
+    TinyQueueError,
+    Unavailable,
+    UnknownType,
+    __version__,
+    backoff,
+    check_name,
+    from_json,
+    load_handlers,
+    set_up_logging,
+    to_json,
+    variable,
+)
+
+log = logging.getLogger("tinyqueue.worker")
+
+TICK = 0.25  # seconds between two looks at the handlers' time-outs
+GRACE = 5.0  # seconds that a handler has to end after its time-out was raised in it
+PROMOTE_EVERY = 1.0  # seconds; a delayed job starts that much late at most
+TRIM_EVERY = 30.0
+REAP_EVERY = 5.0
+LAST_WRITE = 4.0  # seconds for the last outcomes after the drain: 25 + 4 stays below the 30 that platforms give
+NEW_HANDLER = 10.0  # seconds, doubling, until a type that this worker does not know is tried again: another may know it
+EXIT_BROKEN = 70  # EX_SOFTWARE: the process cannot do its work and wants to be restarted
+
+
+# Running one job ------------------------------------------------------------------------------------------------------
+
+
+def run_job(job: Job) -> Outcome:
+    """Run a started job's handler and tell what became of it. Nothing that a handler does or raises gets out of here."""
+    try:
+        if job.type not in HANDLERS:
+            raise UnknownType(job.type, sorted(HANDLERS))
+        result = HANDLERS[job.type].run(job)
+        return Outcome(job, "complete", result=None if result is None else _storable(result))
+    except BaseException as error:  # also SystemExit, KeyboardInterrupt, TimedOut: an attempt has failed, and nothing else
+        return _failed(job, error)
+
+
+def _storable(result: Any) -> msgspec.Raw:
+    """Encode a result at once: the handler may go on changing it. One that cannot be stored fails the job for good: it has run."""
+    try:
+        encoded = to_json(result)
+    except ValueError as error:
+        raise Discard(f"the result {error}") from None
+    if len(encoded) > MAX_RESULT:
+        raise Discard(f"the result is longer than {MAX_RESULT} bytes of JSON: store it elsewhere and return where")
+    return msgspec.Raw(encoded)
+
+
+def _failed(job: Job, error: BaseException) -> Outcome:
+    known = HANDLERS.get(job.type)
+    after: float | None = backoff(job.attempts, known.backoff, known.backoff_cap) if known else backoff(job.attempts, NEW_HANDLER)
+    if isinstance(error, Retry) and error.after is not None:
+        after = error.after
+    elif isinstance(error, Discard):
+        after = None
+    return Outcome(job, "fail", error=Failure.of(error, _traceback(error)), after=after)
+
+
+def _traceback(error: BaseException) -> str:
+    """Format an error's traceback from the handler's own frames on."""
+    frames = error.__traceback__
+    while frames and frames.tb_frame.f_globals.get("__name__") in (__name__, "tinyqueue"):
+        frames = frames.tb_next
+    try:
+        return "".join(traceback.format_exception(type(error), error, frames)) if frames else ""
+    except Exception:  # its own __str__ may raise
+        return ""
+
+
+def _raise_in(thread: int, error: type[BaseException] | None) -> None:
+    """Have a thread raise an exception at its next line of Python; None takes one back that it has not raised yet."""
+    ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), ctypes.py_object(error) if error else None)
+
+
+class Slot:
+    """One thread that runs handlers, one job at a time.
+
+    `lock` decides who ends a job: the handler by returning, or somebody who gives it up. Only one of them gets it.
+    """
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.thread, self.process = threading.get_ident(), os.getpid()
+        self.job: Job | None = None
+        self.deadline = float("inf")
+        self.interrupted = False
+
+    def run(self, job: Job) -> Outcome | None:
+        """Run a job (slot thread). None if it was given up meanwhile: its outcome is nobody's then, and this thread must end."""
+        timeout = HANDLERS[job.type].timeout if job.type in HANDLERS else None
+        with self.lock:
+            self.job, self.interrupted = job, False
+            self.deadline = time.monotonic() + timeout if timeout else float("inf")
+        try:
+            outcome = run_job(job)
+            if os.getpid() != self.process:
+                os._exit(0)  # the handler has forked, and this is the child: it must not act as a second worker
+            return outcome if self._end() else None
+        except TimedOut as error:  # it came between the handler's last line and the end of _end
+            return _failed(job, error) if self._end() else None
+
+    def _end(self) -> bool:
+        with self.lock:
+            if self.interrupted:  # and maybe not raised yet: from here on it must not be
+                _raise_in(self.thread, None)
+            job, self.job = self.job, None
+            return job is not None
+
+    def interrupt(self, now: float) -> None:
+        """Raise TimedOut in a handler that has run past its time (keeper)."""
+        with self.lock:
+            if self.job and not self.interrupted and now > self.deadline:
+                self.interrupted = True
+                _raise_in(self.thread, TimedOut)
+
+    def stuck(self, now: float) -> bool:
+        """Whether the handler has not ended although TimedOut was raised in it."""
+        return self.job is not None and self.interrupted and now > self.deadline + GRACE
+
+    def give_up(self) -> Job | None:
+        """Take the job from a handler that cannot be stopped; None if it has just ended (keeper, main)."""
+        with self.lock:
+            job, self.job = self.job, None
+            return job
+
+
+# The worker -----------------------------------------------------------------------------------------------------------
+
+Order = Literal["drain", "release", "broken"]
+
+
+class Worker:
+    """Runs the jobs of some queues until it is told to stop. `run` returns the exit code of the process."""
+
+    def __init__(self, queue: Queue, settings: Settings, names: Sequence[str] = ("default",), burst: bool = False) -> None:
+        self.queue, self.settings, self.names, self.burst = queue, settings, names, burst
+        self.id = ""  # under which it is registered; empty: not yet, or no longer
+        self.held: dict[str, Job] = {}  # started and not settled
+        self.lock = threading.Lock()  # for the two together
+        self.orders: SimpleQueue[Order] = SimpleQueue()  # its put may be called in a signal handler, unlike Event.set
+        self.free: SimpleQueue[None] = SimpleQueue()  # an entry for each slot that waits for a job
+        self.inbox: SimpleQueue[Job | None] = SimpleQueue()
+        self.outbox: SimpleQueue[Outcome | None] = SimpleQueue()
+        self.pool = ThreadPoolExecutor(2 * settings.worker_concurrency, "slot")  # twice: for those that replace stuck ones
+        self.slots: list[Slot] = []
+        self.stuck: list[Slot] = []
+        self.quiet = threading.Event()  # take nothing more
+        self.over = threading.Event()
+        self.adopt_at = 0.0
+        self.all_busy = False
+        self.took_at = time.monotonic()  # when the taker last got an answer, be it that there is nothing
+        self.complained: dict[str, float] = {}
+
+    # Main -------------------------------------------------------------------------------------------------------------
+
+    def run(self) -> int:
+        """Work until an order to stop comes, then stop. Exit code 0: every job was finished or handed back."""
+        log.info("worker starts: %d slots, queues: %s", self.settings.worker_concurrency, ", ".join(self.names))
+        for _ in range(self.settings.worker_concurrency):
+            self._open_slot()
+        taker, settler, keeper = (
+            threading.Thread(target=self._guard, args=(duty,), name=name, daemon=True)
+            for name, duty in (("taker", self._take_jobs), ("settler", self._settle_outcomes), ("keeper", self._keep))
+        )
+        for thread in (taker, settler, keeper):
+            thread.start()
+        order = self._wait_for_order()
+        self.quiet.set()
+        self.free.put(None)  # wakes a taker that waits for a slot
+        log.info("worker stops (%s): %d jobs are running", order, len(self.held))
+        self._drain(order, taker)
+        return self._leave(order, settler)
+
+    def _guard(self, duty: Callable[[], None]) -> None:
+        """Run a thread; should it die of a defect, the worker stops: what it held comes back with its lease."""
+        try:
+            duty()
+        except BaseException:
+            log.critical("the %s died of a defect", threading.current_thread().name, exc_info=True)
+            self.orders.put("broken")
+
+    def _wait_for_order(self) -> Order:
+        while True:
+            with suppress(Empty):
+                return self.orders.get(timeout=TICK)
+            self._time_out()
+            if trouble := self._hung():
+                log.critical("%s: giving up, for a restart may help", trouble)
+                return "broken"
+
+    def _hung(self) -> str:
+        now, limit = time.monotonic(), self.settings.watchdog
+        if now - self.queue.last_contact > limit:
+            return f"no contact with Redis for {limit} s"
+        if not self.all_busy and now - self.took_at > limit:
+            return f"slots are free, but no jobs could be taken for {limit} s"
+        return ""
+
+    def _time_out(self) -> None:
+        """See to handlers that run past their time. Done by the main thread: it never waits for Redis."""
+        now = time.monotonic()
+        for slot in tuple(self.slots):
+            slot.interrupt(now)
+            if slot.stuck(now) and (job := slot.give_up()):
+                log.error("job %s of type %s does not stop; its thread is given up", job.id, job.type)
+                self.outbox.put(_failed(job, TimedOut()))
+                self.slots.remove(slot)
+                self.stuck.append(slot)
+                if len(self.stuck) >= self.settings.worker_concurrency:
+                    self.orders.put("broken")
+                else:
+                    self._open_slot()
+
+    def _open_slot(self) -> None:
+        self.pool.submit(self._work)
+        self.free.put(None)
+
+    def _drain(self, order: Order, taker: threading.Thread) -> None:
+        """Let the handlers end until time is up or a second SIGINT says so; then hand back what still runs."""
+        deadline = time.monotonic() + self.settings.shutdown_timeout
+        while (taker.is_alive() or self.held) and order == "drain" and time.monotonic() < deadline:
+            with suppress(Empty):
+                order = self.orders.get(timeout=0.02)
+            self._time_out()
+        deadline = time.monotonic() + LAST_WRITE
+        while (taker.is_alive() or self.held) and time.monotonic() < deadline:
+            self._hand_back()
+            time.sleep(0.02)
+
+    def _hand_back(self) -> None:
+        """Release what nobody has begun and what still runs. A handler goes on until the process ends, but it is not heard."""
+        with suppress(Empty):
+            while job := self.inbox.get_nowait():
+                self.outbox.put(Outcome(job, "release"))
+        for slot in tuple(self.slots):
+            if job := slot.give_up():
+                self.outbox.put(Outcome(job, "release"))
+
+    def _leave(self, order: Order, settler: threading.Thread) -> int:
+        self.over.set()
+        self.outbox.put(None)
+        settler.join(LAST_WRITE)
+        for _ in self.slots:
+            self.inbox.put(None)
+        self.pool.shutdown(wait=False)
+        with suppress(TinyQueueError):
+            if self.id:
+                self.queue.deregister(self.id)
+        if self.held:
+            log.error("Redis did not take what became of %d jobs: they run again when the lease ends", len(self.held))
+        log.info("worker has stopped")
+        return EXIT_BROKEN if order == "broken" else int(bool(self.held))
+
+    # Taker ------------------------------------------------------------------------------------------------------------
+
+    def _take_jobs(self) -> None:
+        free = failures = 0
+        while not self.quiet.is_set():
+            free += self._free_slots(wait=not free)
+            worker = self.id
+            try:
+                worker = worker or self._register()
+                taken, jobs = self._next_jobs(worker, free)
+                emptied = taken < free
+                free -= len(jobs)
+                for job in jobs:
+                    self.inbox.put(job)
+                self.took_at, failures = time.monotonic(), 0
+                if emptied:
+                    self._wait_for_bell(worker)
+            except Reaped:
+                self._forget_all(worker)
+            except TinyQueueError as trouble:
+                self.adopt_at = 0.0
+                failures += 1
+                self._complain("take jobs", trouble)
+                self.quiet.wait(backoff(failures, 0.1, 5.0))
+
+    def _free_slots(self, wait: bool) -> int:
+        """Count the slots that have become free; with `wait` at least one, or else there is the order to be quiet."""
+        count = 0
+        if wait:
+            self.all_busy = True
+            self.free.get()
+            self.all_busy, count, self.took_at = False, 1, time.monotonic()
+        with suppress(Empty):
+            while True:
+                self.free.get_nowait()
+                count += 1
+        return count
+
+    def _register(self) -> str:
+        worker = self.queue.register(self.names, self.settings.worker_concurrency)
+        with self.lock:
+            self.id = worker
+        log.info("registered as worker %s", worker)
+        return worker
+
+    def _next_jobs(self, worker: str, free: int) -> tuple[int, list[Job]]:
+        """Take and start jobs for the free slots. Tells how many ids were taken, too: fewer than asked means empty queues."""
+        with self.lock:  # before the lists are read: what is settled after that was known
+            held = {id: job.attempts for id, job in self.held.items()}
+        ids: list[bytes] = []
+        if time.monotonic() >= self.adopt_at:
+            ids = self.queue.adopt(worker, held)[:free]
+            self.adopt_at = time.monotonic() + self.queue.lease if len(ids) < free else 0.0
+        if len(ids) < free:
+            ids += self.queue.take(worker, self.names, free - len(ids))
+        jobs = self.queue.start(worker, ids, held) if ids else []
+        with self.lock:
+            self.held.update((job.id, job) for job in jobs)
+        return len(ids), jobs
+
+    def _wait_for_bell(self, worker: str) -> None:
+        """Wait until there may be something to take. A look at the lists after each wait makes up for a bell that was lost."""
+        while not self.quiet.is_set() and time.monotonic() < self.adopt_at and self.id == worker:
+            if self.burst and not self.queue.promote() and not self.held and not self.queue.waiting(self.names):
+                self.orders.put("drain")
+                return
+            if self.queue.wait(self.names, 0.1 if self.burst else BLOCK) or self.queue.waiting(self.names):
+                return
+            self.took_at = time.monotonic()
+
+    # Slots ------------------------------------------------------------------------------------------------------------
+
+    def _work(self) -> None:
+        slot = Slot()
+        self.slots.append(slot)
+        while job := self.inbox.get():
+            outcome = slot.run(job)
+            if outcome is None:
+                if slot in self.stuck:
+                    self.stuck.remove(slot)
+                return
+            self.outbox.put(outcome)
+            self.free.put(None)
+
+    # Settler ----------------------------------------------------------------------------------------------------------
+
+    def _settle_outcomes(self) -> None:
+        last = False
+        while not last:
+            batch = [self.outbox.get()]
+            with suppress(Empty):
+                while len(batch) < MAX_JOBS:
+                    batch.append(self.outbox.get_nowait())
+            last = None in batch
+            self._settle([outcome for outcome in batch if outcome])
+
+    def _settle(self, outcomes: list[Outcome]) -> None:
+        """Write outcomes, however long that takes. Those of a registration that was reaped are dropped: their jobs run again."""
+        failures, again, worker = 0, False, self.id
+        while ours := [outcome for outcome in outcomes if outcome.job.worker == self.id]:
+            worker = self.id
+            try:
+                self.queue.settle(worker, ours, again)
+                break
+            except Reaped:
+                self._forget_all(worker)
+            except Unavailable as trouble:
+                again = again or trouble.doubtful
+                failures += 1
+                self._complain("write outcomes", trouble)
+                if self.over.wait(backoff(failures, 0.1, 5.0)):
+                    return
+            except Corrupted as trouble:  # a key of the wrong type; everything else of the transaction was applied
+                log.error("outcomes were written but for this: %s", trouble)
+                break
+        self._settled(outcomes, worker)
+
+    def _settled(self, outcomes: list[Outcome], worker: str) -> None:
+        with self.lock:
+            for outcome in outcomes:
+                if self.held.get(outcome.job.id) is outcome.job:
+                    del self.held[outcome.job.id]
+        for outcome in outcomes if log.isEnabledFor(logging.INFO) else ():
+            _log_outcome(outcome, outcome.job.worker == worker)
+
+    def _forget_all(self, worker: str) -> None:
+        """Take note that this worker was thought dead: its jobs are others' now (taker, settler, keeper)."""
+        with self.lock:
+            if worker and self.id == worker:
+                log.warning("worker %s was cut off for longer than its lease; its %d jobs were given away", worker, len(self.held))
+                self.id = ""
+                self.held.clear()
+
+    # Keeper -----------------------------------------------------------------------------------------------------------
+
+    def _keep(self) -> None:
+        lease = self.queue.lease
+        duties = {"heartbeat": lease / 3, "promote": PROMOTE_EVERY, "reap": min(lease / 6, REAP_EVERY), "trim": TRIM_EVERY}
+        due = dict.fromkeys(duties, 0.0)
+        while not self.over.wait(TICK):
+            for duty, every in duties.items():
+                if time.monotonic() >= due[duty]:
+                    due[duty] = time.monotonic() + every
+                    try:
+                        getattr(self, "_" + duty)()
+                    except TinyQueueError as trouble:
+                        self._complain(duty, trouble)
+
+    def _heartbeat(self) -> None:
+        if worker := self.id:
+            try:
+                self.queue.heartbeat(worker, list(self.held))
+            except Reaped:
+                self._forget_all(worker)
+
+    def _promote(self) -> None:
+        while self.queue.promote() >= PROMOTED and not self.over.is_set():
+            pass
+
+    def _reap(self) -> None:
+        """Bury workers whose lease is gone, but not within a lease of trouble with Redis: all others may just have had it, too."""
+        if time.monotonic() - self.queue.last_trouble < self.queue.lease:
+            return
+        for worker in self.queue.lost_workers():
+            if worker != self.id and (given := self.queue.reap(worker)):
+                log.warning("worker %s is lost; %d jobs that it held were given back", worker, given)
+
+    def _trim(self) -> None:
+        while self.queue.trim() >= MAX_JOBS and not self.over.is_set():
+            pass
+
+    def _complain(self, doing: str, trouble: TinyQueueError) -> None:
+        """Log trouble, the same at most every ten seconds (all threads)."""
+        what, now = f"cannot {doing}: {trouble}", time.monotonic()
+        if now - self.complained.get(what, -10.0) >= 10.0:
+            self.complained = {**{k: at for k, at in self.complained.items() if now - at < 10.0}, what: now}
+            log.warning("%s", what)
+
+
+def _log_outcome(outcome: Outcome, recorded: bool) -> None:
+    job = outcome.job
+    fields: dict[str, Any] = {"job": job.id, "type": job.type, "queue": job.queue, "attempt": job.attempts, "worker": job.worker}
+    text = f"{job.type} {job.id} attempt {job.attempts}/{job.max_attempts}"
+    if not recorded:
+        log.warning("lost %s: others have it now", text, extra={"fields": fields})
+    elif outcome.verb == "complete":
+        log.info("completed %s", text, extra={"fields": fields})
+    elif outcome.verb == "release":
+        log.info("released %s", text, extra={"fields": fields})
+    elif outcome.error:
+        error = " ".join(f"{outcome.error.type}: {outcome.error.message}".split())[:300]
+        again = outcome.after is not None and job.attempts < job.max_attempts
+        then = f"again in {outcome.after:.1f} s" if again else "no attempt is left"
+        log.warning("failed %s: %s; %s", text, error, then, extra={"fields": fields})
+
+
+# The command line -----------------------------------------------------------------------------------------------------
+
+
+def serve(worker: Worker) -> int:
+    """Run a worker in the main thread, under orders of the signals: SIGTERM and SIGINT drain, a second SIGINT releases."""
+    interrupts = itertools.count()
+
+    def obey(number: int, frame: Any) -> None:
+        worker.orders.put("release" if number == signal.SIGINT and next(interrupts) else "drain")
+
+    signal.signal(signal.SIGTERM, obey)
+    signal.signal(signal.SIGINT, obey)
+    return worker.run()
+
+
+def leave(code: int) -> NoReturn:
+    """End the process now: handlers that were given up, and threads that they started, would keep it alive."""
+    logging.shutdown()
+    with suppress(OSError, ValueError):
+        sys.stdout.flush()
+        sys.stderr.flush()
+    os._exit(code)
+
+
+def _meaning(field: str) -> str:
+    """A setting's help text with its variable and its default."""
+    return next(
+        f"{text[0].upper()}{text[1:]}.  [env: {name}; default: {default}]"
+        for name, default, text in Settings.table()
+        if name == variable(field)
+    )
+
+
+class Commands(click.Group):
+    """The commands, with errors of the queue as one line each: exit 2 for what the caller must mend, 1 for the rest."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except (SettingsError, InvalidJob) as error:
+            raise click.UsageError(str(error)) from None
+        except TinyQueueError as error:
+            raise click.ClickException(str(error)) from None
+
+
+@click.group(cls=Commands, invoke_without_command=True, epilog="\b\n" + Settings.help())
+@click.option("--concurrency", "worker_concurrency", type=int, help=_meaning("worker_concurrency"))
+@click.option(
+    "--queue",
+    "queues",
+    multiple=True,
+    metavar="NAME",
+    help="A queue to serve; repeat it, the first goes first.  [default: default]",
+)
+@click.option("--burst", is_flag=True, help="Run what is due, then exit.")
+@click.option("--shutdown-timeout", type=int, help=_meaning("shutdown_timeout"))
+@click.option("--log-format", help=_meaning("log_format"))
+@click.version_option(__version__)
+@click.pass_context
+def cli(ctx: click.Context, /, queues: tuple[str, ...], burst: bool, **overrides: Any) -> None:
+    """Run the jobs of TinyQueue, or look after them with one of the commands."""
+    settings = Settings.read(**overrides)
+    if not settings.redis_url:
+        raise SettingsError(
+            "REDIS_URL is not set, so there is nothing to work on. For web and worker in one process: python wsgi.py"
+        )
+    set_up_logging(settings)
+    ctx.obj = Queue.from_settings(settings)
+    if ctx.invoked_subcommand is None:
+        names = [check_name("queue", name) for name in queues] or ["default"]
+        load_handlers(settings.handlers)
+        leave(serve(Worker(ctx.obj, settings, names, burst)))
+
+
+@cli.command()
+@click.argument("type")
+@click.argument("payload")
+@click.option("--max-attempts", type=int, help="Starts of the handler at most.")
+@click.option("--queue", help="The queue to put it into.")
+@click.option("--delay", type=float, help="Seconds until it may start.")
+@click.option("--run-at", help="When it may start: ISO 8601 with a zone.")
+@click.pass_obj
+def enqueue(queue: Queue, /, type: str, payload: str, **options: Any) -> None:
+    """Submit a job of TYPE; PAYLOAD is JSON, or - for standard input. Prints its id."""
+    load_handlers(Settings.read().handlers)
+    if type not in HANDLERS:
+        raise UnknownType(type, sorted(HANDLERS))
+    try:
+        value = from_json(sys.stdin.buffer.read() if payload == "-" else payload.encode("utf-8", "surrogateescape"))
+    except ValueError as error:
+        raise click.UsageError(f"PAYLOAD is not JSON: {error}") from None
+    click.echo(queue.enqueue(type, value, **options).id)
+
+
+@cli.command()
+@click.argument("id")
+@click.pass_obj
+def get(queue: Queue, id: str) -> None:
+    """Show the job of that ID."""
+    _print(_there(queue.get(id), id).answer())
+
+
+@cli.command()
+@click.pass_obj
+def stats(queue: Queue) -> None:
+    """Count the jobs of every status and queue."""
+    _print(queue.stats())
+
+
+@cli.command()
+@click.option("--limit", type=click.IntRange(1, 1000), default=50, show_default=True)
+@click.pass_obj
+def failed(queue: Queue, limit: int) -> None:
+    """List the failed jobs, newest first: when, id, type, attempts, error."""
+    for job in queue.jobs("failed", limit=limit):
+        when = datetime.fromtimestamp(job.ended_at / 1000, UTC).strftime("%Y-%m-%d %H:%M:%SZ")
+        error = " ".join(f"{job.error.type}: {job.error.message}".split())[:100] if job.error else ""
+        click.echo(f"{when}  {job.id}  {job.type}  {job.attempts}/{job.max_attempts}  {error}")
+
+
+@cli.command()
+@click.argument("ids", nargs=-1, required=True, metavar="ID...")
+@click.pass_obj
+def retry(queue: Queue, ids: tuple[str, ...]) -> None:
+    """Revive failed or cancelled jobs with all their attempts."""
+    for id in ids:
+        _there(queue.retry(id), id)
+        click.echo(f"{id} pending")
+
+
+@cli.command()
+@click.argument("ids", nargs=-1, required=True, metavar="ID...")
+@click.pass_obj
+def cancel(queue: Queue, ids: tuple[str, ...]) -> None:
+    """Cancel pending jobs."""
+    for id in ids:
+        _there(queue.cancel(id), id)
+        click.echo(f"{id} cancelled")
+
+
+@cli.command()
+@click.pass_obj
+def workers(queue: Queue) -> None:
+    """Show the workers and what they run."""
+    _print(queue.workers())
+
+
+def _there(job: Job | None, id: str) -> Job:
+    if job is None:
+        raise click.ClickException(f"there is no job {id}")
+    return job
+
+
+def _print(value: Any) -> None:
+    click.echo(msgspec.json.format(msgspec.json.encode(value), indent=2))
+
+
+if __name__ == "__main__":
+    cli()
