@@ -79,6 +79,7 @@ from urllib.parse import urlsplit
 import msgspec
 import redis
 from dotenv import dotenv_values
+from hiredis import pack_command
 from msgspec import Meta
 from redis.backoff import NoBackoff
 from redis.retry import Retry as NoRetries
@@ -649,6 +650,7 @@ Command = tuple[Any, ...]
 SOCKET_TIMEOUT = 4.0  # seconds for a reply; above BLOCK with room for a slow answer
 CONNECT_TIMEOUT = 2.0
 BLOCK = 2.0  # seconds of one wait for the bell
+WARM = 1.0  # seconds after its last use that a connection is lent again without a look at it
 
 REASONS: tuple[tuple[type[Exception], str], ...] = (
     (redis.exceptions.BusyLoadingError, "loading"),
@@ -736,41 +738,54 @@ class Clock:
 
 
 class Transaction:
-    """One try of a transition: WATCH and its reads in one round trip, then MULTI, the writes and EXEC in another."""
+    """One try of a transition: WATCH and its reads in one round trip, then MULTI, the writes and EXEC in another.
+
+    What many jobs do to one key becomes one command: `gather`, `ring` and `count` collect it.
+    """
 
     def __init__(self, connection: Any, watch: Sequence[str], clock: Clock, again: bool) -> None:
         self._connection, self._watch, self._clock = connection, watch, clock
+        self.now = clock.now()
         self.again = again  # an earlier try sent its EXEC and lost the reply: look whether it was applied
-        self.writes: list[Command] = []
+        self._writes: list[Command] = []
+        self._gathered: dict[tuple[str, str], list[Any]] = {}
+        self._bells: Counter[str] = Counter()
         self._counts: Counter[str] = Counter()
-
-    @property
-    def now(self) -> int:
-        return self._clock.now()
 
     def read(self, *commands: Command) -> list[Any]:
         """Ask Redis. The first call takes WATCH along, and TIME when the clock wants it."""
         ahead: list[Command] = [("WATCH", *self._watch)] if self._watch else []
         self._watch = ()
-        if self._clock.stale:
-            replies = _ask(self._connection, [*ahead, ("TIME",), *commands])
-            self._clock.read(replies[len(ahead)])
-            return replies[len(ahead) + 1 :]
-        return _ask(self._connection, [*ahead, *commands])[len(ahead) :]
+        if not self._clock.stale:
+            return _ask(self._connection, [*ahead, *commands])[len(ahead) :]
+        replies = _ask(self._connection, [*ahead, ("TIME",), *commands])
+        self._clock.read(replies[len(ahead)])
+        self.now = self._clock.now()
+        return replies[len(ahead) + 1 :]
 
     def write(self, *command: Any) -> None:
-        self.writes.append(command)
+        self._writes.append(command)
+
+    def gather(self, command: str, key: str, *parts: Any) -> None:
+        """Append to the one command of that name for that key: LPUSH, RPUSH, ZADD, ZREM."""
+        self._gathered.setdefault((command, key), []).extend(parts)
+
+    def ring(self, bell: str) -> None:
+        self._bells[bell] += 1
 
     def count(self, field: str, by: int = 1) -> None:
         self._counts[field] += by
 
     def sealed(self, counts: str) -> list[Command]:
-        """All writes, the counted ones last."""
-        return self.writes + [("HINCRBY", counts, field, by) for field, by in self._counts.items() if by]
+        """All that is to be written; the bells last but for the counts, so that whoever they wake finds the jobs."""
+        commands = self._writes + [(*name, *parts) for name, parts in self._gathered.items()]
+        for bell, times in self._bells.items():
+            commands += [("LPUSH", bell, *["1"] * min(times, BELLS)), ("LTRIM", bell, 0, BELLS - 1)]
+        return commands + [("HINCRBY", counts, field, by) for field, by in self._counts.items() if by]
 
 
 def _ask(connection: Any, commands: Sequence[Command]) -> list[Any]:
-    connection.send_packed_command(connection.pack_commands(commands))
+    connection.send_packed_command([b"".join(map(pack_command, commands))])
     return [connection.read_response() for _ in commands]
 
 
@@ -810,6 +825,7 @@ class Queue:
             "failed": int(keep_failed * 1000),
             "cancelled": int(keep_failed * 1000),
         }
+        self._warm: list[tuple[Any, int, float]] = []  # connections just used: by which process, and when
         self.last_contact = time.monotonic()  # when Redis last did what it was asked
         self.last_trouble = time.monotonic()  # when it last did not; before it was first asked, nobody knows
 
@@ -843,21 +859,38 @@ class Queue:
         """Lend a connection. After any error but our own it is closed: no reply must be left on it for the next one."""
         connection = None
         try:
-            connection = self.pool.get_connection()
+            connection = self._checked_out()
             yield connection
-            self.last_contact = time.monotonic()
         except BaseException as error:
             if connection and not isinstance(error, TinyQueueError):
                 connection.disconnect()
+            self._cool_down(connection)
             if isinstance(error, redis.RedisError | OSError):
                 explained = _explained(error)
                 if isinstance(explained, Unavailable):
                     self.last_trouble = time.monotonic()
                 raise explained from error
             raise
-        finally:
-            if connection:
+        self.last_contact = time.monotonic()
+        self._warm.append((connection, os.getpid(), self.last_contact))
+
+    def _checked_out(self) -> Any:
+        """Take a connection: one used within the last second as it is, else one that the pool has looked at, which costs."""
+        with suppress(IndexError):
+            while True:
+                connection, process, used = self._warm.pop()
+                if process == os.getpid() and time.monotonic() - used < WARM:
+                    return connection
                 self.pool.release(connection)
+        return self.pool.get_connection()
+
+    def _cool_down(self, connection: Any) -> None:
+        """Give all connections back to the pool after trouble, for what befell one may have befallen others."""
+        if connection:
+            self.pool.release(connection)
+        with suppress(IndexError):
+            while True:
+                self.pool.release(self._warm.pop()[0])
 
     def _read(self, *commands: Command) -> list[Any]:
         with self._connection() as connection:
@@ -873,16 +906,17 @@ class Queue:
             sent = False
             try:
                 with self._connection() as connection:
-                    try_ = Transaction(connection, watch, self.clock, again)
+                    tx, writes = Transaction(connection, watch, self.clock, again), []
                     try:
-                        result = body(try_)
+                        result = body(tx)
+                        writes = tx.sealed(self.keys.counts)
                     finally:
-                        if watch and not try_.writes:
+                        if watch and not writes:
                             _ask(connection, [("UNWATCH",)])
-                    if not try_.writes:
+                    if not writes:
                         return result
                     sent = True
-                    done = _ask(connection, [("MULTI",), *try_.sealed(self.keys.counts), ("EXEC",)])[-1]
+                    done = _ask(connection, [("MULTI",), *writes, ("EXEC",)])[-1]
             except Unavailable as trouble:
                 if sent and trouble.reason in ("timeout", "unreachable"):
                     again = True
@@ -958,31 +992,26 @@ class Queue:
         """
         if len(jobs) > MAX_JOBS:
             raise InvalidJob("jobs", f"must be at most {MAX_JOBS} at a time")
-        waiting: dict[str, list[str]] = {}
-        for job in jobs:
-            if not job.run_at:
-                waiting.setdefault(job.queue, []).append(job.id)
-        delayed = [part for job in jobs if job.run_at for part in (job.run_at, job.id)]
         records = [part for job in jobs for part in (self.keys.job(job.id), _record(job))]
 
         def body(tx: Transaction) -> list[Job]:
             if not jobs or (tx.again and tx.read(("EXISTS", self.keys.job(jobs[0].id)))[0]):
                 return list(jobs)
             tx.write("MSETNX", *records)  # an EXEC that was given up for lost and arrives late must not reset a job that ran
-            for name, ids in waiting.items():
-                tx.write("LPUSH", self.keys.jobs(name), *ids)
-                self._ring(tx, name, len(ids))
-            if delayed:
-                tx.write("ZADD", self.keys.delayed, *delayed)
             for job in jobs:
-                tx.count("pending:" + job.queue)
+                self._line_up(tx, job)
             return list(jobs)
 
         return self._transact((), body)
 
-    def _ring(self, tx: Transaction, name: str, times: int = 1) -> None:
-        tx.write("LPUSH", self.keys.bell(name), *["1"] * min(times, BELLS))
-        tx.write("LTRIM", self.keys.bell(name), 0, BELLS - 1)
+    def _line_up(self, tx: Transaction, job: Job) -> None:
+        """Put a pending job where it waits: behind all others of its queue, or among the delayed."""
+        if job.run_at > tx.now:
+            tx.gather("ZADD", self.keys.delayed, job.run_at, job.id)
+        else:
+            tx.gather("LPUSH", self.keys.jobs(job.queue), job.id)
+            tx.ring(self.keys.bell(job.queue))
+        tx.count("pending:" + job.queue)
 
     # Dequeue ----------------------------------------------------------------------------------------------------------
 
@@ -1080,7 +1109,7 @@ class Queue:
     def _set_aside(self, tx: Transaction, job: Job | None) -> None:
         """See to a job whose entry is dropped: not due yet -> its place among the delayed; unreadable -> failed, as it is."""
         if job and job.status == "pending":
-            tx.write("ZADD", self.keys.delayed, job.run_at, job.id)
+            tx.gather("ZADD", self.keys.delayed, job.run_at, job.id)
         elif job and job.error and job.error.type == UNREADABLE:
             self._end(tx, msgspec.structs.replace(job), "failed")
 
@@ -1157,8 +1186,7 @@ class Queue:
         elif outcome.after is not None and job.attempts < job.max_attempts:
             job.status, job.worker, job.run_at = "pending", "", tx.now + round(outcome.after * 1000)
             tx.write("SET", self.keys.job(job.id), _record(job))
-            tx.write("ZADD", self.keys.delayed, job.run_at, job.id)
-            tx.count("pending:" + job.queue)
+            self._line_up(tx, job)
         else:
             self._end(tx, job, "failed")
 
@@ -1167,14 +1195,14 @@ class Queue:
         job.status, job.worker = status, ""
         job.ended_at = job.updated_at = max(tx.now, job.updated_at)
         tx.write("SET", self.keys.job(job.id), _record(job), "PX", self.keep_ms[status])
-        tx.write("ZADD", getattr(self.keys, status), job.ended_at, job.id)
+        tx.gather("ZADD", getattr(self.keys, status), job.ended_at, job.id)
         tx.count(status)
 
     def _back_to_head(self, tx: Transaction, job: Job) -> None:
         job.status, job.worker, job.run_at = "pending", "", 0
         tx.write("SET", self.keys.job(job.id), _record(job))
-        tx.write("RPUSH", self.keys.jobs(job.queue), job.id)
-        self._ring(tx, job.queue)
+        tx.gather("RPUSH", self.keys.jobs(job.queue), job.id)
+        tx.ring(self.keys.bell(job.queue))
         tx.count("pending:" + job.queue)
 
     def _give_back(self, tx: Transaction, job: Job, reason: str) -> None:
@@ -1233,9 +1261,7 @@ class Queue:
             job.status, job.attempts, job.refunds, job.run_at, job.ended_at = "pending", 0, 0, 0, 0
             job.updated_at = max(tx.now, job.updated_at)
             tx.write("SET", self.keys.job(id), _record(job))
-            tx.write("LPUSH", self.keys.jobs(job.queue), id)
-            self._ring(tx, job.queue)
-            tx.count("pending:" + job.queue)
+            self._line_up(tx, job)
 
         return self._change(id, body)
 
@@ -1296,16 +1322,13 @@ class Queue:
             due = tx.read(("ZRANGEBYSCORE", self.keys.delayed, "-inf", tx.now, "LIMIT", 0, PROMOTED))[0]
             if not due or tx.again or not tx.read(("SET", self.keys.promoter, "1", "NX", "PX", 1000))[0]:
                 return 0
-            waiting: dict[str, list[str]] = {}
+            tx.write("ZREM", self.keys.delayed, *due)
             for job in self._listed(tx, due):
                 if job.status == "pending":
-                    waiting.setdefault(job.queue, []).append(job.id)
+                    tx.gather("LPUSH", self.keys.jobs(job.queue), job.id)
+                    tx.ring(self.keys.bell(job.queue))
                 else:
                     self._set_aside(tx, job)
-            tx.write("ZREM", self.keys.delayed, *due)
-            for name, queued in waiting.items():
-                tx.write("LPUSH", self.keys.jobs(name), *queued)
-                self._ring(tx, name, len(queued))
             tx.write("DEL", self.keys.promoter)
             return len(due)
 
@@ -1340,8 +1363,8 @@ class Queue:
             given = 0
             for job in self._listed(tx, entries):
                 if job.status == "pending":
-                    tx.write("RPUSH", self.keys.jobs(job.queue), job.id)
-                    self._ring(tx, job.queue)
+                    tx.gather("RPUSH", self.keys.jobs(job.queue), job.id)
+                    tx.ring(self.keys.bell(job.queue))
                 elif job.status == "processing" and job.worker == worker:
                     tx.count("processing:" + job.queue, -1)
                     self._give_back(tx, job, "worker lost")
