@@ -459,20 +459,20 @@ def to_json(value: Any) -> bytes:
     return encoded
 
 
-def from_json(text: bytes) -> Any:
+def from_json(text: bytes, levels: int = MAX_DEPTH) -> Any:
     """Decode what a client sent, strictly; raises ValueError that says why it is not JSON.
 
     Refused are other encodings than UTF-8, NaN and what else would become no number, a name given twice in one object (parsers
-    differ in which they take), and what is nested too deep to be a job with its payload.
+    differ in which they take), and more levels of nesting than that.
     """
     try:
         value = json.loads(text.decode(), object_pairs_hook=_object, parse_float=_number, parse_constant=_number)
-        if text.count(b"[") + text.count(b"{") > MAX_DEPTH and _depth(value) > MAX_DEPTH + 2:
+        if text.count(b"[") + text.count(b"{") > levels and _depth(value) > levels:
             raise RecursionError
     except UnicodeDecodeError as error:
         raise ValueError(f"not UTF-8: {error.reason} at byte {error.start}") from None
     except RecursionError:
-        raise ValueError(f"nested deeper than {MAX_DEPTH} levels") from None
+        raise ValueError(f"nested deeper than {levels} levels") from None
     return value
 
 

@@ -190,8 +190,9 @@ Order = Literal["drain", "release", "broken"]
 class Worker:
     """Runs the jobs of some queues until it is told to stop. `run` returns the exit code of the process."""
 
-    def __init__(self, queue: Queue, settings: Settings, names: Sequence[str] = ("default",), burst: bool = False) -> None:
-        self.queue, self.settings, self.names, self.burst = queue, settings, names, burst
+    def __init__(self, queue: Queue, settings: Settings, names: Sequence[str] = (), burst: bool = False) -> None:
+        self.queue, self.settings, self.burst = queue, settings, burst
+        self.names = list(names) or list(dict.fromkeys(["default", *(handler.queue for handler in HANDLERS.values())]))
         self.id = ""  # under which it is registered; empty: not yet, or no longer
         self.held: dict[str, Job] = {}  # started and not settled
         self.lock = threading.Lock()  # for the two together
@@ -213,7 +214,6 @@ class Worker:
 
     def run(self) -> int:
         """Work until an order to stop comes, then stop. Exit code 0: every job was finished or handed back."""
-        log.info("worker starts: %d slots, queues: %s", self.settings.worker_concurrency, ", ".join(self.names))
         for _ in range(self.settings.worker_concurrency):
             self._open_slot()
         taker, settler, keeper = (
@@ -351,7 +351,7 @@ class Worker:
         worker = self.queue.register(self.names, self.settings.worker_concurrency)
         with self.lock:
             self.id = worker
-        log.info("registered as worker %s", worker)
+        log.debug("registered as worker %s", worker)
         return worker
 
     def _next_jobs(self, worker: str, free: int) -> tuple[int, list[Job]]:
@@ -557,7 +557,7 @@ class Commands(click.Group):
     "queues",
     multiple=True,
     metavar="NAME",
-    help="A queue to serve; repeat it, the first goes first.  [default: default]",
+    help="A queue to serve; repeat it, the first goes first.  [default: default, then those that handlers name]",
 )
 @click.option("--burst", is_flag=True, help="Run what is due, then exit.")
 @click.option("--shutdown-timeout", type=int, help=_meaning("shutdown_timeout"))
@@ -574,9 +574,11 @@ def cli(ctx: click.Context, /, queues: tuple[str, ...], burst: bool, **overrides
     set_up_logging(settings)
     ctx.obj = Queue.from_settings(settings)
     if ctx.invoked_subcommand is None:
-        names = [check_name("queue", name) for name in queues] or ["default"]
+        names = [check_name("queue", name) for name in queues]
         load_handlers(settings.handlers)
-        leave(serve(Worker(ctx.obj, settings, names, burst)))
+        worker = Worker(ctx.obj, settings, names, burst)
+        log.info("worker starts: %d slots, queues: %s", settings.worker_concurrency, ", ".join(worker.names))
+        leave(serve(worker))
 
 
 @cli.command()

@@ -30,6 +30,7 @@ from waitress import wasyncore
 
 from tinyqueue import (
     HANDLERS,
+    MAX_DEPTH,
     Corrupted,
     InvalidJob,
     Queue,
@@ -204,7 +205,7 @@ class API(bottle.Bottle):  # type: ignore[misc]
         if request.content_length > limit or len(body) > limit:
             raise Problem(413, "too-large", f"a request's body may have {limit} bytes at most (TINYQUEUE_MAX_BODY)")
         try:
-            return from_json(body)
+            return from_json(body, MAX_DEPTH + 1)  # the payload's, and the job around it
         except ValueError as error:
             raise Problem(400, "not-json", f"the body is not JSON: {error}") from None
 

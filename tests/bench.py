@@ -1,0 +1,261 @@
+"""Measure TinyQueue against the limit: the same number of raw commands by the same client, in the same run.
+
+    python tests/bench.py [--jobs 20000] [--growth]
+
+Starts a redis-server of its own. Times are of this machine and this minute; the ratios are what counts.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import click
+import redis
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from tinyqueue import Queue  # noqa: E402
+
+PAYLOAD = {"to": "user@example.com", "subject": "Welcome!", "body": "Thanks for signing up"}
+HANDLERS = """
+import os, time
+from dataclasses import dataclass
+from tinyqueue import handler
+
+@dataclass
+class Email:
+    to: str
+    subject: str
+    body: str
+
+@handler("send-email")
+def send_email(email: Email) -> None:
+    pass
+
+@handler("clock")
+def clock(sent: int) -> None:
+    late = time.monotonic_ns() - sent
+    with open("latency", "a") as file:
+        file.write(f"{late}\\n")
+"""
+
+POPPER = """
+import threading, time
+import redis
+
+raw, file = redis.Redis.from_url(open("url").read()), open("bare", "a")
+
+def pop():
+    while True:
+        if popped := raw.brpop(["bare"], 1):
+            print(time.monotonic_ns() - int(popped[1]), file=file, flush=True)
+
+for _ in range(10):
+    threading.Thread(target=pop).start()
+"""
+
+
+@contextmanager
+def redis_server(folder: str) -> Iterator[str]:
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    command = ["redis-server", "--port", str(port), "--save", "", "--dir", folder, "--loglevel", "warning"]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL) as server:
+        raw = redis.Redis(port=port)
+        until(lambda: answers(raw))
+        yield f"redis://127.0.0.1:{port}"
+        server.terminate()
+
+
+@contextmanager
+def worker(folder: str, *arguments: str) -> Iterator[subprocess.Popen[bytes]]:
+    url = Path(folder, "url").read_text()
+    env = dict(os.environ, REDIS_URL=url, TINYQUEUE_HANDLERS="benchhandlers", LOG_LEVEL="error", PYTHONPATH=str(ROOT))
+    with subprocess.Popen([sys.executable, str(ROOT / "worker.py"), *arguments], cwd=folder, env=env) as process:
+        try:
+            yield process
+        finally:
+            process.terminate()
+
+
+def answers(raw: redis.Redis) -> bool:
+    try:
+        return bool(raw.ping())
+    except redis.ConnectionError:
+        return False
+
+
+def until(true: Callable[[], Any], every: float = 0.005) -> None:
+    while not true():
+        time.sleep(every)
+
+
+def per_second(count: int, act: Callable[[], Any]) -> float:
+    begin = time.perf_counter()
+    act()
+    return count / (time.perf_counter() - begin)
+
+
+def show(what: str, value: float, limit: float, unit: str, limited_by: str) -> None:
+    click.echo(f"{what:<34} {value:>12,.2f} {unit:<10} {value / limit:>7.2f} x {limit:>12,.2f}  {limited_by}")
+
+
+def measure_enqueue(queue: Queue, raw: redis.Redis, count: int) -> None:
+    single = count // 4
+    bare = per_second(single, lambda: [raw.lpush("bare", "x" * 100) for _ in range(single)])
+    value = per_second(single, lambda: [queue.enqueue("send-email", PAYLOAD) for _ in range(single)])
+    show("enqueue, one at a time", value, bare, "jobs/s", "LPUSH, one at a time")
+
+    def pipelined() -> None:
+        for _ in range(0, count, 1000):
+            pipe = raw.pipeline(transaction=True)
+            pipe.mset({f"bare:{n}": "x" * 100 for n in range(1000)})
+            pipe.lpush("bare", *range(1000))
+            pipe.execute()
+
+    bare = per_second(count, pipelined)
+    value = per_second(count, lambda: [queue.enqueue_many("send-email", [PAYLOAD] * 1000) for _ in range(0, count, 1000)])
+    show("enqueue, 1,000 at a time", value, bare, "jobs/s", "MSET + LPUSH of 1,000 in one MULTI")
+
+
+def measure_drain(queue: Queue, raw: redis.Redis, folder: str, count: int, slots: int) -> None:
+    """A worker process with that many slots beside a loop of that many threads that only pop, and record nothing."""
+    raw.flushall()
+    raw.lpush("bare", *range(count))
+    pops = [threading.Thread(target=lambda: [raw.brpop(["bare"], 1) for _ in range(count // slots)]) for _ in range(slots)]
+
+    def pop_all() -> None:
+        for thread in pops:
+            thread.start()
+        for thread in pops:
+            thread.join()
+
+    bare = per_second(count, pop_all)
+    raw.flushall()
+    fill(queue, count)
+    value = drain(queue, folder, count, slots)
+    show(f"drain, {slots} slots", value, bare, "jobs/s", f"BRPOP in {slots} threads, nothing recorded")
+
+
+def fill(queue: Queue, count: int) -> None:
+    for _ in range(0, count, 1000):
+        queue.enqueue_many("send-email", [PAYLOAD] * 1000)
+
+
+def drain(queue: Queue, folder: str, count: int, slots: int) -> float:
+    """Jobs a second from the first to the count-th that is completed."""
+
+    def done() -> int:
+        return int(queue.stats()["total"]["completed"])
+
+    with worker(folder, "--concurrency", str(slots)):
+        until(done, 0.002)
+        first, begin = done(), time.perf_counter()
+        until(lambda: done() >= count)
+        return (done() - first) / (time.perf_counter() - begin)
+
+
+def measure_latency(queue: Queue, raw: redis.Redis, folder: str) -> None:
+    """Fifty a second: from the call of enqueue to the first line of the handler, beside LPUSH to BRPOP."""
+    with subprocess.Popen([sys.executable, "-c", POPPER], cwd=folder) as popper:
+        time.sleep(0.5)
+        paced(lambda: raw.lpush("bare", time.monotonic_ns()))
+        popper.kill()
+    with worker(folder, "--concurrency", "10"):
+        until(lambda: queue.stats()["workers"])
+        paced(lambda: queue.enqueue("clock", time.monotonic_ns()))
+        until(lambda: not queue.stats()["pending"])
+    value, bare = (milliseconds(Path(folder, name)) for name in ("latency", "bare"))
+    for name, at in (("p50", 50), ("p99", 99)):
+        show(f"latency, {name}", value[at - 1], bare[at - 1], "ms", "LPUSH to BRPOP in 10 threads")
+
+
+def paced(act: Callable[[], Any], count: int = 300, rate: float = 50.0) -> None:
+    begin = time.monotonic()
+    for n in range(count):
+        time.sleep(max(0.0, begin + n / rate - time.monotonic()))
+        act()
+    time.sleep(0.5)
+
+
+def milliseconds(file: Path) -> list[float]:
+    return statistics.quantiles([int(line) / 1e6 for line in file.read_text().split()], n=100)
+
+
+def measure_memory(queue: Queue, raw: redis.Redis, count: int) -> None:
+    def used() -> int:
+        return int(raw.info("memory")["used_memory"])
+
+    def grown(act: Callable[[], Any]) -> float:
+        raw.flushall()
+        before = used()
+        act()
+        return (used() - before) / count
+
+    text = len('{"to":"user@example.com","subject":"Welcome!","body":"Thanks for signing up"}')
+    bare = grown(lambda: [raw.lpush("bare", *["x" * text] * 1000) for _ in range(0, count, 1000)])
+    show("memory of a pending job", grown(lambda: fill(queue, count)), bare, "bytes", "the payload alone, in a list")
+
+
+def measure_idle(raw: redis.Redis, folder: str) -> None:
+    raw.flushall()
+
+    def commands() -> int:
+        return int(raw.info("stats")["total_commands_processed"])
+
+    with worker(folder) as process:
+        time.sleep(3)
+        before, cpu = commands(), cpu_seconds(process.pid)
+        time.sleep(20)
+        show("idle worker", (commands() - before - 1) / 20, 3, "commands/s", "the aim")
+        show("idle worker", 100 * (cpu_seconds(process.pid) - cpu) / 20, 0.3, "% of a core", "the aim")
+
+
+def cpu_seconds(pid: int) -> float:
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / float(os.sysconf("SC_CLK_TCK"))
+
+
+def measure_growth(queue: Queue, raw: redis.Redis, folder: str) -> None:
+    rates = []
+    for pending in (10_000, 1_000_000):
+        raw.flushall()
+        fill(queue, pending)
+        rates.append(drain(queue, folder, 10_000, 10))
+    show("drain, 1,000,000 pending", rates[1], rates[0], "jobs/s", "with 10,000 pending")
+
+
+@click.command()
+@click.option("--jobs", default=20_000, show_default=True, help="Jobs of one measure.")
+@click.option("--growth", is_flag=True, help="Also drain with a million jobs pending.")
+def main(jobs: int, growth: bool) -> None:
+    with tempfile.TemporaryDirectory() as folder, redis_server(folder) as url:
+        Path(folder, "benchhandlers.py").write_text(HANDLERS)
+        Path(folder, "url").write_text(url)
+        queue, raw = Queue.from_url(url), redis.Redis.from_url(url)
+        click.echo(f"{'measure':<34} {'TinyQueue':>12} {'unit':<10} {'ratio':>7}   {'limit':>12}")
+        measure_enqueue(queue, raw, jobs)
+        for slots in (10, 50):
+            measure_drain(queue, raw, folder, jobs, slots)
+        raw.flushall()
+        measure_latency(queue, raw, folder)
+        measure_memory(queue, raw, 50_000)
+        measure_idle(raw, folder)
+        if growth:
+            measure_growth(queue, raw, folder)
+
+
+if __name__ == "__main__":
+    main()
