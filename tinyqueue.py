@@ -78,7 +78,7 @@ from urllib.parse import urlsplit
 
 import msgspec
 import redis
-from dotenv import dotenv_values
+from dotenv import load_dotenv
 from hiredis import pack_command
 from msgspec import Meta
 from redis.backoff import NoBackoff
@@ -215,7 +215,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         A wrong value, a name that begins with TINYQUEUE_ but is none, or a platform without REDIS_URL raises SettingsError.
         """
         if environ is None:
-            environ = {**{k: v or "" for k, v in dotenv_values(".env").items()}, **os.environ}
+            load_dotenv(".env")  # into the environment, for handlers have settings of their own
+            environ = os.environ
         names = {field.encode_name for field in msgspec.structs.fields(cls)}
         raw = {k: v for k, v in environ.items() if v and (k in names or k.startswith("TINYQUEUE_"))}
         raw |= {variable(k): v for k, v in overrides.items() if v is not None}
@@ -319,7 +320,16 @@ Status = Literal["pending", "processing", "completed", "failed", "cancelled"]
 STATUSES: tuple[Status, ...] = typing.get_args(Status)
 UNREADABLE = "UnreadableRecord"
 
-_encode = msgspec.json.Encoder().encode
+
+def _plain(value: Any) -> Any:
+    """Encode a subclass of text or number as that, which libraries like to return."""
+    for base in (str, int, float):
+        if isinstance(value, base):
+            return base.__str__(value) if base is str else base(value)
+    raise NotImplementedError(f"{type(value).__name__} has no form in JSON")
+
+
+_encode = msgspec.json.Encoder(enc_hook=_plain).encode
 
 
 class Failure(msgspec.Struct, rename="camel", omit_defaults=True):
@@ -524,7 +534,7 @@ class Handler(Generic[P, A, R]):
     def __call__(self, payload: P, *args: A.args, **kwargs: A.kwargs) -> R:
         return self.function(payload, *args, **kwargs)
 
-    def enqueue(self, queue: Queue, payload: P, **options: Any) -> Job:
+    def enqueue(self, queue: Queue, payload: P, /, **options: Any) -> Job:
         """Enqueue a job of this type, the payload checked by mypy as well. Options as for Queue.enqueue."""
         return queue.enqueue(self.type, payload, **options)
 
@@ -564,15 +574,17 @@ def handler(
     up to half as much again, at most `backoff_cap`. Mistakes raise TypeError or InvalidJob when the module is imported.
     """
     check_name("type", type)
+    if not all(_is_number(value) for value in (300 if timeout is None else timeout, backoff, backoff_cap)):
+        raise TypeError(f"handler {type!r}: timeout, backoff and backoff_cap must be numbers of seconds")
     if timeout is not None and not timeout > 0:
         raise TypeError(f"handler {type!r}: timeout must be above 0, or None")
-    if not 0 < backoff <= backoff_cap:
-        raise TypeError(f"handler {type!r}: backoff must be above 0 and at most backoff_cap")
+    if not 0 < backoff <= backoff_cap <= MAX_DELAY:
+        raise TypeError(f"handler {type!r}: backoff must be above 0 and at most backoff_cap, that at most {MAX_DELAY}")
     options = {"max_attempts": max_attempts, "timeout": timeout, "backoff": backoff, "backoff_cap": backoff_cap, "queue": queue}
 
     def register(function: Callable[Concatenate[P, A], R]) -> Handler[P, A, R]:
         twin = HANDLERS[type].function if type in HANDLERS else function
-        if (twin.__module__, twin.__qualname__) != (function.__module__, function.__qualname__):
+        if _place(twin) != _place(function):  # the same place is met again when a module is reloaded
             raise TypeError(f"two handlers are declared for type {type!r}")
         made = HANDLERS[type] = Handler(function, type, options)
         return made
@@ -580,15 +592,24 @@ def handler(
     return register
 
 
+def _place(function: Callable[..., Any]) -> tuple[str, str, int]:
+    return function.__module__, function.__qualname__, function.__code__.co_firstlineno
+
+
 def _signature(function: Callable[..., Any]) -> tuple[Any, bool]:
     """Tell a handler's payload type, and whether it wants the job as well."""
+    name = f"handler {function.__name__}"
+    if inspect.iscoroutinefunction(function) or inspect.isgeneratorfunction(function) or inspect.isasyncgenfunction(function):
+        raise TypeError(f"{name} must be a plain function: one that is async or a generator would only be begun")
     hints = typing.get_type_hints(function, include_extras=True)
-    names = list(inspect.signature(function).parameters)
-    if not 1 <= len(names) <= 2 or names[0] not in hints:
-        raise TypeError(f"handler {function.__name__} must take an annotated payload and, if it likes, a Job")
-    if len(names) == 2 and hints.get(names[1]) is not Job:
-        raise TypeError(f"the second parameter of handler {function.__name__} must be annotated Job")
-    return hints[names[0]], len(names) == 2
+    parameters = list(inspect.signature(function).parameters.values())
+    if not 1 <= len(parameters) <= 2 or parameters[0].name not in hints:
+        raise TypeError(f"{name} must take an annotated payload and, if it likes, a Job")
+    if any(p.kind not in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) for p in parameters):
+        raise TypeError(f"{name} must take its parameters by position")
+    if len(parameters) == 2 and hints.get(parameters[1].name) is not Job:
+        raise TypeError(f"the second parameter of {name} must be annotated Job")
+    return hints[parameters[0].name], len(parameters) == 2
 
 
 def load_handlers(modules: str) -> dict[str, Handler[Any, Any, Any]]:
@@ -599,11 +620,12 @@ def load_handlers(modules: str) -> dict[str, Handler[Any, Any, Any]]:
         try:
             importlib.import_module(module)
         except ModuleNotFoundError as error:
-            if error.name != module:
+            if error.name != module.partition(".")[0] and error.name != module:
                 raise SettingsError(f"cannot import {module}: {error}") from error
-            raise SettingsError(f"there is no {module}.py here: write your handlers there or set TINYQUEUE_HANDLERS") from None
+            raise SettingsError(f"TINYQUEUE_HANDLERS: there is no module {module} here, where your handlers would be") from None
         except (Exception, SystemExit) as error:
-            raise SettingsError(f"cannot import {module}: {type(error).__name__}: {_text(error)}") from error
+            text = " ".join(_text(error).split())
+            raise SettingsError(f"cannot import {module}: {type(error).__name__}: {text}") from error
     if not HANDLERS:
         raise SettingsError(f"{modules} registers no handler: decorate a function with @handler('type')")
     return HANDLERS
@@ -623,8 +645,12 @@ def check_name(field: str, value: Any) -> str:
     return value
 
 
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
 def _whole(field: str, value: Any, low: int, high: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high or value % 1:
+    if not _is_number(value) or not low <= value <= high or value % 1:
         raise InvalidJob(field, f"must be a whole number from {low} to {high}")
     return int(value)
 
@@ -635,7 +661,7 @@ def _moment(value: Any, now: int) -> int:
     if isinstance(value, str):
         try:
             value = msgspec.convert(value, Annotated[datetime, Meta(tz=True)])
-        except msgspec.ValidationError:
+        except (msgspec.ValidationError, ValueError):
             raise InvalidJob("runAt", rule) from None
     if isinstance(value, datetime) and value.tzinfo:
         value = int(value.timestamp() * 1000)
@@ -971,7 +997,7 @@ class Queue:
         if run_at is not None:
             job.run_at = _moment(run_at, now)
         if delay is not None:
-            if isinstance(delay, bool) or not isinstance(delay, int | float) or not 0 <= delay <= MAX_DELAY:
+            if not _is_number(delay) or not 0 <= delay <= MAX_DELAY:
                 raise InvalidJob("delay", f"must be a number of seconds from 0 to {MAX_DELAY}")
             job.run_at = now + round(delay * 1000) if delay else 0
         job.run_at = job.run_at if job.run_at > now else 0

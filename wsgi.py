@@ -277,6 +277,7 @@ class Server:
             self._turn(0.2)
         self._turn(0.05)  # closes what was idle
         self.waitress.task_dispatcher.shutdown(timeout=1)
+        self.waitress.trigger.close()
 
     def _turn(self, seconds: float) -> None:
         wasyncore.loop(timeout=seconds, use_poll=True, map=self.channels, count=1)

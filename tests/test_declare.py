@@ -1,0 +1,238 @@
+"""Declaring handlers and loading them: mistakes stop the process before it takes a job, with a text that says what to do."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tinyqueue import HANDLERS, InvalidJob, Job, Queue, SettingsError, handler, load_handlers
+
+ROOT = Path(__file__).parent.parent
+
+
+@dataclass
+class Greet:
+    name: str
+
+
+@pytest.fixture(autouse=True)
+def _nothing_declared() -> Iterator[None]:
+    """No handler is registered when a test begins; those of before are when it ends."""
+    before = dict(HANDLERS)
+    HANDLERS.clear()
+    yield
+    HANDLERS.clear()
+    HANDLERS.update(before)
+
+
+# The decorator --------------------------------------------------------------------------------------------------------
+
+
+def test_handler_stays_callable_and_registered() -> None:
+    @handler("greet")
+    def greet(payload: Greet) -> str:
+        """Greet somebody."""
+        return f"Hello {payload.name}"
+
+    assert greet(Greet("you")) == "Hello you"
+    assert greet.__doc__ == "Greet somebody."
+    assert {"greet": greet} == HANDLERS
+
+
+def test_handler_that_wants_the_job_receives_it() -> None:
+    @handler("greet")
+    def greet(payload: Greet, job: Job) -> str:
+        return f"Hello {payload.name}, {job.attempt}"
+
+    assert greet.run(Job("", "greet", {"name": "you"}, attempts=2)) == "Hello you, 2"
+
+
+def test_handler_enqueues_by_what_it_declares() -> None:
+    @handler("greet", max_attempts=7, queue="polite")
+    def greet(payload: Greet) -> None: ...
+
+    queue = Queue.embedded()
+    jobs = greet.enqueue(queue, Greet("you")), greet.enqueue(queue, Greet("you"), max_attempts=1, queue="default", delay=60)
+    assert [(job.type, job.max_attempts, job.queue, bool(job.run_at)) for job in jobs] == [
+        ("greet", 7, "polite", False),
+        ("greet", 1, "default", True),
+    ]
+    found = queue.get(jobs[0].id)
+    assert found
+    assert found.payload == {"name": "you"}
+
+
+def test_handler_enqueueing_what_is_no_payload_of_its_is_refused() -> None:
+    @handler("greet")
+    def greet(payload: Greet) -> None: ...
+
+    with pytest.raises(InvalidJob) as refusal:
+        greet.enqueue(Queue.embedded(), {"name": 1})  # type: ignore[arg-type]
+    assert (refusal.value.field, refusal.value.path) == ("payload", "$.name")
+
+
+def test_handler_of_a_taken_type_is_refused() -> None:
+    @handler("greet")
+    def greet(payload: Greet) -> None: ...
+
+    with pytest.raises(TypeError, match="two handlers are declared for type 'greet'"):
+
+        @handler("greet")
+        def hello(payload: Greet) -> None: ...
+
+    assert HANDLERS["greet"] is greet
+
+
+def test_handler_declared_again_by_a_reload_replaces_itself() -> None:
+    def declare() -> Any:
+        @handler("greet")
+        def greet(payload: Greet) -> None: ...
+
+        return greet
+
+    declare()
+    again = declare()
+    assert {"greet": again} == HANDLERS
+
+
+def without_annotation(payload) -> None: ...  # type: ignore[no-untyped-def]
+def without_parameter() -> None: ...
+def with_three(payload: Greet, job: Job, more: int) -> None: ...
+def with_another_second(payload: Greet, retries: int = 3) -> None: ...
+def with_untyped_second(payload: Greet, job) -> None: ...  # type: ignore[no-untyped-def]
+def with_unreadable_payload(payload: list[Greet] | set[Greet]) -> None: ...
+
+
+@pytest.mark.parametrize(
+    ("function", "rule"),
+    [
+        (without_annotation, "without_annotation must take an annotated payload"),
+        (without_parameter, "without_parameter must take an annotated payload"),
+        (with_three, "with_three must take an annotated payload and, if it likes, a Job"),
+        (with_another_second, "second parameter of handler with_another_second must be annotated Job"),
+        (with_untyped_second, "second parameter of handler with_untyped_second must be annotated Job"),
+        (with_unreadable_payload, "more than one array-like"),
+    ],
+)
+def test_handler_of_another_shape_is_refused(function: Callable[..., Any], rule: str) -> None:
+    with pytest.raises(TypeError, match=rule):
+        handler("greet")(function)
+    assert HANDLERS == {}
+
+
+@pytest.mark.parametrize("timeout", [0, -1, float("nan")])
+def test_handler_with_a_bad_timeout_is_refused(timeout: float) -> None:
+    with pytest.raises(TypeError, match="handler 'greet': timeout must be above 0, or None"):
+        handler("greet", timeout=timeout)
+
+
+@pytest.mark.parametrize(
+    ("backoff", "cap"), [(0, 300), (-1, 300), (301, 300), (float("nan"), 300), (1, float("nan")), (float("inf"), 300)]
+)
+def test_handler_with_a_bad_backoff_is_refused(backoff: float, cap: float) -> None:
+    with pytest.raises(TypeError, match="handler 'greet': backoff must be above 0"):
+        handler("greet", backoff=backoff, backoff_cap=cap)
+
+
+@pytest.mark.parametrize(
+    ("options", "field"),
+    [
+        ({"type": ""}, "type"),
+        ({"type": "send email"}, "type"),
+        ({"type": "greet\n"}, "type"),
+        ({"queue": "a:b"}, "queue"),
+        ({"max_attempts": 0}, "maxAttempts"),
+        ({"max_attempts": 101}, "maxAttempts"),
+        ({"max_attempts": 1.5}, "maxAttempts"),
+        ({"max_attempts": True}, "maxAttempts"),
+    ],
+)
+def test_handler_with_another_bad_option_is_refused(options: dict[str, Any], field: str) -> None:
+    def greet(payload: Greet) -> None: ...
+
+    with pytest.raises(InvalidJob) as refusal:
+        handler(**{"type": "greet", **options})(greet)
+    assert refusal.value.field == field
+    assert HANDLERS == {}
+
+
+# Loading --------------------------------------------------------------------------------------------------------------
+
+GREET = "from tinyqueue import handler\n\n@handler({type!r})\ndef greet(payload: str) -> str:\n    return {text!r} + payload\n"
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """An empty working directory. What is imported from it is forgotten when the test is over."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [entry for entry in sys.path if entry not in ("", str(ROOT))])
+    monkeypatch.delitem(sys.modules, "handlers", raising=False)
+    before = dict(sys.modules)
+    yield tmp_path
+    for name, module in list(sys.modules.items()):
+        if name not in before and str(tmp_path) in str(getattr(module, "__file__", "")):
+            del sys.modules[name]
+
+
+def test_load_handlers_finds_modules_in_the_working_directory(folder: Path) -> None:
+    (folder / "first_ones.py").write_text(GREET.format(type="greet", text="Hello "))
+    (folder / "more").mkdir()
+    (folder / "more" / "jobs.py").write_text(GREET.format(type="welcome", text="Welcome "))
+    assert set(load_handlers("first_ones, more.jobs,")) == {"greet", "welcome"}
+    assert HANDLERS["welcome"]("you") == "Welcome you"
+    assert sys.path[0] == str(folder)
+
+
+def test_load_handlers_twice_is_the_same_as_once(folder: Path) -> None:
+    (folder / "handlers.py").write_text(GREET.format(type="greet", text="Hello "))
+    once = dict(load_handlers("handlers"))
+    path = list(sys.path)
+    assert load_handlers("handlers") == once
+    assert sys.path == path
+
+
+def test_load_handlers_prefers_the_users_own_file(tmp_path: Path) -> None:
+    """As the console script runs it: from a directory of the user's, with the example of this repository importable as well."""
+    (tmp_path / "handlers.py").write_text(GREET.format(type="greet", text="Hello "))
+    script = "import json, tinyqueue; print(json.dumps(sorted(tinyqueue.load_handlers('handlers'))))"
+    run = [sys.executable, "-P", "-c", script]  # -P: Python itself does not look into the working directory
+    done = subprocess.run(run, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, check=True)
+    assert json.loads(done.stdout) == ["greet"]
+
+
+@pytest.mark.parametrize(
+    ("text", "rule"),
+    [
+        (None, r"^TINYQUEUE_HANDLERS: there is no module handlers here, where your handlers would be$"),
+        ("import not_installed", r"^cannot import handlers: No module named 'not_installed'$"),
+        ("import sys; sys.exit('stop')", r"^cannot import handlers: SystemExit: stop$"),
+        ("exit(0)", r"^cannot import handlers: SystemExit: 0$"),
+        ("1 / 0", r"^cannot import handlers: ZeroDivisionError: division by zero$"),
+        ("def greet(", r"^cannot import handlers: SyntaxError: .*handlers\.py, line 1"),
+        ("", r"^handlers registers no handler: decorate a function with @handler\('type'\)$"),
+        (
+            "from tinyqueue import handler\n@handler('greet')\ndef greet(payload): ...",
+            r"^cannot import handlers: TypeError: handler greet must take an annotated payload",
+        ),
+    ],
+)
+def test_load_handlers_of_a_module_that_is_wrong_says_what_to_do(folder: Path, text: str | None, rule: str) -> None:
+    if text is not None:
+        (folder / "handlers.py").write_text(text)
+    with pytest.raises(SettingsError, match=rule) as error:
+        load_handlers("handlers")
+    assert "\n" not in str(error.value)
+
+
+def test_load_handlers_interrupted_from_the_keyboard_is_interrupted(folder: Path) -> None:
+    (folder / "handlers.py").write_text("raise KeyboardInterrupt")
+    with pytest.raises(KeyboardInterrupt):
+        load_handlers("handlers")
