@@ -195,7 +195,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         Literal["debug", "info", "warning", "error"], Meta(description="the least serious lines that are logged")
     ] = "info"
     handlers: Annotated[str, Meta(description="modules that register handlers, comma-separated")] = "handlers"
-    namespace: Annotated[str, Meta(pattern="^[A-Za-z0-9._-]{1,100}$", description="key prefix and cluster hash tag in Redis")] = (
+    namespace: Annotated[str, Meta(pattern=r"^[A-Za-z0-9._-]{1,100}\Z", description="key prefix and cluster hash tag in Redis")] = (
         "queue"
     )
     lease: Annotated[int, Meta(ge=2, le=3600, description="seconds without a sign of life until a worker counts as dead")] = 30
@@ -272,6 +272,7 @@ MAX_DELAY = 366 * 86400  # seconds
 MAX_DEPTH = 100  # nested arrays and objects in a payload; a fixed number, for parsers give up at different ones
 MAX_RESULT = 262144  # bytes of a result's JSON
 MAX_REFUNDS = 10  # times that a release gives the attempt back: a job that never survives a deploy must end some day
+LISTED = 10_000  # entries of a list that a listing looks at
 KEPT = 100_000  # ended jobs that stay, of each status
 BELLS = 64
 PROMOTED = 500  # jobs moved by one promote
@@ -326,7 +327,7 @@ def _plain(value: Any) -> Any:
     for base in (str, int, float):
         if isinstance(value, base):
             return base.__str__(value) if base is str else base(value)
-    raise NotImplementedError(f"{type(value).__name__} has no form in JSON")
+    raise TypeError(f"{type(value).__name__} has no form in JSON")
 
 
 _encode = msgspec.json.Encoder(enc_hook=_plain).encode
@@ -425,7 +426,18 @@ class Job(msgspec.Struct, rename="camel", omit_defaults=True, dict=True):
         return shown
 
 
+class Attempt(msgspec.Struct, rename="camel"):
+    """What in a record tells one attempt from all others. Reading only this is cheap."""
+
+    status: str = "pending"
+    worker: str = ""
+    attempts: int = 0
+    refunds: int = 0
+    started_at: int = 0
+
+
 _decode_job = msgspec.json.Decoder(Job).decode
+_decode_attempt = msgspec.json.Decoder(Attempt).decode
 _ID_PART = len('{"id":"') + 36 + len('",')  # what every encoded job begins with, and no record holds
 
 
@@ -727,10 +739,10 @@ def connect(url: str, *, connections: int = 100, tls_verify: bool = True) -> red
     if url.startswith("rediss:") and not tls_verify:
         log.warning("TINYQUEUE_TLS_VERIFY=0: the certificate of the Redis server is not checked")
         options |= {"ssl_cert_reqs": "none", "ssl_check_hostname": False}
-    database = urlsplit(url).path.lstrip("/")
-    if url.startswith("redis") and database and not database.isdecimal():
-        raise SettingsError("REDIS_URL: what follows the host must be the number of a database, as /0")
     try:
+        database = urlsplit(url).path.lstrip("/")
+        if url.startswith("redis") and database and not database.isdecimal():
+            raise SettingsError("REDIS_URL: what follows the host must be the number of a database, as /0")
         pool = redis.ConnectionPool.from_url(url, **options)
         pool.connection_class(**pool.connection_kwargs)  # opens nothing; an option it does not know shows here
     except (ValueError, TypeError, redis.RedisError) as error:
@@ -770,7 +782,7 @@ class Transaction:
     """
 
     def __init__(self, connection: Any, watch: Sequence[str], clock: Clock, again: bool) -> None:
-        self._connection, self._watch, self._clock = connection, watch, clock
+        self._connection, self._watch, self._watches, self._clock = connection, watch, bool(watch), clock
         self.now = clock.now()
         self.again = again  # an earlier try sent its EXEC and lost the reply: look whether it was applied
         self._writes: list[Command] = []
@@ -788,6 +800,10 @@ class Transaction:
         self._clock.read(replies[len(ahead)])
         self.now = self._clock.now()
         return replies[len(ahead) + 1 :]
+
+    def unwatch(self) -> None:
+        if self._watches:
+            _ask(self._connection, [("UNWATCH",)])
 
     def write(self, *command: Any) -> None:
         self._writes.append(command)
@@ -926,29 +942,33 @@ class Queue:
         """Run `body` until its writes are applied with nothing watched having changed, and return what it returned.
 
         A body that writes nothing ends it. When the reply to EXEC is lost, the body is called again with `again` set, must look
-        whether its writes are there, and leaves them out if so: nothing is ever repeated blindly.
+        whether its writes are there, and leaves them out if so: nothing is ever repeated blindly. If they are not there after a
+        time-out, they may still arrive: then only a watch makes it safe to send them again, and without one this gives up.
         """
+        late = False
         for _ in range(TRIES):
             sent = False
             try:
                 with self._connection() as connection:
-                    tx, writes = Transaction(connection, watch, self.clock, again), []
+                    tx = Transaction(connection, watch, self.clock, again)
                     try:
-                        result = body(tx)
-                        writes = tx.sealed(self.keys.counts)
-                    finally:
-                        if watch and not writes:
-                            _ask(connection, [("UNWATCH",)])
+                        result, writes = body(tx), tx.sealed(self.keys.counts)
+                    except TinyQueueError:
+                        tx.unwatch()
+                        raise
                     if not writes:
+                        tx.unwatch()
                         return result
+                    if late and not watch:
+                        raise Unavailable("timeout", "no reply, and nothing was written so far", doubtful=True)
                     sent = True
                     done = _ask(connection, [("MULTI",), *writes, ("EXEC",)])[-1]
             except Unavailable as trouble:
-                if sent and trouble.reason in ("timeout", "unreachable"):
-                    again = True
-                    continue
-                trouble.doubtful = again
-                raise
+                if not sent or trouble.reason not in ("timeout", "unreachable"):
+                    trouble.doubtful = again
+                    raise
+                again, late = True, late or trouble.reason == "timeout"
+                continue
             if done is not None:
                 _unfailed(done)
                 return result
@@ -1087,7 +1107,6 @@ class Queue:
         started and not settled to their attempts. An id that is processing under this worker's name but not held was started by a
         transaction whose reply was lost: it is returned too. Raises Reaped if the worker is no longer registered.
         """
-        held = held or {}
         texts = [id.decode("ascii", "replace") for id in ids]
         named = list(dict.fromkeys(id for id in texts if ID.fullmatch(id)))
         if len(named) < len(set(texts)):
@@ -1106,7 +1125,7 @@ class Queue:
             for id, entry in zip(texts, ids, strict=True):
                 record = records.pop(id, None)  # a second entry of the same id finds nothing and is dropped
                 job = _job(id, record) if record is not None else None
-                if job and job.status == "processing" and job.worker == worker and held.get(id) != job.attempts:
+                if job and (job.status, job.worker) == ("processing", worker) and self._unheard(job, held, tx.again):
                     started.append(job)
                 elif job and job.status == "pending" and job.run_at <= tx.now:
                     changed += [self.keys.job(id), _record(self._started(tx, job, worker))]
@@ -1122,6 +1141,10 @@ class Queue:
         for job in started:
             job.__dict__["_queue"] = self  # for set_progress
         return started
+
+    def _unheard(self, job: Job, held: Mapping[str, int] | None, again: bool) -> bool:
+        """Whether a job was started for this worker by a transaction whose reply was lost; `held` None: by this very one."""
+        return again if held is None else held.get(job.id) != job.attempts
 
     def _started(self, tx: Transaction, job: Job, worker: str) -> Job:
         job.status, job.worker = "processing", worker
@@ -1157,43 +1180,53 @@ class Queue:
 
     def complete(self, job: Job, result: Any = None) -> None:
         """Record that a started job's handler returned `result`. Raises Reaped if the job is no longer this worker's."""
-        self.settle(job.worker, [Outcome(job, "complete", result=result)])
+        self._settle_one(Outcome(job, "complete", result=result))
 
     def fail(self, job: Job, error: Failure, after: float | None = None) -> None:
         """Record that an attempt failed: pending again `after` seconds if attempts are left, else, or with None, failed."""
-        self.settle(job.worker, [Outcome(job, "fail", error=error, after=after)])
+        self._settle_one(Outcome(job, "fail", error=error, after=after))
 
     def release(self, job: Job) -> None:
         """Hand a started job back to the head of its queue, the attempt refunded (at most MAX_REFUNDS times)."""
-        self.settle(job.worker, [Outcome(job, "release")])
+        self._settle_one(Outcome(job, "release"))
 
-    def settle(self, worker: str, outcomes: Sequence[Outcome], again: bool = False) -> None:
-        """Write what became of many started jobs in one transaction, all or none.
+    def _settle_one(self, outcome: Outcome) -> None:
+        if self.settle(outcome.job.worker, [outcome]):
+            raise Reaped(f"job {outcome.job.id} is no longer with worker {outcome.job.worker}")
 
-        processing -> completed, pending or failed. Watches the registration, and the records so that an EXEC given up for lost that
-        arrives late fails. `again` tells that an earlier call raised Unavailable with `doubtful`: what was written then is left
-        alone. Raises Reaped, with nothing written, if the worker is no longer registered.
+    def settle(self, worker: str, outcomes: Sequence[Outcome], again: bool = False) -> list[Outcome]:
+        """Write what became of many started jobs in one transaction; return those that were no longer this worker's.
+
+        processing -> completed, pending or failed. Watches the registration and the records: an EXEC given up for lost that arrives
+        late fails. `again` tells that an earlier call raised Unavailable with `doubtful`: what that wrote is left alone. Raises
+        Reaped, with nothing written, if the worker is no longer registered.
         """
         registration = self.keys.worker(worker)
         record_keys = [self.keys.job(outcome.job.id) for outcome in outcomes]
 
-        def body(tx: Transaction) -> None:
-            reads: list[Command] = [("EXISTS", registration)] + ([("MGET", *record_keys)] if tx.again else [])
-            registered, *found = tx.read(*reads)
+        def body(tx: Transaction) -> list[Outcome]:
+            registered, *found = tx.read(("EXISTS", registration), *([("MGET", *record_keys)] if outcomes else []))
             if not registered:
                 raise Reaped(f"worker {worker} was reaped")
-            for at, outcome in enumerate(outcomes):
-                if not tx.again or self._still_ours(outcome.job, found[0][at]):
+            others, records = [], found[0] if outcomes else []
+            # Backwards, for each one that is released goes to the head of its queue: the first must be the last to go there.
+            for outcome, record in zip(reversed(outcomes), reversed(records), strict=True):
+                if self._still_ours(outcome.job, record):
                     tx.write("LREM", self.keys.proc(worker), 1, outcome.job.id)
                     self._write_outcome(tx, outcome)
+                else:
+                    others.append(outcome)
+            return [] if tx.again else others
 
-        self._transact([registration, *record_keys], body, again)
+        return self._transact([registration, *record_keys], body, again)
 
     def _still_ours(self, job: Job, record: bytes | None) -> bool:
-        if record is None:
+        """Whether the record still tells of the very attempt that the worker holds."""
+        try:
+            now = _decode_attempt(record or b"{}")
+        except msgspec.DecodeError:
             return False
-        now = _job(job.id, record)
-        return (now.status, now.worker, now.attempts) == ("processing", job.worker, job.attempts)
+        return now == Attempt("processing", job.worker, job.attempts, job.refunds, job.started_at)
 
     def _write_outcome(self, tx: Transaction, outcome: Outcome) -> None:
         job = msgspec.structs.replace(
@@ -1279,9 +1312,9 @@ class Queue:
         """
 
         def body(tx: Transaction, job: Job) -> None:
-            if job.status == "pending" and tx.again:
-                return
             if job.status not in ("failed", "cancelled"):
+                if tx.again:  # revived by the try whose reply was lost, and maybe started since
+                    return
                 raise WrongStatus("retry", job)
             tx.write("ZREM", getattr(self.keys, job.status), id)
             job.status, job.attempts, job.refunds, job.run_at, job.ended_at = "pending", 0, 0, 0, 0
@@ -1360,10 +1393,11 @@ class Queue:
 
         return self._transact((), body)
 
-    def _listed(self, tx: Transaction, entries: Iterable[bytes]) -> Iterator[Job]:
-        """The jobs that the entries of a list name, each once; what names none is passed over."""
+    def _listed(self, tx: Transaction, entries: Iterable[bytes], watch: bool = False) -> Iterator[Job]:
+        """The jobs that the entries of a list name, each once; what names none is passed over. `watch`: from here on watched."""
         ids = list(dict.fromkeys(id for entry in entries if ID.fullmatch(id := entry.decode("ascii", "replace"))))
-        records = tx.read(("MGET", *map(self.keys.job, ids)))[0] if ids else []
+        keys = [self.keys.job(id) for id in ids]
+        records = tx.read(*([("WATCH", *keys)] if watch else []), ("MGET", *keys))[-1] if ids else []
         return (_job(id, record) for id, record in zip(ids, records, strict=True) if record is not None)
 
     def lost_workers(self) -> list[str]:
@@ -1375,10 +1409,10 @@ class Queue:
     def reap(self, worker: str) -> int:
         """Bury a worker whose lease is gone, give back what it held, and return how many jobs that were. Alive: 0.
 
-        processing -> pending, or failed with the last attempt. Watches the registration, the lease and the list, for a worker that
-        wakes up may just be taking, and deleting the list would delete what it took. An id in its list is given
-        back only if its job is pending, or processing under this worker's name: without that test a job that was given back before
-        and runs elsewhere would run twice. For a worker reaped before, it gives back what it took in its sleep.
+        processing -> pending, or failed with the last attempt. Watches the registration, the lease, the list and the records, for
+        a worker that wakes up may just be taking or starting, and deleting the list would delete what it took. An id in its list is
+        given back only if its job is pending, or processing under this worker's name: without that test a job that was given back
+        before and runs elsewhere would run twice. For a worker reaped before, it gives back what it took in its sleep.
         """
         registration, lease, proc = self.keys.worker(worker), self.keys.lease(worker), self.keys.proc(worker)
 
@@ -1387,7 +1421,7 @@ class Queue:
             if alive:
                 return 0
             given = 0
-            for job in self._listed(tx, entries):
+            for job in self._listed(tx, entries, watch=True):
                 if job.status == "pending":
                     tx.gather("RPUSH", self.keys.jobs(job.queue), job.id)
                     tx.ring(self.keys.bell(job.queue))
@@ -1450,27 +1484,30 @@ class Queue:
         return _job(id, record) if record is not None else None
 
     def jobs(self, status: Status, *, limit: int = 50, offset: int = 0) -> list[Job]:
-        """List jobs of a status, newest first: by when they ended, or for those that have not, by when they were created."""
+        """List jobs of a status, newest first: by when they ended, or for those that have not, by when they were created.
+
+        Of pending jobs it sees the 10,000 newest of each queue, and as many delayed ones.
+        """
+        if limit <= 0:
+            return []
         if status in ("pending", "processing"):
-            ids = self._unended_ids(status, offset + limit)[offset:]
+            ids = self._unended_ids(status)[offset : offset + limit]
         else:
             ids = [id.decode() for id in self._read(("ZREVRANGE", getattr(self.keys, status), offset, offset + limit - 1))[0]]
         records = self._read(("MGET", *map(self.keys.job, ids)))[0] if ids else []
         found = (_job(id, record) for id, record in zip(ids, records, strict=True) if record)
         return [job for job in found if job.status == status]
 
-    def _unended_ids(self, status: str, most: int) -> list[str]:
+    def _unended_ids(self, status: str) -> list[str]:
         if status == "pending":
-            names = self.queues()
-            lists = [self.keys.jobs(name) for name in names]
+            lists = [self.keys.jobs(name) for name in self.queues()]
+            delayed: list[Command] = [("ZRANGE", self.keys.delayed, 0, LISTED - 1)]
         else:
             lists = [self.keys.proc(worker.decode()) for worker in self._read(("SMEMBERS", self.keys.workers))[0]]
-        found = self._read(
-            *(("LRANGE", key, 0, most - 1) for key in lists),
-            *([("ZREVRANGE", self.keys.delayed, 0, most - 1)] if status == "pending" else []),
-        )
+            delayed = []
+        found = self._read(*(("LRANGE", key, 0, LISTED - 1) for key in lists), *delayed)
         texts = {id.decode("ascii", "replace") for ids in found for id in ids}
-        return sorted((id for id in texts if ID.fullmatch(id)), reverse=True)[:most]
+        return sorted((id for id in texts if ID.fullmatch(id)), reverse=True)
 
     def queues(self) -> list[str]:
         """The names of all queues that ever had a job."""
@@ -1505,11 +1542,13 @@ class Queue:
         ids = sorted(worker.decode() for worker in self._read(("SMEMBERS", self.keys.workers))[0])
         keys = [key for id in ids for key in (self.keys.worker(id), self.keys.lease(id))]
         found = self._read(("MGET", *keys))[0] if keys else []
-        listed = []
-        for id, about, lease in zip(ids, found[::2], found[1::2], strict=True):
-            sign = msgspec.json.decode(lease) if lease else {}
-            if about:
-                known = msgspec.json.decode(about)
-                at = sign.get("at", known["startedAt"] if lease else 0)
-                listed.append({"id": id, **known, "alive": bool(lease), "lastHeartbeat": at, "jobs": sign.get("jobs", [])})
-        return listed
+        try:
+            return [_worker(id, about, lease) for id, about, lease in zip(ids, found[::2], found[1::2], strict=True) if about]
+        except (msgspec.DecodeError, KeyError, AttributeError, TypeError) as error:
+            raise Corrupted(f"the registration or the lease of a worker cannot be read: {error}") from None
+
+
+def _worker(id: str, about: bytes, lease: bytes | None) -> dict[str, Any]:
+    known, sign = msgspec.json.decode(about), msgspec.json.decode(lease or b"{}")
+    at = sign.get("at", known["startedAt"] if lease else 0)
+    return {"id": id, **known, "alive": bool(lease), "lastHeartbeat": at, "jobs": sign.get("jobs", [])}

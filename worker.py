@@ -411,7 +411,8 @@ class Worker:
         while ours := [outcome for outcome in outcomes if outcome.job.worker == self.id]:
             worker = self.id
             try:
-                self.queue.settle(worker, ours, again)
+                for other in self.queue.settle(worker, ours, again):
+                    log.error("job %s is no longer this worker's: its outcome was left out", other.job.id)
                 break
             except Reaped:
                 self._forget_all(worker)
