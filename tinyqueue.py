@@ -154,7 +154,7 @@ class Retry(Exception):
     """Raised by a handler: this attempt is over, try again `after` seconds (by default after the usual backoff)."""
 
     def __init__(self, reason: str = "asked to be retried", *, after: float | None = None) -> None:
-        if after is not None and not 0 <= after <= MAX_DELAY:
+        if after is not None and not is_delay(after):
             raise ValueError(f"Retry: after must be a number of seconds from 0 to {MAX_DELAY}")
         super().__init__(reason)
         self.after = after
@@ -350,7 +350,7 @@ class Failure(msgspec.Struct, rename="camel", omit_defaults=True):
 def _text(error: BaseException) -> str:
     try:
         return str(error)
-    except Exception as second:  # the handler's own exception class may be broken as well
+    except BaseException as second:  # the handler's own exception class may be broken as well
         return f"(its text raised {type(second).__name__})"
 
 
@@ -472,11 +472,12 @@ def to_json(value: Any) -> bytes:
     """
     try:
         encoded = _encode(value)
+        decoded = msgspec.json.decode(encoded)  # what is encoded already, msgspec.Raw, it has taken unseen
         if b"null" in encoded:  # which is what msgspec makes of NaN, silently; then a walk through the value is worth it
             json.dumps(msgspec.to_builtins(value, str_keys=True), allow_nan=False)
-    except (TypeError, ValueError, OverflowError, RecursionError) as error:
+    except (TypeError, ValueError, OverflowError, RecursionError, msgspec.DecodeError) as error:
         raise ValueError(f"is not JSON: {_text(error) or type(error).__name__}"[:300]) from None
-    if encoded.count(b"[") + encoded.count(b"{") > MAX_DEPTH and _depth(msgspec.json.decode(encoded)) > MAX_DEPTH:
+    if encoded.count(b"[") + encoded.count(b"{") > MAX_DEPTH and _depth(decoded) > MAX_DEPTH:
         raise ValueError(f"is nested deeper than {MAX_DEPTH} levels")
     return encoded
 
@@ -659,6 +660,11 @@ def check_name(field: str, value: Any) -> str:
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def is_delay(value: Any) -> bool:
+    """Whether that is a number of seconds that a job may be put off by."""
+    return _is_number(value) and 0 <= value <= MAX_DELAY
 
 
 def _whole(field: str, value: Any, low: int, high: int) -> int:
@@ -1017,7 +1023,7 @@ class Queue:
         if run_at is not None:
             job.run_at = _moment(run_at, now)
         if delay is not None:
-            if not _is_number(delay) or not 0 <= delay <= MAX_DELAY:
+            if not is_delay(delay):
                 raise InvalidJob("delay", f"must be a number of seconds from 0 to {MAX_DELAY}")
             job.run_at = now + round(delay * 1000) if delay else 0
         job.run_at = job.run_at if job.run_at > now else 0
@@ -1081,8 +1087,9 @@ class Queue:
             return _ask(connection, [("BLPOP", *map(self.keys.bell, names), seconds)])[0] is not None
 
     def waiting(self, names: Sequence[str]) -> int:
-        """Count the entries of the queues' lists, cancelled ones included: a cheap look before a take."""
-        return sum(self._read(*(("LLEN", self.keys.jobs(name)) for name in names)))
+        """Count what may be there to take, a cheap look: the entries of the queues' lists, and what is due to come into any."""
+        lists = [("LLEN", self.keys.jobs(name)) for name in names]
+        return sum(self._read(*lists, ("ZCOUNT", self.keys.delayed, "-inf", self.now())))
 
     def take(self, worker: str, names: Sequence[str], most: int) -> list[bytes]:
         """Move up to `most` ids from the queues, in strict order of the queues, to the worker's own list.
@@ -1400,9 +1407,14 @@ class Queue:
         records = tx.read(*([("WATCH", *keys)] if watch else []), ("MGET", *keys))[-1] if ids else []
         return (_job(id, record) for id, record in zip(ids, records, strict=True) if record is not None)
 
+    def _known_workers(self) -> list[str]:
+        """Every worker that may hold a job. What is no name in that set was not put there by a worker."""
+        found = (worker.decode("ascii", "replace") for worker in self._read(("SMEMBERS", self.keys.workers))[0])
+        return sorted(worker for worker in found if NAME.fullmatch(worker))
+
     def lost_workers(self) -> list[str]:
         """List the workers whose lease is gone."""
-        workers = sorted(worker.decode() for worker in self._read(("SMEMBERS", self.keys.workers))[0])
+        workers = self._known_workers()
         leases = self._read(("MGET", *map(self.keys.lease, workers)))[0] if workers else []
         return [worker for worker, lease in zip(workers, leases, strict=True) if lease is None]
 
@@ -1503,7 +1515,7 @@ class Queue:
             lists = [self.keys.jobs(name) for name in self.queues()]
             delayed: list[Command] = [("ZRANGE", self.keys.delayed, 0, LISTED - 1)]
         else:
-            lists = [self.keys.proc(worker.decode()) for worker in self._read(("SMEMBERS", self.keys.workers))[0]]
+            lists = [self.keys.proc(worker) for worker in self._known_workers()]
             delayed = []
         found = self._read(*(("LRANGE", key, 0, LISTED - 1) for key in lists), *delayed)
         texts = {id.decode("ascii", "replace") for ids in found for id in ids}
@@ -1519,15 +1531,14 @@ class Queue:
         `total` counts since the beginning what the others forget when records end their time.
         """
         indexes = ("delayed", "completed", "failed", "cancelled")
-        counts, workers, *sizes = self._read(
+        counts, *sizes = self._read(
             ("HGETALL", self.keys.counts),
-            ("SMEMBERS", self.keys.workers),
             *(("ZCARD", getattr(self.keys, index)) for index in indexes),
         )
         now = {key.decode(): int(value) for key, value in zip(counts[::2], counts[1::2], strict=True)}
         names = sorted({key.partition(":")[2] for key in now if ":" in key})
         queues = {name: {state: now.get(f"{state}:{name}", 0) for state in ("pending", "processing")} for name in names}
-        leases = [self.keys.lease(worker.decode()) for worker in workers]
+        leases = [self.keys.lease(worker) for worker in self._known_workers()]
         return {
             "pending": sum(queue["pending"] for queue in queues.values()),
             "processing": sum(queue["processing"] for queue in queues.values()),
@@ -1539,7 +1550,7 @@ class Queue:
 
     def workers(self) -> list[dict[str, Any]]:
         """List the registered workers: id, host, pid, queues, concurrency, startedAt, alive, lastHeartbeat and current jobs."""
-        ids = sorted(worker.decode() for worker in self._read(("SMEMBERS", self.keys.workers))[0])
+        ids = self._known_workers()
         keys = [key for id in ids for key in (self.keys.worker(id), self.keys.lease(id))]
         found = self._read(("MGET", *keys))[0] if keys else []
         try:

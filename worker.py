@@ -61,6 +61,7 @@ from tinyqueue import (
     backoff,
     check_name,
     from_json,
+    is_delay,
     load_handlers,
     set_up_logging,
     to_json,
@@ -107,10 +108,10 @@ def _storable(result: Any) -> msgspec.Raw:
 def _failed(job: Job, error: BaseException) -> Outcome:
     known = HANDLERS.get(job.type)
     after: float | None = backoff(job.attempts, known.backoff, known.backoff_cap) if known else backoff(job.attempts, NEW_HANDLER)
-    if isinstance(error, Retry) and error.after is not None:
-        after = error.after
-    elif isinstance(error, Discard):
+    if isinstance(error, Discard):
         after = None
+    elif isinstance(error, Retry) and is_delay(wish := getattr(error, "after", None)):  # a subclass may have left it out
+        after = wish
     return Outcome(job, "fail", error=Failure.of(error, _traceback(error)), after=after)
 
 
@@ -121,7 +122,7 @@ def _traceback(error: BaseException) -> str:
         frames = frames.tb_next
     try:
         return "".join(traceback.format_exception(type(error), error, frames)) if frames else ""
-    except Exception:  # its own __str__ may raise
+    except BaseException:  # its own __str__ may raise whatever it likes
         return ""
 
 
@@ -154,7 +155,7 @@ class Slot:
             if os.getpid() != self.process:
                 os._exit(0)  # the handler has forked, and this is the child: it must not act as a second worker
             return outcome if self._end() else None
-        except TimedOut as error:  # it came between the handler's last line and the end of _end
+        except BaseException as error:  # TimedOut, between the handler's last line and the end of _end
             return _failed(job, error) if self._end() else None
 
     def _end(self) -> bool:
@@ -313,8 +314,10 @@ class Worker:
 
     def _take_jobs(self) -> None:
         free = failures = 0
-        while not self.quiet.is_set():
+        while True:
             free += self._free_slots(wait=not free)
+            if self.quiet.is_set():
+                return
             worker = self.id
             try:
                 worker = worker or self._register()
@@ -335,7 +338,7 @@ class Worker:
                 self.quiet.wait(backoff(failures, 0.1, 5.0))
 
     def _free_slots(self, wait: bool) -> int:
-        """Count the slots that have become free; with `wait` at least one, or else there is the order to be quiet."""
+        """Count the slots that have become free; with `wait` at least one, unless the order to be quiet came."""
         count = 0
         if wait:
             self.all_busy = True
@@ -407,12 +410,12 @@ class Worker:
 
     def _settle(self, outcomes: list[Outcome]) -> None:
         """Write outcomes, however long that takes. Those of a registration that was reaped are dropped: their jobs run again."""
-        failures, again, worker = 0, False, self.id
-        while ours := [outcome for outcome in outcomes if outcome.job.worker == self.id]:
-            worker = self.id
+        failures, again, written = 0, False, list[Outcome]()
+        while not written and (ours := [outcome for outcome in outcomes if outcome.job.worker == self.id]):
+            worker = ours[0].job.worker
             try:
-                for other in self.queue.settle(worker, ours, again):
-                    log.error("job %s is no longer this worker's: its outcome was left out", other.job.id)
+                others = self.queue.settle(worker, ours, again)
+                written = [outcome for outcome in ours if outcome not in others] if others else ours
                 break
             except Reaped:
                 self._forget_all(worker)
@@ -424,16 +427,12 @@ class Worker:
                     return
             except Corrupted as trouble:  # a key of the wrong type; everything else of the transaction was applied
                 log.error("outcomes were written but for this: %s", trouble)
-                break
-        self._settled(outcomes, worker)
-
-    def _settled(self, outcomes: list[Outcome], worker: str) -> None:
+                written = ours
         with self.lock:
             for outcome in outcomes:
                 if self.held.get(outcome.job.id) is outcome.job:
                     del self.held[outcome.job.id]
-        for outcome in outcomes if log.isEnabledFor(logging.INFO) else ():
-            _log_outcome(outcome, outcome.job.worker == worker)
+        _log_outcomes(outcomes, written)
 
     def _forget_all(self, worker: str) -> None:
         """Take note that this worker was thought dead: its jobs are others' now (taker, settler, keeper)."""
@@ -489,36 +488,36 @@ class Worker:
             log.warning("%s", what)
 
 
-def _log_outcome(outcome: Outcome, recorded: bool) -> None:
-    job = outcome.job
-    fields: dict[str, Any] = {"job": job.id, "type": job.type, "queue": job.queue, "attempt": job.attempts, "worker": job.worker}
-    text = f"{job.type} {job.id} attempt {job.attempts}/{job.max_attempts}"
-    if not recorded:
-        log.warning("lost %s: others have it now", text, extra={"fields": fields})
-    elif outcome.verb == "complete":
-        log.info("completed %s", text, extra={"fields": fields})
-    elif outcome.verb == "release":
-        log.info("released %s", text, extra={"fields": fields})
-    elif outcome.error:
-        error = " ".join(f"{outcome.error.type}: {outcome.error.message}".split())[:300]
-        again = outcome.after is not None and job.attempts < job.max_attempts
-        then = f"again in {outcome.after:.1f} s" if again else "no attempt is left"
-        log.warning("failed %s: %s; %s", text, error, then, extra={"fields": fields})
+def _log_outcomes(outcomes: list[Outcome], written: list[Outcome]) -> None:
+    """One line for each."""
+    recorded = {outcome.job.id for outcome in written}
+    for outcome in outcomes if log.isEnabledFor(logging.WARNING) else ():
+        job, level, what, then = outcome.job, logging.INFO, outcome.verb + "d", ""
+        if job.id not in recorded:
+            level, what, then = logging.WARNING, "lost", ": it is no longer this worker's"
+        elif outcome.error:
+            again = outcome.after is not None and job.attempts < job.max_attempts
+            then = ": " + " ".join(f"{outcome.error.type}: {outcome.error.message}".split())[:300]
+            then += f"; again in {outcome.after:.1f} s" if again else "; no attempt is left"
+            level, what = logging.WARNING, "failed"
+        fields = {"job": job.id, "type": job.type, "queue": job.queue, "attempt": job.attempts, "worker": job.worker}
+        text = f"{what} {job.type} {job.id} attempt {job.attempts}/{job.max_attempts}{then}"
+        log.log(level, "%s", text, extra={"fields": fields})
 
 
 # The command line -----------------------------------------------------------------------------------------------------
 
 
-def serve(worker: Worker) -> int:
-    """Run a worker in the main thread, under orders of the signals: SIGTERM and SIGINT drain, a second SIGINT releases."""
+def obey_signals(worker: Worker, also: Callable[[], None] = lambda: None) -> None:
+    """Have SIGTERM and SIGINT mean: drain, and a second SIGINT: release. A handler only leaves the order."""
     interrupts = itertools.count()
 
     def obey(number: int, frame: Any) -> None:
+        also()
         worker.orders.put("release" if number == signal.SIGINT and next(interrupts) else "drain")
 
     signal.signal(signal.SIGTERM, obey)
     signal.signal(signal.SIGINT, obey)
-    return worker.run()
 
 
 def leave(code: int) -> NoReturn:
@@ -579,7 +578,8 @@ def cli(ctx: click.Context, /, queues: tuple[str, ...], burst: bool, **overrides
         load_handlers(settings.handlers)
         worker = Worker(ctx.obj, settings, names, burst)
         log.info("worker starts: %d slots, queues: %s", settings.worker_concurrency, ", ".join(worker.names))
-        leave(serve(worker))
+        obey_signals(worker)
+        leave(worker.run())
 
 
 @cli.command()

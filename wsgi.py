@@ -50,6 +50,7 @@ log = logging.getLogger("tinyqueue.web")
 THREADS = 8
 CONNECTIONS = 500  # beyond these, new ones wait unanswered in the backlog; idle keep-alives count
 RETRY_AFTER = 5  # seconds
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 # Problems -------------------------------------------------------------------------------------------------------------
@@ -296,12 +297,17 @@ class Server:
 def serve(api: API, sock: socket.socket) -> int:
     """Serve from one process; without REDIS_URL its workers run in it, too. Returns the exit code."""
     server = Server(api, sock)
+    if not api.settings.redis_url:
+        return _serve_with_workers(api, server)
     signal.signal(signal.SIGTERM, lambda *_: server.stop())
     signal.signal(signal.SIGINT, lambda *_: server.stop())
-    if api.settings.redis_url:
-        server.run()
-        return 0
-    from worker import Worker  # only here does the web process need it
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+    server.run()
+    return 0
+
+
+def _serve_with_workers(api: API, server: Server) -> int:
+    from worker import Worker, obey_signals  # only here does the web process need it
 
     worker, codes = Worker(api.queue, api.settings), [0]
 
@@ -311,8 +317,8 @@ def serve(api: API, sock: socket.socket) -> int:
 
     thread = threading.Thread(target=work, name="worker")
     thread.start()
+    obey_signals(worker, server.stop)
     server.run()
-    worker.orders.put("drain")
     thread.join()
     return codes[0]
 
@@ -332,11 +338,11 @@ def serve_many(api: API, sock: socket.socket) -> int:
     signal.signal(signal.SIGINT, stop)
     while children or not stopping.is_set():
         while len(children) < api.settings.web_concurrency and not stopping.is_set():
+            signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # until the child is known here, and its own handlers are set there
             if (child := os.fork()) == 0:
                 os._exit(serve(api, sock))
             children.add(child)
-        if stopping.is_set():
-            stop()  # the signal may have come between the fork and the line after it
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
         with suppress(ChildProcessError):
             child, status = os.wait()
             children.discard(child)
