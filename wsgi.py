@@ -337,12 +337,12 @@ def serve_many(api: API, sock: socket.socket) -> int:
     signal.signal(signal.SIGTERM, stop)
     signal.signal(signal.SIGINT, stop)
     while children or not stopping.is_set():
+        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # until each child is known here, and its own handlers are set there
         while len(children) < api.settings.web_concurrency and not stopping.is_set():
-            signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # until the child is known here, and its own handlers are set there
             if (child := os.fork()) == 0:
                 os._exit(serve(api, sock))
             children.add(child)
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
         with suppress(ChildProcessError):
             child, status = os.wait()
             children.discard(child)
