@@ -52,7 +52,7 @@ Three rules carry everything
        registration in the transaction that gives the jobs away: a worker thought dead that wakes up can no longer write.
     3. Waiting never holds work. An idle worker blocks on the bell, never on the jobs: a lost reply there costs nothing.
 
-Read on in the order of a job's life. `grep '^# [A-Z]' tinyqueue.py` prints the table of contents.
+Read on in the order of a job's life. `grep '# [A-Z].* ---' tinyqueue.py` prints the table of contents.
 """
 
 from __future__ import annotations
@@ -147,7 +147,7 @@ class Reaped(TinyQueueError):
     """This worker was taken for dead and its jobs were given away: it must drop what it holds and register anew."""
 
 
-# What a handler raises to steer what becomes of its job. These are not errors of TinyQueue.
+# What a handler raises to steer its job -------------------------------------------------------------------------------
 
 
 class Retry(Exception):
@@ -172,7 +172,6 @@ class TimedOut(BaseException):
 
 
 # Settings -------------------------------------------------------------------------------------------------------------
-# One table for the environment, `--help` and the README. An empty variable counts as unset.
 
 PLAIN_NAMES = {"redis_url", "host", "port", "worker_concurrency", "web_concurrency", "log_format", "log_level"}
 PLATFORMS = re.compile("DYNO|RENDER|K_SERVICE|FLY_APP_NAME|VERCEL|RAILWAY_.*|AWS_LAMBDA_.*")
@@ -183,7 +182,7 @@ def variable(field: str) -> str:
 
 
 class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, rename=variable):
-    """Every tunable. `Settings.read()` makes one from the environment."""
+    """Every tunable: one table for the environment, where an empty variable counts as unset, for `--help` and for the README."""
 
     redis_url: Annotated[str, Meta(description="where the jobs are; without it: embedded, nothing is kept")] = ""
     host: Annotated[str, Meta(description="address the web process listens on; without it: all, IPv4 and IPv6")] = ""
@@ -264,7 +263,7 @@ def set_up_logging(settings: Settings) -> None:
     logging.basicConfig(level=settings.log_level.upper(), handlers=[handler], force=True)
 
 
-# Limits that are part of the contract, not tunables.
+# Limits: a part of the contract, not tunables -------------------------------------------------------------------------
 
 MAX_JOBS = 1000  # jobs of one enqueue_many: some milliseconds of Redis' one thread
 MAX_ATTEMPTS = 100
@@ -705,6 +704,7 @@ REASONS: tuple[tuple[type[Exception], str], ...] = (
     (redis.exceptions.NoPermissionError, "refused"),
     (redis.exceptions.MaxConnectionsError, "busy"),
     (redis.exceptions.ClusterDownError, "unreachable"),
+    (redis.exceptions.TryAgainError, "busy"),
     (redis.exceptions.TimeoutError, "timeout"),
     (redis.exceptions.ConnectionError, "unreachable"),
     (OSError, "unreachable"),
@@ -1098,13 +1098,19 @@ class Queue:
         same transaction: even one that slept through its own reaping can hide nothing.
         """
         taken: list[bytes] = []
+        broken: Corrupted | None = None
         for name in names:
-            move = ("RPOPLPUSH", self.keys.jobs(name), self.keys.proc(worker))
-            moves = [move] * (most - len(taken))
-            done = self._read(("MULTI",), ("SADD", self.keys.workers, worker), *moves, ("EXEC",))[-1]
-            taken += [id for id in _unfailed(done)[1:] if id is not None]
+            moves = [("RPOPLPUSH", self.keys.jobs(name), self.keys.proc(worker))] * (most - len(taken))
+            try:
+                _, *ids = _unfailed(self._read(("MULTI",), ("SADD", self.keys.workers, worker), *moves, ("EXEC",))[-1])
+            except Corrupted as error:  # one list of the wrong type must not stop the other queues
+                broken = error
+                continue
+            taken += [id for id in ids if id is not None]
             if len(taken) == most:
                 break
+        if broken and not taken:
+            raise broken
         return taken
 
     def start(self, worker: str, ids: Sequence[bytes], held: Mapping[str, int] | None = None) -> list[Job]:
@@ -1485,8 +1491,8 @@ class Queue:
     # Reading ----------------------------------------------------------------------------------------------------------
 
     def ping(self) -> None:
-        """Raise Unavailable unless Redis answers."""
-        self._read(("PING",))
+        """Raise Unavailable unless Redis takes a write: one that never stores anything."""
+        self._read(("SET", self.keys.promoter + ":none", "", "XX"))
 
     def get(self, id: str) -> Job | None:
         """The job of that id, or None."""
@@ -1535,7 +1541,10 @@ class Queue:
             ("HGETALL", self.keys.counts),
             *(("ZCARD", getattr(self.keys, index)) for index in indexes),
         )
-        now = {key.decode(): int(value) for key, value in zip(counts[::2], counts[1::2], strict=True)}
+        try:
+            now = {key.decode(): int(value) for key, value in zip(counts[::2], counts[1::2], strict=True)}
+        except ValueError:
+            raise Corrupted(f"{self.keys.counts} holds what is no count") from None
         names = sorted({key.partition(":")[2] for key in now if ":" in key})
         queues = {name: {state: now.get(f"{state}:{name}", 0) for state in ("pending", "processing")} for name in names}
         leases = [self.keys.lease(worker) for worker in self._known_workers()]

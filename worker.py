@@ -200,7 +200,7 @@ class Worker:
         self.orders: SimpleQueue[Order] = SimpleQueue()  # its put may be called in a signal handler, unlike Event.set
         self.free: SimpleQueue[None] = SimpleQueue()  # an entry for each slot that waits for a job
         self.inbox: SimpleQueue[Job | None] = SimpleQueue()
-        self.outbox: SimpleQueue[Outcome | None] = SimpleQueue()
+        self.outbox: SimpleQueue[list[Outcome] | None] = SimpleQueue()
         self.pool = ThreadPoolExecutor(2 * settings.worker_concurrency, "slot")  # twice: for those that replace stuck ones
         self.slots: list[Slot] = []
         self.stuck: list[Slot] = []
@@ -227,8 +227,7 @@ class Worker:
         self.quiet.set()
         self.free.put(None)  # wakes a taker that waits for a slot
         log.info("worker stops (%s): %d jobs are running", order, len(self.held))
-        self._drain(order, taker)
-        return self._leave(order, settler)
+        return self._leave(self._drain(order, taker), settler)
 
     def _guard(self, duty: Callable[[], None]) -> None:
         """Run a thread; should it die of a defect, the worker stops: what it held comes back with its lease."""
@@ -260,11 +259,14 @@ class Worker:
         now = time.monotonic()
         for slot in tuple(self.slots):
             slot.interrupt(now)
-            if slot.stuck(now) and (job := slot.give_up()):
+            if slot.stuck(now):
+                self.stuck.append(slot)  # before it is given up: once its handler ends after all, it takes itself off the list
+                if not (job := slot.give_up()):
+                    self.stuck.remove(slot)
+                    continue
                 log.error("job %s of type %s does not stop; its thread is given up", job.id, job.type)
-                self.outbox.put(_failed(job, TimedOut()))
+                self.outbox.put([_failed(job, TimedOut())])
                 self.slots.remove(slot)
-                self.stuck.append(slot)
                 if len(self.stuck) >= self.settings.worker_concurrency:
                     self.orders.put("broken")
                 else:
@@ -274,8 +276,8 @@ class Worker:
         self.pool.submit(self._work)
         self.free.put(None)
 
-    def _drain(self, order: Order, taker: threading.Thread) -> None:
-        """Let the handlers end until time is up or a second SIGINT says so; then hand back what still runs."""
+    def _drain(self, order: Order, taker: threading.Thread) -> Order:
+        """Let the handlers end until time is up or another order comes; then hand back what still runs. Returns the last order."""
         deadline = time.monotonic() + self.settings.shutdown_timeout
         while (taker.is_alive() or self.held) and order == "drain" and time.monotonic() < deadline:
             with suppress(Empty):
@@ -285,25 +287,28 @@ class Worker:
         while (taker.is_alive() or self.held) and time.monotonic() < deadline:
             self._hand_back()
             time.sleep(0.02)
+        return order
 
     def _hand_back(self) -> None:
         """Release what nobody has begun and what still runs. A handler goes on until the process ends, but it is not heard."""
+        jobs = [job for slot in tuple(self.slots) if (job := slot.give_up())]
         with suppress(Empty):
             while job := self.inbox.get_nowait():
-                self.outbox.put(Outcome(job, "release"))
-        for slot in tuple(self.slots):
-            if job := slot.give_up():
-                self.outbox.put(Outcome(job, "release"))
+                jobs.append(job)
+        if jobs:  # all at once, in the order in which they came: so they go back
+            with self.lock:
+                came = {id: at for at, id in enumerate(self.held)}
+            self.outbox.put([Outcome(job, "release") for job in sorted(jobs, key=lambda job: came.get(job.id, 0))])
 
     def _leave(self, order: Order, settler: threading.Thread) -> int:
         self.over.set()
         self.outbox.put(None)
-        settler.join(LAST_WRITE)
+        settler.join(1.0)
         for _ in self.slots:
             self.inbox.put(None)
         self.pool.shutdown(wait=False)
         with suppress(TinyQueueError):
-            if self.id:
+            if self.id and not self.held:
                 self.queue.deregister(self.id)
         if self.held:
             log.error("Redis did not take what became of %d jobs: they run again when the lease ends", len(self.held))
@@ -331,6 +336,8 @@ class Worker:
                     self._wait_for_bell(worker)
             except Reaped:
                 self._forget_all(worker)
+                with suppress(TinyQueueError):
+                    self.queue.reap(worker)  # gives back what was just taken under a name that is no more
             except TinyQueueError as trouble:
                 self.adopt_at = 0.0
                 failures += 1
@@ -393,20 +400,22 @@ class Worker:
                 if slot in self.stuck:
                     self.stuck.remove(slot)
                 return
-            self.outbox.put(outcome)
+            self.outbox.put([outcome])
             self.free.put(None)
 
     # Settler ----------------------------------------------------------------------------------------------------------
 
     def _settle_outcomes(self) -> None:
-        last = False
-        while not last:
-            batch = [self.outbox.get()]
+        while (batch := self.outbox.get()) is not None:
+            last = False
             with suppress(Empty):
-                while len(batch) < MAX_JOBS:
-                    batch.append(self.outbox.get_nowait())
-            last = None in batch
-            self._settle([outcome for outcome in batch if outcome])
+                while len(batch) < MAX_JOBS and not last:
+                    more = self.outbox.get_nowait()
+                    batch += more or []
+                    last = more is None
+            self._settle(batch)
+            if last:
+                return
 
     def _settle(self, outcomes: list[Outcome]) -> None:
         """Write outcomes, however long that takes. Those of a registration that was reaped are dropped: their jobs run again."""

@@ -4,7 +4,7 @@
     wsgi:app             the same API for any other WSGI or serverless host
 
 Importing this module reads no setting and opens no connection: `app` does both at its first request. JSON goes in and comes out;
-an error is application/problem+json (RFC 9457), of which `PROBLEMS` lists every kind.
+an error is application/problem+json (RFC 9457).
 """
 
 from __future__ import annotations
@@ -122,6 +122,8 @@ FIELDS = {
 class API(bottle.Bottle):  # type: ignore[misc]
     """The routes over one queue; without one, it is made from the settings at the first request that needs it."""
 
+    __setattr__ = object.__setattr__  # Bottle's own lets an attribute be set once only
+
     def __init__(self, settings: Settings | None = None, queue: Queue | None = None) -> None:
         super().__init__()
         self._lock, self._settings, self._queue = threading.Lock(), settings, queue
@@ -175,7 +177,7 @@ class API(bottle.Bottle):  # type: ignore[misc]
         return {"status": "ok"}
 
     def ready(self) -> dict[str, str]:
-        """Whether jobs can be submitted: Redis answers."""
+        """Whether jobs can be submitted: Redis takes writes."""
         self.queue.ping()
         return {"status": "ok"}
 
@@ -278,7 +280,7 @@ class Server:
             self._turn(0.2)
         self._turn(0.05)  # closes what was idle
         self.waitress.task_dispatcher.shutdown(timeout=1)
-        self.waitress.trigger.close()
+        wasyncore.close_all(self.channels)
 
     def _turn(self, seconds: float) -> None:
         wasyncore.loop(timeout=seconds, use_poll=True, map=self.channels, count=1)

@@ -1,0 +1,196 @@
+"""Clients of the HTTP API: `Client` needs no server, each request goes through the WSGI validator straight into the app;
+`Wire` talks to a server byte by byte.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import socket
+import threading
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+from urllib.parse import unquote_to_bytes
+from wsgiref.util import setup_testing_defaults
+from wsgiref.validate import WSGIWarning, validator
+
+from wsgi import API, Server
+
+JSON = "application/json"
+PROBLEM = "application/problem+json"
+NO_BODY = object()
+
+
+class Answer(NamedTuple):
+    """What came back. Header names are in lower case."""
+
+    status: int
+    headers: dict[str, str]
+    body: bytes
+
+    @property
+    def json(self) -> Any:
+        return strict_json(self.body)
+
+    @property
+    def problem(self) -> Any:
+        """The body, which must be a problem of this answer's status."""
+        assert self.headers["content-type"] == PROBLEM, self
+        about = self.json
+        kind = about["type"].removeprefix("urn:tinyqueue:")
+        assert about["type"] == f"urn:tinyqueue:{kind}"
+        assert kind
+        assert about["title"] == kind.replace("-", " ").capitalize()
+        assert about["status"] == self.status >= 400
+        assert isinstance(about["detail"], str)
+        assert about["detail"]
+        return about
+
+    @property
+    def kind(self) -> str:
+        return str(self.problem["type"].removeprefix("urn:tinyqueue:"))
+
+
+class Client:
+    """Calls a WSGI app. `log` is what the app has written to wsgi.errors."""
+
+    def __init__(self, app: Any) -> None:
+        self._app = validator(app)
+        self.log = io.StringIO()
+
+    def call(self, method: str, path: str, body: Any = NO_BODY, headers: Mapping[str, str] | None = None) -> Answer:
+        """Send a request. A body that is not bytes is sent as JSON; a body is said to be JSON unless a header says otherwise.
+
+        Header names are as on the wire, in any case; a value of "" for Content-Type leaves it out.
+        """
+        raw = b"" if body is NO_BODY else body if isinstance(body, bytes) else json.dumps(body).encode()
+        environ = self._environ(method, path, raw)
+        if body is not NO_BODY:
+            environ |= {"CONTENT_LENGTH": str(len(raw)), "CONTENT_TYPE": JSON}
+        for name, value in (headers or {}).items():
+            variable = name.upper().replace("-", "_")
+            environ[variable if variable in ("CONTENT_TYPE", "CONTENT_LENGTH") else f"HTTP_{variable}"] = value
+        return self._send(environ)
+
+    def get(self, path: str, headers: Mapping[str, str] | None = None) -> Answer:
+        return self.call("GET", path, headers=headers)
+
+    def post(self, path: str, body: Any, headers: Mapping[str, str] | None = None) -> Answer:
+        return self.call("POST", path, body, headers)
+
+    def _environ(self, method: str, path: str, raw: bytes) -> dict[str, Any]:
+        path, _, query = path.partition("?")
+        environ: dict[str, Any] = {"REQUEST_METHOD": method, "SCRIPT_NAME": "", "QUERY_STRING": query, "REMOTE_ADDR": "127.0.0.1"}
+        environ["PATH_INFO"] = unquote_to_bytes(path).decode("latin-1")
+        environ |= {"wsgi.input": io.BytesIO(raw), "wsgi.errors": self.log, "wsgi.multithread": True}
+        setup_testing_defaults(environ)
+        return environ
+
+    def _send(self, environ: dict[str, Any]) -> Answer:
+        head: list[Any] = []
+
+        def start_response(status: str, headers: list[tuple[str, str]], exc_info: Any = None) -> Any:
+            head[:] = [status, headers]
+            return head.append
+
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", WSGIWarning)  # of methods that it does not know
+            chunks: Iterable[bytes] = self._app(environ, start_response)
+        try:
+            body = b"".join(chunks)
+        finally:
+            chunks.close()  # type: ignore[attr-defined]
+        status = int(head[0].split()[0])
+        headers = {name.lower(): value for name, value in head[1]}
+        assert len(headers) == len(head[1]), f"a header twice: {head}"
+        if environ["REQUEST_METHOD"] == "HEAD" or status == 204:
+            assert body == b""
+        else:
+            assert headers["content-length"] == str(len(body))
+        return Answer(status, headers, body)
+
+
+def strict_json(text: bytes) -> Any:
+    """Read JSON as the strictest of clients does: no NaN, no name twice in an object, no lone surrogates."""
+
+    def refuse(word: str) -> Any:
+        raise AssertionError(f"{word} is not JSON")
+
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        assert len(dict(pairs)) == len(pairs), f"a name stands twice: {pairs}"
+        return dict(pairs)
+
+    value = json.loads(text.decode(), parse_constant=refuse, object_pairs_hook=once)
+    json.dumps(value, ensure_ascii=False).encode()
+    return value
+
+
+# Over a socket --------------------------------------------------------------------------------------------------------
+
+
+class Wire:
+    """A connection on which requests are written byte by byte, and answers read one after the other."""
+
+    def __init__(self, address: tuple[str, int]) -> None:
+        self._socket = socket.create_connection(address, timeout=10)
+        self._file = self._socket.makefile("rb")
+
+    def __enter__(self) -> Wire:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+        self._socket.close()
+
+    def send(self, raw: bytes) -> None:
+        self._socket.sendall(raw)
+
+    def half_close(self) -> None:
+        self._socket.shutdown(socket.SHUT_WR)
+
+    def answer(self, bodiless: bool = False) -> Answer:
+        """Read one answer. `bodiless` is that of a HEAD: its length is told and no body follows."""
+        status = int(self._file.readline().split()[1])
+        headers = {}
+        while line := self._file.readline().strip():
+            name, _, value = line.decode("latin-1").partition(":")
+            headers[name.lower()] = value.strip()
+        length = 0 if bodiless else int(headers.get("content-length", 0))
+        return Answer(status, headers, self._file.read(length))
+
+    def rest(self) -> bytes:
+        """Read until the server closes, or breaks off."""
+        try:
+            return self._file.read()
+        except ConnectionResetError:
+            return b""
+
+    def ended(self) -> bool:
+        """Wait until the server closes; tell whether it sent nothing more."""
+        return self.rest() == b""
+
+
+@contextmanager
+def serving(api: API) -> Iterator[tuple[Server, tuple[str, int]]]:
+    """Serve an API on a socket of this process, from a thread."""
+    sock = socket.create_server(("127.0.0.1", 0))
+    address = sock.getsockname()
+    server = Server(api, sock)
+    thread = threading.Thread(target=server.run, name="server")
+    thread.start()
+    try:
+        yield server, address
+    finally:
+        server.stop()
+        thread.join(20)
+        assert not thread.is_alive(), "the server has not ended"
+
+
+def spell(method: str, path: str, body: bytes | None = None, *headers: str) -> bytes:
+    """Spell a request as HTTP/1.1 does; with a body it is JSON of that length."""
+    lines = [f"{method} {path} HTTP/1.1", "Host: localhost", *headers]
+    if body is not None:
+        lines += ["Content-Type: application/json", f"Content-Length: {len(body)}"]
+    return "\r\n".join([*lines, "", ""]).encode("latin-1") + (body or b"")

@@ -1,0 +1,350 @@
+"""What all tests share: queues on both kinds of server, the check of the books, and ways to look and reach behind the queue.
+
+A test that asks for `queue` runs twice, on the embedded server and on a real one, and its books are checked when it ends. A test
+that asks for `real` or `proxy` runs on the real server only. From here you may import `put`, `raw`, `lapse`, `dump`,
+`assert_books` and `free_port`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import socket
+import subprocess
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import redis
+from cutproxy import CutProxy
+
+from tinyqueue import Failure, Job, Queue
+
+# Real servers ---------------------------------------------------------------------------------------------------------
+
+
+def free_port() -> int:
+    """A TCP port of 127.0.0.1 that nobody listens on at the moment."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return int(server.getsockname()[1])
+
+
+class RedisServer:
+    """A redis-server of our own at `url`. Port, folder and options stay the same over a restart, and so do data on disk."""
+
+    def __init__(self, folder: Path, *options: str) -> None:
+        self.folder, self.options, self.port = folder, options, free_port()
+        self.url = f"redis://127.0.0.1:{self.port}/0"
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        """Start it and return when it answers."""
+        command = ["redis-server", "--port", str(self.port), "--bind", "127.0.0.1", "--dir", str(self.folder)]
+        command += ["--logfile", "redis.log", "--save", "", "--appendonly", "no", *self.options]
+        self.process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        with redis.Redis(port=self.port, retry=None) as client:
+            for _ in range(1000):
+                try:
+                    client.ping()
+                    return
+                except redis.AuthenticationError:
+                    return
+                except redis.ConnectionError:
+                    assert self.process.poll() is None, (self.folder / "redis.log").read_text()
+                    time.sleep(0.01)
+        raise AssertionError("redis-server does not answer")
+
+    def stop(self) -> None:
+        """End it in good order."""
+        if self.process:
+            self.process.terminate()
+            try:
+                self.process.wait(10)
+            except subprocess.TimeoutExpired:
+                self.kill()
+            self.process = None
+
+    def kill(self) -> None:
+        """kill -9"""
+        if self.process:
+            self.process.kill()
+            self.process.wait()
+            self.process = None
+
+
+REDIS = shutil.which("redis-server")
+NO_REDIS = "there is no redis-server on PATH: THE TESTS ON A REAL SERVER DO NOT RUN"
+
+
+def pytest_report_header() -> str:
+    return f"redis-server: {REDIS or NO_REDIS}"
+
+
+@pytest.fixture(scope="session")
+def start_redis(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., RedisServer]]:
+    """Start a real server for this test alone: start_redis("--appendonly", "yes") -> RedisServer. Stopped at the end."""
+    if not REDIS and os.environ.get("CI") == "true":
+        pytest.fail(NO_REDIS)
+    if not REDIS:
+        pytest.skip(NO_REDIS)
+    started: list[RedisServer] = []
+
+    def start(*options: str) -> RedisServer:
+        server = RedisServer(tmp_path_factory.mktemp("redis"), *options)
+        started.append(server)
+        server.start()
+        return server
+
+    yield start
+    for server in started:
+        server.stop()
+
+
+@pytest.fixture(scope="session")
+def shared_redis(start_redis: Callable[..., RedisServer]) -> RedisServer:
+    """The real server that all tests share, one after the other."""
+    return start_redis()
+
+
+# Where the queues of a test are ---------------------------------------------------------------------------------------
+
+
+class Server:
+    """Makes queues that share their data: embedded in this process, or on the Redis at `url`."""
+
+    def __init__(self, url: str = "") -> None:
+        self.url = url
+        self._pools = [Queue.from_url(url).pool if url else Queue.embedded().pool]
+        self.clear()
+
+    def queue(self, url: str = "", **options: Any) -> Queue:
+        """Another queue on the same data, with a clock of its own; `url` leads through a proxy."""
+        if not self.url:
+            return Queue(self._pools[0], **options)
+        queue = Queue.from_url(url or self.url, **options)
+        self._pools.append(queue.pool)
+        return queue
+
+    def clear(self) -> None:
+        redis.Redis(connection_pool=self._pools[0]).flushall()
+
+    def close(self) -> None:
+        for pool in self._pools:
+            pool.disconnect()
+
+
+@pytest.fixture
+def real(shared_redis: RedisServer) -> Iterator[Server]:
+    """The real server, emptied."""
+    server = Server(shared_redis.url)
+    yield server
+    server.close()
+
+
+@pytest.fixture(params=["embedded", "redis"])
+def server(request: pytest.FixtureRequest) -> Iterator[Server]:
+    """One server after the other, emptied: embedded, then real."""
+    if request.param == "redis":
+        yield request.getfixturevalue("real")
+    else:
+        server = Server()
+        yield server
+        server.close()
+
+
+@pytest.fixture
+def queue(server: Server) -> Iterator[Queue]:
+    """An empty queue on either server. When the test is over, the books must be right."""
+    queue = server.queue()
+    yield queue
+    assert_books(queue)
+
+
+@pytest.fixture
+def near(real: Server) -> Iterator[Queue]:
+    """An empty queue on the real server. When the test is over, the books must be right."""
+    queue = real.queue()
+    yield queue
+    assert_books(queue)
+
+
+@pytest.fixture
+def proxy(shared_redis: RedisServer) -> Iterator[CutProxy]:
+    """A proxy in front of the real server, which cuts, delays or splits packets. All that was asked of it must have happened."""
+    with CutProxy(shared_redis.port) as proxy:
+        yield proxy
+        assert proxy.idle, "the packet that was waited for never came"
+
+
+@pytest.fixture
+def far(real: Server, near: Queue, proxy: CutProxy) -> Queue:
+    """A queue on the data of `near`, but through `proxy`. It knows the time already."""
+    queue = real.queue(proxy.url)
+    queue.now()
+    return queue
+
+
+# Reaching behind the queue --------------------------------------------------------------------------------------------
+
+
+def raw(queue: Queue) -> redis.Redis:
+    """A plain client on the data of the queue."""
+    return redis.Redis(connection_pool=queue.pool)
+
+
+def lapse(queue: Queue, worker: str) -> None:
+    """Let the lease of a worker end now."""
+    assert raw(queue).delete(queue.keys.lease(worker)), "the worker had no lease"
+
+
+def put(queue: Queue, status: str, /, **options: Any) -> Job:
+    """Bring a new job to a status, or to "delayed", by public verbs only, and return it.
+
+    No other job may wait in its queue. A worker made for a job that has ended is deregistered; that of a processing one, which is
+    `job.worker`, stays.
+    """
+    delay = {"delay": 60} if status == "delayed" else {}
+    job = queue.enqueue("echo", {"to": "you"}, **delay, **options)
+    if status in ("pending", "delayed"):
+        return job
+    if status == "cancelled":
+        queue.cancel(job.id)
+    else:
+        worker = queue.register([job.queue], 1)
+        [started] = queue.dequeue(worker, [job.queue])
+        assert started.id == job.id, f"another job waits in {job.queue}"
+        if status == "processing":
+            return started
+        if status == "completed":
+            queue.complete(started, {"sent": True})
+        elif status == "failed":
+            queue.fail(started, Failure("Boom", "it broke"))
+        queue.deregister(worker)
+    made = queue.get(job.id)
+    assert made
+    assert made.status == status
+    return made
+
+
+# The books ------------------------------------------------------------------------------------------------------------
+
+
+class Entry(NamedTuple):
+    """What a key holds, and whether it has a time to live."""
+
+    type: str
+    value: Any
+    expires: bool
+
+
+def dump(queue: Queue) -> dict[str, Entry]:
+    """Everything in the database of the queue, to be compared or looked at."""
+    client = raw(queue)
+    readers = {
+        "string": client.get,
+        "list": lambda key: client.lrange(key, 0, -1),
+        "set": client.smembers,
+        "zset": lambda key: dict(client.zrange(key, 0, -1, withscores=True)),
+        "hash": client.hgetall,
+    }
+    found = {}
+    for key in sorted(client.keys()):
+        type = client.type(key).decode()
+        if type != "none":  # it has expired since
+            found[key.decode()] = Entry(type, readers[type](key), client.pttl(key) > 0)
+    return found
+
+
+FAMILIES = {
+    "job:": "string",
+    "jobs:": "list",
+    "proc:": "list",
+    "bell:": "list",
+    "worker:": "string",
+    "lease:": "string",
+    "delayed": "zset",
+    "completed": "zset",
+    "failed": "zset",
+    "cancelled": "zset",
+    "workers": "set",
+    "counts": "hash",
+    "promoter": "string",
+}
+ENDED = ("completed", "failed", "cancelled")
+
+
+def assert_books(queue: Queue) -> None:
+    """Read all keys and check that every job is exactly where its status says. Lists may hold more; the record decides."""
+    tag = queue.keys.counts.removesuffix("counts")
+    keys = {key.removeprefix(tag): entry for key, entry in dump(queue).items() if key.startswith(tag)}
+    for key, entry in keys.items():
+        match = re.match(r"[a-z]+:?", key)
+        assert match, f"unknown key {key}"
+        assert FAMILIES.get(match[0]) == entry.type, f"unknown key {key}, a {entry.type}"
+
+    def family(name: str) -> dict[str, Any]:
+        return {key.removeprefix(name): entry.value for key, entry in keys.items() if key.startswith(name)}
+
+    records = {id: json.loads(record) for id, record in family("job:").items()}
+    lists = {name: set(ids) for name, ids in family("jobs:").items()}
+    held = {worker: set(ids) for worker, ids in family("proc:").items()}
+    indexes = {name: keys[name].value if name in keys else {} for name in ("delayed", *ENDED)}
+    workers = {worker.decode() for worker in keys["workers"].value} if "workers" in keys else set()
+    assert held.keys() <= workers, "a list is held by a worker that no reap will find"
+    assert family("worker:").keys() <= workers
+    assert family("lease:").keys() <= workers
+    assert all(len(bells) <= 64 for bells in family("bell:").values())
+    for id, record in records.items():
+        places = Places(
+            queue={name for name, listed in lists.items() if id.encode() in listed},
+            held={worker for worker, listed in held.items() if id.encode() in listed},
+            index={status: index[id.encode()] for status, index in indexes.items() if id.encode() in index},
+        )
+        _assert_place(id, record, keys["job:" + id].expires, places)
+    now = queue.now()
+    for status in ENDED:
+        for id, ended in indexes[status].items():
+            record = records.get(id.decode())
+            assert record or ended + queue.keep_ms[status] <= now, f"{status} lists {id!r}, which is gone before its time"
+    _assert_counts(keys["counts"].value if "counts" in keys else {}, records, indexes)
+
+
+class Places(NamedTuple):
+    """Where an id stands: in which queues, in the lists of which workers, and under which number in which index."""
+
+    queue: set[str]
+    held: set[str]
+    index: dict[str, float]
+
+
+def _assert_place(id: str, record: dict[str, Any], expires: bool, places: Places) -> None:
+    status, worker = record.get("status", "pending"), record.get("worker", "")
+    told = f"{id} is at {places} and says {record}"
+    assert expires == (status in ENDED), f"it must have a time to live if, and only if, it has ended: {told}"
+    assert bool(worker) == (status == "processing"), told
+    assert places.index.keys() - {"delayed"} == {status} & set(ENDED), told
+    if status == "pending":
+        waits = record.get("queue", "default") in places.queue or places.held
+        assert waits or places.index.get("delayed") == record.get("runAt", 0), f"it is lost: {told}"
+    elif status == "processing":
+        assert worker in places.held, f"it is lost: {told}"
+    else:
+        assert places.index[status] == record["endedAt"], told
+
+
+def _assert_counts(counts: dict[bytes, bytes], records: dict[str, dict[str, Any]], indexes: dict[str, dict[bytes, float]]) -> None:
+    unended = Counter(
+        f"{status}:{record.get('queue', 'default')}"
+        for record in records.values()
+        if (status := record.get("status", "pending")) not in ENDED
+    )
+    told = {field.decode(): int(value) for field, value in counts.items()}
+    assert {field: value for field, value in told.items() if ":" in field and value} == unended
+    for status in ENDED:
+        assert told.get(status, 0) >= len(indexes[status])
+    assert {field for field in told if ":" not in field} <= set(ENDED)

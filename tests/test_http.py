@@ -1,0 +1,1308 @@
+"""The HTTP API: what it answers, what it refuses with nothing stored, and how its server treats connections."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from datetime import UTC, datetime, timedelta, timezone
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import msgspec
+import pytest
+from client import NO_BODY, PROBLEM, Answer, Client, Wire, serving, spell
+from conftest import Server, dump, free_port, put, raw
+
+import tinyqueue
+from tinyqueue import HANDLERS, ID, MAX_ATTEMPTS, MAX_DELAY, MAX_DEPTH, STATUSES, Queue, Settings, handler
+from wsgi import API, FIELDS, RETRY_AFTER, ROUTES
+
+REPOSITORY = Path(tinyqueue.__file__).parent
+SECRET = "S3cr3tPw"
+
+
+class SendEmail(msgspec.Struct, forbid_unknown_fields=True):
+    to: str
+    cc: list[str] = []
+
+
+def echo(payload: object) -> object:
+    return payload
+
+
+def send_email(email: SendEmail) -> None:
+    """Nobody runs it here."""
+
+
+@pytest.fixture(autouse=True)
+def handlers() -> Iterator[None]:
+    before = dict(HANDLERS)
+    HANDLERS.clear()
+    handler("echo")(echo)
+    handler("send-email", max_attempts=5, queue="mail")(send_email)
+    yield
+    HANDLERS.clear()
+    HANDLERS.update(before)
+
+
+@pytest.fixture
+def api(queue: Queue) -> Client:
+    return Client(API(Settings(), queue))
+
+
+Refuse = Callable[..., dict[str, Any]]
+
+
+@pytest.fixture
+def refuse(api: Client, queue: Queue) -> Refuse:
+    """Send a request that must be refused with that status and kind and store nothing; returns the problem."""
+    queue.enqueue("echo", "stored before")
+
+    def refuse(
+        status: int, kind: str, body: Any = NO_BODY, *, path: str = "/jobs", method: str = "POST", headers: Any = None
+    ) -> dict[str, Any]:
+        before = dump(queue)
+        answer = api.call(method, path, body, headers)
+        assert (answer.status, answer.kind) == (status, kind), answer
+        assert answer.headers["cache-control"] == "no-store"
+        assert dump(queue) == before
+        about: dict[str, Any] = answer.problem
+        return about
+
+    return refuse
+
+
+def job_of(answer: Answer, api: Client) -> Any:
+    """The record of the job that an answer says was accepted."""
+    assert answer.status == 201, answer
+    return api.get(answer.headers["location"]).json
+
+
+def echo_with(**fields: Any) -> dict[str, Any]:
+    return {"type": "echo", "payload": None} | fields
+
+
+# Submit and show ------------------------------------------------------------------------------------------------------
+
+
+def test_submit_answers_201_with_the_id_and_where_the_job_is(api: Client) -> None:
+    answer = api.post("/jobs", {"type": "echo", "payload": {"n": 1}})
+    assert answer.status == 201
+    assert answer.headers["content-type"] == "application/json"
+    assert answer.headers["cache-control"] == "no-store"
+    assert answer.json == {"jobId": answer.json["jobId"], "status": "pending"}
+    assert ID.fullmatch(answer.json["jobId"])
+    assert answer.headers["location"] == f"/jobs/{answer.json['jobId']}"
+
+
+def test_show_answers_the_whole_record_of_a_new_job(api: Client) -> None:
+    answer = api.post("/jobs", {"type": "send-email", "payload": {"to": "ann@example.org"}})
+    id = answer.json["jobId"]
+    created = int(id[:8] + id[9:13], 16)
+    assert api.get(f"/jobs/{id}").json == {
+        "id": id,
+        "type": "send-email",
+        "payload": {"to": "ann@example.org"},
+        "status": "pending",
+        "attempts": 0,
+        "maxAttempts": 5,
+        "queue": "mail",
+        "createdAt": created,
+        "updatedAt": created,
+    }
+
+
+def test_submit_takes_every_field(api: Client) -> None:
+    job = job_of(api.post("/jobs", echo_with(maxAttempts=7, queue="slow", delay=60)), api)
+    assert (job["maxAttempts"], job["queue"], job["runAt"]) == (7, "slow", job["createdAt"] + 60_000)
+
+
+def test_submit_puts_the_job_where_a_worker_takes_it(api: Client, queue: Queue) -> None:
+    id = api.post("/jobs", echo_with(payload="mine")).json["jobId"]
+    worker = queue.register(["default"], 1)
+    assert [(job.id, job.payload) for job in queue.dequeue(worker, ["default"])] == [(id, "mine")]
+
+
+BASE = {"id", "type", "payload", "status", "attempts", "maxAttempts", "queue", "createdAt", "updatedAt"}
+SHOWN = {
+    "pending": BASE,
+    "processing": BASE | {"startedAt", "worker"},
+    "completed": BASE | {"startedAt", "endedAt", "result"},
+    "failed": BASE | {"startedAt", "endedAt", "error"},
+    "cancelled": BASE | {"endedAt"},
+}
+
+
+@pytest.mark.parametrize("status", STATUSES)
+def test_show_tells_what_has_happened_to_a_job_and_nothing_else(api: Client, queue: Queue, status: str) -> None:
+    job = api.get(f"/jobs/{put(queue, status).id}").json
+    assert job["status"] == status
+    assert job.keys() == SHOWN[status]
+
+
+@pytest.mark.parametrize("status", STATUSES)
+def test_show_gives_times_as_whole_milliseconds(api: Client, queue: Queue, status: str) -> None:
+    job = api.get(f"/jobs/{put(queue, status).id}").json
+    times = [job[name] for name in ("createdAt", "startedAt", "endedAt") if name in job]
+    assert {type(time) for time in times} == {int}
+    assert times == sorted(times)
+    assert job["updatedAt"] == times[-1]
+    assert datetime(2024, 1, 1, tzinfo=UTC) < datetime.fromtimestamp(times[0] / 1000, UTC) < datetime(2100, 1, 1, tzinfo=UTC)
+
+
+def test_show_gives_a_failed_jobs_error(api: Client, queue: Queue) -> None:
+    error = api.get(f"/jobs/{put(queue, 'failed').id}").json["error"]
+    assert {"type", "message"} <= error.keys() <= {"type", "message", "traceback"}
+    assert all(isinstance(text, str) and text for text in error.values())
+
+
+def test_show_gives_a_null_result(api: Client, queue: Queue) -> None:
+    id = queue.enqueue("echo", 1).id
+    [job] = queue.dequeue(queue.register(["default"], 1), ["default"])
+    queue.complete(job, None)
+    assert api.get(f"/jobs/{id}").json["result"] is None
+
+
+PAYLOADS = {
+    "null": "null",
+    "true": "true",
+    "empty text": '""',
+    "NUL": '{"\\u0000": "a\\u0000b"}',
+    "text": '"\\ud83d\\ude00 \\u00e9 \\u2028 \\" \\\\ </script>"',
+    "minus zero": "-0.0",
+    "small": "5e-324",
+    "large": "1.7976931348623157e308",
+    "fraction": "0.1",
+    "2**53 + 1": "9007199254740993",
+    "2**63": str(2**63),
+    "2**64 + 1": str(2**64 + 1),
+    "30 digits": "123456789012345678901234567890",
+    "-10**100": str(-(10**100)),
+    "4000 digits": "7" * 4000,
+    "nothing": "{}",
+    "names": '{"": {"type": "x"}, "id": 1, "status": "failed", "$": [[], {}]}',
+    "null among others": f'[null, {10**40}, "null"]',
+    "deep arrays": "[" * MAX_DEPTH + "]" * MAX_DEPTH,
+    "deep objects": '{"a":' * MAX_DEPTH + "1" + "}" * MAX_DEPTH,
+    "white space": " \t\r\n [ 1 , 2 ] \n",
+}
+
+
+@pytest.mark.parametrize("payload", PAYLOADS.values(), ids=PAYLOADS.keys())
+def test_submit_keeps_a_payload_exactly(api: Client, payload: str) -> None:
+    answer = api.post("/jobs", b'{"type":"echo","payload":%b}' % payload.encode())
+    assert repr(job_of(answer, api)["payload"]) == repr(json.loads(payload))
+
+
+def test_submit_keeps_a_payload_of_raw_utf8(api: Client) -> None:
+    body = '{"type":"echo","payload":"é😀\u2028"}'.encode()
+    assert job_of(api.post("/jobs", body), api)["payload"] == "é😀\u2028"
+
+
+@pytest.mark.parametrize("value", [1, 2, 3.0, 1e1, MAX_ATTEMPTS])
+def test_submit_takes_whole_numbers_of_attempts(api: Client, value: float) -> None:
+    attempts = job_of(api.post("/jobs", echo_with(maxAttempts=value)), api)["maxAttempts"]
+    assert (attempts, type(attempts)) == (value, int)
+
+
+@pytest.mark.parametrize("name", ["maxAttempts", "queue", "delay", "runAt"])
+def test_submit_takes_null_for_what_is_left_out(api: Client, name: str) -> None:
+    job = job_of(api.post("/jobs", {"type": "send-email", "payload": {"to": "a"}, name: None}), api)
+    assert job.keys() == BASE
+    assert (job["maxAttempts"], job["queue"]) == (5, "mail")
+
+
+@pytest.mark.parametrize("delay", [0.4, 1, 1.5, 3600, MAX_DELAY])
+def test_submit_takes_a_delay_in_seconds(api: Client, delay: float) -> None:
+    job = job_of(api.post("/jobs", echo_with(delay=delay)), api)
+    assert (job["status"], job["runAt"]) == ("pending", job["createdAt"] + round(delay * 1000))
+
+
+@pytest.mark.parametrize(
+    "when",
+    [{"delay": 0}, {"delay": 0.0}, {"delay": -0.0}]
+    + [{"runAt": at} for at in (0, 1, -1, 1_700_000_000, 1_700_000_000_000, -(10**30))]
+    + [{"runAt": at} for at in ("1970-01-01T00:00:00Z", "1969-12-31T23:59:59-01:00", "0001-01-01T00:00:00+14:00")],
+    ids=str,
+)
+def test_submit_runs_at_once_what_is_due_already(api: Client, queue: Queue, when: dict[str, Any]) -> None:
+    job = job_of(api.post("/jobs", echo_with(**when)), api)
+    assert "runAt" not in job
+    assert queue.waiting(["default"]) == 1
+
+
+@pytest.mark.parametrize(
+    ("spelled", "hours"),
+    [("%FT%TZ", 0), ("%FT%T+00:00", 0), ("%FT%T.250+05:00", 5), ("%F %T-11:00", -11)],
+)
+def test_submit_takes_a_moment_with_its_zone(api: Client, spelled: str, hours: int) -> None:
+    moment = datetime.now(timezone(timedelta(hours=hours))).replace(microsecond=0) + timedelta(days=2)
+    job = job_of(api.post("/jobs", echo_with(runAt=moment.strftime(spelled))), api)
+    assert job["runAt"] == moment.timestamp() * 1000 + (250 if ".250" in spelled else 0)
+
+
+def test_submit_takes_a_moment_in_milliseconds(api: Client, queue: Queue) -> None:
+    moment = queue.now() + 86_400_000
+    assert job_of(api.post("/jobs", echo_with(runAt=moment)), api)["runAt"] == moment
+
+
+@pytest.mark.parametrize("name", ["default", "a" * 100, "A.b_c-1", "0", "..", "dead", "failed"])
+def test_submit_takes_any_name_of_a_queue(api: Client, queue: Queue, name: str) -> None:
+    assert job_of(api.post("/jobs", echo_with(queue=name)), api)["queue"] == name
+    assert queue.waiting([name]) == 1
+
+
+@pytest.mark.parametrize(
+    "content_type",
+    [
+        "application/json",
+        "application/json; charset=utf-8",
+        "APPLICATION/JSON;Charset=UTF-8",
+        "Application/Json ;",
+        " application/json ",
+    ],
+)
+def test_submit_takes_every_spelling_of_the_content_type(api: Client, content_type: str) -> None:
+    assert api.post("/jobs", echo_with(), {"Content-Type": content_type}).status == 201
+
+
+def test_submit_does_not_look_at_accept(api: Client) -> None:
+    assert api.post("/jobs", echo_with(), {"Accept": "text/html"}).status == 201
+
+
+# Refuse: what is not JSON ---------------------------------------------------------------------------------------------
+
+VALID = b'{"type":"echo","payload":1}'
+NOT_JSON = {
+    "empty": b"",
+    "blank": b" \n",
+    "truncated": VALID[:-1],
+    "truncated text": b'{"type":"ech',
+    "trailing text": VALID + b" x",
+    "trailing bracket": VALID + b"}",
+    "trailing NUL": VALID + b"\0",
+    "two documents": VALID + VALID,
+    "form": b"type=echo&payload=1",
+    "comment": VALID[:-1] + b"/* */}",
+    "trailing comma": VALID[:-1] + b",}",
+    "single quotes": b"{'type':'echo','payload':1}",
+    "bare word": b"hello",
+    "NaN": b'{"type":"echo","payload":{"x":NaN}}',
+    "Infinity": b'{"type":"echo","payload":[Infinity]}',
+    "-Infinity": b'{"type":"echo","payload":-Infinity}',
+    "1e999": b'{"type":"echo","payload":1e999}',
+    "-1e999": b'{"type":"echo","payload":{"a":[-1e999]}}',
+    "NaN attempts": b'{"type":"echo","payload":1,"maxAttempts":NaN}',
+    "5000 digits": b'{"type":"echo","payload":%b}' % (b"9" * 5000),
+    "leading zero": b'{"type":"echo","payload":01}',
+    "leading plus": b'{"type":"echo","payload":+1}',
+    "hexadecimal": b'{"type":"echo","payload":0x10}',
+    "bare point": b'{"type":"echo","payload":.5}',
+    "invalid UTF-8": b'{"type":"echo","payload":"\xff\xfe"}',
+    "cut UTF-8": b'{"type":"echo","payload":"\xc3"}',
+    "overlong UTF-8": b'{"type":"echo","payload":"\xc0\xaf"}',
+    "surrogate in UTF-8": b'{"type":"echo","payload":"\xed\xa0\x80"}',
+    "Latin-1": '{"type":"echo","payload":"é"}'.encode("latin-1"),
+    "UTF-16": VALID.decode().encode("utf-16"),
+    "UTF-16LE": VALID.decode().encode("utf-16-le"),
+    "UTF-32BE": VALID.decode().encode("utf-32-be"),
+    "BOM": b"\xef\xbb\xbf" + VALID,
+    "raw control character": b'{"type":"echo","payload":"\x01"}',
+    "raw newline in text": b'{"type":"echo","payload":"a\nb"}',
+    "bad escape": b'{"type":"echo","payload":"\\x41"}',
+    "half an escape": b'{"type":"echo","payload":"\\u00"}',
+    "name twice": b'{"type":"echo","payload":1,"type":"echo"}',
+    "name twice inside": b'{"type":"echo","payload":{"a":1,"b":2,"a":1}}',
+    "name twice deep": b'{"type":"echo","payload":[[{"x":{"a":1,"\\u0061":2}}]]}',
+    "name twice as surrogates": b'{"type":"echo","payload":{"\\ud800":1,"\\ud800":2}}',
+    "name without text": b'{1:2,"type":"echo","payload":1}',
+}
+
+
+@pytest.mark.parametrize("body", NOT_JSON.values(), ids=NOT_JSON.keys())
+def test_refuse_what_is_not_json(refuse: Refuse, body: bytes) -> None:
+    assert refuse(400, "not-json", body)["detail"].startswith("the body is not JSON: ")
+
+
+DEEP = {"arrays": (b"[", b"]"), "objects": (b'{"":', b"}"), "both": (b'[{"":', b"}]")}
+
+
+@pytest.mark.parametrize("levels", [MAX_DEPTH + 1, MAX_DEPTH + 2, 900, 5000, 20000, 45000])
+@pytest.mark.parametrize("shape", DEEP)
+def test_refuse_what_is_nested_too_deep(refuse: Refuse, shape: str, levels: int) -> None:
+    left, right = DEEP[shape]
+    levels = -(-levels // len(right))  # the third shape has two levels a time
+    payload = left * levels + b"1" + right * levels
+    assert "nested deeper than" in refuse(400, "not-json", b'{"type":"echo","payload":%b}' % payload)["detail"]
+
+
+@pytest.mark.parametrize("levels", [900, 5000, 20000, 45000])
+def test_refuse_what_is_nested_too_deep_and_never_ends(refuse: Refuse, levels: int) -> None:
+    refuse(400, "not-json", b'{"type":"echo","payload":' + b"[" * levels)
+
+
+def test_accept_a_payload_of_the_greatest_depth_in_every_place(api: Client) -> None:
+    deep = json.loads("[" * (MAX_DEPTH - 1) + "]" * (MAX_DEPTH - 1))
+    wide = [deep] * 20
+    assert job_of(api.post("/jobs", echo_with(payload=wide)), api)["payload"] == wide
+
+
+@pytest.mark.parametrize(
+    "content_type",
+    [
+        "",
+        "text/plain",
+        "text/json",
+        "application/x-www-form-urlencoded",
+        "multipart/form-data; boundary=x",
+        "application/problem+json",
+        "application/jsonx",
+        "application/json, text/plain",
+        "application/*",
+        "x; application/json",
+    ],
+)
+def test_refuse_another_content_type(refuse: Refuse, content_type: str) -> None:
+    refuse(415, "unsupported-media-type", echo_with(), headers={"Content-Type": content_type})
+
+
+def test_refuse_a_request_without_content_type_and_body(refuse: Refuse) -> None:
+    refuse(415, "unsupported-media-type")
+
+
+def sized(size: int) -> bytes:
+    return b'{"type":"echo","payload":"%b"}' % (b"x" * (size - 28))
+
+
+def test_accept_a_body_of_the_greatest_size(queue: Queue) -> None:
+    assert Client(API(Settings(max_body=4096), queue)).post("/jobs", sized(4096)).status == 201
+
+
+@pytest.mark.parametrize("size", [4097, 8192, 500_000])
+def test_refuse_a_body_that_is_too_large(queue: Queue, size: int) -> None:
+    answer = Client(API(Settings(max_body=4096), queue)).post("/jobs", sized(size))
+    assert (answer.status, answer.kind) == (413, "too-large")
+    assert "4096" in answer.problem["detail"]
+    assert dump(queue) == {}
+
+
+# Refuse: what is no job -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("body", [[], ["echo"], "echo", 1, 1.5, True, None], ids=str)
+def test_refuse_what_is_no_object(refuse: Refuse, body: Any) -> None:
+    assert refuse(422, "invalid-job", body)["field"] == "job"
+
+
+@pytest.mark.parametrize(
+    ("body", "field"),
+    [({}, "type"), ({"type": "echo"}, "payload"), ({"payload": 1}, "type"), ({"type": "echo", "delay": "x"}, "payload")],
+    ids=str,
+)
+def test_refuse_a_job_without_what_it_must_have(refuse: Refuse, body: Any, field: str) -> None:
+    about = refuse(422, "invalid-job", body)
+    assert (about["field"], about["detail"]) == (field, f"{field}: is missing")
+
+
+@pytest.mark.parametrize("name", ["typ", "Type", "max_attempts", "maxattempts", "priority", "id", "status", "jobId", "", " type"])
+def test_refuse_an_unknown_field_and_name_those_that_are(refuse: Refuse, name: str) -> None:
+    about = refuse(422, "invalid-job", echo_with(**{name: 1}))
+    assert about["field"] == name
+    assert all(field in about["detail"] for field in FIELDS)
+
+
+@pytest.mark.parametrize("name", ["\0", "\ud800", "é", "a\nb", '"', "x" * 5000], ids=ascii)
+def test_refuse_an_unknown_field_of_any_name(refuse: Refuse, name: str) -> None:
+    assert len(refuse(422, "invalid-job", echo_with(**{name: 1}))["field"]) <= 100
+
+
+@pytest.mark.parametrize("type", ["nope", "", "Echo", "echo ", "ec\0ho", "\ud800", "é", "x" * 5000, "send_email"], ids=ascii)
+def test_refuse_an_unknown_type_and_name_those_that_are(refuse: Refuse, type: str) -> None:
+    about = refuse(422, "unknown-type", {"type": type, "payload": 1})
+    assert (about["field"], about["known"]) == ("type", ["echo", "send-email"])
+    assert "echo, send-email" in about["detail"]
+    assert len(about["detail"]) < 500
+
+
+@pytest.mark.parametrize("type", [None, 1, 1.5, True, [], {}, ["echo"]], ids=str)
+def test_refuse_a_type_that_is_no_text(refuse: Refuse, type: Any) -> None:
+    assert refuse(422, "invalid-job", {"type": type, "payload": 1})["field"] == "type"
+
+
+@pytest.mark.parametrize(
+    ("payload", "path"),
+    [
+        ({}, "$"),
+        ("ann@example.org", "$"),
+        (None, "$"),
+        ([], "$"),
+        ({"to": 1}, "$.to"),
+        ({"to": None}, "$.to"),
+        ({"to": ["a"]}, "$.to"),
+        ({"to": "a", "cc": "b"}, "$.cc"),
+        ({"to": "a", "cc": ["b", 1]}, "$.cc[1]"),
+        ({"to": "a", "bcc": "b"}, "$"),
+        ({"cc": []}, "$"),
+    ],
+    ids=str,
+)
+def test_refuse_a_payload_that_the_handler_cannot_take(refuse: Refuse, payload: Any, path: str) -> None:
+    about = refuse(422, "invalid-job", {"type": "send-email", "payload": payload})
+    assert (about["field"], about["path"]) == ("payload", path)
+    assert about["detail"].startswith(f"payload{path[1:]}: ")
+
+
+@pytest.mark.parametrize(
+    "payload", [rb'"\ud800"', rb'"a\udfffb"', rb'{"\udfff":1}', rb'[[{"a":"\udc00\ud800"}]]', rb'[null,"\ud83d"]'], ids=ascii
+)
+def test_refuse_lone_surrogates_in_a_payload(refuse: Refuse, payload: bytes) -> None:
+    assert refuse(422, "invalid-job", b'{"type":"echo","payload":%b}' % payload)["field"] == "payload"
+
+
+NO_ATTEMPTS = [0, -1, 1.5, 100.5, MAX_ATTEMPTS + 1, 10**9, 2**63, 10**400, 1e300, "3", "", True, False, [], [3], {}]
+NO_DELAYS = [-1, -0.001, MAX_DELAY + 1, MAX_DELAY + 0.5, 1e12, 2**63, 10**400, 1e308, "5", "", True, False, [], [1], {}]
+NO_MOMENTS = [
+    1.5,
+    1e15,
+    10**14,
+    2**63,
+    10**400,
+    True,
+    False,
+    [],
+    {},
+    "",
+    "tomorrow",
+    "1780000000000",
+    "2026-02-30T00:00:00Z",
+    "2026-13-01T00:00:00Z",
+    "2026-01-01T25:00:00Z",
+    "2026-01-01T00:00:00",
+    "2026-01-01",
+    "T00:00:00Z",
+    "2026-01-01T00:00:00+99:99",
+    "2999-01-01T00:00:00Z",
+    "9999-12-31T23:59:59+14:00",
+    "9999-12-31T23:59:59-14:00",
+    "2026-01-01T00:00:00Z\0",
+    "2026-01-01T00:00:00Z ",
+    "\ud800",
+    "2026-01-01T00:00:00\udfff",
+    "9" * 5000,
+]
+NO_NAMES = [*" *?\n\0é٣\ud800/:", "", "a b", "a:b", "{x}", "../q", "a/b", "a\n", "a\0", "a" * 101, 1, True, [], {}]
+
+
+def brief(value: Any) -> str:
+    return ascii(value)[:30]
+
+
+@pytest.mark.parametrize("value", NO_ATTEMPTS, ids=brief)
+def test_refuse_what_is_no_number_of_attempts(refuse: Refuse, value: Any) -> None:
+    about = refuse(422, "invalid-job", echo_with(maxAttempts=value))
+    assert (about["field"], about["detail"]) == ("maxAttempts", f"maxAttempts: must be a whole number from 1 to {MAX_ATTEMPTS}")
+
+
+@pytest.mark.parametrize("value", NO_DELAYS, ids=brief)
+def test_refuse_what_is_no_delay(refuse: Refuse, value: Any) -> None:
+    about = refuse(422, "invalid-job", echo_with(delay=value))
+    assert about["field"] == "delay"
+    assert str(MAX_DELAY) in about["detail"]
+
+
+@pytest.mark.parametrize("value", NO_MOMENTS, ids=brief)
+def test_refuse_what_is_no_moment(refuse: Refuse, value: Any) -> None:
+    about = refuse(422, "invalid-job", echo_with(runAt=value))
+    assert about["field"] == "runAt"
+    assert "ISO 8601 with a zone" in about["detail"]
+
+
+def test_refuse_a_moment_that_is_too_far_ahead_by_a_minute(refuse: Refuse, queue: Queue) -> None:
+    assert refuse(422, "invalid-job", echo_with(runAt=queue.now() + MAX_DELAY * 1000 + 60_000))["field"] == "runAt"
+
+
+def test_refuse_delay_and_moment_together(refuse: Refuse) -> None:
+    assert refuse(422, "invalid-job", echo_with(delay=1, runAt="2026-01-01T00:00:00Z"))["field"] in ("delay", "runAt")
+
+
+@pytest.mark.parametrize("value", NO_NAMES, ids=brief)
+def test_refuse_what_is_no_name_of_a_queue(refuse: Refuse, value: Any) -> None:
+    assert refuse(422, "invalid-job", echo_with(queue=value))["field"] == "queue"
+
+
+# Paths and methods ----------------------------------------------------------------------------------------------------
+
+NO_IDS = {
+    "word": "nope",
+    "dots": "..",
+    "encoded dots": "%2e%2e",
+    "traversal": "..%2fstats",
+    "traversal with a job": "..%2fjobs%2f{id}",
+    "colon": "a:b",
+    "key": "%7bqueue%7d:counts",
+    "pattern": "*",
+    "newline": "%0a",
+    "NUL": "%00",
+    "invalid UTF-8": "%ff%fe",
+    "cut escape": "%",
+    "long": "x" * 10_000,
+    "id and newline": "{id}%0a",
+    "id and blank": "{id}%20",
+    "blank and id": "%20{id}",
+    "id and NUL": "{id}%00",
+    "id and letter": "{id}0",
+    "id less a digit": "{cut}",
+    "upper case": "{upper}",
+    "without dashes": "{plain}",
+    "in braces": "%7b{id}%7d",
+    "as URN": "urn:uuid:{id}",
+    "full-width digits": "{wide}",
+    "another version": "{version4}",
+    "nobody's": "01900000-0000-7000-8000-000000000000",
+    "slash": "{id}/",
+    "two slashes": "/{id}",
+    "below": "{id}/result",
+}
+
+
+@pytest.mark.parametrize("path", NO_IDS.values(), ids=NO_IDS.keys())
+def test_show_answers_404_to_what_is_no_id(refuse: Refuse, queue: Queue, path: str) -> None:
+    id = queue.enqueue("echo", 1).id
+    spelled = path.format(
+        id=id,
+        cut=id[:-1],
+        upper=id[:-1].upper() + "A" if id.isdecimal() else id.upper(),
+        plain=id.replace("-", ""),
+        wide="%ef%bc%90" + id[1:],
+        version4=id[:14] + "4" + id[15:],
+    )
+    refuse(404, "not-found", path=f"/jobs/{spelled}", method="GET")
+
+
+def test_show_answers_404_when_a_job_has_been_forgotten(api: Client, queue: Queue) -> None:
+    job = put(queue, "completed")
+    queue.clock.ahead = queue.keep_ms["completed"] + 1
+    assert queue.trim() == 1
+    assert api.get(f"/jobs/{job.id}").kind == "not-found"
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        *[
+            "/",
+            "/nope",
+            "/job",
+            "/jobs/",
+            "/health/",
+            "/stats/",
+            "//stats",
+            "/Stats",
+            "/%00",
+            "/%ff",
+            "/%0a",
+            "/stats%0a",
+            "/health;x",
+        ],
+        *["/..", "/../etc/passwd", "/%2e%2e/%2e%2e", "/" + "a" * 20_000, "/favicon.ico", "/%", "/%zz", "/stats%2f", "/<x>"],
+    ],
+    ids=brief,
+)
+@pytest.mark.parametrize("method", ["GET", "POST"])
+def test_answer_404_to_an_unknown_path(refuse: Refuse, method: str, path: str) -> None:
+    refuse(404, "not-found", echo_with() if method == "POST" else NO_BODY, path=path, method=method)
+
+
+def test_ignore_the_query(api: Client) -> None:
+    assert api.get("/stats?state=%ff&a=1&a=2&&=%00;%").status == 200
+
+
+ALLOWED = {path: {method for method, at, _ in ROUTES if at == path} for _, path, _ in ROUTES}
+METHODS = {"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "TRACE", "CONNECT", "FOO", "PROPFIND"}
+NO_JOB = "01900000-0000-7000-8000-000000000000"
+
+
+def served_by(path: str) -> set[str]:
+    """The methods of a path; HEAD is served wherever GET is."""
+    return ALLOWED[path] | ({"HEAD"} if "GET" in ALLOWED[path] else set())
+
+
+def assert_allow(answer: Answer, path: str) -> None:
+    assert ALLOWED[path] <= set(answer.headers["allow"].split(",")) <= served_by(path)
+
+
+@pytest.mark.parametrize(("path", "method"), [(path, method) for path in ALLOWED for method in sorted(METHODS - served_by(path))])
+def test_answer_405_to_another_method_and_name_those_that_are(api: Client, queue: Queue, path: str, method: str) -> None:
+    answer = api.call(method, path.replace("<id>", NO_JOB), NO_BODY if method == "HEAD" else echo_with())
+    assert answer.status == 405
+    assert_allow(answer, path)
+    assert method == "HEAD" or answer.kind == "method-not-allowed"
+    assert dump(queue) == {}
+
+
+@pytest.mark.parametrize("path", ALLOWED)
+def test_options_names_the_methods_that_are(api: Client, path: str) -> None:
+    answer = api.call("OPTIONS", path.replace("<id>", NO_JOB))
+    assert (answer.status, answer.body) == (204, b"")
+    assert_allow(answer, path)
+
+
+def test_options_answers_404_to_an_unknown_path(refuse: Refuse) -> None:
+    refuse(404, "not-found", path="/nope", method="OPTIONS")
+
+
+@pytest.mark.parametrize("path", ["/health", "/ready", "/stats", "/jobs/{id}", f"/jobs/{NO_JOB}", "/nope"])
+def test_head_answers_as_get_without_the_body(api: Client, queue: Queue, path: str) -> None:
+    path = path.format(id=queue.enqueue("echo", 1).id)
+    get, head = api.get(path), api.call("HEAD", path)
+    assert (head.status, head.headers) == (get.status, get.headers)
+    assert (head.body, int(head.headers["content-length"])) == (b"", len(get.body))
+
+
+# Health and stats -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", ["/health", "/ready"])
+def test_health_and_ready_are_ok(api: Client, path: str) -> None:
+    answer = api.get(path)
+    assert (answer.status, answer.json) == (200, {"status": "ok"})
+    assert answer.headers["content-type"] == "application/json"
+    assert answer.headers["cache-control"] == "no-store"
+
+
+def test_stats_of_nothing_are_zero(api: Client) -> None:
+    assert api.get("/stats").json == {
+        "pending": 0,
+        "processing": 0,
+        "delayed": 0,
+        "completed": 0,
+        "failed": 0,
+        "cancelled": 0,
+        "workers": 0,
+        "queues": {},
+        "total": {"completed": 0, "failed": 0, "cancelled": 0},
+    }
+
+
+def test_stats_begin_with_pending_and_processing(api: Client) -> None:
+    assert list(api.get("/stats").json)[:2] == ["pending", "processing"]
+
+
+@pytest.mark.parametrize("status", STATUSES)
+def test_stats_count_a_job_of_each_status(api: Client, queue: Queue, status: str) -> None:
+    put(queue, status)
+    stats = api.get("/stats").json
+    assert {name: stats[name] for name in STATUSES} == {name: int(name == status) for name in STATUSES}
+    assert stats["total"] == {name: int(name == status) for name in ("completed", "failed", "cancelled")}
+
+
+def test_stats_count_delayed_jobs_as_pending_too_and_tell_queues_apart(api: Client) -> None:
+    api.post("/jobs", echo_with(queue="slow", delay=60))
+    api.post("/jobs", echo_with())
+    stats = api.get("/stats").json
+    assert (stats["pending"], stats["delayed"]) == (2, 1)
+    assert stats["queues"] == {name: {"pending": 1, "processing": 0} for name in ("default", "slow")}
+
+
+# Redis out of order ---------------------------------------------------------------------------------------------------
+
+
+def assert_unavailable(answer: Answer, reason: str) -> None:
+    assert (answer.status, answer.kind) == (503, "unavailable"), answer
+    assert answer.problem["reason"] == reason
+    assert answer.headers["retry-after"] == str(RETRY_AFTER)
+
+
+REQUESTS = [
+    ("GET", "/ready", NO_BODY),
+    ("POST", "/jobs", echo_with()),
+    ("GET", f"/jobs/{NO_JOB}", NO_BODY),
+    ("GET", "/stats", NO_BODY),
+]
+
+
+@contextmanager
+def answering(reply: bytes) -> Iterator[str]:
+    """Be a Redis that gives one reply to every command, or with an empty reply none; yields its URL."""
+
+    def converse(connection: socket.socket) -> None:
+        with suppress(OSError), connection, connection.makefile("rb") as commands:
+            while parts := commands.readline():
+                for _ in range(int(parts[1:])):
+                    commands.read(int(commands.readline()[1:]) + 2)
+                connection.sendall(reply)
+
+    def accept() -> None:
+        try:
+            while True:
+                threads.append(threading.Thread(target=converse, args=[server.accept()[0]]))
+                threads[-1].start()
+        except OSError:
+            return  # closed
+
+    threads = [threading.Thread(target=accept)]
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        threads[0].start()
+        try:
+            yield f"redis://127.0.0.1:{server.getsockname()[1]}/0"
+        finally:
+            server.shutdown(socket.SHUT_RDWR)  # which wakes the thread that accepts
+            for thread in threads:
+                thread.join(5)
+
+
+@contextmanager
+def client_of(url: str) -> Iterator[Client]:
+    queue = Queue.from_url(url)
+    try:
+        yield Client(API(Settings(), queue))
+    finally:
+        queue.pool.disconnect()
+
+
+@pytest.mark.parametrize(("method", "path", "body"), REQUESTS)
+def test_answer_503_when_redis_cannot_be_reached(method: str, path: str, body: Any) -> None:
+    with client_of(f"redis://127.0.0.1:{free_port()}/0") as api:
+        assert_unavailable(api.call(method, path, body), "unreachable")
+        assert api.get("/health").status == 200
+
+
+ERRORS = {
+    b"-LOADING Redis is loading the dataset in memory": "loading",
+    b"-READONLY You can't write against a read only replica.": "read-only",
+    b"-MISCONF Redis is configured to save RDB snapshots, but it's unable to persist to disk.": "read-only",
+    b"-NOREPLICAS Not enough good replicas to write.": "read-only",
+    b"-OOM command not allowed when used memory > 'maxmemory'.": "full",
+    b"-NOAUTH Authentication required.": "refused",
+    b"-NOPERM this user has no permissions to run the 'time' command": "refused",
+    b"-MASTERDOWN Link with MASTER is down and replica-serve-stale-data is set to 'no'.": "unreachable",
+    b"-CLUSTERDOWN The cluster is down": "unreachable",
+    b"-BUSY Redis is busy running a script.": "busy",
+    b"-TRYAGAIN Multiple keys request during rehashing of slot": "busy",
+    b"-ERR max number of clients reached": "unreachable",
+}
+
+
+@pytest.mark.parametrize(("error", "reason"), ERRORS.items(), ids=ERRORS.values())
+@pytest.mark.parametrize(("method", "path", "body"), REQUESTS, ids=["ready", "submit", "show", "stats"])
+def test_answer_503_when_redis_refuses(method: str, path: str, body: Any, error: bytes, reason: str) -> None:
+    with answering(error + b"\r\n") as url, client_of(url) as api:
+        assert_unavailable(api.call(method, path, body), reason)
+        assert api.get("/health").status == 200
+
+
+def test_answer_503_when_redis_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tinyqueue, "SOCKET_TIMEOUT", 0.1)
+    with answering(b"") as url, client_of(url) as api:
+        assert_unavailable(api.get("/ready"), "timeout")
+        assert api.get("/health").status == 200
+
+
+@pytest.mark.parametrize(("method", "path", "body"), REQUESTS, ids=["ready", "submit", "show", "stats"])
+def test_answer_a_problem_when_it_is_not_redis(caplog: pytest.LogCaptureFixture, method: str, path: str, body: Any) -> None:
+    with answering(b"HTTP/1.1 400 Bad Request\r\n\r\n") as url, client_of(url) as api:
+        answer = api.call(method, path, body)
+        assert answer.problem["status"] in (500, 503)
+        assert_no_trace(answer, api, caplog)
+
+
+@contextmanager
+def configured(queue: Queue, name: str, value: str, before: str) -> Iterator[None]:
+    """A Redis with another setting, for a while."""
+    client = raw(queue)
+    client.config_set(name, value)
+    try:
+        yield
+    finally:
+        client.config_set(name, before)
+
+
+@contextmanager
+def replica(queue: Queue) -> Iterator[None]:
+    """A Redis that is the replica of one that is not there, for a while."""
+    client = raw(queue)
+    client.execute_command("REPLICAOF", "127.0.0.1", "1")
+    try:
+        yield
+    finally:
+        client.execute_command("REPLICAOF", "NO", "ONE")
+
+
+def test_submit_answers_503_while_redis_is_full(near: Queue) -> None:
+    api = Client(API(Settings(), near))
+    with configured(near, "maxmemory", "1", "0"):
+        assert_unavailable(api.post("/jobs", echo_with()), "full")
+        assert dump(near) == {}
+    assert api.post("/jobs", echo_with()).status == 201
+
+
+def test_submit_answers_503_while_redis_is_read_only(near: Queue) -> None:
+    api = Client(API(Settings(), near))
+    with replica(near):
+        assert_unavailable(api.post("/jobs", echo_with()), "read-only")
+        assert dump(near) == {}
+    assert api.post("/jobs", echo_with()).status == 201
+
+
+def test_ready_answers_503_while_redis_is_full(near: Queue) -> None:
+    api = Client(API(Settings(), near))
+    with configured(near, "maxmemory", "1", "0"):
+        assert_unavailable(api.get("/ready"), "full")
+
+
+def test_ready_answers_503_while_redis_is_read_only(near: Queue) -> None:
+    api = Client(API(Settings(), near))
+    with replica(near):
+        assert_unavailable(api.get("/ready"), "read-only")
+
+
+def test_ready_stores_nothing(api: Client, queue: Queue) -> None:
+    before = dump(queue)
+    assert api.get("/ready").status == 200
+    assert dump(queue) == before
+
+
+def test_show_and_stats_go_on_while_redis_is_full(near: Queue) -> None:
+    api = Client(API(Settings(), near))
+    id = near.enqueue("echo", 1).id
+    with configured(near, "maxmemory", "1", "0"):
+        assert [api.get(path).status for path in (f"/jobs/{id}", "/stats", "/health")] == [200, 200, 200]
+
+
+def test_submit_works_after_redis_has_closed_every_connection(near: Queue) -> None:
+    api = Client(API(Settings(), near))
+    assert api.post("/jobs", echo_with()).status == 201
+    raw(near).client_kill_filter(_type="normal", skipme=False)
+    assert api.post("/jobs", echo_with()).status == 201
+
+
+@pytest.fixture
+def broken(server: Server) -> Queue:
+    """A queue whose books need not be right when the test is over."""
+    return server.queue()
+
+
+def test_show_answers_500_when_a_record_is_no_text(broken: Queue, caplog: pytest.LogCaptureFixture) -> None:
+    api = Client(API(Settings(), broken))
+    raw(broken).rpush(broken.keys.job(NO_JOB), "x")
+    answer = api.get(f"/jobs/{NO_JOB}")
+    assert (answer.status, answer.kind) == (500, "corrupted")
+    assert_no_trace(answer, api, caplog)
+    assert [record.levelno for record in caplog.records] == [logging.WARNING]
+
+
+@pytest.mark.parametrize("name", ["abc", "a:b", "*", "01900000", NO_JOB.upper() + "\n", ""])
+def test_show_answers_404_to_a_record_whose_name_is_no_id(broken: Queue, name: str) -> None:
+    api = Client(API(Settings(), broken))
+    raw(broken).set(broken.keys.job(name), '{"type":"echo","payload":1}')
+    assert api.get(f"/jobs/{quote(name)}").kind == "not-found"
+
+
+def test_show_answers_what_can_be_read_of_a_broken_record(broken: Queue) -> None:
+    api = Client(API(Settings(), broken))
+    raw(broken).set(broken.keys.job(NO_JOB), b'{"type":')
+    job = api.get(f"/jobs/{NO_JOB}").json
+    assert (job["id"], job["status"], job["error"]["type"]) == (NO_JOB, "failed", "UnreadableRecord")
+
+
+def test_stats_answers_500_when_the_counts_are_no_hash(broken: Queue, caplog: pytest.LogCaptureFixture) -> None:
+    api = Client(API(Settings(), broken))
+    raw(broken).set(broken.keys.counts, "x")
+    answer = api.get("/stats")
+    assert (answer.status, answer.kind) == (500, "corrupted")
+    assert_no_trace(answer, api, caplog)
+
+
+def test_stats_answers_500_when_a_count_is_no_number(broken: Queue, caplog: pytest.LogCaptureFixture) -> None:
+    api = Client(API(Settings(), broken))
+    raw(broken).hset(broken.keys.counts, "pending:default", "many")
+    answer = api.get("/stats")
+    assert (answer.status, answer.kind) == (500, "corrupted")
+    assert_no_trace(answer, api, caplog)
+
+
+def test_submit_answers_500_when_a_queue_is_no_list(broken: Queue, caplog: pytest.LogCaptureFixture) -> None:
+    api = Client(API(Settings(), broken))
+    raw(broken).set(broken.keys.jobs("default"), "x")
+    answer = api.post("/jobs", echo_with())
+    assert (answer.status, answer.kind) == (500, "corrupted")
+    assert_no_trace(answer, api, caplog)
+
+
+def assert_no_trace(answer: Answer, api: Client, caplog: pytest.LogCaptureFixture) -> None:
+    for text in (answer.body.decode(), api.log.getvalue(), caplog.text):
+        assert "Traceback" not in text
+        assert "redis://" not in text
+        assert "tinyqueue.py" not in text
+
+
+# Secrets --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("method", "path", "body"), REQUESTS, ids=["ready", "submit", "show", "stats"])
+def test_hide_the_password_when_redis_cannot_be_reached(
+    caplog: pytest.LogCaptureFixture, method: str, path: str, body: Any
+) -> None:
+    with client_of(f"redis://u:{SECRET}@127.0.0.1:{free_port()}/0") as api:
+        answer = api.call(method, path, body)
+        assert_unavailable(answer, "unreachable")
+        assert SECRET not in answer.body.decode() + api.log.getvalue() + caplog.text
+
+
+def test_hide_the_password_when_redis_refuses_it(near: Queue, caplog: pytest.LogCaptureFixture) -> None:
+    port = near.pool.connection_kwargs["port"]
+    with client_of(f"redis://u:{SECRET}@127.0.0.1:{port}/0") as api:
+        answer = api.get("/stats")
+        assert_unavailable(answer, "refused")
+        assert SECRET not in answer.body.decode() + api.log.getvalue() + caplog.text
+
+
+@pytest.mark.parametrize(
+    "url", [f"http://u:{SECRET}@h", f"redis://u:{SECRET}@h:{SECRET}/0", f"redis://u:{SECRET}@h/{SECRET}", SECRET]
+)
+def test_hide_the_password_of_a_url_that_cannot_be_used(tmp_path: Path, url: str) -> None:
+    (tmp_path / "handlers.py").write_text(HANDLERS_PY)
+    [[status, about, _]], log = answers_of_app(tmp_path, [["GET", "/stats"]], REDIS_URL=url)
+    assert (status, about["type"]) == (503, "urn:tinyqueue:misconfigured")
+    assert "REDIS_URL" in about["detail"]
+    assert SECRET not in json.dumps(about) + log
+
+
+def test_log_no_credentials_and_no_payload(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.DEBUG)
+    with client_of(f"redis://127.0.0.1:{free_port()}/0") as api:
+        body = echo_with(payload={"password": "hunter2"})
+        assert api.post("/jobs?token=tok123", body, {"Authorization": "Bearer tok123"}).status == 503
+        assert api.get("/stats?token=tok123", {"Authorization": "Bearer tok123"}).status == 503
+        assert not re.search("tok123|hunter2", api.log.getvalue() + caplog.text)
+
+
+# wsgi:app -------------------------------------------------------------------------------------------------------------
+
+HANDLERS_PY = "from tinyqueue import handler\n\n@handler('echo')\ndef echo(payload: object) -> object:\n    return payload\n"
+IMPORT = """
+import sys
+seen = []
+def audit(event, args):
+    if event.startswith("socket.") or (event == "open" and str(args[0]).endswith((".env", "handlers.py"))):
+        seen.append(event)
+sys.addaudithook(audit)
+import wsgi
+print(seen, "handlers" in sys.modules)
+"""
+CALL = """
+import json, sys
+connects = 0
+def audit(event, args):
+    global connects
+    connects += event == "socket.connect"
+sys.addaudithook(audit)
+import wsgi
+from client import Client
+client = Client(wsgi.app)
+answers = []
+for method, path, *body in json.loads(sys.argv[1]):
+    answer = client.call(method, path, *body)
+    answers.append([answer.status, answer.json, connects])
+print(json.dumps(answers))
+sys.stderr.write(client.log.getvalue())
+"""
+
+
+def python(script: str, *args: str, cwd: Path, **environ: str) -> subprocess.CompletedProcess[str]:
+    """Run a script in a fresh process whose environment holds nothing of ours."""
+    path = os.pathsep.join([str(REPOSITORY), str(REPOSITORY / "tests")])
+    environ = {"PATH": os.environ["PATH"], "PYTHONPATH": path} | environ
+    command = [sys.executable, "-W", "error", "-c", script, *args]
+    return subprocess.run(command, cwd=cwd, env=environ, capture_output=True, text=True, timeout=30, check=True)
+
+
+def answers_of_app(cwd: Path, calls: list[list[Any]], **environ: str) -> tuple[Any, str]:
+    """Call wsgi:app in a fresh process; returns status, body and connections opened so far of each call, and what was logged."""
+    done = python(CALL, json.dumps(calls), cwd=cwd, **environ)
+    return json.loads(done.stdout), done.stderr
+
+
+def test_import_opens_nothing_and_reads_no_setting(tmp_path: Path) -> None:
+    (tmp_path / "handlers.py").write_text("raise SystemExit('imported')")
+    (tmp_path / ".env").write_text("PORT=garbage\n")
+    environ = {"PORT": "abc", "TINYQUEUE_NOPE": "1", "REDIS_URL": "garbage", "DYNO": "web.1", "WEB_CONCURRENCY": "-1"}
+    done = python(IMPORT, cwd=tmp_path, **environ)
+    assert (done.stdout.strip(), done.stderr) == ("[] False", "")
+
+
+def test_app_answers_503_without_redis_url(tmp_path: Path) -> None:
+    calls = [["GET", "/health"], ["GET", "/ready"], ["POST", "/jobs", echo_with()], ["GET", "/stats"], ["GET", f"/jobs/{NO_JOB}"]]
+    [health, *others], log = answers_of_app(tmp_path, calls)
+    assert health[0] == 200
+    for status, about, _ in others:
+        assert (status, about["type"]) == (503, "urn:tinyqueue:misconfigured")
+        assert "REDIS_URL is not set" in about["detail"]
+    assert "Traceback" not in log
+
+
+@pytest.mark.parametrize(
+    ("environ", "told"),
+    [
+        ({"PORT": "abc"}, "PORT"),
+        ({"TINYQUEUE_NOPE": "1"}, "TINYQUEUE_NOPE"),
+        ({"DYNO": "web.1"}, "REDIS_URL is not set"),
+        ({"REDIS_URL": "redis://127.0.0.1:1/0", "TINYQUEUE_HANDLERS": "jobs"}, "jobs"),
+        ({"REDIS_URL": "redis://127.0.0.1:1/0", "TINYQUEUE_HANDLERS": "json"}, "json"),
+    ],
+    ids=str,
+)
+def test_app_answers_503_when_a_setting_is_wrong(tmp_path: Path, environ: dict[str, str], told: str) -> None:
+    [health, [status, about, _]], log = answers_of_app(tmp_path, [["GET", "/health"], ["GET", "/stats"]], **environ)
+    assert (health[0], status, about["type"]) == (200, 503, "urn:tinyqueue:misconfigured")
+    assert told in about["detail"]
+    assert "Traceback" not in log
+
+
+def test_app_connects_at_its_first_use(tmp_path: Path, near: Queue) -> None:
+    (tmp_path / "handlers.py").write_text(HANDLERS_PY)
+    url = f"redis://127.0.0.1:{near.pool.connection_kwargs['port']}/0"
+    calls = [["GET", "/health"], ["GET", "/nope"], ["POST", "/jobs", echo_with()], ["GET", "/stats"]]
+    [health, nope, posted, stats], log = answers_of_app(tmp_path, calls, REDIS_URL=url)
+    assert [answer[0] for answer in (health, nope, posted, stats)] == [200, 404, 201, 200]
+    assert [answer[2] for answer in (health, nope, posted, stats)] == [0, 0, 1, 1]
+    assert near.waiting(["default"]) == 1
+    assert log == ""
+
+
+# The server -----------------------------------------------------------------------------------------------------------
+
+POST = b"POST /jobs HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+CHUNKED = POST + b"Transfer-Encoding: chunked\r\n\r\n"
+
+
+@pytest.fixture
+def served(queue: Queue) -> Iterator[tuple[str, int]]:
+    """The address of a server that takes bodies up to 4096 bytes."""
+    with serving(API(Settings(max_body=4096), queue)) as (_, address):
+        yield address
+
+
+def test_serve_many_requests_on_one_connection(served: tuple[str, int]) -> None:
+    with Wire(served) as wire:
+        for _ in range(20):
+            wire.send(spell("POST", "/jobs", VALID))
+            location = wire.answer().headers["location"]
+            wire.send(spell("GET", location))
+            assert wire.answer().json["payload"] == 1
+
+
+def test_serve_requests_that_come_all_at_once_in_their_order(served: tuple[str, int]) -> None:
+    with Wire(served) as wire:
+        paths = ["/health", "/nope", "/stats", "/jobs", "/ready"] * 4
+        wire.send(b"".join(spell("GET", path) for path in paths))
+        assert [wire.answer().status for _ in paths] == [200, 404, 200, 405, 200] * 4
+
+
+def test_serve_requests_that_come_byte_by_byte(served: tuple[str, int]) -> None:
+    with Wire(served) as wire:
+        for byte in spell("POST", "/jobs", VALID):
+            wire.send(bytes([byte]))
+        assert wire.answer().status == 201
+
+
+def test_serve_a_chunked_body(served: tuple[str, int], queue: Queue) -> None:
+    with Wire(served) as wire:
+        wire.send(CHUNKED + b"5\r\n" + VALID[:5] + b"\r\n%x\r\n" % (len(VALID) - 5) + VALID[5:] + b"\r\n0\r\n\r\n")
+        assert wire.answer().status == 201
+        wire.send(spell("GET", "/health"))
+        assert wire.answer().status == 200
+
+
+def test_refuse_a_chunked_body_that_is_too_large(served: tuple[str, int], queue: Queue) -> None:
+    with Wire(served) as wire:
+        wire.send(CHUNKED + b"1388\r\n" + sized(5000) + b"\r\n0\r\n\r\n")
+        assert wire.answer().kind == "too-large"
+    assert dump(queue) == {}
+
+
+@pytest.mark.parametrize("chunks", [b"zz", b"-5\r\nabc", b"5\r\nabc\r\n0\r\n\r\n", b"3\r\nabcdef\r\n0\r\n\r\n"], ids=ascii)
+def test_refuse_broken_chunks(served: tuple[str, int], queue: Queue, chunks: bytes) -> None:
+    with Wire(served) as wire:
+        wire.send(CHUNKED + chunks + b"\r\n")
+        assert wire.answer().status == 400
+    assert dump(queue) == {}
+
+
+def test_serve_a_client_that_waits_for_100_continue(served: tuple[str, int]) -> None:
+    request = spell("POST", "/jobs", VALID, "Expect: 100-continue")
+    with Wire(served) as wire:
+        wire.send(request.removesuffix(VALID))
+        assert wire.answer().status == 100
+        wire.send(VALID)
+        assert wire.answer().status == 201
+
+
+def test_refuse_a_body_a_little_too_large_in_json_and_serve_on(served: tuple[str, int], queue: Queue) -> None:
+    with Wire(served) as wire:
+        wire.send(spell("POST", "/jobs", sized(5000)))
+        answer = wire.answer()
+        assert (answer.status, answer.headers["content-type"]) == (413, PROBLEM)
+        wire.send(spell("GET", "/health"))
+        assert wire.answer().status == 200
+    assert dump(queue) == {}
+
+
+def test_refuse_a_body_far_too_large_before_it_comes(served: tuple[str, int], queue: Queue) -> None:
+    with Wire(served) as wire:
+        wire.send(POST + b"Content-Length: 10000000000\r\n\r\n")
+        assert wire.answer().status == 413
+        assert wire.ended()
+    assert dump(queue) == {}
+
+
+@pytest.mark.parametrize("length", ["abc", "-1", "1.5", "+5", "0x5", " ", "5, 5", "٣"], ids=ascii)
+def test_refuse_a_wrong_content_length(served: tuple[str, int], queue: Queue, length: str) -> None:
+    with Wire(served) as wire:
+        wire.send(POST + f"Content-Length: {length}\r\n\r\n".encode())
+        assert wire.answer().status == 400
+    assert dump(queue) == {}
+
+
+def test_refuse_a_body_that_ends_early(served: tuple[str, int], queue: Queue) -> None:
+    with Wire(served) as wire:
+        wire.send(spell("POST", "/jobs", VALID)[:-1])
+        wire.half_close()
+        assert wire.ended()
+    assert dump(queue) == {}
+
+
+def test_refuse_headers_that_are_too_large(served: tuple[str, int]) -> None:
+    with Wire(served) as wire:
+        wire.send(spell("GET", "/health", None, "X-Long: " + "a" * 40_000))
+        assert wire.answer().status == 431
+
+
+def test_refuse_what_is_no_request(served: tuple[str, int]) -> None:
+    with Wire(served) as wire:
+        wire.send(b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03\r\n\r\n")
+        assert wire.answer().status == 400
+
+
+def test_serve_while_others_have_sent_half_a_request(served: tuple[str, int]) -> None:
+    half = [Wire(served) for _ in range(50)]
+    try:
+        for at, wire in enumerate(half):
+            wire.send(spell("POST", "/jobs", VALID)[: 20 + at])
+        with Wire(served) as wire:
+            wire.send(spell("GET", "/health"))
+            assert wire.answer().status == 200
+    finally:
+        for wire in half:
+            wire.__exit__()
+
+
+@pytest.mark.parametrize("path", ["/health", "/stats", "/nope", f"/jobs/{NO_JOB}"])
+def test_head_sends_no_body(served: tuple[str, int], path: str) -> None:
+    with Wire(served) as wire:
+        wire.send(spell("HEAD", path) + spell("GET", path))
+        head = wire.answer(bodiless=True)
+        get = wire.answer()
+        assert head.status == get.status
+        assert int(head.headers["content-length"]) == len(get.body) > 0
+
+
+def test_options_sends_no_body(served: tuple[str, int]) -> None:
+    with Wire(served) as wire:
+        wire.send(spell("OPTIONS", "/jobs", None, "Connection: close"))
+        answer = wire.answer()
+        assert (answer.status, answer.body) == (204, b"")
+        assert_allow(answer, "/jobs")
+        assert wire.ended()
+
+
+def test_serve_http_1_0_and_close(served: tuple[str, int]) -> None:
+    with Wire(served) as wire:
+        wire.send(b"GET /health HTTP/1.0\r\n\r\n")
+        assert wire.answer().json == {"status": "ok"}
+        assert wire.ended()
+
+
+def test_tell_no_name_of_the_server(served: tuple[str, int]) -> None:
+    with Wire(served) as wire:
+        wire.send(spell("GET", "/health"))
+        assert "server" not in wire.answer().headers
+
+
+def test_serve_deep_json_in_a_thread(served: tuple[str, int]) -> None:
+    with Wire(served) as wire:
+        wire.send(spell("POST", "/jobs", b'{"type":"echo","payload":' + b"[" * 4000))
+        assert wire.answer().kind == "not-json"
+
+
+def test_stop_closes_what_is_idle_and_refuses_what_is_new(queue: Queue) -> None:
+    with serving(API(Settings(), queue)) as (server, address), Wire(address) as idle, Wire(address) as half:
+        half.send(b"POST /jobs HTT")
+        idle.send(spell("GET", "/health"))
+        assert idle.answer().status == 200
+        server.stop()
+        assert idle.ended()
+        assert half.ended()
+        with pytest.raises(ConnectionRefusedError):
+            Wire(address)
+
+
+def test_stop_answers_what_was_accepted(near: Queue) -> None:
+    admin = raw(near)
+    with serving(API(Settings(), near)) as (server, address):
+        wires = [Wire(address) for _ in range(60)]  # more than there are threads
+        try:
+            admin.execute_command("CLIENT", "PAUSE", "20000", "WRITE")
+            for wire in wires:
+                wire.send(spell("POST", "/jobs", VALID))
+            until(lambda: admin.info("clients")["blocked_clients"] >= 8)
+            server.stop()
+            until(lambda: refused(address))
+            admin.execute_command("CLIENT", "UNPAUSE")
+            assert [wire.answer().status for wire in wires] == [201] * 60
+        finally:
+            admin.execute_command("CLIENT", "UNPAUSE")
+            for wire in wires:
+                wire.__exit__()
+    assert near.waiting(["default"]) == 60
+
+
+def test_stop_ends_after_its_time_and_closes_what_is_not_answered(near: Queue) -> None:
+    admin = raw(near)
+    admin.execute_command("CLIENT", "PAUSE", "20000", "WRITE")
+    try:
+        with serving(API(Settings(shutdown_timeout=0), near)) as (server, address):
+            wire = Wire(address)
+            wire.send(spell("POST", "/jobs", VALID))
+            until(lambda: admin.info("clients")["blocked_clients"] == 1)
+            server.stop()
+        with wire:
+            assert wire.ended()
+    finally:
+        admin.execute_command("CLIENT", "UNPAUSE")
+
+
+def until(reached: Callable[[], bool]) -> None:
+    """Ask again and again, for as long as a slow machine may take."""
+    for _ in range(2000):
+        if reached():
+            return
+        threading.Event().wait(0.005)
+    raise AssertionError("it never came to that")
+
+
+def refused(address: tuple[str, int]) -> bool:
+    try:
+        Wire(address).__exit__()
+    except ConnectionRefusedError:
+        return True
+    return False

@@ -1,0 +1,258 @@
+"""The queue against a plain model: whatever order of verbs, crashes, sleeping workers and clocks, nothing is lost."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from conftest import Server, assert_books, lapse, raw
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import Bundle, RuleBasedStateMachine, invariant, multiple, precondition, rule, run_state_machine_as_test
+
+from tinyqueue import Failure, Job, Outcome, Queue, Reaped, WrongStatus
+
+BOOM = Failure("Boom", "it broke")
+NAMES = ["high", "low"]
+
+
+class Known:
+    """What the model knows of a job."""
+
+    def __init__(self, job: Job) -> None:
+        self.status, self.attempts, self.max_attempts, self.due, self.worker = "pending", 0, job.max_attempts, job.run_at, ""
+
+    def give_back(self) -> None:
+        self.status, self.due, self.worker = "pending", 0, ""
+        if self.attempts >= self.max_attempts:
+            self.status = "failed"
+
+
+class Worker:
+    """A worker process: what it believes to hold, and whether, in truth, it has been reaped."""
+
+    def __init__(self, id: str) -> None:
+        self.id, self.held, self.reaped = id, {}, False
+
+
+class Machine(RuleBasedStateMachine):
+    """Rules are what can happen, one at a time; a transaction has no middle."""
+
+    jobs = Bundle("jobs")
+    server: Server  # set by the test
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.server.clear()
+        self.queue: Queue = self.server.queue()
+        self.model: dict[str, Known] = {}
+        self.workers: list[Worker] = []
+
+    # Clients
+
+    @rule(target=jobs, name=st.sampled_from(NAMES), most=st.integers(1, 3), delay=st.sampled_from([0, 0, 10]))
+    def enqueue(self, name: str, most: int, delay: int) -> str:
+        job = self.queue.enqueue("echo", {}, queue=name, max_attempts=most, delay=delay)
+        self.model[job.id] = Known(job)
+        return job.id
+
+    @rule(target=jobs, count=st.integers(2, 4))
+    def enqueue_many(self, count: int) -> Any:
+        jobs = self.queue.enqueue_many("echo", [{}] * count, queue="low", max_attempts=2)
+        self.model |= {job.id: Known(job) for job in jobs}
+        return multiple(*(job.id for job in jobs))
+
+    @rule(id=jobs)
+    def cancel(self, id: str) -> None:
+        known = self.model[id]
+        if known.status == "pending":
+            assert self.queue.cancel(id)
+            known.status = "cancelled"
+        else:
+            with pytest.raises(WrongStatus):
+                self.queue.cancel(id)
+
+    @rule(id=jobs)
+    def retry(self, id: str) -> None:
+        known = self.model[id]
+        if known.status in ("failed", "cancelled"):
+            assert self.queue.retry(id)
+            known.status, known.attempts, known.due = "pending", 0, 0
+        else:
+            with pytest.raises(WrongStatus):
+                self.queue.retry(id)
+
+    # Workers
+
+    @precondition(lambda self: len(self.workers) < 3)
+    @rule()
+    def start_worker(self) -> None:
+        self.workers.append(Worker(self.queue.register(NAMES, 2)))
+
+    @precondition(lambda self: self.workers)
+    @rule(data=st.data(), most=st.integers(1, 3))
+    def dequeue(self, data: st.DataObject, most: int) -> None:
+        worker = data.draw(st.sampled_from(self.workers))
+        ids = self.queue.take(worker.id, NAMES, most)
+        try:
+            jobs = self.queue.start(worker.id, ids, {job.id: job.attempts for job in worker.held.values()})
+        except Reaped:
+            assert worker.reaped
+            self.workers.remove(worker)
+            return
+        assert not worker.reaped
+        for job in jobs:
+            known = self.model[job.id]
+            assert known.status == "pending"
+            assert known.due <= self.queue.now()
+            known.status, known.attempts, known.worker = "processing", known.attempts + 1, worker.id
+            assert job.attempts == known.attempts
+            worker.held[job.id] = job
+
+    @precondition(lambda self: any(worker.held for worker in self.workers))
+    @rule(data=st.data(), verb=st.sampled_from(["complete", "complete", "fail", "fail for good", "release"]), all=st.booleans())
+    def settle(self, data: st.DataObject, verb: str, all: bool) -> None:
+        worker = data.draw(st.sampled_from([worker for worker in self.workers if worker.held]))
+        jobs = list(worker.held.values()) if all else [data.draw(st.sampled_from(list(worker.held.values())))]
+        after = 5 if verb == "fail" else None
+        word = verb.partition(" ")[0]
+        try:
+            self.queue.settle(worker.id, [Outcome(job, word, error=BOOM, after=after) for job in jobs])
+        except Reaped:
+            assert worker.reaped
+            self.workers.remove(worker)
+            return
+        assert not worker.reaped
+        for job in jobs:
+            del worker.held[job.id]
+            self._settled(self.model[job.id], self.queue.get(job.id), verb)
+
+    def _settled(self, known: Known, job: Job, verb: str) -> None:
+        known.worker = ""
+        if verb == "complete":
+            known.status = "completed"
+        elif verb == "release":
+            known.status, known.due = "pending", 0
+            known.attempts -= 1
+        elif verb == "fail" and known.attempts < known.max_attempts:
+            known.status, known.due = "pending", job.run_at
+            assert job.run_at > self.queue.now()
+        else:
+            known.status = "failed"
+
+    @precondition(lambda self: self.workers)
+    @rule(data=st.data())
+    def heartbeat(self, data: st.DataObject) -> None:
+        worker = data.draw(st.sampled_from(self.workers))
+        try:
+            self.queue.heartbeat(worker.id, list(worker.held))
+            assert not worker.reaped
+        except Reaped:
+            assert worker.reaped
+            self.workers.remove(worker)
+
+    @precondition(lambda self: self.workers)
+    @rule(data=st.data())
+    def pause(self, data: st.DataObject) -> None:
+        """Let a worker sleep past its lease. Whatever it does next, it does not know."""
+        worker = data.draw(st.sampled_from(self.workers))
+        if not worker.reaped and worker.id not in self.queue.lost_workers():
+            lapse(self.queue, worker.id)
+
+    @precondition(lambda self: self.workers)
+    @rule(data=st.data())
+    def crash(self, data: st.DataObject) -> None:
+        worker = data.draw(st.sampled_from(self.workers))
+        raw(self.queue).delete(self.queue.keys.lease(worker.id))
+        self.workers.remove(worker)
+
+    @precondition(lambda self: any(not worker.held for worker in self.workers))
+    @rule(data=st.data())
+    def deregister(self, data: st.DataObject) -> None:
+        worker = data.draw(st.sampled_from([worker for worker in self.workers if not worker.held]))
+        self.queue.deregister(worker.id)
+        self.workers.remove(worker)
+
+    # Upkeep
+
+    @rule()
+    def reap(self) -> None:
+        for id in self.queue.lost_workers():
+            self._reap(id)
+
+    @rule()
+    def reap_everybody(self) -> None:
+        """Reap the living and the long dead as well: it does nothing to those, and it may be done twice."""
+        lost = self.queue.lost_workers()
+        for worker in list(self.workers):
+            if worker.id not in lost and not worker.reaped:
+                assert self.queue.reap(worker.id) == 0
+        for id in lost * 2:
+            self._reap(id)
+
+    def _reap(self, id: str) -> None:
+        given = self.queue.reap(id)
+        running = [known for known in self.model.values() if known.worker == id]
+        assert given >= len(running)  # what it had taken and not started is given back too
+        for known in running:
+            known.give_back()
+        for worker in self.workers:
+            worker.reaped = worker.reaped or worker.id == id
+
+    @rule()
+    def promote(self) -> None:
+        self.queue.promote()
+
+    @rule()
+    def promote_twice(self) -> None:
+        """Two processes promote at once: each due id is in its queue twice."""
+        due = raw(self.queue).zrangebyscore(self.queue.keys.delayed, 0, self.queue.now(), withscores=True)
+        assert self.queue.promote() == len(due)
+        if due:
+            raw(self.queue).zadd(self.queue.keys.delayed, dict(due))
+        assert self.queue.promote() == len(due)
+
+    @rule(seconds=st.sampled_from([1, 6, 11]))
+    def advance(self, seconds: int) -> None:
+        self.queue.clock.ahead += seconds * 1000
+
+    # What must always be true
+
+    @invariant()
+    def books(self) -> None:
+        assert_books(self.queue)
+
+    @invariant()
+    def model_agrees(self) -> None:
+        for id, known in self.model.items():
+            job = self.queue.get(id)
+            assert (job.status, job.attempts, job.worker) == (known.status, known.attempts, known.worker)
+
+    def teardown(self) -> None:
+        """Everybody dies; one new worker must be able to end every job that has not ended."""
+        for id in self.queue.lost_workers() + [worker.id for worker in self.workers]:
+            raw(self.queue).delete(self.queue.keys.lease(id))
+            self._reap(id)
+        self.queue.clock.ahead += 11_000
+        self.queue.promote()
+        last = self.queue.register(NAMES, 1)
+        ended: list[str] = []
+        while self.queue.waiting(NAMES):
+            for job in self.queue.start(last, self.queue.take(last, NAMES, 5), {}):
+                self.queue.complete(job)
+                ended.append(job.id)
+        assert sorted(ended) == sorted(id for id, known in self.model.items() if known.status == "pending")
+        assert_books(self.queue)
+
+
+def test_machine(server: Server) -> None:
+    examples, steps = (40, 40) if not server.url else (15, 30)
+    limits = settings(
+        max_examples=examples,
+        stateful_step_count=steps,
+        derandomize=True,
+        deadline=None,
+        database=None,
+        suppress_health_check=list(HealthCheck),
+    )
+    run_state_machine_as_test(type("TestMachine", (Machine,), {"server": server}), settings=limits)

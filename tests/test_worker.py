@@ -1,0 +1,1224 @@
+"""The worker, run in a thread: what becomes of a job, how many run at once, how it stops, and what it survives."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from datetime import UTC, datetime
+from typing import Any
+
+import msgspec
+import pytest
+from conftest import ENDED, RedisServer, Server, lapse, raw
+from cutproxy import CutProxy
+
+import tinyqueue
+import worker
+from tinyqueue import HANDLERS, MAX_RESULT, Discard, Job, Queue, Reaped, Retry, Settings, TimedOut, WrongStatus, handler
+from worker import EXIT_BROKEN, Order, Worker, run_job
+
+
+def until(condition: Callable[[], Any], timeout: float = 20.0) -> Any:
+    """Wait for a condition and return what it returned."""
+    deadline = time.monotonic() + timeout
+    while not (value := condition()):
+        assert time.monotonic() < deadline, "it did not come to be"
+        time.sleep(0.005)
+    return value
+
+
+def until_ended(queue: Queue, job: Job, timeout: float = 20.0) -> Job:
+    return until(lambda: (now := queue.get(job.id)) and now.status in ENDED and now, timeout)
+
+
+def found(queue: Queue, job: Job) -> Job:
+    """The job as it is now."""
+    now = queue.get(job.id)
+    assert now
+    return now
+
+
+class Running:
+    """A worker in a thread."""
+
+    def __init__(self, queue: Queue, *names: str, slots: int = 2, burst: bool = False, drain: float = 10, watchdog: float = 300):
+        settings = msgspec.structs.replace(Settings(), worker_concurrency=slots, shutdown_timeout=drain, watchdog=watchdog)
+        self.worker = Worker(queue, settings, names or ("default",), burst)
+        self.code: int | None = None
+        self._thread = threading.Thread(target=self._run)
+        self._thread.start()
+
+    def _run(self) -> None:
+        self.code = self.worker.run()
+
+    def order(self, order: Order) -> None:
+        self.worker.orders.put(order)
+
+    def end(self, order: Order | None = None) -> int | None:
+        """Wait for its end, after an order if one is given, and return its exit code."""
+        if order:
+            self.order(order)
+        self._thread.join(20)
+        assert not self._thread.is_alive(), "the worker does not end"
+        return self.code
+
+
+class Gate:
+    """A handler that runs until it is let go. Like time.sleep, its wait hears of no exception."""
+
+    def __init__(self, type: str = "gate", **options: Any) -> None:
+        self.started: list[Any] = []
+        self.attempts: list[int] = []
+        self.opened = threading.Event()
+
+        @handler(type, **options)
+        def gate(payload: Any, job: Job) -> Any:
+            self.attempts.append(job.attempt)
+            self.started.append(payload)
+            self.opened.wait()
+            return payload
+
+
+@pytest.fixture(autouse=True)
+def _own_handlers(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """No handlers but the test's own, and a worker that looks more often than it need."""
+    saved = dict(HANDLERS)
+    HANDLERS.clear()
+    monkeypatch.setattr(worker, "TICK", 0.02)
+    monkeypatch.setattr(worker, "BLOCK", 0.1)
+    monkeypatch.setattr(worker, "PROMOTE_EVERY", 0.02)
+    yield
+    HANDLERS.clear()
+    HANDLERS.update(saved)
+
+
+@pytest.fixture
+def gates() -> Iterator[Callable[..., Gate]]:
+    made: list[Gate] = []
+
+    def make(type: str = "gate", **options: Any) -> Gate:
+        made.append(Gate(type, **options))
+        return made[-1]
+
+    yield make
+    for gate in made:
+        gate.opened.set()
+
+
+@pytest.fixture
+def work(gates: Any) -> Iterator[Callable[..., Running]]:
+    """Start workers; at the end they stop."""
+    started: list[Running] = []
+
+    def start(queue: Queue, *names: str, **options: Any) -> Running:
+        started.append(Running(queue, *names, **options))
+        return started[-1]
+
+    yield start
+    for running in started:
+        if running.code is None:
+            running.order("release")
+    for running in started:
+        running.end()
+
+
+@pytest.fixture
+def echo() -> None:
+    @handler("echo")
+    def echo(payload: Any) -> Any:
+        return payload
+
+
+def bury(queue: Queue, running: Running) -> None:
+    """Have a living worker taken for dead."""
+    id = until(lambda: running.worker.id)
+
+    def buried() -> bool:
+        raw(queue).delete(queue.keys.lease(id))
+        queue.reap(id)
+        return not raw(queue).exists(queue.keys.worker(id))
+
+    until(buried)
+
+
+# What becomes of a job ------------------------------------------------------------------------------------------------
+
+
+def test_complete_stores_the_result(queue: Queue, work: Any, echo: None) -> None:
+    job = queue.enqueue("echo", {"a": [1, None, "é"]})
+    work(queue)
+    ended = until_ended(queue, job)
+    assert (ended.status, ended.result, ended.attempts, ended.error) == ("completed", {"a": [1, None, "é"]}, 1, None)
+    assert job.created_at <= ended.started_at <= ended.ended_at
+
+
+def test_complete_without_a_result(queue: Queue, work: Any) -> None:
+    @handler("nothing")
+    def nothing(payload: Any) -> None: ...
+
+    job = queue.enqueue("nothing", None)
+    work(queue)
+    assert until_ended(queue, job).answer()["result"] is None
+
+
+def test_complete_keeps_the_result_as_it_was_when_the_handler_returned() -> None:
+    mine = [1]
+
+    @handler("mine")
+    def mutable(payload: Any) -> list[int]:
+        return mine
+
+    outcome = run_job(Job("", "mine", None))
+    mine.append(2)
+    assert msgspec.json.decode(outcome.result) == [1]
+
+
+@pytest.mark.parametrize(
+    ("value", "stored"),
+    [
+        ({1}, [1]),
+        (b"x", "eA=="),
+        (datetime(2026, 1, 2, tzinfo=UTC), "2026-01-02T00:00:00Z"),
+        ({1: "a"}, {"1": "a"}),
+        ((1, 2), [1, 2]),
+        (msgspec.Raw(b'{"a":1}'), {"a": 1}),
+    ],
+    ids=["set", "bytes", "date", "whole keys", "tuple", "raw JSON"],
+)
+def test_complete_stores_what_json_has_for_it(value: Any, stored: Any) -> None:
+    @handler("give")
+    def give(payload: Any) -> Any:
+        return value
+
+    assert msgspec.json.decode(run_job(Job("", "give", None)).result) == stored
+
+
+def endless() -> list[Any]:
+    inner: list[Any] = []
+    inner.append(inner)
+    return inner
+
+
+def nested(depth: int) -> Any:
+    value: Any = 1
+    for _ in range(depth):
+        value = [value]
+    return value
+
+
+UNSTORABLE: dict[str, Callable[[], Any]] = {
+    "object": object,
+    "generator": lambda: (x for x in ()),
+    "NaN": lambda: [float("nan")],
+    "infinity": lambda: {"a": -float("inf")},
+    "pairs for keys": lambda: {(1, 2): 3},
+    "a list in itself": endless,
+    "nested": lambda: nested(101),
+    "long": lambda: "x" * MAX_RESULT,
+    "lone surrogate": lambda: "\ud800",
+    "raw but no JSON": lambda: msgspec.Raw(b"}{"),
+    "raw but empty": lambda: msgspec.Raw(b""),
+}
+
+
+@pytest.mark.parametrize("kind", UNSTORABLE)
+def test_complete_refuses_a_result_that_cannot_be_stored(kind: str) -> None:
+    @handler("give")
+    def give(payload: Any) -> Any:
+        return UNSTORABLE[kind]()
+
+    outcome = run_job(Job("", "give", None))
+    assert (outcome.verb, outcome.after) == ("fail", None)
+    assert outcome.error
+    assert outcome.error.type == "Discard"
+    assert outcome.error.message.startswith("the result is ")
+
+
+def test_complete_with_a_result_that_cannot_be_stored_fails_at_once(queue: Queue, work: Any, echo: None) -> None:
+    calls = []
+
+    @handler("give", backoff=0.01)
+    def give(payload: Any) -> Any:
+        calls.append(payload)
+        return object()
+
+    job, after = queue.enqueue("give", 1), queue.enqueue("echo", 2)
+    work(queue, slots=1)
+    ended = until_ended(queue, job)
+    assert (ended.status, ended.attempts, calls) == ("failed", 1, [1])
+    assert until_ended(queue, after).status == "completed"
+
+
+def test_fail_tries_again_then_says_why(queue: Queue, work: Any) -> None:
+    @handler("broken", max_attempts=2, backoff=0.01)
+    def broken(payload: Any) -> None:
+        {}["no such key"]
+
+    job = queue.enqueue("broken", None)
+    work(queue)
+    ended = until_ended(queue, job)
+    assert (ended.status, ended.attempts) == ("failed", 2)
+    assert ended.error
+    assert (ended.error.type, ended.error.message) == ("KeyError", "'no such key'")
+
+
+def test_fail_shows_the_traceback_from_the_handlers_frame_on(queue: Queue, work: Any) -> None:
+    def inner() -> None:
+        raise ValueError("deep")
+
+    @handler("broken", max_attempts=1)
+    def outer(payload: Any) -> None:
+        inner()
+
+    job = queue.enqueue("broken", None)
+    work(queue)
+    ended = until_ended(queue, job)
+    assert ended.error
+    lines = ended.error.traceback.splitlines()
+    assert lines[0].startswith("Traceback")
+    assert __file__ in lines[1]
+    assert lines[1].endswith("in outer")
+    assert lines[-1] == "ValueError: deep"
+
+
+def test_fail_waits_for_the_backoff(queue: Queue, work: Any) -> None:
+    @handler("broken", backoff=1000, backoff_cap=1500)
+    def broken(payload: Any) -> None:
+        raise ValueError("no")
+
+    job = queue.enqueue("broken", None)
+    work(queue)
+    waiting = until(lambda: (now := queue.get(job.id)) and now.error and now)
+    assert (waiting.status, waiting.attempts, waiting.error.message) == ("pending", 1, "no")
+    assert 1_000_000 <= waiting.run_at - waiting.started_at <= 1_520_000
+
+
+def test_fail_of_a_type_without_handler_is_tried_again_later(queue: Queue, work: Any, echo: None) -> None:
+    job, after = queue.enqueue("unknown", None), queue.enqueue("echo", 1)
+    work(queue, slots=1)
+    waiting = until(lambda: (now := queue.get(job.id)) and now.error and now)
+    assert (waiting.status, waiting.error.type) == ("pending", "UnknownType")
+    assert "known are: echo" in waiting.error.message
+    assert waiting.run_at - waiting.started_at >= 10_000
+    assert until_ended(queue, after).status == "completed"
+
+
+def test_fail_of_a_type_without_handler_ends(queue: Queue, work: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(worker, "NEW_HANDLER", 0.01)
+    job = queue.enqueue("unknown", None)
+    work(queue)
+    ended = until_ended(queue, job)
+    assert (ended.status, ended.attempts) == ("failed", 3)
+
+
+def test_fail_of_a_payload_that_no_longer_fits(queue: Queue, work: Any) -> None:
+    job = queue.enqueue("changed", {"to": 1}, max_attempts=1)
+
+    @handler("changed")
+    def changed(payload: dict[str, str]) -> None: ...
+
+    work(queue)
+    ended = until_ended(queue, job)
+    assert ended.status == "failed"
+    assert ended.error
+    assert ended.error.type == "InvalidJob"
+    assert ended.error.message.startswith("payload[...]: Expected `str`")
+    assert ended.error.traceback == ""
+
+
+class Own(BaseException):
+    pass
+
+
+class Shy(Exception):
+    def __str__(self) -> str:
+        raise ZeroDivisionError
+
+
+class Mute(Exception):
+    def __str__(self) -> str:
+        raise SystemExit(3)
+
+
+class Hasty(Retry):
+    def __init__(self) -> None: ...
+
+
+@pytest.mark.parametrize(
+    "error", [SystemExit(0), SystemExit(1), KeyboardInterrupt(), GeneratorExit(), Own("mine"), TimedOut()], ids=repr
+)
+def test_fail_with_any_base_exception_is_an_attempt_and_nothing_else(
+    near: Queue, work: Any, gates: Any, error: BaseException
+) -> None:
+    gate = gates()
+
+    @handler("leave", max_attempts=1)
+    def leave(payload: Any) -> None:
+        raise error
+
+    jobs = near.enqueue_many("leave", range(4))
+    near.enqueue_many("gate", range(2))
+    running = work(near, slots=2)
+    for job in jobs:
+        ended = until_ended(near, job)
+        assert ended.error
+        assert (ended.status, ended.error.type) == ("failed", type(error).__name__)
+    until(lambda: len(gate.started) == 2)  # both slots are alive
+    gate.opened.set()
+    assert running.end("drain") == 0
+
+
+def nonsense(after: Any) -> Callable[[], BaseException]:
+    def make() -> BaseException:
+        error = Retry()
+        error.after = after
+        return error
+
+    return make
+
+
+ODD: dict[str, Callable[[], BaseException]] = {
+    "broken text": Shy,
+    "text that exits": Mute,
+    "surrogates": lambda: ValueError("\ud800"),
+    "long": lambda: ValueError("x" * 5000),
+    "group": lambda: BaseExceptionGroup("two", [ValueError("a"), Own("b")]),
+    "retry that skips its init": Hasty,
+    "retry after a word": nonsense("soon"),
+    "retry after NaN": nonsense(float("nan")),
+    "retry after infinity": nonsense(float("inf")),
+    "retry after minus one": nonsense(-1),
+}
+
+
+@pytest.mark.parametrize("kind", ODD)
+def test_fail_with_an_odd_exception_is_an_attempt_and_nothing_else(near: Queue, work: Any, echo: None, kind: str) -> None:
+    @handler("odd", max_attempts=2, backoff=0.01)
+    def odd(payload: Any) -> None:
+        raise ODD[kind]()
+
+    job = near.enqueue("odd", None)
+    running = work(near, slots=1)
+    ended = until_ended(near, job, 5)
+    assert (ended.status, ended.attempts) == ("failed", 2)
+    assert ended.error
+    assert len(ended.error.message) <= 1000
+    assert len(ended.error.traceback) <= 4000
+    assert until_ended(near, near.enqueue("echo", 1), 5).status == "completed"
+    assert running.end("drain") == 0
+
+
+def test_fail_of_an_endless_recursion(queue: Queue, work: Any) -> None:
+    @handler("deep", max_attempts=1)
+    def deep(payload: Any) -> None:
+        deep(payload)
+
+    job = queue.enqueue("deep", None)
+    work(queue)
+    ended = until_ended(queue, job)
+    assert ended.error
+    assert ended.error.type == "RecursionError"
+
+
+def test_fail_leaves_no_threads_and_no_connections(queue: Queue, work: Any) -> None:
+    @handler("broken", max_attempts=1)
+    def broken(payload: Any) -> None:
+        raise ValueError("no")
+
+    work(queue, slots=2)
+
+    def round() -> tuple[int, int]:
+        for job in queue.enqueue_many("broken", range(50)):
+            until_ended(queue, job)
+        return threading.active_count(), len(queue.pool._in_use_connections) + len(queue.pool._available_connections)
+
+    before, after = round(), [round() for _ in range(4)][-1]
+    assert after[0] == before[0]
+    assert after[1] <= before[1] + 2  # taker, settler, keeper and this thread seldom ask at the same moment
+
+
+def test_retry_after_a_time(queue: Queue, work: Any) -> None:
+    @handler("later")
+    def later(payload: Any) -> None:
+        raise Retry("not yet", after=3600)
+
+    job = queue.enqueue("later", None)
+    work(queue)
+    waiting = until(lambda: (now := queue.get(job.id)) and now.error and now)
+    assert (waiting.status, waiting.error.type, waiting.error.message) == ("pending", "Retry", "not yet")
+    assert 3_600_000 <= waiting.run_at - waiting.started_at < 3_660_000
+
+
+def test_retry_at_once_until_it_succeeds(queue: Queue, work: Any) -> None:
+    @handler("third", max_attempts=5)
+    def third(payload: Any, job: Job) -> int:
+        if job.attempt < 3:
+            raise Retry(after=0)
+        return job.attempt
+
+    job = queue.enqueue("third", None)
+    work(queue)
+    ended = until_ended(queue, job)
+    assert (ended.status, ended.result, ended.attempts, ended.error) == ("completed", 3, 3, None)
+
+
+def test_retry_without_attempts_left_fails(queue: Queue, work: Any) -> None:
+    @handler("again", max_attempts=2)
+    def again(payload: Any) -> None:
+        raise Retry(after=0)
+
+    job = queue.enqueue("again", None)
+    work(queue)
+    ended = until_ended(queue, job)
+    assert (ended.status, ended.attempts) == ("failed", 2)
+
+
+@pytest.mark.parametrize("after", [-1, float("nan"), float("inf"), 1e9, "soon"], ids=repr)
+def test_retry_refuses_a_time_that_is_none(after: Any) -> None:
+    with pytest.raises((ValueError, TypeError)):
+        Retry(after=after)
+
+
+def test_retry_of_many_jobs_at_once_starts_none_twice(queue: Queue, work: Any) -> None:
+    starts: Counter[tuple[int, int]] = Counter()
+    running: Counter[int] = Counter()
+    overlaps = []
+    lock = threading.Lock()
+
+    @handler("again", max_attempts=9)
+    def again(payload: int, job: Job) -> None:
+        with lock:
+            starts[payload, job.attempt] += 1
+            running[payload] += 1
+            overlaps.extend([payload] * (running[payload] > 1))
+        time.sleep(0.001)
+        with lock:
+            running[payload] -= 1
+        if job.attempt < 8:
+            raise Retry(after=0)
+
+    jobs = queue.enqueue_many("again", range(20))
+    work(queue, slots=4)
+    for job in jobs:
+        assert until_ended(queue, job).attempts == 8
+    assert starts == dict.fromkeys(((payload, attempt) for payload in range(20) for attempt in range(1, 9)), 1)
+    assert overlaps == []
+
+
+def test_discard_fails_at_once(queue: Queue, work: Any) -> None:
+    @handler("discard")
+    def discard(payload: Any) -> None:
+        raise Discard("of no use")
+
+    job = queue.enqueue("discard", None)
+    work(queue)
+    ended = until_ended(queue, job)
+    assert ended.error
+    assert (ended.status, ended.attempts, ended.error.message) == ("failed", 1, "of no use")
+
+
+def test_progress_is_shown_while_the_handler_runs(queue: Queue, work: Any, gates: Any) -> None:
+    go_on = threading.Event()
+
+    @handler("steps")
+    def steps(payload: Any, job: Job) -> None:
+        job.set_progress(1, of=4)
+        go_on.wait()
+        job.set_progress(3, of=4)
+
+    job = queue.enqueue("steps", None)
+    work(queue)
+    until(lambda: (now := queue.get(job.id)) and now.progress == 0.25)
+    go_on.set()
+    assert until_ended(queue, job).progress == 0.75
+
+
+# How many run, and in which order -------------------------------------------------------------------------------------
+
+
+def test_slots_are_never_exceeded_and_nothing_is_taken_ahead(queue: Queue, work: Any, gates: Any) -> None:
+    gate = gates()
+    queue.enqueue_many("gate", range(10))
+    work(queue, slots=3)
+    until(lambda: len(gate.started) == 3)
+    stats = queue.stats()
+    assert (stats["processing"], stats["pending"], queue.waiting(["default"])) == (3, 7, 7)
+    assert len(gate.started) == 3
+    gate.opened.set()
+    until(lambda: queue.stats()["completed"] == 10)
+
+
+def test_slots_held_by_long_jobs_do_not_hold_up_short_ones(queue: Queue, work: Any, gates: Any, echo: None) -> None:
+    gate = gates()
+    queue.enqueue("gate", 0)
+    work(queue, slots=2)
+    until(lambda: gate.started)
+    for job in queue.enqueue_many("echo", range(20)):
+        assert until_ended(queue, job).status == "completed"
+    assert not gate.opened.is_set()
+
+
+def test_dequeue_is_first_in_first_out(queue: Queue, work: Any) -> None:
+    ran: list[int] = []
+
+    @handler("note")
+    def note(payload: int) -> None:
+        ran.append(payload)
+
+    queue.enqueue_many("note", range(10))
+    queue.enqueue("note", 10)
+    work(queue, slots=1)
+    until(lambda: queue.stats()["completed"] == 11)
+    assert ran == list(range(11))
+
+
+def test_dequeue_takes_the_first_queue_first(queue: Queue, work: Any, gates: Any) -> None:
+    ran: list[str] = []
+    gate = gates()
+
+    @handler("note")
+    def note(payload: str) -> None:
+        ran.append(payload)
+
+    queue.enqueue("gate", 0, queue="low")
+    work(queue, "high", "low", slots=1)
+    until(lambda: gate.started)
+    for n in range(3):
+        queue.enqueue("note", f"low {n}", queue="low")
+        queue.enqueue("note", f"high {n}", queue="high")
+    queue.enqueue("note", "nobody's", queue="third")
+    gate.opened.set()
+    until(lambda: queue.stats()["completed"] == 7)
+    assert ran == ["high 0", "high 1", "high 2", "low 0", "low 1", "low 2"]
+
+
+def test_dequeue_is_not_slowed_by_cancelled_jobs_at_the_head(queue: Queue, work: Any, echo: None) -> None:
+    for job in queue.enqueue_many("echo", range(500)):
+        queue.cancel(job.id)
+    last = queue.enqueue("echo", "last")
+    work(queue, slots=1)
+    assert until_ended(queue, last, 15).status == "completed"  # a wait for the bell after each would take 50 s
+    assert queue.stats()["completed"] == 1
+
+
+def test_dequeue_against_cancel_has_one_winner(queue: Queue, work: Any) -> None:
+    ran = []
+
+    @handler("note")
+    def note(payload: int) -> None:
+        ran.append(payload)
+
+    jobs = queue.enqueue_many("note", range(60))
+    work(queue, slots=2)
+    cancelled = []
+    for n, job in enumerate(reversed(jobs)):
+        with suppress(WrongStatus):
+            queue.cancel(job.id)
+            cancelled.append(59 - n)
+    for job in jobs:
+        until_ended(queue, job)
+    assert sorted(ran + cancelled) == list(range(60))
+
+
+def test_dequeue_of_an_id_that_stands_twice_runs_it_once(queue: Queue, work: Any, gates: Any, echo: None) -> None:
+    gate = gates()
+    job = queue.enqueue("gate", 0)
+    raw(queue).lpush(queue.keys.jobs("default"), job.id, job.id)
+    work(queue, slots=2)
+    until(lambda: gate.started)
+    until_ended(queue, queue.enqueue("echo", 1))  # it came after the second and the third entry
+    gate.opened.set()
+    assert until_ended(queue, job).attempts == 1
+    assert len(gate.started) == 1
+
+
+def test_dequeue_passes_over_garbage(queue: Queue, work: Any, echo: None, caplog: pytest.LogCaptureFixture) -> None:
+    ghost = queue.draft("echo", 0)
+    raw(queue).lpush(queue.keys.jobs("default"), "not an id", "", b"\xff\x00", "../" + "a" * 5000, ghost.id)
+    job = queue.enqueue("echo", 1)
+    running = work(queue, slots=2)
+    assert until_ended(queue, job).status == "completed"
+    until(lambda: not raw(queue).exists(queue.keys.proc(running.worker.id), queue.keys.jobs("default")))
+    assert "no job ids" in caplog.text
+
+
+UNREADABLE = {
+    "empty": "",
+    "text": "not-json",
+    "array": "[]",
+    "without type": "{}",
+    "cut off": '{"type":"echo","payl',
+    "attempts no number": '{"type":"echo","payload":1,"attempts":"x"}',
+    "status none": '{"type":"echo","payload":1,"status":"gone"}',
+    "lone surrogate": '{"type":"echo","payload":"\\ud800"}',
+    "no UTF-8": b'{"type":"echo","payload":"\xff"}',
+    "nested": b'{"type":"echo","payload":' + b"[" * 100_000,
+}
+
+
+@pytest.mark.parametrize("kind", UNREADABLE)
+def test_dequeue_sets_an_unreadable_record_aside(real: Server, work: Any, echo: None, kind: str) -> None:
+    queue = real.queue()
+    job, after = queue.enqueue_many("echo", [1, 2])
+    raw(queue).set(queue.keys.job(job.id), UNREADABLE[kind])
+    work(queue, slots=1)
+    assert until_ended(queue, after).status == "completed"
+    assert [(failed.id, failed.error and failed.error.type) for failed in queue.jobs("failed")] == [(job.id, "UnreadableRecord")]
+
+
+def test_heartbeat_keeps_a_job_that_is_longer_than_the_lease(near: Queue, real: Server, work: Any, gates: Any) -> None:
+    gate, queue = gates(), real.queue(lease=2)
+    job = queue.enqueue("gate", 0)
+    first = work(queue, slots=1)
+    until(lambda: gate.started)
+    work(real.queue(lease=2), slots=1)
+
+    def listed() -> dict[str, Any]:
+        return next(about for about in queue.workers() if about["id"] == first.worker.id)
+
+    until(lambda: listed()["lastHeartbeat"] > listed()["startedAt"] + 3000)
+    assert listed()["jobs"] == [job.id]
+    gate.opened.set()
+    assert until_ended(queue, job).attempts == 1
+    assert len(gate.started) == 1
+
+
+def test_reap_gives_a_dead_workers_jobs_to_another(queue: Queue, server: Server, work: Any, echo: None) -> None:
+    dead = queue.register(["default"], 2)
+    started, taken = queue.enqueue_many("echo", [1, 2])
+    queue.dequeue(dead, ["default"], 1)
+    queue.take(dead, ["default"], 1)
+    lapse(queue, dead)
+    work(server.queue(lease=0.5))
+    assert until_ended(queue, taken).attempts == 1
+    assert until_ended(queue, started).attempts == 2
+    assert dead not in [about["id"] for about in queue.workers()]
+
+
+# Burst ----------------------------------------------------------------------------------------------------------------
+
+
+def test_burst_ends_when_all_is_run(queue: Queue, work: Any, echo: None) -> None:
+    queue.enqueue_many("echo", range(20))
+    assert work(queue, slots=3, burst=True).end() == 0
+    assert queue.stats()["completed"] == 20
+    assert queue.workers() == []
+
+
+def test_burst_ends_at_once_when_nothing_is_there(queue: Queue, work: Any) -> None:
+    assert work(queue, burst=True).end() == 0
+
+
+def test_burst_runs_what_handlers_enqueue(queue: Queue, work: Any) -> None:
+    @handler("countdown")
+    def countdown(payload: int) -> None:
+        if payload:
+            queue.enqueue("countdown", payload - 1)
+
+    queue.enqueue("countdown", 10)
+    assert work(queue, slots=2, burst=True).end() == 0
+    assert queue.stats()["completed"] == 11
+
+
+def test_burst_waits_for_long_jobs(queue: Queue, work: Any, gates: Any) -> None:
+    gate = gates()
+
+    @handler("parent")
+    def parent(payload: int) -> None:
+        gate.opened.wait()
+        queue.enqueue("child", 1)
+
+    @handler("child")
+    def child(payload: int) -> None: ...
+
+    queue.enqueue("parent", 0)
+    running = work(queue, slots=3, burst=True)
+    until(lambda: queue.stats()["processing"] == 1)
+    gate.opened.set()
+    assert running.end() == 0
+    assert queue.stats()["completed"] == 2
+
+
+def test_burst_leaves_what_is_not_yet_due(queue: Queue, work: Any, echo: None) -> None:
+    later, now = queue.enqueue("echo", 1, delay=3600), queue.enqueue("echo", 2)
+    assert work(queue, burst=True).end() == 0
+    assert until_ended(queue, now).status == "completed"
+    assert found(queue, later).status == "pending"
+
+
+def test_burst_runs_what_another_is_just_promoting(queue: Queue, work: Any, echo: None) -> None:
+    job = queue.enqueue("echo", 1, delay=0.001)
+    until(lambda: queue.now() > job.run_at)
+    raw(queue).set(queue.keys.promoter, "1", px=1000)  # as of one who has the lock and has not moved the job yet
+    assert work(queue, burst=True).end() == 0
+    assert found(queue, job).status == "completed"
+
+
+# Time-outs ------------------------------------------------------------------------------------------------------------
+
+
+def test_timeout_is_raised_in_the_handler(queue: Queue, work: Any) -> None:
+    cleaned = []
+
+    @handler("endless", timeout=0.05, max_attempts=1)
+    def endless(payload: Any) -> None:
+        try:
+            while True:
+                try:
+                    time.sleep(0.001)
+                except Exception:
+                    cleaned.append("never")
+        finally:
+            cleaned.append("up")
+
+    job = queue.enqueue("endless", None)
+    work(queue)
+    ended = until_ended(queue, job)
+    assert ended.error
+    assert (ended.status, ended.error.type, cleaned) == ("failed", "TimedOut", ["up"])
+    assert ended.error.message == "the handler ran past its timeout"
+    assert "in endless" in ended.error.traceback
+
+
+def test_timeout_is_an_attempt_like_any_other(queue: Queue, work: Any) -> None:
+    @handler("slow", timeout=0.05, max_attempts=3, backoff=0.01)
+    def slow(payload: Any, job: Job) -> int:
+        while job.attempt < 3:
+            time.sleep(0.001)
+        return job.attempt
+
+    job = queue.enqueue("slow", None)
+    work(queue, slots=1)
+    assert until_ended(queue, job).result == 3
+
+
+def test_timeout_that_a_handler_swallows_is_no_failure_if_it_ends(queue: Queue, work: Any, echo: None) -> None:
+    @handler("stubborn", timeout=0.05, max_attempts=1)
+    def stubborn(payload: Any) -> str:
+        try:
+            while True:
+                time.sleep(0.001)
+        except TimedOut:
+            return "in the end"
+
+    job, after = queue.enqueue("stubborn", None), queue.enqueue("echo", 1)
+    work(queue, slots=1)
+    assert until_ended(queue, job).result == "in the end"
+    assert until_ended(queue, after).status == "completed"
+
+
+def test_timeout_that_a_handler_ignores_gives_its_thread_up(
+    queue: Queue, work: Any, gates: Any, echo: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(worker, "GRACE", 0.1)
+    let_go = gates("unused").opened
+
+    @handler("deaf", timeout=0.05, max_attempts=1)
+    def deaf(payload: Any) -> str:
+        while not let_go.is_set():
+            try:
+                time.sleep(0.001)
+            except TimedOut:
+                continue
+        return "too late"
+
+    job = queue.enqueue("deaf", None)
+    work(queue, slots=2)
+    ended = until_ended(queue, job)
+    assert ended.error
+    assert (ended.status, ended.error.type) == ("failed", "TimedOut")
+    let_go.set()
+    assert until_ended(queue, queue.enqueue("echo", 1)).status == "completed"
+    assert until_ended(queue, job).result is None
+
+
+def test_timeout_of_a_stuck_handler_replaces_its_slot(queue: Queue, work: Any, gates: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(worker, "GRACE", 0.1)
+    stuck, gate = gates("stuck", timeout=0.05, max_attempts=1), gates()
+    job = queue.enqueue("stuck", None)
+    running = work(queue, slots=2)
+    assert until_ended(queue, job).status == "failed"
+    queue.enqueue_many("gate", range(3))
+    until(lambda: len(gate.started) == 2)
+    stuck.opened.set()  # its thread ends, and is no third slot
+    time.sleep(0.05)
+    assert len(gate.started) == 2
+    gate.opened.set()
+    until(lambda: queue.stats()["completed"] == 3)
+    assert running.end("drain") == 0
+
+
+def test_timeout_of_too_many_stuck_handlers_ends_the_worker(
+    queue: Queue, work: Any, gates: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(worker, "GRACE", 0.1)
+    gate, _ = gates(), gates("stuck", timeout=0.05, max_attempts=1)
+    running = work(queue, slots=2)
+    assert until_ended(queue, queue.enqueue("stuck", 1)).status == "failed"
+    other = queue.enqueue("gate", "other")
+    until(lambda: gate.started)
+    second = queue.enqueue("stuck", 2)
+    assert running.end() == EXIT_BROKEN
+    assert until_ended(queue, second).status == "failed"
+    left = found(queue, other)
+    assert (left.status, left.attempts, queue.workers()) == ("pending", 0, [])
+
+
+def test_timeout_never_hits_the_next_job(queue: Queue, work: Any, echo: None) -> None:
+    """Handlers end about when their time-out is raised: it must be their own or nobody's."""
+    monkey = [0.018 + n * 0.0005 for n in range(30)]
+
+    @handler("close", timeout=0.02, max_attempts=1)
+    def close(payload: float) -> str:
+        time.sleep(payload)
+        return "in time"
+
+    jobs = [job for seconds in monkey for job in (queue.enqueue("close", seconds), queue.enqueue("echo", 1))]
+    running = work(queue, slots=2)
+    for job in jobs:
+        ended = until_ended(queue, job)
+        if job.type == "echo":
+            assert ended.status == "completed"
+        else:
+            assert ended.result == "in time" or (ended.error and ended.error.type == "TimedOut")
+    assert running.end("drain") == 0
+
+
+# Stopping -------------------------------------------------------------------------------------------------------------
+
+
+def test_drain_lets_the_running_end_and_takes_nothing_more(queue: Queue, work: Any, gates: Any, echo: None) -> None:
+    gate = gates()
+    job, left = queue.enqueue("gate", "done"), queue.enqueue("echo", 1)
+    running = work(queue, slots=1)
+    until(lambda: gate.started)
+    running.order("drain")
+    until(running.worker.quiet.is_set)
+    late = queue.enqueue("echo", 2)
+    running.order("drain")
+    gate.opened.set()
+    assert running.end() == 0
+    ended = until_ended(queue, job)
+    assert (ended.result, ended.attempts) == ("done", 1)
+    assert [(found(queue, job).status, found(queue, job).refunds) for job in (left, late)] == [("pending", 0), ("pending", 0)]
+    assert queue.workers() == []
+
+
+def test_drain_hands_back_when_its_time_is_up(queue: Queue, work: Any, gates: Any) -> None:
+    gate = gates()
+    job = queue.enqueue("gate", 0)
+    running = work(queue, slots=1, drain=0.2)
+    until(lambda: gate.started)
+    queue.enqueue("gate", 1)
+    assert running.end("drain") == 0
+    left = found(queue, job)
+    assert (left.status, left.attempts, left.refunds, left.error) == ("pending", 0, 1, None)
+    assert raw(queue).lrange(queue.keys.jobs("default"), -1, -1) == [job.id.encode()]
+    assert queue.workers() == []
+
+
+def test_release_hands_back_at_once(queue: Queue, work: Any, gates: Any) -> None:
+    gate = gates()
+    jobs = queue.enqueue_many("gate", range(2))
+    running = work(queue, slots=2, drain=3600)
+    until(lambda: len(gate.started) == 2)
+    running.order("drain")
+    until(running.worker.quiet.is_set)
+    assert running.end("release") == 0
+    assert {(left.status, left.attempts) for left in (found(queue, job) for job in jobs)} == {("pending", 0)}
+
+
+def test_release_keeps_the_order(queue: Queue, work: Any, gates: Any) -> None:
+    first, gate = gates("first"), gates()
+    done, *jobs = [queue.enqueue("first", 0), *queue.enqueue_many("gate", range(5))]
+    running = work(queue, slots=3)
+    until(lambda: len(gate.started) == 2)
+    first.opened.set()  # which makes the slots another order than the jobs
+    until_ended(queue, done)
+    until(lambda: len(gate.started) == 3)
+    assert running.end("release") == 0
+    waiting = raw(queue).lrange(queue.keys.jobs("default"), 0, -1)
+    assert [id.decode() for id in reversed(waiting)] == [job.id for job in jobs]
+
+
+def test_release_is_not_undone_by_the_handlers_end(queue: Queue, work: Any, gates: Any) -> None:
+    gate = gates()
+    job = queue.enqueue("gate", 0)
+    running = work(queue, slots=1)
+    until(lambda: gate.started)
+    assert running.end("release") == 0
+    gate.opened.set()
+    second = work(queue, slots=1)
+    assert until_ended(queue, job).attempts == 1
+    assert second.end("drain") == 0
+    assert queue.stats()["total"] == {"completed": 1, "failed": 0, "cancelled": 0}
+
+
+def test_drain_of_an_idle_worker(queue: Queue, work: Any) -> None:
+    running = work(queue)
+    until(lambda: running.worker.id)
+    assert running.end("drain") == 0
+    assert queue.workers() == []
+
+
+def test_drain_before_it_has_begun(queue: Queue, work: Any) -> None:
+    assert work(queue).end("drain") == 0
+
+
+def test_drain_just_when_a_job_comes_loses_nothing(queue: Queue, work: Any) -> None:
+    ran: Counter[int] = Counter()
+
+    @handler("note")
+    def note(payload: int) -> None:
+        ran[payload] += 1
+
+    for n in range(8):
+        running = work(queue, slots=2)
+        until(lambda running=running: running.worker.id)
+        order = threading.Timer(n * 0.001, running.order, ("drain",))
+        order.start()
+        queue.enqueue("note", n)
+        assert running.end() == 0
+        order.join()
+        assert queue.stats()["processing"] == 0
+    assert work(queue, burst=True).end() == 0
+    assert ran == dict.fromkeys(range(8), 1)
+
+
+# Being taken for dead -------------------------------------------------------------------------------------------------
+
+
+# Here the lease is short: a worker that learns only as it takes that it was reaped has by then moved a job into its old list, and
+# that job comes back by the reaper.
+
+
+def test_reaped_worker_registers_anew_and_its_outcome_is_dropped(queue: Queue, server: Server, work: Any, gates: Any) -> None:
+    gate = gates()
+    job = queue.enqueue("gate", 0)
+    running = work(server.queue(lease=1), slots=1)
+    until(lambda: gate.started)
+    old = running.worker.id
+    bury(queue, running)
+    gate.opened.set()
+    ended = until_ended(queue, job)
+    assert (ended.status, ended.attempts, gate.attempts) == ("completed", 2, [1, 2])
+    assert queue.stats()["total"]["completed"] == 1
+    assert running.worker.id != old
+    assert running.end("drain") == 0
+    assert queue.workers() == []
+
+
+def test_reaped_worker_while_another_has_its_job(queue: Queue, server: Server, work: Any, gates: Any, echo: None) -> None:
+    gate = gates()
+    job = queue.enqueue("gate", 0)
+    first = work(server.queue(lease=2), slots=1)
+    until(lambda: gate.started)
+    bury(queue, first)
+    second = work(server.queue(lease=2), slots=1)
+    until(lambda: len(gate.started) == 2)
+    gate.opened.set()
+    ended = until_ended(queue, job)
+    assert (ended.attempts, gate.attempts) == (2, [1, 2])
+    assert until_ended(queue, queue.enqueue("echo", 1)).status == "completed"
+    assert (first.end("drain"), second.end("drain")) == (0, 0)
+    assert queue.stats()["total"]["completed"] == 2
+
+
+def test_reaped_worker_does_not_log_that_its_job_is_completed(
+    queue: Queue, server: Server, work: Any, gates: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    gate = gates()
+    job = queue.enqueue("gate", 0)
+    running = work(queue, slots=1)  # no heartbeat for a long time: only as it writes the outcome does it learn the truth
+    until(lambda: gate.started)
+    bury(queue, running)
+    work(server.queue(), slots=1)
+    until(lambda: len(gate.started) == 2)
+    gate.opened.set()
+    until_ended(queue, job)
+    assert running.end("drain") == 0
+    assert f"lost gate {job.id} attempt 1/3" in caplog.text
+    assert f"completed gate {job.id} attempt 1/3" not in caplog.text
+
+
+def test_reaped_worker_that_is_idle_registers_anew(queue: Queue, server: Server, work: Any, echo: None) -> None:
+    running = work(server.queue(lease=1))
+    old = until(lambda: running.worker.id)
+    bury(queue, running)
+    until(lambda: running.worker.id not in ("", old))
+    assert until_ended(queue, queue.enqueue("echo", 1)).status == "completed"
+
+
+def test_reaped_handler_learns_it_from_its_progress(queue: Queue, server: Server, work: Any, gates: Any) -> None:
+    gate, told = gates(), []
+
+    @handler("steps")
+    def steps(payload: Any, job: Job) -> None:
+        if job.attempt == 1:
+            gate.started.append(job)
+            gate.opened.wait()
+            try:
+                job.set_progress(0.5)
+            except Reaped as error:
+                told.append(error)
+                raise
+
+    job = queue.enqueue("steps", None)
+    running = work(server.queue(lease=1), slots=1)
+    until(lambda: gate.started)
+    bury(queue, running)
+    gate.opened.set()
+    assert until_ended(queue, job).attempts == 2
+    assert len(told) == 1
+
+
+# Trouble --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["idle", "busy"])
+def test_watchdog_leaves_a_worker_alone_that_is(near: Queue, work: Any, gates: Any, echo: None, kind: str) -> None:
+    gate = gates()
+    if kind == "busy":
+        near.enqueue("gate", 0)
+    running = work(near, slots=1, watchdog=1)
+    began = time.monotonic()
+    until(lambda: time.monotonic() > began + 1.6)
+    assert running.code is None
+    gate.opened.set()
+    assert until_ended(near, near.enqueue("echo", 1)).status == "completed"
+
+
+def test_watchdog_ends_a_worker_that_can_take_nothing(server: Server, work: Any) -> None:
+    queue = server.queue()
+    raw(queue).set(queue.keys.jobs("default"), "no list")
+    assert work(queue, watchdog=0.5).end() == EXIT_BROKEN
+
+
+def test_watchdog_ends_a_worker_without_redis(start_redis: Callable[..., RedisServer], work: Any) -> None:
+    redis = start_redis()
+    running = work(Queue.from_url(redis.url), watchdog=0.5)
+    until(lambda: running.worker.id)
+    redis.kill()
+    assert running.end() == EXIT_BROKEN
+
+
+def test_drain_without_redis_says_that_outcomes_are_not_written(
+    start_redis: Callable[..., RedisServer], work: Any, gates: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(worker, "LAST_WRITE", 0.3)
+    redis, gate = start_redis(), gates()
+    queue = Queue.from_url(redis.url)
+    queue.enqueue("gate", 0)
+    running = work(queue, drain=0.3)
+    until(lambda: gate.started)
+    redis.kill()
+    gate.opened.set()
+    assert running.end("drain") == 1
+
+
+def test_settle_waits_until_redis_has_room_again(
+    start_redis: Callable[..., RedisServer], work: Any, gates: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    gate, queue = gates(), Queue.from_url(start_redis().url)
+    jobs = queue.enqueue_many("gate", range(4))
+    running = work(queue, slots=2)
+    until(lambda: len(gate.started) == 2)
+    raw(queue).config_set("maxmemory", 1)
+    gate.opened.set()
+    until(lambda: "cannot write outcomes: Redis is full" in caplog.text)
+    assert queue.stats()["processing"] == 2
+    raw(queue).config_set("maxmemory", 0)
+    assert [until_ended(queue, job).attempts for job in jobs] == [1, 1, 1, 1]
+    assert running.end("drain") == 0
+
+
+def test_wait_on_a_connection_that_is_dead_but_not_closed_ends(
+    near: Queue, real: Server, proxy: CutProxy, work: Any, echo: None, *, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tinyqueue, "SOCKET_TIMEOUT", 0.5)
+    running = work(real.queue(proxy.url), slots=1)
+    until(lambda: running.worker.id)
+    proxy.swallow(b"BLPOP")
+    until(lambda: proxy.idle)
+    job = near.enqueue("echo", 1)
+    assert until_ended(near, job, 15).attempts == 1
+
+
+PACKETS = {"take": b"RPOPLPUSH", "start": b"MSET", "settle": b"{queue}:completed"}
+
+
+@pytest.mark.parametrize("deed", ["drop_reply", "drop_request", "hold"])
+@pytest.mark.parametrize("packet", PACKETS)
+def test_lost_packets_lose_no_job_and_run_none_twice(
+    near: Queue, real: Server, proxy: CutProxy, work: Any, *, packet: str, deed: str
+) -> None:
+    ran: Counter[int] = Counter()
+
+    @handler("note")
+    def note(payload: int) -> None:
+        ran[payload] += 1  # each number by one thread only, unless there is a defect
+
+    work(real.queue(proxy.url, lease=3), slots=3)
+    jobs = []
+    for n in range(5):
+        getattr(proxy, deed)(PACKETS[packet])
+        jobs += near.enqueue_many("note", range(20 * n, 20 * n + 20))
+        until(lambda: proxy.idle)
+        until_ended(near, jobs[-20])
+        proxy.deliver()
+    assert {until_ended(near, job).attempts for job in jobs} == {1}
+    assert ran == dict.fromkeys(range(100), 1)
+
+
+REFUSALS = {
+    "loading": b"-LOADING Redis is loading the dataset in memory\r\n",
+    "full": b"-OOM command not allowed when used memory > 'maxmemory'.\r\n",
+    "read-only": b"-READONLY You can't write against a read only replica.\r\n",
+    "refused": b"-NOAUTH Authentication required.\r\n",
+    "busy": b"-BUSY Redis is busy running a script.\r\n",
+}
+
+
+@pytest.mark.parametrize("packet", PACKETS)
+@pytest.mark.parametrize("reason", REFUSALS)
+def test_refused_packets_are_sent_again(
+    near: Queue, real: Server, proxy: CutProxy, work: Any, echo: None, *, packet: str, reason: str
+) -> None:
+    proxy.answer(PACKETS[packet], REFUSALS[reason])
+    work(real.queue(proxy.url), slots=1)
+    jobs = near.enqueue_many("echo", range(3))
+    assert {until_ended(near, job).attempts for job in jobs} == {1}
+    until(lambda: proxy.idle)
+
+
+def test_corrupted_list_stops_nothing_for_good(queue: Queue, work: Any, echo: None, caplog: pytest.LogCaptureFixture) -> None:
+    raw(queue).set(queue.keys.jobs("default"), "no list")
+    work(queue)
+    until(lambda: "cannot take jobs" in caplog.text)
+    raw(queue).delete(queue.keys.jobs("default"))
+    assert until_ended(queue, queue.enqueue("echo", 1)).status == "completed"
+
+
+@pytest.mark.parametrize("key", ["completed", "counts", "delayed"])
+def test_corrupted_key_beside_the_jobs_does_not_keep_them(server: Server, work: Any, echo: None, key: str) -> None:
+    queue = server.queue()
+    job = queue.enqueue("echo", 1)
+    raw(queue).set(getattr(queue.keys, key), "wrong")
+    running = work(queue, slots=1)
+    ended = until_ended(queue, job)
+    assert (ended.status, ended.attempts) == ("completed", 1)
+    assert running.end("drain") == 0
+
+
+def test_corrupted_set_of_workers_does_not_end_the_worker(server: Server, work: Any, echo: None) -> None:
+    queue = server.queue()
+    raw(queue).sadd(queue.keys.workers, b"\xff\xfe", "no-such-worker")
+    running = work(server.queue(lease=0.1))  # after which it looks for lost workers
+    until(lambda: running.code is not None or not raw(queue).sismember(queue.keys.workers, "no-such-worker"), 5)
+    assert running.code is None
+    assert until_ended(queue, queue.enqueue("echo", 1), 5).status == "completed"
