@@ -227,7 +227,7 @@ class Worker:
         self.quiet.set()
         self.free.put(None)  # wakes a taker that waits for a slot
         log.info("worker stops (%s): %d jobs are running", order, len(self.held))
-        return self._leave(self._drain(order, taker), settler)
+        return self._leave(self._drain(order, taker), settler, keeper)
 
     def _guard(self, duty: Callable[[], None]) -> None:
         """Run a thread; should it die of a defect, the worker stops: what it held comes back with its lease."""
@@ -300,10 +300,11 @@ class Worker:
                 came = {id: at for at, id in enumerate(self.held)}
             self.outbox.put([Outcome(job, "release") for job in sorted(jobs, key=lambda job: came.get(job.id, 0))])
 
-    def _leave(self, order: Order, settler: threading.Thread) -> int:
+    def _leave(self, order: Order, *threads: threading.Thread) -> int:
         self.over.set()
         self.outbox.put(None)
-        settler.join(1.0)
+        for thread in threads:
+            thread.join(1.0)
         for _ in self.slots:
             self.inbox.put(None)
         self.pool.shutdown(wait=False)

@@ -39,14 +39,15 @@ class Machine(RuleBasedStateMachine):
     """Rules are what can happen, one at a time; a transaction has no middle."""
 
     jobs = Bundle("jobs")
-    server: Server  # set by the test
+    queue: Queue  # set by the test
 
     def __init__(self) -> None:
         super().__init__()
-        self.server.clear()
-        self.queue: Queue = self.server.queue()
+        raw(self.queue).flushall()
+        self.queue.clock.ahead = 0
         self.model: dict[str, Known] = {}
         self.workers: list[Worker] = []
+        self.names: list[str] = []  # of all workers that ever were
 
     # Clients
 
@@ -88,6 +89,7 @@ class Machine(RuleBasedStateMachine):
     @rule()
     def start_worker(self) -> None:
         self.workers.append(Worker(self.queue.register(NAMES, 2)))
+        self.names.append(self.workers[-1].id)
 
     @precondition(lambda self: self.workers)
     @rule(data=st.data(), most=st.integers(1, 3))
@@ -114,10 +116,11 @@ class Machine(RuleBasedStateMachine):
     def settle(self, data: st.DataObject, verb: str, all: bool) -> None:
         worker = data.draw(st.sampled_from([worker for worker in self.workers if worker.held]))
         jobs = list(worker.held.values()) if all else [data.draw(st.sampled_from(list(worker.held.values())))]
-        after = 5 if verb == "fail" else None
         word = verb.partition(" ")[0]
+        waits = [5 + n / 1000 if verb == "fail" else None for n in range(len(jobs))]
+        outcomes = [Outcome(job, word, error=BOOM, after=wait) for job, wait in zip(jobs, waits, strict=True)]
         try:
-            self.queue.settle(worker.id, [Outcome(job, word, error=BOOM, after=after) for job in jobs])
+            self.queue.settle(worker.id, outcomes)
         except Reaped:
             assert worker.reaped
             self.workers.remove(worker)
@@ -177,18 +180,22 @@ class Machine(RuleBasedStateMachine):
 
     @rule()
     def reap(self) -> None:
-        for id in self.queue.lost_workers():
+        for id in self._lost():
             self._reap(id)
 
     @rule()
     def reap_everybody(self) -> None:
         """Reap the living and the long dead as well: it does nothing to those, and it may be done twice."""
-        lost = self.queue.lost_workers()
+        lost = self._lost()
         for worker in list(self.workers):
             if worker.id not in lost and not worker.reaped:
                 assert self.queue.reap(worker.id) == 0
         for id in lost * 2:
             self._reap(id)
+
+    def _lost(self) -> list[str]:
+        """The workers without a lease, in an order that does not hang on their random names: so a failure can be replayed."""
+        return sorted(self.queue.lost_workers(), key=self.names.index)
 
     def _reap(self, id: str) -> None:
         given = self.queue.reap(id)
@@ -221,6 +228,7 @@ class Machine(RuleBasedStateMachine):
     @invariant()
     def books(self) -> None:
         assert_books(self.queue)
+        self.queue.clock.ahead += 1  # no two things happen in one millisecond, where random ids would order them
 
     @invariant()
     def model_agrees(self) -> None:
@@ -230,7 +238,7 @@ class Machine(RuleBasedStateMachine):
 
     def teardown(self) -> None:
         """Everybody dies; one new worker must be able to end every job that has not ended."""
-        for id in self.queue.lost_workers() + [worker.id for worker in self.workers]:
+        for id in self._lost() + [worker.id for worker in self.workers]:
             raw(self.queue).delete(self.queue.keys.lease(id))
             self._reap(id)
         self.queue.clock.ahead += 11_000
@@ -245,7 +253,7 @@ class Machine(RuleBasedStateMachine):
         assert_books(self.queue)
 
 
-def test_machine(server: Server) -> None:
+def test_machine(server: Server, queue: Queue) -> None:
     examples, steps = (40, 40) if not server.url else (15, 30)
     limits = settings(
         max_examples=examples,
@@ -255,4 +263,4 @@ def test_machine(server: Server) -> None:
         database=None,
         suppress_health_check=list(HealthCheck),
     )
-    run_state_machine_as_test(type("TestMachine", (Machine,), {"server": server}), settings=limits)
+    run_state_machine_as_test(type("TestMachine", (Machine,), {"queue": queue}), settings=limits)

@@ -506,11 +506,14 @@ def test_fail_stores_an_error_whatever_its_text(queue: Queue, error: Exception, 
     assert queue.get(job.id).error == Failure(type(error).__name__, message)
 
 
-@given(st.integers(1, 200), st.floats(0.001, 100), st.floats(100, 10_000))
+@given(st.integers(1, 6) | st.integers(1, 200), st.floats(0.001, 100), st.floats(100, 10_000))
 @settings(derandomize=True, database=None)
 def test_backoff_doubles_with_jitter_up_to_its_cap(attempts: int, base: float, cap: float) -> None:
     plain = base * 2.0 ** (attempts - 1)
-    assert min(cap, plain) <= backoff(attempts, base, cap) <= min(cap, plain * 1.5)
+    waits = [backoff(attempts, base, cap) for _ in range(20)]
+    assert min(cap, plain) <= min(waits)
+    assert max(waits) <= min(cap, plain * 1.5)
+    assert len(set(waits)) > 1 or max(waits) == cap
 
 
 def test_release_refunds_the_attempt(queue: Queue, worker: str) -> None:
@@ -569,6 +572,15 @@ def test_progress_is_shown_while_running_and_kept_with_the_outcome(queue: Queue)
     job.set_progress(2)
     queue.complete(job)
     assert queue.get(job.id).progress == 1.0
+
+
+def test_progress_of_a_job_that_was_settled_is_refused(queue: Queue) -> None:
+    job = put(queue, "processing")
+    queue.release(job)
+    before = dump(queue)
+    with pytest.raises(Reaped):
+        job.set_progress(0.5)
+    assert dump(queue) == before
 
 
 def test_progress_starts_anew_with_an_attempt(queue: Queue, worker: str) -> None:
@@ -1169,6 +1181,7 @@ def test_deregister_of_a_worker_that_takes_meanwhile(near: Queue, far: Queue, pr
     worker = near.register(DEFAULT, 1)
     proxy.before(b"EXEC", lambda: near.take(worker, DEFAULT, 1))
     far.deregister(worker)
+    assert near.lost_workers() == [worker]
     assert near.reap(worker) == 1
 
 
