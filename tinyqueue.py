@@ -18,7 +18,7 @@ States
 Transitions. Each is one WATCH / MULTI / EXEC: two round trips however many jobs it moves, and no Lua.
 
     verb       from -> to                     watches              only if                      writes
-    enqueue    nothing -> pending             -                    -                            record, list or delayed, bell
+    enqueue    nothing -> pending             once, unique         keys unused, if given        record, list or delayed, bell
     take       (list to list)                 -                    -                            RPOPLPUSH jobs -> proc, workers
     start      pending -> processing          worker, records      registered; pending and due  record: attempts + 1, worker
     complete   processing -> completed        worker, records      registered                   record, proc, completed
@@ -27,6 +27,7 @@ Transitions. Each is one WATCH / MULTI / EXEC: two round trips however many jobs
     promote    (delayed to list)              -                    runAt has come               delayed, list, bell
     reap       processing -> pending, failed  worker, lease, proc  lease gone                   worker, proc, record, head of list
     cancel     pending -> cancelled           record               pending                      record, delayed, cancelled
+               (processing, asked to stop)    record               processing                   record
     retry      failed, cancelled -> pending   record               failed or cancelled          record, failed, list, bell
 
     dequeue is take, then start. complete, fail and release are all written by settle, many in one transaction.
@@ -42,6 +43,13 @@ Keys. All share one hash tag, the namespace, and with it one slot of a cluster.
     {queue}:workers           set       every worker that may hold a job
     {queue}:worker:<worker>   string    its registration: the fence. No time to live
     {queue}:lease:<worker>    string    its sign of life, with a time to live; says what it is doing
+    {queue}:once:<key>        string    what a submit with an Idempotency-Key made: its fingerprint and the ids. With a time to live
+    {queue}:unique:<key>      string    the id of the unended job that has this uniqueKey
+    {queue}:paused            set       the names of paused queues
+    {queue}:minute:<n>        hash      completed and failed in the n-th minute since 1970. Two hours to live
+    {queue}:rate:<who>:<n>    string    requests of a client in the n-th window. With a time to live
+    {queue}:awaited           set       the ids of jobs for whose end somebody waits
+    {queue}:done:<id>         list      a token for those who waited. A minute to live
     {queue}:counts            hash      pending:<name> and processing:<name> now; completed, failed, cancelled since the beginning
     {queue}:promoter          string    who promotes at the moment, with a time to live; two at once would do no harm
 
@@ -57,8 +65,10 @@ Read on in the order of a job's life. `grep '# [A-Z].* ---' tinyqueue.py` prints
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import inspect
+import itertools
 import json
 import logging
 import math
@@ -73,6 +83,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from datetime import datetime
+from functools import partial
 from typing import Annotated, Any, Concatenate, Generic, Literal, NamedTuple, ParamSpec, TypeVar, cast
 from urllib.parse import urlsplit
 
@@ -120,11 +131,19 @@ class UnknownType(InvalidJob):
         self.type, self.known = type, list(known)
 
 
+class KeyReused(TinyQueueError):
+    """The Idempotency-Key was used before, for another request. Nothing was stored."""
+
+
+class QueueFull(TinyQueueError):
+    """So many jobs are pending in that queue that no more are accepted (TINYQUEUE_MAX_PENDING). Nothing was stored."""
+
+
 class WrongStatus(TinyQueueError):
     """The verb is not for a job of this status; nothing was changed. `job` is the job as it stands."""
 
-    def __init__(self, verb: str, job: Job) -> None:
-        super().__init__(f"cannot {verb} job {job.id}: it is {job.status}")
+    def __init__(self, verb: str, job: Job, why: str = "") -> None:
+        super().__init__(f"cannot {verb} job {job.id}: {why or f'it is {job.status}'}")
         self.verb, self.job = verb, job
 
 
@@ -205,6 +224,19 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     max_body: Annotated[int, Meta(ge=1024, le=16 << 20, description="bytes of a request's body")] = 262144
     keep_completed: Annotated[int, Meta(ge=1, le=10**9, description="seconds that completed jobs stay")] = 86400
     keep_failed: Annotated[int, Meta(ge=1, le=10**9, description="seconds that failed and cancelled jobs stay")] = 604800
+    keep_once: Annotated[int, Meta(ge=60, le=10**9, description="seconds that an Idempotency-Key is remembered")] = 86400
+    max_pending: Annotated[
+        int, Meta(ge=0, le=10**9, description="pending jobs of a queue beyond which none are accepted; 0: any")
+    ] = 0
+    api_keys: Annotated[str, Meta(description="who may come in: name:role:secret, comma-separated; roles submit, read, admin")] = ""
+    open: Annotated[bool, Meta(description="1: without keys let everybody in, not only this machine")] = False
+    rate_limit: Annotated[
+        str,
+        Meta(pattern=r"^([1-9][0-9]{0,8}/(second|minute|hour))?\Z", description="requests of one key or address, as 600/minute"),
+    ] = ""
+    trusted_proxies: Annotated[
+        int, Meta(ge=0, le=10, description="proxies before this server; the client is that many from the right in X-Forwarded-For")
+    ] = 0
     tls_verify: Annotated[bool, Meta(description="0: accept any certificate of a rediss:// server")] = True
 
     @classmethod
@@ -271,6 +303,9 @@ MAX_DELAY = 366 * 86400  # seconds
 MAX_DEPTH = 100  # nested arrays and objects in a payload; a fixed number, for parsers give up at different ones
 MAX_RESULT = 262144  # bytes of a result's JSON
 MAX_REFUNDS = 10  # times that a release gives the attempt back: a job that never survives a deploy must end some day
+KEY_LENGTH = 200  # characters of a uniqueKey
+SCANNED = 1000  # jobs that one page of a listing or one bulk change looks at
+MEMORY_SHARE = 0.95  # of Redis' maxmemory, above which no job is accepted: what is there must still be able to end
 LISTED = 10_000  # entries of a list that a listing looks at
 KEPT = 100_000  # ended jobs that stay, of each status
 BELLS = 64
@@ -293,7 +328,9 @@ class Keys:
         self.bell_prefix, self.worker_prefix, self.lease_prefix = tag + "bell:", tag + "worker:", tag + "lease:"
         self.delayed, self.workers = tag + "delayed", tag + "workers"
         self.completed, self.failed, self.cancelled = tag + "completed", tag + "failed", tag + "cancelled"
-        self.counts, self.promoter = tag + "counts", tag + "promoter"
+        self.counts, self.promoter, self.paused = tag + "counts", tag + "promoter", tag + "paused"
+        self.once_prefix, self.unique_prefix, self.rate_prefix = tag + "once:", tag + "unique:", tag + "rate:"
+        self.minute_prefix, self.done_prefix, self.awaited = tag + "minute:", tag + "done:", tag + "awaited"
 
     def job(self, id: str) -> str:
         return self.job_prefix + id
@@ -312,6 +349,15 @@ class Keys:
 
     def lease(self, worker: str) -> str:
         return self.lease_prefix + worker
+
+    def done(self, id: str) -> str:
+        return self.done_prefix + id
+
+    def unique(self, key: str) -> str:
+        return self.unique_prefix + key
+
+    def minute(self, now: int) -> str:
+        return self.minute_prefix + str(now // 60_000)
 
 
 # The job --------------------------------------------------------------------------------------------------------------
@@ -373,18 +419,26 @@ class Job(msgspec.Struct, rename="camel", omit_defaults=True, dict=True):
     worker: str = ""
     progress: float = 0.0
     refunds: int = 0
+    expires_at: int = 0
+    unique_key: str = ""
+    cancel_requested: bool = False
     result: Any = None
     error: Failure | None = None
 
     @property
     def created_at(self) -> int:
-        """When it was enqueued: the id is a UUID of version 7 (RFC 9562) and begins with that time."""
-        return int(self.id[:8] + self.id[9:13], 16)
+        """When it was enqueued."""
+        return created_at(self.id)
 
     @property
     def attempt(self) -> int:
         """Which start of the handler this is, counted from 1."""
         return self.attempts
+
+    @property
+    def cancelled(self) -> bool:
+        """Whether somebody wants this running job to stop. A handler that does, by any exception, leaves it cancelled."""
+        return self.cancel_requested
 
     def set_progress(self, done: float, of: float = 1.0) -> None:
         """Show how far a running handler is. Goes to Redis at most once a second; the last value is kept with the outcome.
@@ -417,6 +471,9 @@ class Job(msgspec.Struct, rename="camel", omit_defaults=True, dict=True):
             "endedAt": self.ended_at,
             "worker": self.worker,
             "progress": self.progress,
+            "expiresAt": self.expires_at,
+            "uniqueKey": self.unique_key,
+            "cancelRequested": self.cancel_requested,
             "error": self.error,
         }
         shown |= {name: value for name, value in later.items() if value}
@@ -433,6 +490,7 @@ class Attempt(msgspec.Struct, rename="camel"):
     attempts: int = 0
     refunds: int = 0
     started_at: int = 0
+    cancel_requested: bool = False
 
 
 _decode_job = msgspec.json.Decoder(Job).decode
@@ -456,10 +514,50 @@ def _job(id: str, record: bytes) -> Job:
         return Job(id, "unreadable", text, status="failed", error=Failure(UNREADABLE, str(error)))
 
 
+def created_at(id: str) -> int:
+    """When the job of that id was enqueued: a UUID of version 7 (RFC 9562) begins with that time, in milliseconds."""
+    return int(id[:8] + id[9:13], 16)
+
+
+class Filter(NamedTuple):
+    """Which jobs a listing shows and a bulk change touches: those to which all that is given applies."""
+
+    status: Status | None = None
+    type: str | None = None
+    queue: str | None = None
+    error_type: str | None = None
+
+    def fits(self, job: Job) -> bool:
+        error = job.error.type if job.error else None
+        wanted = (self.status, job.status), (self.type, job.type), (self.queue, job.queue), (self.error_type, error)
+        return all(want is None or want == has for want, has in wanted)
+
+
+CURSOR = re.compile(r"([0-9]{1,16})\.([0-9a-g-]{1,36})")
+
+
+Entry = tuple[int, str, str]  # of a listing: when, id, and the status under which it was found
+
+
+Place = tuple[int, str]  # in the order of a listing
+NO_HORIZON: Place = (0, "")  # everything was seen
+
+
+def _cursor(todo: Sequence[Entry], seen: int, more: bool) -> str:
+    """The place behind the entries that were seen, if there are others."""
+    if len(todo) > seen or (more and todo):
+        at, id, _ = todo[min(seen, len(todo)) - 1]
+        return f"{at}.{id}"
+    return ""
+
+
+_order = itertools.count()
+
+
 def _new_id(now: int) -> str:
-    """Make a UUID of version 7 from Redis time in milliseconds."""
-    noise = int.from_bytes(os.urandom(10), "big")
-    number = now << 80 | 7 << 76 | (noise >> 68) << 64 | 2 << 62 | noise & 0x3FFFFFFFFFFFFFFF
+    """Make a UUID of version 7 from Redis time in milliseconds; a counter keeps those of one millisecond in their order."""
+    noise = int.from_bytes(os.urandom(8), "big")
+    number = now << 80 | 7 << 76 | (next(_order) & 0xFFF) << 64 | 2 << 62 | noise & 0x3FFFFFFFFFFFFFFF
     digits = f"{number:032x}"
     return f"{digits[:8]}-{digits[8:12]}-{digits[12:16]}-{digits[16:20]}-{digits[20:]}"
 
@@ -657,6 +755,12 @@ def check_name(field: str, value: Any) -> str:
     return value
 
 
+def _text_key(field: str, value: Any) -> str:
+    if not isinstance(value, str) or not value.isprintable() or not 1 <= len(value) <= KEY_LENGTH:
+        raise InvalidJob(field, f"must be 1 to {KEY_LENGTH} printable characters")
+    return value
+
+
 def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
@@ -693,6 +797,7 @@ Command = tuple[Any, ...]
 SOCKET_TIMEOUT = 4.0  # seconds for a reply; above BLOCK with room for a slow answer
 CONNECT_TIMEOUT = 2.0
 BLOCK = 2.0  # seconds of one wait for the bell
+PAUSE_AGE = 0.1  # seconds that what is known of paused queues is good for
 WARM = 1.0  # seconds after its last use that a connection is lent again without a look at it
 
 REASONS: tuple[tuple[type[Exception], str], ...] = (
@@ -751,6 +856,11 @@ def connect(url: str, *, connections: int = 100, tls_verify: bool = True) -> red
             raise SettingsError("REDIS_URL: what follows the host must be the number of a database, as /0")
         pool = redis.ConnectionPool.from_url(url, **options)
         pool.connection_class(**pool.connection_kwargs)  # opens nothing; an option it does not know shows here
+        changed = [name for name, value in options.items() if pool.connection_kwargs.get(name, value) != value]
+        if changed or pool.connection_kwargs.get("decode_responses"):
+            raise SettingsError(
+                f"REDIS_URL: {(*changed, 'decode_responses')[0]} is not to be set there: the queue relies on its own"
+            )
     except (ValueError, TypeError, redis.RedisError) as error:
         hint = "an option after ? is unknown" if isinstance(error, TypeError) else "use redis://, rediss:// or unix://"
         raise SettingsError(f"REDIS_URL cannot be used: {hint}; percent-encode special characters of the password") from None
@@ -794,6 +904,8 @@ class Transaction:
         self._writes: list[Command] = []
         self._gathered: dict[tuple[str, str], list[Any]] = {}
         self._bells: Counter[str] = Counter()
+        self._ended: Counter[str] = Counter()
+        self.awaited: set[bytes] | None = None  # for whose end somebody waits, once that was asked
         self._counts: Counter[str] = Counter()
 
     def read(self, *commands: Command) -> list[Any]:
@@ -824,12 +936,21 @@ class Transaction:
     def count(self, field: str, by: int = 1) -> None:
         self._counts[field] += by
 
-    def sealed(self, counts: str) -> list[Command]:
-        """All that is to be written; the bells last but for the counts, so that whoever they wake finds the jobs."""
+    def end(self, status: str) -> None:
+        """Count that a job has ended, since the beginning and in this minute."""
+        self._counts[status] += 1
+        self._ended[status] += 1
+
+    def sealed(self, keys: Keys) -> list[Command]:
+        """All that is to be written."""
         commands = self._writes + [(*name, *parts) for name, parts in self._gathered.items()]
         for bell, times in self._bells.items():
             commands += [("LPUSH", bell, *["1"] * min(times, BELLS)), ("LTRIM", bell, 0, BELLS - 1)]
-        return commands + [("HINCRBY", counts, field, by) for field, by in self._counts.items() if by]
+        commands += [("HINCRBY", keys.counts, field, by) for field, by in self._counts.items() if by]
+        if self._ended:
+            minute = keys.minute(self.now)
+            commands += [*(("HINCRBY", minute, status, times) for status, times in self._ended.items()), ("EXPIRE", minute, 7200)]
+        return commands
 
 
 def _ask(connection: Any, commands: Sequence[Command]) -> list[Any]:
@@ -842,6 +963,34 @@ def _unfailed(replies: list[Any]) -> list[Any]:
     if errors := [reply for reply in replies if isinstance(reply, Exception)]:
         raise _explained(errors[0])
     return replies
+
+
+def _count(value: bytes | None) -> int:
+    """Read a count, which is 0 as long as nothing was counted."""
+    try:
+        return int(value or 0)
+    except ValueError:
+        raise Corrupted(f"{value!r} stands where a count should be") from None
+
+
+def _info(reply: bytes) -> dict[str, str]:
+    """Read a reply to INFO."""
+    return dict(line.split(":", 1) for line in reply.decode().split("\r\n") if ":" in line)
+
+
+class Once(msgspec.Struct):
+    """A submit that is made once: the client's key, the fingerprint of what it sends under it, and whether it was made before."""
+
+    key: str
+    fingerprint: str
+    replayed: bool = False
+
+
+class Made(msgspec.Struct):
+    """What a submit made, as the once: key holds it."""
+
+    fingerprint: str
+    ids: list[str]
 
 
 class Outcome(NamedTuple):
@@ -865,6 +1014,8 @@ class Queue:
         lease: float = 30,
         keep_completed: float = 86400,
         keep_failed: float = 604800,
+        keep_once: float = 86400,
+        max_pending: int = 0,
     ) -> None:
         self.pool, self.keys, self.clock = pool, Keys(check_name("namespace", namespace)), Clock()
         self.lease_ms, self.lease = int(lease * 1000), lease
@@ -873,6 +1024,9 @@ class Queue:
             "failed": int(keep_failed * 1000),
             "cancelled": int(keep_failed * 1000),
         }
+        self.keep_once_ms, self.max_pending = int(keep_once * 1000), max_pending
+        self._paused: tuple[float, frozenset[str]] = (-1e9, frozenset())  # when they were read, and which
+        self._memory: tuple[float, bool] = (-1e9, False)  # when it was looked at, and whether it was full
         self._warm: list[tuple[Any, int, float]] = []  # connections just used: by which process, and when
         self.last_contact = time.monotonic()  # when Redis last did what it was asked
         self.last_trouble = time.monotonic()  # when it last did not; before it was first asked, nobody knows
@@ -897,6 +1051,8 @@ class Queue:
             "lease": settings.lease,
             "keep_completed": settings.keep_completed,
             "keep_failed": settings.keep_failed,
+            "keep_once": settings.keep_once,
+            "max_pending": settings.max_pending,
         }
         if not settings.redis_url:
             return cls.embedded(**options)
@@ -958,7 +1114,7 @@ class Queue:
                 with self._connection() as connection:
                     tx = Transaction(connection, watch, self.clock, again)
                     try:
-                        result, writes = body(tx), tx.sealed(self.keys.counts)
+                        result, writes = body(tx), tx.sealed(self.keys)
                     except TinyQueueError:
                         tx.unwatch()
                         raise
@@ -970,7 +1126,8 @@ class Queue:
                     sent = True
                     done = _ask(connection, [("MULTI",), *writes, ("EXEC",)])[-1]
             except Unavailable as trouble:
-                if not sent or trouble.reason not in ("timeout", "unreachable"):
+                answered = isinstance(trouble.__cause__, redis.ResponseError)
+                if not sent or answered or trouble.reason not in ("timeout", "unreachable"):
                     trouble.doubtful = again
                     raise
                 again, late = True, late or trouble.reason == "timeout"
@@ -997,10 +1154,14 @@ class Queue:
         queue: str | None = None,
         delay: float | None = None,
         run_at: int | str | datetime | None = None,
+        expires_in: float | None = None,
+        unique_key: str | None = None,
     ) -> Job:
         """Check what a job is made of and make it, stored nowhere yet. Raises InvalidJob naming the field and the rule.
 
-        What is left out comes from the handler's declaration, if this process knows one. Asks Redis for the time at most.
+        What is left out comes from the handler's declaration, if this process knows one. A job that has not been started
+        `expires_in` seconds from now fails when its turn comes. While a job with its `unique_key` is pending or processing, a
+        second one is not stored: submit returns the first. Asks Redis for the time at most.
         """
         known = HANDLERS.get(check_name("type", type))
         try:
@@ -1027,6 +1188,12 @@ class Queue:
                 raise InvalidJob("delay", f"must be a number of seconds from 0 to {MAX_DELAY}")
             job.run_at = now + round(delay * 1000) if delay else 0
         job.run_at = job.run_at if job.run_at > now else 0
+        if expires_in is not None:
+            if not is_delay(expires_in) or not expires_in:
+                raise InvalidJob("expiresIn", f"must be a number of seconds above 0, at most {MAX_DELAY}")
+            job.expires_at = now + max(1, round(expires_in * 1000))
+        if unique_key is not None:
+            job.unique_key = _text_key("uniqueKey", unique_key)
         return job
 
     def enqueue(self, type: str, payload: Any, **options: Any) -> Job:
@@ -1037,24 +1204,103 @@ class Queue:
         """Accept up to 1,000 jobs of one type, all or none."""
         return self.submit([self.draft(type, payload, **options) for payload in payloads])
 
-    def submit(self, jobs: Sequence[Job]) -> list[Job]:
-        """Store drafted jobs, all or none.
+    def submit(self, jobs: Sequence[Job], once: Once | None = None) -> list[Job]:
+        """Store drafted jobs, all or none, and return them; for one whose uniqueKey is taken, the unended job that has it.
 
-        nothing -> pending. Watches nothing: the ids are new. After a lost reply the first id tells whether all of them are there.
+        nothing -> pending. `once` makes a second submit with the same key return the jobs of the first. Watches the keys that are
+        given; without any, nothing, for the ids are new. After a lost reply, the ids or the key tell whether all is there. Raises
+        KeyReused and QueueFull, and Unavailable if Redis' memory is nearly used up.
         """
         if len(jobs) > MAX_JOBS:
             raise InvalidJob("jobs", f"must be at most {MAX_JOBS} at a time")
-        records = [part for job in jobs for part in (self.keys.job(job.id), _record(job))]
+        if self.memory_is_short():
+            raise Unavailable("full", f"more than {MEMORY_SHARE:.0%} of its maxmemory is used")
+        ids = {job.id for job in jobs}
+        unique = [self.keys.unique(key) for key in dict.fromkeys(job.unique_key for job in jobs if job.unique_key)]
+        accepted = list(jobs)
 
         def body(tx: Transaction) -> list[Job]:
-            if not jobs or (tx.again and tx.read(("EXISTS", self.keys.job(jobs[0].id)))[0]):
-                return list(jobs)
-            tx.write("MSETNX", *records)  # an EXEC that was given up for lost and arrives late must not reset a job that ran
-            for job in jobs:
+            nonlocal accepted
+            if once and (stored := tx.read(("GET", self._once_key(once)))[0]):
+                return self._made_once(tx, jobs, once, stored)
+            if not jobs or (not once and tx.again and tx.read(("EXISTS", *map(self.keys.job, ids)))[0]):
+                return accepted
+            accepted = self._without_doubles(tx, jobs) if unique else list(jobs)
+            new = list({job.id: job for job in accepted if job.id in ids}.values())
+            if self.max_pending and new:
+                self._check_room(tx, new)
+            if new:  # an EXEC that was given up for lost and arrives late must not reset a job that ran: NX
+                tx.write("MSETNX", *(part for job in new for part in (self.keys.job(job.id), _record(job))))
+            for job in new:
                 self._line_up(tx, job)
-            return list(jobs)
+            if once:
+                made = _encode(Made(once.fingerprint, [job.id for job in accepted]))
+                tx.write("SET", self._once_key(once), made, "PX", self.keep_once_ms)
+            return accepted
 
-        return self._transact((), body)
+        return self._transact([*([self._once_key(once)] if once else []), *unique], body)
+
+    def _once_key(self, once: Once) -> str:
+        return self.keys.once_prefix + hashlib.sha256(once.key.encode()).hexdigest()
+
+    def _made_once(self, tx: Transaction, jobs: Sequence[Job], once: Once, stored: bytes) -> list[Job]:
+        """The jobs that the first submit with this key made, as they stand; those that are forgotten by now, as they were."""
+        try:
+            made = msgspec.json.decode(stored, type=Made)
+        except msgspec.DecodeError as error:
+            raise Corrupted(f"what was made under an Idempotency-Key cannot be read: {error}") from None
+        if made.fingerprint != once.fingerprint or len(made.ids) != len(jobs):
+            raise KeyReused("this Idempotency-Key was used for another request")
+        drafts = {job.id: job for job in jobs}
+        once.replayed = not drafts.keys() & made.ids  # else it was this one, whose reply was lost
+        records = tx.read(("MGET", *map(self.keys.job, made.ids)))[0] if jobs else []
+        found = (
+            _job(id, record) if record else msgspec.structs.replace(job, id=id)
+            for id, record, job in zip(made.ids, records, jobs, strict=True)
+        )
+        return [drafts.get(job.id, job) for job in found]
+
+    def _without_doubles(self, tx: Transaction, jobs: Sequence[Job]) -> list[Job]:
+        """Put in the place of each job whose uniqueKey is taken the one that has it, and take the keys for the others."""
+        keys = list(dict.fromkeys(job.unique_key for job in jobs if job.unique_key))
+        holders = tx.read(("MGET", *map(self.keys.unique, keys)))[0]
+        named = {
+            key: id
+            for key, holder in zip(keys, holders, strict=True)
+            if ID.fullmatch(id := (holder or b"").decode("ascii", "replace"))
+        }
+        records = tx.read(("MGET", *map(self.keys.job, named.values())))[0] if named else []
+        active: dict[str, Job] = {}
+        for (key, id), record in zip(named.items(), records, strict=True):
+            job = _job(id, record) if record else None
+            if job and job.status in ("pending", "processing") and job.unique_key == key:
+                active[key] = job
+        accepted = []
+        for job in jobs:
+            accepted.append(active.setdefault(job.unique_key, job) if job.unique_key else job)
+        for key, job in active.items():  # also those that stay as they are: a watched key must change, or a late EXEC would pass
+            tx.write("SET", self.keys.unique(key), job.id)
+        return accepted
+
+    def _check_room(self, tx: Transaction, jobs: Sequence[Job]) -> None:
+        """Refuse jobs for a queue that is full. Not watched: submits at the same moment may go a little beyond."""
+        wanted = Counter(job.queue for job in jobs)
+        counts = tx.read(("HMGET", self.keys.counts, *("pending:" + name for name in wanted)))[0]
+        for (name, more), count in zip(wanted.items(), map(_count, counts), strict=True):
+            if count + more > self.max_pending:
+                raise QueueFull(f"queue {name} has {count} pending jobs; the limit is {self.max_pending}")
+
+    def memory_is_short(self) -> bool:
+        """Whether Redis is so full that accepting jobs would endanger those that it has. Looks every two seconds at most."""
+        looked_at, short = self._memory
+        if time.monotonic() - looked_at > 2.0:
+            info: dict[str, str] = {}
+            with suppress(Corrupted, Unavailable):  # the embedded server knows no INFO, and an ACL may forbid it
+                info = _info(self._read(("INFO", "memory"))[0])
+            limit = int(info.get("maxmemory", 0))
+            short = bool(limit) and int(info["used_memory"]) > MEMORY_SHARE * limit
+            self._memory = (time.monotonic(), short)
+        return short
 
     def _line_up(self, tx: Transaction, job: Job) -> None:
         """Put a pending job where it waits: behind all others of its queue, or among the delayed."""
@@ -1083,29 +1329,50 @@ class Queue:
 
     def wait(self, names: Sequence[str], seconds: float = BLOCK) -> bool:
         """Wait until a job may have come to one of the queues: True, or the time is up. Takes nothing but a wake-up token."""
+        bells = ("BLPOP", *map(self.keys.bell, names), seconds)
         with self._connection() as connection:
-            return _ask(connection, [("BLPOP", *map(self.keys.bell, names), seconds)])[0] is not None
+            token, paused = _ask(connection, [bells, ("SMEMBERS", self.keys.paused)])
+        self._note_paused(paused)
+        return token is not None
 
-    def waiting(self, names: Sequence[str]) -> int:
-        """Count what may be there to take, a cheap look: the entries of the queues' lists, and what is due to come into any."""
-        lists = [("LLEN", self.keys.jobs(name)) for name in names]
-        return sum(self._read(*lists, ("ZCOUNT", self.keys.delayed, "-inf", self.now())))
+    def waiting(self, names: Sequence[str], due: bool = False) -> int:
+        """Count what may be there to take, a cheap look: the entries of those lists whose queue is not paused.
+
+        With `due` also the delayed jobs whose time has come: somebody is just promoting them.
+        """
+        lists = [("LLEN", self.keys.jobs(name)) for name in self._not_paused(names)]
+        delayed = [("ZCOUNT", self.keys.delayed, "-inf", self.now())] if due else []
+        return sum(self._read(*lists, *delayed)) if lists or delayed else 0
+
+    def _note_paused(self, members: Iterable[bytes] | Exception) -> None:
+        found = () if isinstance(members, Exception) else members
+        self._paused = (time.monotonic(), frozenset(member.decode("ascii", "replace") for member in found))
+
+    def _not_paused(self, names: Sequence[str]) -> list[str]:
+        """The queues that are not paused, as known for PAUSE_AGE at most: a pause takes effect within that time."""
+        if time.monotonic() - self._paused[0] > PAUSE_AGE:
+            with suppress(Corrupted):  # a key of the wrong type pauses nothing
+                self._note_paused(self._read(("SMEMBERS", self.keys.paused))[0])
+        return [name for name in names if name not in self._paused[1]]
 
     def take(self, worker: str, names: Sequence[str], most: int) -> list[bytes]:
-        """Move up to `most` ids from the queues, in strict order of the queues, to the worker's own list.
+        """Move up to `most` ids from the queues that are not paused, in their strict order, to the worker's own list.
 
         If the reply is lost the ids lie in that list, where `adopt` finds them. The worker's id goes into the set of workers in the
         same transaction: even one that slept through its own reaping can hide nothing.
         """
         taken: list[bytes] = []
         broken: Corrupted | None = None
-        for name in names:
+        for name in self._not_paused(names):
             moves = [("RPOPLPUSH", self.keys.jobs(name), self.keys.proc(worker))] * (most - len(taken))
+            around = ("SADD", self.keys.workers, worker), ("SMEMBERS", self.keys.paused)
             try:
-                _, *ids = _unfailed(self._read(("MULTI",), ("SADD", self.keys.workers, worker), *moves, ("EXEC",))[-1])
+                added, paused, *ids = self._read(("MULTI",), *around, *moves, ("EXEC",))[-1]
+                _unfailed([added, *ids])
             except Corrupted as error:  # one list of the wrong type must not stop the other queues
                 broken = error
                 continue
+            self._note_paused(paused)
             taken += [id for id in ids if id is not None]
             if len(taken) == most:
                 break
@@ -1140,6 +1407,9 @@ class Queue:
                 job = _job(id, record) if record is not None else None
                 if job and (job.status, job.worker) == ("processing", worker) and self._unheard(job, held, tx.again):
                     started.append(job)
+                elif job and job.status == "pending" and job.expires_at and not job.started_at and job.expires_at <= tx.now:
+                    tx.write("LREM", proc, 1, entry)
+                    self._expire(tx, job)
                 elif job and job.status == "pending" and job.run_at <= tx.now:
                     changed += [self.keys.job(id), _record(self._started(tx, job, worker))]
                     started.append(job)
@@ -1167,6 +1437,11 @@ class Queue:
         tx.count("pending:" + job.queue, -1)
         tx.count("processing:" + job.queue)
         return job
+
+    def _expire(self, tx: Transaction, job: Job) -> None:
+        job.error = Failure("Expired", "it was not started in the time that it was given")
+        tx.count("pending:" + job.queue, -1)
+        self._end(tx, job, "failed")
 
     def _set_aside(self, tx: Transaction, job: Job | None) -> None:
         """See to a job whose entry is dropped: not due yet -> its place among the delayed; unreadable -> failed, as it is."""
@@ -1218,37 +1493,43 @@ class Queue:
         record_keys = [self.keys.job(outcome.job.id) for outcome in outcomes]
 
         def body(tx: Transaction) -> list[Outcome]:
-            registered, *found = tx.read(("EXISTS", registration), *([("MGET", *record_keys)] if outcomes else []))
+            reads = [("EXISTS", registration), ("SMEMBERS", self.keys.awaited)] + ([("MGET", *record_keys)] if outcomes else [])
+            registered, awaited, *found = tx.read(*reads)
+            tx.awaited = set(awaited)
             if not registered:
                 raise Reaped(f"worker {worker} was reaped")
             others, records = [], found[0] if outcomes else []
             # Backwards, for each one that is released goes to the head of its queue: the first must be the last to go there.
             for outcome, record in zip(reversed(outcomes), reversed(records), strict=True):
-                if self._still_ours(outcome.job, record):
+                if attempt := self._still_ours(outcome.job, record):
                     tx.write("LREM", self.keys.proc(worker), 1, outcome.job.id)
-                    self._write_outcome(tx, outcome)
+                    self._write_outcome(tx, outcome, attempt.cancel_requested)
                 else:
                     others.append(outcome)
             return [] if tx.again else others
 
         return self._transact([registration, *record_keys], body, again)
 
-    def _still_ours(self, job: Job, record: bytes | None) -> bool:
-        """Whether the record still tells of the very attempt that the worker holds."""
+    def _still_ours(self, job: Job, record: bytes | None) -> Attempt | None:
+        """What the record tells, if it is still the very attempt that the worker holds."""
         try:
             now = _decode_attempt(record or b"{}")
         except msgspec.DecodeError:
-            return False
-        return now == Attempt("processing", job.worker, job.attempts, job.refunds, job.started_at)
+            return None
+        ours = Attempt("processing", job.worker, job.attempts, job.refunds, job.started_at, now.cancel_requested)
+        return now if now == ours else None
 
-    def _write_outcome(self, tx: Transaction, outcome: Outcome) -> None:
+    def _write_outcome(self, tx: Transaction, outcome: Outcome, cancel_requested: bool) -> None:
         job = msgspec.structs.replace(
             outcome.job, updated_at=max(tx.now, outcome.job.started_at), error=outcome.error or outcome.job.error
         )
         tx.count("processing:" + job.queue, -1)
         if outcome.verb == "complete":
-            job.result, job.error = outcome.result, None
+            job.result, job.error, job.cancel_requested = outcome.result, None, False
             self._end(tx, job, "completed")
+        elif cancel_requested:
+            job.cancel_requested = True
+            self._end(tx, job, "cancelled")
         elif outcome.verb == "release" and job.refunds < MAX_REFUNDS:
             job.attempts -= 1
             job.refunds += 1
@@ -1268,7 +1549,15 @@ class Queue:
         job.ended_at = job.updated_at = max(tx.now, job.updated_at)
         tx.write("SET", self.keys.job(job.id), _record(job), "PX", self.keep_ms[status])
         tx.gather("ZADD", getattr(self.keys, status), job.ended_at, job.id)
-        tx.count(status)
+        tx.end(status)
+        if job.unique_key:
+            tx.write("DEL", self.keys.unique(job.unique_key))
+        if tx.awaited is None:
+            tx.awaited = set(tx.read(("SMEMBERS", self.keys.awaited))[0])
+        if job.id.encode() in tx.awaited:
+            tx.write("LPUSH", self.keys.done(job.id), "1")
+            tx.write("EXPIRE", self.keys.done(job.id), 60)
+            tx.write("SREM", self.keys.awaited, job.id)
 
     def _back_to_head(self, tx: Transaction, job: Job) -> None:
         job.status, job.worker, job.run_at = "pending", "", 0
@@ -1281,7 +1570,9 @@ class Queue:
         """End an attempt that nobody will finish: to the head of its queue if attempts are left, else failed with the reason."""
         job.error = Failure("WorkerLost", f"{reason} (attempt {job.attempts}/{job.max_attempts})")
         job.updated_at = max(tx.now, job.updated_at)
-        if job.attempts < job.max_attempts:
+        if job.cancel_requested:
+            self._end(tx, job, "cancelled")
+        elif job.attempts < job.max_attempts:
             self._back_to_head(tx, job)
         else:
             self._end(tx, job, "failed")
@@ -1292,8 +1583,10 @@ class Queue:
 
         def body(tx: Transaction) -> None:
             registered, record = tx.read(("EXISTS", registration), ("GET", key))
-            if not registered or not self._still_ours(job, record):
+            attempt = self._still_ours(job, record) if registered else None
+            if attempt is None:
                 raise Reaped(f"job {job.id} is no longer with worker {job.worker}")
+            job.cancel_requested = attempt.cancel_requested
             tx.write("SET", key, _record(msgspec.structs.replace(job, updated_at=max(tx.now, job.started_at))))
 
         self._transact([registration, key], body)
@@ -1301,14 +1594,21 @@ class Queue:
     # Cancel and retry -------------------------------------------------------------------------------------------------
 
     def cancel(self, id: str) -> Job | None:
-        """Cancel a pending job and return it; None if there is none of that id; raises WrongStatus if it is not pending.
+        """Cancel a pending job, or ask a running one to stop, and return it; None if there is none of that id.
 
-        pending -> cancelled. Watches the record. Its id stays in the list until somebody takes and drops it: LREM would cost as
-        much as the queue is long.
+        pending -> cancelled; processing stays so, and its handler reads `job.cancelled`. Watches the record. The id of a cancelled
+        job stays in the list until somebody takes and drops it: LREM would cost as much as the queue is long. Raises WrongStatus if
+        the job has ended, or if it runs and its handler takes no Job by which to learn of it.
         """
 
         def body(tx: Transaction, job: Job) -> None:
-            if job.status == "cancelled" and tx.again:
+            if tx.again and (job.status == "cancelled" or job.cancel_requested):
+                return
+            if job.status == "processing":
+                if job.type in HANDLERS and not HANDLERS[job.type].wants_job:
+                    raise WrongStatus("cancel", job, "it is processing, and its handler takes no Job that would tell it")
+                job.cancel_requested = True
+                tx.write("SET", self.keys.job(id), _record(job))
                 return
             if job.status != "pending":
                 raise WrongStatus("cancel", job)
@@ -1318,10 +1618,20 @@ class Queue:
 
         return self._change(id, body)
 
+    def asked_to_stop(self, ids: Sequence[str]) -> list[str]:
+        """Those of the running jobs that somebody wants to stop."""
+        records = self._read(("MGET", *map(self.keys.job, ids)))[0] if ids else []
+        return [
+            id
+            for id, record in zip(ids, records, strict=True)
+            if record and b'"cancelRequested":true' in record and _job(id, record).cancelled
+        ]
+
     def retry(self, id: str) -> Job | None:
         """Revive a failed or cancelled job with all its attempts and return it; None if there is none of that id.
 
-        failed, cancelled -> pending. Watches the record: of two at once one succeeds, the other raises WrongStatus.
+        failed, cancelled -> pending. Watches the record: of two at once one succeeds, the other raises WrongStatus. So does one
+        whose uniqueKey another job has meanwhile.
         """
 
         def body(tx: Transaction, job: Job) -> None:
@@ -1329,13 +1639,45 @@ class Queue:
                 if tx.again:  # revived by the try whose reply was lost, and maybe started since
                     return
                 raise WrongStatus("retry", job)
+            if job.unique_key:
+                tx.read(("WATCH", self.keys.unique(job.unique_key)))
+                if (holder := self._without_doubles(tx, [job])[0]) is not job:
+                    raise WrongStatus("retry", job, f"job {holder.id} has its uniqueKey now")
             tx.write("ZREM", getattr(self.keys, job.status), id)
             job.status, job.attempts, job.refunds, job.run_at, job.ended_at = "pending", 0, 0, 0, 0
+            job.expires_at, job.cancel_requested = 0, False
             job.updated_at = max(tx.now, job.updated_at)
             tx.write("SET", self.keys.job(id), _record(job))
             self._line_up(tx, job)
 
         return self._change(id, body)
+
+    def change_many(self, verb: Literal["cancel", "retry"], filter: Filter, cursor: str = "") -> dict[str, Any]:
+        """Cancel or retry all jobs that fit, looking at 1,000 of them at most; `cursor` in the answer says where to go on.
+
+        Each job is changed by itself, as `cancel` and `retry` do it; those that changed meanwhile are counted as skipped.
+        """
+        jobs, cursor = self.page(filter, limit=SCANNED, cursor=cursor)
+        done = 0
+        for job in jobs:
+            with suppress(WrongStatus):
+                done += (self.cancel(job.id) if verb == "cancel" else self.retry(job.id)) is not None
+        return {"cancelled" if verb == "cancel" else "retried": done, "skipped": len(jobs) - done, "cursor": cursor}
+
+    # Pause and resume -------------------------------------------------------------------------------------------------
+
+    def pause(self, name: str) -> None:
+        """Start no more jobs of a queue; what runs goes on, and jobs are accepted. Takes effect within PAUSE_AGE."""
+        self._read(("SADD", self.keys.paused, check_name("queue", name)))
+
+    def resume(self, name: str) -> None:
+        """Start jobs of a queue again."""
+
+        def body(tx: Transaction) -> None:
+            tx.write("SREM", self.keys.paused, check_name("queue", name))
+            tx.ring(self.keys.bell(name))
+
+        self._transact((), body)
 
     def _change(self, id: str, body: Callable[[Transaction, Job], None]) -> Job | None:
         """Change one job under WATCH of its record."""
@@ -1418,9 +1760,9 @@ class Queue:
         found = (worker.decode("ascii", "replace") for worker in self._read(("SMEMBERS", self.keys.workers))[0])
         return sorted(worker for worker in found if NAME.fullmatch(worker))
 
-    def lost_workers(self) -> list[str]:
-        """List the workers whose lease is gone."""
-        workers = self._known_workers()
+    def lost_workers(self, but: str = "") -> list[str]:
+        """List the workers whose lease is gone, but for that one."""
+        workers = [worker for worker in self._known_workers() if worker != but]
         leases = self._read(("MGET", *map(self.keys.lease, workers)))[0] if workers else []
         return [worker for worker, lease in zip(workers, leases, strict=True) if lease is None]
 
@@ -1501,61 +1843,163 @@ class Queue:
         record = self._read(("GET", self.keys.job(id)))[0]
         return _job(id, record) if record is not None else None
 
-    def jobs(self, status: Status, *, limit: int = 50, offset: int = 0) -> list[Job]:
-        """List jobs of a status, newest first: by when they ended, or for those that have not, by when they were created.
+    def wait_for(self, id: str, seconds: float) -> Job | None:
+        """The job of that id when it has ended, or as it is when the time is up; None if there is none.
 
-        Of pending jobs it sees the 10,000 newest of each queue, and as many delayed ones.
+        Whoever ends a job that is awaited leaves a token. It is asked for every two seconds all the same, should that be missed.
         """
-        if limit <= 0:
-            return []
-        if status in ("pending", "processing"):
-            ids = self._unended_ids(status)[offset : offset + limit]
-        else:
-            ids = [id.decode() for id in self._read(("ZREVRANGE", getattr(self.keys, status), offset, offset + limit - 1))[0]]
-        records = self._read(("MGET", *map(self.keys.job, ids)))[0] if ids else []
-        found = (_job(id, record) for id, record in zip(ids, records, strict=True) if record)
-        return [job for job in found if job.status == status]
+        until = time.monotonic() + seconds
+        job = self.get(id)
+        while job and job.status in ("pending", "processing") and (left := until - time.monotonic()) > 0:
+            record = self._read(("SADD", self.keys.awaited, id), ("GET", self.keys.job(id)))[1]  # it may just have ended
+            job = _job(id, record) if record else None
+            if job and job.status in ("pending", "processing"):
+                self._wait_for_token(self.keys.done(id), min(left, BLOCK))
+                job = self.get(id)
+        self._read(("SREM", self.keys.awaited, id))  # others who wait enter it again
+        return job
 
-    def _unended_ids(self, status: str) -> list[str]:
+    def _wait_for_token(self, key: str, seconds: float) -> None:
+        with self._connection() as connection:
+            if _ask(connection, [("BLPOP", key, round(max(seconds, 0.01), 3))])[0]:
+                _ask(connection, [("LPUSH", key, "1"), ("EXPIRE", key, 60)])  # for others who wait for the same
+
+    def jobs(self, status: Status, *, limit: int = 50) -> list[Job]:
+        """List the newest jobs of a status: by when they ended, or for those that have not, by when they were created."""
+        return self.page(Filter(status), limit=limit)[0] if limit > 0 else []
+
+    def page(self, filter: Filter = Filter(), *, limit: int = 50, cursor: str = "") -> tuple[list[Job], str]:  # noqa: B008
+        """List the jobs that fit, newest first, and a cursor for what follows them: empty when nothing does.
+
+        Newest by when they ended, or if they have not, were created. The cursor is a place in that order, so that jobs which come
+        or go shift nothing. Looks at SCANNED jobs at most: a page may be short, or empty, and still have a cursor. Of pending jobs
+        it sees 10,000 entries of each queue around the cursor, and as many delayed ones. Raises InvalidJob for a cursor that is
+        none.
+        """
+        place = CURSOR.fullmatch(cursor or "9999999999999999.g")
+        if not place:
+            raise InvalidJob("cursor", "must be one that a listing gave")
+        before = (int(place[1]), place[2])
+        entries: set[Entry] = set()
+        horizon = NO_HORIZON
+        for status in [filter.status] if filter.status else STATUSES:
+            look = self._unended if status in ("pending", "processing") else self._ended
+            seen_there, its_horizon = look(status, before)
+            entries |= seen_there
+            horizon = max(horizon, its_horizon)
+        todo = sorted((entry for entry in entries if horizon <= entry[:2] < before), reverse=True)[: SCANNED + 1]
+        more = horizon > NO_HORIZON
+        found: list[Job] = []
+        for at in range(0, min(len(todo), SCANNED), 100):
+            part = todo[at : min(at + 100, SCANNED)]
+            records = self._read(("MGET", *(self.keys.job(id) for _, id, _ in part)))[0]
+            for seen, ((_, id, under), record) in enumerate(zip(part, records, strict=True), at + 1):
+                job = _job(id, record) if record else None
+                if job and job.status == under and filter.fits(job):
+                    found.append(job)
+                if len(found) == limit:
+                    return found, _cursor(todo, seen, more)
+        return found, _cursor(todo, SCANNED, more)
+
+    def _windows(self, read: Callable[[int], Sequence[Entry]], start: int, before: Place) -> tuple[set[Entry], Place]:
+        """Read entries, LISTED at a time from `start` on, until some lie before the cursor; tell how far that reached, too."""
+        while True:
+            found = read(start)
+            if len(found) < LISTED:
+                return set(found), NO_HORIZON
+            if older := [entry[:2] for entry in found if entry[:2] < before]:
+                return set(found), min(older)
+            start += LISTED
+
+    def _ended(self, status: str, before: Place) -> tuple[set[Entry], Place]:
+        def read(start: int) -> list[Entry]:
+            command = ("ZREVRANGEBYSCORE", getattr(self.keys, status), before[0], "-inf", "WITHSCORES", "LIMIT", start, LISTED)
+            found = self._read(command)[0]
+            return [(int(at), id.decode("ascii", "replace"), status) for id, at in zip(found[::2], found[1::2], strict=True)]
+
+        return self._windows(read, 0, before)
+
+    def _unended(self, status: str, before: Place) -> tuple[set[Entry], Place]:
+        """The newest entries of each list, and as many from the cursor's own on; cancelled jobs may make up thousands of them."""
         if status == "pending":
-            lists = [self.keys.jobs(name) for name in self.queues()]
-            delayed: list[Command] = [("ZRANGE", self.keys.delayed, 0, LISTED - 1)]
+            keys = [self.keys.jobs(name) for name in self.queues()]
         else:
-            lists = [self.keys.proc(worker) for worker in self._known_workers()]
-            delayed = []
-        found = self._read(*(("LRANGE", key, 0, LISTED - 1) for key in lists), *delayed)
-        texts = {id.decode("ascii", "replace") for ids in found for id in ids}
-        return sorted((id for id in texts if ID.fullmatch(id)), reverse=True)
+            keys = [self.keys.proc(worker) for worker in self._known_workers()]
+        found = set(self._read_entries(("ZRANGE", self.keys.delayed, 0, LISTED - 1), status)) if status == "pending" else set()
+        horizon = NO_HORIZON
+        for key in keys:
+            read = partial(self._listed_entries, key, status)
+            at = self._read(("LPOS", key, before[1]))[0]
+            if at:
+                found |= set(read(0))
+            seen, its_horizon = self._windows(read, at or 0, before)
+            found |= seen
+            horizon = max(horizon, its_horizon)
+        return found, horizon
 
-    def queues(self) -> list[str]:
-        """The names of all queues that ever had a job."""
-        return sorted(self.stats()["queues"])
+    def _listed_entries(self, key: str, status: str, start: int) -> list[Entry]:
+        return self._read_entries(("LRANGE", key, start, start + LISTED - 1), status)
+
+    def _read_entries(self, command: Command, status: str) -> list[Entry]:
+        texts = (id.decode("ascii", "replace") for id in self._read(command)[0])
+        return [(created_at(id) if ID.fullmatch(id) else 1 << 60, id, status) for id in texts]
+
+    def queues(self) -> dict[str, dict[str, Any]]:
+        """Every queue that ever had a job or is paused: its counts, the age of the oldest waiting job, and whether it is paused."""
+        counts, paused = self._read(("HGETALL", self.keys.counts), ("SMEMBERS", self.keys.paused))
+        self._note_paused(paused)
+        now = {key.decode("ascii", "replace"): _count(value) for key, value in zip(counts[::2], counts[1::2], strict=True)}
+        names = sorted(
+            {key.partition(":")[2] for key in now if ":" in key} | {name for name in self._paused[1] if NAME.fullmatch(name)}
+        )
+        heads = self._read(*(("LINDEX", self.keys.jobs(name), -1) for name in names))
+        return {
+            name: {
+                "pending": now.get("pending:" + name, 0),
+                "processing": now.get("processing:" + name, 0),
+                "oldestWaitingMs": self._age(head) if now.get("pending:" + name) else 0,
+                "paused": name in self._paused[1],
+            }
+            for name, head in zip(names, heads, strict=True)
+        }
+
+    def _age(self, head: bytes | None) -> int:
+        id = (head or b"").decode("ascii", "replace")
+        return max(0, self.now() - created_at(id)) if ID.fullmatch(id) else 0
 
     def stats(self) -> dict[str, Any]:
         """Count the jobs of every status, each queue's own, and the workers that are alive. `pending` includes the delayed ones.
 
-        `total` counts since the beginning what the others forget when records end their time.
+        `lastMinute` tells how many ended in the sixty seconds before; `total` counts since the beginning what the others forget
+        when records end their time.
         """
+        queues, now = self.queues(), self.now()
         indexes = ("delayed", "completed", "failed", "cancelled")
-        counts, *sizes = self._read(
-            ("HGETALL", self.keys.counts),
+        totals, last, this, *sizes = self._read(
+            ("HMGET", self.keys.counts, *STATUSES[2:]),
+            ("HMGET", self.keys.minute(now - 60_000), *STATUSES[2:]),
+            ("HMGET", self.keys.minute(now), *STATUSES[2:]),
             *(("ZCARD", getattr(self.keys, index)) for index in indexes),
         )
-        try:
-            now = {key.decode(): int(value) for key, value in zip(counts[::2], counts[1::2], strict=True)}
-        except ValueError:
-            raise Corrupted(f"{self.keys.counts} holds what is no count") from None
-        names = sorted({key.partition(":")[2] for key in now if ":" in key})
-        queues = {name: {state: now.get(f"{state}:{name}", 0) for state in ("pending", "processing")} for name in names}
+        share = 1 - now % 60_000 / 60_000  # of the minute before this one that lies within the last sixty seconds
         leases = [self.keys.lease(worker) for worker in self._known_workers()]
         return {
             "pending": sum(queue["pending"] for queue in queues.values()),
             "processing": sum(queue["processing"] for queue in queues.values()),
             **dict(zip(indexes, sizes, strict=True)),
+            "oldestWaitingMs": max((queue["oldestWaitingMs"] for queue in queues.values()), default=0),
             "workers": self._read(("EXISTS", *leases))[0] if leases else 0,
             "queues": queues,
-            "total": {status: now.get(status, 0) for status in ("completed", "failed", "cancelled")},
+            "lastMinute": {s: round(_count(a) * share) + _count(b) for s, a, b in zip(STATUSES[2:], last, this, strict=True)},
+            "total": {status: _count(total) for status, total in zip(STATUSES[2:], totals, strict=True)},
         }
+
+    def spend(self, who: str, limit: int, seconds: int) -> tuple[int, int]:
+        """Count a request of a client in the present window; return how many are left (below 0: none), for how many seconds."""
+        now = self.now()
+        key = f"{self.keys.rate_prefix}{who}:{now // (seconds * 1000)}"
+        used = self._read(("INCR", key), ("EXPIRE", key, seconds))[0]
+        return limit - used, seconds - now // 1000 % seconds
 
     def workers(self) -> list[dict[str, Any]]:
         """List the registered workers: id, host, pid, queues, concurrency, startedAt, alive, lastHeartbeat and current jobs."""

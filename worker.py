@@ -73,7 +73,7 @@ log = logging.getLogger("tinyqueue.worker")
 TICK = 0.25  # seconds between two looks at the handlers' time-outs
 GRACE = 5.0  # seconds that a handler has to end after its time-out was raised in it
 PROMOTE_EVERY = 1.0  # seconds; a delayed job starts that much late at most
-TRIM_EVERY = 30.0
+TRIM_EVERY = 60.0
 REAP_EVERY = 5.0
 LAST_WRITE = 4.0  # seconds for the last outcomes after the drain: 25 + 4 stays below the 30 that platforms give
 NEW_HANDLER = 10.0  # seconds, doubling, until a type that this worker does not know is tried again: another may know it
@@ -383,10 +383,15 @@ class Worker:
     def _wait_for_bell(self, worker: str) -> None:
         """Wait until there may be something to take. A look at the lists after each wait makes up for a bell that was lost."""
         while not self.quiet.is_set() and time.monotonic() < self.adopt_at and self.id == worker:
-            if self.burst and not self.queue.promote() and not self.held and not self.queue.waiting(self.names):
+            if self.burst and not self.queue.promote() and not self.held and not self.queue.waiting(self.names, due=True):
                 self.orders.put("drain")
                 return
-            if self.queue.wait(self.names, 0.1 if self.burst else BLOCK) or self.queue.waiting(self.names):
+            try:
+                rung = self.queue.wait(self.names, 0.1 if self.burst else BLOCK)
+            except Corrupted as trouble:  # a bell of the wrong type: the jobs themselves may be had all the same
+                self._complain("hear the bell", trouble)
+                rung = not self.quiet.wait(0.5)
+            if rung or self.queue.waiting(self.names):
                 return
             self.took_at = time.monotonic()
 
@@ -456,7 +461,13 @@ class Worker:
 
     def _keep(self) -> None:
         lease = self.queue.lease
-        duties = {"heartbeat": lease / 3, "promote": PROMOTE_EVERY, "reap": min(lease / 6, REAP_EVERY), "trim": TRIM_EVERY}
+        duties = {
+            "heartbeat": lease / 3,
+            "promote": PROMOTE_EVERY,
+            "hear": PROMOTE_EVERY,
+            "reap": min(lease / 6, REAP_EVERY),
+            "trim": TRIM_EVERY,
+        }
         due = dict.fromkeys(duties, 0.0)
         while not self.over.wait(TICK):
             for duty, every in duties.items():
@@ -478,12 +489,19 @@ class Worker:
         while self.queue.promote() >= PROMOTED and not self.over.is_set():
             pass
 
+    def _hear(self) -> None:
+        """Tell the jobs that can be told that somebody wants them to stop."""
+        with self.lock:
+            tellable = {id: job for id, job in self.held.items() if job.type in HANDLERS and HANDLERS[job.type].wants_job}
+        for id in self.queue.asked_to_stop([id for id, job in tellable.items() if not job.cancel_requested]):
+            tellable[id].cancel_requested = True
+
     def _reap(self) -> None:
         """Bury workers whose lease is gone, but not within a lease of trouble with Redis: all others may just have had it, too."""
         if time.monotonic() - self.queue.last_trouble < self.queue.lease:
             return
-        for worker in self.queue.lost_workers():
-            if worker != self.id and (given := self.queue.reap(worker)):
+        for worker in self.queue.lost_workers(but=self.id):
+            if given := self.queue.reap(worker):
                 log.warning("worker %s is lost; %d jobs that it held were given back", worker, given)
 
     def _trim(self) -> None:
@@ -506,7 +524,7 @@ def _log_outcomes(outcomes: list[Outcome], written: list[Outcome]) -> None:
         if job.id not in recorded:
             level, what, then = logging.WARNING, "lost", ": it is no longer this worker's"
         elif outcome.error:
-            again = outcome.after is not None and job.attempts < job.max_attempts
+            again = outcome.after is not None and job.attempts < job.max_attempts and not job.cancel_requested
             then = ": " + " ".join(f"{outcome.error.type}: {outcome.error.message}".split())[:300]
             then += f"; again in {outcome.after:.1f} s" if again else "; no attempt is left"
             level, what = logging.WARNING, "failed"

@@ -9,17 +9,24 @@ an error is application/problem+json (RFC 9457).
 
 from __future__ import annotations
 
+import hashlib
+import hmac
+import ipaddress
+import json
 import logging
 import os
+import re
 import signal
 import socket
 import threading
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from functools import partial
+from functools import lru_cache, partial
 from http import HTTPStatus
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+from urllib.parse import parse_qsl, urlsplit
 
 import bottle
 import click
@@ -30,16 +37,26 @@ from waitress import wasyncore
 
 from tinyqueue import (
     HANDLERS,
+    ID,
     MAX_DEPTH,
+    MAX_JOBS,
+    NAME,
+    STATUSES,
     Corrupted,
+    Filter,
     InvalidJob,
+    Job,
+    KeyReused,
+    Once,
     Queue,
+    QueueFull,
     Settings,
     SettingsError,
     TinyQueueError,
     Unavailable,
     UnknownType,
     WrongStatus,
+    __version__,
     from_json,
     load_handlers,
     set_up_logging,
@@ -50,6 +67,8 @@ log = logging.getLogger("tinyqueue.web")
 THREADS = 8
 CONNECTIONS = 500  # beyond these, new ones wait unanswered in the backlog; idle keep-alives count
 RETRY_AFTER = 5  # seconds
+LONGEST_WAIT = 25  # seconds that GET /jobs/<id>?wait= may take: routers give up after 30
+CUT = 500  # bytes of a payload or a result in a listing
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
@@ -63,18 +82,23 @@ class Problem(Exception):
         super().__init__(detail)
         self.status, self.kind, self.headers, self.more = status, kind, headers or {}, more
 
-    def answer(self) -> bottle.HTTPResponse:
+    def body(self) -> dict[str, Any]:
         title = self.kind.replace("-", " ").capitalize()
-        about = {"type": f"urn:tinyqueue:{self.kind}", "title": title, "status": self.status, "detail": str(self)} | self.more
-        headers = {"Content-Type": "application/problem+json", "Cache-Control": "no-store", **self.headers}
-        return bottle.HTTPResponse(msgspec.json.encode(about), self.status, headers)
+        return {"type": f"urn:tinyqueue:{self.kind}", "title": title, "status": self.status, "detail": str(self)} | self.more
+
+    def answer(self) -> bottle.HTTPResponse:
+        limits = request.environ.get("tinyqueue.limits", {})
+        headers = {**HEADERS, **limits, "Content-Type": "application/problem+json", **self.headers}
+        return bottle.HTTPResponse(msgspec.json.encode(self.body()), self.status, headers)
 
 
 # What the queue raises, as HTTP: the first that fits.
 PROBLEMS: tuple[tuple[type[TinyQueueError], int, str], ...] = (
     (UnknownType, 422, "unknown-type"),
     (InvalidJob, 422, "invalid-job"),
+    (KeyReused, 422, "idempotency-key-reused"),
     (WrongStatus, 409, "wrong-status"),
+    (QueueFull, 503, "queue-full"),
     (Unavailable, 503, "unavailable"),
     (SettingsError, 503, "misconfigured"),
     (Corrupted, 500, "corrupted"),
@@ -82,32 +106,156 @@ PROBLEMS: tuple[tuple[type[TinyQueueError], int, str], ...] = (
 )
 
 
-def problem(error: TinyQueueError) -> Problem:
+def problem(error: TinyQueueError, **more: Any) -> Problem:
     """Translate an error of the queue."""
     status, kind = next((status, kind) for of, status, kind in PROBLEMS if isinstance(error, of))
-    more: dict[str, Any] = {}
     match error:
         case UnknownType():
-            more = {"field": error.field, "known": error.known}
+            more |= {"field": error.field, "known": error.known}
         case InvalidJob():
-            more = {"field": error.field} | ({"path": error.path} if error.path else {})
+            more |= {"field": error.field} | ({"path": error.path} if error.path else {})
         case WrongStatus():
-            more = {"jobStatus": error.job.status}
+            more |= {"jobStatus": error.job.status}
         case Unavailable():
-            more = {"reason": error.reason}
+            more |= {"reason": error.reason}
     if status >= 500:
         log.warning("%s %s: %s", request.method, ascii(request.path), error)
     return Problem(status, kind, str(error), {"Retry-After": str(RETRY_AFTER)} if status == 503 else None, **more)
 
 
+# Who may come in ------------------------------------------------------------------------------------------------------
+
+ROLES = {"submit": {"submit"}, "read": {"read"}, "admin": {"submit", "read", "admin"}}
+SECONDS = {"second": 1, "minute": 60, "hour": 3600}
+LOCAL_NAMES = {"localhost", "127.0.0.1", "::1"}
+
+
+class Key(NamedTuple):
+    """One credential: `may` holds the roles that it includes."""
+
+    name: str
+    may: set[str]
+    secret: bytes
+
+
+def read_keys(text: str) -> list[Key]:
+    """Read TINYQUEUE_API_KEYS; raises SettingsError, which shows no secret, for whatever could let the wrong one in."""
+    keys: list[Key] = []
+    for at, entry in enumerate(text.split(",") if text else (), 1):
+        name, role, secret = (*entry.strip().split(":", 2), "", "")[:3]
+        where = f"TINYQUEUE_API_KEYS: entry {at}"
+        if not NAME.fullmatch(name) or role not in ROLES:
+            raise SettingsError(f"{where} must be name:role:secret, the role one of {', '.join(ROLES)}")
+        if len(secret) < 16 or not secret.isascii() or not secret.isprintable() or " " in secret:
+            raise SettingsError(f"{where} ({name}): the secret must be 16 or more ASCII characters without blanks")
+        if any(name == key.name or secret.encode() == key.secret for key in keys):
+            raise SettingsError(f"{where} ({name}): its name or its secret stands there twice")
+        keys.append(Key(name, ROLES[role], secret.encode()))
+    return keys
+
+
+class Door:
+    """Decides who may do what. Without keys only this machine is let in, as Redis does it, unless TINYQUEUE_OPEN says otherwise."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.keys, self.open, self.proxies = read_keys(settings.api_keys), settings.open, settings.trusted_proxies
+        amount, _, unit = settings.rate_limit.partition("/")
+        self.limit, self.window = int(amount or 0), SECONDS.get(unit, 0)
+        if self.open and self.keys:
+            raise SettingsError("TINYQUEUE_OPEN=1 and TINYQUEUE_API_KEYS contradict each other: unset one of them")
+        if self.open:
+            log.warning("TINYQUEUE_OPEN=1: everybody who can reach this server may submit, read, cancel and retry jobs")
+
+    def admit(self, role: str, queue: Callable[[], Queue]) -> str:
+        """Let the present request in, or raise a Problem. Returns whose it is: the name of its key, or nothing without keys."""
+        address = self._address()
+        key = self._key() if self.keys else None
+        if not self.keys and not self.open:
+            self._refuse_strangers(address)
+        if key and role not in key.may:
+            raise Problem(403, "forbidden", f"the key {key.name} may not do that: it takes the role {role}")
+        if request.method not in ("GET", "HEAD"):
+            self._refuse_other_sites()
+        if self.limit:
+            self._count(queue(), "key-" + key.name if key else "address-" + address)
+        return key.name if key else ""
+
+    def _address(self) -> str:
+        """The client's address: the peer's, or with trusted proxies what the outermost of those has seen."""
+        peer = str(request.environ.get("REMOTE_ADDR", "")).removeprefix("::ffff:")
+        seen = request.environ.get("HTTP_X_FORWARDED_FOR", "")
+        if not self.proxies or not seen:
+            return peer
+        try:
+            return str(ipaddress.ip_address(seen.split(",")[-self.proxies].strip()))
+        except (ValueError, IndexError):
+            raise Problem(400, "bad-forwarded-for", "X-Forwarded-For does not hold an address from each trusted proxy") from None
+
+    def _key(self) -> Key:
+        scheme, _, secret = request.environ.get("HTTP_AUTHORIZATION", "").partition(" ")
+        given = secret.strip().encode("utf-8", "replace") if scheme.lower() == "bearer" else b""
+        found = [key for key in self.keys if hmac.compare_digest(key.secret, given)]  # all of them: the time tells nothing
+        if not found:
+            how = {"WWW-Authenticate": 'Bearer realm="tinyqueue"'}
+            raise Problem(401, "unauthorized", "send one of the keys of TINYQUEUE_API_KEYS: Authorization: Bearer SECRET", how)
+        return found[0]
+
+    def _refuse_strangers(self, address: str) -> None:
+        """Let in only what comes from this machine, through no proxy, and under its name: a page may have rebound its own."""
+        env = request.environ
+        forwarded = "HTTP_X_FORWARDED_FOR" in env or "HTTP_FORWARDED" in env
+        if not forwarded and _is_local(address, env.get("HTTP_HOST", "localhost")):
+            return
+        how = "set TINYQUEUE_API_KEYS, or TINYQUEUE_OPEN=1 if everybody who can reach it may do everything"
+        raise Problem(403, "protected", f"without keys this server answers only its own machine: {how}")
+
+    def _refuse_other_sites(self) -> None:
+        """Refuse what a browser sends for a page of another site. Other clients send none of these headers."""
+        env = request.environ
+        site, origin = env.get("HTTP_SEC_FETCH_SITE", "none"), env.get("HTTP_ORIGIN")
+        own = origin is None or origin.partition("://")[2] == env.get("HTTP_HOST")
+        if site not in ("same-origin", "none") or not own:
+            raise Problem(403, "cross-site", "a page of another site may not do that")
+
+    def _count(self, queue: Queue, who: str) -> None:
+        left, seconds = queue.spend(who, self.limit, self.window)
+        headers = {
+            "RateLimit-Policy": f'"default";q={self.limit};w={self.window}',
+            "RateLimit": f'"default";r={max(left, 0)};t={seconds}',
+        }
+        if left < 0:
+            detail = f"more than {self.limit} requests in {self.window} seconds"
+            raise Problem(429, "too-many-requests", detail, headers | {"Retry-After": str(seconds)})
+        request.environ["tinyqueue.limits"] = headers
+
+
+@lru_cache(maxsize=1000)
+def _is_local(address: str, host: str) -> bool:
+    try:
+        return ipaddress.ip_address(address).is_loopback and urlsplit("//" + host).hostname in LOCAL_NAMES
+    except ValueError:
+        return False
+
+
 # The API --------------------------------------------------------------------------------------------------------------
 
-ROUTES = (
-    ("GET", "/health", "health"),
-    ("GET", "/ready", "ready"),
-    ("POST", "/jobs", "submit"),
-    ("GET", "/jobs/<id>", "show"),
-    ("GET", "/stats", "stats"),
+ROUTES = (  # method, path, method of API, role that it takes
+    ("GET", "/health", "health", ""),
+    ("GET", "/ready", "ready", "read"),
+    ("GET", "/openapi.json", "openapi", "read"),
+    ("POST", "/jobs", "submit", "submit"),
+    ("POST", "/jobs/batch", "submit_batch", "submit"),
+    ("GET", "/jobs", "list", "read"),
+    ("GET", "/jobs/<id>", "show", "read"),
+    ("DELETE", "/jobs/<id>", "cancel", "admin"),
+    ("POST", "/jobs/<id>/retry", "retry", "admin"),
+    ("POST", "/jobs/retry", "retry_many", "admin"),
+    ("POST", "/jobs/cancel", "cancel_many", "admin"),
+    ("GET", "/queues", "queues", "read"),
+    ("POST", "/queues/<name>/pause", "pause", "admin"),
+    ("POST", "/queues/<name>/resume", "resume", "admin"),
+    ("GET", "/stats", "stats", "read"),
+    ("GET", "/workers", "workers", "read"),
 )
 FIELDS = {
     "type": "type",
@@ -116,6 +264,14 @@ FIELDS = {
     "queue": "queue",
     "delay": "delay",
     "runAt": "run_at",
+    "expiresIn": "expires_in",
+    "uniqueKey": "unique_key",
+}
+FILTERS = {"status": "status", "type": "type", "queue": "queue", "errorType": "error_type"}
+HEADERS = {
+    "Cache-Control": "no-store",
+    "X-Content-Type-Options": "nosniff",
+    "Content-Security-Policy": "default-src 'none'; frame-ancestors 'none'",
 }
 
 
@@ -127,14 +283,24 @@ class API(bottle.Bottle):  # type: ignore[misc]
     def __init__(self, settings: Settings | None = None, queue: Queue | None = None) -> None:
         super().__init__()
         self._lock, self._settings, self._queue = threading.Lock(), settings, queue
-        for method, path, name in ROUTES:
-            self.route(path, method, partial(self._answer, getattr(self, name)))
+        self._door = Door(settings) if settings else None
+        self._waiters = threading.BoundedSemaphore(THREADS // 2)
+        for method, path, name, role in ROUTES:
+            for part, pattern in (("<id>", ID.pattern), ("<name>", NAME.pattern)):  # nothing may follow: not even a line break
+                path = path.replace(part, f"<{part[1:-1]}:re:{pattern}(?!\\n)>")  # noqa: PLW2901
+            self.route(path, method, partial(self._answer, getattr(self, name), role))
 
     @property
     def settings(self) -> Settings:
         if self._settings is None:
             self._settings = Settings.read()
         return self._settings
+
+    @property
+    def door(self) -> Door:
+        if self._door is None:
+            self._door = Door(self.settings)
+        return self._door
 
     @property
     def queue(self) -> Queue:
@@ -146,23 +312,26 @@ class API(bottle.Bottle):  # type: ignore[misc]
                 self._queue = Queue.from_settings(self.settings)
             return self._queue
 
-    def _answer(self, act: Callable[..., Any], **args: str) -> Any:
-        """Run a route: what it returns goes out as JSON, what it raises as a problem."""
+    def _answer(self, act: Callable[..., Any], role: str, **args: str) -> Any:
+        """Let a request in and run its route: what that returns goes out as JSON, what it raises as a problem."""
+        bottle.response.headers.update(HEADERS)
         try:
+            if role:
+                request.environ["tinyqueue.caller"] = self.door.admit(role, lambda: self.queue)
             body = act(**args)
         except Problem as error:
             return error.answer()
         except TinyQueueError as error:
             return problem(error).answer()
+        bottle.response.headers.update(request.environ.get("tinyqueue.limits", {}))
         bottle.response.content_type = "application/json"
-        bottle.response.set_header("Cache-Control", "no-store")
         return msgspec.json.encode(body)
 
     def default_error_handler(self, error: bottle.HTTPError) -> Any:
         """Answer what Bottle itself refuses. Its 405 names the methods that there are; OPTIONS asks for just that."""
         headers = {name: value for name, value in error.headers.items() if name == "Allow"}
         if error.status_code == 405 and request.method == "OPTIONS":
-            answer = bottle.HTTPResponse("", 204, headers)
+            answer = bottle.HTTPResponse("", 204, HEADERS | headers)
         else:
             phrase = HTTPStatus(error.status_code).phrase
             detail = {404: "there is no such path", 405: f"{phrase}: see Allow"}.get(error.status_code, phrase)
@@ -170,7 +339,117 @@ class API(bottle.Bottle):  # type: ignore[misc]
         answer.apply(bottle.response)
         return answer.body
 
-    # Routes -----------------------------------------------------------------------------------------------------------
+    # Submit -----------------------------------------------------------------------------------------------------------
+
+    def submit(self) -> dict[str, str]:
+        """Accept a job: 201 when it is stored, 200 if it was before."""
+        fields = self._body()
+        draft, once = self._draft(fields), self._once(fields)
+        job = self.queue.submit([draft], once)[0]
+        bottle.response.set_header("Location", f"/jobs/{job.id}")
+        self._say_whether_new(job is draft, once)
+        return _brief(job)
+
+    def submit_batch(self) -> dict[str, Any]:
+        """Accept up to 1,000 jobs, all or none; with ?partial=true all that are right, and tell for each what became of it."""
+        items, partial = self._items(), _flag("partial")
+        if not isinstance(items, list) or not 1 <= len(items) <= MAX_JOBS:
+            raise InvalidJob("jobs", f"must be an array of 1 to {MAX_JOBS} jobs")
+        drafts: list[Job | Problem] = []
+        for at, fields in enumerate(items):
+            try:
+                drafts.append(self._draft(fields))
+            except InvalidJob as error:
+                refusal = problem(error, index=at)
+                if not partial:
+                    raise refusal from None
+                drafts.append(refusal)
+        good = [draft for draft in drafts if isinstance(draft, Job)]
+        once = self._once(items)
+        jobs = self.queue.submit(good, once) if good else []
+        self._say_whether_new(jobs == drafts, once)
+        left = iter(jobs)
+        return {"jobs": [_brief(next(left)) if isinstance(draft, Job) else {"error": draft.body()} for draft in drafts]}
+
+    def _say_whether_new(self, new: bool, once: Once | None) -> None:
+        bottle.response.status = 201 if new else 200
+        if once and once.replayed:
+            bottle.response.set_header("Idempotency-Replayed", "true")
+
+    def _once(self, content: Any) -> Once | None:
+        """The request's Idempotency-Key, as of this caller and for this content: not for another's, nor for another request."""
+        key = request.environ.get("HTTP_IDEMPOTENCY_KEY")
+        if key is None:
+            return None
+        if len(key) > 1 and key[0] == key[-1] == '"':  # the draft of the IETF has it as a quoted string
+            key = key[1:-1]
+        if not 1 <= len(key) <= 255 or not key.isascii() or not key.isprintable():
+            raise Problem(400, "invalid-idempotency-key", "Idempotency-Key must be 1 to 255 printable ASCII characters")
+        seen = json.dumps([request.path, request.query_string, content], sort_keys=True)
+        return Once(f"{request.environ['tinyqueue.caller']}\n{key}", hashlib.sha256(seen.encode()).hexdigest())
+
+    def _draft(self, fields: Any) -> Job:
+        """Make a job of what the client sent. Unlike Queue.draft it insists on a known type: a typing error must not wait."""
+        if not isinstance(fields, dict):
+            raise InvalidJob("job", "must be an object with type and payload")
+        if unknown := fields.keys() - FIELDS.keys():
+            raise InvalidJob(ascii(min(unknown))[1:-1][:100], f"is no field of a job; there are {', '.join(FIELDS)}")
+        if missing := {"type", "payload"} - fields.keys():
+            raise InvalidJob(max(missing), "is missing")
+        queue = self.queue  # which has loaded the handlers
+        if isinstance(fields["type"], str) and fields["type"] not in HANDLERS:
+            raise UnknownType(ascii(fields["type"])[1:-1][:100], sorted(HANDLERS))
+        return queue.draft(**{FIELDS[name]: value for name, value in fields.items()})
+
+    def _bytes(self, *types: str) -> bytes:
+        if _media_type() not in types:
+            raise Problem(415, "unsupported-media-type", f"send JSON, with Content-Type: {' or '.join(types)}")
+        limit = self.settings.max_body
+        body = b""
+        if request.content_length <= limit:
+            with request.body as stream:
+                body = stream.read(limit + 1)
+        if request.content_length > limit or len(body) > limit:
+            raise Problem(413, "too-large", f"a request's body may have {limit} bytes at most (TINYQUEUE_MAX_BODY)")
+        return body
+
+    def _body(self) -> Any:
+        return _json(self._bytes("application/json"), MAX_DEPTH + 1)  # the payload's, and the job around it
+
+    def _items(self) -> Any:
+        body = self._bytes("application/json", "application/x-ndjson")
+        if _media_type() == "application/json":
+            return _json(body, MAX_DEPTH + 2)
+        return [_json(line, MAX_DEPTH + 1) for line in body.split(b"\n") if line.strip()]
+
+    # Watch ------------------------------------------------------------------------------------------------------------
+
+    def list(self) -> dict[str, Any]:
+        """List jobs that fit, newest first; long payloads and results are cut."""
+        query, limit = _query(), _number("limit", 50, 1, 500)
+        cursor = query.pop("cursor", "")
+        query.pop("limit", None)
+        jobs, cursor = self.queue.page(_filter(query), limit=limit, cursor=cursor)
+        return {"jobs": [_cut(job.answer()) for job in jobs], "cursor": cursor or None}
+
+    def show(self, id: str) -> dict[str, Any]:
+        """Show a job; with ?wait= when it has ended, or the time is up, or at once if many wait already."""
+        seconds = _number("wait", 0, 0, 3600)
+        if seconds and self._waiters.acquire(blocking=False):
+            try:
+                return _there(self.queue.wait_for(id, min(seconds, LONGEST_WAIT))).answer()
+            finally:
+                self._waiters.release()
+        return _there(self.queue.get(id)).answer()
+
+    def queues(self) -> dict[str, Any]:
+        return {"queues": self.queue.queues()}
+
+    def stats(self) -> dict[str, Any]:
+        return self.queue.stats()
+
+    def workers(self) -> dict[str, Any]:
+        return {"workers": self.queue.workers()}
 
     def health(self) -> dict[str, str]:
         """Whether this process is alive; says nothing of Redis, for restarting the process would not mend that."""
@@ -181,48 +460,130 @@ class API(bottle.Bottle):  # type: ignore[misc]
         self.queue.ping()
         return {"status": "ok"}
 
-    def submit(self) -> dict[str, str]:
-        """Accept a job: 201 when it is stored."""
-        queue = self.queue
-        job = queue.submit([self._draft(self._body())])[0]
-        bottle.response.status = 201
-        bottle.response.set_header("Location", f"/jobs/{job.id}")
-        return {"jobId": job.id, "status": job.status}
+    def openapi(self) -> Any:
+        """Describe this API in OpenAPI 3.1: openapi.json, and the payload of every job type from its handler's declaration."""
+        self.queue  # noqa: B018 - loads the handlers
+        return describe()
 
-    def show(self, id: str) -> dict[str, Any]:
-        job = self.queue.get(id)
-        if job is None:
-            raise Problem(404, "not-found", "there is no job of that id, or it ended too long ago")
-        return job.answer()
+    # Steer ------------------------------------------------------------------------------------------------------------
 
-    def stats(self) -> dict[str, Any]:
-        return self.queue.stats()
+    def cancel(self, id: str) -> dict[str, str]:
+        """Cancel a pending job; 202: a running one was asked to stop."""
+        job = _there(self.queue.cancel(id))
+        bottle.response.status = 202 if job.status == "processing" else 200
+        return _brief(job)
 
-    # What comes in ----------------------------------------------------------------------------------------------------
+    def retry(self, id: str) -> dict[str, str]:
+        return _brief(_there(self.queue.retry(id)))
 
-    def _body(self) -> Any:
-        if request.content_type.partition(";")[0].strip().lower() != "application/json":
-            raise Problem(415, "unsupported-media-type", "send JSON, with Content-Type: application/json")
-        limit = self.settings.max_body
-        body = b"" if request.content_length > limit else request.body.read(limit + 1)
-        if request.content_length > limit or len(body) > limit:
-            raise Problem(413, "too-large", f"a request's body may have {limit} bytes at most (TINYQUEUE_MAX_BODY)")
-        try:
-            return from_json(body, MAX_DEPTH + 1)  # the payload's, and the job around it
-        except ValueError as error:
-            raise Problem(400, "not-json", f"the body is not JSON: {error}") from None
+    def cancel_many(self) -> dict[str, Any]:
+        return self._change_many("cancel", "pending", {"pending"})
 
-    def _draft(self, fields: Any) -> Any:
-        """Make a job of what the client sent. Unlike Queue.draft it insists on a known type: a typing error must not wait."""
-        if not isinstance(fields, dict):
-            raise InvalidJob("job", "must be an object with type and payload")
-        if unknown := fields.keys() - FIELDS.keys():
-            raise InvalidJob(ascii(min(unknown))[1:-1][:100], f"is no field of a job; there are {', '.join(FIELDS)}")
-        if missing := {"type", "payload"} - fields.keys():
-            raise InvalidJob(max(missing), "is missing")
-        if isinstance(fields["type"], str) and fields["type"] not in HANDLERS:
-            raise UnknownType(ascii(fields["type"])[1:-1][:100], sorted(HANDLERS))
-        return self.queue.draft(**{FIELDS[name]: value for name, value in fields.items()})
+    def retry_many(self) -> dict[str, Any]:
+        return self._change_many("retry", "failed", {"failed", "cancelled"})
+
+    def _change_many(self, verb: Literal["cancel", "retry"], default: str, possible: set[str]) -> dict[str, Any]:
+        fields = self._body()
+        if not isinstance(fields, dict) or not all(isinstance(value, str) for value in fields.values()):
+            raise InvalidJob("filter", f"must be an object of texts: {', '.join((*FILTERS, 'cursor'))}")
+        filter = _filter({"status": default} | {k: v for k, v in fields.items() if k != "cursor"})
+        if filter.status not in possible:
+            raise InvalidJob("status", f"must be {' or '.join(sorted(possible))}: others cannot be changed so")
+        answer = self.queue.change_many(verb, filter, fields.get("cursor", ""))
+        return answer | {"cursor": answer["cursor"] or None}
+
+    def pause(self, name: str) -> dict[str, Any]:
+        self.queue.pause(name)
+        return {"queue": name, "paused": True}
+
+    def resume(self, name: str) -> dict[str, Any]:
+        self.queue.resume(name)
+        return {"queue": name, "paused": False}
+
+
+def _json(body: bytes, levels: int) -> Any:
+    try:
+        return from_json(body, levels)
+    except ValueError as error:
+        raise Problem(400, "not-json", f"the body is not JSON: {error}") from None
+
+
+def _there(job: Job | None) -> Job:
+    if job is None:
+        raise Problem(404, "not-found", "there is no job of that id, or it ended too long ago")
+    return job
+
+
+def _brief(job: Job) -> dict[str, str]:
+    return {"jobId": job.id, "status": job.status}
+
+
+def _cut(answer: dict[str, Any]) -> dict[str, Any]:
+    """Replace a long payload or result by the beginning of its JSON, and leave out the traceback."""
+    for name in ("payload", "result"):
+        text = msgspec.json.encode(answer.get(name))
+        if len(text) > CUT:
+            del answer[name]
+            answer[name + "Preview"] = text[:CUT].decode("utf-8", "ignore")
+    if "error" in answer:
+        answer["error"] = {"type": answer["error"].type, "message": answer["error"].message}
+    return answer
+
+
+def _media_type() -> str:
+    return str(request.content_type).partition(";")[0].strip().lower()
+
+
+def _query() -> dict[str, str]:
+    try:
+        return dict(parse_qsl(request.query_string, keep_blank_values=True, errors="strict"))
+    except ValueError as error:
+        raise Problem(400, "invalid-query", f"the query cannot be read: {error}") from None
+
+
+def _number(name: str, default: int, low: int, high: int) -> int:
+    text = _query().get(name)
+    if text is None:
+        return default
+    if not re.fullmatch("[0-9]{1,9}", text) or not low <= int(text) <= high:
+        raise Problem(400, "invalid-query", f"{name} must be a whole number from {low} to {high}", field=name)
+    return int(text)
+
+
+def _flag(name: str) -> bool:
+    text = _query().get(name, "false")
+    if text not in ("true", "false"):
+        raise Problem(400, "invalid-query", f"{name} must be true or false", field=name)
+    return bool(text == "true")
+
+
+def _filter(wanted: Mapping[str, str]) -> Filter:
+    """Make a filter of a query or of a body's fields, which may be empty."""
+    named = {FILTERS[name]: value for name, value in wanted.items() if name in FILTERS and value}
+    if unknown := wanted.keys() - FILTERS.keys():
+        raise InvalidJob(ascii(min(unknown))[1:-1][:100], f"is no filter; there are {', '.join(FILTERS)}")
+    if named.get("status", "pending") not in STATUSES:
+        raise InvalidJob("status", f"must be one of {', '.join(STATUSES)}")
+    return Filter(**named)  # type: ignore[arg-type]
+
+
+def describe() -> dict[str, Any]:
+    """Make the OpenAPI document for the handlers that are registered."""
+    document: dict[str, Any] = msgspec.json.decode(Path(__file__).with_name("openapi.json").read_bytes())
+    schemas = document["components"]["schemas"]
+    document["info"]["version"] = __version__
+    kinds = []
+    for type, handler in HANDLERS.items():
+        payload: dict[str, Any] = {}
+        with suppress(TypeError):  # a type that says nothing of its form, as object
+            template = f"#/components/schemas/{type}.{{name}}"
+            (payload,), parts = msgspec.json.schema_components([handler.payload_type], ref_template=template)
+            schemas |= {f"{type}.{name}": part for name, part in parts.items()}
+        own = {"type": {"const": type, "description": (handler.__doc__ or type).partition("\n")[0]}, "payload": payload}
+        schemas["Job." + type] = {**schemas["Job"], "properties": {**schemas["Job"]["properties"], **own}}
+        kinds.append({"$ref": f"#/components/schemas/Job.{type}"})
+    schemas["Job"] = {"oneOf": kinds}
+    return document
 
 
 app = API()
@@ -261,6 +622,7 @@ class Server:
             max_request_body_size=4 * api.settings.max_body,  # a little too large gets an answer in JSON, far too large none
             max_request_header_size=32768,
             asyncore_use_poll=True,
+            clear_untrusted_proxy_headers=False,  # the door decides what they are worth
             ident=None,
         )
 

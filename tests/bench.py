@@ -7,7 +7,9 @@ Starts a redis-server of its own. Times are of this machine and this minute; the
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 import socket
 import statistics
 import subprocess
@@ -66,6 +68,33 @@ for _ in range(10):
     threading.Thread(target=pop).start()
 """
 
+BARE_WEB = """
+import logging, os
+import bottle, redis, waitress
+
+logging.getLogger("waitress.queue").setLevel(logging.ERROR)
+
+raw = redis.Redis.from_url(open("url").read())
+
+@bottle.post("/jobs")
+def submit():
+    body = bottle.request.body.read()
+    pipe = raw.pipeline(transaction=True)
+    pipe.set("bare:job", body)
+    pipe.lpush("bare", "x" * 36)
+    pipe.execute()
+    bottle.response.status = 201
+    return {"ok": True}
+
+here = "127.0.0.1:" + os.environ["PORT"]
+waitress.serve(bottle.default_app(), listen=here, threads=8, connection_limit=500, asyncore_use_poll=True)
+"""
+
+WRK = """
+wrk.method, wrk.path, wrk.body = "POST", "%s", [==[%s]==]
+wrk.headers["Content-Type"] = "application/json"
+"""
+
 
 @contextmanager
 def redis_server(folder: str) -> Iterator[str]:
@@ -74,9 +103,11 @@ def redis_server(folder: str) -> Iterator[str]:
     command = ["redis-server", "--port", str(port), "--save", "", "--dir", folder, "--loglevel", "warning"]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL) as server:
         raw = redis.Redis(port=port)
-        until(lambda: answers(raw))
-        yield f"redis://127.0.0.1:{port}"
-        server.terminate()
+        try:
+            until(lambda: answers(raw))
+            yield f"redis://127.0.0.1:{port}"
+        finally:
+            server.terminate()
 
 
 @contextmanager
@@ -88,6 +119,36 @@ def worker(folder: str, *arguments: str) -> Iterator[subprocess.Popen[bytes]]:
             yield process
         finally:
             process.terminate()
+
+
+@contextmanager
+def web(folder: str, *command: str, processes: int = 1) -> Iterator[str]:
+    """A web process, or some, on a free port."""
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    own = {"REDIS_URL": Path(folder, "url").read_text(), "TINYQUEUE_HANDLERS": "benchhandlers", "LOG_LEVEL": "error"}
+    env = os.environ | own | {"PORT": str(port), "PYTHONPATH": str(ROOT), "WEB_CONCURRENCY": str(processes)}
+    with subprocess.Popen([sys.executable, *command], cwd=folder, env=env) as process:
+        try:
+            until(lambda: listens(port))
+            yield f"http://127.0.0.1:{port}"
+        finally:
+            process.terminate()
+
+
+def listens(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
+def requests_per_second(folder: str, url: str, path: str, body: str, connections: int) -> float:
+    """What wrk gets through in five seconds; every answer must be a 2xx."""
+    Path(folder, "post.lua").write_text(WRK % (path, body))
+    command = ["wrk", "-t1", f"-c{connections}", "-d5s", "-s", "post.lua", url]
+    said = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True).stdout
+    if "Non-2xx" in said:
+        raise click.ClickException(said)
+    return float(said.partition("Requests/sec:")[2].split()[0])
 
 
 def answers(raw: redis.Redis) -> bool:
@@ -228,6 +289,31 @@ def cpu_seconds(pid: int) -> float:
     return (int(fields[11]) + int(fields[12])) / float(os.sysconf("SC_CLK_TCK"))
 
 
+def measure_http(raw: redis.Redis, folder: str) -> None:
+    job = json.dumps({"type": "send-email", "payload": PAYLOAD})
+    for connections in (1, 16, 64, 256):
+        with web(folder, "-c", BARE_WEB) as url:
+            bare = requests_per_second(folder, url, "/jobs", job, connections)
+        with web(folder, str(ROOT / "wsgi.py")) as url:
+            value = requests_per_second(folder, url, "/jobs", job, connections)
+        show(f"POST /jobs, {connections} connections", value, bare, "jobs/s", "a bare route with one MULTI")
+        raw.flushall()
+    with web(folder, str(ROOT / "wsgi.py"), processes=2) as url:
+        two = requests_per_second(folder, url, "/jobs", job, 64)
+    with web(folder, str(ROOT / "wsgi.py")) as url:
+        show("POST /jobs, 2 web processes", two, requests_per_second(folder, url, "/jobs", job, 64), "jobs/s", "one web process")
+        batch = f"[{','.join([job] * 1000)}]"
+        single = requests_per_second(folder, url, "/jobs", job, 16)
+        show(
+            "POST /jobs/batch, 1,000 each",
+            1000 * requests_per_second(folder, url, "/jobs/batch", batch, 4),
+            single,
+            "jobs/s",
+            "POST /jobs",
+        )
+    raw.flushall()
+
+
 def measure_growth(queue: Queue, raw: redis.Redis, folder: str) -> None:
     rates = []
     for pending in (10_000, 1_000_000):
@@ -253,6 +339,10 @@ def main(jobs: int, growth: bool) -> None:
         measure_latency(queue, raw, folder)
         measure_memory(queue, raw, 50_000)
         measure_idle(raw, folder)
+        if shutil.which("wrk"):
+            measure_http(raw, folder)
+        else:
+            click.echo("HTTP is not measured: wrk is not installed")
         if growth:
             measure_growth(queue, raw, folder)
 

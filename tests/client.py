@@ -1,21 +1,28 @@
 """Clients of the HTTP API: `Client` needs no server, each request goes through the WSGI validator straight into the app;
-`Wire` talks to a server byte by byte.
+`Wire` talks to a server byte by byte. `serving` runs a server in this process, `running` in one of its own.
 """
 
 from __future__ import annotations
 
 import io
 import json
+import os
+import re
+import signal
 import socket
+import subprocess
+import sys
 import threading
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import unquote_to_bytes
 from wsgiref.util import setup_testing_defaults
 from wsgiref.validate import WSGIWarning, validator
 
+import wsgi
 from wsgi import API, Server
 
 JSON = "application/json"
@@ -54,10 +61,11 @@ class Answer(NamedTuple):
 
 
 class Client:
-    """Calls a WSGI app. `log` is what the app has written to wsgi.errors."""
+    """Calls a WSGI app, from `peer` and with the secret of a key, if one is given. `log` is what the app wrote to wsgi.errors."""
 
-    def __init__(self, app: Any) -> None:
-        self._app = validator(app)
+    def __init__(self, app: Any, secret: str = "", peer: str = "127.0.0.1") -> None:
+        self._app, self._peer = validator(app), peer
+        self._headers = {"Authorization": f"Bearer {secret}"} if secret else {}
         self.log = io.StringIO()
 
     def call(self, method: str, path: str, body: Any = NO_BODY, headers: Mapping[str, str] | None = None) -> Answer:
@@ -69,7 +77,7 @@ class Client:
         environ = self._environ(method, path, raw)
         if body is not NO_BODY:
             environ |= {"CONTENT_LENGTH": str(len(raw)), "CONTENT_TYPE": JSON}
-        for name, value in (headers or {}).items():
+        for name, value in {**self._headers, **(headers or {})}.items():
             variable = name.upper().replace("-", "_")
             environ[variable if variable in ("CONTENT_TYPE", "CONTENT_LENGTH") else f"HTTP_{variable}"] = value
         return self._send(environ)
@@ -82,7 +90,7 @@ class Client:
 
     def _environ(self, method: str, path: str, raw: bytes) -> dict[str, Any]:
         path, _, query = path.partition("?")
-        environ: dict[str, Any] = {"REQUEST_METHOD": method, "SCRIPT_NAME": "", "QUERY_STRING": query, "REMOTE_ADDR": "127.0.0.1"}
+        environ: dict[str, Any] = {"REQUEST_METHOD": method, "SCRIPT_NAME": "", "QUERY_STRING": query, "REMOTE_ADDR": self._peer}
         environ["PATH_INFO"] = unquote_to_bytes(path).decode("latin-1")
         environ |= {"wsgi.input": io.BytesIO(raw), "wsgi.errors": self.log, "wsgi.multithread": True}
         setup_testing_defaults(environ)
@@ -186,6 +194,37 @@ def serving(api: API) -> Iterator[tuple[Server, tuple[str, int]]]:
         server.stop()
         thread.join(20)
         assert not thread.is_alive(), "the server has not ended"
+
+
+class Process(NamedTuple):
+    """A server in a process of its own: where it listens, and the file that its log goes to."""
+
+    address: tuple[str, int]
+    log: Path
+
+
+@contextmanager
+def running(folder: Path, **environ: str) -> Iterator[Process]:
+    """Run `python wsgi.py` in a folder, on a free port of 127.0.0.1, until the block ends; it sees nothing of our environment."""
+    log = folder / "wsgi.log"
+    environ = {"PATH": os.environ["PATH"], "HOST": "127.0.0.1", "PORT": "0", "PYTHONPATH": str(folder)} | environ
+    with log.open("wb") as stderr:
+        process = subprocess.Popen([sys.executable, wsgi.__file__], cwd=folder, env=environ, stderr=stderr)
+    try:
+        for _ in range(2000):
+            if found := re.search(r" on http://[\w.]+:(\d+)", log.read_text()):
+                break
+            assert process.poll() is None, log.read_text()
+            threading.Event().wait(0.01)
+        else:
+            raise AssertionError("the server does not say where it listens")
+        yield Process(("127.0.0.1", int(found[1])), log)
+    finally:
+        process.send_signal(signal.SIGTERM)
+        try:
+            process.wait(20)
+        finally:
+            process.kill()
 
 
 def spell(method: str, path: str, body: bytes | None = None, *headers: str) -> bytes:

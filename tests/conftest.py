@@ -23,7 +23,7 @@ import pytest
 import redis
 from cutproxy import CutProxy
 
-from tinyqueue import Failure, Job, Queue
+from tinyqueue import HANDLERS, ID, Failure, Job, Queue
 
 # Real servers ---------------------------------------------------------------------------------------------------------
 
@@ -189,6 +189,16 @@ def far(real: Server, near: Queue, proxy: CutProxy) -> Queue:
     return queue
 
 
+@pytest.fixture
+def no_handlers() -> Iterator[None]:
+    """No handlers but the test's own, whatever other tests have imported."""
+    saved = dict(HANDLERS)
+    HANDLERS.clear()
+    yield
+    HANDLERS.clear()
+    HANDLERS.update(saved)
+
+
 # Reaching behind the queue --------------------------------------------------------------------------------------------
 
 
@@ -274,7 +284,15 @@ FAMILIES = {
     "workers": "set",
     "counts": "hash",
     "promoter": "string",
+    "once:": "string",
+    "unique:": "string",
+    "paused": "set",
+    "minute:": "hash",
+    "rate:": "string",
+    "awaited": "set",
+    "done:": "list",
 }
+EXPIRING = ("lease:", "promoter", "once:", "minute:", "rate:", "done:")
 ENDED = ("completed", "failed", "cancelled")
 
 
@@ -286,6 +304,7 @@ def assert_books(queue: Queue) -> None:
         match = re.match(r"[a-z]+:?", key)
         assert match, f"unknown key {key}"
         assert FAMILIES.get(match[0]) == entry.type, f"unknown key {key}, a {entry.type}"
+        assert entry.expires == (match[0] in EXPIRING) or match[0] == "job:", f"{key} has a time to live: {entry.expires}"
 
     def family(name: str) -> dict[str, Any]:
         return {key.removeprefix(name): entry.value for key, entry in keys.items() if key.startswith(name)}
@@ -312,6 +331,23 @@ def assert_books(queue: Queue) -> None:
             record = records.get(id.decode())
             assert record or ended + queue.keep_ms[status] <= now, f"{status} lists {id!r}, which is gone before its time"
     _assert_counts(keys["counts"].value if "counts" in keys else {}, records, indexes)
+    _assert_unique({key: id.decode() for key, id in family("unique:").items()}, records)
+    for id in (id for made in family("once:").values() for id in json.loads(made)["ids"]):
+        assert ID.fullmatch(id), f"an Idempotency-Key names {id}"
+    for minute in family("minute:").values():
+        assert {status.decode() for status in minute} <= set(ENDED)
+
+
+def _assert_unique(keys: dict[str, str], records: dict[str, dict[str, Any]]) -> None:
+    """Each uniqueKey names the one job that has not ended and has it."""
+    has = Counter(record["uniqueKey"] for record in records.values() if _unended(record) and "uniqueKey" in record)
+    assert all(times == 1 for times in has.values()), f"two jobs have the same uniqueKey: {has}"
+    held = {record["uniqueKey"]: id for id, record in records.items() if _unended(record) and "uniqueKey" in record}
+    assert keys == held, "a uniqueKey is held by no job, or a job lacks its own"
+
+
+def _unended(record: dict[str, Any]) -> bool:
+    return record.get("status", "pending") not in ENDED
 
 
 class Places(NamedTuple):

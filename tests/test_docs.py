@@ -72,14 +72,14 @@ def test_readme_names_every_platform_that_must_have_a_redis(readme: str) -> None
 # HTTP -----------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("method", "path"), [(method, path) for method, path, _ in wsgi.ROUTES])
+@pytest.mark.parametrize(("method", "path"), [(method, path) for method, path, *_ in wsgi.ROUTES])
 def test_readme_lists_a_route(readme: str, method: str, path: str) -> None:
     assert f"{method} {path}" in [row[0] for row in rows(readme)]
 
 
 def test_readme_lists_no_route_that_is_none(readme: str) -> None:
     listed = {row[0] for row in rows(readme) if re.match("[A-Z]+ /", row[0])}
-    assert listed <= {f"{method} {path}" for method, path, _ in wsgi.ROUTES}
+    assert listed <= {f"{method} {path}" for method, path, *_ in wsgi.ROUTES}
 
 
 def kinds_of_the_code() -> set[tuple[int, str]]:

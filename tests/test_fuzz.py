@@ -11,7 +11,7 @@ import pytest
 from client import NO_BODY, Client, Wire, serving, spell
 from conftest import dump, put
 
-from tinyqueue import HANDLERS, MAX_ATTEMPTS, MAX_DELAY, MAX_DEPTH, Queue, Settings, handler
+from tinyqueue import CURSOR, HANDLERS, KEY_LENGTH, MAX_ATTEMPTS, MAX_DELAY, MAX_DEPTH, Queue, Settings, handler
 from wsgi import API, ROUTES
 
 SEEDS = range(8)
@@ -75,6 +75,10 @@ WRONG = {
     "maxAttempts": [v for v in ODD_VALUES if v is not None and v is not False] + [False, MAX_ATTEMPTS + 1, 1e300, "3"],
     "queue": [value for value in ODD_VALUES if value is not None and value != "__proto__"],
     "delay": [v for v in ODD_VALUES if v is not None and (isinstance(v, bool) or v not in (0, 1.5, -0.0))] + [MAX_DELAY + 1, "1"],
+    "expiresIn": [v for v in ODD_VALUES if v is not None and (isinstance(v, bool) or v != 1.5)] + [MAX_DELAY + 1, "1"],
+    "uniqueKey": [
+        v for v in ODD_VALUES if v is not None and not (isinstance(v, str) and v.isprintable() and 1 <= len(v) <= KEY_LENGTH)
+    ],
     "runAt": [1.5, True, [], {}, *ODD_TEXTS, 2**63, 10**300, "2999-01-01T00:00:00Z", "2026-01-01", "2026-02-30T00:00:00Z"],
 }
 CONTENT_TYPES = [
@@ -89,16 +93,107 @@ CONTENT_TYPES = [
     "a/b;" * 50,
 ]
 METHODS = ["GET", "HEAD", "POST", "PUT", "DELETE", "PATCH", "TRACE", "CONNECT", "FOO", "get", "PRI", "X" * 500, "M-SEARCH", "!"]
-PATHS = ["/", "/jobs", "/jobs/", "/stats", "/health", "/ready", "/jobs/x", "/nope"]
-SERVED = {
-    (spelled, path) for method, path, _ in ROUTES for spelled in (method, method.lower(), "HEAD" if method == "GET" else method)
-}
 NO_JOB = "01900000-0000-7000-8000-000000000000"
+FILLED = [(method, path.replace("<id>", NO_JOB).replace("<name>", "default")) for method, path, *_ in ROUTES]
+PATHS = ["/", "/jobs/", "/jobs/x", "/nope", "/queues/", "/queues/default", *sorted({path for _, path in FILLED})]
+SERVED = {(spelled, path) for method, path in FILLED for spelled in (method, method.lower(), "HEAD" if method == "GET" else method)}
 
 
 def wrong_field(rng: random.Random) -> Request:
+    return Request("POST", "/jobs", wrong(rng))
+
+
+def wrong(rng: random.Random) -> Any:
     name = rng.choice(list(WRONG))
-    return Request("POST", "/jobs", VALID | {name: rng.choice(WRONG[name])})
+    return VALID | {name: rng.choice(WRONG[name])}
+
+
+def wrong_batch(rng: random.Random) -> Request:
+    """Some right jobs, and at least one that is not."""
+    items = [VALID] * rng.randint(0, 5)
+    items.insert(rng.randint(0, len(items)), rng.choice([wrong(rng), [VALID], None, {}, "x"]))
+    if rng.random() < 0.5:
+        return Request("POST", "/jobs/batch", items, odd_key(rng))
+    body = b"\n".join(json.dumps(item).encode() for item in items)
+    return Request("POST", "/jobs/batch", body, {"Content-Type": "application/x-ndjson"})
+
+
+def no_batch(rng: random.Random) -> Request:
+    return Request(
+        "POST", "/jobs/batch", rng.choice([value for value in ODD_VALUES if value not in ([[]],)] + [VALID, [], {"jobs": [VALID]}])
+    )
+
+
+def wrong_partial_batch(rng: random.Random) -> Request:
+    """Not one that is right: each is told of, and none is stored."""
+    items = [rng.choice([wrong(rng), [VALID], None, {}, "x"]) for _ in range(rng.randint(1, 5))]
+    return Request("POST", "/jobs/batch?partial=true", items, lowest=200, highest=200)
+
+
+def bent_lines(rng: random.Random) -> Request:
+    """One line of which is not JSON."""
+    lines = [JOB] * rng.randint(0, 5)
+    lines.insert(
+        rng.randint(0, len(lines)), rng.choice([JOB[:-1], b"x", b"\xff", b"\0", b"NaN", JOB + JOB, b'{"a":1,"a":1}', b"["])
+    )
+    path = rng.choice(["/jobs/batch", "/jobs/batch?partial=true"])
+    return Request("POST", path, rng.choice([b"\n", b"\r\n", b"\n\n"]).join(lines), {"Content-Type": "application/x-ndjson"})
+
+
+def odd_key(rng: random.Random) -> dict[str, str]:
+    return rng.choice([{}, {"Idempotency-Key": "".join(rng.choice('ab" ~') for _ in range(rng.randint(1, 255)))}])
+
+
+def no_key(rng: random.Random) -> Request:
+    key = rng.choice(["", '""', "a" * 256, "\0", "a\tb", "\x7f", "\xc3\xa9", "\xff", "\xff" * 300])
+    path, body = rng.choice([("/jobs", VALID), ("/jobs/batch", [VALID]), ("/jobs/batch?partial=true", [VALID])])
+    return Request("POST", path, body, {"Idempotency-Key": key})
+
+
+ODD_QUERIES = ["", "x", "-1", "0.5", "%00", "%ff", "%0a", "%D9%A3", "9" * 300, "%ud800", "+1", "1%20", "'", "[]", "1e3", "true%00"]
+
+
+def wrong_query(rng: random.Random) -> Request:
+    value = rng.choice(ODD_QUERIES)
+    choices = [
+        "/jobs?limit=" + value,
+        f"/jobs/{NO_JOB}?wait=" + value,
+        "/jobs?state=" + value,
+        "/jobs?%ff=" + value,
+        "/jobs?type=%ff",
+    ]
+    if value:
+        choices += [
+            "/jobs?status=" + value,
+            *("/jobs?limit=1&cursor=" + c for c in (value, "1." + value) if not CURSOR.fullmatch(c)),
+        ]
+    return Request(rng.choice(["GET", "HEAD"]), rng.choice(choices))
+
+
+def wrong_change(rng: random.Random) -> Request:
+    """Of many jobs at once, by a filter that is none."""
+    fields = rng.choice(
+        [
+            {
+                rng.choice(["type", "queue", "status", "errorType", "cursor"]): rng.choice(
+                    [v for v in ODD_VALUES if not isinstance(v, str)]
+                )
+            },
+            {"cursor": rng.choice([text for text in ODD_TEXTS if text])},
+            {"status": rng.choice(ODD_TEXTS)},
+            {rng.choice(ODD_TEXTS): "x"},
+            rng.choice([value for value in ODD_VALUES if not isinstance(value, dict)]),
+            {"limit": "1"},
+        ]
+    )
+    return Request("POST", rng.choice(["/jobs/cancel", "/jobs/retry"]), fields)
+
+
+def name_that_is_none(rng: random.Random) -> Request:
+    name = rng.choice(
+        ["", "a" * 101, "%00", "%0a", "a%0a", "a%20", "%ff", "%c3%a9", "a:b", "*", "%7bqueue%7d", "a/b", "..%2f", "%", "{a}"]
+    )
+    return Request("POST", f"/queues/{name}/{rng.choice(['pause', 'resume'])}", rng.choice([NO_BODY, {}]))
 
 
 def unknown_field(rng: random.Random) -> Request:
@@ -193,6 +288,9 @@ def odd_headers(rng: random.Random) -> Request:
         "X-Forwarded-For",
         "Forwarded",
         "Origin",
+        "Sec-Fetch-Site",
+        "Idempotency-Key",
+        "X-Forwarded-Proto",
         "X-" + "a" * 99,
     ]
     values = ["", "\xff\xfe", ',;=\t"', "bytes=0-1", "Basic !!", 'a="', "::1", "a" * 5000, "\x7f", "$Version=1; a"]
@@ -205,7 +303,8 @@ def id_that_is_none(rng: random.Random) -> Request:
         id[rng.randrange(len(id))] = rng.choice(
             ["g", "%00", "%0a", "%2f", ":", "*", "%25", "A", "%e0", "", " ", "..", "/", "x" * 200]
         )
-    return Request("GET", "/jobs/" + "".join(id))
+    method, suffix = rng.choice([("GET", ""), ("GET", "?wait=25"), ("DELETE", ""), ("POST", "/retry")])
+    return Request(method, "/jobs/" + "".join(id) + suffix)
 
 
 def unknown_path(rng: random.Random) -> Request:
@@ -241,11 +340,21 @@ def wrong_method(rng: random.Random) -> Request:
 def query(rng: random.Random) -> Request:
     """A path that is right with a query that must not matter."""
     noise = "".join(rng.choice("%=&;+?#/\\\x01\xff0aé") for _ in range(rng.randint(1, 40)))
-    return Request(rng.choice(["GET", "HEAD"]), rng.choice(["/health", "/ready", "/stats"]) + "?" + noise, lowest=200, highest=200)
+    return Request(
+        rng.choice(["GET", "HEAD"]), rng.choice(["/health", "/ready", "/stats", "/workers"]) + "?" + noise, lowest=200, highest=200
+    )
 
 
 MAKERS: list[Callable[[random.Random], Request]] = [
     wrong_field,
+    wrong_batch,
+    no_batch,
+    wrong_partial_batch,
+    bent_lines,
+    no_key,
+    wrong_query,
+    wrong_change,
+    name_that_is_none,
     unknown_field,
     missing_field,
     no_object,
@@ -293,11 +402,14 @@ def test_refuse_whatever_is_malformed(queue: Queue, seed: int) -> None:
 
 
 REQUEST = spell("POST", "/jobs", JOB[:-1])
+NO_PATH = "/jobs/" + NO_JOB
 
 
 def packet(rng: random.Random) -> bytes:
     """A request that holds no whole job, with bytes changed, left out, doubled, or put where they do not belong."""
-    raw = bytearray(rng.choice([REQUEST, REQUEST, spell("GET", "/stats"), spell("HEAD", "/jobs/" + NO_JOB), rng.randbytes(200)]))
+    raw = bytearray(
+        rng.choice([REQUEST, REQUEST, *map(spell, ["GET", "HEAD", "DELETE"], ["/jobs", "/stats", NO_PATH]), rng.randbytes(200)])
+    )
     for _ in range(rng.randint(1, 6)):
         at = rng.randrange(len(raw))
         match rng.randrange(5):

@@ -10,8 +10,10 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, invariant, multiple, precondition, rule, run_state_machine_as_test
 
-from tinyqueue import Failure, Job, Outcome, Queue, Reaped, WrongStatus
+import tinyqueue
+from tinyqueue import Failure, Job, KeyReused, Once, Outcome, Queue, Reaped, WrongStatus
 
+pytestmark = pytest.mark.usefixtures("no_handlers")
 BOOM = Failure("Boom", "it broke")
 NAMES = ["high", "low"]
 
@@ -21,11 +23,21 @@ class Known:
 
     def __init__(self, job: Job) -> None:
         self.status, self.attempts, self.max_attempts, self.due, self.worker = "pending", 0, job.max_attempts, job.run_at, ""
+        self.expires, self.unique_key, self.asked = job.expires_at, job.unique_key, False
+
+    @property
+    def active(self) -> bool:
+        return self.status in ("pending", "processing")
 
     def give_back(self) -> None:
         self.status, self.due, self.worker = "pending", 0, ""
-        if self.attempts >= self.max_attempts:
+        if self.asked:
+            self.status = "cancelled"
+        elif self.attempts >= self.max_attempts:
             self.status = "failed"
+
+    def expired(self, now: int) -> bool:
+        return self.status == "pending" and 0 < self.expires <= now
 
 
 class Worker:
@@ -48,14 +60,66 @@ class Machine(RuleBasedStateMachine):
         self.model: dict[str, Known] = {}
         self.workers: list[Worker] = []
         self.names: list[str] = []  # of all workers that ever were
+        self.made_once: dict[str, list[str]] = {}
+        self.paused: set[str] = set()
+
+    def _has(self, unique_key: str) -> list[str]:
+        """Who has that uniqueKey at the moment."""
+        return [id for id, known in self.model.items() if unique_key and known.unique_key == unique_key and known.active]
+
+    def _new(self, drafts: list[Job], jobs: list[Job]) -> Any:
+        """Take note of what a submit has returned: a draft, or the job that has its uniqueKey."""
+        made = []
+        for draft, job in zip(drafts, jobs, strict=True):
+            assert [job.id] == (self._has(draft.unique_key) or [draft.id])
+            if job.id not in self.model:
+                self.model[job.id] = Known(job)
+                made.append(job.id)
+        return multiple(*made)
 
     # Clients
 
-    @rule(target=jobs, name=st.sampled_from(NAMES), most=st.integers(1, 3), delay=st.sampled_from([0, 0, 10]))
-    def enqueue(self, name: str, most: int, delay: int) -> str:
-        job = self.queue.enqueue("echo", {}, queue=name, max_attempts=most, delay=delay)
+    @rule(
+        target=jobs,
+        name=st.sampled_from(NAMES),
+        most=st.integers(1, 3),
+        delay=st.sampled_from([0, 0, 10]),
+        expires_in=st.sampled_from([None, None, 10]),
+    )
+    def enqueue(self, name: str, most: int, delay: int, expires_in: int | None) -> str:
+        job = self.queue.enqueue("echo", {}, queue=name, max_attempts=most, delay=delay, expires_in=expires_in)
         self.model[job.id] = Known(job)
         return job.id
+
+    @rule(target=jobs, keys=st.lists(st.sampled_from(["a", "b", None]), min_size=1, max_size=3))
+    def enqueue_unique(self, keys: list[str | None]) -> Any:
+        drafts = [self.queue.draft("echo", {}, queue="high", unique_key=key) for key in keys]
+        return self._new(drafts, self.queue.submit(drafts))
+
+    @rule(target=jobs, key=st.sampled_from("xy"), count=st.integers(1, 2), unique_key=st.sampled_from([None, None, "a"]))
+    def submit_once(self, key: str, count: int, unique_key: str | None) -> Any:
+        drafts = [self.queue.draft("echo", {}, queue="low", unique_key=unique_key) for _ in range(count)]
+        made = self.made_once.get(key)
+        if made and len(made) != count:
+            with pytest.raises(KeyReused):
+                self.queue.submit(drafts, Once(key, ""))
+            return multiple()
+        jobs = self.queue.submit(drafts, Once(key, ""))
+        if made:
+            assert [job.id for job in jobs] == made
+            return multiple()
+        self.made_once[key] = [job.id for job in jobs]
+        return self._new(drafts, jobs)
+
+    @rule(name=st.sampled_from(NAMES))
+    def pause(self, name: str) -> None:
+        self.queue.pause(name)
+        self.paused.add(name)
+
+    @rule(name=st.sampled_from(NAMES))
+    def resume(self, name: str) -> None:
+        self.queue.resume(name)
+        self.paused.discard(name)
 
     @rule(target=jobs, count=st.integers(2, 4))
     def enqueue_many(self, count: int) -> Any:
@@ -69,6 +133,9 @@ class Machine(RuleBasedStateMachine):
         if known.status == "pending":
             assert self.queue.cancel(id)
             known.status = "cancelled"
+        elif known.status == "processing":
+            assert self.queue.cancel(id).cancelled
+            known.asked = True
         else:
             with pytest.raises(WrongStatus):
                 self.queue.cancel(id)
@@ -76,9 +143,9 @@ class Machine(RuleBasedStateMachine):
     @rule(id=jobs)
     def retry(self, id: str) -> None:
         known = self.model[id]
-        if known.status in ("failed", "cancelled"):
+        if known.status in ("failed", "cancelled") and not self._has(known.unique_key):
             assert self.queue.retry(id)
-            known.status, known.attempts, known.due = "pending", 0, 0
+            known.status, known.attempts, known.due, known.expires, known.asked = "pending", 0, 0, 0, False
         else:
             with pytest.raises(WrongStatus):
                 self.queue.retry(id)
@@ -103,10 +170,16 @@ class Machine(RuleBasedStateMachine):
             self.workers.remove(worker)
             return
         assert not worker.reaped
+        for id in ids:
+            known = self.model[id.decode()]
+            if known.expired(self.queue.now()):
+                known.status = "failed"
         for job in jobs:
             known = self.model[job.id]
             assert known.status == "pending"
             assert known.due <= self.queue.now()
+            assert job.queue not in self.paused
+            known.expires = 0  # a job that was started once does not expire
             known.status, known.attempts, known.worker = "processing", known.attempts + 1, worker.id
             assert job.attempts == known.attempts
             worker.held[job.id] = job
@@ -133,7 +206,9 @@ class Machine(RuleBasedStateMachine):
     def _settled(self, known: Known, job: Job, verb: str) -> None:
         known.worker = ""
         if verb == "complete":
-            known.status = "completed"
+            known.status, known.asked = "completed", False
+        elif known.asked:
+            known.status = "cancelled"
         elif verb == "release":
             known.status, known.due = "pending", 0
             known.attempts -= 1
@@ -156,7 +231,7 @@ class Machine(RuleBasedStateMachine):
 
     @precondition(lambda self: self.workers)
     @rule(data=st.data())
-    def pause(self, data: st.DataObject) -> None:
+    def oversleep(self, data: st.DataObject) -> None:
         """Let a worker sleep past its lease. Whatever it does next, it does not know."""
         worker = data.draw(st.sampled_from(self.workers))
         if not worker.reaped and worker.id not in self.queue.lost_workers():
@@ -235,25 +310,31 @@ class Machine(RuleBasedStateMachine):
         for id, known in self.model.items():
             job = self.queue.get(id)
             assert (job.status, job.attempts, job.worker) == (known.status, known.attempts, known.worker)
+            assert job.cancelled == known.asked
 
     def teardown(self) -> None:
         """Everybody dies; one new worker must be able to end every job that has not ended."""
         for id in self._lost() + [worker.id for worker in self.workers]:
             raw(self.queue).delete(self.queue.keys.lease(id))
             self._reap(id)
+        for name in NAMES:
+            self.queue.resume(name)
         self.queue.clock.ahead += 11_000
         self.queue.promote()
+        now = self.queue.now()
+        waiting = [id for id, known in self.model.items() if known.status == "pending" and not known.expired(now)]
         last = self.queue.register(NAMES, 1)
         ended: list[str] = []
         while self.queue.waiting(NAMES):
             for job in self.queue.start(last, self.queue.take(last, NAMES, 5), {}):
                 self.queue.complete(job)
                 ended.append(job.id)
-        assert sorted(ended) == sorted(id for id, known in self.model.items() if known.status == "pending")
+        assert sorted(ended) == sorted(waiting)
         assert_books(self.queue)
 
 
-def test_machine(server: Server, queue: Queue) -> None:
+def test_machine(server: Server, queue: Queue, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tinyqueue, "PAUSE_AGE", -1.0)  # a pause takes effect at once
     examples, steps = (40, 40) if not server.url else (15, 30)
     limits = settings(
         max_examples=examples,

@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 from conftest import dump, lapse, put, raw
 
-from tinyqueue import Failure, Job, Queue, Reaped, WrongStatus
+from tinyqueue import Failure, Filter, Job, Queue, Reaped, WrongStatus
 
+pytestmark = pytest.mark.usefixtures("no_handlers")
 STATUSES = ("pending", "delayed", "processing", "completed", "failed", "cancelled")
 BOOM = Failure("Boom", "it broke")
 SAME = "nothing changes"
@@ -53,6 +54,8 @@ def trim_later(queue: Queue, job: Job) -> None:
 def read(queue: Queue, job: Job) -> None:
     for status in ("pending", "processing", "completed", "failed", "cancelled"):
         queue.jobs(status)
+        queue.page(Filter(status))
+    queue.page(), queue.wait_for(job.id, 0), queue.asked_to_stop([job.id])
     queue.get(job.id), queue.stats(), queue.workers(), queue.queues(), queue.ping(), queue.now()
     queue.waiting(["default"]), queue.lost_workers(), queue.adopt(job.worker or "nobody", [])
 
@@ -65,6 +68,7 @@ VERBS: dict[str, Callable[[Queue, Job], Any]] = {
     "release": lambda queue, job: queue.release(job),
     "progress": lambda queue, job: queue.write_progress(job),
     "cancel": lambda queue, job: queue.cancel(job.id),
+    "pause": lambda queue, job: (queue.pause("default"), queue.resume("default")),
     "retry": lambda queue, job: queue.retry(job.id),
     "promote": lambda queue, job: queue.promote(),
     "promote later": promote_later,
@@ -85,7 +89,8 @@ TABLE = {
     "fail for good":           (Reaped,       Reaped,      "failed",     Reaped,      Reaped,      Reaped),
     "release":                 (Reaped,       Reaped,      "pending",    Reaped,      Reaped,      Reaped),
     "progress":                (Reaped,       Reaped,      "processing", Reaped,      Reaped,      Reaped),
-    "cancel":                  ("cancelled",  "cancelled", WrongStatus,  WrongStatus, WrongStatus, WrongStatus),
+    "cancel":                  ("cancelled",  "cancelled", "processing", WrongStatus, WrongStatus, WrongStatus),
+    "pause":                   ("=",          "=",         "=",          "=",         "=",         "="),
     "retry":                   (WrongStatus,  WrongStatus, WrongStatus,  WrongStatus, "pending",   "pending"),
     "promote":                 (SAME,         SAME,        SAME,         SAME,        SAME,        SAME),
     "promote later":           (SAME,         "=",         SAME,         SAME,        SAME,        SAME),

@@ -681,7 +681,7 @@ def test_get_shows_the_job(near: Queue, run: Any) -> None:
 
 
 def test_stats_and_workers_are_json(near: Queue, run: Any) -> None:
-    near.enqueue("echo", 7)
+    near.enqueue("echo", 7, delay=60)
     assert json.loads(run("stats").stdout) == near.stats()
     assert json.loads(run("workers").stdout) == []
 

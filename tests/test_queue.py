@@ -41,6 +41,7 @@ from tinyqueue import (
     connect,
 )
 
+pytestmark = pytest.mark.usefixtures("no_handlers")
 BOOM = Failure("Boom", "it broke")
 DEFAULT = ["default"]
 DAY = 86400_000
@@ -555,8 +556,9 @@ def test_settle_writes_a_mixed_batch(queue: Queue, worker: str) -> None:
     queue.settle(worker, [*batch, Outcome(d, "release")])
     assert [queue.get(job.id).status for job in (a, b, c, d)] == ["completed", "failed", "pending", "pending"]
     assert queue.adopt(worker, []) == []
-    assert queue.stats()["queues"] == {"default": {"pending": 2, "processing": 0}}
-    assert queue.stats()["total"] == {"completed": 1, "failed": 1, "cancelled": 0}
+    told = queue.stats()
+    assert (told["queues"]["default"]["pending"], told["queues"]["default"]["processing"]) == (2, 0)
+    assert told["total"] == {"completed": 1, "failed": 1, "cancelled": 0}
 
 
 def test_settle_of_none_does_nothing(queue: Queue, worker: str) -> None:
@@ -904,7 +906,8 @@ def test_ended_jobs_leave_nothing_behind(server: Server) -> None:
     queue.deregister(worker)
     queue.clock.ahead += 1001
     assert queue.trim() == 3
-    assert {key for key in dump(queue) if "bell" not in key} == {queue.keys.counts}
+    left = {key for key in dump(queue) if "bell" not in key and not key.startswith(queue.keys.minute_prefix)}
+    assert left == {queue.keys.counts}
 
 
 # Reading --------------------------------------------------------------------------------------------------------------
@@ -919,8 +922,7 @@ def test_jobs_lists_a_status_newest_first(queue: Queue, status: str) -> None:
     put(queue, "completed" if status != "completed" else "failed", queue="d")
     assert queue.jobs(status) == listed
     assert queue.jobs(status, limit=1) == listed[:1]
-    assert queue.jobs(status, limit=2, offset=1) == listed[1:]
-    assert queue.jobs(status, offset=3) == []
+    assert queue.jobs(status, limit=2) == listed[:2]
 
 
 def test_jobs_lists_pending_ones_by_when_they_were_created(queue: Queue) -> None:
@@ -952,9 +954,9 @@ def test_stats_counts_every_status(queue: Queue) -> None:
         "cancelled": 1,
     }
     assert stats["workers"] == 1
-    assert stats["queues"]["processing"] == {"pending": 0, "processing": 1}
+    assert stats["queues"]["processing"] == {"pending": 0, "processing": 1, "oldestWaitingMs": 0, "paused": False}
     assert stats["total"] == {"completed": 1, "failed": 1, "cancelled": 1}
-    assert queue.queues() == sorted(["pending", "delayed", "processing", "completed", "failed", "cancelled"])
+    assert list(queue.queues()) == sorted(["pending", "delayed", "processing", "completed", "failed", "cancelled"])
 
 
 def test_workers_tells_who_is_there(queue: Queue) -> None:
@@ -1087,8 +1089,10 @@ def unavailable(reason: str, doubtful: bool = False) -> Iterator[None]:
 def test_cancel_of_a_job_that_is_started_meanwhile(near: Queue, far: Queue, proxy: CutProxy) -> None:
     job, worker = put(near, "pending"), near.register(DEFAULT, 1)
     proxy.before(b"EXEC", lambda: near.dequeue(worker, DEFAULT))
-    with pytest.raises(WrongStatus, match="processing"):
-        far.cancel(job.id)
+    asked = far.cancel(job.id)
+    assert (asked.status, asked.cancelled) == ("processing", True)
+    assert near.asked_to_stop([job.id]) == [job.id]
+    assert near.stats()["cancelled"] == 0
 
 
 def test_start_of_a_job_that_is_cancelled_meanwhile(near: Queue, far: Queue, proxy: CutProxy) -> None:
@@ -1356,6 +1360,7 @@ def test_settle_that_is_in_doubt_can_be_repeated(near: Queue, far: Queue, proxy:
 
 def test_transitions_take_two_round_trips(near: Queue, far: Queue, proxy: CutProxy) -> None:
     worker = near.register(DEFAULT, 10)
+    far.memory_is_short()  # it looks every two seconds
 
     def round_trips(verb: Callable[[], object]) -> int:
         proxy.packets.clear()

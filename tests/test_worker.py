@@ -1204,11 +1204,13 @@ def test_corrupted_list_stops_nothing_for_good(queue: Queue, work: Any, echo: No
     assert until_ended(queue, queue.enqueue("echo", 1)).status == "completed"
 
 
-@pytest.mark.parametrize("key", ["completed", "counts", "delayed"])
+@pytest.mark.parametrize("key", ["completed", "counts", "delayed", "paused", "minute"])
 def test_corrupted_key_beside_the_jobs_does_not_keep_them(server: Server, work: Any, echo: None, key: str) -> None:
     queue = server.queue()
     job = queue.enqueue("echo", 1)
-    raw(queue).set(getattr(queue.keys, key), "wrong")
+    names = [queue.keys.minute(queue.now() + n * 60_000) for n in (0, 1)] if key == "minute" else [getattr(queue.keys, key)]
+    for name in names:
+        raw(queue).set(name, "wrong")
     running = work(queue, slots=1)
     ended = until_ended(queue, job)
     assert (ended.status, ended.attempts) == ("completed", 1)

@@ -1,0 +1,1300 @@
+"""What clients steer jobs by: keys that make a submit happen once, expiry, pausing, stopping what runs, pages, waiting, limits."""
+
+from __future__ import annotations
+
+import random
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from typing import Any
+
+import msgspec
+import pytest
+from conftest import ENDED, RedisServer, Server, assert_books, dump, lapse, put, raw
+from cutproxy import CutProxy
+
+import tinyqueue
+import worker as process
+from tinyqueue import (
+    MAX_DELAY,
+    Clock,
+    Corrupted,
+    Failure,
+    Filter,
+    InvalidJob,
+    Job,
+    KeyReused,
+    Once,
+    Outcome,
+    Queue,
+    QueueFull,
+    Settings,
+    Unavailable,
+    WrongStatus,
+    handler,
+)
+from worker import Worker
+
+pytestmark = pytest.mark.usefixtures("no_handlers")
+BOOM = Failure("Boom", "it broke")
+DEFAULT = ["default"]
+ONCE = Once("the client's key", "what it sent")
+
+
+def ids(jobs: list[Job]) -> list[str]:
+    return [job.id for job in jobs]
+
+
+def found(queue: Queue, job: Job) -> Job:
+    """The job as it is now."""
+    now = queue.get(job.id)
+    assert now
+    return now
+
+
+def until(condition: Callable[[], Any], timeout: float = 20.0) -> Any:
+    """Wait for a condition and return what it returned."""
+    deadline = time.monotonic() + timeout
+    while not (value := condition()):
+        assert time.monotonic() < deadline, "it did not come to be"
+        time.sleep(0.005)
+    return value
+
+
+class Still(Clock):
+    """A clock that stands still."""
+
+    def now(self) -> int:
+        return 1_800_000_000_000 + self.ahead
+
+
+@pytest.fixture
+def worker(queue: Queue) -> str:
+    """A registered worker."""
+    return queue.register(DEFAULT, 5)
+
+
+@pytest.fixture
+def work(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Worker]]:
+    """Start workers in threads; at the end they stop. `thread` of each ends when it ends."""
+    monkeypatch.setattr(process, "TICK", 0.02)
+    monkeypatch.setattr(process, "PROMOTE_EVERY", 0.02)
+    started: list[Worker] = []
+
+    def start(queue: Queue, *names: str, slots: int = 1, burst: bool = False) -> Worker:
+        settings = msgspec.structs.replace(Settings(), worker_concurrency=slots, shutdown_timeout=10)
+        made = Worker(queue, settings, names or ("default",), burst)
+        made.thread = threading.Thread(target=made.run)
+        made.thread.start()
+        started.append(made)
+        return made
+
+    yield start
+    for each in started:
+        each.orders.put("release")
+    for each in started:
+        each.thread.join(20)
+        assert not each.thread.is_alive(), "the worker does not end"
+
+
+def stop(worker: Worker) -> None:
+    worker.orders.put("drain")
+    worker.thread.join(20)
+    assert not worker.thread.is_alive(), "the worker does not end"
+
+
+# Once -----------------------------------------------------------------------------------------------------------------
+
+
+def submit_once(queue: Queue, count: int = 1, once: Once = ONCE, **options: Any) -> list[Job]:
+    return queue.submit([queue.draft("echo", {"n": n}, **options) for n in range(count)], once)
+
+
+def test_once_makes_the_jobs_of_one_submit(queue: Queue, worker: str) -> None:
+    first = submit_once(queue, 3)
+    before = dump(queue)
+    assert submit_once(queue, 3) == first
+    assert dump(queue) == before
+    assert ids(queue.dequeue(worker, DEFAULT, 9)) == ids(first)
+
+
+def test_once_returns_the_jobs_as_they_stand(queue: Queue) -> None:
+    [job] = submit_once(queue)
+    queue.cancel(job.id)
+    assert submit_once(queue) == [found(queue, job)]
+
+
+def test_once_returns_forgotten_jobs_as_they_were(queue: Queue) -> None:
+    first = submit_once(queue, 2)
+    queue.cancel(first[0].id)
+    queue.clock.ahead += 8 * 86400_000
+    assert queue.trim() == 1
+    again = submit_once(queue, 2)
+    assert [(job.id, job.status, job.payload) for job in again] == [(job.id, "pending", job.payload) for job in first]
+    assert queue.get(first[0].id) is None
+
+
+@pytest.mark.parametrize(("fingerprint", "count"), [("another", 1), (ONCE.fingerprint, 2)])
+def test_once_refuses_the_key_for_another_request(queue: Queue, fingerprint: str, count: int) -> None:
+    submit_once(queue)
+    before = dump(queue)
+    with pytest.raises(KeyReused):
+        submit_once(queue, count, Once(ONCE.key, fingerprint))
+    assert dump(queue) == before
+
+
+def test_once_with_another_key_makes_other_jobs(queue: Queue) -> None:
+    assert ids(submit_once(queue)) != ids(submit_once(queue, once=Once("another", ONCE.fingerprint)))
+    assert queue.waiting(DEFAULT) == 2
+
+
+def test_once_by_many_at_once_makes_one_job(server: Server, queue: Queue) -> None:
+    queues = [server.queue() for _ in range(20)]
+    together = threading.Barrier(20)
+
+    def submit(mine: Queue) -> str:
+        together.wait()
+        return submit_once(mine)[0].id
+
+    with ThreadPoolExecutor(20) as pool:
+        assert len(set(pool.map(submit, queues))) == 1
+    assert queue.stats()["pending"] == queue.waiting(DEFAULT) == 1
+
+
+@pytest.mark.parametrize("options", [{}, {"unique_key": "u"}, {"delay": 60}], ids=["plain", "unique", "delayed"])
+@pytest.mark.parametrize("cut", ["drop_reply", "drop_request", "hold"])
+def test_once_whose_packet_is_lost_is_applied_once(
+    near: Queue, far: Queue, proxy: CutProxy, cut: str, options: dict[str, Any]
+) -> None:
+    getattr(proxy, cut)(b"EXEC")
+    [job] = submit_once(far, **options)
+    proxy.deliver()
+    assert found(near, job).status == "pending"
+    assert near.stats()["pending"] == 1
+    assert near.waiting(DEFAULT) == int("delay" not in options)
+    assert ids(submit_once(near, **options)) == [job.id]
+
+
+def test_once_that_is_not_answered_in_time_is_sent_again(
+    real: Server, near: Queue, proxy: CutProxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tinyqueue, "SOCKET_TIMEOUT", 0.2)
+    far = real.queue(proxy.url)
+    proxy.hold(b"EXEC", cut=False)
+    [job] = submit_once(far)
+    proxy.deliver()
+    assert near.stats()["pending"] == near.waiting(DEFAULT) == 1
+    assert ids(submit_once(near)) == [job.id]
+
+
+def test_once_whose_reply_is_lost_while_the_job_ends(near: Queue, far: Queue, proxy: CutProxy) -> None:
+    worker = near.register(DEFAULT, 1)
+    proxy.drop_reply(b"EXEC", lambda: near.complete(near.dequeue(worker, DEFAULT)[0]))
+    [job] = submit_once(far)
+    assert found(near, job).status == "completed"
+    assert near.waiting(DEFAULT) == 0
+
+
+def test_once_of_another_who_was_faster_returns_its_jobs(near: Queue, far: Queue, proxy: CutProxy) -> None:
+    theirs: list[Job] = []
+    proxy.before(b"EXEC", lambda: theirs.extend(submit_once(near)))
+    assert ids(submit_once(far)) == ids(theirs)
+    assert near.waiting(DEFAULT) == 1
+
+
+def test_once_is_remembered_for_its_time(server: Server) -> None:
+    queue = server.queue(keep_once=60)
+    [first] = submit_once(queue)
+    [key] = [key for key in dump(queue) if key.startswith(queue.keys.once_prefix)]
+    assert 0 < raw(queue).pttl(key) <= 60_000
+    raw(queue).delete(key)  # its time is up
+    assert ids(submit_once(queue)) != [first.id]
+    assert_books(queue)
+
+
+def test_once_of_none_stores_nothing(queue: Queue) -> None:
+    before = dump(queue)
+    assert queue.submit([], ONCE) == []
+    assert dump(queue) == before
+
+
+@pytest.mark.parametrize("garbage", [b"", b"\xff", b"null", b"[]", b"{}", b'{"fingerprint":"what it sent","ids":1}'])
+def test_once_whose_key_holds_garbage_is_told_as_corrupted(server: Server, garbage: bytes) -> None:
+    queue = server.queue()
+    submit_once(queue)
+    [key] = [key for key in dump(queue) if key.startswith(queue.keys.once_prefix)]
+    raw(queue).set(key, garbage or b" ")
+    with pytest.raises(Corrupted):
+        submit_once(queue)
+
+
+# Unique keys ----------------------------------------------------------------------------------------------------------
+
+
+def unique(queue: Queue, key: str = "k", /, **options: Any) -> Job:
+    return queue.enqueue("echo", {}, unique_key=key, **options)
+
+
+def test_unique_returns_the_job_that_has_the_key(queue: Queue, worker: str) -> None:
+    first = unique(queue)
+    assert unique(queue) == first
+    [job] = queue.dequeue(worker, DEFAULT, 5)
+    assert unique(queue) == found(queue, first)
+    queue.fail(job, BOOM, after=60)
+    assert (unique(queue).id, unique(queue, queue="other").status) == (first.id, "pending")
+    assert queue.stats()["pending"] == 1
+    assert queue.waiting([*DEFAULT, "other"]) == 0
+
+
+def test_unique_holds_for_a_delayed_job(queue: Queue) -> None:
+    first = unique(queue, delay=60)
+    assert unique(queue) == first
+    assert queue.waiting(DEFAULT) == 0
+
+
+@pytest.mark.parametrize("status", ENDED)
+def test_unique_key_is_released_when_its_job_has_ended(queue: Queue, status: str) -> None:
+    first = put(queue, status, unique_key="k")
+    second = unique(queue)
+    assert second.id != first.id
+    assert unique(queue).id == second.id
+
+
+def test_unique_key_is_released_when_its_worker_is_lost_for_good(queue: Queue) -> None:
+    job = put(queue, "processing", unique_key="k", max_attempts=1)
+    lapse(queue, job.worker)
+    queue.reap(job.worker)
+    assert unique(queue).id != job.id
+
+
+def test_unique_holds_when_its_job_was_given_back(queue: Queue) -> None:
+    job = put(queue, "processing", unique_key="k")
+    lapse(queue, job.worker)
+    queue.reap(job.worker)
+    assert unique(queue).id == job.id
+    assert queue.waiting(DEFAULT) == 1
+
+
+def test_unique_key_is_released_when_its_job_has_expired(queue: Queue, worker: str) -> None:
+    first = unique(queue, expires_in=5)
+    queue.clock.ahead += 5001
+    assert unique(queue).id == first.id
+    queue.dequeue(worker, DEFAULT)
+    assert unique(queue).id != first.id
+
+
+def test_unique_within_one_batch_makes_one_job(queue: Queue) -> None:
+    drafts = [queue.draft("echo", n, unique_key=key) for n, key in enumerate(["a", None, "a", "b", "a"])]
+    made = queue.submit(drafts)
+    assert ids(made) == ids([drafts[0], drafts[1], drafts[0], drafts[3], drafts[0]])
+    assert queue.waiting(DEFAULT) == 3
+    assert queue.stats()["pending"] == 3
+
+
+def test_unique_of_a_batch_whose_keys_are_taken_stores_the_others(queue: Queue, worker: str) -> None:
+    first = unique(queue)
+    drafts = [queue.draft("echo", 1, unique_key="k"), queue.draft("echo", 2)]
+    assert ids(queue.submit(drafts)) == [first.id, drafts[1].id]
+    assert ids(queue.dequeue(worker, DEFAULT, 9)) == [first.id, drafts[1].id]
+
+
+def test_unique_by_many_at_once_makes_one_job(server: Server, queue: Queue) -> None:
+    queues = [server.queue() for _ in range(20)]
+    together = threading.Barrier(20)
+
+    def submit(mine: Queue) -> str:
+        together.wait()
+        return unique(mine).id
+
+    with ThreadPoolExecutor(20) as pool:
+        assert len(set(pool.map(submit, queues))) == 1
+    assert queue.stats()["pending"] == queue.waiting(DEFAULT) == 1
+
+
+def test_unique_while_the_job_that_has_the_key_ends(near: Queue, far: Queue, proxy: CutProxy) -> None:
+    first, last = put(near, "processing", unique_key="k"), unique(near)
+    assert first.id == last.id
+    proxy.before(b"EXEC", lambda: near.complete(first))
+    made = far.submit([far.draft("echo", {}, unique_key="k"), far.draft("echo", {})])  # the second makes it write
+    assert first.id not in ids(made)
+    assert near.waiting(DEFAULT) == 2
+
+
+@pytest.mark.parametrize("cut", ["drop_reply", "drop_request", "hold"])
+def test_unique_whose_packet_is_lost_is_applied_once(near: Queue, far: Queue, proxy: CutProxy, cut: str) -> None:
+    getattr(proxy, cut)(b"EXEC")
+    job = unique(far)
+    proxy.deliver()
+    assert near.stats()["pending"] == near.waiting(DEFAULT) == 1
+    assert unique(near).id == job.id
+
+
+def test_unique_batch_that_arrives_late_counts_nothing_twice(
+    real: Server, near: Queue, proxy: CutProxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tinyqueue, "SOCKET_TIMEOUT", 0.2)
+    far = real.queue(proxy.url)
+    unique(near)
+    proxy.hold(b"EXEC", cut=False)
+    with suppress(Unavailable):
+        far.submit([far.draft("echo", {}, unique_key="k"), far.draft("echo", {})])
+    proxy.deliver()
+    assert near.stats()["pending"] == len(near.jobs("pending"))
+
+
+@pytest.mark.parametrize("status", ["failed", "cancelled"])
+def test_retry_takes_the_unique_key_again(queue: Queue, status: str) -> None:
+    job = put(queue, status, unique_key="k")
+    assert queue.retry(job.id)
+    assert unique(queue).id == job.id
+
+
+@pytest.mark.parametrize("status", ["failed", "cancelled"])
+def test_retry_of_a_job_whose_unique_key_another_has_is_refused(queue: Queue, status: str) -> None:
+    job = put(queue, status, unique_key="k")
+    other = unique(queue)
+    before = dump(queue)
+    with pytest.raises(WrongStatus, match=other.id):
+        queue.retry(job.id)
+    assert dump(queue) == before
+    queue.cancel(other.id)
+    assert queue.retry(job.id)
+
+
+def test_retry_of_a_job_whose_unique_key_is_taken_meanwhile(near: Queue, far: Queue, proxy: CutProxy) -> None:
+    job = put(near, "failed", unique_key="k")
+    proxy.before(b"EXEC", lambda: unique(near))
+    with pytest.raises(WrongStatus, match="uniqueKey"):
+        far.retry(job.id)
+    assert found(near, job).status == "failed"
+
+
+@pytest.mark.parametrize("cut", ["drop_reply", "drop_request", "hold"])
+def test_retry_with_a_unique_key_whose_packet_is_lost_is_applied_once(near: Queue, far: Queue, proxy: CutProxy, cut: str) -> None:
+    job = put(near, "failed", unique_key="k")
+    getattr(proxy, cut)(b"EXEC")
+    assert far.retry(job.id).status == "pending"
+    proxy.deliver()
+    assert near.stats()["pending"] == near.waiting(DEFAULT) == 1
+
+
+@pytest.mark.parametrize("holder", ["01890000-0000-7000-8000-000000000000", "garbage", b"\xff"])
+def test_unique_key_that_names_no_job_is_taken(queue: Queue, holder: Any) -> None:
+    raw(queue).set(queue.keys.unique("k"), holder)
+    job = unique(queue)
+    assert unique(queue).id == job.id
+
+
+def test_unique_key_that_names_a_job_with_another_key_is_taken(queue: Queue) -> None:
+    other = unique(queue, "other")
+    raw(queue).set(queue.keys.unique("k"), other.id)
+    assert unique(queue).id != other.id
+
+
+def test_unique_together_with_once_returns_the_jobs_of_the_first(queue: Queue) -> None:
+    first = unique(queue)
+    assert ids(submit_once(queue, 2, unique_key="k")) == [first.id] * 2
+    queue.cancel(first.id)
+    second = unique(queue)
+    assert ids(submit_once(queue, 2, unique_key="k")) == [first.id] * 2
+    assert second.id != first.id
+
+
+@pytest.mark.parametrize("key", ["", "x" * 201, "a\nb", "a\x00", "\ud800", 7, ["k"], True, b"k"])
+def test_unique_refuses_a_key(queue: Queue, key: Any) -> None:
+    with pytest.raises(InvalidJob) as caught:
+        queue.draft("echo", {}, unique_key=key)
+    assert caught.value.field == "uniqueKey"
+
+
+@pytest.mark.parametrize("key", ["x", "x" * 200, "with spaces", "ünïcødé", "{other}:job:1", "*"])
+def test_unique_takes_any_printable_key(queue: Queue, key: str) -> None:
+    assert unique(queue, key) == unique(queue, key)
+    assert unique(queue, "other" + key[:9]).id != unique(queue, key).id
+
+
+# Expiry ---------------------------------------------------------------------------------------------------------------
+
+
+def test_expired_job_fails_when_its_turn_comes(queue: Queue, worker: str) -> None:
+    late, other = queue.enqueue("echo", 1, expires_in=5), queue.enqueue("echo", 2)
+    queue.clock.ahead += 5000
+    assert ids(queue.dequeue(worker, DEFAULT, 2)) == [other.id]
+    ended = found(queue, late)
+    assert (ended.status, ended.error.type, ended.attempts, ended.started_at) == ("failed", "Expired", 0, 0)
+    assert ended.answer()["expiresAt"] == late.expires_at == late.created_at + 5000
+    assert queue.stats()["total"]["failed"] == 1
+
+
+def test_expired_job_fails_when_its_delay_is_over(queue: Queue, worker: str) -> None:
+    job = queue.enqueue("echo", 1, delay=10, expires_in=5)
+    queue.clock.ahead += 10_001
+    queue.promote()
+    assert queue.dequeue(worker, DEFAULT) == []
+    assert found(queue, job).status == "failed"
+
+
+def test_expiry_in_time_changes_nothing(queue: Queue, worker: str) -> None:
+    queue.clock.ahead += 1
+    job = queue.enqueue("echo", 1, expires_in=60)
+    queue.clock.ahead += 50_000
+    assert ids(queue.dequeue(worker, DEFAULT)) == [job.id]
+
+
+@pytest.mark.parametrize("how", ["fail", "release", "reap"])
+def test_expiry_does_not_end_a_job_that_was_started_once(queue: Queue, how: str) -> None:
+    job = put(queue, "processing", expires_in=5)
+    if how == "fail":
+        queue.fail(job, BOOM, after=10)
+    elif how == "release":
+        queue.release(job)
+    else:
+        lapse(queue, job.worker)
+        queue.reap(job.worker)
+    queue.clock.ahead += 11_000
+    queue.promote()
+    assert ids(queue.dequeue(queue.register(DEFAULT, 1), DEFAULT)) == [job.id]
+
+
+def test_retry_of_an_expired_job_runs_it(queue: Queue, worker: str) -> None:
+    job = queue.enqueue("echo", 1, expires_in=5)
+    queue.clock.ahead += 6000
+    queue.dequeue(worker, DEFAULT)
+    assert queue.retry(job.id).expires_at == 0
+    assert ids(queue.dequeue(worker, DEFAULT)) == [job.id]
+
+
+@pytest.mark.parametrize("cut", ["drop_reply", "drop_request", "hold"])
+def test_expiry_whose_packet_is_lost_is_applied_once(near: Queue, far: Queue, proxy: CutProxy, cut: str) -> None:
+    worker = near.register(DEFAULT, 1)
+    job = near.enqueue("echo", 1, expires_in=5)
+    far.clock.ahead += 6000
+    taken = near.take(worker, DEFAULT, 1)
+    getattr(proxy, cut)(b"EXEC")
+    assert far.start(worker, taken) == []
+    proxy.deliver()
+    assert found(near, job).error.type == "Expired"
+    assert near.stats()["total"]["failed"] == 1
+
+
+@pytest.mark.parametrize("seconds", [0, -1, MAX_DELAY + 1, float("nan"), float("inf"), "5", True, [5]])
+def test_expiry_refuses_a_time(queue: Queue, seconds: Any) -> None:
+    with pytest.raises(InvalidJob) as caught:
+        queue.draft("echo", {}, expires_in=seconds)
+    assert caught.value.field == "expiresIn"
+
+
+# Pause and resume -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def prompt(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pause takes effect at once."""
+    monkeypatch.setattr(tinyqueue, "PAUSE_AGE", -1.0)
+
+
+def test_pause_starts_nothing_and_accepts_jobs(queue: Queue, worker: str, prompt: None) -> None:
+    before, other = queue.enqueue("echo", 1), queue.enqueue("echo", 1, queue="other")
+    queue.pause("default")
+    after = queue.enqueue("echo", 2)
+    names = ["default", "other"]
+    assert (queue.waiting(DEFAULT), queue.waiting(names)) == (0, 1)
+    assert queue.take(worker, DEFAULT, 5) == []
+    assert ids(queue.dequeue(worker, names, 5)) == [other.id]
+    assert {name: told["paused"] for name, told in queue.queues().items()} == {"default": True, "other": False}
+    queue.resume("default")
+    assert queue.waiting(DEFAULT) == 2
+    assert ids(queue.dequeue(worker, DEFAULT, 5)) == [before.id, after.id]
+
+
+def test_pause_lets_go_on_what_runs(queue: Queue, prompt: None) -> None:
+    job = put(queue, "processing")
+    queue.pause("default")
+    job.set_progress(0.5)
+    queue.complete(job)
+    assert found(queue, job).status == "completed"
+
+
+def test_pause_takes_effect_in_other_processes_within_its_time(server: Server, queue: Queue, worker: str) -> None:
+    other = server.queue()
+    other.waiting(DEFAULT)
+    queue.pause("default")
+    queue.enqueue("echo", 1)
+    until(lambda: other.waiting(DEFAULT) == 0)
+    assert other.take(worker, DEFAULT, 1) == []
+
+
+def test_pause_and_resume_twice_are_as_once(queue: Queue, worker: str, prompt: None) -> None:
+    queue.pause("default")
+    queue.pause("default")
+    job = queue.enqueue("echo", 1)
+    queue.resume("default")
+    queue.resume("default")
+    assert ids(queue.dequeue(worker, DEFAULT, 5)) == [job.id]
+
+
+@pytest.mark.parametrize("name", ["", "a b", "{x}", 7, "x" * 101])
+@pytest.mark.parametrize("verb", ["pause", "resume"])
+def test_pause_and_resume_refuse_a_name(queue: Queue, verb: str, name: Any) -> None:
+    with pytest.raises(InvalidJob):
+        getattr(queue, verb)(name)
+
+
+def test_pause_of_a_queue_that_never_had_a_job_is_shown(queue: Queue) -> None:
+    queue.pause("new")
+    assert queue.queues() == {"new": {"pending": 0, "processing": 0, "oldestWaitingMs": 0, "paused": True}}
+
+
+def test_promote_and_release_fill_a_paused_queue(queue: Queue, worker: str, prompt: None) -> None:
+    job = put(queue, "processing")
+    delayed = put(queue, "delayed")
+    queue.pause("default")
+    queue.release(job)
+    queue.clock.ahead += 61_000
+    queue.promote()
+    assert queue.dequeue(worker, DEFAULT, 5) == []
+    queue.resume("default")
+    assert ids(queue.dequeue(worker, DEFAULT, 5)) == [job.id, delayed.id]
+
+
+def test_resume_wakes_a_worker_that_waits(server: Server, queue: Queue, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tinyqueue, "PAUSE_AGE", 3600.0)  # it learns of the end of the pause from its wait, or never
+    queue.pause("default")
+    other = server.queue()
+    assert other.waiting(DEFAULT) == 0
+    with ThreadPoolExecutor(1) as pool:
+        woken = pool.submit(other.wait, DEFAULT, 3.0)
+        queue.resume("default")
+        assert woken.result(10)
+    queue.enqueue("echo", 1)
+    assert other.waiting(DEFAULT) == 1
+
+
+def test_resume_lets_a_running_worker_go_on(queue: Queue, work: Any) -> None:
+    ran: list[Any] = []
+
+    @handler("echo")
+    def echo(payload: Any) -> None:
+        ran.append(payload)
+
+    queue.pause("default")
+    work(queue, "default", "other")
+    job = queue.enqueue("echo", "paused")
+    other = queue.enqueue("echo", "not", queue="other")
+    assert queue.wait_for(other.id, 20).status == "completed"
+    assert (found(queue, job).status, ran) == ("pending", ["not"])
+    queue.resume("default")
+    assert queue.wait_for(job.id, 20).status == "completed"
+
+
+def test_pause_outlives_a_worker(queue: Queue, work: Any) -> None:
+    @handler("echo")
+    def echo(payload: Any) -> None: ...
+
+    queue.pause("default")
+    stop(work(queue))
+    job = queue.enqueue("echo", 1)
+    restarted = work(queue)
+    until(lambda: restarted.id)
+    burst = work(queue, burst=True)
+    burst.thread.join(20)
+    assert not burst.thread.is_alive()
+    assert found(queue, job).status == "pending"
+
+
+def test_burst_ends_with_a_paused_backlog(queue: Queue, work: Any) -> None:
+    @handler("echo")
+    def echo(payload: Any) -> None: ...
+
+    queue.pause("default")
+    backlog = queue.enqueue_many("echo", range(5))
+    other = queue.enqueue("echo", 1, queue="other")
+    burst = work(queue, "default", "other", burst=True)
+    burst.thread.join(20)
+    assert not burst.thread.is_alive()
+    assert {found(queue, job).status for job in backlog} == {"pending"}
+    assert found(queue, other).status == "completed"
+
+
+# Cancelling what runs -------------------------------------------------------------------------------------------------
+
+
+def test_cancel_of_a_running_job_asks_it_to_stop(queue: Queue) -> None:
+    job = put(queue, "processing")
+    asked = queue.cancel(job.id)
+    assert (asked.status, asked.cancelled, asked.answer()["cancelRequested"]) == ("processing", True, True)
+    assert asked == found(queue, job)
+    assert queue.asked_to_stop([job.id, put(queue, "processing", queue="other").id]) == [job.id]
+    assert queue.stats()["total"]["cancelled"] == 0
+
+
+def test_cancel_of_a_running_job_twice_is_as_once(queue: Queue) -> None:
+    job = put(queue, "processing")
+    queue.cancel(job.id)
+    before = dump(queue)
+    assert queue.cancel(job.id).cancelled
+    assert dump(queue) == before
+
+
+def test_cancel_of_a_running_job_whose_handler_takes_no_job_is_refused(queue: Queue) -> None:
+    @handler("echo")
+    def echo(payload: Any) -> None: ...
+
+    job = put(queue, "processing")
+    before = dump(queue)
+    with pytest.raises(WrongStatus, match="takes no Job"):
+        queue.cancel(job.id)
+    assert dump(queue) == before
+
+
+@pytest.mark.parametrize("how", ["fail to be tried again", "fail for good", "release", "reap"])
+def test_job_that_was_asked_to_stop_ends_cancelled(queue: Queue, how: str) -> None:
+    job = put(queue, "processing", unique_key="k")
+    queue.cancel(job.id)
+    if how.startswith("fail"):
+        queue.fail(job, BOOM, after=None if how == "fail for good" else 10)
+    elif how == "release":
+        queue.release(job)
+    else:
+        lapse(queue, job.worker)
+        assert queue.reap(job.worker) == 1
+    ended = found(queue, job)
+    assert (ended.status, ended.cancelled, ended.attempts) == ("cancelled", True, 1)
+    assert queue.waiting(DEFAULT) == queue.stats()["delayed"] == queue.stats()["processing"] == 0
+    assert queue.stats()["total"] == {"completed": 0, "failed": 0, "cancelled": 1}
+
+
+def test_job_that_was_asked_to_stop_and_returns_is_completed(queue: Queue) -> None:
+    job = put(queue, "processing")
+    queue.cancel(job.id)
+    queue.complete(job, 7)
+    ended = found(queue, job)
+    assert (ended.status, ended.result, ended.cancelled) == ("completed", 7, False)
+
+
+def test_retry_of_a_job_that_was_stopped_forgets_the_request(queue: Queue, worker: str) -> None:
+    job = put(queue, "processing")
+    queue.cancel(job.id)
+    queue.release(job)
+    assert not queue.retry(job.id).cancelled
+    [again] = queue.dequeue(worker, DEFAULT)
+    assert not again.cancelled
+    queue.release(again)
+    assert found(queue, job).status == "pending"
+
+
+def test_progress_keeps_the_request_to_stop_and_tells_it(queue: Queue) -> None:
+    job = put(queue, "processing")
+    queue.cancel(job.id)
+    assert not job.cancelled
+    job.set_progress(0.5)
+    assert job.cancelled
+    assert (found(queue, job).cancelled, found(queue, job).progress) == (True, 0.5)
+
+
+@pytest.mark.parametrize("verb", ["progress", "complete", "fail", "release"])
+def test_cancel_just_before_the_worker_writes(near: Queue, far: Queue, proxy: CutProxy, verb: str) -> None:
+    job = put(near, "processing")
+    proxy.before(b"EXEC", lambda: near.cancel(job.id))
+    if verb == "progress":
+        job.progress = 0.5
+        far.write_progress(job)
+    elif verb == "fail":
+        far.fail(job, BOOM, after=5)
+    else:
+        getattr(far, verb)(job)
+    now = found(near, job)
+    expected = {"progress": "processing", "complete": "completed", "fail": "cancelled", "release": "cancelled"}
+    assert (now.status, now.cancelled) == (expected[verb], verb != "complete")
+
+
+def test_cancel_while_the_worker_ends_the_job(near: Queue, far: Queue, proxy: CutProxy) -> None:
+    job = put(near, "processing")
+    proxy.before(b"EXEC", lambda: near.complete(job))
+    with pytest.raises(WrongStatus, match="completed"):
+        far.cancel(job.id)
+
+
+@pytest.mark.parametrize("cut", ["drop_reply", "drop_request", "hold"])
+def test_cancel_of_a_running_job_whose_packet_is_lost(near: Queue, far: Queue, proxy: CutProxy, cut: str) -> None:
+    job = put(near, "processing")
+    getattr(proxy, cut)(b"EXEC")
+    assert far.cancel(job.id).cancelled
+    proxy.deliver()
+    assert (found(near, job).status, found(near, job).cancelled) == ("processing", True)
+
+
+def test_handler_that_sees_it_is_cancelled_and_raises_leaves_its_job_cancelled(queue: Queue, work: Any) -> None:
+    runs: list[int] = []
+
+    @handler("echo", timeout=30)
+    def echo(payload: Any, job: Job) -> None:
+        runs.append(job.attempt)
+        until(lambda: job.cancelled)
+        raise RuntimeError("I stop")
+
+    job = queue.enqueue("echo", {})
+    work(queue)
+    until(lambda: runs)
+    assert queue.cancel(job.id).status == "processing"
+    ended = queue.wait_for(job.id, 20)
+    assert (ended.status, ended.error.message, runs) == ("cancelled", "I stop", [1])
+    assert queue.stats()["delayed"] == 0
+
+
+def test_handler_that_sees_it_is_cancelled_and_returns_completes_its_job(queue: Queue, work: Any) -> None:
+    running = threading.Event()
+
+    @handler("echo", timeout=30)
+    def echo(payload: Any, job: Job) -> str:
+        running.set()
+        until(lambda: job.cancelled)
+        return "as far as I came"
+
+    job = queue.enqueue("echo", {})
+    work(queue)
+    assert running.wait(20)
+    queue.cancel(job.id)
+    ended = queue.wait_for(job.id, 20)
+    assert (ended.status, ended.result, ended.cancelled) == ("completed", "as far as I came", False)
+
+
+def test_handler_that_is_not_meant_goes_on(queue: Queue, work: Any) -> None:
+    seen: dict[str, Job] = {}
+    go_on = threading.Event()
+
+    @handler("echo", timeout=30)
+    def echo(payload: str, job: Job) -> bool:
+        seen[payload] = job
+        if payload == "a":
+            until(lambda: job.cancelled)
+        else:
+            go_on.wait(20)
+        return job.cancelled
+
+    a, b = queue.enqueue("echo", "a"), queue.enqueue("echo", "b")
+    work(queue, slots=2)
+    until(lambda: len(seen) == 2)
+    queue.cancel(a.id)
+    queue.wait_for(a.id, 20)
+    go_on.set()
+    assert queue.wait_for(b.id, 20).result is False
+
+
+def test_job_that_was_stopped_is_not_logged_as_to_be_tried_again(queue: Queue, work: Any, caplog: pytest.LogCaptureFixture) -> None:
+    running = threading.Event()
+
+    @handler("echo", timeout=30)
+    def echo(payload: Any, job: Job) -> None:
+        running.set()
+        until(lambda: job.cancelled)
+        raise RuntimeError("I stop")
+
+    job = queue.enqueue("echo", {})
+    worker = work(queue)
+    assert running.wait(20)
+    queue.cancel(job.id)
+    assert queue.wait_for(job.id, 20).status == "cancelled"
+    stop(worker)
+    assert not [line for line in caplog.messages if "again in" in line]
+
+
+# Pages ----------------------------------------------------------------------------------------------------------------
+
+
+def pages(queue: Queue, filter: Filter = Filter(), limit: int = 2) -> list[list[str]]:  # noqa: B008
+    """All pages of a listing."""
+    found, cursor = queue.page(filter, limit=limit)
+    all = [ids(found)]
+    while cursor:
+        found, cursor = queue.page(filter, limit=limit, cursor=cursor)
+        all.append(ids(found))
+        assert len(all) < 1000
+    return all
+
+
+def everything(queue: Queue, filter: Filter = Filter(), limit: int = 2) -> list[str]:  # noqa: B008
+    return [id for page in pages(queue, filter, limit) for id in page]
+
+
+@pytest.mark.parametrize("limit", [1, 2, 3, 50])
+def test_page_lists_all_statuses_newest_first(queue: Queue, limit: int) -> None:
+    made = []
+    for status in ("pending", "completed", "delayed", "failed", "processing"):
+        made.insert(0, put(queue, status, queue=status).id)
+        queue.clock.ahead += 5
+    assert everything(queue, limit=limit) == made
+
+
+@pytest.mark.parametrize("delay", [0, 60])
+def test_page_lists_a_cancelled_job_once(queue: Queue, delay: int) -> None:
+    job = queue.enqueue("echo", {}, delay=delay)
+    queue.clock.ahead += 5
+    queue.cancel(job.id)
+    assert everything(queue) == [job.id]
+
+
+@pytest.mark.parametrize("status", ["pending", "processing", "completed", "failed", "cancelled"])
+@pytest.mark.parametrize("limit", [1, 2, 4, 50])
+def test_page_lists_one_status_newest_first(queue: Queue, status: str, limit: int) -> None:
+    made = []
+    for name in ("a", "b", "c", "d"):
+        made.insert(0, put(queue, status, queue=name).id)
+        put(queue, "completed" if status != "completed" else "failed", queue=name + "x")
+        queue.clock.ahead += 5
+    assert everything(queue, Filter(status), limit) == made
+    assert all(len(page) <= limit for page in pages(queue, Filter(status), limit))
+
+
+def test_page_filters_by_all_that_is_given(queue: Queue, worker: str) -> None:
+    a = queue.enqueue("mail", 1)
+    queue.clock.ahead += 5
+    b = queue.enqueue("mail", 2, queue="other")
+    queue.clock.ahead += 5
+    c = queue.enqueue("sum", 3)
+    d = queue.enqueue("mail", 4, max_attempts=1)
+    queue.clock.ahead += 5
+    for job in queue.dequeue(worker, DEFAULT, 9)[1:]:
+        queue.fail(job, Failure("Boom" if job.type == "mail" else "Bang", ""))
+    assert everything(queue, Filter(type="mail")) == [d.id, b.id, a.id]
+    assert everything(queue, Filter(queue="other")) == [b.id]
+    assert set(everything(queue, Filter("failed"))) == {c.id, d.id}
+    assert everything(queue, Filter(error_type="Bang")) == [c.id]
+    assert everything(queue, Filter("failed", "mail", "default", "Boom")) == [d.id]
+    assert everything(queue, Filter("failed", "mail", "default", "Bang")) == []
+    assert everything(queue, Filter("processing")) == [a.id]
+
+
+def test_page_goes_on_where_it_was_while_jobs_come_and_go(queue: Queue) -> None:
+    made = []
+    for name in "abcdefgh":
+        made.insert(0, put(queue, "failed", queue=name).id)
+        queue.clock.ahead += 5
+    first, cursor = queue.page(Filter("failed"), limit=3)
+    assert ids(first) == made[:3]
+    queue.retry(made[2])  # the last of the page is gone
+    queue.retry(made[4])
+    put(queue, "failed", queue="new")
+    second, cursor = queue.page(Filter("failed"), limit=3, cursor=cursor)
+    assert ids(second) == [made[3], made[5], made[6]]
+    third, cursor = queue.page(Filter("failed"), limit=3, cursor=cursor)
+    assert (ids(third), cursor) == ([made[7]], "")
+
+
+def test_page_of_many_that_ended_in_one_millisecond_leaves_none_out(near: Queue) -> None:
+    near.clock = Still()
+    made: list[str] = []
+    for _ in range(3):
+        worker = near.register(DEFAULT, 500)
+        made += ids(near.enqueue_many("echo", range(1000)))
+        jobs = near.dequeue(worker, DEFAULT, 1000)
+        near.settle(worker, [Outcome(job, "complete") for job in jobs])
+    near.clock.ahead -= 1000
+    made.append(put(near, "completed").id)
+    assert sorted(everything(near, Filter("completed"), 500)) == sorted(made)
+
+
+def test_page_looks_at_a_limited_number_and_may_be_empty(queue: Queue, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tinyqueue, "SCANNED", 3)
+    first = queue.enqueue("rare", {})
+    queue.clock.ahead += 5
+    queue.enqueue_many("echo", range(7))
+    found = pages(queue, Filter(type="rare"), limit=1)
+    assert found[:2] == [[], []]
+    assert [id for page in found for id in page] == [first.id]
+
+
+def test_page_of_nothing_has_no_cursor(queue: Queue) -> None:
+    assert queue.page() == ([], "")
+
+
+def test_page_that_is_just_full_has_no_cursor(queue: Queue) -> None:
+    jobs = queue.enqueue_many("echo", range(2))
+    found, cursor = queue.page(limit=2)
+    assert (set(ids(found)), cursor) == (set(ids(jobs)), "")
+
+
+@pytest.mark.parametrize("cursor", ["x", "1", "1.", ".a", "1.x", "-1.a", "1.a\n", "99999999999999999.a", "1.a 1.a", "\u0661.a"])
+@pytest.mark.parametrize("call", ["page", "change_many"])
+def test_page_refuses_a_cursor_that_is_none(queue: Queue, cursor: str, call: str) -> None:
+    with pytest.raises(InvalidJob) as caught:
+        queue.page(cursor=cursor) if call == "page" else queue.change_many("cancel", Filter(), cursor)
+    assert caught.value.field == "cursor"
+
+
+def test_page_passes_over_entries_of_records_that_are_gone(queue: Queue) -> None:
+    gone = put(queue, "failed", queue="a")
+    kept = put(queue, "failed", queue="b")
+    raw(queue).delete(queue.keys.job(gone.id))
+    assert everything(queue, Filter("failed"), 1) == [kept.id]
+    raw(queue).zrem(queue.keys.failed, gone.id)
+
+
+# Changing many --------------------------------------------------------------------------------------------------------
+
+
+def test_cancel_many_cancels_what_fits(queue: Queue) -> None:
+    fitting = queue.enqueue_many("mail", range(3)) + queue.enqueue_many("mail", range(2), delay=60)
+    other, ended = queue.enqueue("sum", 1), put(queue, "completed", queue="q")
+    assert queue.change_many("cancel", Filter("pending", "mail")) == {"cancelled": 5, "skipped": 0, "cursor": ""}
+    assert {found(queue, job).status for job in fitting} == {"cancelled"}
+    assert (found(queue, other).status, found(queue, ended).status) == ("pending", "completed")
+    assert queue.change_many("cancel", Filter("pending", "mail")) == {"cancelled": 0, "skipped": 0, "cursor": ""}
+
+
+def test_retry_many_revives_what_fits(queue: Queue) -> None:
+    jobs = [put(queue, status, queue=status) for status in ("failed", "cancelled", "completed", "pending")]
+    assert queue.change_many("retry", Filter("failed")) == {"retried": 1, "skipped": 0, "cursor": ""}
+    assert [found(queue, job).status for job in jobs] == ["pending", "cancelled", "completed", "pending"]
+
+
+def test_retry_many_skips_what_cannot_be_retried(queue: Queue) -> None:
+    for status in ("failed", "completed", "pending"):
+        put(queue, status, queue=status)
+    assert queue.change_many("retry", Filter()) == {"retried": 1, "skipped": 2, "cursor": ""}
+
+
+def test_retry_many_with_one_unique_key_revives_one(queue: Queue) -> None:
+    for _ in range(3):
+        put(queue, "failed", unique_key="k")
+    assert queue.change_many("retry", Filter("failed")) == {"retried": 1, "skipped": 2, "cursor": ""}
+
+
+@pytest.mark.parametrize(("verb", "word", "status"), [("cancel", "cancelled", "pending"), ("retry", "retried", "failed")])
+def test_change_many_goes_on_at_its_cursor(
+    queue: Queue, monkeypatch: pytest.MonkeyPatch, verb: Any, word: str, status: str
+) -> None:
+    monkeypatch.setattr(tinyqueue, "SCANNED", 2)
+    for name in "abcde":
+        put(queue, status, queue=name)
+    counts, cursor = [], ""
+    while not counts or cursor:
+        answer = queue.change_many(verb, Filter(status), cursor)
+        counts.append((answer[word], answer["skipped"]))
+        cursor = answer["cursor"]
+    assert counts == [(2, 0), (2, 0), (1, 0)]
+    assert queue.jobs(status) == []
+
+
+def test_cancel_many_counts_what_changes_meanwhile_as_skipped(near: Queue, far: Queue, proxy: CutProxy) -> None:
+    near.enqueue_many("echo", range(3))
+
+    def cancel_all() -> None:
+        for job in near.jobs("pending"):
+            near.cancel(job.id)
+
+    proxy.before(b"WATCH", cancel_all)
+    assert far.change_many("cancel", Filter("pending")) == {"cancelled": 0, "skipped": 3, "cursor": ""}
+
+
+def test_cancel_many_reaches_all_of_a_long_queue(queue: Queue, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tinyqueue, "LISTED", 5)
+    jobs = queue.enqueue_many("echo", range(12))
+    cursor = queue.change_many("cancel", Filter("pending"))["cursor"]
+    while cursor:
+        cursor = queue.change_many("cancel", Filter("pending"), cursor)["cursor"]
+    assert {found(queue, job).status for job in jobs} == {"cancelled"}
+
+
+def test_cancel_many_asks_running_jobs_to_stop_or_skips_them(queue: Queue) -> None:
+    @handler("deaf")
+    def deaf(payload: Any) -> None: ...
+
+    job = put(queue, "processing")
+    queue.enqueue("deaf", {}, queue="other")
+    queue.dequeue(queue.register(["other"], 1), ["other"])
+    assert queue.change_many("cancel", Filter("processing")) == {"cancelled": 1, "skipped": 1, "cursor": ""}
+    assert found(queue, job).cancelled
+
+
+# Waiting for the end --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("how", ["complete", "fail", "cancel", "reap", "expire"])
+def test_wait_for_wakes_when_the_job_ends(server: Server, queue: Queue, how: str) -> None:
+    job = put(queue, "processing" if how in ("complete", "fail", "reap") else "pending", max_attempts=1, expires_in=3600)
+    other = server.queue()
+    subscribed = threading.Event()
+
+    def end() -> None:
+        assert subscribed.wait(20)
+        if how == "complete":
+            queue.complete(job)
+        elif how == "fail":
+            queue.fail(job, BOOM)
+        elif how == "cancel":
+            queue.cancel(job.id)
+        elif how == "reap":
+            lapse(queue, job.worker)
+            queue.reap(job.worker)
+        else:
+            queue.clock.ahead += 3700_000
+            queue.dequeue(queue.register(DEFAULT, 1), DEFAULT)
+
+    with ThreadPoolExecutor(2) as pool:
+        ending, waiting = pool.submit(end), pool.submit(other.wait_for, job.id, 60)
+        until(lambda: raw(queue).sismember(queue.keys.awaited, job.id))
+        begun = time.monotonic()
+        subscribed.set()
+        ended = waiting.result(30)
+        ending.result(30)
+        assert time.monotonic() - begun < 4, "it heard nothing and looked again"
+    assert ended == found(queue, job)
+    assert ended.status in ENDED
+
+
+def test_wait_for_asks_for_the_job_three_times(near: Queue, far: Queue, proxy: CutProxy) -> None:
+    job, other = put(near, "processing"), put(near, "processing", queue="other")
+    far.get(job.id)
+    proxy.packets.clear()
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(far.wait_for, job.id, 60)
+        until(lambda: any(b"BLPOP" in packet for packet in proxy.packets))
+        near.complete(other)
+        near.complete(job)
+        assert waiting.result(30).status == "completed"
+    assert sum(b"GET" in packet for packet in proxy.packets) == 3
+    assert sum(b"BLPOP" in packet for packet in proxy.packets) == 1
+
+
+def test_wait_for_a_job_that_ends_before_it_is_awaited(near: Queue, far: Queue, proxy: CutProxy) -> None:
+    job = put(near, "processing")
+    proxy.before(b"SADD", lambda: near.complete(job))
+    assert far.wait_for(job.id, 60).status == "completed"
+    assert not any(b"BLPOP" in packet for packet in proxy.packets)
+
+
+@pytest.mark.parametrize("status", ENDED)
+def test_wait_for_a_job_that_has_ended_returns_at_once(queue: Queue, status: str) -> None:
+    job = put(queue, status)
+    assert queue.wait_for(job.id, 60) == job
+
+
+@pytest.mark.parametrize("id", ["01890000-0000-7000-8000-000000000000", "", "no id"])
+def test_wait_for_no_job_is_none(queue: Queue, id: str) -> None:
+    assert queue.wait_for(id, 60) is None
+
+
+@pytest.mark.parametrize("seconds", [0, -1, 0.05])
+def test_wait_for_ends_when_the_time_is_up(queue: Queue, seconds: float) -> None:
+    job = put(queue, "pending")
+    assert queue.wait_for(job.id, seconds) == job
+    assert queue.get(job.id) == job  # the connection is fit for use
+
+
+def test_wait_for_by_many_at_once_wakes_all(server: Server, queue: Queue) -> None:
+    job = put(queue, "processing")
+    other = server.queue()
+    with ThreadPoolExecutor(20) as pool:
+        waiting = [pool.submit(other.wait_for, job.id, 60) for _ in range(20)]
+        until(
+            lambda: (
+                raw(queue).info("clients")["blocked_clients"] == 20
+                if server.url
+                else raw(queue).sismember(queue.keys.awaited, job.id)
+            )
+        )
+        queue.complete(job)
+        assert {each.result(30).status for each in waiting} == {"completed"}
+
+
+@pytest.mark.parametrize("packet", [b"GET", b"SADD", b"BLPOP"])
+@pytest.mark.parametrize("cut", ["drop_reply", "drop_request"])
+def test_wait_for_on_a_connection_that_is_cut_says_so(near: Queue, far: Queue, proxy: CutProxy, cut: str, packet: bytes) -> None:
+    job = put(near, "processing")
+    getattr(proxy, cut)(packet)
+    if (cut, packet) == ("drop_reply", b"BLPOP"):
+        proxy.packets.clear()
+        threading.Timer(0.1, near.complete, [job]).start()  # for there is no reply before
+    with pytest.raises(Unavailable):
+        far.wait_for(job.id, 60)
+    assert far.get(job.id) == found(near, job)
+
+
+def test_wait_for_leaves_nothing_behind(queue: Queue) -> None:
+    job = put(queue, "processing")
+    assert queue.wait_for(job.id, 0.05) == job
+    assert not raw(queue).exists(queue.keys.awaited)
+    queue.complete(job)
+    assert not raw(queue).exists(queue.keys.done(job.id))
+
+
+# Counts and limits ----------------------------------------------------------------------------------------------------
+
+
+def test_queues_tells_how_long_the_oldest_waits(queue: Queue, worker: str) -> None:
+    queue.enqueue("echo", 1)
+    queue.clock.ahead += 5000
+    queue.enqueue("echo", 2)
+    queue.enqueue("echo", 3, queue="other")
+    queue.clock.ahead += 2000
+    told = queue.queues()
+    assert 7000 <= told["default"]["oldestWaitingMs"] < 20_000
+    assert 2000 <= told["other"]["oldestWaitingMs"] < 7000
+    assert 7000 <= queue.stats()["oldestWaitingMs"] < 20_000
+    queue.dequeue(worker, DEFAULT)
+    assert 2000 <= queue.stats()["oldestWaitingMs"] < 7000
+
+
+def test_queues_in_which_nothing_waits_tell_no_waiting_time(queue: Queue) -> None:
+    put(queue, "delayed", queue="a")
+    put(queue, "processing", queue="b")
+    put(queue, "cancelled", queue="c")
+    queue.clock.ahead += 5000
+    assert {told["oldestWaitingMs"] for told in queue.queues().values()} == {0}
+
+
+def test_stats_tells_what_ended_within_the_last_minute(queue: Queue) -> None:
+    queue.clock = Still()  # at the beginning of a minute
+    for status in ENDED:
+        put(queue, status, queue=status)
+    put(queue, "completed", queue="another")
+    expected = {"completed": 2, "failed": 1, "cancelled": 1}
+    queue.clock.ahead += 59_000
+    assert queue.stats()["lastMinute"] == expected
+    queue.clock.ahead += 1000
+    assert queue.stats()["lastMinute"] == expected
+    queue.clock.ahead += 45_000
+    assert queue.stats()["lastMinute"]["completed"] in (0, 1)
+    queue.clock.ahead += 15_000
+    assert queue.stats()["lastMinute"] == dict.fromkeys(ENDED, 0)
+    assert queue.stats()["total"] == expected
+    [minute] = [key for key in dump(queue) if key.startswith(queue.keys.minute_prefix)]
+    assert 0 < raw(queue).ttl(minute) <= 7200
+
+
+def test_spend_counts_down_within_a_window(queue: Queue) -> None:
+    queue.clock = Still()
+    assert [queue.spend("me", 2, 60) for _ in range(3)] == [(1, 60), (0, 60), (-1, 60)]
+    assert queue.spend("2001:db8::1", 2, 60) == (1, 60)
+    queue.clock.ahead += 59_000
+    assert queue.spend("me", 2, 60) == (-2, 1)
+    queue.clock.ahead += 1000
+    assert queue.spend("me", 2, 60) == (1, 60)
+    assert all(0 < raw(queue).ttl(key) <= 60 for key in dump(queue) if key.startswith(queue.keys.rate_prefix))
+
+
+def test_spend_by_many_at_once_counts_each(queue: Queue) -> None:
+    queue.clock = Still()
+    with ThreadPoolExecutor(8) as pool:
+        left = [left for left, _ in pool.map(lambda _: queue.spend("me", 10, 3600), range(40))]
+    assert sorted(left, reverse=True) == list(range(9, -31, -1))
+
+
+def test_max_pending_refuses_more(server: Server) -> None:
+    queue = server.queue(max_pending=2)
+    worker = queue.register(DEFAULT, 1)
+    queue.enqueue("echo", 1)
+    with pytest.raises(QueueFull, match="default"):
+        queue.enqueue_many("echo", range(2))
+    queue.enqueue("echo", 2, delay=60)
+    before = dump(queue)
+    with pytest.raises(QueueFull):
+        queue.enqueue("echo", 3)
+    with pytest.raises(QueueFull):
+        submit_once(queue)
+    assert dump(queue) == before
+    queue.enqueue("echo", 3, queue="other")
+    queue.dequeue(worker, DEFAULT)
+    queue.enqueue("echo", 4)
+    assert_books(queue)
+
+
+def test_max_pending_lets_through_what_stores_nothing(server: Server) -> None:
+    queue = server.queue(max_pending=2)
+    first, second = submit_once(queue, unique_key="k"), unique(queue, "other")
+    assert submit_once(queue, unique_key="k") == first
+    assert unique(queue, "other") == second
+    assert_books(queue)
+
+
+def test_max_pending_is_not_for_what_comes_back(server: Server) -> None:
+    queue = server.queue(max_pending=1)
+    job = put(queue, "processing")
+    failed = put(queue, "failed")
+    queue.enqueue("echo", 1)
+    queue.release(job)
+    assert queue.retry(failed.id)
+    assert queue.stats()["pending"] == 3
+    assert_books(queue)
+
+
+@pytest.fixture
+def own(start_redis: Callable[..., RedisServer]) -> Iterator[Queue]:
+    """A queue on a real server of its own."""
+    queue = Queue.from_url(start_redis("--maxmemory-policy", "noeviction").url)
+    yield queue
+    assert_books(queue)
+    queue.pool.disconnect()
+
+
+def test_memory_that_is_short_refuses_jobs_and_lets_others_end(own: Queue) -> None:
+    job = put(own, "processing")
+    used = raw(own).info("memory")["used_memory"]
+    raw(own).config_set("maxmemory", int(used / 0.97))
+    fresh = Queue(own.pool)
+    assert fresh.memory_is_short()
+    for submit in (lambda: fresh.enqueue("echo", 1), lambda: submit_once(fresh), lambda: unique(fresh)):
+        with pytest.raises(Unavailable) as caught:
+            submit()
+        assert (caught.value.reason, caught.value.doubtful) == ("full", False)
+    raw(own).config_set("maxmemory", used * 2)
+    fresh.complete(job)
+    until(lambda: not fresh.memory_is_short())
+    fresh.enqueue("echo", 1)
+
+
+@pytest.mark.parametrize("rules", [["&*"], ["&*", "-@dangerous"], []], ids=["all", "no INFO", "no channels"])
+def test_user_with_the_usual_rights_can_submit_and_end_jobs(own: Queue, rules: list[str]) -> None:
+    raw(own).execute_command("ACL", "SETUSER", "app", "on", ">secret", "~{queue}*", "resetchannels", "+@all", *rules)
+    queue = Queue.from_url(f"redis://app:secret@127.0.0.1:{own.pool.connection_kwargs['port']}/0")
+    queue.submit([queue.draft("echo", 1)])
+    [job] = queue.dequeue(queue.register(DEFAULT, 1), DEFAULT)
+    queue.complete(job)
+    assert found(own, job).status == "completed"
+    queue.pool.disconnect()
+
+
+def test_memory_without_a_limit_is_never_short(queue: Queue) -> None:
+    assert not queue.memory_is_short()
+
+
+def test_everything_at_once_keeps_the_books(server: Server, queue: Queue) -> None:
+    def client(seed: int) -> None:
+        mine, chance = server.queue(), random.Random(seed)
+        for n in range(200):
+            key = chance.choice(["a", "b", "c"])
+            with suppress(WrongStatus, KeyReused, Unavailable):
+                match chance.randrange(6):
+                    case 0:
+                        drafts = [mine.draft("echo", n, unique_key=chance.choice([key, None])) for _ in range(3)]
+                        mine.submit(drafts, chance.choice([None, Once(f"{seed % 2} {n}", "")]))
+                    case 1:
+                        mine.enqueue("echo", n, delay=60)
+                    case 2:
+                        mine.change_many("cancel", Filter(chance.choice(["pending", "processing"])))
+                    case 3:
+                        mine.change_many("retry", Filter(chance.choice(["failed", "cancelled"])))
+                    case 4:
+                        mine.pause("default")
+                    case _:
+                        mine.resume("default")
+                        mine.page(limit=5)
+
+    def work(seed: int) -> None:
+        mine, chance = server.queue(), random.Random(seed)
+        id = mine.register(DEFAULT, 5)
+        for _ in range(200):
+            jobs = mine.dequeue(id, DEFAULT, 5)
+            for job in jobs:
+                job.set_progress(chance.random())
+            verbs = [chance.choice(["complete", "fail", "release"]) for _ in jobs]
+            mine.settle(id, [Outcome(job, verb, error=BOOM) for job, verb in zip(jobs, verbs, strict=True)])
+        mine.deregister(id)
+
+    with ThreadPoolExecutor(8) as pool:
+        running = [pool.submit(work if seed % 2 else client, seed) for seed in range(8)]
+        for each in running:
+            each.result(120)

@@ -1,0 +1,628 @@
+"""Watching and steering over HTTP: listings and their pages, waiting for a job's end, cancel, retry, bulk, queues and workers."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import pytest
+from client import NO_BODY, Answer, Client
+from conftest import dump, lapse, put, raw
+
+from tinyqueue import HANDLERS, STATUSES, Failure, Job, Queue, Settings, handler
+from wsgi import API, CUT, THREADS
+
+NO_JOB = "01900000-0000-7000-8000-000000000000"
+ENDED = ("completed", "failed", "cancelled")
+
+
+def echo(payload: Any, job: Job) -> Any:
+    return payload
+
+
+def deaf(payload: Any) -> Any:
+    return payload
+
+
+@pytest.fixture(autouse=True)
+def handlers() -> Iterator[None]:
+    before = dict(HANDLERS)
+    HANDLERS.clear()
+    handler("echo")(echo)
+    handler("deaf", queue="deaf")(deaf)
+    yield
+    HANDLERS.clear()
+    HANDLERS.update(before)
+
+
+@pytest.fixture
+def api(queue: Queue) -> Client:
+    return Client(API(Settings(), queue))
+
+
+def ids(answer: Answer) -> list[str]:
+    assert answer.status == 200, answer
+    return [job["id"] for job in answer.json["jobs"]]
+
+
+def pages(api: Client, path: str) -> list[list[str]]:
+    """All pages of a listing, by following its cursors."""
+    found, cursor = [], ""
+    while cursor is not None:
+        answer = api.get(path + f"&cursor={cursor}")
+        found.append(ids(answer))
+        cursor = answer.json["cursor"]
+    return found
+
+
+# List -----------------------------------------------------------------------------------------------------------------
+
+
+def test_list_nothing(api: Client) -> None:
+    assert api.get("/jobs").json == {"jobs": [], "cursor": None}
+
+
+def test_list_jobs_newest_first_as_show_gives_them(api: Client, queue: Queue) -> None:
+    made = [put(queue, status, queue=status).id for status in STATUSES]
+    answer = api.get("/jobs")
+    assert sorted(ids(answer)) == sorted(made)
+    assert answer.json["cursor"] is None
+    for job in answer.json["jobs"]:
+        whole = api.get(f"/jobs/{job['id']}").json
+        whole.get("error", {}).pop("traceback", None)
+        assert job == whole
+    moments = [job.get("endedAt", job["createdAt"]) for job in answer.json["jobs"]]
+    assert moments == sorted(moments, reverse=True)
+
+
+def test_list_a_job_once_whose_entry_is_still_in_its_queue(api: Client, queue: Queue) -> None:
+    """That of a cancelled job stays there until a worker drops it."""
+    id = queue.enqueue("echo", 1).id
+    queue.clock.ahead = 1000
+    queue.cancel(id)
+    assert ids(api.get("/jobs")) == [id]
+    assert pages(api, "/jobs?limit=1") in ([[id]], [[id], []])
+
+
+@pytest.mark.parametrize("status", STATUSES)
+def test_list_jobs_of_one_status(api: Client, queue: Queue, status: str) -> None:
+    made = {each: put(queue, each, queue=each).id for each in STATUSES}
+    assert ids(api.get(f"/jobs?status={status}")) == [made[status]]
+
+
+def test_list_jobs_that_wait_for_their_time_as_pending(api: Client, queue: Queue) -> None:
+    id = put(queue, "delayed").id
+    assert ids(api.get("/jobs?status=pending")) == [id]
+
+
+FILTERED = {
+    "": 4,
+    "type=echo": 3,
+    "type=deaf": 1,
+    "type=nope": 0,
+    "queue=deaf": 1,
+    "queue=slow": 1,
+    "queue=default": 2,
+    "queue=no such name!": 0,
+    "errorType=Boom": 1,
+    "errorType=boom": 0,
+    "status=failed&errorType=Boom&type=echo&queue=default": 1,
+    "status=pending&errorType=Boom": 0,
+    "status=pending&type=echo": 2,
+    "status=&type=&queue=&errorType=&cursor=": 4,
+    "type=%C3%A9": 0,
+    "type=nope&type=echo": 3,
+}
+
+
+@pytest.mark.parametrize(("query", "count"), FILTERED.items())
+def test_list_jobs_that_fit_all_filters(api: Client, queue: Queue, query: str, count: int) -> None:
+    put(queue, "failed")
+    put(queue, "pending")
+    queue.enqueue("echo", 1, queue="slow")
+    queue.enqueue("deaf", 1)
+    assert len(ids(api.get("/jobs?" + query.replace(" ", "%20")))) == count
+
+
+@pytest.mark.parametrize("status", ["pending", "completed", "cancelled"])
+@pytest.mark.parametrize("limit", [1, 2, 3, 7, 8, 500])
+def test_list_every_job_once_over_all_pages(api: Client, queue: Queue, status: str, limit: int) -> None:
+    made = {put(queue, status).id if status != "pending" else queue.enqueue("echo", 1).id for _ in range(7)}
+    found = pages(api, f"/jobs?status={status}&limit={limit}")
+    assert {len(page) for page in found[:-1]} <= {limit}
+    assert len(found) == -(-7 // limit)
+    listed = [id for page in found for id in page]
+    assert (len(listed), set(listed)) == (7, made)
+
+
+def test_list_neither_twice_nor_never_what_stays_while_others_come_and_go(api: Client, queue: Queue) -> None:
+    queue.enqueue_many("echo", range(9))
+    whole, first = ids(api.get("/jobs")), api.get("/jobs?limit=3")
+    queue.enqueue("echo", "new")
+    queue.cancel(whole[4])
+    rest = ids(api.get(f"/jobs?status=pending&limit=100&cursor={first.json['cursor']}"))
+    assert ids(first) == whole[:3]
+    assert [id for id in rest if id in whole] == [whole[3], *whole[5:]]
+
+
+def test_list_fifty_jobs_unless_another_number_is_asked_for(api: Client, queue: Queue) -> None:
+    queue.enqueue_many("echo", range(60))
+    assert [len(ids(api.get("/jobs" + query))) for query in ("", "?limit=1", "?limit=0059", "?limit=500")] == [50, 1, 59, 60]
+
+
+@pytest.mark.parametrize("limit", ["", "0", "501", "-1", "1.0", "1e1", " 1", "x", "%D9%A3", "9" * 5000, "1%00"])
+def test_refuse_what_is_no_limit(api: Client, limit: str) -> None:
+    answer = api.get(f"/jobs?limit={limit}")
+    assert (answer.status, answer.kind, answer.problem["field"]) == (400, "invalid-query", "limit")
+
+
+@pytest.mark.parametrize(
+    "cursor", ["x", "1", "1.", ".1", "1.x", "-1.a", "1.a.b", "1." + "a" * 37, "9" * 17 + ".a", "1.a%0a", "%D9%A3.a", NO_JOB]
+)
+def test_refuse_what_is_no_cursor(api: Client, queue: Queue, cursor: str) -> None:
+    for answer in (api.get(f"/jobs?cursor={cursor}"), api.post("/jobs/cancel", {"cursor": cursor})):
+        assert (answer.status, answer.kind, answer.problem["field"]) == (422, "invalid-job", "cursor")
+
+
+@pytest.mark.parametrize("status", ["delayed", "Pending", "pending ", "x", "%00", "pending,failed"])
+def test_refuse_what_is_no_status(api: Client, status: str) -> None:
+    answer = api.get(f"/jobs?status={status}")
+    assert (answer.status, answer.problem["field"]) == (422, "status")
+    assert all(each in answer.problem["detail"] for each in STATUSES)
+
+
+@pytest.mark.parametrize("query", ["state=failed", "Status=failed", "error_type=x", "%00=x", "%C3%A9=x", "=x", "limit[]=1"])
+def test_refuse_an_unknown_filter_and_name_those_that_are(api: Client, query: str) -> None:
+    answer = api.get(f"/jobs?{query}")
+    assert (answer.status, answer.kind) == (422, "invalid-job")
+    assert "status, type, queue, errorType" in answer.problem["detail"]
+
+
+@pytest.mark.parametrize("query", ["type=%ff", "queue=%fe%ff", "errorType=%c3", "status=%ff", "limit=%ff", "cursor=%ff", "%ff=x"])
+def test_refuse_a_query_that_is_no_utf8(api: Client, query: str) -> None:
+    answer = api.get(f"/jobs?{query}")
+    assert answer.status in (400, 422)
+    assert answer.problem
+    assert api.log.getvalue() == ""
+
+
+def test_list_cuts_long_payloads_and_results(api: Client, queue: Queue) -> None:
+    long = "é" * CUT
+    queue.enqueue("echo", long)
+    [job] = queue.dequeue(queue.register(["default"], 1), ["default"])
+    queue.complete(job, {"a": long})
+    [listed] = api.get("/jobs").json["jobs"]
+    assert not {"payload", "result"} & listed.keys()
+    assert ('"' + long).startswith(listed["payloadPreview"])
+    assert ('{"a":"' + long).startswith(listed["resultPreview"])
+    assert all(CUT - 4 < len(listed[name].encode()) <= CUT for name in ("payloadPreview", "resultPreview"))
+    assert api.get(f"/jobs/{job.id}").json["result"] == {"a": long}
+
+
+@pytest.mark.parametrize("size", [CUT - 2, CUT - 1])
+def test_list_keeps_a_payload_that_is_just_short_enough(api: Client, queue: Queue, size: int) -> None:
+    queue.enqueue("echo", "x" * size)
+    [listed] = api.get("/jobs").json["jobs"]
+    assert ("payload" in listed) == (size == CUT - 2)
+
+
+def test_list_leaves_out_tracebacks(api: Client, queue: Queue) -> None:
+    queue.enqueue("echo", 1, max_attempts=1)
+    [job] = queue.dequeue(queue.register(["default"], 1), ["default"])
+    queue.fail(job, Failure("Boom", "it broke", "Traceback: ..."))
+    assert api.get("/jobs").json["jobs"][0]["error"] == {"type": "Boom", "message": "it broke"}
+    assert api.get(f"/jobs/{job.id}").json["error"]["traceback"] == "Traceback: ..."
+
+
+# Wait -----------------------------------------------------------------------------------------------------------------
+
+
+def awaited(queue: Queue) -> int:
+    """How many jobs somebody waits for."""
+    return int(raw(queue).scard(queue.keys.awaited))
+
+
+def until(reached: Callable[[], bool]) -> None:
+    """Ask again and again, for as long as a slow machine may take."""
+    for _ in range(2000):
+        if reached():
+            return
+        threading.Event().wait(0.005)
+    raise AssertionError("it never came to that")
+
+
+@pytest.fixture
+def pool() -> Iterator[ThreadPoolExecutor]:
+    with ThreadPoolExecutor(2 * THREADS) as pool:
+        yield pool
+
+
+def wait_for(api: Client, pool: ThreadPoolExecutor, id: str, times: int = 1) -> list[Future[Answer]]:
+    return [pool.submit(api.get, f"/jobs/{id}?wait=25") for _ in range(times)]
+
+
+@pytest.mark.parametrize("status", ENDED)
+def test_wait_ends_when_the_job_does(api: Client, queue: Queue, pool: ThreadPoolExecutor, status: str) -> None:
+    id = queue.enqueue("echo", 1).id
+    [waiting] = wait_for(api, pool, id)
+    until(lambda: awaited(queue) == 1)
+    if status == "cancelled":
+        queue.cancel(id)
+    else:
+        [job] = queue.dequeue(queue.register(["default"], 1), ["default"])
+        assert not waiting.done()
+        if status == "completed":
+            queue.complete(job, "done")
+        else:
+            queue.fail(job, Failure("Boom", "it broke"))
+    assert waiting.result(timeout=20).json["status"] == status
+
+
+def test_wait_goes_on_while_others_end(api: Client, queue: Queue, pool: ThreadPoolExecutor) -> None:
+    id = queue.enqueue("echo", 1).id
+    [waiting] = wait_for(api, pool, id)
+    until(lambda: awaited(queue) == 1)
+    queue.cancel(queue.enqueue("echo", 2).id)
+    assert not waiting.done()
+    queue.cancel(id)
+    assert waiting.result(timeout=20).json["status"] == "cancelled"
+
+
+@pytest.mark.parametrize("status", ENDED)
+def test_wait_for_a_job_that_has_ended_answers_at_once(api: Client, queue: Queue, status: str) -> None:
+    assert api.get(f"/jobs/{put(queue, status).id}?wait=25").json["status"] == status
+
+
+def test_wait_for_no_job_answers_404_at_once(api: Client) -> None:
+    assert api.get(f"/jobs/{NO_JOB}?wait=25").status == 404
+
+
+def test_wait_answers_the_present_state_when_the_time_is_up(api: Client, queue: Queue) -> None:
+    id = queue.enqueue("echo", 1).id
+    assert api.get(f"/jobs/{id}?wait=1").json["status"] == "pending"
+    assert api.get(f"/jobs/{id}?wait=0").json["status"] == "pending"
+    assert awaited(queue) == 0
+
+
+def test_wait_ends_for_all_who_wait_for_the_same_job(api: Client, queue: Queue, pool: ThreadPoolExecutor) -> None:
+    id = queue.enqueue("echo", 1).id
+    waiting = wait_for(api, pool, id, THREADS // 2)
+    until(lambda: awaited(queue) == 1)
+    queue.cancel(id)
+    assert [each.result(timeout=20).json["status"] for each in waiting] == ["cancelled"] * (THREADS // 2)
+
+
+def test_wait_holds_half_of_the_threads_at_most(api: Client, queue: Queue, pool: ThreadPoolExecutor) -> None:
+    held = [queue.enqueue("echo", n).id for n in range(THREADS // 2)]
+    waiting = [wait_for(api, pool, id)[0] for id in held]
+    until(lambda: awaited(queue) == THREADS // 2)
+    others = wait_for(api, pool, queue.enqueue("echo", 1).id, THREADS)
+    assert [other.result(timeout=20).json["status"] for other in others] == ["pending"] * THREADS
+    assert not any(each.done() for each in waiting)
+    for id in held:
+        queue.cancel(id)
+    assert [each.result(timeout=20).json["status"] for each in waiting] == ["cancelled"] * (THREADS // 2)
+    assert awaited(queue) == 0
+    id = queue.enqueue("echo", 2).id
+    [again] = wait_for(api, pool, id)
+    until(lambda: awaited(queue) == 1)
+    queue.cancel(id)
+    assert again.result(timeout=20).json["status"] == "cancelled"
+
+
+@pytest.mark.parametrize("value", ["", "-1", "3601", "1.5", "1e1", "x", "true", "%D9%A3", " 1", "1%0a", "9" * 5000])
+def test_refuse_what_is_no_time_to_wait(api: Client, queue: Queue, value: str) -> None:
+    answer = api.get(f"/jobs/{put(queue, 'completed').id}?wait={value}")
+    assert (answer.status, answer.kind, answer.problem["field"]) == (400, "invalid-query", "wait")
+
+
+# Cancel ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("status", ["pending", "delayed"])
+def test_cancel_a_job_that_waits(api: Client, queue: Queue, status: str) -> None:
+    id = put(queue, status).id
+    answer = api.call("DELETE", f"/jobs/{id}")
+    assert (answer.status, answer.json) == (200, {"jobId": id, "status": "cancelled"})
+    assert api.get(f"/jobs/{id}").json["status"] == "cancelled"
+    assert queue.dequeue(queue.register(["default"], 1), ["default"]) == []
+
+
+def test_cancel_asks_a_running_job_to_stop(api: Client, queue: Queue) -> None:
+    id = put(queue, "processing").id
+    for _ in range(2):
+        answer = api.call("DELETE", f"/jobs/{id}")
+        assert (answer.status, answer.json) == (202, {"jobId": id, "status": "processing"})
+    assert api.get(f"/jobs/{id}").json["cancelRequested"] is True
+    assert queue.asked_to_stop([id]) == [id]
+
+
+def test_cancel_answers_409_to_a_running_job_that_cannot_be_told(api: Client, queue: Queue) -> None:
+    id = queue.enqueue("deaf", 1).id
+    assert queue.dequeue(queue.register(["deaf"], 1), ["deaf"])
+    answer = api.call("DELETE", f"/jobs/{id}")
+    assert (answer.status, answer.kind, answer.problem["jobStatus"]) == (409, "wrong-status", "processing")
+    assert "cancelRequested" not in api.get(f"/jobs/{id}").json
+
+
+@pytest.mark.parametrize("status", ENDED)
+def test_cancel_answers_409_to_a_job_that_has_ended(api: Client, queue: Queue, status: str) -> None:
+    id, before = put(queue, status).id, dump(queue)
+    answer = api.call("DELETE", f"/jobs/{id}")
+    assert (answer.status, answer.kind, answer.problem["jobStatus"]) == (409, "wrong-status", status)
+    assert dump(queue) == before
+
+
+@pytest.mark.parametrize(("method", "suffix"), [("DELETE", ""), ("POST", "/retry")])
+@pytest.mark.parametrize("id", [NO_JOB, "x", NO_JOB.upper()[:-1] + "A", NO_JOB + "0", "%00", "..", "*"])
+def test_change_answers_404_to_what_is_no_job(api: Client, queue: Queue, id: str, method: str, suffix: str) -> None:
+    queue.enqueue("echo", 1)
+    before = dump(queue)
+    assert api.call(method, f"/jobs/{id}{suffix}").kind == "not-found"
+    assert dump(queue) == before
+
+
+# Retry ----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("status", ["failed", "cancelled"])
+def test_retry_a_job_that_failed_or_was_cancelled(api: Client, queue: Queue, status: str) -> None:
+    id = put(queue, status).id
+    answer = api.call("POST", f"/jobs/{id}/retry")
+    assert (answer.status, answer.json) == (200, {"jobId": id, "status": "pending"})
+    assert [job.id for job in queue.dequeue(queue.register(["default"], 1), ["default"])] == [id]
+    assert api.get(f"/jobs/{id}").json["attempts"] == 1
+
+
+@pytest.mark.parametrize("status", ["pending", "delayed", "processing", "completed"])
+def test_retry_answers_409_to_a_job_that_has_not_failed(api: Client, queue: Queue, status: str) -> None:
+    id, before = put(queue, status).id, dump(queue)
+    answer = api.call("POST", f"/jobs/{id}/retry")
+    assert (answer.status, answer.kind) == (409, "wrong-status")
+    assert answer.problem["jobStatus"] == ("pending" if status == "delayed" else status)
+    assert dump(queue) == before
+
+
+def test_retry_at_once_revives_a_job_once(api: Client, queue: Queue, pool: ThreadPoolExecutor) -> None:
+    id = put(queue, "failed").id
+    answers = [done.result(timeout=20) for done in [pool.submit(api.call, "POST", f"/jobs/{id}/retry") for _ in range(10)]]
+    assert sorted(answer.status for answer in answers) == [200] + [409] * 9
+    assert queue.waiting(["default"]) == 1
+
+
+def test_retry_answers_409_when_another_job_has_the_unique_key(api: Client, queue: Queue) -> None:
+    id = put(queue, "failed", unique_key="u").id
+    holder = queue.enqueue("echo", 1, unique_key="u").id
+    answer = api.call("POST", f"/jobs/{id}/retry")
+    assert (answer.status, answer.problem["jobStatus"]) == (409, "failed")
+    assert holder in answer.problem["detail"]
+
+
+# Many at once ---------------------------------------------------------------------------------------------------------
+
+
+def fill(queue: Queue) -> dict[str, list[str]]:
+    """Some jobs of each kind, by kind."""
+    made = {status: [put(queue, status).id for _ in range(2)] for status in ("failed", "completed", "cancelled")}
+    made["processing"] = [put(queue, "processing", queue="other").id]
+    made["slow"] = [queue.enqueue("echo", n, queue="slow").id for n in range(3)]
+    made["deaf"] = [queue.enqueue("deaf", n).id for n in range(2)]
+    return made
+
+
+def statuses(api: Client, ids: list[str]) -> set[str]:
+    return {api.get(f"/jobs/{id}").json["status"] for id in ids}
+
+
+@pytest.mark.parametrize(
+    ("fields", "kinds"),
+    [
+        ({}, ["slow", "deaf"]),
+        ({"status": "pending"}, ["slow", "deaf"]),
+        ({"queue": "slow"}, ["slow"]),
+        ({"type": "deaf"}, ["deaf"]),
+        ({"type": "deaf", "queue": "slow"}, []),
+        ({"type": "", "queue": "", "cursor": ""}, ["slow", "deaf"]),
+    ],
+    ids=str,
+)
+def test_cancel_all_that_fit_and_no_other(api: Client, queue: Queue, fields: dict[str, str], kinds: list[str]) -> None:
+    made = fill(queue)
+    before = {kind: statuses(api, made[kind]) for kind in made}
+    answer = api.post("/jobs/cancel", fields)
+    assert (answer.status, answer.json) == (200, {"cancelled": sum(len(made[k]) for k in kinds), "skipped": 0, "cursor": None})
+    assert {kind: statuses(api, made[kind]) for kind in made} == before | {kind: {"cancelled"} for kind in kinds}
+
+
+@pytest.mark.parametrize(
+    ("fields", "kind"),
+    [({}, "failed"), ({"status": "failed"}, "failed"), ({"status": "cancelled"}, "cancelled"), ({"errorType": "Boom"}, "failed")],
+    ids=str,
+)
+def test_retry_all_that_fit_and_no_other(api: Client, queue: Queue, fields: dict[str, str], kind: str) -> None:
+    made = fill(queue)
+    before = {each: statuses(api, made[each]) for each in made}
+    answer = api.post("/jobs/retry", fields)
+    assert (answer.status, answer.json) == (200, {"retried": 2, "skipped": 0, "cursor": None})
+    assert {each: statuses(api, made[each]) for each in made} == before | {kind: {"pending"}}
+
+
+def test_retry_all_skips_those_that_cannot_be(api: Client, queue: Queue) -> None:
+    put(queue, "failed", unique_key="u")
+    put(queue, "failed")
+    queue.enqueue("echo", 1, unique_key="u")
+    assert api.post("/jobs/retry", {}).json == {"retried": 1, "skipped": 1, "cursor": None}
+
+
+@pytest.mark.parametrize("verb", ["cancel", "retry"])
+def test_change_more_than_one_page_by_following_the_cursor(api: Client, queue: Queue, verb: str) -> None:
+    for at in range(0, 1200, 600):
+        made = queue.enqueue_many("echo", range(at, at + 600))
+    if verb == "retry":
+        for job in made:
+            queue.cancel(job.id)
+    fields = {"status": "cancelled"} if verb == "retry" else {}
+    done, cursor = [], ""
+    while cursor is not None:
+        answer = api.post(f"/jobs/{verb}", fields | {"cursor": cursor}).json
+        done.append(answer["retried" if verb == "retry" else "cancelled"])
+        cursor = answer["cursor"]
+    assert done == ([600] if verb == "retry" else [1000, 200])
+
+
+BULK = {
+    "no object": [],
+    "text": "x",
+    "null": None,
+    "number": {"type": 1},
+    "null field": {"status": None},
+    "list": {"status": ["failed"]},
+    "unknown": {"state": "failed"},
+    "limit": {"limit": "1"},
+    "ids": {"ids": "x"},
+    "no status": {"status": "x"},
+    "empty status": {"status": ""},
+    "completed": {"status": "completed"},
+    "processing": {"status": "processing"},
+    "cursor": {"cursor": "x"},
+    "surrogate": {"\ud800": "x"},
+}
+
+
+@pytest.mark.parametrize("body", BULK.values(), ids=BULK.keys())
+@pytest.mark.parametrize("verb", ["cancel", "retry"])
+def test_refuse_what_is_no_bulk_change_and_change_nothing(api: Client, queue: Queue, verb: str, body: Any) -> None:
+    fill(queue)
+    before = dump(queue)
+    answer = api.post(f"/jobs/{verb}", body)
+    assert (answer.status, answer.kind) == (422, "invalid-job")
+    assert dump(queue) == before
+
+
+@pytest.mark.parametrize(("verb", "status"), [("cancel", "failed"), ("cancel", "cancelled"), ("retry", "pending")])
+def test_refuse_a_bulk_change_of_a_status_that_it_is_not_for(api: Client, verb: str, status: str) -> None:
+    assert api.post(f"/jobs/{verb}", {"status": status}).problem["field"] == "status"
+
+
+@pytest.mark.parametrize("verb", ["cancel", "retry"])
+def test_refuse_a_bulk_change_without_a_filter(api: Client, queue: Queue, verb: str) -> None:
+    """An empty object is one; nothing at all is a mistake."""
+    fill(queue)
+    before = dump(queue)
+    assert api.call("POST", f"/jobs/{verb}").status == 415
+    assert api.call("POST", f"/jobs/{verb}", b"").status == 400
+    assert dump(queue) == before
+
+
+# Queues and workers ---------------------------------------------------------------------------------------------------
+
+
+def test_queues_of_nothing_are_none(api: Client) -> None:
+    assert api.get("/queues").json == {"queues": {}}
+
+
+def test_queues_count_what_waits_and_runs(api: Client, queue: Queue) -> None:
+    put(queue, "processing")
+    queue.enqueue("echo", 1, queue="slow", delay=60)
+    queue.enqueue("deaf", 1)
+    queue.clock.ahead += 5000
+    found = api.get("/queues").json["queues"]
+    assert 5000 <= found["deaf"].pop("oldestWaitingMs") < 60_000
+    assert found == {
+        "deaf": {"pending": 1, "processing": 0, "paused": False},
+        "default": {"pending": 0, "processing": 1, "oldestWaitingMs": 0, "paused": False},
+        "slow": {"pending": 1, "processing": 0, "oldestWaitingMs": 0, "paused": False},
+    }
+    assert api.get("/stats").json["queues"].keys() == found.keys()
+
+
+def test_pause_and_resume_a_queue(api: Client, queue: Queue) -> None:
+    id = queue.enqueue("echo", 1).id
+    for _ in range(2):
+        answer = api.call("POST", "/queues/default/pause")
+        assert (answer.status, answer.json) == (200, {"queue": "default", "paused": True})
+    assert api.get("/queues").json["queues"]["default"]["paused"] is True
+    worker = queue.register(["default"], 1)
+    assert queue.dequeue(worker, ["default"]) == []
+    for _ in range(2):
+        answer = api.call("POST", "/queues/default/resume")
+        assert (answer.status, answer.json) == (200, {"queue": "default", "paused": False})
+    assert api.get("/queues").json["queues"]["default"]["paused"] is False
+    assert [job.id for job in queue.dequeue(worker, ["default"])] == [id]
+
+
+def test_submit_to_a_paused_queue(api: Client, queue: Queue) -> None:
+    api.call("POST", "/queues/default/pause")
+    assert api.post("/jobs", {"type": "echo", "payload": 1}).status == 201
+    assert api.get("/queues").json["queues"]["default"]["pending"] == 1
+
+
+def test_pause_a_queue_that_had_no_job_yet(api: Client) -> None:
+    api.call("POST", "/queues/later/pause")
+    assert api.get("/queues").json["queues"] == {"later": {"pending": 0, "processing": 0, "oldestWaitingMs": 0, "paused": True}}
+
+
+@pytest.mark.parametrize("name", ["a" * 101, "a%20b", "%C3%A9", "%ff", "%00", "a%0a", "a:b", "*", "", "a/b", "%7Bqueue%7D"])
+@pytest.mark.parametrize("verb", ["pause", "resume"])
+def test_pause_answers_404_to_what_is_no_name(api: Client, queue: Queue, name: str, verb: str) -> None:
+    assert api.call("POST", f"/queues/{name}/{verb}").kind == "not-found"
+    assert dump(queue) == {}
+
+
+@pytest.mark.parametrize("name", ["a" * 100, "A.b_c-1", ".", "retry"])
+def test_pause_takes_any_name(api: Client, name: str) -> None:
+    assert api.call("POST", f"/queues/{name}/pause").json["queue"] == name
+
+
+def test_workers_of_nothing_are_none(api: Client) -> None:
+    assert api.get("/workers").json == {"workers": []}
+
+
+def test_workers_tell_what_they_are_and_run(api: Client, queue: Queue) -> None:
+    id = put(queue, "processing").id
+    [worker] = [job["worker"] for job in api.get("/jobs").json["jobs"]]
+    queue.heartbeat(worker, [id])
+    [shown] = api.get("/workers").json["workers"]
+    assert (shown["id"], shown["queues"], shown["concurrency"], shown["alive"]) == (worker, ["default"], 1, True)
+    assert shown["jobs"] == [id]
+    assert shown["startedAt"] <= shown["lastHeartbeat"]
+    assert api.get("/stats").json["workers"] == 1
+
+
+def test_workers_tell_whose_lease_is_over(api: Client, queue: Queue) -> None:
+    worker = queue.register(["default"], 1)
+    lapse(queue, worker)
+    [shown] = api.get("/workers").json["workers"]
+    assert (shown["id"], shown["alive"]) == (worker, False)
+    assert api.get("/stats").json["workers"] == 0
+
+
+# Methods --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", ["/jobs", "/jobs?status=failed&limit=1", "/queues", "/workers", "/openapi.json"])
+def test_head_answers_as_get_without_the_body(api: Client, path: str) -> None:
+    get, head = api.get(path), api.call("HEAD", path)
+    assert (head.status, head.headers, head.body) == (200, get.headers, b"")
+
+
+@pytest.mark.parametrize(
+    ("method", "path"),
+    [
+        *[(method, path) for path in ("/jobs/batch", "/jobs/retry", "/jobs/cancel") for method in ("GET", "DELETE", "PUT", "HEAD")],
+        *[(method, f"/jobs/{NO_JOB}/retry") for method in ("GET", "DELETE", "HEAD")],
+        *[(method, "/queues/default/pause") for method in ("GET", "DELETE", "HEAD")],
+        *[(method, path) for path in ("/queues", "/workers", "/openapi.json") for method in ("POST", "DELETE", "PUT")],
+        *[(method, "/jobs") for method in ("DELETE", "PUT", "PATCH")],
+        *[(method, f"/jobs/{NO_JOB}") for method in ("POST", "PUT", "PATCH")],
+    ],
+)
+def test_answer_405_to_another_method(api: Client, queue: Queue, method: str, path: str) -> None:
+    put(queue, "failed")
+    before = dump(queue)
+    answer = api.call(method, path, {} if method in ("POST", "PUT", "PATCH") else NO_BODY)
+    assert answer.status == 405
+    assert method not in answer.headers["allow"].split(",")
+    assert dump(queue) == before
