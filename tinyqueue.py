@@ -1850,6 +1850,8 @@ class Queue:
         """
         until = time.monotonic() + seconds
         job = self.get(id)
+        if not job or job.status not in ("pending", "processing"):
+            return job
         while job and job.status in ("pending", "processing") and (left := until - time.monotonic()) > 0:
             record = self._read(("SADD", self.keys.awaited, id), ("GET", self.keys.job(id)))[1]  # it may just have ended
             job = _job(id, record) if record else None

@@ -670,10 +670,10 @@ def retry(queue: Queue, ids: tuple[str, ...]) -> None:
 @click.argument("ids", nargs=-1, required=True, metavar="ID...")
 @click.pass_obj
 def cancel(queue: Queue, ids: tuple[str, ...]) -> None:
-    """Cancel pending jobs."""
+    """Cancel pending jobs, and ask running ones to stop."""
     for id in ids:
-        _there(queue.cancel(id), id)
-        click.echo(f"{id} cancelled")
+        job = _there(queue.cancel(id), id)
+        click.echo(f"{id} {'asked to stop' if job.status == 'processing' else job.status}")
 
 
 @cli.command()

@@ -613,6 +613,7 @@ class Server:
         self.channels: dict[int, Any] = {}
         self.drain = api.settings.shutdown_timeout
         self.stopping = False
+        self.lock = threading.RLock()  # one that a signal may take again in the thread that holds it
         self.waitress = waitress.create_server(
             api,
             self.channels,
@@ -628,9 +629,10 @@ class Server:
 
     def stop(self) -> None:
         """Begin to stop. May be called from a signal handler and from any thread."""
-        if not self.stopping:
-            self.stopping = True
-            self.waitress.pull_trigger()
+        with self.lock:  # the loop must not end, and close the trigger, between these two
+            if not self.stopping:
+                self.stopping = True
+                self.waitress.pull_trigger()
 
     def run(self) -> None:
         """Serve; after `stop`, refuse new connections and end when every request that was accepted is answered."""
@@ -642,7 +644,8 @@ class Server:
             self._turn(0.2)
         self._turn(0.05)  # closes what was idle
         self.waitress.task_dispatcher.shutdown(timeout=1)
-        wasyncore.close_all(self.channels)
+        with self.lock:
+            wasyncore.close_all(self.channels)
 
     def _turn(self, seconds: float) -> None:
         wasyncore.loop(timeout=seconds, use_poll=True, map=self.channels, count=1)

@@ -703,6 +703,13 @@ def test_retry_and_cancel_tell_the_new_status(near: Queue, run: Any) -> None:
     assert (done.returncode, done.stdout.decode()) == (0, "".join(f"{job.id} pending\n" for job in jobs))
 
 
+def test_cancel_of_a_running_job_says_that_it_was_asked(near: Queue, run: Any) -> None:
+    job = near.enqueue("told", None)  # of a type that this process does not know, so that it may be told
+    near.dequeue(near.register(["default"], 1), ["default"])
+    done = run("cancel", job.id)
+    assert (done.returncode, done.stdout.decode()) == (0, f"{job.id} asked to stop\n")
+
+
 @pytest.mark.parametrize("command", ["get", "retry", "cancel"])
 def test_commands_on_a_job_that_is_none(run: Any, command: str) -> None:
     done = run(command, "no-such-job")
