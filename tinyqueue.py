@@ -18,7 +18,7 @@ States
 Transitions. Each is one WATCH / MULTI / EXEC: two round trips however many jobs it moves, and no Lua.
 
     verb       from -> to                     watches              only if                      writes
-    enqueue    nothing -> pending             once, unique         keys unused, if given        record, list or delayed, bell
+    enqueue    nothing -> pending             once, unique         keys unused, if given        record, list or delayed, bell, keys
     take       (list to list)                 -                    -                            RPOPLPUSH jobs -> proc, workers
     start      pending -> processing          worker, records      registered; pending and due  record: attempts + 1, worker
     complete   processing -> completed        worker, records      registered                   record, proc, completed
@@ -26,9 +26,10 @@ Transitions. Each is one WATCH / MULTI / EXEC: two round trips however many jobs
     release    processing -> pending          worker, records      registered                   record, proc, head of list, bell
     promote    (delayed to list)              -                    runAt has come               delayed, list, bell
     reap       processing -> pending, failed  worker, lease, proc  lease gone                   worker, proc, record, head of list
+               (or cancelled, if asked to)    and the records
     cancel     pending -> cancelled           record               pending                      record, delayed, cancelled
                (processing, asked to stop)    record               processing                   record
-    retry      failed, cancelled -> pending   record               failed or cancelled          record, failed, list, bell
+    retry      failed, cancelled -> pending   record, unique       failed or cancelled          record, failed, list, bell
 
     dequeue is take, then start. complete, fail and release are all written by settle, many in one transaction.
 
@@ -364,6 +365,7 @@ class Keys:
 
 Status = Literal["pending", "processing", "completed", "failed", "cancelled"]
 STATUSES: tuple[Status, ...] = typing.get_args(Status)
+UNENDED, ENDED = STATUSES[:2], STATUSES[2:]
 UNREADABLE = "UnreadableRecord"
 
 
@@ -534,11 +536,7 @@ class Filter(NamedTuple):
 
 
 CURSOR = re.compile(r"([0-9]{1,16})\.([0-9a-g-]{1,36})")
-
-
 Entry = tuple[int, str, str]  # of a listing: when, id, and the status under which it was found
-
-
 Place = tuple[int, str]  # in the order of a listing
 NO_HORIZON: Place = (0, "")  # everything was seen
 
@@ -1273,7 +1271,7 @@ class Queue:
         active: dict[str, Job] = {}
         for (key, id), record in zip(named.items(), records, strict=True):
             job = _job(id, record) if record else None
-            if job and job.status in ("pending", "processing") and job.unique_key == key:
+            if job and job.status in UNENDED and job.unique_key == key:
                 active[key] = job
         accepted = []
         for job in jobs:
@@ -1850,12 +1848,12 @@ class Queue:
         """
         until = time.monotonic() + seconds
         job = self.get(id)
-        if not job or job.status not in ("pending", "processing"):
+        if not job or job.status not in UNENDED:
             return job
-        while job and job.status in ("pending", "processing") and (left := until - time.monotonic()) > 0:
+        while job and job.status in UNENDED and (left := until - time.monotonic()) > 0:
             record = self._read(("SADD", self.keys.awaited, id), ("GET", self.keys.job(id)))[1]  # it may just have ended
             job = _job(id, record) if record else None
-            if job and job.status in ("pending", "processing"):
+            if job and job.status in UNENDED:
                 self._wait_for_token(self.keys.done(id), min(left, BLOCK))
                 job = self.get(id)
         self._read(("SREM", self.keys.awaited, id))  # others who wait enter it again
@@ -1885,7 +1883,7 @@ class Queue:
         entries: set[Entry] = set()
         horizon = NO_HORIZON
         for status in [filter.status] if filter.status else STATUSES:
-            look = self._unended if status in ("pending", "processing") else self._ended
+            look = self._unended if status in UNENDED else self._ended
             seen_there, its_horizon = look(status, before)
             entries |= seen_there
             horizon = max(horizon, its_horizon)
@@ -1978,9 +1976,9 @@ class Queue:
         queues, now = self.queues(), self.now()
         indexes = ("delayed", "completed", "failed", "cancelled")
         totals, last, this, *sizes = self._read(
-            ("HMGET", self.keys.counts, *STATUSES[2:]),
-            ("HMGET", self.keys.minute(now - 60_000), *STATUSES[2:]),
-            ("HMGET", self.keys.minute(now), *STATUSES[2:]),
+            ("HMGET", self.keys.counts, *ENDED),
+            ("HMGET", self.keys.minute(now - 60_000), *ENDED),
+            ("HMGET", self.keys.minute(now), *ENDED),
             *(("ZCARD", getattr(self.keys, index)) for index in indexes),
         )
         share = 1 - now % 60_000 / 60_000  # of the minute before this one that lies within the last sixty seconds
@@ -1992,8 +1990,8 @@ class Queue:
             "oldestWaitingMs": max((queue["oldestWaitingMs"] for queue in queues.values()), default=0),
             "workers": self._read(("EXISTS", *leases))[0] if leases else 0,
             "queues": queues,
-            "lastMinute": {s: round(_count(a) * share) + _count(b) for s, a, b in zip(STATUSES[2:], last, this, strict=True)},
-            "total": {status: _count(total) for status, total in zip(STATUSES[2:], totals, strict=True)},
+            "lastMinute": {s: round(_count(a) * share) + _count(b) for s, a, b in zip(ENDED, last, this, strict=True)},
+            "total": {status: _count(total) for status, total in zip(ENDED, totals, strict=True)},
         }
 
     def spend(self, who: str, limit: int, seconds: int) -> tuple[int, int]:

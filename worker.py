@@ -5,11 +5,11 @@
 
 Threads of a worker. Each method of Worker says which of them runs it.
 
-    main      waits for a signal, and watches that the others make progress
+    main      waits for a signal, times handlers out, and watches that the others make progress
     taker     waits for a free slot, then takes as many jobs as slots are free; nothing there: waits for the bell
     slots     run handlers: a job from the inbox, what became of it into the outbox
     settler   writes all outcomes that have piled up while it wrote the last ones, in one transaction
-    keeper    heartbeat, promote, reap, trim, and the time-outs of handlers
+    keeper    heartbeat, promote, reap, trim, and word of jobs that shall stop
 
 A slot is free when its handler has returned, and no job is taken ahead of a free slot: a long job never holds up a short one.
 Stopping has three strengths: quiet (take nothing more), drain (let the handlers end, for a time), release (hand back the rest).
@@ -166,7 +166,7 @@ class Slot:
             return job is not None
 
     def interrupt(self, now: float) -> None:
-        """Raise TimedOut in a handler that has run past its time (keeper)."""
+        """Raise TimedOut in a handler that has run past its time (main)."""
         with self.lock:
             if self.job and not self.interrupted and now > self.deadline:
                 self.interrupted = True
@@ -177,7 +177,7 @@ class Slot:
         return self.job is not None and self.interrupted and now > self.deadline + GRACE
 
     def give_up(self) -> Job | None:
-        """Take the job from a handler that cannot be stopped; None if it has just ended (keeper, main)."""
+        """Take the job from a handler that cannot be stopped; None if it has just ended (main)."""
         with self.lock:
             job, self.job = self.job, None
             return job
@@ -426,7 +426,7 @@ class Worker:
     def _settle(self, outcomes: list[Outcome]) -> None:
         """Write outcomes, however long that takes. Those of a registration that was reaped are dropped: their jobs run again."""
         failures, again, written = 0, False, list[Outcome]()
-        while not written and (ours := [outcome for outcome in outcomes if outcome.job.worker == self.id]):
+        while ours := [outcome for outcome in outcomes if outcome.job.worker == self.id]:
             worker = ours[0].job.worker
             try:
                 others = self.queue.settle(worker, ours, again)
@@ -443,6 +443,7 @@ class Worker:
             except Corrupted as trouble:  # a key of the wrong type; everything else of the transaction was applied
                 log.error("outcomes were written but for this: %s", trouble)
                 written = ours
+                break
         with self.lock:
             for outcome in outcomes:
                 if self.held.get(outcome.job.id) is outcome.job:

@@ -304,13 +304,16 @@ class API(bottle.Bottle):  # type: ignore[misc]
 
     @property
     def queue(self) -> Queue:
-        with self._lock:
-            if self._queue is None:
-                if not self.settings.redis_url:
-                    raise SettingsError("REDIS_URL is not set, and this server runs no workers: set it, or use python wsgi.py")
-                load_handlers(self.settings.handlers)
-                self._queue = Queue.from_settings(self.settings)
-            return self._queue
+        if self._queue is None:
+            with self._lock:
+                self._queue = self._queue or self._open()
+        return self._queue
+
+    def _open(self) -> Queue:
+        if not self.settings.redis_url:
+            raise SettingsError("REDIS_URL is not set, and this server runs no workers: set it, or use python wsgi.py")
+        load_handlers(self.settings.handlers)
+        return Queue.from_settings(self.settings)
 
     def _answer(self, act: Callable[..., Any], role: str, **args: str) -> Any:
         """Let a request in and run its route: what that returns goes out as JSON, what it raises as a problem."""
@@ -352,7 +355,7 @@ class API(bottle.Bottle):  # type: ignore[misc]
 
     def submit_batch(self) -> dict[str, Any]:
         """Accept up to 1,000 jobs, all or none; with ?partial=true all that are right, and tell for each what became of it."""
-        items, partial = self._items(), _flag("partial")
+        items, partial = self._items(), _flag(_query(), "partial")
         if not isinstance(items, list) or not 1 <= len(items) <= MAX_JOBS:
             raise InvalidJob("jobs", f"must be an array of 1 to {MAX_JOBS} jobs")
         drafts: list[Job | Problem] = []
@@ -426,7 +429,8 @@ class API(bottle.Bottle):  # type: ignore[misc]
 
     def list(self) -> dict[str, Any]:
         """List jobs that fit, newest first; long payloads and results are cut."""
-        query, limit = _query(), _number("limit", 50, 1, 500)
+        query = _query()
+        limit = _number(query, "limit", 50, 1, 500)
         cursor = query.pop("cursor", "")
         query.pop("limit", None)
         jobs, cursor = self.queue.page(_filter(query), limit=limit, cursor=cursor)
@@ -434,7 +438,7 @@ class API(bottle.Bottle):  # type: ignore[misc]
 
     def show(self, id: str) -> dict[str, Any]:
         """Show a job; with ?wait= when it has ended, or the time is up, or at once if many wait already."""
-        seconds = _number("wait", 0, 0, 3600)
+        seconds = _number(_query(), "wait", 0, 0, 3600)
         if seconds and self._waiters.acquire(blocking=False):
             try:
                 return _there(self.queue.wait_for(id, min(seconds, LONGEST_WAIT))).answer()
@@ -541,8 +545,8 @@ def _query() -> dict[str, str]:
         raise Problem(400, "invalid-query", f"the query cannot be read: {error}") from None
 
 
-def _number(name: str, default: int, low: int, high: int) -> int:
-    text = _query().get(name)
+def _number(query: Mapping[str, str], name: str, default: int, low: int, high: int) -> int:
+    text = query.get(name)
     if text is None:
         return default
     if not re.fullmatch("[0-9]{1,9}", text) or not low <= int(text) <= high:
@@ -550,8 +554,8 @@ def _number(name: str, default: int, low: int, high: int) -> int:
     return int(text)
 
 
-def _flag(name: str) -> bool:
-    text = _query().get(name, "false")
+def _flag(query: Mapping[str, str], name: str) -> bool:
+    text = query.get(name, "false")
     if text not in ("true", "false"):
         raise Problem(400, "invalid-query", f"{name} must be true or false", field=name)
     return bool(text == "true")

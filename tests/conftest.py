@@ -1,7 +1,7 @@
 """What all tests share: queues on both kinds of server, the check of the books, and ways to look and reach behind the queue.
 
 A test that asks for `queue` runs twice, on the embedded server and on a real one, and its books are checked when it ends. A test
-that asks for `real` or `proxy` runs on the real server only. From here you may import `put`, `raw`, `lapse`, `dump`,
+that asks for `real` or `proxy` runs on the real server only. From here you may import `until`, `put`, `raw`, `lapse`, `dump`,
 `assert_books` and `free_port`.
 """
 
@@ -21,9 +21,11 @@ from typing import Any, NamedTuple
 
 import pytest
 import redis
+from client import Client
 from cutproxy import CutProxy
 
-from tinyqueue import HANDLERS, ID, Failure, Job, Queue
+from tinyqueue import HANDLERS, ID, Failure, Job, Queue, Settings
+from wsgi import API
 
 # Real servers ---------------------------------------------------------------------------------------------------------
 
@@ -190,6 +192,12 @@ def far(real: Server, near: Queue, proxy: CutProxy) -> Queue:
 
 
 @pytest.fixture
+def api(queue: Queue) -> Client:
+    """A client of the HTTP API of `queue`, with the settings that hold unless told otherwise."""
+    return Client(API(Settings(), queue))
+
+
+@pytest.fixture
 def no_handlers() -> Iterator[None]:
     """No handlers but the test's own, whatever other tests have imported."""
     saved = dict(HANDLERS)
@@ -199,7 +207,16 @@ def no_handlers() -> Iterator[None]:
     HANDLERS.update(saved)
 
 
-# Reaching behind the queue --------------------------------------------------------------------------------------------
+# Waiting, and reaching behind the queue -------------------------------------------------------------------------------
+
+
+def until(condition: Callable[[], Any], timeout: float = 20.0) -> Any:
+    """Wait for a condition and return what it returned."""
+    deadline = time.monotonic() + timeout
+    while not (value := condition()):
+        assert time.monotonic() < deadline, "it did not come to be"
+        time.sleep(0.005)
+    return value
 
 
 def raw(queue: Queue) -> redis.Redis:

@@ -15,22 +15,14 @@ import pytest
 
 from tinyqueue import HANDLERS, InvalidJob, Job, Queue, SettingsError, handler, load_handlers
 
+pytestmark = pytest.mark.usefixtures("no_handlers")
+
 ROOT = Path(__file__).parent.parent
 
 
 @dataclass
 class Greet:
     name: str
-
-
-@pytest.fixture(autouse=True)
-def _nothing_declared() -> Iterator[None]:
-    """No handler is registered when a test begins; those of before are when it ends."""
-    before = dict(HANDLERS)
-    HANDLERS.clear()
-    yield
-    HANDLERS.clear()
-    HANDLERS.update(before)
 
 
 # The decorator --------------------------------------------------------------------------------------------------------

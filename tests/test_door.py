@@ -7,7 +7,6 @@ import re
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from client import NO_BODY, Answer, Client, Wire, running, spell
 from conftest import dump, free_port, put, raw
 
 import wsgi
-from tinyqueue import HANDLERS, Queue, Settings, SettingsError, handler
+from tinyqueue import Queue, Settings, SettingsError, handler
 from wsgi import API, ROUTES, Door
 
 SECRETS = {"submit": "submit-0123456789", "read": "read-0123456789ab", "admin": "admin:0123456789ab"}
@@ -37,13 +36,8 @@ def echo(payload: Any) -> Any:
 
 
 @pytest.fixture(autouse=True)
-def handlers() -> Iterator[None]:
-    before = dict(HANDLERS)
-    HANDLERS.clear()
+def handlers(no_handlers: None) -> None:
     handler("echo")(echo)
-    yield
-    HANDLERS.clear()
-    HANDLERS.update(before)
 
 
 def locked(queue: Queue, secret: str = "", **settings: Any) -> Client:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import pytest
 from client import NO_BODY, Client, Wire, serving, spell
 from conftest import dump, put
 
-from tinyqueue import CURSOR, HANDLERS, KEY_LENGTH, MAX_ATTEMPTS, MAX_DELAY, MAX_DEPTH, Queue, Settings, handler
+from tinyqueue import CURSOR, KEY_LENGTH, MAX_ATTEMPTS, MAX_DELAY, MAX_DEPTH, Queue, Settings, handler
 from wsgi import API, ROUTES
 
 SEEDS = range(8)
@@ -25,13 +25,8 @@ def echo(payload: dict[str, Any]) -> None:
 
 
 @pytest.fixture(autouse=True)
-def handlers() -> Iterator[None]:
-    before = dict(HANDLERS)
-    HANDLERS.clear()
+def handlers(no_handlers: None) -> None:
     handler("echo")(echo)
-    yield
-    HANDLERS.clear()
-    HANDLERS.update(before)
 
 
 # What is sent ---------------------------------------------------------------------------------------------------------

@@ -23,7 +23,7 @@ from client import NO_BODY, PROBLEM, Answer, Client, Wire, serving, spell
 from conftest import Server, dump, free_port, put, raw
 
 import tinyqueue
-from tinyqueue import HANDLERS, ID, MAX_ATTEMPTS, MAX_DELAY, MAX_DEPTH, STATUSES, Queue, Settings, handler
+from tinyqueue import ID, MAX_ATTEMPTS, MAX_DELAY, MAX_DEPTH, STATUSES, Queue, Settings, handler
 from wsgi import API, FIELDS, RETRY_AFTER, ROUTES
 
 REPOSITORY = Path(tinyqueue.__file__).parent
@@ -44,19 +44,9 @@ def send_email(email: SendEmail) -> None:
 
 
 @pytest.fixture(autouse=True)
-def handlers() -> Iterator[None]:
-    before = dict(HANDLERS)
-    HANDLERS.clear()
+def handlers(no_handlers: None) -> None:
     handler("echo")(echo)
     handler("send-email", max_attempts=5, queue="mail")(send_email)
-    yield
-    HANDLERS.clear()
-    HANDLERS.update(before)
-
-
-@pytest.fixture
-def api(queue: Queue) -> Client:
-    return Client(API(Settings(), queue))
 
 
 Refuse = Callable[..., dict[str, Any]]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-from collections.abc import Iterator
 from typing import Any, NamedTuple, TypedDict
 
 import msgspec
@@ -48,20 +47,10 @@ def scale(image: Image) -> None: ...
 
 
 @pytest.fixture(autouse=True)
-def handlers() -> Iterator[None]:
-    before = dict(HANDLERS)
-    HANDLERS.clear()
+def handlers(no_handlers: None) -> None:
     handler("echo")(echo)
     handler("send-email", queue="mail")(send_email)
     handler("scale.image")(scale)
-    yield
-    HANDLERS.clear()
-    HANDLERS.update(before)
-
-
-@pytest.fixture
-def api(queue: Queue) -> Client:
-    return Client(API(Settings(), queue))
 
 
 @pytest.fixture

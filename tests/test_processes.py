@@ -18,7 +18,7 @@ from signal import SIGCONT, SIGINT, SIGKILL, SIGSTOP, SIGTERM
 from typing import Any
 
 import pytest
-from conftest import RedisServer, Server, free_port, raw
+from conftest import RedisServer, Server, free_port, raw, until
 from cutproxy import CutProxy
 
 from tinyqueue import Failure, Job, Queue
@@ -73,15 +73,6 @@ def fork(payload: int) -> int:
 def thread(seconds: float) -> None:
     threading.Thread(target=time.sleep, args=(seconds,)).start()
 """
-
-
-def until(condition: Callable[[], Any], timeout: float = 20.0) -> Any:
-    """Wait for a condition and return what it returned."""
-    deadline = time.monotonic() + timeout
-    while not (value := condition()):
-        assert time.monotonic() < deadline, "it did not come to be"
-        time.sleep(0.02)
-    return value
 
 
 def until_is(queue: Queue, job: Job, status: str) -> Job:

@@ -12,7 +12,7 @@ from typing import Any
 
 import msgspec
 import pytest
-from conftest import ENDED, RedisServer, Server, assert_books, dump, lapse, put, raw
+from conftest import ENDED, RedisServer, Server, assert_books, dump, lapse, put, raw, until
 from cutproxy import CutProxy
 
 import tinyqueue
@@ -52,15 +52,6 @@ def found(queue: Queue, job: Job) -> Job:
     now = queue.get(job.id)
     assert now
     return now
-
-
-def until(condition: Callable[[], Any], timeout: float = 20.0) -> Any:
-    """Wait for a condition and return what it returned."""
-    deadline = time.monotonic() + timeout
-    while not (value := condition()):
-        assert time.monotonic() < deadline, "it did not come to be"
-        time.sleep(0.005)
-    return value
 
 
 class Still(Clock):

@@ -12,7 +12,7 @@ import pytest
 from client import Answer, Client, Wire, serving, spell
 from conftest import Server, dump, put, raw
 
-from tinyqueue import HANDLERS, KEY_LENGTH, MAX_DELAY, MAX_DEPTH, MAX_JOBS, Failure, Queue, Settings, handler
+from tinyqueue import KEY_LENGTH, MAX_DELAY, MAX_DEPTH, MAX_JOBS, Failure, Queue, Settings, handler
 from wsgi import API, RETRY_AFTER
 
 NDJSON = {"Content-Type": "application/x-ndjson"}
@@ -31,19 +31,9 @@ def send_email(email: SendEmail) -> None:
 
 
 @pytest.fixture(autouse=True)
-def handlers() -> Iterator[None]:
-    before = dict(HANDLERS)
-    HANDLERS.clear()
+def handlers(no_handlers: None) -> None:
     handler("echo")(echo)
     handler("send-email", queue="mail")(send_email)
-    yield
-    HANDLERS.clear()
-    HANDLERS.update(before)
-
-
-@pytest.fixture
-def api(queue: Queue) -> Client:
-    return Client(API(Settings(), queue))
 
 
 def echo_with(**fields: Any) -> dict[str, Any]:

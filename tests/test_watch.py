@@ -11,8 +11,8 @@ import pytest
 from client import NO_BODY, Answer, Client
 from conftest import dump, lapse, put, raw
 
-from tinyqueue import HANDLERS, STATUSES, Failure, Job, Queue, Settings, handler
-from wsgi import API, CUT, THREADS
+from tinyqueue import STATUSES, Failure, Job, Queue, handler
+from wsgi import CUT, THREADS
 
 NO_JOB = "01900000-0000-7000-8000-000000000000"
 ENDED = ("completed", "failed", "cancelled")
@@ -27,19 +27,9 @@ def deaf(payload: Any) -> Any:
 
 
 @pytest.fixture(autouse=True)
-def handlers() -> Iterator[None]:
-    before = dict(HANDLERS)
-    HANDLERS.clear()
+def handlers(no_handlers: None) -> None:
     handler("echo")(echo)
     handler("deaf", queue="deaf")(deaf)
-    yield
-    HANDLERS.clear()
-    HANDLERS.update(before)
-
-
-@pytest.fixture
-def api(queue: Queue) -> Client:
-    return Client(API(Settings(), queue))
 
 
 def ids(answer: Answer) -> list[str]:

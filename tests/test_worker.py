@@ -13,22 +13,13 @@ from typing import Any
 
 import msgspec
 import pytest
-from conftest import ENDED, RedisServer, Server, lapse, raw
+from conftest import ENDED, RedisServer, Server, lapse, raw, until
 from cutproxy import CutProxy
 
 import tinyqueue
 import worker
 from tinyqueue import HANDLERS, MAX_RESULT, Discard, Job, Queue, Reaped, Retry, Settings, TimedOut, WrongStatus, handler
 from worker import EXIT_BROKEN, Order, Worker, run_job
-
-
-def until(condition: Callable[[], Any], timeout: float = 20.0) -> Any:
-    """Wait for a condition and return what it returned."""
-    deadline = time.monotonic() + timeout
-    while not (value := condition()):
-        assert time.monotonic() < deadline, "it did not come to be"
-        time.sleep(0.005)
-    return value
 
 
 def until_ended(queue: Queue, job: Job, timeout: float = 20.0) -> Job:
