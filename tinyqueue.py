@@ -315,6 +315,9 @@ TRIES = 50  # of a transaction that others keep breaking
 CLOCK_AGE = 10.0  # seconds that a reading of Redis TIME is good for
 
 NAME = re.compile(r"[A-Za-z0-9._-]{1,100}")  # of queues, types, workers: no name can spell another key
+PRINTABLE = re.compile(
+    r"[^\x00-\x1f\x7f-\xa0\xad\u2028\u2029\ud800-\udfff]+"
+)  # the pattern of openapi.json; JSON has no lone surrogates
 ID = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-7[0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9a-f]{12}")
 
 # Keys -----------------------------------------------------------------------------------------------------------------
@@ -609,6 +612,15 @@ def _number(text: str) -> float:
     return number
 
 
+def _whole_floats(value: Any) -> Any:
+    """Write 1.0 as 1 throughout: to JSON Schema both are integers, to msgspec one of them is not."""
+    if isinstance(value, dict):
+        return {name: _whole_floats(part) for name, part in value.items()}
+    if isinstance(value, list):
+        return [_whole_floats(part) for part in value]
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
 def _depth(value: Any) -> int:
     depth, level = 0, [value]
     while level := [v for v in level if isinstance(v, dict | list)]:
@@ -651,6 +663,8 @@ class Handler(Generic[P, A, R]):
         try:
             return cast(P, self._parse(payload))
         except msgspec.ValidationError as error:
+            with suppress(msgspec.ValidationError):
+                return cast(P, self._parse(_encode(_whole_floats(msgspec.json.decode(payload)))))
             rule, _, path = str(error).partition(" - at ")
             raise InvalidJob("payload", rule, path.strip("`") or "$") from None
         except (msgspec.DecodeError, RecursionError) as error:
@@ -754,7 +768,7 @@ def check_name(field: str, value: Any) -> str:
 
 
 def _text_key(field: str, value: Any) -> str:
-    if not isinstance(value, str) or not value.isprintable() or not 1 <= len(value) <= KEY_LENGTH:
+    if not isinstance(value, str) or not PRINTABLE.fullmatch(value) or len(value) > KEY_LENGTH:
         raise InvalidJob(field, f"must be 1 to {KEY_LENGTH} printable characters")
     return value
 

@@ -1,0 +1,38 @@
+"""What schemathesis has to know that no schema says. `tests/schemathesis.toml` loads it.
+
+A second use of an Idempotency-Key is a conflict, `?partial=true` accepts a batch for the jobs in it that are right, `runAt` has a
+latest moment, and waiting takes its time: all four are tested elsewhere, one by one.
+"""
+
+from __future__ import annotations
+
+import uuid
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import schemathesis
+
+LATEST = timedelta(days=365)
+
+
+@schemathesis.hook
+def before_call(context: Any, case: Any, kwargs: Any) -> None:
+    key, query = (case.headers or {}).get("Idempotency-Key"), case.query or {}
+    if isinstance(key, str) and 1 <= len(key) <= 255 and key.isascii() and key.isprintable():
+        case.headers["Idempotency-Key"] = key.strip('"')[:200] + uuid.uuid4().hex
+    if query.get("partial") in (True, "true"):
+        del query["partial"]
+    if str(query.get("wait", "")).isdecimal():
+        query["wait"] = min(int(query["wait"]), 1)
+    for job in case.body if isinstance(case.body, list) else [case.body]:
+        if isinstance(job, dict) and _too_late(job.get("runAt")):
+            job["runAt"] = None
+
+
+def _too_late(moment: Any) -> bool:
+    if isinstance(moment, int):
+        return moment > (datetime.now(UTC) + LATEST).timestamp() * 1000
+    try:
+        return datetime.fromisoformat(moment) > datetime.now(UTC) + LATEST
+    except (TypeError, ValueError):  # no moment at all, which is for the server to refuse
+        return False
