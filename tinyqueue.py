@@ -3,7 +3,7 @@
 The promise
     A job that was accepted is run at least once and never lost while Redis keeps its data. It is run twice only if the worker
     that held it was cut off for longer than its lease. Jobs of a queue start first in, first out. A job that kills its worker
-    runs out of attempts like any other.
+    runs out of attempts like any other; those that ran beside it get theirs back, so they never fail for its sake.
 
 States
                  enqueue                dequeue                complete
@@ -303,6 +303,7 @@ MAX_ATTEMPTS = 100
 MAX_DELAY = 366 * 86400  # seconds
 MAX_DEPTH = 100  # nested arrays and objects in a payload; a fixed number, for parsers give up at different ones
 MAX_RESULT = 262144  # bytes of a result's JSON
+SUSPICIOUS = 2  # times that a worker was lost while it ran a job beside others, until that job runs alone
 MAX_REFUNDS = 10  # times that a release gives the attempt back: a job that never survives a deploy must end some day
 KEY_LENGTH = 200  # characters of a uniqueKey
 SCANNED = 1000  # jobs that one page of a listing or one bulk change looks at
@@ -424,6 +425,7 @@ class Job(msgspec.Struct, rename="camel", omit_defaults=True, dict=True):
     worker: str = ""
     progress: float = 0.0
     refunds: int = 0
+    suspicions: int = 0
     expires_at: int = 0
     unique_key: str = ""
     cancel_requested: bool = False
@@ -439,6 +441,11 @@ class Job(msgspec.Struct, rename="camel", omit_defaults=True, dict=True):
     def attempt(self) -> int:
         """Which start of the handler this is, counted from 1."""
         return self.attempts
+
+    @property
+    def suspect(self) -> bool:
+        """Whether it must run alone in its process: workers were lost that ran it beside others, and one of those did it."""
+        return self.suspicions >= SUSPICIOUS
 
     @property
     def cancelled(self) -> bool:
@@ -479,6 +486,7 @@ class Job(msgspec.Struct, rename="camel", omit_defaults=True, dict=True):
             "expiresAt": self.expires_at,
             "uniqueKey": self.unique_key,
             "cancelRequested": self.cancel_requested,
+            "suspicions": self.suspicions,
             "error": self.error,
         }
         shown |= {name: value for name, value in later.items() if value}
@@ -1397,7 +1405,8 @@ class Queue:
 
         pending -> processing. Watches the registration and the records. `held` maps the ids of the jobs that this worker has
         started and not settled to their attempts. An id that is processing under this worker's name but not held was started by a
-        transaction whose reply was lost: it is returned too. Raises Reaped if the worker is no longer registered.
+        transaction whose reply was lost: it is returned too. A suspect is started only by itself, while nothing is held; else it is
+        returned as it is, pending, and stays in the worker's list. Raises Reaped if the worker is no longer registered.
         """
         texts = [id.decode("ascii", "replace") for id in ids]
         named = list(dict.fromkeys(id for id in texts if ID.fullmatch(id)))
@@ -1417,7 +1426,7 @@ class Queue:
             for id, entry in zip(texts, ids, strict=True):
                 record = records.pop(id, None)  # a second entry of the same id finds nothing and is dropped
                 job = _job(id, record) if record is not None else None
-                if job and (job.status, job.worker) == ("processing", worker) and self._unheard(job, held, tx.again):
+                if job and self._stays(job, worker, held, len(texts), tx.again):
                     started.append(job)
                 elif job and job.status == "pending" and job.expires_at and not job.started_at and job.expires_at <= tx.now:
                     tx.write("LREM", proc, 1, entry)
@@ -1437,9 +1446,12 @@ class Queue:
             job.__dict__["_queue"] = self  # for set_progress
         return started
 
-    def _unheard(self, job: Job, held: Mapping[str, int] | None, again: bool) -> bool:
-        """Whether a job was started for this worker by a transaction whose reply was lost; `held` None: by this very one."""
-        return again if held is None else held.get(job.id) != job.attempts
+    def _stays(self, job: Job, worker: str, held: Mapping[str, int] | None, together: int, again: bool) -> bool:
+        """Whether a taken job stays as it is: it was started by a transaction whose reply was lost, or is a suspect in company."""
+        if job.status == "pending":
+            return job.suspect and (bool(held) or together > 1)
+        unheard = again if held is None else held.get(job.id) != job.attempts  # None: by this very transaction
+        return (job.status, job.worker) == ("processing", worker) and unheard
 
     def _started(self, tx: Transaction, job: Job, worker: str) -> Job:
         job.status, job.worker = "processing", worker
@@ -1465,7 +1477,7 @@ class Queue:
     def dequeue(self, worker: str, names: Sequence[str], most: int = 1) -> list[Job]:
         """Take and start up to `most` jobs. Nothing there: an empty list."""
         ids = self.take(worker, names, most)
-        return self.start(worker, ids) if ids else []
+        return [job for job in self.start(worker, ids) if job.status == "processing"] if ids else []
 
     def adopt(self, worker: str, held: Collection[str]) -> list[bytes]:
         """List the ids in the worker's own list that it does not know of, because a reply was lost: to be started.
@@ -1578,9 +1590,17 @@ class Queue:
         tx.ring(self.keys.bell(job.queue))
         tx.count("pending:" + job.queue)
 
-    def _give_back(self, tx: Transaction, job: Job, reason: str) -> None:
-        """End an attempt that nobody will finish: to the head of its queue if attempts are left, else failed with the reason."""
+    def _give_back(self, tx: Transaction, job: Job, reason: str, beside: bool = False) -> None:
+        """End an attempt that nobody will finish: to the head of its queue if attempts are left, else failed with the reason.
+
+        `beside` tells that its worker ran others, too: any of them may have killed it, so the attempt does not count. That cannot
+        go on for ever, for after SUSPICIOUS such losses the job runs alone, and whoever is lost alone has nobody else to blame.
+        """
         job.error = Failure("WorkerLost", f"{reason} (attempt {job.attempts}/{job.max_attempts})")
+        if beside:
+            job.error.message = f"{reason} beside others (attempt {job.attempts}/{job.max_attempts}, which does not count)"
+            job.attempts -= 1
+            job.suspicions += 1
         job.updated_at = max(tx.now, job.updated_at)
         if job.cancel_requested:
             self._end(tx, job, "cancelled")
@@ -1727,16 +1747,9 @@ class Queue:
         self._transact([registration], body)
 
     def deregister(self, worker: str) -> None:
-        """Take a worker that has ended out of the books. If it holds ids, only its lease goes, and the next reap finds them."""
-        registration, proc = self.keys.worker(worker), self.keys.proc(worker)
-
-        def body(tx: Transaction) -> None:
-            if tx.read(("LLEN", proc))[0] == 0:
-                tx.write("DEL", registration)
-                tx.write("SREM", self.keys.workers, worker)
-            tx.write("DEL", self.keys.lease(worker))
-
-        self._transact([registration, proc], body)
+        """Take a worker that has ended out of the books. What it still holds is given back, as `reap` does it."""
+        self._read(("DEL", self.keys.lease(worker)))
+        self.reap(worker)
 
     def promote(self) -> int:
         """Move the jobs whose runAt has come to their queues, 500 at most, and return how many ids left the delayed ones.
@@ -1792,14 +1805,15 @@ class Queue:
             alive, entries = tx.read(("EXISTS", lease), ("LRANGE", proc, 0, -1))
             if alive:
                 return 0
-            given = 0
-            for job in self._listed(tx, entries, watch=True):
+            given, listed = 0, list(self._listed(tx, entries, watch=True))
+            beside = sum(job.status == "processing" and job.worker == worker for job in listed) > 1
+            for job in listed:
                 if job.status == "pending":
                     tx.gather("RPUSH", self.keys.jobs(job.queue), job.id)
                     tx.ring(self.keys.bell(job.queue))
                 elif job.status == "processing" and job.worker == worker:
                     tx.count("processing:" + job.queue, -1)
-                    self._give_back(tx, job, "worker lost")
+                    self._give_back(tx, job, "worker lost", beside)
                 else:
                     self._set_aside(tx, job)
                     continue

@@ -321,18 +321,20 @@ class Worker:
     def _take_jobs(self) -> None:
         free = failures = 0
         while True:
-            free += self._free_slots(wait=not free)
+            free += self._free_slots(wait=free < 1)
             if self.quiet.is_set():
                 return
+            if free < 1:  # one more was begun than was free, for all were about to be
+                continue
             worker = self.id
             try:
                 worker = worker or self._register()
                 taken, jobs = self._next_jobs(worker, free)
                 emptied = taken < free
-                free -= len(jobs)
-                for job in jobs:
-                    self.inbox.put(job)
+                free -= self._begin(jobs)
                 self.took_at, failures = time.monotonic(), 0
+                for suspect in (job for job in jobs if job.status == "pending"):
+                    free -= self._begin_alone(worker, suspect)
                 if emptied:
                     self._wait_for_bell(worker)
             except Reaped:
@@ -375,10 +377,30 @@ class Worker:
             self.adopt_at = time.monotonic() + self.queue.lease if len(ids) < free else 0.0
         if len(ids) < free:
             ids += self.queue.take(worker, self.names, free - len(ids))
-        jobs = self.queue.start(worker, ids, held) if ids else []
+        return len(ids), self.queue.start(worker, ids, held) if ids else []
+
+    def _begin(self, jobs: Sequence[Job]) -> int:
+        """Hand jobs that were started to the slots; return how many those are. Beside a suspect nothing else is begun."""
+        started = [job for job in jobs if job.status == "processing"]
         with self.lock:
-            self.held.update((job.id, job) for job in jobs)
-        return len(ids), jobs
+            self.held.update((job.id, job) for job in started)
+        for job in started:
+            self.inbox.put(job)
+        if any(job.suspect for job in started):
+            self._idle()
+        return len(started)
+
+    def _begin_alone(self, worker: str, suspect: Job) -> int:
+        """Begin a suspect once nothing else runs here: it may kill this worker, and shall take no other's attempt along."""
+        return self._begin(self.queue.start(worker, [suspect.id.encode()], {})) if self._idle() else 0
+
+    def _idle(self) -> bool:
+        """Wait until everything that was started is settled; False if the order to be quiet came."""
+        self.all_busy = True
+        while self.held and not self.quiet.wait(0.02):
+            pass
+        self.all_busy, self.took_at = False, time.monotonic()
+        return not self.quiet.is_set()
 
     def _wait_for_bell(self, worker: str) -> None:
         """Wait until there may be something to take. A look at the lists after each wait makes up for a bell that was lost."""
