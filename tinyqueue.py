@@ -66,6 +66,7 @@ Read on in the order of a job's life. `grep '# [A-Z].* ---' tinyqueue.py` prints
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import importlib
 import inspect
@@ -80,8 +81,10 @@ import socket
 import sys
 import time
 import typing
+import zlib
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
 from datetime import datetime
 from functools import partial
@@ -238,6 +241,9 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     trusted_proxies: Annotated[
         int, Meta(ge=0, le=10, description="proxies before this server; the client is that many from the right in X-Forwarded-For")
     ] = 0
+    shards: Annotated[
+        int, Meta(ge=1, le=64, description="namespaces over which jobs are spread, for a cluster; never make them fewer")
+    ] = 1
     tls_verify: Annotated[bool, Meta(description="0: accept any certificate of a rediss:// server")] = True
 
     @classmethod
@@ -464,6 +470,10 @@ class Job(msgspec.Struct, rename="camel", omit_defaults=True, dict=True):
             with suppress(Unavailable):  # no reason to fail an attempt
                 queue.write_progress(self)
 
+    def place(self) -> tuple[int, str]:
+        """Where it stands in a listing: by when it ended, or if it has not, was enqueued."""
+        return self.ended_at if self.status in ENDED else self.created_at, self.id
+
     def answer(self) -> dict[str, Any]:
         """The job as clients see it: the record with its id, its times and its defaults; nothing that has not happened yet."""
         shown = {
@@ -560,6 +570,13 @@ def _cursor(todo: Sequence[Entry], seen: int, more: bool) -> str:
     return ""
 
 
+def _place_of(cursor: str) -> Place:
+    match = CURSOR.fullmatch(cursor)
+    if not match:
+        raise InvalidJob("cursor", "must be one that a listing gave")
+    return int(match[1]), match[2]
+
+
 _order = itertools.count()
 
 
@@ -641,6 +658,7 @@ def _depth(value: Any) -> int:
 
 P = TypeVar("P")
 R = TypeVar("R")
+T = TypeVar("T")
 A = ParamSpec("A")
 
 HANDLERS: dict[str, Handler[Any, Any, Any]] = {}
@@ -1065,18 +1083,21 @@ class Queue:
 
     @classmethod
     def from_settings(cls, settings: Settings, connections: int = 100) -> Queue:
-        """Make the queue that the settings name; without REDIS_URL the embedded one."""
+        """Make the queue that the settings name, of one shard or many; without REDIS_URL the embedded one."""
         options: dict[str, Any] = {
-            "namespace": settings.namespace,
             "lease": settings.lease,
             "keep_completed": settings.keep_completed,
             "keep_failed": settings.keep_failed,
             "keep_once": settings.keep_once,
             "max_pending": settings.max_pending,
         }
-        if not settings.redis_url:
-            return cls.embedded(**options)
-        return cls.from_url(settings.redis_url, connections=connections, tls_verify=settings.tls_verify, **options)
+        names = [settings.namespace] if settings.shards == 1 else [f"{settings.namespace}.{at}" for at in range(settings.shards)]
+        if settings.redis_url:
+            options |= {"connections": connections, "tls_verify": settings.tls_verify}
+            queues = [cls.from_url(settings.redis_url, namespace=name, **options) for name in names]
+        else:
+            queues = [cls.embedded(namespace=name, **options) for name in names]
+        return queues[0] if len(queues) == 1 else Shards(queues)
 
     @contextmanager
     def _connection(self) -> Iterator[Any]:
@@ -1333,10 +1354,10 @@ class Queue:
 
     # Dequeue ----------------------------------------------------------------------------------------------------------
 
-    def register(self, queues: Sequence[str], concurrency: int) -> str:
+    def register(self, queues: Sequence[str], concurrency: int, worker: str = "") -> str:
         """Enter a new worker and return its id. It must send a heartbeat within its lease from then on."""
         host = re.sub(r"[^A-Za-z0-9._-]", "-", socket.gethostname())[:60] or "host"
-        worker = f"{host}-{os.getpid()}-{os.urandom(4).hex()}"
+        worker = worker or f"{host}-{os.getpid()}-{os.urandom(4).hex()}"
         about = {"host": host, "pid": os.getpid(), "queues": list(queues), "concurrency": concurrency, "startedAt": self.now()}
 
         def body(tx: Transaction) -> str:
@@ -1904,10 +1925,7 @@ class Queue:
         it sees 10,000 entries of each queue around the cursor, and as many delayed ones. Raises InvalidJob for a cursor that is
         none.
         """
-        place = CURSOR.fullmatch(cursor or "9999999999999999.g")
-        if not place:
-            raise InvalidJob("cursor", "must be one that a listing gave")
-        before = (int(place[1]), place[2])
+        before = _place_of(cursor or "9999999999999999.g")
         entries: set[Entry] = set()
         horizon = NO_HORIZON
         for status in [filter.status] if filter.status else STATUSES:
@@ -2038,6 +2056,222 @@ class Queue:
             return [_worker(id, about, lease) for id, about, lease in zip(ids, found[::2], found[1::2], strict=True) if about]
         except (msgspec.DecodeError, KeyError, AttributeError, TypeError) as error:
             raise Corrupted(f"the registration or the lease of a worker cannot be read: {error}") from None
+
+
+# Shards ---------------------------------------------------------------------------------------------------------------
+
+
+class Shards(Queue):
+    """Many queues as one, each in a namespace and so in a slot of its own: `{queue.0}`, `{queue.1}` and so on.
+
+    The last two digits of a job's id name its shard. A submit goes whole into one shard, the next into the next, so that jobs start
+    first in, first out within each shard; one with a uniqueKey or an Idempotency-Key goes to the shard of that key. A worker is
+    registered in all of them under one id; if one of them took it for dead, it starts anew in all. Verbs that are not here are made
+    of those that are.
+    """
+
+    def __init__(self, shards: Sequence[Queue]) -> None:
+        self.shards, self.clock = list(shards), shards[0].clock
+        self.lease, self.lease_ms, self.keep_ms = shards[0].lease, shards[0].lease_ms, shards[0].keep_ms
+        self._turn = itertools.count(random.randrange(len(shards)))
+        self._waiters = ThreadPoolExecutor(len(shards), "shard")
+        self._waits: dict[int, Future[bool]] = {}
+
+    @property
+    def last_contact(self) -> float:  # type: ignore[override]
+        """When any shard last did what it was asked."""
+        return max(shard.last_contact for shard in self.shards)
+
+    @property
+    def last_trouble(self) -> float:  # type: ignore[override]
+        """When any shard last did not."""
+        return max(shard.last_trouble for shard in self.shards)
+
+    def _of(self, id: str) -> Queue | None:
+        at = int(id[-2:], 16) if ID.fullmatch(id) else len(self.shards)
+        return self.shards[at] if at < len(self.shards) else None
+
+    def _at(self, key: str) -> int:
+        return zlib.crc32(key.encode()) % len(self.shards)
+
+    def _by_shard(self, things: Iterable[T], id: Callable[[T], str]) -> list[tuple[Queue, list[T]]]:
+        """Sort what belongs to jobs by the shards of those jobs; what belongs to none goes to the first."""
+        sorted: dict[Queue, list[T]] = {}
+        for thing in things:
+            sorted.setdefault(self._of(id(thing)) or self.shards[0], []).append(thing)
+        return list(sorted.items())
+
+    def now(self) -> int:
+        return self.shards[0].now()
+
+    def submit(self, jobs: Sequence[Job], once: Once | None = None) -> list[Job]:
+        """As Queue.submit. Jobs whose uniqueKeys belong to different shards cannot be stored all or none: raises InvalidJob."""
+        places = {self._at(job.unique_key) for job in jobs if job.unique_key}
+        if len(places) > 1:
+            raise InvalidJob(
+                "uniqueKey", "must be the same for all jobs of a batch, for there are several shards (TINYQUEUE_SHARDS)"
+            )
+        at = places.pop() if places else self._at(once.key) if once else next(self._turn) % len(self.shards)
+        for job in jobs:
+            job.id = f"{job.id[:-2]}{at:02x}"
+        return self.shards[at].submit(jobs, once)
+
+    def register(self, queues: Sequence[str], concurrency: int, worker: str = "") -> str:
+        for shard in self.shards:
+            worker = shard.register(queues, concurrency, worker)
+        return worker
+
+    def wait(self, names: Sequence[str], seconds: float = BLOCK) -> bool:
+        """As Queue.wait, in all shards. Those that still wait when one has an answer go on, and are asked the next time."""
+        for at, shard in enumerate(self.shards):
+            if at not in self._waits:
+                self._waits[at] = self._waiters.submit(shard.wait, names, seconds)
+        done, _ = wait(self._waits.values(), return_when=FIRST_COMPLETED)
+        answered = [self._waits.pop(at) for at, future in list(self._waits.items()) if future in done]
+        rung = [future.result() for future in answered]
+        return any(rung)
+
+    def waiting(self, names: Sequence[str], due: bool = False) -> int:
+        return sum(shard.waiting(names, due) for shard in self.shards)
+
+    def take(self, worker: str, names: Sequence[str], most: int) -> list[bytes]:
+        """As Queue.take, from the shards in turn. One that has trouble does not keep the others from being served."""
+        first, taken, trouble = next(self._turn), list[bytes](), list[TinyQueueError]()
+        for shard in (self.shards[(first + n) % len(self.shards)] for n in range(len(self.shards))):
+            if len(taken) < most:
+                try:
+                    taken += shard.take(worker, names, most - len(taken))
+                except TinyQueueError as error:
+                    trouble.append(error)
+        if trouble and not taken:
+            raise trouble[0]
+        return taken
+
+    def start(self, worker: str, ids: Sequence[bytes], held: Mapping[str, int] | None = None) -> list[Job]:
+        jobs = []
+        for shard, entries in self._by_shard(ids, lambda entry: entry.decode("ascii", "replace")):
+            others = {id.decode("ascii", "replace"): 0 for id in ids if id not in entries}  # a suspect is not alone among them
+            jobs += shard.start(worker, entries, {**others, **held} if held is not None else others or None)
+        return jobs
+
+    def adopt(self, worker: str, held: Collection[str]) -> list[bytes]:
+        return [id for shard in self.shards for id in shard.adopt(worker, held)]
+
+    def settle(self, worker: str, outcomes: Sequence[Outcome], again: bool = False) -> list[Outcome]:
+        """As Queue.settle, in one transaction for each shard. Unavailable is raised when all were tried: then some were written."""
+        others, trouble = list[Outcome](), list[Unavailable]()
+        for shard, part in self._by_shard(outcomes, lambda outcome: outcome.job.id):
+            try:
+                others += shard.settle(worker, part, again)
+            except Unavailable as error:
+                trouble.append(error)
+        if trouble:
+            trouble[0].doubtful = True
+            raise trouble[0]
+        return others
+
+    def write_progress(self, job: Job) -> None:
+        if shard := self._of(job.id):
+            shard.write_progress(job)
+
+    def cancel(self, id: str) -> Job | None:
+        shard = self._of(id)
+        return shard.cancel(id) if shard else None
+
+    def asked_to_stop(self, ids: Sequence[str]) -> list[str]:
+        return [id for shard, part in self._by_shard(ids, str) for id in shard.asked_to_stop(part)]
+
+    def retry(self, id: str) -> Job | None:
+        shard = self._of(id)
+        return shard.retry(id) if shard else None
+
+    def pause(self, name: str) -> None:
+        for shard in self.shards:
+            shard.pause(name)
+
+    def resume(self, name: str) -> None:
+        for shard in self.shards:
+            shard.resume(name)
+
+    def heartbeat(self, worker: str, jobs: Sequence[str] = ()) -> None:
+        for shard in self.shards:
+            shard.heartbeat(worker, [id for id in jobs if self._of(id) is shard])
+
+    def deregister(self, worker: str) -> None:
+        for shard in self.shards:
+            shard.deregister(worker)
+
+    def promote(self) -> int:
+        return sum(shard.promote() for shard in self.shards)
+
+    def lost_workers(self, but: str = "") -> list[str]:
+        return sorted({worker for shard in self.shards for worker in shard.lost_workers(but)})
+
+    def reap(self, worker: str) -> int:
+        return sum(shard.reap(worker) for shard in self.shards)
+
+    def trim(self) -> int:
+        return sum(shard.trim() for shard in self.shards)
+
+    def ping(self) -> None:
+        for shard in self.shards:
+            shard.ping()
+
+    def get(self, id: str) -> Job | None:
+        shard = self._of(id)
+        return shard.get(id) if shard else None
+
+    def wait_for(self, id: str, seconds: float) -> Job | None:
+        shard = self._of(id)
+        return shard.wait_for(id, seconds) if shard else None
+
+    def page(self, filter: Filter = Filter(), *, limit: int = 50, cursor: str = "") -> tuple[list[Job], str]:  # noqa: B008
+        """As Queue.page: a cursor is a place in the order of all jobs, so pages are merged as far as every shard has looked."""
+        pages = [shard.page(filter, limit=limit, cursor=cursor) for shard in self.shards]
+        horizon = max((_place_of(cursor) for _, cursor in pages if cursor), default=NO_HORIZON)
+        found = sorted((job for jobs, _ in pages for job in jobs), key=Job.place, reverse=True)
+        seen = [job for job in found if job.place() >= horizon]
+        if len(seen) > limit:
+            at, id = seen[limit - 1].place()
+            return seen[:limit], f"{at}.{id}"
+        return seen, f"{horizon[0]}.{horizon[1]}" if horizon > NO_HORIZON else ""
+
+    def queues(self) -> dict[str, dict[str, Any]]:
+        found: dict[str, dict[str, Any]] = {}
+        for shard in self.shards:
+            for name, about in shard.queues().items():
+                found[name] = _added(found[name], about) if name in found else about
+        return dict(sorted(found.items()))
+
+    def stats(self) -> dict[str, Any]:
+        """As Queue.stats, added up. A worker serves all shards, so it is counted where most are."""
+        all = [shard.stats() for shard in self.shards]
+        total = functools.reduce(_added, all)
+        return total | {"workers": max(stats["workers"] for stats in all)}
+
+    def workers(self) -> list[dict[str, Any]]:
+        found: dict[str, dict[str, Any]] = {}
+        for shard in self.shards:
+            for about in shard.workers():
+                known = found.setdefault(about["id"], about | {"jobs": [], "lastHeartbeat": 0})
+                known["jobs"] = known["jobs"] + about["jobs"]
+                known["lastHeartbeat"] = max(known["lastHeartbeat"], about["lastHeartbeat"])
+                known["alive"] = known["alive"] and about["alive"]
+        return list(found.values())
+
+    def spend(self, who: str, limit: int, seconds: int) -> tuple[int, int]:
+        return self.shards[self._at(who)].spend(who, limit, seconds)
+
+
+def _added(one: Any, other: Any) -> Any:
+    """Add up what shards tell of themselves: counts are summed, of ages the highest counts, and paused is what any has paused."""
+    if not isinstance(one, dict):
+        return one or other if isinstance(one, bool) else one + other
+    both = {
+        name: _added(one[name], other[name]) if name in one and name in other else one.get(name, other.get(name))
+        for name in {**one, **other}
+    }
+    return both | {name: max(one[name], other[name]) for name in ("oldestWaitingMs",) if name in one}
 
 
 def _worker(id: str, about: bytes, lease: bytes | None) -> dict[str, Any]:

@@ -3,8 +3,8 @@
     python tests/protocol_model.py [--jobs 1] [--workers 3] [--pill] [--without GUARD]
 
 A step is one transaction of tinyqueue.py's table, or what befalls a worker: a crash, a lost reply, the lapse of its lease. With
---pill the first job kills whatever worker runs it, nothing else does, and a worker that was buried is replaced: no other job may fail,
-and the pill must come to its end. Without a guard the search finds what that guard is there for, and prints how it came about.
+--pill the first job kills whatever worker runs it, nothing else does, and a worker that was buried is replaced: no other job may
+fail, and the pill must come to its end. Without a guard the search finds what that is there for, and prints how it came about.
 """
 
 from __future__ import annotations
