@@ -86,7 +86,7 @@ from contextlib import contextmanager, suppress
 from datetime import datetime
 from functools import partial
 from typing import Annotated, Any, Concatenate, Generic, Literal, NamedTuple, ParamSpec, TypeVar, cast
-from urllib.parse import urlsplit
+from urllib.parse import parse_qsl, unquote, urlencode, urlsplit
 
 import msgspec
 import redis
@@ -95,6 +95,7 @@ from hiredis import pack_command
 from msgspec import Meta
 from redis.backoff import NoBackoff
 from redis.retry import Retry as NoRetries
+from redis.sentinel import Sentinel, SentinelConnectionPool
 
 __version__ = "0.1.0"
 
@@ -808,6 +809,7 @@ def _moment(value: Any, now: int) -> int:
 Command = tuple[Any, ...]
 SOCKET_TIMEOUT = 4.0  # seconds for a reply; above BLOCK with room for a slow answer
 CONNECT_TIMEOUT = 2.0
+ASIDE_TIMEOUT = 0.5  # for those who only say where the jobs are: one that is dead must not hold up the question to the next
 BLOCK = 2.0  # seconds of one wait for the bell
 PAUSE_AGE = 0.1  # seconds that what is known of paused queues is good for
 WARM = 1.0  # seconds after its last use that a connection is lent again without a look at it
@@ -846,7 +848,8 @@ def connect(url: str, *, connections: int = 100, tls_verify: bool = True) -> red
     """Make the pool of connections, none opened yet. Every option that differs between versions of the client is set here.
 
     No retries: the client would send a whole transaction again after a lost reply, and every push in it twice.
-    A wrong URL raises SettingsError without showing the URL, which may hold a password.
+    Behind sentinels, each new connection asks them for the master. A wrong URL raises SettingsError without showing the URL, which
+    may hold a password.
     """
     options: dict[str, Any] = {
         "max_connections": connections,
@@ -859,10 +862,12 @@ def connect(url: str, *, connections: int = 100, tls_verify: bool = True) -> red
     }
     if url.startswith("unix:"):
         del options["socket_keepalive"]
-    if url.startswith("rediss:") and not tls_verify:
+    if url.startswith("rediss") and not tls_verify:
         log.warning("TINYQUEUE_TLS_VERIFY=0: the certificate of the Redis server is not checked")
         options |= {"ssl_cert_reqs": "none", "ssl_check_hostname": False}
     try:
+        watched = _Watched.read(url) if urlsplit(url).scheme in ("redis+sentinel", "rediss+sentinel") else None
+        url = watched.url if watched else url
         database = urlsplit(url).path.lstrip("/")
         if url.startswith("redis") and database and not database.isdecimal():
             raise SettingsError("REDIS_URL: what follows the host must be the number of a database, as /0")
@@ -874,9 +879,44 @@ def connect(url: str, *, connections: int = 100, tls_verify: bool = True) -> red
                 f"REDIS_URL: {(*changed, 'decode_responses')[0]} is not to be set there: the queue relies on its own"
             )
     except (ValueError, TypeError, redis.RedisError) as error:
-        hint = "an option after ? is unknown" if isinstance(error, TypeError) else "use redis://, rediss:// or unix://"
+        forms = "redis://, rediss://, unix:// or redis+sentinel://host:port,host:port/service"
+        hint = "an option after ? is unknown" if isinstance(error, TypeError) else f"use {forms}"
         raise SettingsError(f"REDIS_URL cannot be used: {hint}; percent-encode special characters of the password") from None
-    return pool
+    return watched.pool(pool, options) if watched else pool
+
+
+class _Watched(NamedTuple):
+    """What a redis+sentinel:// URL says, a form that the client does not know: `url` is the rest of it, as for one server."""
+
+    url: str
+    sentinels: list[tuple[str, int]]
+    service: str
+    credentials: dict[str, str]  # for the sentinels themselves
+
+    @classmethod
+    def read(cls, url: str) -> _Watched:
+        """Read redis+sentinel://[user:password@]host:port,host:port/service[/database][?options]; raises ValueError."""
+        parts = urlsplit(url)
+        user, at, hosts = parts.netloc.rpartition("@")
+        service, _, database = parts.path.strip("/").partition("/")
+        query = dict(parse_qsl(parts.query))
+        own = {name: query.pop("sentinel_" + name) for name in ("username", "password") if "sentinel_" + name in query}
+        found = [urlsplit("//" + host) for host in hosts.split(",")]
+        sentinels = [(host.hostname, host.port or 26379) for host in found if host.hostname]
+        if not service or len(sentinels) < len(found) or parts.fragment:
+            raise ValueError("no sentinels, or no service")
+        url = f"{parts.scheme.removesuffix('+sentinel')}://{user}{at}master/{database}?{urlencode(query)}"
+        return cls(url, sentinels, unquote(service), own)
+
+    def pool(self, of: redis.ConnectionPool, options: Mapping[str, Any]) -> redis.ConnectionPool:
+        """Make a pool as that one, but of connections to whoever the sentinels say is the master."""
+        tls = {name: value for name, value in of.connection_kwargs.items() if name.startswith("ssl_")}
+        aside = {"socket_timeout": ASIDE_TIMEOUT, "socket_connect_timeout": ASIDE_TIMEOUT, "max_connections": None}
+        ssl = issubclass(of.connection_class, redis.SSLConnection)
+        access = {**options, **tls, **aside, **self.credentials, "ssl": ssl}
+        sentinel = Sentinel(self.sentinels, sentinel_kwargs=access)  # type: ignore[no-untyped-call]
+        more = {"ssl": ssl, "max_connections": of.max_connections, **of.connection_kwargs}
+        return SentinelConnectionPool(self.service, sentinel, **more)  # type: ignore[no-untyped-call]
 
 
 class Clock:
