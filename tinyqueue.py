@@ -94,6 +94,7 @@ from dotenv import load_dotenv
 from hiredis import pack_command
 from msgspec import Meta
 from redis.backoff import NoBackoff
+from redis.crc import key_slot
 from redis.retry import Retry as NoRetries
 from redis.sentinel import Sentinel, SentinelConnectionPool
 
@@ -823,7 +824,8 @@ REASONS: tuple[tuple[type[Exception], str], ...] = (
     (redis.exceptions.NoPermissionError, "refused"),
     (redis.exceptions.MaxConnectionsError, "busy"),
     (redis.exceptions.ClusterDownError, "unreachable"),
-    (redis.exceptions.TryAgainError, "busy"),
+    (redis.exceptions.TryAgainError, "busy"),  # this and the next: the slot is just being moved, key by key
+    (redis.exceptions.AskError, "busy"),
     (redis.exceptions.TimeoutError, "timeout"),
     (redis.exceptions.ConnectionError, "unreachable"),
     (OSError, "unreachable"),
@@ -844,9 +846,85 @@ def _explained(error: Exception) -> TinyQueueError:
     return Corrupted(f"Redis answered: {text}")
 
 
-def connect(url: str, *, connections: int = 100, tls_verify: bool = True) -> redis.ConnectionPool:
+class Pool(redis.ConnectionPool):
+    """Connections to one server; in a cluster, to the node that owns `slot`, wherever that goes.
+
+    All keys of a queue are in one slot, so this is all that a cluster takes. The client's own RedisCluster would send a transaction
+    again, without its WATCH, after a lost connection.
+    """
+
+    slot = 0
+    nodes: frozenset[tuple[str, int]] = frozenset()  # of the cluster, as far as they are known
+    _asked = False  # whether the present server was asked for them
+
+    @property
+    def place(self) -> tuple[str, int]:
+        return self.connection_kwargs.get("host", "localhost"), self.connection_kwargs.get("port", 6379)
+
+    def get_connection(self, *_: Any, **__: Any) -> Any:
+        connection = super().get_connection()
+        try:
+            if not self._asked:
+                self._owner(connection)
+                self._asked = True
+        except BaseException:
+            connection.disconnect()  # type: ignore[no-untyped-call]
+            self.release(connection)
+            raise
+        return connection
+
+    def owns_connection(self, connection: Any) -> bool:
+        return bool(super().owns_connection(connection)) and (connection.host, connection.port) == self.place
+
+    def turn_to(self, host: str, port: int) -> None:
+        """Connect to that node from now on. Connections to another that are in use are closed when they come back."""
+        if (host, port) != self.place:
+            log.info("the cluster keeps the queue on %s:%d now", host, port)
+            self.disconnect(inuse_connections=False)
+            self.connection_kwargs = {**self.connection_kwargs, "host": host, "port": port}
+            self._asked = False
+            self.reset()
+
+    def heed(self, error: Exception, reason: str) -> None:
+        """Turn to the node that an error names, or if it tells that this one is of no use, to the one that the others name."""
+        if isinstance(error, redis.exceptions.MovedError):
+            self.turn_to(error.host or self.place[0], error.port)
+        elif reason in ("unreachable", "timeout", "loading"):
+            others = sorted(self.nodes - {self.place})
+            told = (self._owner_as_told_by(*place) for place in random.sample(others, len(others)))
+            if owner := next(filter(None, told), None):
+                self.turn_to(*owner)
+
+    def _owner_as_told_by(self, host: str, port: int) -> tuple[str, int] | None:
+        brief = {"host": host, "port": port, "socket_timeout": ASIDE_TIMEOUT, "socket_connect_timeout": ASIDE_TIMEOUT}
+        connection = self.connection_class(**{**self.connection_kwargs, **brief})
+        try:
+            connection.connect()
+            return self._owner(connection)
+        except (redis.RedisError, OSError):
+            return None
+        finally:
+            connection.disconnect()
+
+    def _owner(self, connection: Any) -> tuple[str, int] | None:
+        """Ask who owns the slot, and take note of all nodes; None if that is nobody, or this is no cluster."""
+        try:
+            ranges = _ask(connection, [("CLUSTER", "SLOTS")])[0]
+        except redis.ResponseError:
+            return None
+        owner, nodes = None, set()
+        for first, last, *served_by in ranges:
+            places = [(host.decode() if host else connection.host, port) for host, port, *_ in served_by]
+            nodes |= set(places)
+            owner = places[0] if first <= self.slot <= last else owner
+        self.nodes = frozenset(nodes)
+        return owner
+
+
+def connect(url: str, *, tag: str = "queue", connections: int = 100, tls_verify: bool = True) -> redis.ConnectionPool:
     """Make the pool of connections, none opened yet. Every option that differs between versions of the client is set here.
 
+    In a cluster it leads to the node that has the keys with that hash tag, whichever node the URL names.
     No retries: the client would send a whole transaction again after a lost reply, and every push in it twice.
     Behind sentinels, each new connection asks them for the master. A wrong URL raises SettingsError without showing the URL, which
     may hold a password.
@@ -871,7 +949,9 @@ def connect(url: str, *, connections: int = 100, tls_verify: bool = True) -> red
         database = urlsplit(url).path.lstrip("/")
         if url.startswith("redis") and database and not database.isdecimal():
             raise SettingsError("REDIS_URL: what follows the host must be the number of a database, as /0")
-        pool = redis.ConnectionPool.from_url(url, **options)
+        pool = (redis.ConnectionPool if url.startswith("unix:") else Pool).from_url(url, **options)
+        if isinstance(pool, Pool):
+            pool.slot = key_slot(tag.encode())
         pool.connection_class(**pool.connection_kwargs)  # opens nothing; an option it does not know shows here
         changed = [name for name, value in options.items() if pool.connection_kwargs.get(name, value) != value]
         if changed or pool.connection_kwargs.get("decode_responses"):
@@ -1084,9 +1164,12 @@ class Queue:
         self.last_trouble = time.monotonic()  # when it last did not; before it was first asked, nobody knows
 
     @classmethod
-    def from_url(cls, url: str, *, connections: int = 100, tls_verify: bool = True, **options: Any) -> Queue:
-        """Make a queue on the Redis at a redis://, rediss:// or unix:// URL. Connects on first use."""
-        return cls(connect(url, connections=connections, tls_verify=tls_verify), **options)
+    def from_url(
+        cls, url: str, *, namespace: str = "queue", connections: int = 100, tls_verify: bool = True, **options: Any
+    ) -> Queue:
+        """Make a queue on the Redis at a redis://, rediss://, unix:// or redis+sentinel:// URL. Connects on first use."""
+        pool = connect(url, tag=namespace, connections=connections, tls_verify=tls_verify)
+        return cls(pool, namespace=namespace, **options)
 
     @classmethod
     def embedded(cls, **options: Any) -> Queue:
@@ -1125,6 +1208,8 @@ class Queue:
                 explained = _explained(error)
                 if isinstance(explained, Unavailable):
                     self.last_trouble = time.monotonic()
+                    if isinstance(self.pool, Pool):
+                        self.pool.heed(error, explained.reason)
                 raise explained from error
             raise
         self.last_contact = time.monotonic()
@@ -1149,8 +1234,7 @@ class Queue:
                 self.pool.release(self._warm.pop()[0])
 
     def _read(self, *commands: Command) -> list[Any]:
-        with self._connection() as connection:
-            return Transaction(connection, (), self.clock, False).read(*commands)
+        return self._transact((), lambda tx: tx.read(*commands))
 
     def _transact(self, watch: Sequence[str], body: Callable[[Transaction], R], again: bool = False) -> R:
         """Run `body` until its writes are applied with nothing watched having changed, and return what it returned.
@@ -1178,6 +1262,8 @@ class Queue:
                     sent = True
                     done = _ask(connection, [("MULTI",), *writes, ("EXEC",)])[-1]
             except Unavailable as trouble:
+                if isinstance(trouble.__cause__, redis.exceptions.MovedError) and isinstance(self.pool, Pool):
+                    continue  # nothing was applied, and the pool leads to the owner of the slot now
                 answered = isinstance(trouble.__cause__, redis.ResponseError)
                 if not sent or answered or trouble.reason not in ("timeout", "unreachable"):
                     trouble.doubtful = again
@@ -1382,8 +1468,7 @@ class Queue:
     def wait(self, names: Sequence[str], seconds: float = BLOCK) -> bool:
         """Wait until a job may have come to one of the queues: True, or the time is up. Takes nothing but a wake-up token."""
         bells = ("BLPOP", *map(self.keys.bell, names), seconds)
-        with self._connection() as connection:
-            token, paused = _ask(connection, [bells, ("SMEMBERS", self.keys.paused)])
+        token, paused = self._read(bells, ("SMEMBERS", self.keys.paused))
         self._note_paused(paused)
         return token is not None
 
@@ -1914,9 +1999,8 @@ class Queue:
         return job
 
     def _wait_for_token(self, key: str, seconds: float) -> None:
-        with self._connection() as connection:
-            if _ask(connection, [("BLPOP", key, round(max(seconds, 0.01), 3))])[0]:
-                _ask(connection, [("LPUSH", key, "1"), ("EXPIRE", key, 60)])  # for others who wait for the same
+        if self._read(("BLPOP", key, round(max(seconds, 0.01), 3)))[0]:
+            self._read(("LPUSH", key, "1"), ("EXPIRE", key, 60))  # for others who wait for the same
 
     def jobs(self, status: Status, *, limit: int = 50) -> list[Job]:
         """List the newest jobs of a status: by when they ended, or for those that have not, by when they were created."""
