@@ -53,6 +53,7 @@ Keys. All share one hash tag, the namespace, and with it one slot of a cluster.
     {queue}:done:<id>         list      a token for those who waited. A minute to live
     {queue}:counts            hash      pending:<name> and processing:<name> now; completed, failed, cancelled since the beginning
     {queue}:promoter          string    who promotes at the moment, with a time to live; two at once would do no harm
+    {queue}:mark              string    written to hear when the replicas have all that was written before. A millisecond to live
 
 Three rules carry everything
     1. The record decides, lists are hints. A list may hold an id twice, or one whose job is cancelled, finished or gone; whoever
@@ -140,6 +141,18 @@ class KeyReused(TinyQueueError):
 
 class QueueFull(TinyQueueError):
     """So many jobs are pending in that queue that no more are accepted (TINYQUEUE_MAX_PENDING). Nothing was stored."""
+
+
+class NotReplicated(TinyQueueError):
+    """The jobs are stored and will run, but fewer replicas than TINYQUEUE_MIN_REPLICAS have them. `jobs` is what was submitted.
+
+    To submit them again makes new ones, unless it is done under the same Idempotency-Key: then it waits for the replicas once more.
+    """
+
+    def __init__(self, jobs: Sequence[Job], reached: int, wanted: int) -> None:
+        what = f"job {jobs[0].id} is" if len(jobs) == 1 else f"{len(jobs)} jobs are"
+        super().__init__(f"{what} stored and will run, but only {reached} of {wanted} replicas have that in time")
+        self.jobs = list(jobs)
 
 
 class WrongStatus(TinyQueueError):
@@ -231,6 +244,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     max_pending: Annotated[
         int, Meta(ge=0, le=10**9, description="pending jobs of a queue beyond which none are accepted; 0: any")
     ] = 0
+    min_replicas: Annotated[int, Meta(ge=0, le=100, description="replicas that must have a job before it is accepted")] = 0
     api_keys: Annotated[str, Meta(description="who may come in: name:role:secret, comma-separated; roles submit, read, admin")] = ""
     open: Annotated[bool, Meta(description="1: without keys let everybody in, not only this machine")] = False
     rate_limit: Annotated[
@@ -335,6 +349,7 @@ class Keys:
         self.delayed, self.workers = tag + "delayed", tag + "workers"
         self.completed, self.failed, self.cancelled = tag + "completed", tag + "failed", tag + "cancelled"
         self.counts, self.promoter, self.paused = tag + "counts", tag + "promoter", tag + "paused"
+        self.mark = tag + "mark"
         self.once_prefix, self.unique_prefix, self.rate_prefix = tag + "once:", tag + "unique:", tag + "rate:"
         self.minute_prefix, self.done_prefix, self.awaited = tag + "minute:", tag + "done:", tag + "awaited"
 
@@ -812,6 +827,7 @@ SOCKET_TIMEOUT = 4.0  # seconds for a reply; above BLOCK with room for a slow an
 CONNECT_TIMEOUT = 2.0
 ASIDE_TIMEOUT = 0.5  # for those who only say where the jobs are: one that is dead must not hold up the question to the next
 BLOCK = 2.0  # seconds of one wait for the bell
+CATCH_UP = 1000  # milliseconds that replicas have to take what was written
 PAUSE_AGE = 0.1  # seconds that what is known of paused queues is good for
 WARM = 1.0  # seconds after its last use that a connection is lent again without a look at it
 
@@ -1032,6 +1048,7 @@ class Transaction:
     def __init__(self, connection: Any, watch: Sequence[str], clock: Clock, again: bool) -> None:
         self._connection, self._watch, self._watches, self._clock = connection, watch, bool(watch), clock
         self.now = clock.now()
+        self.replicas = 0  # that must have the writes
         self.again = again  # an earlier try sent its EXEC and lost the reply: look whether it was applied
         self._writes: list[Command] = []
         self._gathered: dict[tuple[str, str], list[Any]] = {}
@@ -1148,6 +1165,7 @@ class Queue:
         keep_failed: float = 604800,
         keep_once: float = 86400,
         max_pending: int = 0,
+        min_replicas: int = 0,
     ) -> None:
         self.pool, self.keys, self.clock = pool, Keys(check_name("namespace", namespace)), Clock()
         self.lease_ms, self.lease = int(lease * 1000), lease
@@ -1156,7 +1174,7 @@ class Queue:
             "failed": int(keep_failed * 1000),
             "cancelled": int(keep_failed * 1000),
         }
-        self.keep_once_ms, self.max_pending = int(keep_once * 1000), max_pending
+        self.keep_once_ms, self.max_pending, self.min_replicas = int(keep_once * 1000), max_pending, min_replicas
         self._paused: tuple[float, frozenset[str]] = (-1e9, frozenset())  # when they were read, and which
         self._memory: tuple[float, bool] = (-1e9, False)  # when it was looked at, and whether it was full
         self._warm: list[tuple[Any, int, float]] = []  # connections just used: by which process, and when
@@ -1188,7 +1206,10 @@ class Queue:
             "keep_failed": settings.keep_failed,
             "keep_once": settings.keep_once,
             "max_pending": settings.max_pending,
+            "min_replicas": settings.min_replicas,
         }
+        if not settings.redis_url and settings.min_replicas:
+            raise SettingsError("TINYQUEUE_MIN_REPLICAS is set, but without REDIS_URL there are no replicas")
         if not settings.redis_url:
             return cls.embedded(**options)
         return cls.from_url(settings.redis_url, connections=connections, tls_verify=settings.tls_verify, **options)
@@ -1254,13 +1275,16 @@ class Queue:
                     except TinyQueueError:
                         tx.unwatch()
                         raise
-                    if not writes:
+                    if not writes and not tx.replicas:
                         tx.unwatch()
                         return result
-                    if late and not watch:
+                    if late and writes and not watch:
                         raise Unavailable("timeout", "no reply, and nothing was written so far", doubtful=True)
                     sent = True
-                    done = _ask(connection, [("MULTI",), *writes, ("EXEC",)])[-1]
+                    mark = ("SET", self.keys.mark, "", "PX", 1)  # WAIT is for what its own connection has written
+                    wait = [("WAIT", tx.replicas, CATCH_UP)] if tx.replicas else []
+                    replies = _ask(connection, [("MULTI",), *(writes or [mark]), ("EXEC",), *wait])
+                    done, *reached = replies[-1 - len(wait) :]
             except Unavailable as trouble:
                 if isinstance(trouble.__cause__, redis.exceptions.MovedError) and isinstance(self.pool, Pool):
                     continue  # nothing was applied, and the pool leads to the owner of the slot now
@@ -1272,6 +1296,8 @@ class Queue:
                 continue
             if done is not None:
                 _unfailed(done)
+                if reached and reached[0] < tx.replicas:
+                    raise NotReplicated(cast(list[Job], result), reached[0], tx.replicas)
                 return result
         raise Unavailable("busy", "others kept changing the same keys", doubtful=again)
 
@@ -1347,7 +1373,8 @@ class Queue:
 
         nothing -> pending. `once` makes a second submit with the same key return the jobs of the first. Watches the keys that are
         given; without any, nothing, for the ids are new. After a lost reply, the ids or the key tell whether all is there. Raises
-        KeyReused and QueueFull, and Unavailable if Redis' memory is nearly used up.
+        KeyReused and QueueFull, and Unavailable if Redis' memory is nearly used up; and NotReplicated if the jobs, or those of the
+        first submit, are stored but not on `min_replicas` replicas within a second.
         """
         if len(jobs) > MAX_JOBS:
             raise InvalidJob("jobs", f"must be at most {MAX_JOBS} at a time")
@@ -1359,6 +1386,7 @@ class Queue:
 
         def body(tx: Transaction) -> list[Job]:
             nonlocal accepted
+            tx.replicas = self.min_replicas if jobs else 0
             if once and (stored := tx.read(("GET", self._once_key(once)))[0]):
                 return self._made_once(tx, jobs, once, stored)
             if not jobs or (not once and tx.again and tx.read(("EXISTS", *map(self.keys.job, ids)))[0]):
@@ -1433,8 +1461,11 @@ class Queue:
         looked_at, short = self._memory
         if time.monotonic() - looked_at > 2.0:
             info: dict[str, str] = {}
-            with suppress(Corrupted, Unavailable):  # the embedded server knows no INFO, and an ACL may forbid it
+            try:
                 info = _info(self._read(("INFO", "memory"))[0])
+            except (Corrupted, Unavailable) as trouble:  # the embedded server knows no INFO, and an ACL may forbid it
+                if getattr(trouble, "reason", "") == "timeout":  # the submit itself would wait as long again
+                    raise
             limit = int(info.get("maxmemory", 0))
             short = bool(limit) and int(info["used_memory"]) > MEMORY_SHARE * limit
             self._memory = (time.monotonic(), short)

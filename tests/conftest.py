@@ -306,6 +306,7 @@ FAMILIES = {
     "workers": "set",
     "counts": "hash",
     "promoter": "string",
+    "mark": "string",
     "once:": "string",
     "unique:": "string",
     "paused": "set",
@@ -314,7 +315,7 @@ FAMILIES = {
     "awaited": "set",
     "done:": "list",
 }
-EXPIRING = ("lease:", "promoter", "once:", "minute:", "rate:", "done:")
+EXPIRING = ("lease:", "promoter", "mark", "once:", "minute:", "rate:", "done:")
 ENDED = ("completed", "failed", "cancelled")
 
 

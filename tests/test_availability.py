@@ -14,12 +14,17 @@ from typing import Any, NamedTuple
 
 import pytest
 import redis
-from conftest import REDIS, RedisServer, until
+from client import Client
+from conftest import REDIS, RedisServer, assert_books, until
+from cutproxy import CutProxy
 from test_processes import HANDLERS, ROOT, Process, Web, environment
 
-from tinyqueue import Queue, SettingsError, Unavailable, connect
+from tinyqueue import NotReplicated, Queue, Settings, SettingsError, Unavailable, connect, handler
+from wsgi import API
 
 SERVICE = "jobs"
+
+pytestmark = pytest.mark.usefixtures("no_handlers")
 
 
 class SentinelServer(RedisServer):
@@ -65,6 +70,10 @@ def replicated(start_redis: Callable[..., RedisServer]) -> Callable[[int], tuple
         return master, replicas
 
     return start
+
+
+def echo(payload: int) -> int:
+    return payload
 
 
 def count_online(master: RedisServer) -> int:
@@ -180,6 +189,94 @@ class Load:
         until(lambda: accepted <= service.runs(), timeout=60)
 
 
+# Replicas -------------------------------------------------------------------------------------------------------------
+
+Replicated = Callable[[int], tuple[RedisServer, list[RedisServer]]]
+ECHO = {"type": "echo", "payload": 1}
+
+
+@contextmanager
+def stopped(server: RedisServer) -> Iterator[None]:
+    """Stop a server, and let it go on after the block."""
+    assert server.process
+    server.process.send_signal(signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        server.process.send_signal(signal.SIGCONT)
+
+
+def test_submit_returns_when_enough_replicas_have_the_jobs(replicated: Replicated, at: Any) -> None:
+    master, replicas = replicated(2)
+    queue = at(master.url, min_replicas=2)
+    for _ in range(20):
+        jobs = queue.enqueue_many("echo", range(3))
+        for replica in replicas:
+            with redis.Redis(port=replica.port) as client:
+                assert client.exists(*(queue.keys.job(job.id) for job in jobs)) == 3
+    assert_books(queue)
+
+
+def test_submit_that_too_few_replicas_have_is_stored_and_says_so(replicated: Replicated, at: Any) -> None:
+    queue = at(replicated(1)[0].url, min_replicas=2)
+    with pytest.raises(NotReplicated, match="stored and will run, but only 1 of 2 replicas") as caught:
+        queue.enqueue("echo", 1)
+    assert queue.jobs("pending") == caught.value.jobs
+    [job] = queue.dequeue(queue.register(["default"], 1), ["default"])
+    queue.complete(job)
+    assert_books(queue)
+
+
+def test_submit_that_too_few_replicas_have_is_answered_503(replicated: Replicated, at: Any) -> None:
+    queue = at(replicated(1)[0].url, min_replicas=2)
+    api = Client(API(Settings(), queue))
+    handler("echo")(echo)
+    one, many = api.post("/jobs", ECHO), api.post("/jobs/batch", [ECHO, ECHO])
+    for answer in (one, many):
+        assert (answer.status, answer.kind, answer.headers["retry-after"]) == (503, "not-replicated", "5")
+    told = [*one.problem["jobIds"], *many.problem["jobIds"]]
+    assert one.problem["jobId"] == told[0]
+    assert sorted(told) == sorted(job.id for job in queue.jobs("pending"))
+
+
+def test_submit_again_under_the_same_key_waits_for_the_replicas_again(replicated: Replicated, at: Any) -> None:
+    master, [replica] = replicated(1)
+    queue = at(master.url, min_replicas=1)
+    api = Client(API(Settings(), queue))
+    handler("echo")(echo)
+    with stopped(replica):
+        answers = [api.post("/jobs", ECHO, {"Idempotency-Key": "k"}) for _ in range(2)]
+    assert [(answer.status, answer.kind) for answer in answers] == [(503, "not-replicated")] * 2
+    answer = api.post("/jobs", ECHO, {"Idempotency-Key": "k"})
+    assert (answer.status, answer.headers["idempotency-replayed"]) == (200, "true")
+    assert [answer.json["jobId"]] * 2 == [answer.problem["jobId"] for answer in answers]
+    assert_books(queue)
+
+
+@pytest.mark.parametrize("lost", ["drop_reply", "drop_request"])
+def test_submit_whose_reply_is_lost_is_stored_once_and_waits_for_the_replicas(replicated: Replicated, at: Any, lost: str) -> None:
+    master, [replica] = replicated(1)
+    near = at(master.url)
+    with CutProxy(master.port) as proxy, stopped(replica):
+        far = at(proxy.url, min_replicas=1)
+        far.ping()
+        getattr(proxy, lost)(b"WAIT")
+        with pytest.raises(NotReplicated) as caught:
+            far.enqueue("echo", 1)
+        assert proxy.idle
+    assert near.jobs("pending") == caught.value.jobs
+    assert_books(near)
+
+
+def test_submit_of_nothing_waits_for_nobody(replicated: Replicated, at: Any) -> None:
+    assert at(replicated(0)[0].url, min_replicas=1).enqueue_many("echo", []) == []
+
+
+def test_min_replicas_without_redis_url_is_refused() -> None:
+    with pytest.raises(SettingsError, match="TINYQUEUE_MIN_REPLICAS"):
+        Queue.from_settings(Settings(min_replicas=1))
+
+
 # Sentinels ------------------------------------------------------------------------------------------------------------
 
 
@@ -261,14 +358,14 @@ def hand_over(watched: Watched) -> None:
 
 
 @pytest.mark.parametrize("befall", [kill, hang, hand_over])
-def test_failover_of_sentinels_is_followed_by_web_and_worker(
+def test_failover_of_sentinels_is_followed_and_loses_nothing(
     watched: Watched, tmp_path: Path, befall: Callable[[Watched], None]
 ) -> None:
-    with service(tmp_path, REDIS_URL=watched.url) as service_:
+    with service(tmp_path, REDIS_URL=watched.url, TINYQUEUE_MIN_REPLICAS="1") as service_:
         with Load(service_.web) as load:
             load.until_accepted(50)
             befall(watched)
             until(lambda: watched.replaced)
             load.until_accepted(50)
         assert load.longest_pause < 15
-        until(lambda: load.accepted[-1][1] in service_.runs())
+        load.assert_all_run(service_)
