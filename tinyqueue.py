@@ -53,6 +53,7 @@ Keys. All share one hash tag, the namespace, and with it one slot of a cluster.
     {queue}:done:<id>         list      a token for those who waited. A minute to live
     {queue}:counts            hash      pending:<name> and processing:<name> now; completed, failed, cancelled since the beginning
     {queue}:promoter          string    who promotes at the moment, with a time to live; two at once would do no harm
+    {queue}:mark              string    written to hear when the replicas have all that was written before. A millisecond to live
 
 Three rules carry everything
     1. The record decides, lists are hints. A list may hold an id twice, or one whose job is cancelled, finished or gone; whoever
@@ -89,7 +90,7 @@ from contextlib import contextmanager, suppress
 from datetime import datetime
 from functools import partial
 from typing import Annotated, Any, Concatenate, Generic, Literal, NamedTuple, ParamSpec, TypeVar, cast
-from urllib.parse import urlsplit
+from urllib.parse import parse_qsl, unquote, urlencode, urlsplit
 
 import msgspec
 import redis
@@ -97,7 +98,9 @@ from dotenv import load_dotenv
 from hiredis import pack_command
 from msgspec import Meta
 from redis.backoff import NoBackoff
+from redis.crc import key_slot
 from redis.retry import Retry as NoRetries
+from redis.sentinel import Sentinel, SentinelConnectionPool
 
 __version__ = "0.1.0"
 
@@ -141,6 +144,18 @@ class KeyReused(TinyQueueError):
 
 class QueueFull(TinyQueueError):
     """So many jobs are pending in that queue that no more are accepted (TINYQUEUE_MAX_PENDING). Nothing was stored."""
+
+
+class NotReplicated(TinyQueueError):
+    """The jobs are stored and will run, but fewer replicas than TINYQUEUE_MIN_REPLICAS have them. `jobs` is what was submitted.
+
+    To submit them again makes new ones, unless it is done under the same Idempotency-Key: then it waits for the replicas once more.
+    """
+
+    def __init__(self, jobs: Sequence[Job], reached: int, wanted: int) -> None:
+        what = f"job {jobs[0].id} is" if len(jobs) == 1 else f"{len(jobs)} jobs are"
+        super().__init__(f"{what} stored and will run, but only {reached} of {wanted} replicas have that in time")
+        self.jobs = list(jobs)
 
 
 class WrongStatus(TinyQueueError):
@@ -232,6 +247,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     max_pending: Annotated[
         int, Meta(ge=0, le=10**9, description="pending jobs of a queue beyond which none are accepted; 0: any")
     ] = 0
+    min_replicas: Annotated[int, Meta(ge=0, le=100, description="replicas that must have a job before it is accepted")] = 0
     api_keys: Annotated[str, Meta(description="who may come in: name:role:secret, comma-separated; roles submit, read, admin")] = ""
     open: Annotated[bool, Meta(description="1: without keys let everybody in, not only this machine")] = False
     rate_limit: Annotated[
@@ -340,6 +356,7 @@ class Keys:
         self.delayed, self.workers = tag + "delayed", tag + "workers"
         self.completed, self.failed, self.cancelled = tag + "completed", tag + "failed", tag + "cancelled"
         self.counts, self.promoter, self.paused = tag + "counts", tag + "promoter", tag + "paused"
+        self.mark = tag + "mark"
         self.once_prefix, self.unique_prefix, self.rate_prefix = tag + "once:", tag + "unique:", tag + "rate:"
         self.minute_prefix, self.done_prefix, self.awaited = tag + "minute:", tag + "done:", tag + "awaited"
 
@@ -834,7 +851,9 @@ def _moment(value: Any, now: int) -> int:
 Command = tuple[Any, ...]
 SOCKET_TIMEOUT = 4.0  # seconds for a reply; above BLOCK with room for a slow answer
 CONNECT_TIMEOUT = 2.0
+ASIDE_TIMEOUT = 0.5  # for those who only say where the jobs are: one that is dead must not hold up the question to the next
 BLOCK = 2.0  # seconds of one wait for the bell
+CATCH_UP = 1000  # milliseconds that replicas have to take what was written
 PAUSE_AGE = 0.1  # seconds that what is known of paused queues is good for
 WARM = 1.0  # seconds after its last use that a connection is lent again without a look at it
 
@@ -847,7 +866,8 @@ REASONS: tuple[tuple[type[Exception], str], ...] = (
     (redis.exceptions.NoPermissionError, "refused"),
     (redis.exceptions.MaxConnectionsError, "busy"),
     (redis.exceptions.ClusterDownError, "unreachable"),
-    (redis.exceptions.TryAgainError, "busy"),
+    (redis.exceptions.TryAgainError, "busy"),  # this and the next: the slot is just being moved, key by key
+    (redis.exceptions.AskError, "busy"),
     (redis.exceptions.TimeoutError, "timeout"),
     (redis.exceptions.ConnectionError, "unreachable"),
     (OSError, "unreachable"),
@@ -868,11 +888,88 @@ def _explained(error: Exception) -> TinyQueueError:
     return Corrupted(f"Redis answered: {text}")
 
 
-def connect(url: str, *, connections: int = 100, tls_verify: bool = True) -> redis.ConnectionPool:
+class Pool(redis.ConnectionPool):
+    """Connections to one server; in a cluster, to the node that owns `slot`, wherever that goes.
+
+    All keys of a queue are in one slot, so this is all that a cluster takes. The client's own RedisCluster would send a transaction
+    again, without its WATCH, after a lost connection.
+    """
+
+    slot = 0
+    nodes: frozenset[tuple[str, int]] = frozenset()  # of the cluster, as far as they are known
+    _asked = False  # whether the present server was asked for them
+
+    @property
+    def place(self) -> tuple[str, int]:
+        return self.connection_kwargs.get("host", "localhost"), self.connection_kwargs.get("port", 6379)
+
+    def get_connection(self, *_: Any, **__: Any) -> Any:
+        connection = super().get_connection()
+        try:
+            if not self._asked:
+                self._owner(connection)
+                self._asked = True
+        except BaseException:
+            connection.disconnect()  # type: ignore[no-untyped-call]
+            self.release(connection)
+            raise
+        return connection
+
+    def owns_connection(self, connection: Any) -> bool:
+        return bool(super().owns_connection(connection)) and (connection.host, connection.port) == self.place
+
+    def turn_to(self, host: str, port: int) -> None:
+        """Connect to that node from now on. Connections to another that are in use are closed when they come back."""
+        if (host, port) != self.place:
+            log.info("the cluster keeps the queue on %s:%d now", host, port)
+            self.disconnect(inuse_connections=False)
+            self.connection_kwargs = {**self.connection_kwargs, "host": host, "port": port}
+            self._asked = False
+            self.reset()
+
+    def heed(self, error: Exception, reason: str) -> None:
+        """Turn to the node that an error names, or if it tells that this one is of no use, to the one that the others name."""
+        if isinstance(error, redis.exceptions.MovedError):
+            self.turn_to(error.host or self.place[0], error.port)
+        elif reason in ("unreachable", "timeout", "loading"):
+            others = sorted(self.nodes - {self.place})
+            told = (self._owner_as_told_by(*place) for place in random.sample(others, len(others)))
+            if owner := next(filter(None, told), None):
+                self.turn_to(*owner)
+
+    def _owner_as_told_by(self, host: str, port: int) -> tuple[str, int] | None:
+        brief = {"host": host, "port": port, "socket_timeout": ASIDE_TIMEOUT, "socket_connect_timeout": ASIDE_TIMEOUT}
+        connection = self.connection_class(**{**self.connection_kwargs, **brief})
+        try:
+            connection.connect()
+            return self._owner(connection)
+        except (redis.RedisError, OSError):
+            return None
+        finally:
+            connection.disconnect()
+
+    def _owner(self, connection: Any) -> tuple[str, int] | None:
+        """Ask who owns the slot, and take note of all nodes; None if that is nobody, or this is no cluster."""
+        try:
+            ranges = _ask(connection, [("CLUSTER", "SLOTS")])[0]
+        except redis.ResponseError:
+            return None
+        owner, nodes = None, set()
+        for first, last, *served_by in ranges:
+            places = [(host.decode() if host else connection.host, port) for host, port, *_ in served_by]
+            nodes |= set(places)
+            owner = places[0] if first <= self.slot <= last else owner
+        self.nodes = frozenset(nodes)
+        return owner
+
+
+def connect(url: str, *, tag: str = "queue", connections: int = 100, tls_verify: bool = True) -> redis.ConnectionPool:
     """Make the pool of connections, none opened yet. Every option that differs between versions of the client is set here.
 
+    In a cluster it leads to the node that has the keys with that hash tag, whichever node the URL names.
     No retries: the client would send a whole transaction again after a lost reply, and every push in it twice.
-    A wrong URL raises SettingsError without showing the URL, which may hold a password.
+    Behind sentinels, each new connection asks them for the master. A wrong URL raises SettingsError without showing the URL, which
+    may hold a password.
     """
     options: dict[str, Any] = {
         "max_connections": connections,
@@ -885,14 +982,18 @@ def connect(url: str, *, connections: int = 100, tls_verify: bool = True) -> red
     }
     if url.startswith("unix:"):
         del options["socket_keepalive"]
-    if url.startswith("rediss:") and not tls_verify:
+    if url.startswith("rediss") and not tls_verify:
         log.warning("TINYQUEUE_TLS_VERIFY=0: the certificate of the Redis server is not checked")
         options |= {"ssl_cert_reqs": "none", "ssl_check_hostname": False}
     try:
+        watched = _Watched.read(url) if urlsplit(url).scheme in ("redis+sentinel", "rediss+sentinel") else None
+        url = watched.url if watched else url
         database = urlsplit(url).path.lstrip("/")
         if url.startswith("redis") and database and not database.isdecimal():
             raise SettingsError("REDIS_URL: what follows the host must be the number of a database, as /0")
-        pool = redis.ConnectionPool.from_url(url, **options)
+        pool = (redis.ConnectionPool if url.startswith("unix:") else Pool).from_url(url, **options)
+        if isinstance(pool, Pool):
+            pool.slot = key_slot(tag.encode())
         pool.connection_class(**pool.connection_kwargs)  # opens nothing; an option it does not know shows here
         changed = [name for name, value in options.items() if pool.connection_kwargs.get(name, value) != value]
         if changed or pool.connection_kwargs.get("decode_responses"):
@@ -900,9 +1001,44 @@ def connect(url: str, *, connections: int = 100, tls_verify: bool = True) -> red
                 f"REDIS_URL: {(*changed, 'decode_responses')[0]} is not to be set there: the queue relies on its own"
             )
     except (ValueError, TypeError, redis.RedisError) as error:
-        hint = "an option after ? is unknown" if isinstance(error, TypeError) else "use redis://, rediss:// or unix://"
+        forms = "redis://, rediss://, unix:// or redis+sentinel://host:port,host:port/service"
+        hint = "an option after ? is unknown" if isinstance(error, TypeError) else f"use {forms}"
         raise SettingsError(f"REDIS_URL cannot be used: {hint}; percent-encode special characters of the password") from None
-    return pool
+    return watched.pool(pool, options) if watched else pool
+
+
+class _Watched(NamedTuple):
+    """What a redis+sentinel:// URL says, a form that the client does not know: `url` is the rest of it, as for one server."""
+
+    url: str
+    sentinels: list[tuple[str, int]]
+    service: str
+    credentials: dict[str, str]  # for the sentinels themselves
+
+    @classmethod
+    def read(cls, url: str) -> _Watched:
+        """Read redis+sentinel://[user:password@]host:port,host:port/service[/database][?options]; raises ValueError."""
+        parts = urlsplit(url)
+        user, at, hosts = parts.netloc.rpartition("@")
+        service, _, database = parts.path.strip("/").partition("/")
+        query = dict(parse_qsl(parts.query))
+        own = {name: query.pop("sentinel_" + name) for name in ("username", "password") if "sentinel_" + name in query}
+        found = [urlsplit("//" + host) for host in hosts.split(",")]
+        sentinels = [(host.hostname, host.port or 26379) for host in found if host.hostname]
+        if not service or len(sentinels) < len(found) or parts.fragment:
+            raise ValueError("no sentinels, or no service")
+        url = f"{parts.scheme.removesuffix('+sentinel')}://{user}{at}master/{database}?{urlencode(query)}"
+        return cls(url, sentinels, unquote(service), own)
+
+    def pool(self, of: redis.ConnectionPool, options: Mapping[str, Any]) -> redis.ConnectionPool:
+        """Make a pool as that one, but of connections to whoever the sentinels say is the master."""
+        tls = {name: value for name, value in of.connection_kwargs.items() if name.startswith("ssl_")}
+        aside = {"socket_timeout": ASIDE_TIMEOUT, "socket_connect_timeout": ASIDE_TIMEOUT, "max_connections": None}
+        ssl = issubclass(of.connection_class, redis.SSLConnection)
+        access = {**options, **tls, **aside, **self.credentials, "ssl": ssl}
+        sentinel = Sentinel(self.sentinels, sentinel_kwargs=access)  # type: ignore[no-untyped-call]
+        more = {"ssl": ssl, "max_connections": of.max_connections, **of.connection_kwargs}
+        return SentinelConnectionPool(self.service, sentinel, **more)  # type: ignore[no-untyped-call]
 
 
 class Clock:
@@ -938,6 +1074,7 @@ class Transaction:
     def __init__(self, connection: Any, watch: Sequence[str], clock: Clock, again: bool) -> None:
         self._connection, self._watch, self._watches, self._clock = connection, watch, bool(watch), clock
         self.now = clock.now()
+        self.replicas = 0  # that must have the writes
         self.again = again  # an earlier try sent its EXEC and lost the reply: look whether it was applied
         self._writes: list[Command] = []
         self._gathered: dict[tuple[str, str], list[Any]] = {}
@@ -1054,6 +1191,7 @@ class Queue:
         keep_failed: float = 604800,
         keep_once: float = 86400,
         max_pending: int = 0,
+        min_replicas: int = 0,
     ) -> None:
         self.pool, self.keys, self.clock = pool, Keys(check_name("namespace", namespace)), Clock()
         self.lease_ms, self.lease = int(lease * 1000), lease
@@ -1062,7 +1200,7 @@ class Queue:
             "failed": int(keep_failed * 1000),
             "cancelled": int(keep_failed * 1000),
         }
-        self.keep_once_ms, self.max_pending = int(keep_once * 1000), max_pending
+        self.keep_once_ms, self.max_pending, self.min_replicas = int(keep_once * 1000), max_pending, min_replicas
         self._paused: tuple[float, frozenset[str]] = (-1e9, frozenset())  # when they were read, and which
         self._memory: tuple[float, bool] = (-1e9, False)  # when it was looked at, and whether it was full
         self._warm: list[tuple[Any, int, float]] = []  # connections just used: by which process, and when
@@ -1070,9 +1208,12 @@ class Queue:
         self.last_trouble = time.monotonic()  # when it last did not; before it was first asked, nobody knows
 
     @classmethod
-    def from_url(cls, url: str, *, connections: int = 100, tls_verify: bool = True, **options: Any) -> Queue:
-        """Make a queue on the Redis at a redis://, rediss:// or unix:// URL. Connects on first use."""
-        return cls(connect(url, connections=connections, tls_verify=tls_verify), **options)
+    def from_url(
+        cls, url: str, *, namespace: str = "queue", connections: int = 100, tls_verify: bool = True, **options: Any
+    ) -> Queue:
+        """Make a queue on the Redis at a redis://, rediss://, unix:// or redis+sentinel:// URL. Connects on first use."""
+        pool = connect(url, tag=namespace, connections=connections, tls_verify=tls_verify)
+        return cls(pool, namespace=namespace, **options)
 
     @classmethod
     def embedded(cls, **options: Any) -> Queue:
@@ -1090,7 +1231,10 @@ class Queue:
             "keep_failed": settings.keep_failed,
             "keep_once": settings.keep_once,
             "max_pending": settings.max_pending,
+            "min_replicas": settings.min_replicas,
         }
+        if settings.min_replicas and not settings.redis_url:
+            raise SettingsError("TINYQUEUE_MIN_REPLICAS is set, but without REDIS_URL there are no replicas")
         names = [settings.namespace] if settings.shards == 1 else [f"{settings.namespace}.{at}" for at in range(settings.shards)]
         if settings.redis_url:
             options |= {"connections": connections, "tls_verify": settings.tls_verify}
@@ -1114,6 +1258,8 @@ class Queue:
                 explained = _explained(error)
                 if isinstance(explained, Unavailable):
                     self.last_trouble = time.monotonic()
+                    if isinstance(self.pool, Pool):
+                        self.pool.heed(error, explained.reason)
                 raise explained from error
             raise
         self.last_contact = time.monotonic()
@@ -1138,8 +1284,7 @@ class Queue:
                 self.pool.release(self._warm.pop()[0])
 
     def _read(self, *commands: Command) -> list[Any]:
-        with self._connection() as connection:
-            return Transaction(connection, (), self.clock, False).read(*commands)
+        return self._transact((), lambda tx: tx.read(*commands))
 
     def _transact(self, watch: Sequence[str], body: Callable[[Transaction], R], again: bool = False) -> R:
         """Run `body` until its writes are applied with nothing watched having changed, and return what it returned.
@@ -1159,14 +1304,19 @@ class Queue:
                     except TinyQueueError:
                         tx.unwatch()
                         raise
-                    if not writes:
+                    if not writes and not tx.replicas:
                         tx.unwatch()
                         return result
-                    if late and not watch:
+                    if late and writes and not watch:
                         raise Unavailable("timeout", "no reply, and nothing was written so far", doubtful=True)
                     sent = True
-                    done = _ask(connection, [("MULTI",), *writes, ("EXEC",)])[-1]
+                    mark = ("SET", self.keys.mark, "", "PX", 1)  # WAIT is for what its own connection has written
+                    wait = [("WAIT", tx.replicas, CATCH_UP)] if tx.replicas else []
+                    replies = _ask(connection, [("MULTI",), *(writes or [mark]), ("EXEC",), *wait])
+                    done, *reached = replies[-1 - len(wait) :]
             except Unavailable as trouble:
+                if isinstance(trouble.__cause__, redis.exceptions.MovedError) and isinstance(self.pool, Pool):
+                    continue  # nothing was applied, and the pool leads to the owner of the slot now
                 answered = isinstance(trouble.__cause__, redis.ResponseError)
                 if not sent or answered or trouble.reason not in ("timeout", "unreachable"):
                     trouble.doubtful = again
@@ -1175,6 +1325,8 @@ class Queue:
                 continue
             if done is not None:
                 _unfailed(done)
+                if reached and reached[0] < tx.replicas:
+                    raise NotReplicated(cast(list[Job], result), reached[0], tx.replicas)
                 return result
         raise Unavailable("busy", "others kept changing the same keys", doubtful=again)
 
@@ -1250,7 +1402,8 @@ class Queue:
 
         nothing -> pending. `once` makes a second submit with the same key return the jobs of the first. Watches the keys that are
         given; without any, nothing, for the ids are new. After a lost reply, the ids or the key tell whether all is there. Raises
-        KeyReused and QueueFull, and Unavailable if Redis' memory is nearly used up.
+        KeyReused and QueueFull, and Unavailable if Redis' memory is nearly used up; and NotReplicated if the jobs, or those of the
+        first submit, are stored but not on `min_replicas` replicas within a second.
         """
         if len(jobs) > MAX_JOBS:
             raise InvalidJob("jobs", f"must be at most {MAX_JOBS} at a time")
@@ -1262,6 +1415,7 @@ class Queue:
 
         def body(tx: Transaction) -> list[Job]:
             nonlocal accepted
+            tx.replicas = self.min_replicas if jobs else 0
             if once and (stored := tx.read(("GET", self._once_key(once)))[0]):
                 return self._made_once(tx, jobs, once, stored)
             if not jobs or (not once and tx.again and tx.read(("EXISTS", *map(self.keys.job, ids)))[0]):
@@ -1336,8 +1490,11 @@ class Queue:
         looked_at, short = self._memory
         if time.monotonic() - looked_at > 2.0:
             info: dict[str, str] = {}
-            with suppress(Corrupted, Unavailable):  # the embedded server knows no INFO, and an ACL may forbid it
+            try:
                 info = _info(self._read(("INFO", "memory"))[0])
+            except (Corrupted, Unavailable) as trouble:  # the embedded server knows no INFO, and an ACL may forbid it
+                if getattr(trouble, "reason", "") == "timeout":  # the submit itself would wait as long again
+                    raise
             limit = int(info.get("maxmemory", 0))
             short = bool(limit) and int(info["used_memory"]) > MEMORY_SHARE * limit
             self._memory = (time.monotonic(), short)
@@ -1371,8 +1528,7 @@ class Queue:
     def wait(self, names: Sequence[str], seconds: float = BLOCK) -> bool:
         """Wait until a job may have come to one of the queues: True, or the time is up. Takes nothing but a wake-up token."""
         bells = ("BLPOP", *map(self.keys.bell, names), seconds)
-        with self._connection() as connection:
-            token, paused = _ask(connection, [bells, ("SMEMBERS", self.keys.paused)])
+        token, paused = self._read(bells, ("SMEMBERS", self.keys.paused))
         self._note_paused(paused)
         return token is not None
 
@@ -1909,9 +2065,8 @@ class Queue:
         return job
 
     def _wait_for_token(self, key: str, seconds: float) -> None:
-        with self._connection() as connection:
-            if _ask(connection, [("BLPOP", key, round(max(seconds, 0.01), 3))])[0]:
-                _ask(connection, [("LPUSH", key, "1"), ("EXPIRE", key, 60)])  # for others who wait for the same
+        if self._read(("BLPOP", key, round(max(seconds, 0.01), 3)))[0]:
+            self._read(("LPUSH", key, "1"), ("EXPIRE", key, 60))  # for others who wait for the same
 
     def jobs(self, status: Status, *, limit: int = 50) -> list[Job]:
         """List the newest jobs of a status: by when they ended, or for those that have not, by when they were created."""

@@ -48,6 +48,7 @@ from tinyqueue import (
     InvalidJob,
     Job,
     KeyReused,
+    NotReplicated,
     Once,
     Queue,
     QueueFull,
@@ -100,6 +101,7 @@ PROBLEMS: tuple[tuple[type[TinyQueueError], int, str], ...] = (
     (KeyReused, 422, "idempotency-key-reused"),
     (WrongStatus, 409, "wrong-status"),
     (QueueFull, 503, "queue-full"),
+    (NotReplicated, 503, "not-replicated"),
     (Unavailable, 503, "unavailable"),
     (SettingsError, 503, "misconfigured"),
     (Corrupted, 500, "corrupted"),
@@ -115,6 +117,9 @@ def problem(error: TinyQueueError, **more: Any) -> Problem:
             more |= {"field": error.field, "known": error.known}
         case InvalidJob():
             more |= {"field": error.field} | ({"path": error.path} if error.path else {})
+        case NotReplicated():
+            ids = [job.id for job in error.jobs]
+            more |= {"jobIds": ids} | ({"jobId": ids[0]} if len(ids) == 1 else {})
         case WrongStatus():
             more |= {"jobStatus": error.job.status}
         case Unavailable():
