@@ -2221,8 +2221,8 @@ class Shards(Queue):
 
     The last two digits of a job's id name its shard. A submit goes whole into one shard, the next into the next, so that jobs start
     first in, first out within each shard; one with a uniqueKey or an Idempotency-Key goes to the shard of that key. A worker is
-    registered in all of them under one id; if one of them took it for dead, it starts anew in all. Verbs that are not here are made
-    of those that are.
+    registered in all of them under one id; if one of them took it for dead, it starts anew in all. While a shard is out of reach,
+    the others are served. Verbs that are not here are made of those that are.
     """
 
     def __init__(self, shards: Sequence[Queue]) -> None:
@@ -2266,10 +2266,34 @@ class Shards(Queue):
             raise InvalidJob(
                 "uniqueKey", "must be the same for all jobs of a batch, for there are several shards (TINYQUEUE_SHARDS)"
             )
-        at = places.pop() if places else self._at(once.key) if once else next(self._turn) % len(self.shards)
+        if places or once:
+            return self._submit_to(places.pop() if places else self._at(once.key if once else ""), jobs, once)
+        first = next(self._turn)
+        for at in range(first, first + len(self.shards)):
+            try:
+                return self._submit_to(at % len(self.shards), jobs, once)
+            except Unavailable as error:
+                trouble = error
+                if error.doubtful:  # it may be there: in another shard it would be a second job
+                    break
+        raise trouble
+
+    def _submit_to(self, at: int, jobs: Sequence[Job], once: Once | None) -> list[Job]:
         for job in jobs:
             job.id = f"{job.id[:-2]}{at:02x}"
         return self.shards[at].submit(jobs, once)
+
+    def _try(self, act: Callable[[Queue], T], all: bool = False, order: Sequence[Queue] = ()) -> list[T]:
+        """Do it in every shard; raise the first error if it failed in one, or without `all` if it failed in each."""
+        done, errors = list[T](), list[TinyQueueError]()
+        for shard in order or self.shards:
+            try:
+                done.append(act(shard))
+            except TinyQueueError as error:
+                errors.append(error)
+        if errors and (all or not done):
+            raise next((error for error in errors if isinstance(error, Reaped)), errors[0])
+        return done
 
     def register(self, queues: Sequence[str], concurrency: int, worker: str = "") -> str:
         for shard in self.shards:
@@ -2280,26 +2304,32 @@ class Shards(Queue):
         """As Queue.wait, in all shards. Those that still wait when one has an answer go on, and are asked the next time."""
         for at, shard in enumerate(self.shards):
             if at not in self._waits:
-                self._waits[at] = self._waiters.submit(shard.wait, names, seconds)
+                self._waits[at] = self._waiters.submit(self._wait_in, shard, names, seconds)
         done, _ = wait(self._waits.values(), return_when=FIRST_COMPLETED)
         answered = [self._waits.pop(at) for at, future in list(self._waits.items()) if future in done]
         rung = [future.result() for future in answered]
         return any(rung)
 
+    def _wait_in(self, shard: Queue, names: Sequence[str], seconds: float) -> bool:
+        try:
+            return shard.wait(names, seconds)
+        except TinyQueueError:  # as if nothing had come: the others must not be kept from waiting
+            time.sleep(seconds)
+            return False
+
     def waiting(self, names: Sequence[str], due: bool = False) -> int:
-        return sum(shard.waiting(names, due) for shard in self.shards)
+        return sum(self._try(lambda shard: shard.waiting(names, due)))
 
     def take(self, worker: str, names: Sequence[str], most: int) -> list[bytes]:
         """As Queue.take, from the shards in turn. One that has trouble does not keep the others from being served."""
-        first, taken, trouble = next(self._turn), list[bytes](), list[TinyQueueError]()
-        for shard in (self.shards[(first + n) % len(self.shards)] for n in range(len(self.shards))):
+        taken: list[bytes] = []
+
+        def take(shard: Queue) -> None:
             if len(taken) < most:
-                try:
-                    taken += shard.take(worker, names, most - len(taken))
-                except TinyQueueError as error:
-                    trouble.append(error)
-        if trouble and not taken:
-            raise trouble[0]
+                taken.extend(shard.take(worker, names, most - len(taken)))
+
+        first = next(self._turn) % len(self.shards)
+        self._try(take, order=[*self.shards[first:], *self.shards[:first]])
         return taken
 
     def start(self, worker: str, ids: Sequence[bytes], held: Mapping[str, int] | None = None) -> list[Job]:
@@ -2310,7 +2340,7 @@ class Shards(Queue):
         return jobs
 
     def adopt(self, worker: str, held: Collection[str]) -> list[bytes]:
-        return [id for shard in self.shards for id in shard.adopt(worker, held)]
+        return [id for ids in self._try(lambda shard: shard.adopt(worker, held)) for id in ids]
 
     def settle(self, worker: str, outcomes: Sequence[Outcome], again: bool = False) -> list[Outcome]:
         """As Queue.settle, in one transaction for each shard. Unavailable is raised when all were tried: then some were written."""
@@ -2341,36 +2371,31 @@ class Shards(Queue):
         return shard.retry(id) if shard else None
 
     def pause(self, name: str) -> None:
-        for shard in self.shards:
-            shard.pause(name)
+        self._try(lambda shard: shard.pause(name), all=True)
 
     def resume(self, name: str) -> None:
-        for shard in self.shards:
-            shard.resume(name)
+        self._try(lambda shard: shard.resume(name), all=True)
 
     def heartbeat(self, worker: str, jobs: Sequence[str] = ()) -> None:
-        for shard in self.shards:
-            shard.heartbeat(worker, [id for id in jobs if self._of(id) is shard])
+        self._try(lambda shard: shard.heartbeat(worker, [id for id in jobs if self._of(id) is shard]), all=True)
 
     def deregister(self, worker: str) -> None:
-        for shard in self.shards:
-            shard.deregister(worker)
+        self._try(lambda shard: shard.deregister(worker), all=True)
 
     def promote(self) -> int:
-        return sum(shard.promote() for shard in self.shards)
+        return sum(self._try(Queue.promote))
 
     def lost_workers(self, but: str = "") -> list[str]:
-        return sorted({worker for shard in self.shards for worker in shard.lost_workers(but)})
+        return sorted({worker for lost in self._try(lambda shard: shard.lost_workers(but)) for worker in lost})
 
     def reap(self, worker: str) -> int:
-        return sum(shard.reap(worker) for shard in self.shards)
+        return sum(self._try(lambda shard: shard.reap(worker)))
 
     def trim(self) -> int:
-        return sum(shard.trim() for shard in self.shards)
+        return sum(self._try(Queue.trim))
 
     def ping(self) -> None:
-        for shard in self.shards:
-            shard.ping()
+        self._try(Queue.ping, all=True)
 
     def get(self, id: str) -> Job | None:
         shard = self._of(id)
