@@ -147,14 +147,14 @@ class QueueFull(TinyQueueError):
 
 
 class NotReplicated(TinyQueueError):
-    """The jobs are stored and will run, but fewer replicas than TINYQUEUE_MIN_REPLICAS have them. `jobs` is what was submitted.
+    """The jobs are stored and will run, but fewer replicas than TINYQUEUE_MIN_REPLICAS have them: without the master they are lost.
 
-    To submit them again makes new ones, unless it is done under the same Idempotency-Key: then it waits for the replicas once more.
+    `jobs` are those. To submit them again makes new ones, unless it is done under the same Idempotency-Key: that waits once more.
     """
 
     def __init__(self, jobs: Sequence[Job], reached: int, wanted: int) -> None:
-        what = f"job {jobs[0].id} is" if len(jobs) == 1 else f"{len(jobs)} jobs are"
-        super().__init__(f"{what} stored and will run, but only {reached} of {wanted} replicas have that in time")
+        what, them = (f"job {jobs[0].id} is", "it") if len(jobs) == 1 else (f"{len(jobs)} jobs are", "them")
+        super().__init__(f"{what} stored and will run, but only {reached} of {wanted} replicas have {them} by now")
         self.jobs = list(jobs)
 
 
@@ -1245,13 +1245,16 @@ class Queue:
 
     @contextmanager
     def _connection(self) -> Iterator[Any]:
-        """Lend a connection. After any error but our own it is closed: no reply must be left on it for the next one."""
+        """Lend a connection. After any error but our own it is closed: no reply must be left on it for the next one.
+
+        So it is when replicas are missing: they may have left for a new master, which only a new connection looks for.
+        """
         connection = None
         try:
             connection = self._checked_out()
             yield connection
         except BaseException as error:
-            if connection and not isinstance(error, TinyQueueError):
+            if connection and (isinstance(error, NotReplicated) or not isinstance(error, TinyQueueError)):
                 connection.disconnect()
             self._cool_down(connection)
             if isinstance(error, redis.RedisError | OSError):
@@ -1314,6 +1317,8 @@ class Queue:
                     wait = [("WAIT", tx.replicas, CATCH_UP)] if tx.replicas else []
                     replies = _ask(connection, [("MULTI",), *(writes or [mark]), ("EXEC",), *wait])
                     done, *reached = replies[-1 - len(wait) :]
+                    if done is not None and reached and reached[0] < tx.replicas:
+                        raise NotReplicated(cast(list[Job], result), reached[0], tx.replicas)
             except Unavailable as trouble:
                 if isinstance(trouble.__cause__, redis.exceptions.MovedError) and isinstance(self.pool, Pool):
                     continue  # nothing was applied, and the pool leads to the owner of the slot now
@@ -1325,8 +1330,6 @@ class Queue:
                 continue
             if done is not None:
                 _unfailed(done)
-                if reached and reached[0] < tx.replicas:
-                    raise NotReplicated(cast(list[Job], result), reached[0], tx.replicas)
                 return result
         raise Unavailable("busy", "others kept changing the same keys", doubtful=again)
 
