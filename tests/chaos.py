@@ -240,7 +240,7 @@ class Death(NamedTuple):
 
 
 class Cut(NamedTuple):
-    """`victim` (empty: everybody) could not be reached for longer than its lease."""
+    """`victim` could not reach Redis for longer than its lease, while others could."""
 
     begin: float
     end: float
@@ -396,6 +396,8 @@ class World:
         alive = {worker["pid"] for worker in workers if worker["alive"]}
         expected = {self.processes[name].pid for name in WORKERS}
         known = self.queue._known_workers()
+        if expected & {signal.pid for signal in self.signals}:  # told to stop, and on its way out
+            return False
         idle = not stats["pending"] and not stats["processing"] and len(known) == len(workers) == len(WORKERS)
         return idle and alive == expected and self._call("GET", "/ready")[0] == 200
 
@@ -565,7 +567,7 @@ def client_kill(world: World, fault: Fault) -> None:
 def client_pause(world: World, fault: Fault) -> None:
     with world.server:
         world.tell_redis("CLIENT", "PAUSE", int(fault.seconds * 1000))
-        world.cut_off("", fault.seconds)
+        time.sleep(fault.seconds)
 
 
 def redis_full(world: World, fault: Fault) -> None:
@@ -752,7 +754,8 @@ def judge(evidence: Evidence) -> Verdict:
         found = [by_token.pop(payload["token"], []) for payload in submit.payloads]
         _judge_submit(submit, found, verdict)
         for n, job in enumerate(job for jobs in found for job in jobs):
-            runs = sorted((run for run in evidence.runs if run.id == job.id), key=lambda run: run.begin)
+            # By attempt: a worker that is stopped between the start of a job and its handler's first line runs it when it wakes up.
+            runs = sorted((run for run in evidence.runs if run.id == job.id), key=lambda run: (run.attempt, run.begin))
             _judge_end(submit, job, runs, n == 0, verdict)
             _judge_runs(job, runs, evidence, verdict)
     verdict.wrong.extend(f"nobody submitted {jobs}" for jobs in by_token.values())
@@ -820,7 +823,7 @@ def cause_of(run: Run, after: Run, evidence: Evidence) -> str:
     if any(death.pid == run.pid and death.at < min(after.begin, noted) and death.code == -SIGKILL for death in evidence.deaths):
         return "killed"
     name = evidence.names.get(run.pid, "")
-    if any(cut.victim in ("", name) and cut.begin < min(after.begin, noted) and cut.end > run.begin for cut in evidence.cuts):
+    if any(cut.victim == name and cut.begin < min(after.begin, noted) and cut.end > run.begin for cut in evidence.cuts):
         return "cut off"
     if any(s.number == SIGTERM and s.pid == run.pid and s.at < min(after.begin, noted) for s in evidence.signals):
         return "told to stop"
