@@ -3,9 +3,10 @@
     python tests/chaos.py [--trials 1000] [--seed 1] [--parallel 4]     a trial's schedule depends on its seed alone
     python tests/chaos.py --seed 417 --trials 1                         the same trial again
 
-A world is a Redis that syncs every write, a web process and two workers, which a supervisor restarts as a platform does, each behind
-a proxy of its own. A trial submits jobs over HTTP and from Python while one to three faults happen, heals everything, waits until
-all is quiet, and judges. Handlers mark the beginning and the end of each run in a file: what really ran. The judge demands:
+A world is a Redis that syncs every write, and a web process and two workers, each behind a proxy of its own, which a supervisor
+restarts as a platform does. A trial submits jobs over HTTP and from Python while one to three faults happen, heals everything,
+waits until all is quiet, and judges. Handlers mark the beginning and the end of each run in a file: what really ran. The judge
+demands:
 
     every job that was accepted has ended as its handler says; one whose submit was not answered exists once or not at all
     each run but a job's first has a cause: its handler failed, its worker was killed, told to stop, or cut off beyond its lease
@@ -33,9 +34,10 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import closing, suppress
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from signal import SIGCONT, SIGKILL, SIGSTOP, SIGTERM
 from typing import Any, NamedTuple
@@ -297,7 +299,10 @@ class World:
         return process
 
     def _supervise(self) -> None:
+        parent = os.getppid()
         while not self.over:
+            if os.getppid() != parent:  # killed: nobody would end this world
+                os.kill(os.getpid(), SIGTERM)
             for name, process in self.processes.items():
                 if process.poll() is not None:
                     with self.lock:
@@ -347,18 +352,16 @@ class World:
     def trial(self, plan: Plan) -> Result:
         """Let a plan happen and judge what came of it."""
         begun = self._begin()
-        crew = ThreadPoolExecutor(12)
+        crew, fates = ThreadPoolExecutor(12), ThreadPoolExecutor(3)
         submits = [crew.submit(self._submit, submit, begun) for submit in plan.submits]
-        faults = [threading.Thread(target=self._inflict, args=(fault, begun)) for fault in plan.faults]
-        for fault in faults:
-            fault.start()
-        for fault in faults:
-            fault.join()
+        faults = [fates.submit(self._inflict, fault, begun) for fault in plan.faults]
+        wait(faults)
         for proxy in self.proxies.values():
             proxy.heal()
         healed = time.monotonic()
-        troubles = [trouble for submit in submits if (trouble := submit.result())]
+        troubles = [str(trouble) for done in (*submits, *faults) if (trouble := done.exception() or done.result())]
         crew.shutdown()
+        fates.shutdown()
         quiet = self._wait_for_quiet(healed + PATIENCE)
         recovery = time.monotonic() - healed
         troubles += [] if quiet else [f"it was not quiet after {PATIENCE} s: {self.queue.stats()} {self.queue.workers()}"]
@@ -787,7 +790,10 @@ def _judge_end(submit: Submit, job: Job, runs: list[Run], first: bool, verdict: 
         "completed": ends and job.result == job.payload["token"] and any(run.how == "end" for run in runs),
         "cancelled": submit.cancel and first,
         "failed": job.error is not None
-        and (job.error.type == FAILS_WITH.get(submit.type) or (job.error.type == "WorkerLost" and spent and submit.type in FAILS_WITH)),
+        and (
+            job.error.type == FAILS_WITH.get(submit.type)
+            or (job.error.type == "WorkerLost" and spent and submit.type in FAILS_WITH)
+        ),
     }
     if job.status in ENDED and not right[job.status]:
         verdict.wrong.append(f"it has not ended as its handler says: {job}")
@@ -797,13 +803,15 @@ def _judge_end(submit: Submit, job: Job, runs: list[Run], first: bool, verdict: 
 
 def _judge_runs(job: Job, runs: list[Run], evidence: Evidence, verdict: Verdict) -> None:
     """Find a cause for each run but the first, and for overlaps."""
-    causes = [cause_of(run, after, evidence) for run, after in zip(runs, runs[1:], strict=False)]
+    causes = [cause_of(run, after, evidence) for run, after in pairwise(runs)]
     verdict.explained.update(cause for cause in causes if cause)
     if not all(causes):
         verdict.unexplained.append(f"a run more than can be explained ({causes}): {job}")
     for run, after, cause in zip(runs, runs[1:], causes, strict=False):
         death = next((death.at for death in evidence.deaths if death.pid == run.pid), float("inf"))
-        allowed = {"cut off": float("inf"), "told to stop": 1.5}.get(cause, 0.0)  # what was handed back goes on until the process ends
+        allowed = {"cut off": float("inf"), "told to stop": 1.5}.get(
+            cause, 0.0
+        )  # what was handed back goes on until the process ends
         if min(run.end, death) > after.begin + allowed:
             verdict.unexplained.append(f"two runs at once ({cause}): {job}")
     if job.type == "poison" and causes.count("killed") >= job.max_attempts + SUSPICIONS + _killed_by_others(runs, evidence):
@@ -936,7 +944,7 @@ def main(trials: int, seed: int, parallel: int) -> None:
         if result.failures:
             broken += 1
             click.echo("\n".join([f"SEED {result.plan.seed} FAILED", *result.failures, result.evidence]))
-        click.echo(f"{len(results) + 0:>5} seed {result.plan.seed} {result.seconds:.1f} s {' '.join(result.plan.kinds)}", err=True)
+        click.echo(f"{len(results):>5} seed {result.plan.seed} {result.seconds:.1f} s {' '.join(result.plan.kinds)}", err=True)
     click.echo("extra runs by cause: a handler that failed, a worker that was killed, told to stop or cut off beyond its lease")
     click.echo(table(results))
     sys.exit(1 if broken else 0)
