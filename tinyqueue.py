@@ -24,7 +24,7 @@ Transitions. Each is one WATCH / MULTI / EXEC: two round trips however many jobs
     complete   processing -> completed        worker, records      registered                   record, proc, completed
     fail       processing -> pending, failed  worker, records      registered                   record, proc, delayed or failed
     release    processing -> pending          worker, records      registered                   record, proc, head of list, bell
-    promote    (delayed to list)              -                    runAt has come               delayed, list, bell
+    promote    (delayed to list)              records              runAt has come               delayed, list, bell
     reap       processing -> pending, failed  worker, lease, proc  lease gone                   worker, proc, record, head of list
                (or cancelled, if asked to)    and the records
     cancel     pending -> cancelled           record               pending                      record, delayed, cancelled
@@ -1934,7 +1934,8 @@ class Queue:
     def promote(self) -> int:
         """Move the jobs whose runAt has come to their queues, 500 at most, and return how many ids left the delayed ones.
 
-        Watches nothing: done twice, it leaves an id in a list twice, which is harmless. The lock keeps that rare.
+        Watches the records: a job that another has promoted meanwhile may have run, failed and be delayed again, and to take that
+        entry away would lose it. The lock only keeps two from doing the same work.
         """
 
         def body(tx: Transaction) -> int:
@@ -1942,8 +1943,8 @@ class Queue:
             if not due or tx.again or not tx.read(("SET", self.keys.promoter, "1", "NX", "PX", 1000))[0]:
                 return 0
             tx.write("ZREM", self.keys.delayed, *due)
-            for job in self._listed(tx, due):
-                if job.status == "pending":
+            for job in self._listed(tx, due, watch=True):
+                if job.status == "pending" and job.run_at <= tx.now:
                     tx.gather("LPUSH", self.keys.jobs(job.queue), job.id)
                     tx.ring(self.keys.bell(job.queue))
                 else:

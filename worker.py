@@ -209,6 +209,7 @@ class Worker:
         self.adopt_at = 0.0
         self.all_busy = False
         self.took_at = time.monotonic()  # when the taker last got an answer, be it that there is nothing
+        self.looked_at = time.monotonic()  # when the keeper last knew which workers are lost
         self.complained: dict[str, float] = {}
 
     # Main -------------------------------------------------------------------------------------------------------------
@@ -520,10 +521,17 @@ class Worker:
             tellable[id].cancel_requested = True
 
     def _reap(self) -> None:
-        """Bury workers whose lease is gone, but not within a lease of trouble with Redis: all others may just have had it, too."""
-        if time.monotonic() - self.queue.last_trouble < self.queue.lease:
+        """Bury workers whose lease is gone, but not within a lease of trouble with Redis: all others may just have had it, too.
+
+        Trouble is also a Redis, or a machine, that stood still without an error: then this look comes long after the last one.
+        """
+        lost, now, lease = self.queue.lost_workers(but=self.id), time.monotonic(), self.queue.lease
+        if now - self.looked_at > lease / 2:  # that long a lease lasts at any time, being renewed at a third of it
+            self.queue.last_trouble = now
+        self.looked_at = now
+        if now - self.queue.last_trouble < lease:
             return
-        for worker in self.queue.lost_workers(but=self.id):
+        for worker in lost:
             if given := self.queue.reap(worker):
                 log.warning("worker %s is lost; %d jobs that it held were given back", worker, given)
 

@@ -1413,6 +1413,35 @@ def test_promote_whose_packet_is_lost_loses_nothing(near: Queue, far: Queue, pro
     assert ids(near.dequeue(near.register(DEFAULT, 1), DEFAULT)) == [job.id]
 
 
+def test_promote_spares_a_job_that_became_delayed_again_meanwhile(near: Queue, far: Queue, proxy: CutProxy) -> None:
+    near.enqueue("echo", 1, delay=1)
+    near.clock.ahead = far.clock.ahead = 2000
+    worker = near.register(["default"], 1)
+    started: list[Job] = []
+
+    def overtake() -> None:
+        near.promote()
+        started.extend(near.dequeue(worker, ["default"]))
+
+    proxy.before(b"NX", overtake)  # it has read which jobs are due, and does not have the lock yet
+    proxy.before(b"ZREM", lambda: near.fail(started[0], Failure("Boom", "it broke"), after=60))  # it saw the job processing
+    far.promote()
+    assert near.stats()["delayed"] == near.stats()["pending"] == 1
+
+
+def test_promote_that_arrives_late_spares_a_job_that_became_delayed_again(near: Queue, far: Queue, proxy: CutProxy) -> None:
+    near.enqueue("echo", 1, delay=1)
+    near.clock.ahead = far.clock.ahead = 2000
+    proxy.hold(b"ZREM")
+    far.promote()
+    raw(near).delete(near.keys.promoter)  # its time to live is over
+    near.promote()
+    [started] = near.dequeue(near.register(["default"], 1), ["default"])
+    near.fail(started, Failure("Boom", "it broke"), after=60)
+    proxy.deliver()
+    assert near.stats()["delayed"] == near.stats()["pending"] == 1
+
+
 @pytest.mark.parametrize("applied", [True, False])
 def test_settle_that_is_in_doubt_can_be_repeated(near: Queue, far: Queue, proxy: CutProxy, applied: bool) -> None:
     job = put(near, "processing")
