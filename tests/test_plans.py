@@ -1,0 +1,180 @@
+"""Redis as it is sold: few connections, idle ones closed, TLS with a certificate of one's own, and users who may do little."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import redis
+from client import Process, running
+from conftest import RedisServer, raw, until
+
+import worker
+from tinyqueue import Queue, Settings
+
+HANDLERS = """
+import os, time
+from tinyqueue import Job, handler
+
+@handler("echo")
+def echo(payload: int, job: Job) -> int:
+    job.set_progress(0.5)
+    return payload
+
+@handler("gate")
+def gate(name: str) -> str:
+    open(name + ".begun", "w").close()
+    while not os.path.exists(name):
+        time.sleep(0.01)
+    return name
+"""
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """The working directory of the processes, with the handlers in it."""
+    (tmp_path / "handlers.py").write_text(HANDLERS)
+    return tmp_path
+
+
+@contextmanager
+def working(folder: Path, url: str, *options: str, **environ: str) -> Iterator[Path]:
+    """Run a worker until the block ends, and it must end well. Yields the file that its log goes to."""
+    log = folder / "worker.log"
+    environ = {"PATH": os.environ["PATH"], "PYTHONPATH": str(folder), "REDIS_URL": url} | environ
+    with log.open("wb") as stderr:
+        process = subprocess.Popen([sys.executable, worker.__file__, *options], cwd=folder, env=environ, stderr=stderr)
+    try:
+        until(lambda: "worker starts" in log.read_text())
+        yield log
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(20) == 0, log.read_text()
+    finally:
+        process.kill()
+        process.wait()
+
+
+def command(folder: Path, url: str, *options: str, **environ: str) -> subprocess.CompletedProcess[str]:
+    """Run worker.py to its end."""
+    environ = {"PATH": os.environ["PATH"], "PYTHONPATH": str(folder), "REDIS_URL": url} | environ
+    line = [sys.executable, worker.__file__, *options]
+    return subprocess.run(line, cwd=folder, env=environ, capture_output=True, text=True, timeout=30, check=False)
+
+
+def post(web: Process, payload: Any, type: str = "echo") -> tuple[int, Any]:
+    with closing(http.client.HTTPConnection(*web.address, timeout=20)) as connection:
+        connection.request("POST", "/jobs", json.dumps({"type": type, "payload": payload}), {"Content-Type": "application/json"})
+        answer = connection.getresponse()
+        return answer.status, json.loads(answer.read())
+
+
+@pytest.fixture
+def queue_at() -> Iterator[Callable[[str], Queue]]:
+    """Make a queue on the Redis at a URL."""
+    made: list[Queue] = []
+
+    def queue_at(url: str) -> Queue:
+        made.append(Queue.from_url(url))
+        return made[-1]
+
+    yield queue_at
+    for queue in made:
+        queue.pool.disconnect()
+
+
+def clients(queue: Queue) -> set[str]:
+    """The connections that Redis has but for the one that asks."""
+    client = raw(queue)
+    own = client.client_id()
+    return {about["id"] for about in client.client_list() if about["id"] != str(own)}
+
+
+def complaints(log: Path) -> list[str]:
+    return [line for line in log.read_text().splitlines() if " INFO " not in line]
+
+
+# Few connections ------------------------------------------------------------------------------------------------------
+
+
+def test_a_plan_of_20_connections_carries_web_and_worker(
+    start_redis: Callable[..., RedisServer], queue_at: Any, folder: Path
+) -> None:
+    server = start_redis("--maxclients", "20")
+    queue = queue_at(server.url)
+    settings, most, over = Settings(worker_concurrency=10), [0], threading.Event()
+
+    def watch() -> None:
+        while not over.is_set():
+            most[0] = max(most[0], raw(queue).info("clients")["connected_clients"])
+
+    with running(folder, REDIS_URL=server.url) as web, working(folder, server.url, "--concurrency", "10") as log:
+        with ThreadPoolExecutor(51) as pool:
+            watching = pool.submit(watch)
+            answers = list(pool.map(lambda n: post(web, n), range(1000)))
+            over.set()
+            watching.result(20)
+        assert {status for status, _ in answers} == {201}
+        until(lambda: queue.stats()["completed"] == 1000)
+        assert (complaints(web.log), complaints(log)) == ([], [])
+    assert most[0] - 1 <= settings.web_connections + settings.worker_connections <= 19
+    assert raw(queue).info("stats")["rejected_connections"] == 0
+
+
+def test_processes_say_how_many_connections_they_may_open(start_redis: Callable[..., RedisServer], folder: Path) -> None:
+    url, settings = start_redis().url, Settings(worker_concurrency=2)
+    with running(folder, REDIS_URL=url) as web, working(folder, url, "--concurrency", "2") as log:
+        assert f"up to {settings.web_connections} connections" in web.log.read_text()
+        assert f"up to {settings.worker_connections} connections" in log.read_text()
+
+
+def test_connections_that_are_refused_lose_nothing(start_redis: Callable[..., RedisServer], folder: Path, queue_at: Any) -> None:
+    server = start_redis()
+    queue, admin = queue_at(server.url), redis.Redis(port=server.port)
+    job = queue.enqueue("gate", "a")
+    with running(folder, REDIS_URL=server.url) as web, working(folder, server.url) as log:
+        until((folder / "a.begun").exists)
+        admin.config_set("maxclients", 1)
+        admin.execute_command("CLIENT", "KILL", "TYPE", "normal", "SKIPME", "yes")
+        (folder / "a").touch()
+        status, problem = post(web, 1)
+        assert (status, problem["reason"]) == (503, "unreachable")
+        assert "max number of clients" in problem["detail"]
+        until(lambda: "cannot write outcomes" in log.read_text())
+        admin.config_set("maxclients", 20)
+        assert post(web, 1)[0] == 201
+        until(lambda: queue.stats()["completed"] == 2)
+    admin.close()
+    done = queue.get(job.id)
+    assert done
+    assert (done.status, done.attempts) == ("completed", 1)
+
+
+# Idle connections -----------------------------------------------------------------------------------------------------
+
+
+def test_idle_connections_that_redis_closes_are_replaced_quietly(
+    start_redis: Callable[..., RedisServer], queue_at: Any, folder: Path
+) -> None:
+    server = start_redis("--timeout", "1")
+    queue = queue_at(server.url)
+    with running(folder, REDIS_URL=server.url) as web:
+        before = clients(queue)
+        assert post(web, 1)[0] == 201
+        opened = clients(queue) - before
+        assert opened
+        with working(folder, server.url) as log:
+            until(lambda: not opened & clients(queue))
+            assert post(web, 2)[0] == 201
+            until(lambda: queue.stats()["completed"] == 2)
+        assert (complaints(web.log), complaints(log)) == ([], [])
