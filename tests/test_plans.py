@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 import redis
 from client import Process, running
-from conftest import RedisServer, raw, until
+from conftest import RedisServer, free_port, raw, until
 
 import worker
 from tinyqueue import Queue, Settings
@@ -140,8 +140,7 @@ def test_processes_say_how_many_connections_they_may_open(start_redis: Callable[
 
 def test_connections_that_are_refused_lose_nothing(start_redis: Callable[..., RedisServer], folder: Path, queue_at: Any) -> None:
     server = start_redis()
-    queue, admin = queue_at(server.url), redis.Redis(port=server.port)
-    job = queue.enqueue("gate", "a")
+    admin, job = redis.Redis(port=server.port), queue_at(server.url).enqueue("gate", "a")
     with running(folder, REDIS_URL=server.url) as web, working(folder, server.url) as log:
         until((folder / "a.begun").exists)
         admin.config_set("maxclients", 1)
@@ -153,6 +152,7 @@ def test_connections_that_are_refused_lose_nothing(start_redis: Callable[..., Re
         until(lambda: "cannot write outcomes" in log.read_text())
         admin.config_set("maxclients", 20)
         assert post(web, 1)[0] == 201
+        queue = queue_at(server.url)
         until(lambda: queue.stats()["completed"] == 2)
     admin.close()
     done = queue.get(job.id)
@@ -178,3 +178,81 @@ def test_idle_connections_that_redis_closes_are_replaced_quietly(
             assert post(web, 2)[0] == 201
             until(lambda: queue.stats()["completed"] == 2)
         assert (complaints(web.log), complaints(log)) == ([], [])
+
+
+# TLS ------------------------------------------------------------------------------------------------------------------
+
+TRUSTED = {
+    "not checked": ("", {"TINYQUEUE_TLS_VERIFY": "0"}),
+    "authority in the URL": ("?ssl_ca_certs=ca.pem", {}),
+    "not checked, in the URL": ("?ssl_cert_reqs=none", {}),
+}
+
+
+@pytest.fixture(scope="module")
+def authority(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the certificate of an authority that nobody knows, and a key with the certificate that it gave to 127.0.0.1."""
+    folder = tmp_path_factory.mktemp("tls")
+    new = "openssl req -x509 -newkey rsa:2048 -nodes -subj /CN={} -keyout {}.key -out {}.pem "
+    chain = "-CA ca.pem -CAkey ca.key -addext subjectAltName=IP:127.0.0.1 -addext basicConstraints=critical,CA:FALSE"
+    try:
+        for line in (new.format("authority", "ca", "ca"), new.format("redis", "redis", "redis") + chain):
+            subprocess.run(line.split(), cwd=folder, capture_output=True, check=True)
+    except FileNotFoundError:
+        pytest.skip("needs openssl to make certificates")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def encrypted(start_redis: Callable[..., RedisServer], authority: Path) -> str:
+    """The URL of a Redis with TLS, whose chain of certificates is self-signed."""
+    port = free_port()
+    files = {"cert": "redis.pem", "key": "redis.key", "ca-cert": "ca.pem"}
+    options = [part for name, file in files.items() for part in (f"--tls-{name}-file", str(authority / file))]
+    start_redis("--tls-port", str(port), "--tls-auth-clients", "no", *options)
+    return f"rediss://127.0.0.1:{port}/0"
+
+
+@pytest.mark.parametrize("how", TRUSTED)
+def test_tls_serves_web_worker_and_commands(encrypted: str, authority: Path, folder: Path, how: str) -> None:
+    query, environ = TRUSTED[how]
+    url = encrypted + query.replace("ca.pem", str(authority / "ca.pem"))
+    with running(folder, REDIS_URL=url, **environ) as web, working(folder, url, **environ) as log:
+        status, answer = post(web, 7)
+        assert status == 201
+        until(lambda: '"completed"' in command(folder, url, "get", answer["jobId"], **environ).stdout)
+        told = [said.count("TINYQUEUE_TLS_VERIFY=0") for said in (web.log.read_text(), log.read_text())]
+    assert told == [len(environ)] * 2  # said once, and only where it was set
+    examined = command(folder, url, "doctor", **environ)
+    assert examined.returncode == 0
+    level, seen = ("ok", "checked") if "ca_certs" in query else ("warn", "not checked")
+    assert f"{level:<5} transport     TLS, the certificate is {seen}" in examined.stdout
+
+
+def test_tls_with_an_unknown_authority_fails_and_names_the_switch(encrypted: str, folder: Path) -> None:
+    failed = command(folder, encrypted, "stats")
+    assert failed.returncode == 1
+    [line] = failed.stderr.splitlines()
+    assert line.startswith("Error: Redis is unreachable: ")
+    assert line.endswith("?ssl_ca_certs=/path in REDIS_URL, or set TINYQUEUE_TLS_VERIFY=0")
+    with running(folder, REDIS_URL=encrypted) as web, working(folder, encrypted) as log:
+        status, problem = post(web, 1)
+        assert status == 503
+        assert "TINYQUEUE_TLS_VERIFY=0" in problem["detail"]
+        until(lambda: "cannot take jobs: Redis is unreachable" in log.read_text())
+        assert "TINYQUEUE_TLS_VERIFY=0" in complaints(log)[0]
+        assert "Traceback" not in log.read_text() + web.log.read_text()
+    assert command(folder, encrypted, "doctor").returncode == 1
+
+
+def test_tls_for_another_host_than_the_certificate_names_is_refused(encrypted: str, authority: Path, folder: Path) -> None:
+    url = encrypted.replace("127.0.0.1", "localhost") + f"?ssl_ca_certs={authority / 'ca.pem'}"
+    failed = command(folder, url, "stats")
+    assert failed.returncode == 1
+    assert "TINYQUEUE_TLS_VERIFY=0" in failed.stderr
+
+
+def test_tls_that_the_url_does_not_ask_for_is_guessed_by_doctor(encrypted: str, folder: Path) -> None:
+    examined = command(folder, encrypted.replace("rediss:", "redis:"), "doctor")
+    assert examined.returncode == 1
+    assert "does it want rediss://?" in examined.stdout
