@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import http.client
+import inspect
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -18,10 +20,12 @@ from typing import Any
 import pytest
 import redis
 from client import Process, running
-from conftest import RedisServer, free_port, raw, until
+from conftest import RedisServer, free_port, lapse, raw, until
 
+import tinyqueue
 import worker
-from tinyqueue import Queue, Settings
+from tinyqueue import COMMANDS, OLDEST, Failure, Filter, Once, Queue, Settings
+from wsgi import ROUTES
 
 HANDLERS = """
 import os, time
@@ -72,11 +76,15 @@ def command(folder: Path, url: str, *options: str, **environ: str) -> subprocess
     return subprocess.run(line, cwd=folder, env=environ, capture_output=True, text=True, timeout=30, check=False)
 
 
-def post(web: Process, payload: Any, type: str = "echo") -> tuple[int, Any]:
+def call(web: Process, method: str, path: str, body: Any = None) -> tuple[int, Any]:
     with closing(http.client.HTTPConnection(*web.address, timeout=20)) as connection:
-        connection.request("POST", "/jobs", json.dumps({"type": type, "payload": payload}), {"Content-Type": "application/json"})
+        connection.request(method, path, json.dumps(body), {"Content-Type": "application/json"})
         answer = connection.getresponse()
         return answer.status, json.loads(answer.read())
+
+
+def post(web: Process, payload: int) -> tuple[int, Any]:
+    return call(web, "POST", "/jobs", {"type": "echo", "payload": payload})
 
 
 @pytest.fixture
@@ -256,3 +264,150 @@ def test_tls_that_the_url_does_not_ask_for_is_guessed_by_doctor(encrypted: str, 
     examined = command(folder, encrypted.replace("rediss:", "redis:"), "doctor")
     assert examined.returncode == 1
     assert "does it want rediss://?" in examined.stdout
+
+
+# Users who may do little ----------------------------------------------------------------------------------------------
+
+SINCE = {  # in which version of Redis each command came that the queue uses
+    "1.0.0": "DEL EXISTS EXPIRE GET INCR INFO LINDEX LLEN LPUSH LRANGE LREM LTRIM MGET RPUSH SADD SET SMEMBERS SREM",
+    "1.0.1": "MSET MSETNX",
+    "1.0.5": "ZRANGEBYSCORE",
+    "1.2.0": "EXEC MULTI RPOPLPUSH ZADD ZCARD ZRANGE ZREM ZSCORE",
+    "2.0.0": "BLPOP HGETALL HINCRBY HMGET ZCOUNT",
+    "2.2.0": "UNWATCH WATCH ZREVRANGEBYSCORE",
+    "2.6.0": "TIME",
+    "6.0.6": "LPOS",
+}
+USED = {name: since for since, names in SINCE.items() for name in names.split()}
+
+
+def granted() -> list[str]:
+    """The rules of the one line of the README that makes a user."""
+    [line] = re.findall(r"^ *ACL SETUSER tinyqueue (.+)$", (Path(tinyqueue.__file__).parent / "README.md").read_text(), re.M)
+    return str(line).split()
+
+
+@pytest.fixture
+def admin(start_redis: Callable[..., RedisServer]) -> Iterator[redis.Redis]:
+    """A client that may do everything, on a server of its own where the README's user is known."""
+    client = redis.Redis(port=start_redis().port, protocol=2)
+    client.execute_command("ACL", "SETUSER", "tinyqueue", *granted())
+    yield client
+    client.close()
+
+
+def url_of(admin: redis.Redis) -> str:
+    [secret] = [rule[1:] for rule in granted() if rule.startswith(">")]
+    return f"redis://tinyqueue:{secret}@127.0.0.1:{admin.connection_pool.connection_kwargs['port']}/0"
+
+
+class Noted:
+    """A queue that notes which of its verbs were asked for."""
+
+    def __init__(self, queue: Queue) -> None:
+        self.queue, self.names = queue, set[str]()
+
+    def __getattr__(self, name: str) -> Any:
+        self.names.add(name)
+        return getattr(self.queue, name)
+
+
+VERBS = {name for name, made in vars(Queue).items() if inspect.isfunction(made) and not name.startswith("_")}
+
+
+def play(queue: Any) -> None:
+    """Do with a queue all that can be done, each verb in the cases in which it writes something else."""
+    queue.enqueue("echo", 0, max_attempts=1)
+    queue.enqueue_many("echo", [1, 2, 3, 4], max_attempts=1)
+    queue.submit([queue.draft("echo", 5, unique_key="u", delay=60)], once := Once("k", "f"))
+    queue.submit([queue.draft("echo", 5, unique_key="u", delay=60)], once)
+    id = queue.register(["default"], 3)
+    queue.wait(["default"], 0.01)
+    queue.waiting(["default"], due=True)
+    completed, failed, released, stopped = queue.dequeue(id, ["default"], 4)
+    queue.heartbeat(id, [completed.id])
+    queue.write_progress(completed)
+    queue.asked_to_stop([completed.id])
+    queue.cancel(stopped.id)
+    queue.complete(completed, 1)
+    queue.fail(failed, Failure("Boom", "it broke"))
+    queue.release(released)
+    queue.release(stopped)
+    queue.retry(failed.id)
+    queue.change_many("cancel", Filter("pending"))
+    queue.change_many("retry", Filter("cancelled"))
+    queue.start(id, queue.take(id, ["default"], 1))
+    queue.settle(id, [])
+    queue.adopt(id, [])
+    queue.enqueue("echo", 6, delay=0.001)
+    until(queue.promote)
+    queue.trim()
+    queue.lost_workers()
+    queue.deregister(id)
+    assert queue.reap(id) == 1
+    other = queue.register(["default"], 1)
+    queue.dequeue(other, ["default"], 1)
+    lapse(queue, other)
+    assert queue.reap(other) == 1
+    queue.pause("default")
+    queue.resume("default")
+    queue.jobs("failed")
+    queue.page(limit=1)
+    queue.page(cursor="9999999999999999.g")
+    queue.get(completed.id)
+    queue.wait_for(queue.jobs("pending")[0].id, 0.05)
+    queue.spend("somebody", 1, 60)
+    for look in ("queues", "stats", "workers", "now", "ping", "memory_is_short", "warnings"):
+        getattr(queue, look)()
+
+
+def test_user_of_the_readme_may_do_all_that_the_queue_does(admin: redis.Redis, queue_at: Any, folder: Path) -> None:
+    """And needs every command that is granted: what Redis has counted is what the README says, and what doctor looks for."""
+    url = url_of(admin)
+    admin.config_resetstat()
+    short = Noted(queue_at(url))
+    short.queue.keep_ms = dict.fromkeys(short.queue.keep_ms, 0)
+    play(noted := Noted(queue_at(url)))
+    assert noted.names >= VERBS - {"examine"}
+    short.trim()
+    settings = {"REDIS_URL": url, "TINYQUEUE_RATE_LIMIT": "99/hour", "TINYQUEUE_MAX_PENDING": "99"}
+    with running(folder, **settings) as web, working(folder, url) as log:
+        status, answer = post(web, 7)
+        assert status == 201
+        for method, route, *_ in ROUTES:
+            path = route.replace("<id>", answer["jobId"]).replace("<name>", "default")
+            assert call(web, method, path, {})[0] in (200, 409, 422)
+        until(lambda: short.stats()["pending"] == short.stats()["processing"] == 0)
+        assert (complaints(web.log), complaints(log)) == ([], [])
+    used = {name.removeprefix("cmdstat_").upper() for name, stats in admin.info("commandstats").items() if stats["calls"]}
+    refused = {name for name, stats in admin.info("commandstats").items() if stats.get("rejected_calls")}
+    own = {"AUTH", "CONFIG|RESETSTAT"}  # what anybody may send, and what this test has sent itself
+    assert refused <= {"cmdstat_client|setinfo"}  # the client library says its name, and does not mind
+    assert used - own == set(USED)
+    assert {rule[1:].upper() for rule in granted() if rule.startswith("+")} == set(USED)
+    assert {name for names in COMMANDS.values() for name in names.split()} == set(USED)
+
+
+def test_user_of_the_readme_may_touch_no_other_key(admin: redis.Redis, queue_at: Any) -> None:
+    client = raw(queue_at(url_of(admin)))
+    for words in ("GET other", "SET {queue} 1", "KEYS *", "FLUSHALL", "CONFIG GET *", "EVAL 1 0", "PUBLISH a b", "ACL LIST"):
+        with pytest.raises(redis.exceptions.NoPermissionError):
+            client.execute_command(*words.split())
+
+
+def test_user_of_the_readme_satisfies_doctor(admin: redis.Redis, queue_at: Any) -> None:
+    found = queue_at(url_of(admin)).examine(0)
+    assert [finding.about for finding in found if finding.level != "ok"] == ["persistence", "workers"]
+
+
+def test_commands_are_in_the_oldest_redis_that_will_do(admin: redis.Redis) -> None:
+    def number(version: str) -> tuple[int, ...]:
+        return tuple(map(int, version.split(".")))
+
+    assert max(map(number, SINCE)) == OLDEST
+    assert f"Any Redis from {'.'.join(map(str, OLDEST))} on" in (Path(tinyqueue.__file__).parent / "README.md").read_text()
+    if number(admin.info("server")["redis_version"]) < (7,):
+        pytest.skip("this Redis does not know in which version its commands came")
+    docs = iter(admin.execute_command("COMMAND DOCS", *USED))
+    told = {name.decode().upper(): about[about.index(b"since") + 1].decode() for name, about in zip(docs, docs, strict=True)}
+    assert told == USED
