@@ -71,6 +71,7 @@ import functools
 import hashlib
 import importlib
 import inspect
+import ipaddress
 import itertools
 import json
 import logging
@@ -80,6 +81,7 @@ import random
 import re
 import socket
 import sys
+import threading
 import time
 import typing
 import zlib
@@ -298,6 +300,16 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         lines = [f"  {name:<26} {text}{f' [{default}]' if default else ''}" for name, default, text in cls.table()]
         return "\n".join(["Settings, from the environment or from .env here [and what they are without]:", *lines])
 
+    @property
+    def web_connections(self) -> int:
+        """How many connections to Redis a web process may open: each thread one."""
+        return THREADS + SPARE
+
+    @property
+    def worker_connections(self) -> int:
+        """How many a worker process may open: taker, settler and keeper one each, and handlers that write their progress."""
+        return 3 + min(self.worker_concurrency, WRITERS) + SPARE
+
 
 class JSONFormatter(logging.Formatter):
     """Write a log line as one JSON object; what was passed as `extra={"fields": {...}}` becomes members of it."""
@@ -336,6 +348,9 @@ BELLS = 64
 PROMOTED = 500  # jobs moved by one promote
 TRIES = 50  # of a transaction that others keep breaking
 CLOCK_AGE = 10.0  # seconds that a reading of Redis TIME is good for
+THREADS = 8  # of a web process
+WRITERS = 4  # handlers of a worker that write their progress at the same moment; others wait for their turn
+SPARE = 2  # connections of a process beyond those in use: one may be on its way from a thread to the next
 
 NAME = re.compile(r"[A-Za-z0-9._-]{1,100}")  # of queues, types, workers: no name can spell another key
 PRINTABLE = re.compile(
@@ -1133,6 +1148,19 @@ def _ask(connection: Any, commands: Sequence[Command]) -> list[Any]:
     return [connection.read_response() for _ in commands]
 
 
+def _tried(connection: Any, commands: Sequence[Command]) -> list[Any]:
+    """Ask Redis, and take a refusal for the reply: an ACL may forbid a command, or the server not know it."""
+    connection.send_packed_command([b"".join(map(pack_command, commands))])
+    return [_reply(connection) for _ in commands]
+
+
+def _reply(connection: Any) -> Any:
+    try:
+        return connection.read_response()
+    except redis.ResponseError as error:
+        return error
+
+
 def _unfailed(replies: list[Any]) -> list[Any]:
     """Pass the replies of an EXEC on, unless one of its commands failed: the others were applied all the same."""
     if errors := [reply for reply in replies if isinstance(reply, Exception)]:
@@ -1148,9 +1176,15 @@ def _count(value: bytes | None) -> int:
         raise Corrupted(f"{value!r} stands where a count should be") from None
 
 
-def _info(reply: bytes) -> dict[str, str]:
-    """Read a reply to INFO."""
-    return dict(line.split(":", 1) for line in reply.decode().split("\r\n") if ":" in line)
+def _info(reply: Any) -> dict[str, str]:
+    """Read a reply to INFO. One that was refused tells nothing: the embedded server knows no INFO, and an ACL may forbid it."""
+    return dict(line.split(":", 1) for line in reply.decode().split("\r\n") if ":" in line) if isinstance(reply, bytes) else {}
+
+
+def _used(told: Mapping[str, str]) -> float:
+    """The share of its maxmemory that Redis uses, 0 without a limit."""
+    limit = int(told.get("maxmemory", 0))
+    return int(told.get("used_memory", 0)) / limit if limit else 0.0
 
 
 class Once(msgspec.Struct):
@@ -1202,7 +1236,8 @@ class Queue:
         }
         self.keep_once_ms, self.max_pending, self.min_replicas = int(keep_once * 1000), max_pending, min_replicas
         self._paused: tuple[float, frozenset[str]] = (-1e9, frozenset())  # when they were read, and which
-        self._memory: tuple[float, bool] = (-1e9, False)  # when it was looked at, and whether it was full
+        self._memory: tuple[float, dict[str, str]] = (-1e9, {})  # when it was looked at, and what INFO told
+        self._writers = threading.BoundedSemaphore(WRITERS)
         self._warm: list[tuple[Any, int, float]] = []  # connections just used: by which process, and when
         self.last_contact = time.monotonic()  # when Redis last did what it was asked
         self.last_trouble = time.monotonic()  # when it last did not; before it was first asked, nobody knows
@@ -1489,19 +1524,22 @@ class Queue:
                 raise QueueFull(f"queue {name} has {count} pending jobs; the limit is {self.max_pending}")
 
     def memory_is_short(self) -> bool:
-        """Whether Redis is so full that accepting jobs would endanger those that it has. Looks every two seconds at most."""
-        looked_at, short = self._memory
+        """Whether Redis is so full that accepting jobs would endanger those that it has."""
+        return _used(self._look_at_memory()) > MEMORY_SHARE
+
+    def _look_at_memory(self) -> dict[str, str]:
+        """What INFO tells of the memory, nothing if it does not. Asks every two seconds at most."""
+        looked_at, told = self._memory
         if time.monotonic() - looked_at > 2.0:
-            info: dict[str, str] = {}
+            told = {}
             try:
-                info = _info(self._read(("INFO", "memory"))[0])
-            except (Corrupted, Unavailable) as trouble:  # the embedded server knows no INFO, and an ACL may forbid it
-                if getattr(trouble, "reason", "") == "timeout":  # the submit itself would wait as long again
+                with self._connection() as connection:
+                    told = _info(_tried(connection, [("INFO", "memory")])[0])
+            except Unavailable as trouble:
+                if trouble.reason == "timeout":  # the submit itself would wait as long again
                     raise
-            limit = int(info.get("maxmemory", 0))
-            short = bool(limit) and int(info["used_memory"]) > MEMORY_SHARE * limit
-            self._memory = (time.monotonic(), short)
-        return short
+            self._memory = (time.monotonic(), told)
+        return told
 
     def _line_up(self, tx: Transaction, job: Job) -> None:
         """Put a pending job where it waits: behind all others of its queue, or among the delayed."""
@@ -1790,7 +1828,10 @@ class Queue:
             self._end(tx, job, "failed")
 
     def write_progress(self, job: Job) -> None:
-        """Write how far a running job is, unless it is no longer this worker's: then raise Reaped. Watches both."""
+        """Write how far a running job is, unless it is no longer this worker's: then raise Reaped. Watches both.
+
+        Some at a time: were each slot to open a connection for it, a worker would need as many as it has slots.
+        """
         key, registration = self.keys.job(job.id), self.keys.worker(job.worker)
 
         def body(tx: Transaction) -> None:
@@ -1801,7 +1842,8 @@ class Queue:
             job.cancel_requested = attempt.cancel_requested
             tx.write("SET", key, _record(msgspec.structs.replace(job, updated_at=max(tx.now, job.started_at))))
 
-        self._transact([registration, key], body)
+        with self._writers:
+            self._transact([registration, key], body)
 
     # Cancel and retry -------------------------------------------------------------------------------------------------
 
@@ -2216,6 +2258,107 @@ class Queue:
         except (msgspec.DecodeError, KeyError, AttributeError, TypeError) as error:
             raise Corrupted(f"the registration or the lease of a worker cannot be read: {error}") from None
 
+    # Examine ----------------------------------------------------------------------------------------------------------
+
+    def warnings(self) -> list[str]:
+        """What of Redis endangers jobs though it works; nothing of what it does not tell."""
+        found = Finding("ok", "eviction", "")
+        with suppress(Unavailable):
+            found = _eviction(self._look_at_memory())
+        return [f"{found.seen}: {found.advice}"] if found.level != "ok" else []
+
+    def examine(self, connections: int) -> list[Finding]:
+        """Look at all that the queue depends on, as `doctor` shows it. Changes nothing, and raises nothing that Redis does.
+
+        `connections` is how many the web processes and a worker may open.
+        """
+        found = [_transport(self.pool)]
+        looks: dict[str, Callable[[], Iterable[Finding]]] = {
+            "reachable": self._examine_trip,
+            "permissions": self._examine_permissions,
+            "writes": self._examine_writes,
+            "server": partial(self._examine_server, connections),
+            "books": self._examine_books,
+            "workers": self._examine_workers,
+        }
+        for about, look in looks.items():
+            try:
+                found.extend(look())
+            except TinyQueueError as error:
+                reason = getattr(error, "reason", "")
+                found.append(Finding("fail", about, str(error), REMEDIES.get(reason, "is it a Redis, its keys the queue's?")))
+                if reason in ("unreachable", "timeout", "loading"):
+                    break
+        return found
+
+    def _examine_trip(self) -> Iterator[Finding]:
+        times = []
+        for _ in range(5):
+            began = time.monotonic()
+            seconds, micros = self._read(("TIME",))[-1]
+            times.append(1000 * (time.monotonic() - began))
+        ahead = int(seconds) + int(micros) / 1e6 - time.time()
+        yield _judged("reachable", f"answers in {min(times):.2f} ms", (min(times) > SLOW, "warn", "run the processes near Redis"))
+        clock = f"{abs(ahead):.1f} s {'ahead of' if ahead > 0 else 'behind'} this machine's"
+        yield _judged("clock", clock, (abs(ahead) > SKEW, "warn", "set both by NTP: runAt and delays go by that of Redis"))
+
+    def _examine_permissions(self) -> Iterator[Finding]:
+        """Try every command inside a MULTI that is never executed: Redis refuses there, too, what the user may not do."""
+        key, around = self.keys.promoter + ":none", ("WATCH", "UNWATCH", "MULTI", "EXEC")
+        tries = [(name, *[key] * count) for count, names in COMMANDS.items() for name in names.split() if name not in around]
+        with self._connection() as connection:
+            replies = dict(zip(around, _tried(connection, [("WATCH", key), *((name,) for name in around[1:])]), strict=True))
+            if not isinstance(replies["MULTI"], Exception):
+                queued = _tried(connection, [("MULTI",), *tries])[1:]
+                replies |= zip((name for name, *_ in tries), queued, strict=True)
+            connection.disconnect()
+        refused = [name for name, reply in replies.items() if isinstance(reply, Exception)]
+        user = self.pool.connection_kwargs.get("username") or "default"
+        advice = f"ACL SETUSER {user} ~{key.partition(':')[0]}:* {' '.join('+' + name.lower() for name in refused)}"
+        seen = f"refused: {', '.join(refused)}" if refused else "all commands that the queue needs"
+        yield _judged("permissions", seen, (refused == ["INFO"], "warn", advice), (bool(refused), "fail", advice))
+
+    def _examine_writes(self) -> Iterator[Finding]:
+        self.ping()
+        yield Finding("ok", "writes", "are taken")
+
+    def _examine_server(self, connections: int) -> Iterator[Finding]:
+        settings = ("save", "maxclients", "timeout")
+        with self._connection() as connection:
+            info, *replies = _tried(connection, [("INFO",), *(("CONFIG", "GET", name) for name in settings)])
+        told = {name: reply[1].decode() for name, reply in zip(settings, replies, strict=True) if isinstance(reply, list) and reply}
+        told |= _info(info)
+        if "redis_version" not in told:
+            yield Finding("warn", "server", "does not tell of itself", "allow +info, or look to version, memory, persistence")
+            return
+        yield from (_version(told), _role(told), _eviction(told), _memory(told), _persistence(told), _clients(told, connections))
+        idle = told.get("timeout", "0")
+        yield Finding("ok", "idle timeout", "none" if idle == "0" else f"{idle} s: connections closed by it are opened anew")
+
+    def _examine_books(self) -> Iterator[Finding]:
+        """Whether the lists can hold all jobs that are counted. They may hold more, for the record decides, but never less."""
+        for _ in range(3):  # a queue or a worker may be new since its name was looked for
+            keys = [self.keys.jobs(name) for name in self.queues()] + [self.keys.proc(worker) for worker in self._known_workers()]
+            reads = ("HGETALL", self.keys.counts), ("ZCARD", self.keys.delayed), *(("LLEN", key) for key in keys)
+            counts, *sizes = _unfailed(self._read(("MULTI",), *reads, ("EXEC",))[-1])
+            unended = [_count(value) for name, value in zip(counts[::2], counts[1::2], strict=True) if b":" in name]
+            wrong = sum(unended) > sum(sizes) or min(unended, default=0) < 0
+            if not wrong:
+                break
+        seen = f"{sum(unended)} jobs are counted that have not ended, {sum(sizes)} entries are listed"
+        yield _judged("books", seen, (wrong, "fail", "keys are lost: look for an eviction, a failover, or others who write there"))
+
+    def _examine_workers(self) -> Iterator[Finding]:
+        alive = [worker for worker in self.workers() if worker["alive"]]
+        yield _judged("workers", f"{len(alive)} alive", (not alive, "warn", "start one: python worker.py"))
+        queues, served = self.queues(), {name for worker in alive for name in worker["queues"]}
+        for name, queue in queues.items():
+            waits = alive and queue["pending"] and name not in served
+            told = f"{name} is paused" if queue["paused"] else f"{name}: {queue['pending']} pending, and no worker serves it"
+            if queue["paused"] or waits:
+                advice = f"POST /queues/{name}/resume" if queue["paused"] else f"python worker.py --queue {name}"
+                yield Finding("warn", "queue", told, advice)
+
 
 # Shards ---------------------------------------------------------------------------------------------------------------
 
@@ -2443,6 +2586,13 @@ class Shards(Queue):
                 known["alive"] = known["alive"] and about["alive"]
         return list(found.values())
 
+    def warnings(self) -> list[str]:
+        return list(dict.fromkeys(warning for shard in self.shards for warning in shard.warnings()))
+
+    def examine(self, connections: int) -> list[Finding]:
+        """As Queue.examine, of every shard; what is found of several alike is told once."""
+        return list(dict.fromkeys(found for shard in self.shards for found in shard.examine(connections)))
+
     def spend(self, who: str, limit: int, seconds: int) -> tuple[int, int]:
         return self.shards[self._at(who)].spend(who, limit, seconds)
 
@@ -2462,3 +2612,110 @@ def _worker(id: str, about: bytes, lease: bytes | None) -> dict[str, Any]:
     known, sign = msgspec.json.decode(about), msgspec.json.decode(lease or b"{}")
     at = sign.get("at", known["startedAt"] if lease else 0)
     return {"id": id, **known, "alive": bool(lease), "lastHeartbeat": at, "jobs": sign.get("jobs", [])}
+
+
+# What doctor finds ----------------------------------------------------------------------------------------------------
+
+Level = Literal["ok", "warn", "fail"]
+OLDEST = (6, 0, 6)  # version of Redis: the first with LPOS
+SLOW = 10.0  # milliseconds to Redis and back, above which a worker spends its time waiting
+SKEW = 2.0  # seconds between two clocks
+COMMANDS = {  # every command that the queue uses, by how many keys may stand in for its arguments
+    0: "EXEC INFO MULTI TIME UNWATCH",
+    1: "DEL EXISTS GET HGETALL INCR LLEN MGET SMEMBERS WATCH ZCARD",
+    2: "BLPOP EXPIRE HMGET LINDEX LPOS LPUSH MSET MSETNX RPOPLPUSH RPUSH SADD SET SREM ZREM ZSCORE",
+    3: "HINCRBY LRANGE LREM LTRIM ZADD ZCOUNT ZRANGE ZRANGEBYSCORE ZREVRANGEBYSCORE",
+}
+REMEDIES = {
+    "unreachable": "is Redis running there, does REDIS_URL name it, and does it want rediss://?",
+    "timeout": "is Redis overloaded, or a firewall between?",
+    "loading": "wait until it has read its data",
+    "full": "more memory, or shorter TINYQUEUE_KEEP_COMPLETED and TINYQUEUE_KEEP_FAILED",
+    "read-only": "is that a replica, or its disk full?",
+    "refused": "see to user and password in REDIS_URL, and to the user's ACL",
+    "busy": "see to the number of connections",
+}
+
+
+class Finding(msgspec.Struct):
+    """One thing that `doctor` looked at: how it stands, what was seen, and what to do about it."""
+
+    level: Level
+    about: str
+    seen: str
+    advice: str = ""
+
+
+def _judged(about: str, seen: str, *cases: tuple[bool, Level, str]) -> Finding:
+    """A finding of the first case that holds; ok if none does."""
+    level, advice = next(((level, advice) for holds, level, advice in cases if holds), ("ok", ""))
+    return Finding(level, about, seen, advice)
+
+
+def _transport(pool: Any) -> Finding:
+    host = str(pool.connection_kwargs.get("host", ""))
+    if issubclass(pool.connection_class, redis.SSLConnection):
+        checked = pool.connection_kwargs.get("ssl_cert_reqs") != "none"
+        advice = "name its authority with ?ssl_ca_certs=/path in REDIS_URL, and unset TINYQUEUE_TLS_VERIFY"
+        seen = f"TLS, the certificate is {'' if checked else 'not '}checked"
+        return _judged("transport", seen, (not checked, "warn", advice))
+    advice = "use rediss:// if others can see what goes over that network"
+    seen, far = ("not encrypted", not _is_near(host)) if host else ("within this machine", False)
+    return _judged("transport", seen, (far, "warn", advice))
+
+
+def _is_near(host: str) -> bool:
+    """Whether that host is this machine, or one in a private network."""
+    with suppress(OSError, ValueError):
+        return all(ipaddress.ip_address(info[4][0]).is_private for info in socket.getaddrinfo(host, None))
+    return True
+
+
+def _version(told: Mapping[str, str]) -> Finding:
+    name = "Valkey " + told["valkey_version"] if "valkey_version" in told else "Redis " + told["redis_version"]
+    mode, version = told.get("redis_mode", "standalone"), tuple(map(int, re.findall(r"\d+", told["redis_version"])[:3]))
+    return _judged(
+        "server",
+        f"{name}, {mode}",
+        (version < OLDEST, "fail", f"it must be {'.'.join(map(str, OLDEST))} or newer"),
+        (mode == "sentinel", "fail", "REDIS_URL must name the Redis that it watches"),
+    )
+
+
+def _role(told: Mapping[str, str]) -> Finding:
+    role, replicas = told.get("role", "master"), told.get("connected_slaves", "0")
+    seen = f"primary with {replicas} replicas" if role == "master" else "a replica"
+    return _judged("role", seen, (role != "master", "fail", "REDIS_URL must name its primary"))
+
+
+def _eviction(told: Mapping[str, str]) -> Finding:
+    policy, limit = told.get("maxmemory_policy", "noeviction"), int(told.get("maxmemory", 0))
+    advice = "Redis throws jobs or leases away when its memory is full; set it to noeviction"
+    return _judged("eviction", f"maxmemory-policy is {policy}", (limit > 0 and policy != "noeviction", "warn", advice))
+
+
+def _memory(told: Mapping[str, str]) -> Finding:
+    used, limit = int(told.get("used_memory", 0)), int(told.get("maxmemory", 0))
+    seen = f"{used / 1e6:.1f} MB" + (f" of {limit / 1e6:.1f} MB" if limit else ", no maxmemory")
+    advice = REMEDIES["full"]
+    return _judged("memory", seen, (_used(told) > MEMORY_SHARE, "fail", advice), (_used(told) > 0.8, "warn", advice))
+
+
+def _persistence(told: Mapping[str, str]) -> Finding:
+    log, save = told.get("aof_enabled") == "1", told.get("save")
+    snapshots = "unknown" if save is None else f'"{save}"'
+    broken = "err" in (told.get("rdb_last_bgsave_status"), told.get("aof_last_write_status"))
+    return _judged(
+        "persistence",
+        "appendonly yes" if log else f"appendonly no, save {snapshots}",
+        (broken, "fail", "Redis cannot write to its disk: see its log"),
+        (not log and save == "", "warn", "a restart of Redis loses every job: set appendonly yes"),
+        (not log, "warn", "a crash of Redis loses what came after its last snapshot: set appendonly yes"),
+    )
+
+
+def _clients(told: Mapping[str, str], connections: int) -> Finding:
+    most, now = int(told.get("maxclients", 0)), int(told.get("connected_clients", 0))
+    seen = f"{now} of {most or 'unknown'}; the web processes and one worker open up to {connections}"
+    advice = "fewer processes (WEB_CONCURRENCY, workers), or a larger maxclients"
+    return _judged("connections", seen, (0 < most < max(connections, now / 0.9), "warn", advice))

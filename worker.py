@@ -45,6 +45,7 @@ from tinyqueue import (
     Corrupted,
     Discard,
     Failure,
+    Finding,
     InvalidJob,
     Job,
     Outcome,
@@ -631,13 +632,16 @@ def cli(ctx: click.Context, /, queues: tuple[str, ...], burst: bool, **overrides
             "REDIS_URL is not set, so there is nothing to work on. For web and worker in one process: python wsgi.py"
         )
     set_up_logging(settings)
-    ctx.obj = Queue.from_settings(settings)
+    ctx.obj = Queue.from_settings(settings, settings.worker_connections)
     if ctx.invoked_subcommand is None:
         names = [check_name("queue", name) for name in queues]
         load_handlers(settings.handlers)
         worker = Worker(ctx.obj, settings, names, burst)
-        log.info("worker starts: %d slots, queues: %s", settings.worker_concurrency, ", ".join(worker.names))
+        slots, connections = settings.worker_concurrency, settings.worker_connections
+        log.info("worker starts: %d slots, queues: %s; up to %d connections to Redis", slots, ", ".join(worker.names), connections)
         obey_signals(worker)
+        for warning in ctx.obj.warnings():
+            log.warning("%s", warning)
         leave(worker.run())
 
 
@@ -712,6 +716,21 @@ def cancel(queue: Queue, ids: tuple[str, ...]) -> None:
 def workers(queue: Queue) -> None:
     """Show the workers and what they run."""
     _print(queue.workers())
+
+
+@cli.command()
+@click.option("--json", "as_json", is_flag=True, help="Print the findings as JSON.")
+@click.pass_context
+def doctor(ctx: click.Context, as_json: bool) -> None:
+    """Examine Redis and all that the queue needs of it, and say what to change. Exits with 1 if something fails."""
+    settings = Settings.read(worker_concurrency=ctx.find_root().params["worker_concurrency"])
+    findings: list[Finding] = ctx.obj.examine(settings.web_concurrency * settings.web_connections + settings.worker_connections)
+    if as_json:
+        _print(findings)
+    for finding in () if as_json else findings:
+        line = f"{finding.level:<5} {finding.about:<13} {finding.seen}"
+        click.echo(line + (f" -> {finding.advice}" if finding.advice else ""))
+    ctx.exit(int(any(finding.level == "fail" for finding in findings)))
 
 
 def _there(job: Job | None, id: str) -> Job:
