@@ -1545,6 +1545,18 @@ def test_transition_that_is_not_answered_waits_for_one_timeout(
     assert len(proxy.packets) == 1
 
 
+def test_submit_that_is_not_answered_waits_for_one_timeout(real: Server, proxy: CutProxy, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tinyqueue, "SOCKET_TIMEOUT", 0.05)
+    far = real.queue(proxy.url)
+    far.ping()
+    proxy.packets.clear()
+    proxy.swallow(b"INFO")  # the look at the memory comes first
+    with unavailable("timeout"):
+        far.enqueue("echo", {})
+    assert len(proxy.packets) == 1
+    far.enqueue("echo", {})
+
+
 def test_redis_that_was_killed_has_kept_what_was_accepted(start_redis: Callable[..., RedisServer]) -> None:
     server = start_redis("--appendonly", "yes")
     queue = Queue.from_url(server.url)
