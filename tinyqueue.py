@@ -2058,11 +2058,20 @@ class Queue:
             over, expired = self._read(("ZCARD", index), ("ZRANGEBYSCORE", index, "-inf", self.now() - keep, "LIMIT", 0, MAX_JOBS))
             ids = expired or (self._read(("ZRANGE", index, 0, min(over - KEPT, MAX_JOBS) - 1))[0] if over > KEPT else [])
             if ids:
-                removed += self._forget(status, ids)
+                removed += self.forget(status, ids)
         return removed
 
-    def _forget(self, status: str, ids: Sequence[bytes]) -> int:
-        """Delete records and their entries in the index. Watches the records: one revived meanwhile is not listed, and needed.
+    def purge(self, filter: Filter, cursor: str = "") -> dict[str, Any]:
+        """Forget the ended jobs that fit, looking at 1,000 at most; `cursor` in the answer says where to go on."""
+        if filter.status not in ENDED:
+            raise InvalidJob("status", f"must be {', '.join(ENDED)}: others have not ended")
+        jobs, cursor = self.page(filter, limit=SCANNED, cursor=cursor)
+        return {"purged": self.forget(filter.status, [job.id.encode() for job in jobs]), "cursor": cursor}
+
+    def forget(self, status: str, ids: Sequence[bytes]) -> int:
+        """Delete records of ended jobs and their entries in the index of that status; return how many were there.
+
+        Watches the records: one revived meanwhile is not listed, and needed.
 
         Completed jobs cannot be revived, and thousands of them may end in a second: for them no look and no watch.
         """
@@ -2540,6 +2549,10 @@ class Shards(Queue):
 
     def trim(self) -> int:
         return sum(self._try(Queue.trim))
+
+    def forget(self, status: str, ids: Sequence[bytes]) -> int:
+        by_shard = self._by_shard(ids, lambda id: id.decode("ascii", "replace"))
+        return sum(shard.forget(status, part) for shard, part in by_shard)
 
     def ping(self) -> None:
         self._try(Queue.ping, all=True)
