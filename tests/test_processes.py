@@ -742,8 +742,8 @@ def test_workers_are_a_table(near: Queue, run: Any) -> None:
 
 def test_list_shows_the_jobs_that_fit(near: Queue, run: Any) -> None:
     jobs = [near.enqueue("echo", at, queue=name) for at, name in enumerate(("default", "slow", "slow"))]
-    assert [line.split()[2] for line in lines(run("list"))] == ["id", *(job.id for job in reversed(jobs))]
-    assert [line.split()[2] for line in lines(run("list", "--queue", "slow", "--limit", "1"))] == ["id", jobs[2].id]
+    assert [line.split()[2] for line in lines(run("list"))[1:]] == [job.id for job in reversed(jobs)]
+    assert [line.split()[2] for line in lines(run("list", "--queue", "slow", "--limit", "1"))[1:]] == [jobs[2].id]
     assert lines(run("list", "--status", "failed")) == ["no job fits"]
 
 
@@ -771,11 +771,9 @@ def test_retry_and_cancel_of_all_that_fit(near: Queue, run: Any) -> None:
     assert near.stats()["pending"] == 4
 
 
-@pytest.mark.parametrize(
-    "arguments", [("retry",), ("cancel",), ("retry", "--all", "01a21209-ff58-7622-86d1-f71be07e4d07"), ("purge",)]
-)
-def test_bulk_commands_want_to_be_told_which_jobs(run: Any, arguments: tuple[str, ...]) -> None:
-    assert run(*arguments).returncode == 2
+@pytest.mark.parametrize("arguments", ["retry", "cancel", "retry --all 01a21209-ff58-7622-86d1-f71be07e4d07", "purge"])
+def test_bulk_commands_want_to_be_told_which_jobs(run: Any, arguments: str) -> None:
+    assert run(*arguments.split()).returncode == 2
 
 
 @pytest.mark.parametrize(("answer", "left"), [(b"n\n", 2), (b"", 2), (b"y\n", 0)])
