@@ -4,7 +4,7 @@
     wsgi:app             the same API for any other WSGI or serverless host
 
 Importing this module reads no setting and opens no connection: `app` does both at its first request. JSON goes in and comes out;
-an error is application/problem+json (RFC 9457).
+an error is application/problem+json (RFC 9457). The one page, dashboard.html at /, is a client like any other.
 """
 
 from __future__ import annotations
@@ -752,32 +752,35 @@ def _serve_with_workers(api: API, server: Server) -> int:
 
 
 def serve_many(api: API, sock: socket.socket) -> int:
-    """Serve from WEB_CONCURRENCY processes that accept from one socket; one that dies is replaced. Returns the exit code."""
+    """Serve from WEB_CONCURRENCY processes that accept from one socket; one that dies is replaced. Returns the exit code.
+
+    Signals are waited for, never handled: one that came just before a wait for a child began would be acted on when a child ends.
+    """
     children: set[int] = set()
-    stopping = threading.Event()
-
-    def stop(*_: Any) -> None:
-        stopping.set()
-        for child in children:
-            with suppress(ProcessLookupError):
-                os.kill(child, signal.SIGTERM)
-
-    signal.signal(signal.SIGTERM, stop)
-    signal.signal(signal.SIGINT, stop)
-    while children or not stopping.is_set():
-        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # until each child is known here, and its own handlers are set there
-        while len(children) < api.settings.web_concurrency and not stopping.is_set():
+    stopping = False
+    signal.pthread_sigmask(signal.SIG_BLOCK, {*SIGNALS, signal.SIGCHLD})
+    while children or not stopping:
+        while len(children) < api.settings.web_concurrency and not stopping:
             if (child := os.fork()) == 0:
-                os._exit(serve(api, sock))
+                signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGCHLD})
+                os._exit(serve(api, sock))  # which lets the others through when it knows what to do
             children.add(child)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
-        with suppress(ChildProcessError):
-            child, status = os.wait()
+        if signal.sigwait({*SIGNALS, signal.SIGCHLD}) != signal.SIGCHLD:
+            stopping = True
+            for child in children:
+                os.kill(child, signal.SIGTERM)
+        for child, status in _ended(children):
             children.discard(child)
-            if not stopping.is_set():
+            if not stopping:
                 log.error("web process %d ended (%d): it is replaced", child, os.waitstatus_to_exitcode(status))
                 time.sleep(1)
     return 0
+
+
+def _ended(children: set[int]) -> list[tuple[int, int]]:
+    """The children that have ended, with their status: one SIGCHLD may tell of several."""
+    found = (os.waitpid(child, os.WNOHANG) for child in children)
+    return [(child, status) for child, status in found if child]
 
 
 def run() -> None:
