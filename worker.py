@@ -45,6 +45,7 @@ from tinyqueue import (
     Corrupted,
     Discard,
     Failure,
+    Finding,
     InvalidJob,
     Job,
     Outcome,
@@ -209,6 +210,7 @@ class Worker:
         self.adopt_at = 0.0
         self.all_busy = False
         self.took_at = time.monotonic()  # when the taker last got an answer, be it that there is nothing
+        self.looked_at = time.monotonic()  # when the keeper last knew which workers are lost
         self.complained: dict[str, float] = {}
 
     # Main -------------------------------------------------------------------------------------------------------------
@@ -321,18 +323,20 @@ class Worker:
     def _take_jobs(self) -> None:
         free = failures = 0
         while True:
-            free += self._free_slots(wait=not free)
+            free += self._free_slots(wait=free < 1)
             if self.quiet.is_set():
                 return
+            if free < 1:  # one more was begun than was free, for all were about to be
+                continue
             worker = self.id
             try:
                 worker = worker or self._register()
                 taken, jobs = self._next_jobs(worker, free)
                 emptied = taken < free
-                free -= len(jobs)
-                for job in jobs:
-                    self.inbox.put(job)
+                free -= self._begin(jobs)
                 self.took_at, failures = time.monotonic(), 0
+                for suspect in (job for job in jobs if job.status == "pending"):
+                    free -= self._begin_alone(worker, suspect)
                 if emptied:
                     self._wait_for_bell(worker)
             except Reaped:
@@ -375,10 +379,30 @@ class Worker:
             self.adopt_at = time.monotonic() + self.queue.lease if len(ids) < free else 0.0
         if len(ids) < free:
             ids += self.queue.take(worker, self.names, free - len(ids))
-        jobs = self.queue.start(worker, ids, held) if ids else []
+        return len(ids), self.queue.start(worker, ids, held) if ids else []
+
+    def _begin(self, jobs: Sequence[Job]) -> int:
+        """Hand jobs that were started to the slots; return how many those are. Beside a suspect nothing else is begun."""
+        started = [job for job in jobs if job.status == "processing"]
         with self.lock:
-            self.held.update((job.id, job) for job in jobs)
-        return len(ids), jobs
+            self.held.update((job.id, job) for job in started)
+        for job in started:
+            self.inbox.put(job)
+        if any(job.suspect for job in started):
+            self._idle()
+        return len(started)
+
+    def _begin_alone(self, worker: str, suspect: Job) -> int:
+        """Begin a suspect once nothing else runs here: it may kill this worker, and shall take no other's attempt along."""
+        return self._begin(self.queue.start(worker, [suspect.id.encode()], {})) if self._idle() else 0
+
+    def _idle(self) -> bool:
+        """Wait until everything that was started is settled; False if the order to be quiet came."""
+        self.all_busy = True
+        while self.held and not self.quiet.wait(0.02):
+            pass
+        self.all_busy, self.took_at = False, time.monotonic()
+        return not self.quiet.is_set()
 
     def _wait_for_bell(self, worker: str) -> None:
         """Wait until there may be something to take. A look at the lists after each wait makes up for a bell that was lost."""
@@ -498,10 +522,17 @@ class Worker:
             tellable[id].cancel_requested = True
 
     def _reap(self) -> None:
-        """Bury workers whose lease is gone, but not within a lease of trouble with Redis: all others may just have had it, too."""
-        if time.monotonic() - self.queue.last_trouble < self.queue.lease:
+        """Bury workers whose lease is gone, but not within a lease of trouble with Redis: all others may just have had it, too.
+
+        Trouble is also a Redis, or a machine, that stood still without an error: then this look comes long after the last one.
+        """
+        lost, now, lease = self.queue.lost_workers(but=self.id), time.monotonic(), self.queue.lease
+        if now - self.looked_at > lease / 2:  # that long a lease lasts at any time, being renewed at a third of it
+            self.queue.last_trouble = now
+        self.looked_at = now
+        if now - self.queue.last_trouble < lease:
             return
-        for worker in self.queue.lost_workers(but=self.id):
+        for worker in lost:
             if given := self.queue.reap(worker):
                 log.warning("worker %s is lost; %d jobs that it held were given back", worker, given)
 
@@ -601,13 +632,16 @@ def cli(ctx: click.Context, /, queues: tuple[str, ...], burst: bool, **overrides
             "REDIS_URL is not set, so there is nothing to work on. For web and worker in one process: python wsgi.py"
         )
     set_up_logging(settings)
-    ctx.obj = Queue.from_settings(settings)
+    ctx.obj = Queue.from_settings(settings, settings.worker_connections)
     if ctx.invoked_subcommand is None:
         names = [check_name("queue", name) for name in queues]
         load_handlers(settings.handlers)
         worker = Worker(ctx.obj, settings, names, burst)
-        log.info("worker starts: %d slots, queues: %s", settings.worker_concurrency, ", ".join(worker.names))
+        slots, connections = settings.worker_concurrency, settings.worker_connections
+        log.info("worker starts: %d slots, queues: %s; up to %d connections to Redis", slots, ", ".join(worker.names), connections)
         obey_signals(worker)
+        for warning in ctx.obj.warnings():
+            log.warning("%s", warning)
         leave(worker.run())
 
 
@@ -682,6 +716,21 @@ def cancel(queue: Queue, ids: tuple[str, ...]) -> None:
 def workers(queue: Queue) -> None:
     """Show the workers and what they run."""
     _print(queue.workers())
+
+
+@cli.command()
+@click.option("--json", "as_json", is_flag=True, help="Print the findings as JSON.")
+@click.pass_context
+def doctor(ctx: click.Context, as_json: bool) -> None:
+    """Examine Redis and all that the queue needs of it, and say what to change. Exits with 1 if something fails."""
+    settings = Settings.read(worker_concurrency=ctx.find_root().params["worker_concurrency"])
+    findings: list[Finding] = ctx.obj.examine(settings.web_concurrency * settings.web_connections + settings.worker_connections)
+    if as_json:
+        _print(findings)
+    for finding in () if as_json else findings:
+        line = f"{finding.level:<5} {finding.about:<13} {finding.seen}"
+        click.echo(line + (f" -> {finding.advice}" if finding.advice else ""))
+    ctx.exit(int(any(finding.level == "fail" for finding in findings)))
 
 
 def _there(job: Job | None, id: str) -> Job:

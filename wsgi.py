@@ -45,11 +45,13 @@ from tinyqueue import (
     MAX_JOBS,
     NAME,
     STATUSES,
+    THREADS,
     Corrupted,
     Filter,
     InvalidJob,
     Job,
     KeyReused,
+    NotReplicated,
     Once,
     Queue,
     QueueFull,
@@ -67,7 +69,6 @@ from tinyqueue import (
 
 log = logging.getLogger("tinyqueue.web")
 
-THREADS = 8
 CONNECTIONS = 500  # beyond these, new ones wait unanswered in the backlog; idle keep-alives count
 RETRY_AFTER = 5  # seconds
 LONGEST_WAIT = 25  # seconds that GET /jobs/<id>?wait= may take: routers give up after 30
@@ -102,6 +103,7 @@ PROBLEMS: tuple[tuple[type[TinyQueueError], int, str], ...] = (
     (KeyReused, 422, "idempotency-key-reused"),
     (WrongStatus, 409, "wrong-status"),
     (QueueFull, 503, "queue-full"),
+    (NotReplicated, 503, "not-replicated"),
     (Unavailable, 503, "unavailable"),
     (SettingsError, 503, "misconfigured"),
     (Corrupted, 500, "corrupted"),
@@ -117,6 +119,9 @@ def problem(error: TinyQueueError, **more: Any) -> Problem:
             more |= {"field": error.field, "known": error.known}
         case InvalidJob():
             more |= {"field": error.field} | ({"path": error.path} if error.path else {})
+        case NotReplicated():
+            ids = [job.id for job in error.jobs]
+            more |= {"jobIds": ids} | ({"jobId": ids[0]} if len(ids) == 1 else {})
         case WrongStatus():
             more |= {"jobStatus": error.job.status}
         case Unavailable():
@@ -468,10 +473,10 @@ class API(bottle.Bottle):  # type: ignore[misc]
         """Whether this process is alive; says nothing of Redis, for restarting the process would not mend that."""
         return {"status": "ok"}
 
-    def ready(self) -> dict[str, str]:
-        """Whether jobs can be submitted: Redis takes writes."""
+    def ready(self) -> dict[str, Any]:
+        """Whether jobs can be submitted: Redis takes writes. What endangers them all the same stands among the warnings."""
         self.queue.ping()
-        return {"status": "ok"}
+        return {"status": "ok", "warnings": self.queue.warnings()}
 
     def whoami(self) -> dict[str, Any]:
         """Tell a caller whose key it has sent and which roles that has; without keys, all."""
@@ -788,10 +793,15 @@ def run() -> None:
     settings = Settings.read()
     set_up_logging(settings)
     load_handlers(settings.handlers)
-    api, sock = API(settings, Queue.from_settings(settings)), listen(settings)
+    queue = Queue.from_settings(settings, settings.web_connections)
+    api, sock = API(settings, queue), listen(settings)
     where = f"http://{settings.host or 'localhost'}:{sock.getsockname()[1]}"
     if settings.redis_url:
-        log.info("web on %s, %d processes", where, settings.web_concurrency)
+        for warning in queue.warnings():
+            log.warning("%s", warning)
+        queue.pool.disconnect()  # the processes that are forked open their own
+        each = settings.web_connections
+        log.info("web on %s, %d processes, up to %d connections to Redis each", where, settings.web_concurrency, each)
     else:
         log.info("web and %d workers in one process on %s", settings.worker_concurrency, where)
         log.warning("NOTHING IS KEPT: without REDIS_URL all jobs live in this process's memory and end with it")

@@ -12,8 +12,8 @@ import pytest
 from client import NO_BODY, Answer, Client
 from conftest import dump, lapse, put, raw
 
-from tinyqueue import STATUSES, Failure, Job, Queue, handler
-from wsgi import CUT, THREADS
+from tinyqueue import STATUSES, THREADS, Failure, Job, Queue, handler
+from wsgi import CUT
 
 NO_JOB = "01900000-0000-7000-8000-000000000000"
 ENDED = ("completed", "failed", "cancelled")
