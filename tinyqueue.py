@@ -47,7 +47,8 @@ Keys. All share one hash tag, the namespace, and with it one slot of a cluster.
     {queue}:once:<key>        string    what a submit with an Idempotency-Key made: its fingerprint and the ids. With a time to live
     {queue}:unique:<key>      string    the id of the unended job that has this uniqueKey
     {queue}:paused            set       the names of paused queues
-    {queue}:minute:<n>        hash      completed and failed in the n-th minute since 1970. Two hours to live
+    {queue}:minute:<n>        hash      started, and waitedMs of those; completed, failed, cancelled: in the n-th minute since 1970.
+                                        Two hours to live
     {queue}:rate:<who>:<n>    string    requests of a client in the n-th window. With a time to live
     {queue}:awaited           set       the ids of jobs for whose end somebody waits
     {queue}:done:<id>         list      a token for those who waited. A minute to live
@@ -408,6 +409,7 @@ class Keys:
 Status = Literal["pending", "processing", "completed", "failed", "cancelled"]
 STATUSES: tuple[Status, ...] = typing.get_args(Status)
 UNENDED, ENDED = STATUSES[:2], STATUSES[2:]
+MINUTELY = ("started", *ENDED, "waitedMs")  # what is counted for each minute
 UNREADABLE = "UnreadableRecord"
 
 
@@ -1094,7 +1096,7 @@ class Transaction:
         self._writes: list[Command] = []
         self._gathered: dict[tuple[str, str], list[Any]] = {}
         self._bells: Counter[str] = Counter()
-        self._ended: Counter[str] = Counter()
+        self._minute: Counter[str] = Counter()
         self.awaited: set[bytes] | None = None  # for whose end somebody waits, once that was asked
         self._counts: Counter[str] = Counter()
 
@@ -1126,10 +1128,15 @@ class Transaction:
     def count(self, field: str, by: int = 1) -> None:
         self._counts[field] += by
 
+    def start(self, waited: int) -> None:
+        """Count that a job was started in this minute, and the milliseconds that it had waited."""
+        self._minute["started"] += 1
+        self._minute["waitedMs"] += max(0, waited)
+
     def end(self, status: str) -> None:
         """Count that a job has ended, since the beginning and in this minute."""
         self._counts[status] += 1
-        self._ended[status] += 1
+        self._minute[status] += 1
 
     def sealed(self, keys: Keys) -> list[Command]:
         """All that is to be written."""
@@ -1137,9 +1144,9 @@ class Transaction:
         for bell, times in self._bells.items():
             commands += [("LPUSH", bell, *["1"] * min(times, BELLS)), ("LTRIM", bell, 0, BELLS - 1)]
         commands += [("HINCRBY", keys.counts, field, by) for field, by in self._counts.items() if by]
-        if self._ended:
+        if self._minute:
             minute = keys.minute(self.now)
-            commands += [*(("HINCRBY", minute, status, times) for status, times in self._ended.items()), ("EXPIRE", minute, 7200)]
+            commands += [*(("HINCRBY", minute, field, by) for field, by in self._minute.items() if by), ("EXPIRE", minute, 7200)]
         return commands
 
 
@@ -1672,6 +1679,7 @@ class Queue:
         return (job.status, job.worker) == ("processing", worker) and unheard
 
     def _started(self, tx: Transaction, job: Job, worker: str) -> Job:
+        tx.start(tx.now - max(job.created_at, job.run_at, job.updated_at))  # updated when it was handed back, failed or retried
         job.status, job.worker = "processing", worker
         job.attempts += 1
         job.started_at = job.updated_at = max(tx.now, job.created_at)
@@ -2223,11 +2231,11 @@ class Queue:
         id = (head or b"").decode("ascii", "replace")
         return max(0, self.now() - created_at(id)) if ID.fullmatch(id) else 0
 
-    def stats(self) -> dict[str, Any]:
+    def stats(self, minutes: int = 0) -> dict[str, Any]:
         """Count the jobs of every status, each queue's own, and the workers that are alive. `pending` includes the delayed ones.
 
         `lastMinute` tells how many ended in the sixty seconds before; `total` counts since the beginning what the others forget
-        when records end their time.
+        when records end their time. With `minutes`, `history` has an entry for each of the last ones, 120 at most.
         """
         queues, now = self.queues(), self.now()
         indexes = ("delayed", "completed", "failed", "cancelled")
@@ -2248,7 +2256,17 @@ class Queue:
             "queues": queues,
             "lastMinute": {s: round(_count(a) * share) + _count(b) for s, a, b in zip(ENDED, last, this, strict=True)},
             "total": {status: _count(total) for status, total in zip(ENDED, totals, strict=True)},
+            **({"history": self._history(now, minutes)} if minutes else {}),
         }
+
+    def _history(self, now: int, minutes: int) -> list[dict[str, int]]:
+        """What was started and what ended in each minute, oldest first; the last one is still going on."""
+        begun = [(now // 60_000 - back) * 60_000 for back in reversed(range(minutes))]
+        found = self._read(*(("HMGET", self.keys.minute(at), *MINUTELY) for at in begun))
+        return [
+            {"at": at, **{field: _count(value) for field, value in zip(MINUTELY, values, strict=True)}}
+            for at, values in zip(begun, found, strict=True)
+        ]
 
     def spend(self, who: str, limit: int, seconds: int) -> tuple[int, int]:
         """Count a request of a client in the present window; return how many are left (below 0: none), for how many seconds."""

@@ -186,6 +186,14 @@ def test_readme_names_extras_and_python_as_setup_cfg_does(readme: str) -> None:
     assert f"Python {setup['options']['python_requires'].removeprefix('>=')} or newer" in readme
 
 
+def test_setup_cfg_installs_every_file_that_the_web_process_reads() -> None:
+    setup = configparser.ConfigParser()
+    setup.read(REPOSITORY / "setup.cfg")
+    read = set(re.findall(r'_file\("(.+?)"\)', inspect.getsource(wsgi)))
+    assert set(setup["options.data_files"]["share/tinyqueue"].split()) == read
+    assert all((REPOSITORY / name).exists() for name in read)
+
+
 @pytest.mark.parametrize("language", ["sh", "python"])
 def test_readme_shows_code_that_parses(readme: str, language: str) -> None:
     blocks = re.findall(rf"^```{language}\n(.*?)^```", readme, re.M | re.S)
