@@ -53,6 +53,8 @@ Keys. All share one hash tag, the namespace, and with it one slot of a cluster.
     {queue}:done:<id>         list      a token for those who waited. A minute to live
     {queue}:counts            hash      pending:<name> and processing:<name> now; completed, failed, cancelled since the beginning
     {queue}:promoter          string    who promotes at the moment, with a time to live; two at once would do no harm
+    {queue}:metrics           hash      what happened to jobs since the beginning: <what>:<type>:<queue>, for times with :<bucket>
+    {queue}:series            set       the <type>:<queue> that are counted there by name, 1,000 of them; the rest are other:other
 
 Three rules carry everything
     1. The record decides, lists are hints. A list may hold an id twice, or one whose job is cancelled, finished or gone; whoever
@@ -80,7 +82,8 @@ import socket
 import sys
 import time
 import typing
-from collections import Counter
+from bisect import bisect_left
+from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from datetime import datetime
@@ -313,6 +316,8 @@ BELLS = 64
 PROMOTED = 500  # jobs moved by one promote
 TRIES = 50  # of a transaction that others keep breaking
 CLOCK_AGE = 10.0  # seconds that a reading of Redis TIME is good for
+SERIES = 1000  # types and queues that the metrics tell apart: each is some thirty lines of a scrape
+BUCKETS = (10, 50, 250, 1000, 5000, 15_000, 60_000, 300_000, 1_800_000, math.inf)  # milliseconds, at most, of waiting and running
 
 NAME = re.compile(r"[A-Za-z0-9._-]{1,100}")  # of queues, types, workers: no name can spell another key
 PRINTABLE = re.compile(
@@ -335,6 +340,7 @@ class Keys:
         self.counts, self.promoter, self.paused = tag + "counts", tag + "promoter", tag + "paused"
         self.once_prefix, self.unique_prefix, self.rate_prefix = tag + "once:", tag + "unique:", tag + "rate:"
         self.minute_prefix, self.done_prefix, self.awaited = tag + "minute:", tag + "done:", tag + "awaited"
+        self.metrics, self.series = tag + "metrics", tag + "series"
 
     def job(self, id: str) -> str:
         return self.job_prefix + id
@@ -919,6 +925,7 @@ class Transaction:
         self._ended: Counter[str] = Counter()
         self.awaited: set[bytes] | None = None  # for whose end somebody waits, once that was asked
         self._counts: Counter[str] = Counter()
+        self.measured: defaultdict[tuple[str, str, str], list[int]] = defaultdict(list)
 
     def read(self, *commands: Command) -> list[Any]:
         """Ask Redis. The first call takes WATCH along, and TIME when the clock wants it."""
@@ -952,6 +959,10 @@ class Transaction:
         """Count that a job has ended, since the beginning and in this minute."""
         self._counts[status] += 1
         self._ended[status] += 1
+
+    def measure(self, what: str, job: Job, ms: int = -1) -> None:
+        """Count for the metrics what has happened to a job, and how long it took, if that is to be told."""
+        self.measured[what, job.type, job.queue].append(ms)
 
     def sealed(self, keys: Keys) -> list[Command]:
         """All that is to be written."""
@@ -1039,6 +1050,8 @@ class Queue:
         self.keep_once_ms, self.max_pending = int(keep_once * 1000), max_pending
         self._paused: tuple[float, frozenset[str]] = (-1e9, frozenset())  # when they were read, and which
         self._memory: tuple[float, bool] = (-1e9, False)  # when it was looked at, and whether it was full
+        self._series: frozenset[str] = frozenset()  # types and queues that the metrics count by name
+        self._series_known = False  # whether no others were met since those were read
         self._warm: list[tuple[Any, int, float]] = []  # connections just used: by which process, and when
         self.last_contact = time.monotonic()  # when Redis last did what it was asked
         self.last_trouble = time.monotonic()  # when it last did not; before it was first asked, nobody knows
@@ -1119,6 +1132,8 @@ class Queue:
         whether its writes are there, and leaves them out if so: nothing is ever repeated blindly. If they are not there after a
         time-out, they may still arrive: then only a watch makes it safe to send them again, and without one this gives up.
         """
+        if not self._series_known:
+            self._learn_series()
         late = False
         for _ in range(TRIES):
             sent = False
@@ -1126,7 +1141,7 @@ class Queue:
                 with self._connection() as connection:
                     tx = Transaction(connection, watch, self.clock, again)
                     try:
-                        result, writes = body(tx), tx.sealed(self.keys)
+                        result, writes = body(tx), tx.sealed(self.keys) + self._metrics(tx)
                     except TinyQueueError:
                         tx.unwatch()
                         raise
@@ -1148,6 +1163,36 @@ class Queue:
                 _unfailed(done)
                 return result
         raise Unavailable("busy", "others kept changing the same keys", doubtful=again)
+
+    def _learn_series(self) -> None:
+        try:
+            found = self._read(("SMEMBERS", self.keys.series))[0]
+        except Unavailable as trouble:
+            if trouble.reason == "timeout":  # once is enough; the rest the transaction will meet itself, if it lasts
+                raise
+        else:
+            self._series, self._series_known = self._series | {name.decode("ascii", "replace") for name in found}, True
+
+    def _metrics(self, tx: Transaction) -> list[Command]:
+        """What a transaction adds to the metrics: one number for all its jobs of one type and queue to which the same happened.
+
+        Beyond SERIES types and queues, those not met before count as other, so that whoever makes up names fills neither Redis nor
+        Prometheus. Processes that meet new ones at the same moment may go a little beyond.
+        """
+        new = sorted({f"{type}:{queue}" for _, type, queue in tx.measured} - self._series)[: max(0, SERIES - len(self._series))]
+        if new:
+            self._series, self._series_known = self._series | set(new), False
+        sums: Counter[str] = Counter()
+        for (what, type, queue), times in tx.measured.items():
+            name = known if (known := f"{type}:{queue}") in self._series else "other:other"
+            if times[0] < 0:
+                sums[f"{what}:{name}"] += len(times)
+            else:
+                sums[f"{what}Ms:{name}"] += sum(times)
+                for at, count in Counter([bisect_left(BUCKETS, ms) for ms in times]).items():
+                    sums[f"{what}:{name}:{BUCKETS[at]}"] += count
+        added: list[Command] = [("SADD", self.keys.series, *new)] if new else []
+        return added + [("HINCRBY", self.keys.metrics, field, by) for field, by in sums.items() if by]
 
     def now(self) -> int:
         """Redis TIME in milliseconds."""
@@ -1245,6 +1290,7 @@ class Queue:
                 tx.write("MSETNX", *(part for job in new for part in (self.keys.job(job.id), _record(job))))
             for job in new:
                 self._line_up(tx, job)
+                tx.measure("enqueued", job)
             if once:
                 made = _encode(Made(once.fingerprint, [job.id for job in accepted]))
                 tx.write("SET", self._once_key(once), made, "PX", self.keep_once_ms)
@@ -1442,6 +1488,7 @@ class Queue:
         return again if held is None else held.get(job.id) != job.attempts
 
     def _started(self, tx: Transaction, job: Job, worker: str) -> Job:
+        tx.measure("waited", job, max(0, tx.now - max(job.created_at, job.run_at, job.updated_at)))
         job.status, job.worker = "processing", worker
         job.attempts += 1
         job.started_at = job.updated_at = max(tx.now, job.created_at)
@@ -1536,6 +1583,10 @@ class Queue:
             outcome.job, updated_at=max(tx.now, outcome.job.started_at), error=outcome.error or outcome.job.error
         )
         tx.count("processing:" + job.queue, -1)
+        if outcome.verb == "release":
+            tx.measure("released", job)
+        else:
+            tx.measure("ran", job, max(0, tx.now - job.started_at))
         if outcome.verb == "complete":
             job.result, job.error, job.cancel_requested = outcome.result, None, False
             self._end(tx, job, "completed")
@@ -1552,6 +1603,7 @@ class Queue:
             job.status, job.worker, job.run_at = "pending", "", tx.now + round(outcome.after * 1000)
             tx.write("SET", self.keys.job(job.id), _record(job))
             self._line_up(tx, job)
+            tx.measure("retried", job)
         else:
             self._end(tx, job, "failed")
 
@@ -1562,6 +1614,7 @@ class Queue:
         tx.write("SET", self.keys.job(job.id), _record(job), "PX", self.keep_ms[status])
         tx.gather("ZADD", getattr(self.keys, status), job.ended_at, job.id)
         tx.end(status)
+        tx.measure(status, job)
         if job.unique_key:
             tx.write("DEL", self.keys.unique(job.unique_key))
         if tx.awaited is None:
@@ -1661,6 +1714,7 @@ class Queue:
             job.updated_at = max(tx.now, job.updated_at)
             tx.write("SET", self.keys.job(id), _record(job))
             self._line_up(tx, job)
+            tx.measure("revived", job)
 
         return self._change(id, body)
 
@@ -1798,6 +1852,7 @@ class Queue:
                     tx.gather("RPUSH", self.keys.jobs(job.queue), job.id)
                     tx.ring(self.keys.bell(job.queue))
                 elif job.status == "processing" and job.worker == worker:
+                    tx.measure("reaped", job)
                     tx.count("processing:" + job.queue, -1)
                     self._give_back(tx, job, "worker lost")
                 else:
@@ -2007,6 +2062,22 @@ class Queue:
             "lastMinute": {s: round(_count(a) * share) + _count(b) for s, a, b in zip(ENDED, last, this, strict=True)},
             "total": {status: _count(total) for status, total in zip(ENDED, totals, strict=True)},
         }
+
+    def metrics(self) -> dict[str, dict[tuple[str, ...], int]]:
+        """What has happened to jobs since the beginning: by word, then by type and queue.
+
+        enqueued; completed, failed, cancelled: ended so; retried: an attempt failed, and others were left; revived: failed or
+        cancelled before, now pending again; released: handed back by a worker that stops; reaped: lost with its worker. By time in
+        BUCKETS: waited, from when it could start to its start, for every start; and ran, from there until its outcome was written,
+        for every attempt of which a handler told the outcome. waitedMs and ranMs are their sums.
+        """
+        found = self._read(("HGETALL", self.keys.metrics))[0]
+        told: dict[str, dict[tuple[str, ...], int]] = {}
+        for field, value in zip(found[::2], found[1::2], strict=True):
+            what, *labels = parts = field.decode("ascii", "replace").split(":")
+            if len(labels) > 1 and all(map(NAME.fullmatch, parts)):
+                told.setdefault(what, {})[tuple(labels)] = _count(value)
+        return told
 
     def spend(self, who: str, limit: int, seconds: int) -> tuple[int, int]:
         """Count a request of a client in the present window; return how many are left (below 0: none), for how many seconds."""

@@ -20,10 +20,11 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from functools import lru_cache, partial
 from http import HTTPStatus
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 from urllib.parse import parse_qsl, urlsplit
@@ -37,12 +38,16 @@ from waitress import wasyncore
 from waitress.channel import HTTPChannel
 
 from tinyqueue import (
+    BUCKETS,
+    ENDED,
     HANDLERS,
     ID,
     MAX_DEPTH,
     MAX_JOBS,
     NAME,
+    SERIES,
     STATUSES,
+    UNENDED,
     Corrupted,
     Filter,
     InvalidJob,
@@ -257,6 +262,7 @@ ROUTES = (  # method, path, method of API, role that it takes
     ("POST", "/queues/<name>/resume", "resume", "admin"),
     ("GET", "/stats", "stats", "read"),
     ("GET", "/workers", "workers", "read"),
+    ("GET", "/metrics", "metrics", "read"),
 )
 FIELDS = {
     "type": "type",
@@ -327,6 +333,8 @@ class API(bottle.Bottle):  # type: ignore[misc]
             return error.answer()
         except TinyQueueError as error:
             return problem(error).answer()
+        if isinstance(body, bottle.HTTPResponse):
+            return body
         bottle.response.headers.update(request.environ.get("tinyqueue.limits", {}))
         bottle.response.content_type = "application/json"
         return msgspec.json.encode(body)
@@ -456,6 +464,14 @@ class API(bottle.Bottle):  # type: ignore[misc]
     def workers(self) -> dict[str, Any]:
         return {"workers": self.queue.workers()}
 
+    def metrics(self) -> bottle.HTTPResponse:
+        """Tell Prometheus of all jobs and workers. Without Redis there is nothing to tell: the scrape fails, and `up` says so."""
+        from prometheus_client.exposition import choose_encoder  # slow to import, and many servers are never scraped
+
+        encode, content_type = choose_encoder(request.get_header("Accept", ""))
+        headers = HEADERS | request.environ.get("tinyqueue.limits", {}) | {"Content-Type": content_type}
+        return bottle.HTTPResponse(encode(Scrape(self.queue)), 200, headers)
+
     def health(self) -> dict[str, str]:
         """Whether this process is alive; says nothing of Redis, for restarting the process would not mend that."""
         return {"status": "ok"}
@@ -570,6 +586,76 @@ def _filter(wanted: Mapping[str, str]) -> Filter:
     if named.get("status", "pending") not in STATUSES:
         raise InvalidJob("status", f"must be one of {', '.join(STATUSES)}")
     return Filter(**named)  # type: ignore[arg-type]
+
+
+METRICS = (  # name after tinyqueue_, kind, labels, meaning: a part of the contract, for deploy/ and others' dashboards
+    ("jobs", "gauge", "queue status", "jobs that have not ended; pending includes those that wait for their time"),
+    ("jobs_delayed", "gauge", "", "pending jobs that wait for their time"),
+    ("jobs_kept", "gauge", "status", "jobs that have ended and can still be looked at"),
+    ("oldest_waiting_seconds", "gauge", "queue", "age of the job that is next"),
+    ("queue_paused", "gauge", "queue", "1: it starts no jobs"),
+    ("workers", "gauge", "", "workers that are alive"),
+    ("slots", "gauge", "", "jobs that these can run at a time"),
+    ("slots_busy", "gauge", "", "jobs that these held at their last heartbeat"),
+    ("jobs_enqueued", "counter", "type queue", "jobs that were accepted"),
+    ("jobs_started", "counter", "type queue", "attempts that were begun"),
+    ("jobs_completed", "counter", "type queue", "jobs that ended completed"),
+    ("jobs_failed", "counter", "type queue", "jobs that ended failed"),
+    ("jobs_cancelled", "counter", "type queue", "jobs that ended cancelled"),
+    ("jobs_retried", "counter", "type queue", "attempts that failed with others left"),
+    ("jobs_revived", "counter", "type queue", "failed and cancelled jobs that were made pending again"),
+    ("jobs_released", "counter", "type queue", "attempts that a stopping worker handed back"),
+    ("jobs_reaped", "counter", "type queue", "attempts that were lost with their worker"),
+    ("job_waiting_seconds", "histogram", "type queue", "time from when a job could start until it did"),
+    ("job_running_seconds", "histogram", "type queue", "time from the start of an attempt until its outcome was written"),
+)
+
+
+class Scrape:
+    """What Redis tells at one moment, in the form of a collector as Prometheus' client has them."""
+
+    def __init__(self, queue: Queue) -> None:
+        stats, told = queue.stats(), queue.metrics()
+        workers = [worker for worker in queue.workers() if worker["alive"]]
+        pairs = dict.fromkeys(labels[:2] for counts in told.values() for labels in counts)
+        queues = sorted(stats["queues"].items(), key=lambda item: -item[1]["pending"] - item[1]["processing"])[:SERIES]
+        self.values: dict[str, Any] = {
+            "jobs": {(name, status): queue[status] for name, queue in queues for status in UNENDED},
+            "jobs_delayed": {(): stats["delayed"]},
+            "jobs_kept": {(status,): stats[status] for status in ENDED},
+            "oldest_waiting_seconds": {(name,): queue["oldestWaitingMs"] / 1000 for name, queue in queues},
+            "queue_paused": {(name,): int(queue["paused"]) for name, queue in queues},
+            "workers": {(): len(workers)},
+            "slots": {(): sum(worker["concurrency"] for worker in workers)},
+            "slots_busy": {(): sum(len(worker["jobs"]) for worker in workers)},
+            "job_waiting_seconds": _histograms(told, "waited"),
+            "job_running_seconds": _histograms(told, "ran"),
+        }
+        started = {pair: buckets[-1][1] for pair, (buckets, _) in self.values["job_waiting_seconds"].items()}
+        for what, kind, *_ in METRICS:
+            if kind == "counter":  # those that are 0 are told, too: to Prometheus, a counter that appears has not grown
+                counts = started if what == "jobs_started" else told.get(what.removeprefix("jobs_"), {})
+                self.values[what] = {pair: counts.get(pair, 0) for pair in pairs}
+
+    def collect(self) -> Iterator[Any]:
+        from prometheus_client import core
+
+        for name, kind, labels, meaning in METRICS:
+            family = getattr(core, f"{kind.title()}MetricFamily")(f"tinyqueue_{name}", meaning, labels=labels.split())
+            for given, value in self.values[name].items():
+                family.add_metric(given, *(value if kind == "histogram" else (value,)))
+            yield family
+
+
+def _histograms(told: Mapping[str, Mapping[tuple[str, ...], int]], what: str) -> dict[tuple[str, ...], tuple[Any, float]]:
+    """Make the buckets of times cumulative, as Prometheus wants them, and give their sum in seconds."""
+    stored, sums = told.get(what, {}), told.get(what + "Ms", {})
+    bounds = [*(str(bound / 1000) for bound in BUCKETS[:-1]), "+Inf"]
+    made = {}
+    for pair in dict.fromkeys(labels[:2] for labels in stored):
+        counts = accumulate(stored.get((*pair, str(bound)), 0) for bound in BUCKETS)
+        made[pair] = list(zip(bounds, counts, strict=True)), sums.get(pair, 0) / 1000
+    return made
 
 
 def describe() -> dict[str, Any]:
