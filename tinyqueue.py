@@ -86,6 +86,7 @@ from bisect import bisect_left
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from contextvars import ContextVar
 from datetime import datetime
 from functools import partial
 from typing import Annotated, Any, Concatenate, Generic, Literal, NamedTuple, ParamSpec, TypeVar, cast
@@ -280,22 +281,52 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         return "\n".join(["Settings, from the environment or from .env here [and what they are without]:", *lines])
 
 
+LOG_CONTEXT: ContextVar[Callable[[], dict[str, Any]]] = ContextVar("log_context", default=dict)  # of a job, or of a request
+
+
+def _add_context(record: logging.LogRecord) -> bool:
+    """Give a line the fields of the job or the request in whose thread it was written, beside its own `extra={"fields": {...}}`."""
+    own = getattr(record, "fields", None)
+    record.fields = LOG_CONTEXT.get()() | (own if isinstance(own, dict) else {})
+    return True
+
+
 class JSONFormatter(logging.Formatter):
-    """Write a log line as one JSON object; what was passed as `extra={"fields": {...}}` becomes members of it."""
+    """Write a log line as one JSON object with its fields as members; none takes the place of time, level and message."""
 
     def format(self, record: logging.LogRecord) -> str:
         line = {"time": int(record.created * 1000), "level": record.levelname.lower(), "message": record.getMessage()}
-        line |= getattr(record, "fields", {})
         if record.exc_info:
             line["traceback"] = self.formatException(record.exc_info)
-        return json.dumps(line, default=str)
+        return json.dumps(line | getattr(record, "fields", {}) | line, default=str)
+
+
+class TextFormatter(logging.Formatter):
+    """Write a log line for people. Nothing in it can begin another or look like one: control characters are escaped.
+
+    The ids by which one searches stand at its end, unless it names them. Lines of a traceback are indented.
+    """
+
+    def format(self, record: logging.LogRecord) -> str:
+        message, fields = record.getMessage(), getattr(record, "fields", {})
+        ids = {name: str(fields[name]) for name in ("job", "requestId", "traceparent") if name in fields}
+        told = [f"{name}={id}" for name, id in ids.items() if id not in message]
+        trace = self.formatException(record.exc_info).splitlines() if record.exc_info else []
+        head = " ".join([self.formatTime(record), record.levelname, message, *told])
+        return "\n    ".join(map(_one_line, [head, *trace]))
+
+
+def _one_line(text: str) -> str:
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def set_up_logging(settings: Settings) -> None:
     """Send all logging to standard error as the settings say."""
     handler = logging.StreamHandler()
-    text = logging.Formatter("%(asctime)s %(levelname)s %(message)s")
-    handler.setFormatter(JSONFormatter() if settings.log_format == "json" else text)
+    handler.setFormatter(JSONFormatter() if settings.log_format == "json" else TextFormatter())
+    handler.addFilter(_add_context)
     logging.basicConfig(level=settings.log_level.upper(), handlers=[handler], force=True)
 
 
@@ -435,6 +466,8 @@ class Job(msgspec.Struct, rename="camel", omit_defaults=True, dict=True):
     cancel_requested: bool = False
     result: Any = None
     error: Failure | None = None
+    request_id: str = ""
+    traceparent: str = ""
 
     @property
     def created_at(self) -> int:
@@ -463,6 +496,12 @@ class Job(msgspec.Struct, rename="camel", omit_defaults=True, dict=True):
             with suppress(Unavailable):  # no reason to fail an attempt
                 queue.write_progress(self)
 
+    def log_fields(self) -> dict[str, Any]:
+        """What every log line about it carries."""
+        fields = {"job": self.id, "type": self.type, "queue": self.queue, "attempt": self.attempts, "worker": self.worker}
+        came_with = {"requestId": self.request_id, "traceparent": self.traceparent}
+        return fields | {name: value for name, value in came_with.items() if value}
+
     def answer(self) -> dict[str, Any]:
         """The job as clients see it: the record with its id, its times and its defaults; nothing that has not happened yet."""
         shown = {
@@ -485,6 +524,8 @@ class Job(msgspec.Struct, rename="camel", omit_defaults=True, dict=True):
             "expiresAt": self.expires_at,
             "uniqueKey": self.unique_key,
             "cancelRequested": self.cancel_requested,
+            "requestId": self.request_id,
+            "traceparent": self.traceparent,
             "error": self.error,
         }
         shown |= {name: value for name, value in later.items() if value}

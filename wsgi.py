@@ -27,7 +27,7 @@ from http import HTTPStatus
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
-from urllib.parse import parse_qsl, urlsplit
+from urllib.parse import parse_qsl, quote, urlsplit
 
 import bottle
 import click
@@ -42,6 +42,7 @@ from tinyqueue import (
     ENDED,
     HANDLERS,
     ID,
+    LOG_CONTEXT,
     MAX_DEPTH,
     MAX_JOBS,
     NAME,
@@ -76,6 +77,8 @@ RETRY_AFTER = 5  # seconds
 LONGEST_WAIT = 25  # seconds that GET /jobs/<id>?wait= may take: routers give up after 30
 CUT = 500  # bytes of a payload or a result in a listing
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
+REQUEST_ID = re.compile("[!-~]{1,128}")
+TRACEPARENT = re.compile("(?!ff)[0-9a-f]{2}-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}")  # W3C Trace Context
 
 
 # Problems -------------------------------------------------------------------------------------------------------------
@@ -322,6 +325,27 @@ class API(bottle.Bottle):  # type: ignore[misc]
         load_handlers(self.settings.handlers)
         return Queue.from_settings(self.settings)
 
+    def wsgi(self, environ: dict[str, Any], start_response: Callable[..., Any]) -> Any:
+        """Answer a request under its own X-Request-ID, or one that is made for it, and log that."""
+        given, trace = environ.get("HTTP_X_REQUEST_ID", ""), environ.get("HTTP_TRACEPARENT", "")
+        kept = {"requestId": given} if REQUEST_ID.fullmatch(given) else {}
+        kept |= {"traceparent": trace} if TRACEPARENT.fullmatch(trace) else {}
+        ids = {"requestId": os.urandom(16).hex()} | kept
+        environ["tinyqueue.kept"] = kept
+        began, told = time.monotonic(), ""
+
+        def start(status: str, headers: list[tuple[str, str]], *more: Any) -> Any:
+            nonlocal told
+            told = status
+            return start_response(status, [*headers, ("X-Request-ID", ids["requestId"])], *more)
+
+        context = LOG_CONTEXT.set(ids.copy)
+        try:
+            return super().wsgi(environ, start)
+        finally:
+            _log_request(environ, int(told[:3] or 500), round((time.monotonic() - began) * 1000))
+            LOG_CONTEXT.reset(context)
+
     def _answer(self, act: Callable[..., Any], role: str, **args: str) -> Any:
         """Let a request in and run its route: what that returns goes out as JSON, what it raises as a problem."""
         bottle.response.headers.update(HEADERS)
@@ -358,6 +382,7 @@ class API(bottle.Bottle):  # type: ignore[misc]
         fields = self._body()
         draft, once = self._draft(fields), self._once(fields)
         job = self.queue.submit([draft], once)[0]
+        request.environ["tinyqueue.job"] = job.id
         bottle.response.set_header("Location", f"/jobs/{job.id}")
         self._say_whether_new(job is draft, once)
         return _brief(job)
@@ -411,7 +436,10 @@ class API(bottle.Bottle):  # type: ignore[misc]
         queue = self.queue  # which has loaded the handlers
         if isinstance(fields["type"], str) and fields["type"] not in HANDLERS:
             raise UnknownType(ascii(fields["type"])[1:-1][:100], sorted(HANDLERS))
-        return queue.draft(**{FIELDS[name]: value for name, value in fields.items()})
+        job = queue.draft(**{FIELDS[name]: value for name, value in fields.items()})
+        kept = request.environ["tinyqueue.kept"]  # what the client sent, for that is what it will search for
+        job.request_id, job.traceparent = kept.get("requestId", ""), kept.get("traceparent", "")
+        return job
 
     def _bytes(self, *types: str) -> bytes:
         if _media_type() not in types:
@@ -520,6 +548,18 @@ class API(bottle.Bottle):  # type: ignore[misc]
     def resume(self, name: str) -> dict[str, Any]:
         self.queue.resume(name)
         return {"queue": name, "paused": False}
+
+
+def _log_request(environ: Mapping[str, Any], status: int, took: int) -> None:
+    """One line for each request: at info if it was to change something or failed, else at debug. The path is percent-encoded."""
+    method, path = environ["REQUEST_METHOD"][:20], quote(environ.get("PATH_INFO", ""), errors="replace")[:200]
+    level = logging.INFO if method not in ("GET", "HEAD") or status >= 400 else logging.DEBUG
+    if log.isEnabledFor(level):
+        who = {"key": environ.get("tinyqueue.caller"), "job": environ.get("tinyqueue.job")}
+        fields = {"event": "request", "method": method, "path": path, "status": status, "durationMs": took}
+        fields |= {name: value for name, value in who.items() if value}
+        by = f" by {who['key']}" if who["key"] else ""
+        log.log(level, "%s %s %d in %d ms%s", method, path, status, took, by, extra={"fields": fields})
 
 
 def _json(body: bytes, levels: int) -> Any:
