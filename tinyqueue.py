@@ -2588,11 +2588,15 @@ class Shards(Queue):
                 found[name] = _added(found[name], about) if name in found else about
         return dict(sorted(found.items()))
 
-    def stats(self) -> dict[str, Any]:
+    def stats(self, minutes: int = 0) -> dict[str, Any]:
         """As Queue.stats, added up. A worker serves all shards, so it is counted where most are."""
-        all = [shard.stats() for shard in self.shards]
-        total = functools.reduce(_added, all)
-        return total | {"workers": max(stats["workers"] for stats in all)}
+        all = [shard.stats(minutes) for shard in self.shards]
+        history: dict[int, Any] = {}
+        for minute in itertools.chain(*(stats.pop("history", ()) for stats in all)):
+            at = minute["at"]  # not the place in the list, for a minute may begin here while the next shard is asked
+            history[at] = _added(history[at], minute) | {"at": at} if at in history else minute
+        total = functools.reduce(_added, all) | {"workers": max(stats["workers"] for stats in all)}
+        return total | ({"history": [history[at] for at in sorted(history)[-minutes:]]} if minutes else {})
 
     def workers(self) -> list[dict[str, Any]]:
         found: dict[str, dict[str, Any]] = {}
