@@ -2727,13 +2727,12 @@ class Shards(Queue):
     def stats(self, minutes: int = 0) -> dict[str, Any]:
         """As Queue.stats, added up. A worker serves all shards, so it is counted where most are."""
         all = [shard.stats(minutes) for shard in self.shards]
+        history: dict[int, Any] = {}
+        for minute in itertools.chain(*(stats.pop("history", ()) for stats in all)):
+            at = minute["at"]  # not the place in the list, for a minute may begin here while the next shard is asked
+            history[at] = _added(history[at], minute) | {"at": at} if at in history else minute
         total = functools.reduce(_added, all) | {"workers": max(stats["workers"] for stats in all)}
-        if minutes:
-            known: dict[int, dict[str, int]] = {}
-            for minute in (minute for stats in all for minute in stats["history"]):
-                known[minute["at"]] = _added(known.get(minute["at"], {}), minute) | {"at": minute["at"]}
-            total["history"] = [known[at] for at in sorted(known)][-minutes:]
-        return total
+        return total | ({"history": [history[at] for at in sorted(history)[-minutes:]]} if minutes else {})
 
     def metrics(self) -> dict[str, dict[tuple[str, ...], int]]:
         return functools.reduce(_added, (shard.metrics() for shard in self.shards))

@@ -178,6 +178,19 @@ def test_stats_add_up(queue: Shards, worker: str) -> None:
     assert queue.metrics()["enqueued"] == {("echo", "default"): 3, ("echo", "slow"): 1}
 
 
+def test_history_adds_up_by_the_minute_though_one_shard_has_begun_the_next(queue: Shards, worker: str) -> None:
+    for at in range(6):
+        queue.enqueue("echo", at)
+    for job in queue.dequeue(worker, DEFAULT, 6):
+        queue.complete(job)
+    queue.shards[1].clock.ahead += 60_000
+    history = queue.stats(5)["history"]
+    assert len(history) == 5
+    assert len({minute["at"] for minute in history}) == 5
+    assert sum(minute["started"] for minute in history) == sum(minute["completed"] for minute in history) == 6
+    assert "history" not in queue.stats()
+
+
 def test_workers_are_told_once_with_the_jobs_of_all_shards(queue: Shards, worker: str) -> None:
     for at in range(4):
         queue.enqueue("echo", at)
