@@ -608,9 +608,13 @@ def link_lost_reply(world: World, fault: Fault) -> None:
 
 
 def link_late_exec(world: World, fault: Fault) -> None:
-    """Transactions given up for lost arrive later, after the client has done as it thinks right."""
+    """Transactions given up for lost arrive later, after the client has done as it thinks right.
+
+    Of the web process those with an Idempotency-Key: without one nothing is watched, and a submit that is given up, made again and
+    then arrives all the same would be counted twice among the pending, though it makes one job.
+    """
     proxy = world.proxies[fault.victim]
-    for trigger in (b"MSET", b"LREM", b"EXEC"):
+    for trigger in (b"MSET", b"LREM", b"EXEC") if fault.victim in WORKERS else (b"\r\nPX\r\n",) * 3:
         proxy.hold(trigger)
     time.sleep(fault.seconds)
     proxy.deliver()
@@ -824,7 +828,7 @@ def _killed_by_others(runs: list[Run], evidence: Evidence) -> int:
 
 def cause_of(run: Run, after: Run, evidence: Evidence) -> str:
     """Why there was another run after this one; empty if nothing tells."""
-    if run.how == "fail" and after.attempt > run.attempt:
+    if run.how == "fail" and after.attempt > run.attempt and run.end <= after.begin:
         return "failed"
     slack = 10.0 if any(kind.startswith(("redis", "read", "client", "password", "link")) for kind in evidence.plan.kinds) else 1.0
     noted = run.end + slack if run.how else float("inf")  # when its outcome must have been written
