@@ -551,8 +551,12 @@ def redis_kill(world: World, fault: Fault) -> None:
 
 
 def redis_loading(world: World, fault: Fault) -> None:
-    """Kill Redis and have it load for about a second, answering LOADING in between."""
+    """Kill Redis and have it load for about a second, answering LOADING after each 1,024 commands of its log."""
     with world.server:
+        with world.client.pipeline(transaction=False) as pipeline:
+            for _ in range(3000):
+                pipeline.set("padding", "").delete("padding")
+            pipeline.execute()
         world.redis.kill()
         commands = sum(file.read_bytes().count(b"\r\n*") for file in (world.redis.folder / "appendonlydir").glob("*.aof"))
         pauses = min(commands, 10_000)  # each takes 60 microseconds at the least
