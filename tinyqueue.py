@@ -53,7 +53,7 @@ Keys. All share one hash tag, the namespace, and with it one slot of a cluster.
     {queue}:done:<id>         list      a token for those who waited. A minute to live
     {queue}:counts            hash      pending:<name> and processing:<name> now; completed, failed, cancelled since the beginning
     {queue}:promoter          string    who promotes at the moment, with a time to live; two at once would do no harm
-    {queue}:mark              string    written to hear when the replicas have all that was written before. A millisecond to live
+    {queue}:mark              string    written to hear when the replicas have all that was written before. A second to live
 
 Three rules carry everything
     1. The record decides, lists are hints. A list may hold an id twice, or one whose job is cancelled, finished or gone; whoever
@@ -1284,7 +1284,7 @@ class Queue:
                     if late and writes and not watch:
                         raise Unavailable("timeout", "no reply, and nothing was written so far", doubtful=True)
                     sent = True
-                    mark = ("SET", self.keys.mark, "", "PX", 1)  # WAIT is for what its own connection has written
+                    mark = ("SET", self.keys.mark, "", "PX", 1000)  # WAIT is for what its own connection has written
                     wait = [("WAIT", tx.replicas, CATCH_UP)] if tx.replicas else []
                     replies = _ask(connection, [("MULTI",), *(writes or [mark]), ("EXEC",), *wait])
                     done, *reached = replies[-1 - len(wait) :]
