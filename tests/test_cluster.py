@@ -217,6 +217,16 @@ def test_slot_that_moves_under_load_loses_nothing(cluster: Cluster, at: Any, tmp
     assert_books(queue)
 
 
+def test_node_of_the_url_is_asked_when_all_that_were_known_are_gone(cluster: Cluster, at: Any) -> None:
+    queue = at(cluster.others()[0])
+    queue.pool.nodes = frozenset({("127.0.0.1", free_port())})  # the others were replaced while nobody looked
+    queue.pool.turn_to(*next(iter(queue.pool.nodes)))
+    with pytest.raises(Unavailable):
+        queue.ping()
+    queue.ping()
+    assert queue.pool.place == ("127.0.0.1", cluster.owner().port)
+
+
 @contextmanager
 def dead(node: RedisServer) -> Iterator[None]:
     """Kill a node, and start it again after the block."""
