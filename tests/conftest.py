@@ -358,7 +358,8 @@ def assert_books(queue: Queue) -> None:
     for id in (id for made in family("once:").values() for id in json.loads(made)["ids"]):
         assert ID.fullmatch(id), f"an Idempotency-Key names {id}"
     for minute in family("minute:").values():
-        assert {status.decode() for status in minute} <= set(ENDED)
+        assert {field.decode() for field in minute} <= {"started", "waitedMs", *ENDED}
+        assert int(minute.get(b"waitedMs", 0)) == 0 or int(minute[b"started"]) > 0
 
 
 def _assert_unique(keys: dict[str, str], records: dict[str, dict[str, Any]]) -> None:

@@ -247,3 +247,30 @@ def test_owner_that_dies_is_replaced_and_nothing_is_lost(cluster: Cluster, tmp_p
             load.until_accepted(50)
         assert load.longest_pause < 20
         load.assert_all_run(service_)
+
+
+def calls(node: Node) -> int:
+    return int(node.ask("INFO", "stats")["total_commands_processed"])
+
+
+def test_shards_share_the_work_among_the_masters(cluster: Cluster, tmp_path: Path) -> None:
+    before = {master: calls(master) for master in cluster.masters}
+    with service(tmp_path, REDIS_URL=cluster.nodes[0].url, TINYQUEUE_SHARDS="12") as service_, Load(service_.web) as load:
+        load.until_accepted(100)
+        until(lambda: load.accepted[-1][1] in service_.runs())
+    done = [calls(master) - before[master] for master in before]
+    assert min(done) > max(done) / 10, f"commands of each master: {done}"
+
+
+def test_shards_go_on_while_one_master_is_dead_and_lose_nothing(cluster: Cluster, tmp_path: Path) -> None:
+    owner = cluster.owner("queue.0")
+    settings = {"TINYQUEUE_SHARDS": "6", "TINYQUEUE_MIN_REPLICAS": "1"}
+    with service(tmp_path, REDIS_URL=cluster.nodes[0].url, **settings) as service_:
+        with Load(service_.web) as load:
+            load.until_accepted(50)
+            with dead(owner):
+                load.until_accepted(50)
+                until(lambda: cluster.owner("queue.0", but=owner) is not owner)
+            load.until_accepted(100)
+        assert load.longest_pause < 20
+        load.assert_all_run(service_)
