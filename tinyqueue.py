@@ -55,6 +55,8 @@ Keys. All share one hash tag, the namespace, and with it one slot of a cluster.
     {queue}:counts            hash      pending:<name> and processing:<name> now; completed, failed, cancelled since the beginning
     {queue}:promoter          string    who promotes at the moment, with a time to live; two at once would do no harm
     {queue}:mark              string    written to hear when the replicas have all that was written before. A second to live
+    {queue}:metrics           hash      what happened to jobs since the beginning: <what>:<type>:<queue>, for times with :<bucket>
+    {queue}:series            set       the <type>:<queue> that are counted there by name, 1,000 of them; the rest are other:other
 
 Three rules carry everything
     1. The record decides, lists are hints. A list may hold an id twice, or one whose job is cancelled, finished or gone; whoever
@@ -86,10 +88,12 @@ import threading
 import time
 import typing
 import zlib
-from collections import Counter
+from bisect import bisect_left
+from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
+from contextvars import ContextVar
 from datetime import datetime
 from functools import partial
 from typing import Annotated, Any, Concatenate, Generic, Literal, NamedTuple, ParamSpec, TypeVar, cast
@@ -312,22 +316,52 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         return 3 + min(self.worker_concurrency, WRITERS) + SPARE
 
 
+LOG_CONTEXT: ContextVar[Callable[[], dict[str, Any]]] = ContextVar("log_context", default=dict)  # of a job, or of a request
+
+
+def _add_context(record: logging.LogRecord) -> bool:
+    """Give a line the fields of the job or the request in whose thread it was written, beside its own `extra={"fields": {...}}`."""
+    own = getattr(record, "fields", None)
+    record.fields = LOG_CONTEXT.get()() | (own if isinstance(own, dict) else {})
+    return True
+
+
 class JSONFormatter(logging.Formatter):
-    """Write a log line as one JSON object; what was passed as `extra={"fields": {...}}` becomes members of it."""
+    """Write a log line as one JSON object with its fields as members; none takes the place of time, level and message."""
 
     def format(self, record: logging.LogRecord) -> str:
         line = {"time": int(record.created * 1000), "level": record.levelname.lower(), "message": record.getMessage()}
-        line |= getattr(record, "fields", {})
         if record.exc_info:
             line["traceback"] = self.formatException(record.exc_info)
-        return json.dumps(line, default=str)
+        return json.dumps(line | getattr(record, "fields", {}) | line, default=str)
+
+
+class TextFormatter(logging.Formatter):
+    """Write a log line for people. Nothing in it can begin another or look like one: control characters are escaped.
+
+    The ids by which one searches stand at its end, unless it names them. Lines of a traceback are indented.
+    """
+
+    def format(self, record: logging.LogRecord) -> str:
+        message, fields = record.getMessage(), getattr(record, "fields", {})
+        ids = {name: str(fields[name]) for name in ("job", "requestId", "traceparent") if name in fields}
+        told = [f"{name}={id}" for name, id in ids.items() if id not in message]
+        trace = self.formatException(record.exc_info).splitlines() if record.exc_info else []
+        head = " ".join([self.formatTime(record), record.levelname, message, *told])
+        return "\n    ".join(map(_one_line, [head, *trace]))
+
+
+def _one_line(text: str) -> str:
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def set_up_logging(settings: Settings) -> None:
     """Send all logging to standard error as the settings say."""
     handler = logging.StreamHandler()
-    text = logging.Formatter("%(asctime)s %(levelname)s %(message)s")
-    handler.setFormatter(JSONFormatter() if settings.log_format == "json" else text)
+    handler.setFormatter(JSONFormatter() if settings.log_format == "json" else TextFormatter())
+    handler.addFilter(_add_context)
     logging.basicConfig(level=settings.log_level.upper(), handlers=[handler], force=True)
 
 
@@ -352,6 +386,8 @@ CLOCK_AGE = 10.0  # seconds that a reading of Redis TIME is good for
 THREADS = 8  # of a web process
 WRITERS = 4  # handlers of a worker that write their progress at the same moment; others wait for their turn
 SPARE = 2  # connections of a process beyond those in use: one may be on its way from a thread to the next
+SERIES = 1000  # types and queues that the metrics tell apart: each is some thirty lines of a scrape
+BUCKETS = (10, 50, 250, 1000, 5000, 15_000, 60_000, 300_000, 1_800_000, math.inf)  # milliseconds, at most, of waiting and running
 
 NAME = re.compile(r"[A-Za-z0-9._-]{1,100}")  # of queues, types, workers: no name can spell another key
 PRINTABLE = re.compile(
@@ -375,6 +411,7 @@ class Keys:
         self.mark = tag + "mark"
         self.once_prefix, self.unique_prefix, self.rate_prefix = tag + "once:", tag + "unique:", tag + "rate:"
         self.minute_prefix, self.done_prefix, self.awaited = tag + "minute:", tag + "done:", tag + "awaited"
+        self.metrics, self.series = tag + "metrics", tag + "series"
 
     def job(self, id: str) -> str:
         return self.job_prefix + id
@@ -471,6 +508,8 @@ class Job(msgspec.Struct, rename="camel", omit_defaults=True, dict=True):
     cancel_requested: bool = False
     result: Any = None
     error: Failure | None = None
+    request_id: str = ""
+    traceparent: str = ""
 
     @property
     def created_at(self) -> int:
@@ -508,6 +547,12 @@ class Job(msgspec.Struct, rename="camel", omit_defaults=True, dict=True):
         """Where it stands in a listing: by when it ended, or if it has not, was enqueued."""
         return self.ended_at if self.status in ENDED else self.created_at, self.id
 
+    def log_fields(self) -> dict[str, Any]:
+        """What every log line about it carries."""
+        fields = {"job": self.id, "type": self.type, "queue": self.queue, "attempt": self.attempts, "worker": self.worker}
+        came_with = {"requestId": self.request_id, "traceparent": self.traceparent}
+        return fields | {name: value for name, value in came_with.items() if value}
+
     def answer(self) -> dict[str, Any]:
         """The job as clients see it: the record with its id, its times and its defaults; nothing that has not happened yet."""
         shown = {
@@ -531,6 +576,8 @@ class Job(msgspec.Struct, rename="camel", omit_defaults=True, dict=True):
             "uniqueKey": self.unique_key,
             "cancelRequested": self.cancel_requested,
             "suspicions": self.suspicions,
+            "requestId": self.request_id,
+            "traceparent": self.traceparent,
             "error": self.error,
         }
         shown |= {name: value for name, value in later.items() if value}
@@ -1102,6 +1149,7 @@ class Transaction:
         self._minute: Counter[str] = Counter()
         self.awaited: set[bytes] | None = None  # for whose end somebody waits, once that was asked
         self._counts: Counter[str] = Counter()
+        self.measured: defaultdict[tuple[str, str, str], list[int]] = defaultdict(list)
 
     def read(self, *commands: Command) -> list[Any]:
         """Ask Redis. The first call takes WATCH along, and TIME when the clock wants it."""
@@ -1146,6 +1194,10 @@ class Transaction:
         """Count that a job has ended, since the beginning and in this minute."""
         self._counts[status] += 1
         self._minute[status] += 1
+
+    def measure(self, what: str, job: Job, ms: int = -1) -> None:
+        """Count for the metrics what has happened to a job, and how long it took, if that is to be told."""
+        self.measured[what, job.type, job.queue].append(ms)
 
     def sealed(self, keys: Keys) -> list[Command]:
         """All that is to be written."""
@@ -1254,6 +1306,8 @@ class Queue:
         self._paused: tuple[float, frozenset[str]] = (-1e9, frozenset())  # when they were read, and which
         self._memory: tuple[float, dict[str, str]] = (-1e9, {})  # when it was looked at, and what INFO told
         self._writers = threading.BoundedSemaphore(WRITERS)
+        self._series: frozenset[str] = frozenset()  # types and queues that the metrics count by name
+        self._series_known = False  # whether no others were met since those were read
         self._warm: list[tuple[Any, int, float]] = []  # connections just used: by which process, and when
         self.last_contact = time.monotonic()  # when Redis last did what it was asked
         self.last_trouble = time.monotonic()  # when it last did not; before it was first asked, nobody knows
@@ -1319,6 +1373,10 @@ class Queue:
         self.last_contact = time.monotonic()
         self._warm.append((connection, os.getpid(), self.last_contact))
 
+    def disconnect(self) -> None:
+        """Close all connections, before a fork: each process opens its own."""
+        self.pool.disconnect()
+
     def _checked_out(self) -> Any:
         """Take a connection: one used within the last second as it is, else one that the pool has looked at, which costs."""
         with suppress(IndexError):
@@ -1347,6 +1405,8 @@ class Queue:
         whether its writes are there, and leaves them out if so: nothing is ever repeated blindly. If they are not there after a
         time-out, they may still arrive: then only a watch makes it safe to send them again, and without one this gives up.
         """
+        if not self._series_known:
+            self._learn_series()
         late = False
         for _ in range(TRIES):
             sent = False
@@ -1354,7 +1414,7 @@ class Queue:
                 with self._connection() as connection:
                     tx = Transaction(connection, watch, self.clock, again)
                     try:
-                        result, writes = body(tx), tx.sealed(self.keys)
+                        result, writes = body(tx), tx.sealed(self.keys) + self._metrics(tx)
                     except TinyQueueError:
                         tx.unwatch()
                         raise
@@ -1381,6 +1441,38 @@ class Queue:
                 _unfailed(done)
                 return result
         raise Unavailable("busy", "others kept changing the same keys", doubtful=again)
+
+    def _learn_series(self) -> None:
+        self._series_known = True  # before it is: the read itself comes by here
+        try:
+            found = self._read(("SMEMBERS", self.keys.series))[0]
+        except Unavailable as trouble:
+            self._series_known = False
+            if trouble.reason == "timeout":  # once is enough; the rest the transaction will meet itself, if it lasts
+                raise
+        else:
+            self._series |= {name.decode("ascii", "replace") for name in found}
+
+    def _metrics(self, tx: Transaction) -> list[Command]:
+        """What a transaction adds to the metrics: one number for all its jobs of one type and queue to which the same happened.
+
+        Beyond SERIES types and queues, those not met before count as other, so that whoever makes up names fills neither Redis nor
+        Prometheus. Processes that meet new ones at the same moment may go a little beyond.
+        """
+        new = sorted({f"{type}:{queue}" for _, type, queue in tx.measured} - self._series)[: max(0, SERIES - len(self._series))]
+        if new:
+            self._series, self._series_known = self._series | set(new), False
+        sums: Counter[str] = Counter()
+        for (what, type, queue), times in tx.measured.items():
+            name = known if (known := f"{type}:{queue}") in self._series else "other:other"
+            if times[0] < 0:
+                sums[f"{what}:{name}"] += len(times)
+            else:
+                sums[f"{what}Ms:{name}"] += sum(times)
+                for at, count in Counter([bisect_left(BUCKETS, ms) for ms in times]).items():
+                    sums[f"{what}:{name}:{BUCKETS[at]}"] += count
+        added: list[Command] = [("SADD", self.keys.series, *new)] if new else []
+        return added + [("HINCRBY", self.keys.metrics, field, by) for field, by in sums.items() if by]
 
     def now(self) -> int:
         """Redis TIME in milliseconds."""
@@ -1480,6 +1572,7 @@ class Queue:
                 tx.write("MSETNX", *(part for job in new for part in (self.keys.job(job.id), _record(job))))
             for job in new:
                 self._line_up(tx, job)
+                tx.measure("enqueued", job)
             if once:
                 made = _encode(Made(once.fingerprint, [job.id for job in accepted]))
                 tx.write("SET", self._once_key(once), made, "PX", self.keep_once_ms)
@@ -1686,7 +1779,9 @@ class Queue:
         return (job.status, job.worker) == ("processing", worker) and unheard
 
     def _started(self, tx: Transaction, job: Job, worker: str) -> Job:
-        tx.start(tx.now - max(job.created_at, job.run_at, job.updated_at))  # updated when it was handed back, failed or retried
+        waited = max(0, tx.now - max(job.created_at, job.run_at, job.updated_at))  # updated when handed back, failed or retried
+        tx.start(waited)
+        tx.measure("waited", job, waited)
         job.status, job.worker = "processing", worker
         job.attempts += 1
         job.started_at = job.updated_at = max(tx.now, job.created_at)
@@ -1781,6 +1876,10 @@ class Queue:
             outcome.job, updated_at=max(tx.now, outcome.job.started_at), error=outcome.error or outcome.job.error
         )
         tx.count("processing:" + job.queue, -1)
+        if outcome.verb == "release":
+            tx.measure("released", job)
+        else:
+            tx.measure("ran", job, max(0, tx.now - job.started_at))
         if outcome.verb == "complete":
             job.result, job.error, job.cancel_requested = outcome.result, None, False
             self._end(tx, job, "completed")
@@ -1797,6 +1896,7 @@ class Queue:
             job.status, job.worker, job.run_at = "pending", "", tx.now + round(outcome.after * 1000)
             tx.write("SET", self.keys.job(job.id), _record(job))
             self._line_up(tx, job)
+            tx.measure("retried", job)
         else:
             self._end(tx, job, "failed")
 
@@ -1807,6 +1907,7 @@ class Queue:
         tx.write("SET", self.keys.job(job.id), _record(job), "PX", self.keep_ms[status])
         tx.gather("ZADD", getattr(self.keys, status), job.ended_at, job.id)
         tx.end(status)
+        tx.measure(status, job)
         if job.unique_key:
             tx.write("DEL", self.keys.unique(job.unique_key))
         if tx.awaited is None:
@@ -1918,6 +2019,7 @@ class Queue:
             job.updated_at = max(tx.now, job.updated_at)
             tx.write("SET", self.keys.job(id), _record(job))
             self._line_up(tx, job)
+            tx.measure("revived", job)
 
         return self._change(id, body)
 
@@ -2050,6 +2152,7 @@ class Queue:
                     tx.gather("RPUSH", self.keys.jobs(job.queue), job.id)
                     tx.ring(self.keys.bell(job.queue))
                 elif job.status == "processing" and job.worker == worker:
+                    tx.measure("reaped", job)
                     tx.count("processing:" + job.queue, -1)
                     self._give_back(tx, job, "worker lost", beside)
                 else:
@@ -2275,6 +2378,22 @@ class Queue:
             for at, values in zip(begun, found, strict=True)
         ]
 
+    def metrics(self) -> dict[str, dict[tuple[str, ...], int]]:
+        """What has happened to jobs since the beginning: by word, then by type and queue.
+
+        enqueued; completed, failed, cancelled: ended so; retried: an attempt failed, and others were left; revived: failed or
+        cancelled before, now pending again; released: handed back by a worker that stops; reaped: lost with its worker. By time in
+        BUCKETS: waited, from when it could start to its start, for every start; and ran, from there until its outcome was written,
+        for every attempt of which a handler told the outcome. waitedMs and ranMs are their sums.
+        """
+        found = self._read(("HGETALL", self.keys.metrics))[0]
+        told: dict[str, dict[tuple[str, ...], int]] = {}
+        for field, value in zip(found[::2], found[1::2], strict=True):
+            what, *labels = parts = field.decode("ascii", "replace").split(":")
+            if len(labels) > 1 and all(map(NAME.fullmatch, parts)):
+                told.setdefault(what, {})[tuple(labels)] = _count(value)
+        return told
+
     def spend(self, who: str, limit: int, seconds: int) -> tuple[int, int]:
         """Count a request of a client in the present window; return how many are left (below 0: none), for how many seconds."""
         now = self.now()
@@ -2436,6 +2555,10 @@ class Shards(Queue):
         for thing in things:
             sorted.setdefault(self._of(id(thing)) or self.shards[0], []).append(thing)
         return list(sorted.items())
+
+    def disconnect(self) -> None:
+        for shard in self.shards:
+            shard.disconnect()
 
     def now(self) -> int:
         return self.shards[0].now()
@@ -2608,11 +2731,18 @@ class Shards(Queue):
                 found[name] = _added(found[name], about) if name in found else about
         return dict(sorted(found.items()))
 
-    def stats(self) -> dict[str, Any]:
+    def stats(self, minutes: int = 0) -> dict[str, Any]:
         """As Queue.stats, added up. A worker serves all shards, so it is counted where most are."""
-        all = [shard.stats() for shard in self.shards]
-        total = functools.reduce(_added, all)
-        return total | {"workers": max(stats["workers"] for stats in all)}
+        all = [shard.stats(minutes) for shard in self.shards]
+        history: dict[int, Any] = {}
+        for minute in itertools.chain(*(stats.pop("history", ()) for stats in all)):
+            at = minute["at"]  # not the place in the list, for a minute may begin here while the next shard is asked
+            history[at] = _added(history[at], minute) | {"at": at} if at in history else minute
+        total = functools.reduce(_added, all) | {"workers": max(stats["workers"] for stats in all)}
+        return total | ({"history": [history[at] for at in sorted(history)[-minutes:]]} if minutes else {})
+
+    def metrics(self) -> dict[str, dict[tuple[str, ...], int]]:
+        return functools.reduce(_added, (shard.metrics() for shard in self.shards))
 
     def workers(self) -> list[dict[str, Any]]:
         found: dict[str, dict[str, Any]] = {}

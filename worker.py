@@ -44,6 +44,7 @@ from tinyqueue import (
     BLOCK,
     ENDED,
     HANDLERS,
+    LOG_CONTEXT,
     MAX_JOBS,
     MAX_RESULT,
     PROMOTED,
@@ -86,6 +87,7 @@ TRIM_EVERY = 60.0
 REAP_EVERY = 5.0
 LAST_WRITE = 4.0  # seconds for the last outcomes after the drain: 25 + 4 stays below the 30 that platforms give
 NEW_HANDLER = 10.0  # seconds, doubling, until a type that this worker does not know is tried again: another may know it
+STARTED = {"fields": {"event": "started"}}
 EXIT_BROKEN = 70  # EX_SOFTWARE: the process cannot do its work and wants to be restarted
 
 
@@ -156,11 +158,15 @@ class Slot:
     def run(self, job: Job) -> Outcome | None:
         """Run a job (slot thread). None if it was given up meanwhile: its outcome is nobody's then, and this thread must end."""
         timeout = HANDLERS[job.type].timeout if job.type in HANDLERS else None
+        LOG_CONTEXT.set(job.log_fields)  # for whatever the handler logs in this thread, which is nobody else's
+        log.debug("started %s %s attempt %d/%d", job.type, job.id, job.attempts, job.max_attempts, extra=STARTED)
+        began = time.monotonic()
         with self.lock:
             self.job, self.interrupted = job, False
             self.deadline = time.monotonic() + timeout if timeout else float("inf")
         try:
             outcome = run_job(job)
+            job.__dict__["_took"] = round((time.monotonic() - began) * 1000)
             if os.getpid() != self.process:
                 os._exit(0)  # the handler has forked, and this is the child: it must not act as a second worker
             return outcome if self._end() else None
@@ -568,7 +574,12 @@ def _log_outcomes(outcomes: list[Outcome], written: list[Outcome]) -> None:
             then = ": " + " ".join(f"{outcome.error.type}: {outcome.error.message}".split())[:300]
             then += f"; again in {outcome.after:.1f} s" if again else "; no attempt is left"
             level, what = logging.WARNING, "failed"
-        fields = {"job": job.id, "type": job.type, "queue": job.queue, "attempt": job.attempts, "worker": job.worker}
+        fields, took = (
+            job.log_fields() | {"event": what},
+            job.__dict__.get("_took"),
+        )  # none: given up, or not begun
+        if took is not None:
+            fields, then = fields | {"durationMs": took}, f" in {took} ms{then}"
         text = f"{what} {job.type} {job.id} attempt {job.attempts}/{job.max_attempts}{then}"
         log.log(level, "%s", text, extra={"fields": fields})
 

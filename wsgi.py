@@ -22,13 +22,14 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from functools import lru_cache, partial
 from http import HTTPStatus
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
-from urllib.parse import parse_qsl, urlsplit
+from urllib.parse import parse_qsl, quote, urlsplit
 
 import bottle
 import click
@@ -39,13 +40,18 @@ from waitress import wasyncore
 from waitress.channel import HTTPChannel
 
 from tinyqueue import (
+    BUCKETS,
+    ENDED,
     HANDLERS,
     ID,
+    LOG_CONTEXT,
     MAX_DEPTH,
     MAX_JOBS,
     NAME,
+    SERIES,
     STATUSES,
     THREADS,
+    UNENDED,
     Corrupted,
     Filter,
     InvalidJob,
@@ -74,6 +80,8 @@ RETRY_AFTER = 5  # seconds
 LONGEST_WAIT = 25  # seconds that GET /jobs/<id>?wait= may take: routers give up after 30
 CUT = 500  # bytes of a payload or a result in a listing
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
+REQUEST_ID = re.compile("[!-~]{1,128}")
+TRACEPARENT = re.compile("(?!ff)[0-9a-f]{2}-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}")  # W3C Trace Context
 
 
 # Problems -------------------------------------------------------------------------------------------------------------
@@ -268,6 +276,7 @@ ROUTES = (  # method, path, method of API, role that it takes: "any" key will do
     ("POST", "/queues/<name>/resume", "resume", "admin"),
     ("GET", "/stats", "stats", "read"),
     ("GET", "/workers", "workers", "read"),
+    ("GET", "/metrics", "metrics", "read"),
 )
 FIELDS = {
     "type": "type",
@@ -327,6 +336,27 @@ class API(bottle.Bottle):  # type: ignore[misc]
         load_handlers(self.settings.handlers)
         return Queue.from_settings(self.settings)
 
+    def wsgi(self, environ: dict[str, Any], start_response: Callable[..., Any]) -> Any:
+        """Answer a request under its own X-Request-ID, or one that is made for it, and log that."""
+        given, trace = environ.get("HTTP_X_REQUEST_ID", ""), environ.get("HTTP_TRACEPARENT", "")
+        kept = {"requestId": given} if REQUEST_ID.fullmatch(given) else {}
+        kept |= {"traceparent": trace} if TRACEPARENT.fullmatch(trace) else {}
+        ids = {"requestId": os.urandom(16).hex()} | kept
+        environ["tinyqueue.kept"] = kept
+        began, told = time.monotonic(), ""
+
+        def start(status: str, headers: list[tuple[str, str]], *more: Any) -> Any:
+            nonlocal told
+            told = status
+            return start_response(status, [*headers, ("X-Request-ID", ids["requestId"])], *more)
+
+        context = LOG_CONTEXT.set(ids.copy)
+        try:
+            return super().wsgi(environ, start)
+        finally:
+            _log_request(environ, int(told[:3] or 500), round((time.monotonic() - began) * 1000))
+            LOG_CONTEXT.reset(context)
+
     def _answer(self, act: Callable[..., Any], role: str, **args: str) -> Any:
         """Let a request in and run its route: what that returns goes out as JSON, what it raises as a problem."""
         bottle.response.headers.update(HEADERS)
@@ -363,6 +393,7 @@ class API(bottle.Bottle):  # type: ignore[misc]
         fields = self._body()
         draft, once = self._draft(fields), self._once(fields)
         job = self.queue.submit([draft], once)[0]
+        request.environ["tinyqueue.job"] = job.id
         bottle.response.set_header("Location", f"/jobs/{job.id}")
         self._say_whether_new(job is draft, once)
         return _brief(job)
@@ -416,7 +447,10 @@ class API(bottle.Bottle):  # type: ignore[misc]
         queue = self.queue  # which has loaded the handlers
         if isinstance(fields["type"], str) and fields["type"] not in HANDLERS:
             raise UnknownType(ascii(fields["type"])[1:-1][:100], sorted(HANDLERS))
-        return queue.draft(**{FIELDS[name]: value for name, value in fields.items()})
+        job = queue.draft(**{FIELDS[name]: value for name, value in fields.items()})
+        kept = request.environ["tinyqueue.kept"]  # what the client sent, for that is what it will search for
+        job.request_id, job.traceparent = kept.get("requestId", ""), kept.get("traceparent", "")
+        return job
 
     def _bytes(self, *types: str) -> bytes:
         if _media_type() not in types:
@@ -468,6 +502,14 @@ class API(bottle.Bottle):  # type: ignore[misc]
 
     def workers(self) -> dict[str, Any]:
         return {"workers": self.queue.workers()}
+
+    def metrics(self) -> bottle.HTTPResponse:
+        """Tell Prometheus of all jobs and workers. Without Redis there is nothing to tell: the scrape fails, and `up` says so."""
+        from prometheus_client.exposition import choose_encoder  # slow to import, and many servers are never scraped
+
+        encode, content_type = choose_encoder(request.get_header("Accept", ""))
+        headers = HEADERS | request.environ.get("tinyqueue.limits", {}) | {"Content-Type": content_type}
+        return bottle.HTTPResponse(encode(Scrape(self.queue)), 200, headers)
 
     def health(self) -> dict[str, str]:
         """Whether this process is alive; says nothing of Redis, for restarting the process would not mend that."""
@@ -529,6 +571,18 @@ class API(bottle.Bottle):  # type: ignore[misc]
     def resume(self, name: str) -> dict[str, Any]:
         self.queue.resume(name)
         return {"queue": name, "paused": False}
+
+
+def _log_request(environ: Mapping[str, Any], status: int, took: int) -> None:
+    """One line for each request: at info if it was to change something or failed, else at debug. The path is percent-encoded."""
+    method, path = environ["REQUEST_METHOD"][:20], quote(environ.get("PATH_INFO", ""), errors="replace")[:200]
+    level = logging.INFO if method not in ("GET", "HEAD") or status >= 400 else logging.DEBUG
+    if log.isEnabledFor(level):
+        who = {"key": environ.get("tinyqueue.caller"), "job": environ.get("tinyqueue.job")}
+        fields = {"event": "request", "method": method, "path": path, "status": status, "durationMs": took}
+        fields |= {name: value for name, value in who.items() if value}
+        by = f" by {who['key']}" if who["key"] else ""
+        log.log(level, "%s %s %d in %d ms%s", method, path, status, took, by, extra={"fields": fields})
 
 
 def _json(body: bytes, levels: int) -> Any:
@@ -618,6 +672,76 @@ def _dashboard() -> tuple[bytes, str]:
         f"default-src 'none'; script-src {own[0]}; style-src {own[1]}; connect-src 'self'; img-src data:; "
         "base-uri 'none'; form-action 'none'; frame-ancestors 'none'; require-trusted-types-for 'script'; trusted-types 'none'"
     )
+
+
+METRICS = (  # name after tinyqueue_, kind, labels, meaning: a part of the contract, for deploy/ and others' dashboards
+    ("jobs", "gauge", "queue status", "jobs that have not ended; pending includes those that wait for their time"),
+    ("jobs_delayed", "gauge", "", "pending jobs that wait for their time"),
+    ("jobs_kept", "gauge", "status", "jobs that have ended and can still be looked at"),
+    ("oldest_waiting_seconds", "gauge", "queue", "age of the job that is next"),
+    ("queue_paused", "gauge", "queue", "1: it starts no jobs"),
+    ("workers", "gauge", "", "workers that are alive"),
+    ("slots", "gauge", "", "jobs that these can run at a time"),
+    ("slots_busy", "gauge", "", "jobs that these held at their last heartbeat"),
+    ("jobs_enqueued", "counter", "type queue", "jobs that were accepted"),
+    ("jobs_started", "counter", "type queue", "attempts that were begun"),
+    ("jobs_completed", "counter", "type queue", "jobs that ended completed"),
+    ("jobs_failed", "counter", "type queue", "jobs that ended failed"),
+    ("jobs_cancelled", "counter", "type queue", "jobs that ended cancelled"),
+    ("jobs_retried", "counter", "type queue", "attempts that failed with others left"),
+    ("jobs_revived", "counter", "type queue", "failed and cancelled jobs that were made pending again"),
+    ("jobs_released", "counter", "type queue", "attempts that a stopping worker handed back"),
+    ("jobs_reaped", "counter", "type queue", "attempts that were lost with their worker"),
+    ("job_waiting_seconds", "histogram", "type queue", "time from when a job could start until it did"),
+    ("job_running_seconds", "histogram", "type queue", "time from the start of an attempt until its outcome was written"),
+)
+
+
+class Scrape:
+    """What Redis tells at one moment, in the form of a collector as Prometheus' client has them."""
+
+    def __init__(self, queue: Queue) -> None:
+        stats, told = queue.stats(), queue.metrics()
+        workers = [worker for worker in queue.workers() if worker["alive"]]
+        pairs = dict.fromkeys(labels[:2] for counts in told.values() for labels in counts)
+        queues = sorted(stats["queues"].items(), key=lambda item: -item[1]["pending"] - item[1]["processing"])[:SERIES]
+        self.values: dict[str, Any] = {
+            "jobs": {(name, status): queue[status] for name, queue in queues for status in UNENDED},
+            "jobs_delayed": {(): stats["delayed"]},
+            "jobs_kept": {(status,): stats[status] for status in ENDED},
+            "oldest_waiting_seconds": {(name,): queue["oldestWaitingMs"] / 1000 for name, queue in queues},
+            "queue_paused": {(name,): int(queue["paused"]) for name, queue in queues},
+            "workers": {(): len(workers)},
+            "slots": {(): sum(worker["concurrency"] for worker in workers)},
+            "slots_busy": {(): sum(len(worker["jobs"]) for worker in workers)},
+            "job_waiting_seconds": _histograms(told, "waited"),
+            "job_running_seconds": _histograms(told, "ran"),
+        }
+        started = {pair: buckets[-1][1] for pair, (buckets, _) in self.values["job_waiting_seconds"].items()}
+        for what, kind, *_ in METRICS:
+            if kind == "counter":  # those that are 0 are told, too: to Prometheus, a counter that appears has not grown
+                counts = started if what == "jobs_started" else told.get(what.removeprefix("jobs_"), {})
+                self.values[what] = {pair: counts.get(pair, 0) for pair in pairs}
+
+    def collect(self) -> Iterator[Any]:
+        from prometheus_client import core
+
+        for name, kind, labels, meaning in METRICS:
+            family = getattr(core, f"{kind.title()}MetricFamily")(f"tinyqueue_{name}", meaning, labels=labels.split())
+            for given, value in self.values[name].items():
+                family.add_metric(given, *(value if kind == "histogram" else (value,)))
+            yield family
+
+
+def _histograms(told: Mapping[str, Mapping[tuple[str, ...], int]], what: str) -> dict[tuple[str, ...], tuple[Any, float]]:
+    """Make the buckets of times cumulative, as Prometheus wants them, and give their sum in seconds."""
+    stored, sums = told.get(what, {}), told.get(what + "Ms", {})
+    bounds = [*(str(bound / 1000) for bound in BUCKETS[:-1]), "+Inf"]
+    made = {}
+    for pair in dict.fromkeys(labels[:2] for labels in stored):
+        counts = accumulate(stored.get((*pair, str(bound)), 0) for bound in BUCKETS)
+        made[pair] = list(zip(bounds, counts, strict=True)), sums.get(pair, 0) / 1000
+    return made
 
 
 def describe() -> dict[str, Any]:
@@ -799,7 +923,7 @@ def run() -> None:
     if settings.redis_url:
         for warning in queue.warnings():
             log.warning("%s", warning)
-        queue.pool.disconnect()  # the processes that are forked open their own
+        queue.disconnect()
         each = settings.web_connections
         log.info("web on %s, %d processes, up to %d connections to Redis each", where, settings.web_concurrency, each)
     else:

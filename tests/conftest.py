@@ -307,6 +307,8 @@ FAMILIES = {
     "counts": "hash",
     "promoter": "string",
     "mark": "string",
+    "metrics": "hash",
+    "series": "set",
     "once:": "string",
     "unique:": "string",
     "paused": "set",
@@ -354,12 +356,28 @@ def assert_books(queue: Queue) -> None:
             record = records.get(id.decode())
             assert record or ended + queue.keep_ms[status] <= now, f"{status} lists {id!r}, which is gone before its time"
     _assert_counts(keys["counts"].value if "counts" in keys else {}, records, indexes)
+    _assert_metrics(queue.metrics(), records)
     _assert_unique({key: id.decode() for key, id in family("unique:").items()}, records)
     for id in (id for made in family("once:").values() for id in json.loads(made)["ids"]):
         assert ID.fullmatch(id), f"an Idempotency-Key names {id}"
     for minute in family("minute:").values():
         assert {field.decode() for field in minute} <= {"started", "waitedMs", *ENDED}
         assert int(minute.get(b"waitedMs", 0)) == 0 or int(minute[b"started"]) > 0
+
+
+def _assert_metrics(told: dict[str, dict[tuple[str, ...], int]], records: dict[str, dict[str, Any]]) -> None:
+    """Every job that was accepted has ended or is there, and every attempt that began has ended or goes on: each counts once."""
+    jobs, attempts = Counter[tuple[str, ...]](), Counter[tuple[str, ...]]()
+    for word, sign in {"enqueued": 1, "revived": 1, "completed": -1, "failed": -1, "cancelled": -1}.items():
+        jobs.update({labels: sign * count for labels, count in told.get(word, {}).items()})
+    for word, sign in {"waited": 1, "ran": -1, "released": -1, "reaped": -1}.items():
+        for labels, count in told.get(word, {}).items():
+            attempts[labels[:2]] += sign * count
+    there = [(record["type"], record.get("queue", "default")) for record in records.values() if _unended(record)]
+    running = [(r["type"], r.get("queue", "default")) for r in records.values() if r.get("status") == "processing"]
+    # A record that cannot be read was accepted under another type, or not at all.
+    assert {labels: count for labels, count in jobs.items() if count and labels[0] != "unreadable"} == Counter(there)
+    assert {labels: count for labels, count in attempts.items() if count} == Counter(running)
 
 
 def _assert_unique(keys: dict[str, str], records: dict[str, dict[str, Any]]) -> None:

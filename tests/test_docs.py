@@ -140,6 +140,7 @@ NUMBERS = {
     "MAX_DEPTH": (r"more than ([\d,]+) levels", tinyqueue.MAX_DEPTH),
     "MAX_RESULT": (r"at most ([\d,]+) bytes of JSON", tinyqueue.MAX_RESULT),
     "KEPT": (r"at most ([\d,]+) of each", tinyqueue.KEPT),
+    "SERIES": (r"beyond ([\d,]+) types and queues", tinyqueue.SERIES),
     "lease": (r"longer than its lease \((\d+) s\)", Settings().lease),
     "shutdown_timeout": (r"lets handlers end for (\d+) s", Settings().shutdown_timeout),
     "timeout": (r"longer than `timeout` \((\d+) s", HANDLER["timeout"].default),

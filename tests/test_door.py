@@ -77,6 +77,7 @@ TAKES = {
     ("POST", "/queues/<name>/resume"): "admin",
     ("GET", "/stats"): "read",
     ("GET", "/workers"): "read",
+    ("GET", "/metrics"): "read",
 }
 GUARDED = [route for route, role in TAKES.items() if role]
 CHANGING = [route for route in GUARDED if route[0] != "GET"]

@@ -164,6 +164,7 @@ STATUSES_OF = {
     ("POST", "/queues/<name>/resume"): {200, 404},
     ("GET", "/stats"): {200},
     ("GET", "/workers"): {200},
+    ("GET", "/metrics"): {200},
 }
 EVERYWHERE = {400, 401, 403, 429, 500, 503}  # 400 is for what a proxy forwards
 

@@ -974,7 +974,7 @@ def test_ended_jobs_leave_nothing_behind(server: Server) -> None:
     queue.clock.ahead += 1001
     assert queue.trim() == 3
     left = {key for key in dump(queue) if "bell" not in key and not key.startswith(queue.keys.minute_prefix)}
-    assert left == {queue.keys.counts}
+    assert left == {queue.keys.counts, queue.keys.metrics, queue.keys.series}
 
 
 # Reading --------------------------------------------------------------------------------------------------------------
@@ -1457,6 +1457,8 @@ def test_settle_that_is_in_doubt_can_be_repeated(near: Queue, far: Queue, proxy:
 def test_transitions_take_two_round_trips(near: Queue, far: Queue, proxy: CutProxy) -> None:
     worker = near.register(DEFAULT, 10)
     far.memory_is_short()  # it looks every two seconds
+    for _ in range(2):
+        far.enqueue("echo", 0)  # and at the names that the metrics know after it has met another
 
     def round_trips(verb: Callable[[], object]) -> int:
         proxy.packets.clear()
@@ -1537,7 +1539,7 @@ def test_transition_that_is_not_answered_waits_for_one_timeout(
     job = put(near, "pending")
     monkeypatch.setattr(tinyqueue, "SOCKET_TIMEOUT", 0.05)
     far = real.queue(proxy.url)
-    far.ping()
+    far.resume("other")  # its first transaction looks at the names that the metrics know
     proxy.packets.clear()
     proxy.swallow(b"WATCH")
     with unavailable("timeout"):

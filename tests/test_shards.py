@@ -18,7 +18,7 @@ from wsgi import API
 DEFAULT = ["default"]
 COUNT = 3
 COMPOSED = {"from_url", "embedded", "from_settings", "draft", "enqueue", "enqueue_many", "dequeue", "complete", "fail", "release"}
-COMPOSED |= {"jobs", "change_many"}
+COMPOSED |= {"jobs", "change_many", "purge"}
 
 
 @pytest.fixture
@@ -173,6 +173,22 @@ def test_stats_add_up(queue: Shards, worker: str) -> None:
     assert (stats["pending"], stats["failed"], stats["workers"]) == (3, 1, 1)
     assert {name: about["pending"] for name, about in stats["queues"].items()} == {"default": 2, "slow": 1}
     assert stats["total"]["failed"] == stats["lastMinute"]["failed"] == 1
+    assert sum(minute["started"] for minute in queue.stats(minutes=5)["history"]) == 1
+    assert len(queue.stats(minutes=5)["history"]) == 5
+    assert queue.metrics()["enqueued"] == {("echo", "default"): 3, ("echo", "slow"): 1}
+
+
+def test_history_adds_up_by_the_minute_though_one_shard_has_begun_the_next(queue: Shards, worker: str) -> None:
+    for at in range(6):
+        queue.enqueue("echo", at)
+    for job in queue.dequeue(worker, DEFAULT, 6):
+        queue.complete(job)
+    queue.shards[1].clock.ahead += 60_000
+    history = queue.stats(5)["history"]
+    assert len(history) == 5
+    assert len({minute["at"] for minute in history}) == 5
+    assert sum(minute["started"] for minute in history) == sum(minute["completed"] for minute in history) == 6
+    assert "history" not in queue.stats()
 
 
 def test_workers_are_told_once_with_the_jobs_of_all_shards(queue: Shards, worker: str) -> None:
