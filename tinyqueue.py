@@ -54,7 +54,7 @@ Keys. All share one hash tag, the namespace, and with it one slot of a cluster.
     {queue}:done:<id>         list      a token for those who waited. A minute to live
     {queue}:counts            hash      pending:<name> and processing:<name> now; completed, failed, cancelled since the beginning
     {queue}:promoter          string    who promotes at the moment, with a time to live; two at once would do no harm
-    {queue}:mark              string    written to hear when the replicas have all that was written before. A millisecond to live
+    {queue}:mark              string    written to hear when the replicas have all that was written before. A second to live
     {queue}:metrics           hash      what happened to jobs since the beginning: <what>:<type>:<queue>, for times with :<bucket>
     {queue}:series            set       the <type>:<queue> that are counted there by name, 1,000 of them; the rest are other:other
 
@@ -915,6 +915,7 @@ def _moment(value: Any, now: int) -> int:
 Command = tuple[Any, ...]
 SOCKET_TIMEOUT = 4.0  # seconds for a reply; above BLOCK with room for a slow answer
 CONNECT_TIMEOUT = 2.0
+NODES_AGE = 60.0  # seconds that what is known of a cluster's nodes is good for
 ASIDE_TIMEOUT = 0.5  # for those who only say where the jobs are: one that is dead must not hold up the question to the next
 BLOCK = 2.0  # seconds of one wait for the bell
 CATCH_UP = 1000  # milliseconds that replicas have to take what was written
@@ -930,7 +931,7 @@ REASONS: tuple[tuple[type[Exception], str], ...] = (
     (redis.exceptions.NoPermissionError, "refused"),
     (redis.exceptions.MaxConnectionsError, "busy"),
     (redis.exceptions.ClusterDownError, "unreachable"),
-    (redis.exceptions.TryAgainError, "busy"),  # this and the next: the slot is just being moved, key by key
+    (redis.exceptions.TryAgainError, "busy"),
     (redis.exceptions.AskError, "busy"),
     (redis.exceptions.TimeoutError, "timeout"),
     (redis.exceptions.ConnectionError, "unreachable"),
@@ -944,6 +945,8 @@ def _explained(error: Exception) -> TinyQueueError:
     text = " ".join(str(error).split())
     if "CERTIFICATE_VERIFY_FAILED" in text:
         text += "; name its authority with ?ssl_ca_certs=/path in REDIS_URL, or set TINYQUEUE_TLS_VERIFY=0"
+    if isinstance(error, redis.exceptions.AskError | redis.exceptions.TryAgainError):
+        text = f"the queue is being moved to another node of the cluster ({text})"
     for kind, reason in REASONS:
         if isinstance(error, kind):
             return Unavailable(reason, text)
@@ -959,9 +962,9 @@ class Pool(redis.ConnectionPool):
     again, without its WATCH, after a lost connection.
     """
 
-    slot = 0
+    slot, home = 0, ("", 0)  # home: the place that the URL names, maybe a name for whichever nodes there are
     nodes: frozenset[tuple[str, int]] = frozenset()  # of the cluster, as far as they are known
-    _asked = False  # whether the present server was asked for them
+    _ask_at = 0.0  # when to ask for them
 
     @property
     def place(self) -> tuple[str, int]:
@@ -970,9 +973,9 @@ class Pool(redis.ConnectionPool):
     def get_connection(self, *_: Any, **__: Any) -> Any:
         connection = super().get_connection()
         try:
-            if not self._asked:
+            if time.monotonic() >= self._ask_at:
                 self._owner(connection)
-                self._asked = True
+                self._ask_at = time.monotonic() + NODES_AGE if self.nodes else math.inf
         except BaseException:
             connection.disconnect()  # type: ignore[no-untyped-call]
             self.release(connection)
@@ -988,15 +991,15 @@ class Pool(redis.ConnectionPool):
             log.info("the cluster keeps the queue on %s:%d now", host, port)
             self.disconnect(inuse_connections=False)
             self.connection_kwargs = {**self.connection_kwargs, "host": host, "port": port}
-            self._asked = False
+            self._ask_at = 0.0
             self.reset()
 
     def heed(self, error: Exception, reason: str) -> None:
         """Turn to the node that an error names, or if it tells that this one is of no use, to the one that the others name."""
         if isinstance(error, redis.exceptions.MovedError):
             self.turn_to(error.host or self.place[0], error.port)
-        elif reason in ("unreachable", "timeout", "loading"):
-            others = sorted(self.nodes - {self.place})
+        elif self.nodes and reason in ("unreachable", "timeout", "loading"):
+            others = sorted((self.nodes | {self.home}) - {self.place})
             told = (self._owner_as_told_by(*place) for place in random.sample(others, len(others)))
             if owner := next(filter(None, told), None):
                 self.turn_to(*owner)
@@ -1057,7 +1060,7 @@ def connect(url: str, *, tag: str = "queue", connections: int = 100, tls_verify:
             raise SettingsError("REDIS_URL: what follows the host must be the number of a database, as /0")
         pool = (redis.ConnectionPool if url.startswith("unix:") else Pool).from_url(url, **options)
         if isinstance(pool, Pool):
-            pool.slot = key_slot(tag.encode())
+            pool.slot, pool.home = key_slot(tag.encode()), pool.place
         pool.connection_class(**pool.connection_kwargs)  # opens nothing; an option it does not know shows here
         changed = [name for name, value in options.items() if pool.connection_kwargs.get(name, value) != value]
         if changed or pool.connection_kwargs.get("decode_responses"):
@@ -1154,14 +1157,20 @@ class Transaction:
         self._watch = ()
         if not self._clock.stale:
             return _ask(self._connection, [*ahead, *commands])[len(ahead) :]
-        replies = _ask(self._connection, [*ahead, ("TIME",), *commands])
-        self._clock.read(replies[len(ahead)])
+        replies = _ask(self._connection, [*ahead, *commands, ("TIME",)])  # last, for one of the commands may be a long wait
+        self._clock.read(replies[-1])
         self.now = self._clock.now()
-        return replies[len(ahead) + 1 :]
+        return replies[len(ahead) : -1]
 
     def unwatch(self) -> None:
         if self._watches:
             _ask(self._connection, [("UNWATCH",)])
+
+    def execute(self, writes: Sequence[Command]) -> tuple[list[Any] | None, int]:
+        """Apply writes. Returns their replies, None if something watched has changed, and how many replicas have them."""
+        wait = [("WAIT", self.replicas, CATCH_UP)] if self.replicas else []
+        replies = _ask(self._connection, [("MULTI",), *writes, ("EXEC",), *wait])
+        return replies[len(writes) + 1], replies[-1] if wait else 0
 
     def write(self, *command: Any) -> None:
         self._writes.append(command)
@@ -1415,12 +1424,10 @@ class Queue:
                     if late and writes and not watch:
                         raise Unavailable("timeout", "no reply, and nothing was written so far", doubtful=True)
                     sent = True
-                    mark = ("SET", self.keys.mark, "", "PX", 1)  # WAIT is for what its own connection has written
-                    wait = [("WAIT", tx.replicas, CATCH_UP)] if tx.replicas else []
-                    replies = _ask(connection, [("MULTI",), *(writes or [mark]), ("EXEC",), *wait])
-                    done, *reached = replies[-1 - len(wait) :]
-                    if done is not None and reached and reached[0] < tx.replicas:
-                        raise NotReplicated(cast(list[Job], result), reached[0], tx.replicas)
+                    mark = ("SET", self.keys.mark, "", "PX", 1000)  # WAIT is for what its own connection has written
+                    done, reached = tx.execute(writes or [mark])
+                    if done is not None and reached < tx.replicas:
+                        raise NotReplicated(cast(list[Job], result), reached, tx.replicas)
             except Unavailable as trouble:
                 if isinstance(trouble.__cause__, redis.exceptions.MovedError) and isinstance(self.pool, Pool):
                     continue  # nothing was applied, and the pool leads to the owner of the slot now

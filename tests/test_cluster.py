@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -215,6 +215,16 @@ def test_slot_that_moves_under_load_loses_nothing(cluster: Cluster, at: Any, tmp
     queue = at(cluster.nodes[0])
     until(lambda: queue.stats()["pending"] == queue.stats()["processing"] == 0)
     assert_books(queue)
+
+
+def test_node_of_the_url_is_asked_when_all_that_were_known_are_gone(cluster: Cluster, at: Any) -> None:
+    queue = at(cluster.others()[0])
+    queue.pool.nodes = frozenset({("127.0.0.1", free_port())})  # the others were replaced while nobody looked
+    queue.pool.turn_to(*next(iter(queue.pool.nodes)))
+    with suppress(Unavailable):
+        queue.ping()
+    queue.ping()
+    assert queue.pool.place == ("127.0.0.1", cluster.owner().port)
 
 
 @contextmanager
