@@ -3,7 +3,7 @@
 The promise
     A job that was accepted is run at least once and never lost while Redis keeps its data. It is run twice only if the worker
     that held it was cut off for longer than its lease. Jobs of a queue start first in, first out. A job that kills its worker
-    runs out of attempts like any other.
+    runs out of attempts like any other; those that ran beside it get theirs back, so they never fail for its sake.
 
 States
                  enqueue                dequeue                complete
@@ -24,7 +24,7 @@ Transitions. Each is one WATCH / MULTI / EXEC: two round trips however many jobs
     complete   processing -> completed        worker, records      registered                   record, proc, completed
     fail       processing -> pending, failed  worker, records      registered                   record, proc, delayed or failed
     release    processing -> pending          worker, records      registered                   record, proc, head of list, bell
-    promote    (delayed to list)              -                    runAt has come               delayed, list, bell
+    promote    (delayed to list)              records              runAt has come               delayed, list, bell
     reap       processing -> pending, failed  worker, lease, proc  lease gone                   worker, proc, record, head of list
                (or cancelled, if asked to)    and the records
     cancel     pending -> cancelled           record               pending                      record, delayed, cancelled
@@ -47,7 +47,8 @@ Keys. All share one hash tag, the namespace, and with it one slot of a cluster.
     {queue}:once:<key>        string    what a submit with an Idempotency-Key made: its fingerprint and the ids. With a time to live
     {queue}:unique:<key>      string    the id of the unended job that has this uniqueKey
     {queue}:paused            set       the names of paused queues
-    {queue}:minute:<n>        hash      completed and failed in the n-th minute since 1970. Two hours to live
+    {queue}:minute:<n>        hash      started, and waitedMs of those; completed, failed, cancelled: in the n-th minute since 1970.
+                                        Two hours to live
     {queue}:rate:<who>:<n>    string    requests of a client in the n-th window. With a time to live
     {queue}:awaited           set       the ids of jobs for whose end somebody waits
     {queue}:done:<id>         list      a token for those who waited. A minute to live
@@ -55,6 +56,7 @@ Keys. All share one hash tag, the namespace, and with it one slot of a cluster.
     {queue}:promoter          string    who promotes at the moment, with a time to live; two at once would do no harm
     {queue}:metrics           hash      what happened to jobs since the beginning: <what>:<type>:<queue>, for times with :<bucket>
     {queue}:series            set       the <type>:<queue> that are counted there by name, 1,000 of them; the rest are other:other
+    {queue}:mark              string    written to hear when the replicas have all that was written before. A millisecond to live
 
 Three rules carry everything
     1. The record decides, lists are hints. A list may hold an id twice, or one whose job is cancelled, finished or gone; whoever
@@ -68,9 +70,11 @@ Read on in the order of a job's life. `grep '# [A-Z].* ---' tinyqueue.py` prints
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import importlib
 import inspect
+import ipaddress
 import itertools
 import json
 import logging
@@ -80,17 +84,20 @@ import random
 import re
 import socket
 import sys
+import threading
 import time
 import typing
+import zlib
 from bisect import bisect_left
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from datetime import datetime
 from functools import partial
 from typing import Annotated, Any, Concatenate, Generic, Literal, NamedTuple, ParamSpec, TypeVar, cast
-from urllib.parse import urlsplit
+from urllib.parse import parse_qsl, unquote, urlencode, urlsplit
 
 import msgspec
 import redis
@@ -98,7 +105,9 @@ from dotenv import load_dotenv
 from hiredis import pack_command
 from msgspec import Meta
 from redis.backoff import NoBackoff
+from redis.crc import key_slot
 from redis.retry import Retry as NoRetries
+from redis.sentinel import Sentinel, SentinelConnectionPool
 
 __version__ = "0.1.0"
 
@@ -142,6 +151,18 @@ class KeyReused(TinyQueueError):
 
 class QueueFull(TinyQueueError):
     """So many jobs are pending in that queue that no more are accepted (TINYQUEUE_MAX_PENDING). Nothing was stored."""
+
+
+class NotReplicated(TinyQueueError):
+    """The jobs are stored and will run, but fewer replicas than TINYQUEUE_MIN_REPLICAS have them: without the master they are lost.
+
+    `jobs` are those. To submit them again makes new ones, unless it is done under the same Idempotency-Key: that waits once more.
+    """
+
+    def __init__(self, jobs: Sequence[Job], reached: int, wanted: int) -> None:
+        what, them = (f"job {jobs[0].id} is", "it") if len(jobs) == 1 else (f"{len(jobs)} jobs are", "them")
+        super().__init__(f"{what} stored and will run, but only {reached} of {wanted} replicas have {them} by now")
+        self.jobs = list(jobs)
 
 
 class WrongStatus(TinyQueueError):
@@ -233,6 +254,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     max_pending: Annotated[
         int, Meta(ge=0, le=10**9, description="pending jobs of a queue beyond which none are accepted; 0: any")
     ] = 0
+    min_replicas: Annotated[int, Meta(ge=0, le=100, description="replicas that must have a job before it is accepted")] = 0
     api_keys: Annotated[str, Meta(description="who may come in: name:role:secret, comma-separated; roles submit, read, admin")] = ""
     open: Annotated[bool, Meta(description="1: without keys let everybody in, not only this machine")] = False
     rate_limit: Annotated[
@@ -242,6 +264,9 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     trusted_proxies: Annotated[
         int, Meta(ge=0, le=10, description="proxies before this server; the client is that many from the right in X-Forwarded-For")
     ] = 0
+    shards: Annotated[
+        int, Meta(ge=1, le=64, description="namespaces over which jobs are spread, for a cluster; never make them fewer")
+    ] = 1
     tls_verify: Annotated[bool, Meta(description="0: accept any certificate of a rediss:// server")] = True
 
     @classmethod
@@ -279,6 +304,16 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         """The table as text for `--help`."""
         lines = [f"  {name:<26} {text}{f' [{default}]' if default else ''}" for name, default, text in cls.table()]
         return "\n".join(["Settings, from the environment or from .env here [and what they are without]:", *lines])
+
+    @property
+    def web_connections(self) -> int:
+        """How many connections to Redis a web process may open: each thread one."""
+        return THREADS + SPARE
+
+    @property
+    def worker_connections(self) -> int:
+        """How many a worker process may open: taker, settler and keeper one each, and handlers that write their progress."""
+        return 3 + min(self.worker_concurrency, WRITERS) + SPARE
 
 
 LOG_CONTEXT: ContextVar[Callable[[], dict[str, Any]]] = ContextVar("log_context", default=dict)  # of a job, or of a request
@@ -337,6 +372,7 @@ MAX_ATTEMPTS = 100
 MAX_DELAY = 366 * 86400  # seconds
 MAX_DEPTH = 100  # nested arrays and objects in a payload; a fixed number, for parsers give up at different ones
 MAX_RESULT = 262144  # bytes of a result's JSON
+SUSPICIOUS = 2  # times that a worker was lost while it ran a job beside others, until that job runs alone
 MAX_REFUNDS = 10  # times that a release gives the attempt back: a job that never survives a deploy must end some day
 KEY_LENGTH = 200  # characters of a uniqueKey
 SCANNED = 1000  # jobs that one page of a listing or one bulk change looks at
@@ -349,6 +385,9 @@ TRIES = 50  # of a transaction that others keep breaking
 CLOCK_AGE = 10.0  # seconds that a reading of Redis TIME is good for
 SERIES = 1000  # types and queues that the metrics tell apart: each is some thirty lines of a scrape
 BUCKETS = (10, 50, 250, 1000, 5000, 15_000, 60_000, 300_000, 1_800_000, math.inf)  # milliseconds, at most, of waiting and running
+THREADS = 8  # of a web process
+WRITERS = 4  # handlers of a worker that write their progress at the same moment; others wait for their turn
+SPARE = 2  # connections of a process beyond those in use: one may be on its way from a thread to the next
 
 NAME = re.compile(r"[A-Za-z0-9._-]{1,100}")  # of queues, types, workers: no name can spell another key
 PRINTABLE = re.compile(
@@ -369,6 +408,7 @@ class Keys:
         self.delayed, self.workers = tag + "delayed", tag + "workers"
         self.completed, self.failed, self.cancelled = tag + "completed", tag + "failed", tag + "cancelled"
         self.counts, self.promoter, self.paused = tag + "counts", tag + "promoter", tag + "paused"
+        self.mark = tag + "mark"
         self.once_prefix, self.unique_prefix, self.rate_prefix = tag + "once:", tag + "unique:", tag + "rate:"
         self.minute_prefix, self.done_prefix, self.awaited = tag + "minute:", tag + "done:", tag + "awaited"
         self.metrics, self.series = tag + "metrics", tag + "series"
@@ -406,6 +446,7 @@ class Keys:
 Status = Literal["pending", "processing", "completed", "failed", "cancelled"]
 STATUSES: tuple[Status, ...] = typing.get_args(Status)
 UNENDED, ENDED = STATUSES[:2], STATUSES[2:]
+MINUTELY = ("started", *ENDED, "waitedMs")  # what is counted for each minute
 UNREADABLE = "UnreadableRecord"
 
 
@@ -461,6 +502,7 @@ class Job(msgspec.Struct, rename="camel", omit_defaults=True, dict=True):
     worker: str = ""
     progress: float = 0.0
     refunds: int = 0
+    suspicions: int = 0
     expires_at: int = 0
     unique_key: str = ""
     cancel_requested: bool = False
@@ -478,6 +520,11 @@ class Job(msgspec.Struct, rename="camel", omit_defaults=True, dict=True):
     def attempt(self) -> int:
         """Which start of the handler this is, counted from 1."""
         return self.attempts
+
+    @property
+    def suspect(self) -> bool:
+        """Whether it must run alone in its process: workers were lost that ran it beside others, and one of those did it."""
+        return self.suspicions >= SUSPICIOUS
 
     @property
     def cancelled(self) -> bool:
@@ -501,6 +548,10 @@ class Job(msgspec.Struct, rename="camel", omit_defaults=True, dict=True):
         fields = {"job": self.id, "type": self.type, "queue": self.queue, "attempt": self.attempts, "worker": self.worker}
         came_with = {"requestId": self.request_id, "traceparent": self.traceparent}
         return fields | {name: value for name, value in came_with.items() if value}
+
+    def place(self) -> tuple[int, str]:
+        """Where it stands in a listing: by when it ended, or if it has not, was enqueued."""
+        return self.ended_at if self.status in ENDED else self.created_at, self.id
 
     def answer(self) -> dict[str, Any]:
         """The job as clients see it: the record with its id, its times and its defaults; nothing that has not happened yet."""
@@ -526,6 +577,7 @@ class Job(msgspec.Struct, rename="camel", omit_defaults=True, dict=True):
             "cancelRequested": self.cancel_requested,
             "requestId": self.request_id,
             "traceparent": self.traceparent,
+            "suspicions": self.suspicions,
             "error": self.error,
         }
         shown |= {name: value for name, value in later.items() if value}
@@ -597,6 +649,13 @@ def _cursor(todo: Sequence[Entry], seen: int, more: bool) -> str:
         at, id, _ = todo[min(seen, len(todo)) - 1]
         return f"{at}.{id}"
     return ""
+
+
+def _place_of(cursor: str) -> Place:
+    match = CURSOR.fullmatch(cursor)
+    if not match:
+        raise InvalidJob("cursor", "must be one that a listing gave")
+    return int(match[1]), match[2]
 
 
 _order = itertools.count()
@@ -680,6 +739,7 @@ def _depth(value: Any) -> int:
 
 P = TypeVar("P")
 R = TypeVar("R")
+T = TypeVar("T")
 A = ParamSpec("A")
 
 HANDLERS: dict[str, Handler[Any, Any, Any]] = {}
@@ -855,7 +915,9 @@ def _moment(value: Any, now: int) -> int:
 Command = tuple[Any, ...]
 SOCKET_TIMEOUT = 4.0  # seconds for a reply; above BLOCK with room for a slow answer
 CONNECT_TIMEOUT = 2.0
+ASIDE_TIMEOUT = 0.5  # for those who only say where the jobs are: one that is dead must not hold up the question to the next
 BLOCK = 2.0  # seconds of one wait for the bell
+CATCH_UP = 1000  # milliseconds that replicas have to take what was written
 PAUSE_AGE = 0.1  # seconds that what is known of paused queues is good for
 WARM = 1.0  # seconds after its last use that a connection is lent again without a look at it
 
@@ -868,7 +930,8 @@ REASONS: tuple[tuple[type[Exception], str], ...] = (
     (redis.exceptions.NoPermissionError, "refused"),
     (redis.exceptions.MaxConnectionsError, "busy"),
     (redis.exceptions.ClusterDownError, "unreachable"),
-    (redis.exceptions.TryAgainError, "busy"),
+    (redis.exceptions.TryAgainError, "busy"),  # this and the next: the slot is just being moved, key by key
+    (redis.exceptions.AskError, "busy"),
     (redis.exceptions.TimeoutError, "timeout"),
     (redis.exceptions.ConnectionError, "unreachable"),
     (OSError, "unreachable"),
@@ -889,11 +952,88 @@ def _explained(error: Exception) -> TinyQueueError:
     return Corrupted(f"Redis answered: {text}")
 
 
-def connect(url: str, *, connections: int = 100, tls_verify: bool = True) -> redis.ConnectionPool:
+class Pool(redis.ConnectionPool):
+    """Connections to one server; in a cluster, to the node that owns `slot`, wherever that goes.
+
+    All keys of a queue are in one slot, so this is all that a cluster takes. The client's own RedisCluster would send a transaction
+    again, without its WATCH, after a lost connection.
+    """
+
+    slot = 0
+    nodes: frozenset[tuple[str, int]] = frozenset()  # of the cluster, as far as they are known
+    _asked = False  # whether the present server was asked for them
+
+    @property
+    def place(self) -> tuple[str, int]:
+        return self.connection_kwargs.get("host", "localhost"), self.connection_kwargs.get("port", 6379)
+
+    def get_connection(self, *_: Any, **__: Any) -> Any:
+        connection = super().get_connection()
+        try:
+            if not self._asked:
+                self._owner(connection)
+                self._asked = True
+        except BaseException:
+            connection.disconnect()  # type: ignore[no-untyped-call]
+            self.release(connection)
+            raise
+        return connection
+
+    def owns_connection(self, connection: Any) -> bool:
+        return bool(super().owns_connection(connection)) and (connection.host, connection.port) == self.place
+
+    def turn_to(self, host: str, port: int) -> None:
+        """Connect to that node from now on. Connections to another that are in use are closed when they come back."""
+        if (host, port) != self.place:
+            log.info("the cluster keeps the queue on %s:%d now", host, port)
+            self.disconnect(inuse_connections=False)
+            self.connection_kwargs = {**self.connection_kwargs, "host": host, "port": port}
+            self._asked = False
+            self.reset()
+
+    def heed(self, error: Exception, reason: str) -> None:
+        """Turn to the node that an error names, or if it tells that this one is of no use, to the one that the others name."""
+        if isinstance(error, redis.exceptions.MovedError):
+            self.turn_to(error.host or self.place[0], error.port)
+        elif reason in ("unreachable", "timeout", "loading"):
+            others = sorted(self.nodes - {self.place})
+            told = (self._owner_as_told_by(*place) for place in random.sample(others, len(others)))
+            if owner := next(filter(None, told), None):
+                self.turn_to(*owner)
+
+    def _owner_as_told_by(self, host: str, port: int) -> tuple[str, int] | None:
+        brief = {"host": host, "port": port, "socket_timeout": ASIDE_TIMEOUT, "socket_connect_timeout": ASIDE_TIMEOUT}
+        connection = self.connection_class(**{**self.connection_kwargs, **brief})
+        try:
+            connection.connect()
+            return self._owner(connection)
+        except (redis.RedisError, OSError):
+            return None
+        finally:
+            connection.disconnect()
+
+    def _owner(self, connection: Any) -> tuple[str, int] | None:
+        """Ask who owns the slot, and take note of all nodes; None if that is nobody, or this is no cluster."""
+        try:
+            ranges = _ask(connection, [("CLUSTER", "SLOTS")])[0]
+        except redis.ResponseError:
+            return None
+        owner, nodes = None, set()
+        for first, last, *served_by in ranges:
+            places = [(host.decode() if host else connection.host, port) for host, port, *_ in served_by]
+            nodes |= set(places)
+            owner = places[0] if first <= self.slot <= last else owner
+        self.nodes = frozenset(nodes)
+        return owner
+
+
+def connect(url: str, *, tag: str = "queue", connections: int = 100, tls_verify: bool = True) -> redis.ConnectionPool:
     """Make the pool of connections, none opened yet. Every option that differs between versions of the client is set here.
 
+    In a cluster it leads to the node that has the keys with that hash tag, whichever node the URL names.
     No retries: the client would send a whole transaction again after a lost reply, and every push in it twice.
-    A wrong URL raises SettingsError without showing the URL, which may hold a password.
+    Behind sentinels, each new connection asks them for the master. A wrong URL raises SettingsError without showing the URL, which
+    may hold a password.
     """
     options: dict[str, Any] = {
         "max_connections": connections,
@@ -906,14 +1046,18 @@ def connect(url: str, *, connections: int = 100, tls_verify: bool = True) -> red
     }
     if url.startswith("unix:"):
         del options["socket_keepalive"]
-    if url.startswith("rediss:") and not tls_verify:
+    if url.startswith("rediss") and not tls_verify:
         log.warning("TINYQUEUE_TLS_VERIFY=0: the certificate of the Redis server is not checked")
         options |= {"ssl_cert_reqs": "none", "ssl_check_hostname": False}
     try:
+        watched = _Watched.read(url) if urlsplit(url).scheme in ("redis+sentinel", "rediss+sentinel") else None
+        url = watched.url if watched else url
         database = urlsplit(url).path.lstrip("/")
         if url.startswith("redis") and database and not database.isdecimal():
             raise SettingsError("REDIS_URL: what follows the host must be the number of a database, as /0")
-        pool = redis.ConnectionPool.from_url(url, **options)
+        pool = (redis.ConnectionPool if url.startswith("unix:") else Pool).from_url(url, **options)
+        if isinstance(pool, Pool):
+            pool.slot = key_slot(tag.encode())
         pool.connection_class(**pool.connection_kwargs)  # opens nothing; an option it does not know shows here
         changed = [name for name, value in options.items() if pool.connection_kwargs.get(name, value) != value]
         if changed or pool.connection_kwargs.get("decode_responses"):
@@ -921,9 +1065,44 @@ def connect(url: str, *, connections: int = 100, tls_verify: bool = True) -> red
                 f"REDIS_URL: {(*changed, 'decode_responses')[0]} is not to be set there: the queue relies on its own"
             )
     except (ValueError, TypeError, redis.RedisError) as error:
-        hint = "an option after ? is unknown" if isinstance(error, TypeError) else "use redis://, rediss:// or unix://"
+        forms = "redis://, rediss://, unix:// or redis+sentinel://host:port,host:port/service"
+        hint = "an option after ? is unknown" if isinstance(error, TypeError) else f"use {forms}"
         raise SettingsError(f"REDIS_URL cannot be used: {hint}; percent-encode special characters of the password") from None
-    return pool
+    return watched.pool(pool, options) if watched else pool
+
+
+class _Watched(NamedTuple):
+    """What a redis+sentinel:// URL says, a form that the client does not know: `url` is the rest of it, as for one server."""
+
+    url: str
+    sentinels: list[tuple[str, int]]
+    service: str
+    credentials: dict[str, str]  # for the sentinels themselves
+
+    @classmethod
+    def read(cls, url: str) -> _Watched:
+        """Read redis+sentinel://[user:password@]host:port,host:port/service[/database][?options]; raises ValueError."""
+        parts = urlsplit(url)
+        user, at, hosts = parts.netloc.rpartition("@")
+        service, _, database = parts.path.strip("/").partition("/")
+        query = dict(parse_qsl(parts.query))
+        own = {name: query.pop("sentinel_" + name) for name in ("username", "password") if "sentinel_" + name in query}
+        found = [urlsplit("//" + host) for host in hosts.split(",")]
+        sentinels = [(host.hostname, host.port or 26379) for host in found if host.hostname]
+        if not service or len(sentinels) < len(found) or parts.fragment:
+            raise ValueError("no sentinels, or no service")
+        url = f"{parts.scheme.removesuffix('+sentinel')}://{user}{at}master/{database}?{urlencode(query)}"
+        return cls(url, sentinels, unquote(service), own)
+
+    def pool(self, of: redis.ConnectionPool, options: Mapping[str, Any]) -> redis.ConnectionPool:
+        """Make a pool as that one, but of connections to whoever the sentinels say is the master."""
+        tls = {name: value for name, value in of.connection_kwargs.items() if name.startswith("ssl_")}
+        aside = {"socket_timeout": ASIDE_TIMEOUT, "socket_connect_timeout": ASIDE_TIMEOUT, "max_connections": None}
+        ssl = issubclass(of.connection_class, redis.SSLConnection)
+        access = {**options, **tls, **aside, **self.credentials, "ssl": ssl}
+        sentinel = Sentinel(self.sentinels, sentinel_kwargs=access)  # type: ignore[no-untyped-call]
+        more = {"ssl": ssl, "max_connections": of.max_connections, **of.connection_kwargs}
+        return SentinelConnectionPool(self.service, sentinel, **more)  # type: ignore[no-untyped-call]
 
 
 class Clock:
@@ -959,11 +1138,12 @@ class Transaction:
     def __init__(self, connection: Any, watch: Sequence[str], clock: Clock, again: bool) -> None:
         self._connection, self._watch, self._watches, self._clock = connection, watch, bool(watch), clock
         self.now = clock.now()
+        self.replicas = 0  # that must have the writes
         self.again = again  # an earlier try sent its EXEC and lost the reply: look whether it was applied
         self._writes: list[Command] = []
         self._gathered: dict[tuple[str, str], list[Any]] = {}
         self._bells: Counter[str] = Counter()
-        self._ended: Counter[str] = Counter()
+        self._minute: Counter[str] = Counter()
         self.awaited: set[bytes] | None = None  # for whose end somebody waits, once that was asked
         self._counts: Counter[str] = Counter()
         self.measured: defaultdict[tuple[str, str, str], list[int]] = defaultdict(list)
@@ -996,10 +1176,15 @@ class Transaction:
     def count(self, field: str, by: int = 1) -> None:
         self._counts[field] += by
 
+    def start(self, waited: int) -> None:
+        """Count that a job was started in this minute, and the milliseconds that it had waited."""
+        self._minute["started"] += 1
+        self._minute["waitedMs"] += waited
+
     def end(self, status: str) -> None:
         """Count that a job has ended, since the beginning and in this minute."""
         self._counts[status] += 1
-        self._ended[status] += 1
+        self._minute[status] += 1
 
     def measure(self, what: str, job: Job, ms: int = -1) -> None:
         """Count for the metrics what has happened to a job, and how long it took, if that is to be told."""
@@ -1011,15 +1196,28 @@ class Transaction:
         for bell, times in self._bells.items():
             commands += [("LPUSH", bell, *["1"] * min(times, BELLS)), ("LTRIM", bell, 0, BELLS - 1)]
         commands += [("HINCRBY", keys.counts, field, by) for field, by in self._counts.items() if by]
-        if self._ended:
+        if self._minute:
             minute = keys.minute(self.now)
-            commands += [*(("HINCRBY", minute, status, times) for status, times in self._ended.items()), ("EXPIRE", minute, 7200)]
+            commands += [*(("HINCRBY", minute, field, by) for field, by in self._minute.items() if by), ("EXPIRE", minute, 7200)]
         return commands
 
 
 def _ask(connection: Any, commands: Sequence[Command]) -> list[Any]:
     connection.send_packed_command([b"".join(map(pack_command, commands))])
     return [connection.read_response() for _ in commands]
+
+
+def _tried(connection: Any, commands: Sequence[Command]) -> list[Any]:
+    """Ask Redis, and take a refusal for the reply: an ACL may forbid a command, or the server not know it."""
+    connection.send_packed_command([b"".join(map(pack_command, commands))])
+    return [_reply(connection) for _ in commands]
+
+
+def _reply(connection: Any) -> Any:
+    try:
+        return connection.read_response()
+    except redis.ResponseError as error:
+        return error
 
 
 def _unfailed(replies: list[Any]) -> list[Any]:
@@ -1037,9 +1235,15 @@ def _count(value: bytes | None) -> int:
         raise Corrupted(f"{value!r} stands where a count should be") from None
 
 
-def _info(reply: bytes) -> dict[str, str]:
-    """Read a reply to INFO."""
-    return dict(line.split(":", 1) for line in reply.decode().split("\r\n") if ":" in line)
+def _info(reply: Any) -> dict[str, str]:
+    """Read a reply to INFO. One that was refused tells nothing: the embedded server knows no INFO, and an ACL may forbid it."""
+    return dict(line.split(":", 1) for line in reply.decode().split("\r\n") if ":" in line) if isinstance(reply, bytes) else {}
+
+
+def _used(told: Mapping[str, str]) -> float:
+    """The share of its maxmemory that Redis uses, 0 without a limit."""
+    limit = int(told.get("maxmemory", 0))
+    return int(told.get("used_memory", 0)) / limit if limit else 0.0
 
 
 class Once(msgspec.Struct):
@@ -1080,6 +1284,7 @@ class Queue:
         keep_failed: float = 604800,
         keep_once: float = 86400,
         max_pending: int = 0,
+        min_replicas: int = 0,
     ) -> None:
         self.pool, self.keys, self.clock = pool, Keys(check_name("namespace", namespace)), Clock()
         self.lease_ms, self.lease = int(lease * 1000), lease
@@ -1088,19 +1293,23 @@ class Queue:
             "failed": int(keep_failed * 1000),
             "cancelled": int(keep_failed * 1000),
         }
-        self.keep_once_ms, self.max_pending = int(keep_once * 1000), max_pending
+        self.keep_once_ms, self.max_pending, self.min_replicas = int(keep_once * 1000), max_pending, min_replicas
         self._paused: tuple[float, frozenset[str]] = (-1e9, frozenset())  # when they were read, and which
-        self._memory: tuple[float, bool] = (-1e9, False)  # when it was looked at, and whether it was full
         self._series: frozenset[str] = frozenset()  # types and queues that the metrics count by name
         self._series_known = False  # whether no others were met since those were read
+        self._memory: tuple[float, dict[str, str]] = (-1e9, {})  # when it was looked at, and what INFO told
+        self._writers = threading.BoundedSemaphore(WRITERS)
         self._warm: list[tuple[Any, int, float]] = []  # connections just used: by which process, and when
         self.last_contact = time.monotonic()  # when Redis last did what it was asked
         self.last_trouble = time.monotonic()  # when it last did not; before it was first asked, nobody knows
 
     @classmethod
-    def from_url(cls, url: str, *, connections: int = 100, tls_verify: bool = True, **options: Any) -> Queue:
-        """Make a queue on the Redis at a redis://, rediss:// or unix:// URL. Connects on first use."""
-        return cls(connect(url, connections=connections, tls_verify=tls_verify), **options)
+    def from_url(
+        cls, url: str, *, namespace: str = "queue", connections: int = 100, tls_verify: bool = True, **options: Any
+    ) -> Queue:
+        """Make a queue on the Redis at a redis://, rediss://, unix:// or redis+sentinel:// URL. Connects on first use."""
+        pool = connect(url, tag=namespace, connections=connections, tls_verify=tls_verify)
+        return cls(pool, namespace=namespace, **options)
 
     @classmethod
     def embedded(cls, **options: Any) -> Queue:
@@ -1111,34 +1320,45 @@ class Queue:
 
     @classmethod
     def from_settings(cls, settings: Settings, connections: int = 100) -> Queue:
-        """Make the queue that the settings name; without REDIS_URL the embedded one."""
+        """Make the queue that the settings name, of one shard or many; without REDIS_URL the embedded one."""
         options: dict[str, Any] = {
-            "namespace": settings.namespace,
             "lease": settings.lease,
             "keep_completed": settings.keep_completed,
             "keep_failed": settings.keep_failed,
             "keep_once": settings.keep_once,
             "max_pending": settings.max_pending,
+            "min_replicas": settings.min_replicas,
         }
-        if not settings.redis_url:
-            return cls.embedded(**options)
-        return cls.from_url(settings.redis_url, connections=connections, tls_verify=settings.tls_verify, **options)
+        if settings.min_replicas and not settings.redis_url:
+            raise SettingsError("TINYQUEUE_MIN_REPLICAS is set, but without REDIS_URL there are no replicas")
+        names = [settings.namespace] if settings.shards == 1 else [f"{settings.namespace}.{at}" for at in range(settings.shards)]
+        if settings.redis_url:
+            options |= {"connections": connections, "tls_verify": settings.tls_verify}
+            queues = [cls.from_url(settings.redis_url, namespace=name, **options) for name in names]
+        else:
+            queues = [cls.embedded(namespace=name, **options) for name in names]
+        return queues[0] if len(queues) == 1 else Shards(queues)
 
     @contextmanager
     def _connection(self) -> Iterator[Any]:
-        """Lend a connection. After any error but our own it is closed: no reply must be left on it for the next one."""
+        """Lend a connection. After any error but our own it is closed: no reply must be left on it for the next one.
+
+        So it is when replicas are missing: they may have left for a new master, which only a new connection looks for.
+        """
         connection = None
         try:
             connection = self._checked_out()
             yield connection
         except BaseException as error:
-            if connection and not isinstance(error, TinyQueueError):
+            if connection and (isinstance(error, NotReplicated) or not isinstance(error, TinyQueueError)):
                 connection.disconnect()
             self._cool_down(connection)
             if isinstance(error, redis.RedisError | OSError):
                 explained = _explained(error)
                 if isinstance(explained, Unavailable):
                     self.last_trouble = time.monotonic()
+                    if isinstance(self.pool, Pool):
+                        self.pool.heed(error, explained.reason)
                 raise explained from error
             raise
         self.last_contact = time.monotonic()
@@ -1163,17 +1383,16 @@ class Queue:
                 self.pool.release(self._warm.pop()[0])
 
     def _read(self, *commands: Command) -> list[Any]:
-        with self._connection() as connection:
-            return Transaction(connection, (), self.clock, False).read(*commands)
+        return self._transact((), lambda tx: tx.read(*commands), counts=False)
 
-    def _transact(self, watch: Sequence[str], body: Callable[[Transaction], R], again: bool = False) -> R:
+    def _transact(self, watch: Sequence[str], body: Callable[[Transaction], R], again: bool = False, counts: bool = True) -> R:
         """Run `body` until its writes are applied with nothing watched having changed, and return what it returned.
 
         A body that writes nothing ends it. When the reply to EXEC is lost, the body is called again with `again` set, must look
         whether its writes are there, and leaves them out if so: nothing is ever repeated blindly. If they are not there after a
         time-out, they may still arrive: then only a watch makes it safe to send them again, and without one this gives up.
         """
-        if not self._series_known:
+        if counts and not self._series_known:
             self._learn_series()
         late = False
         for _ in range(TRIES):
@@ -1186,14 +1405,21 @@ class Queue:
                     except TinyQueueError:
                         tx.unwatch()
                         raise
-                    if not writes:
+                    if not writes and not tx.replicas:
                         tx.unwatch()
                         return result
-                    if late and not watch:
+                    if late and writes and not watch:
                         raise Unavailable("timeout", "no reply, and nothing was written so far", doubtful=True)
                     sent = True
-                    done = _ask(connection, [("MULTI",), *writes, ("EXEC",)])[-1]
+                    mark = ("SET", self.keys.mark, "", "PX", 1)  # WAIT is for what its own connection has written
+                    wait = [("WAIT", tx.replicas, CATCH_UP)] if tx.replicas else []
+                    replies = _ask(connection, [("MULTI",), *(writes or [mark]), ("EXEC",), *wait])
+                    done, *reached = replies[-1 - len(wait) :]
+                    if done is not None and reached and reached[0] < tx.replicas:
+                        raise NotReplicated(cast(list[Job], result), reached[0], tx.replicas)
             except Unavailable as trouble:
+                if isinstance(trouble.__cause__, redis.exceptions.MovedError) and isinstance(self.pool, Pool):
+                    continue  # nothing was applied, and the pool leads to the owner of the slot now
                 answered = isinstance(trouble.__cause__, redis.ResponseError)
                 if not sent or answered or trouble.reason not in ("timeout", "unreachable"):
                     trouble.doubtful = again
@@ -1307,7 +1533,8 @@ class Queue:
 
         nothing -> pending. `once` makes a second submit with the same key return the jobs of the first. Watches the keys that are
         given; without any, nothing, for the ids are new. After a lost reply, the ids or the key tell whether all is there. Raises
-        KeyReused and QueueFull, and Unavailable if Redis' memory is nearly used up.
+        KeyReused and QueueFull, and Unavailable if Redis' memory is nearly used up; and NotReplicated if the jobs, or those of the
+        first submit, are stored but not on `min_replicas` replicas within a second.
         """
         if len(jobs) > MAX_JOBS:
             raise InvalidJob("jobs", f"must be at most {MAX_JOBS} at a time")
@@ -1319,6 +1546,7 @@ class Queue:
 
         def body(tx: Transaction) -> list[Job]:
             nonlocal accepted
+            tx.replicas = self.min_replicas if jobs else 0
             if once and (stored := tx.read(("GET", self._once_key(once)))[0]):
                 return self._made_once(tx, jobs, once, stored)
             if not jobs or (not once and tx.again and tx.read(("EXISTS", *map(self.keys.job, ids)))[0]):
@@ -1390,16 +1618,22 @@ class Queue:
                 raise QueueFull(f"queue {name} has {count} pending jobs; the limit is {self.max_pending}")
 
     def memory_is_short(self) -> bool:
-        """Whether Redis is so full that accepting jobs would endanger those that it has. Looks every two seconds at most."""
-        looked_at, short = self._memory
+        """Whether Redis is so full that accepting jobs would endanger those that it has."""
+        return _used(self._look_at_memory()) > MEMORY_SHARE
+
+    def _look_at_memory(self) -> dict[str, str]:
+        """What INFO tells of the memory, nothing if it does not. Asks every two seconds at most."""
+        looked_at, told = self._memory
         if time.monotonic() - looked_at > 2.0:
-            info: dict[str, str] = {}
-            with suppress(Corrupted, Unavailable):  # the embedded server knows no INFO, and an ACL may forbid it
-                info = _info(self._read(("INFO", "memory"))[0])
-            limit = int(info.get("maxmemory", 0))
-            short = bool(limit) and int(info["used_memory"]) > MEMORY_SHARE * limit
-            self._memory = (time.monotonic(), short)
-        return short
+            told = {}
+            try:
+                with self._connection() as connection:
+                    told = _info(_tried(connection, [("INFO", "memory")])[0])
+            except Unavailable as trouble:
+                if trouble.reason == "timeout":  # the submit itself would wait as long again
+                    raise
+            self._memory = (time.monotonic(), told)
+        return told
 
     def _line_up(self, tx: Transaction, job: Job) -> None:
         """Put a pending job where it waits: behind all others of its queue, or among the delayed."""
@@ -1412,10 +1646,10 @@ class Queue:
 
     # Dequeue ----------------------------------------------------------------------------------------------------------
 
-    def register(self, queues: Sequence[str], concurrency: int) -> str:
+    def register(self, queues: Sequence[str], concurrency: int, worker: str = "") -> str:
         """Enter a new worker and return its id. It must send a heartbeat within its lease from then on."""
         host = re.sub(r"[^A-Za-z0-9._-]", "-", socket.gethostname())[:60] or "host"
-        worker = f"{host}-{os.getpid()}-{os.urandom(4).hex()}"
+        worker = worker or f"{host}-{os.getpid()}-{os.urandom(4).hex()}"
         about = {"host": host, "pid": os.getpid(), "queues": list(queues), "concurrency": concurrency, "startedAt": self.now()}
 
         def body(tx: Transaction) -> str:
@@ -1429,8 +1663,7 @@ class Queue:
     def wait(self, names: Sequence[str], seconds: float = BLOCK) -> bool:
         """Wait until a job may have come to one of the queues: True, or the time is up. Takes nothing but a wake-up token."""
         bells = ("BLPOP", *map(self.keys.bell, names), seconds)
-        with self._connection() as connection:
-            token, paused = _ask(connection, [bells, ("SMEMBERS", self.keys.paused)])
+        token, paused = self._read(bells, ("SMEMBERS", self.keys.paused))
         self._note_paused(paused)
         return token is not None
 
@@ -1484,7 +1717,8 @@ class Queue:
 
         pending -> processing. Watches the registration and the records. `held` maps the ids of the jobs that this worker has
         started and not settled to their attempts. An id that is processing under this worker's name but not held was started by a
-        transaction whose reply was lost: it is returned too. Raises Reaped if the worker is no longer registered.
+        transaction whose reply was lost: it is returned too. A suspect is started only by itself, while nothing is held; else it is
+        returned as it is, pending, and stays in the worker's list. Raises Reaped if the worker is no longer registered.
         """
         texts = [id.decode("ascii", "replace") for id in ids]
         named = list(dict.fromkeys(id for id in texts if ID.fullmatch(id)))
@@ -1504,7 +1738,7 @@ class Queue:
             for id, entry in zip(texts, ids, strict=True):
                 record = records.pop(id, None)  # a second entry of the same id finds nothing and is dropped
                 job = _job(id, record) if record is not None else None
-                if job and (job.status, job.worker) == ("processing", worker) and self._unheard(job, held, tx.again):
+                if job and self._stays(job, worker, held, len(texts), tx.again):
                     started.append(job)
                 elif job and job.status == "pending" and job.expires_at and not job.started_at and job.expires_at <= tx.now:
                     tx.write("LREM", proc, 1, entry)
@@ -1524,12 +1758,17 @@ class Queue:
             job.__dict__["_queue"] = self  # for set_progress
         return started
 
-    def _unheard(self, job: Job, held: Mapping[str, int] | None, again: bool) -> bool:
-        """Whether a job was started for this worker by a transaction whose reply was lost; `held` None: by this very one."""
-        return again if held is None else held.get(job.id) != job.attempts
+    def _stays(self, job: Job, worker: str, held: Mapping[str, int] | None, together: int, again: bool) -> bool:
+        """Whether a taken job stays as it is: it was started by a transaction whose reply was lost, or is a suspect in company."""
+        if job.status == "pending":
+            return job.suspect and (bool(held) or together > 1)
+        unheard = again if held is None else held.get(job.id) != job.attempts  # None: by this very transaction
+        return (job.status, job.worker) == ("processing", worker) and unheard
 
     def _started(self, tx: Transaction, job: Job, worker: str) -> Job:
-        tx.measure("waited", job, max(0, tx.now - max(job.created_at, job.run_at, job.updated_at)))
+        waited = max(0, tx.now - max(job.created_at, job.run_at, job.updated_at))  # updated when handed back, failed or retried
+        tx.start(waited)
+        tx.measure("waited", job, waited)
         job.status, job.worker = "processing", worker
         job.attempts += 1
         job.started_at = job.updated_at = max(tx.now, job.created_at)
@@ -1553,7 +1792,7 @@ class Queue:
     def dequeue(self, worker: str, names: Sequence[str], most: int = 1) -> list[Job]:
         """Take and start up to `most` jobs. Nothing there: an empty list."""
         ids = self.take(worker, names, most)
-        return self.start(worker, ids) if ids else []
+        return [job for job in self.start(worker, ids) if job.status == "processing"] if ids else []
 
     def adopt(self, worker: str, held: Collection[str]) -> list[bytes]:
         """List the ids in the worker's own list that it does not know of, because a reply was lost: to be started.
@@ -1672,9 +1911,17 @@ class Queue:
         tx.ring(self.keys.bell(job.queue))
         tx.count("pending:" + job.queue)
 
-    def _give_back(self, tx: Transaction, job: Job, reason: str) -> None:
-        """End an attempt that nobody will finish: to the head of its queue if attempts are left, else failed with the reason."""
+    def _give_back(self, tx: Transaction, job: Job, reason: str, beside: bool = False) -> None:
+        """End an attempt that nobody will finish: to the head of its queue if attempts are left, else failed with the reason.
+
+        `beside` tells that its worker ran others, too: any of them may have killed it, so the attempt does not count. That cannot
+        go on for ever, for after SUSPICIOUS such losses the job runs alone, and whoever is lost alone has nobody else to blame.
+        """
         job.error = Failure("WorkerLost", f"{reason} (attempt {job.attempts}/{job.max_attempts})")
+        if beside:
+            job.error.message = f"{reason} beside others (attempt {job.attempts}/{job.max_attempts}, which does not count)"
+            job.attempts -= 1
+            job.suspicions += 1
         job.updated_at = max(tx.now, job.updated_at)
         if job.cancel_requested:
             self._end(tx, job, "cancelled")
@@ -1684,7 +1931,10 @@ class Queue:
             self._end(tx, job, "failed")
 
     def write_progress(self, job: Job) -> None:
-        """Write how far a running job is, unless it is no longer this worker's: then raise Reaped. Watches both."""
+        """Write how far a running job is, unless it is no longer this worker's: then raise Reaped. Watches both.
+
+        Some at a time: were each slot to open a connection for it, a worker would need as many as it has slots.
+        """
         key, registration = self.keys.job(job.id), self.keys.worker(job.worker)
 
         def body(tx: Transaction) -> None:
@@ -1695,7 +1945,8 @@ class Queue:
             job.cancel_requested = attempt.cancel_requested
             tx.write("SET", key, _record(msgspec.structs.replace(job, updated_at=max(tx.now, job.started_at))))
 
-        self._transact([registration, key], body)
+        with self._writers:
+            self._transact([registration, key], body)
 
     # Cancel and retry -------------------------------------------------------------------------------------------------
 
@@ -1822,21 +2073,15 @@ class Queue:
         self._transact([registration], body)
 
     def deregister(self, worker: str) -> None:
-        """Take a worker that has ended out of the books. If it holds ids, only its lease goes, and the next reap finds them."""
-        registration, proc = self.keys.worker(worker), self.keys.proc(worker)
-
-        def body(tx: Transaction) -> None:
-            if tx.read(("LLEN", proc))[0] == 0:
-                tx.write("DEL", registration)
-                tx.write("SREM", self.keys.workers, worker)
-            tx.write("DEL", self.keys.lease(worker))
-
-        self._transact([registration, proc], body)
+        """Take a worker that has ended out of the books. What it still holds is given back, as `reap` does it."""
+        self._read(("DEL", self.keys.lease(worker)))
+        self.reap(worker)
 
     def promote(self) -> int:
         """Move the jobs whose runAt has come to their queues, 500 at most, and return how many ids left the delayed ones.
 
-        Watches nothing: done twice, it leaves an id in a list twice, which is harmless. The lock keeps that rare.
+        Watches the records: a job that another has promoted meanwhile may have run, failed and be delayed again, and to take that
+        entry away would lose it. The lock only keeps two from doing the same work.
         """
 
         def body(tx: Transaction) -> int:
@@ -1844,8 +2089,8 @@ class Queue:
             if not due or tx.again or not tx.read(("SET", self.keys.promoter, "1", "NX", "PX", 1000))[0]:
                 return 0
             tx.write("ZREM", self.keys.delayed, *due)
-            for job in self._listed(tx, due):
-                if job.status == "pending":
+            for job in self._listed(tx, due, watch=True):
+                if job.status == "pending" and job.run_at <= tx.now:
                     tx.gather("LPUSH", self.keys.jobs(job.queue), job.id)
                     tx.ring(self.keys.bell(job.queue))
                 else:
@@ -1887,15 +2132,16 @@ class Queue:
             alive, entries = tx.read(("EXISTS", lease), ("LRANGE", proc, 0, -1))
             if alive:
                 return 0
-            given = 0
-            for job in self._listed(tx, entries, watch=True):
+            given, listed = 0, list(self._listed(tx, entries, watch=True))
+            beside = sum(job.status == "processing" and job.worker == worker for job in listed) > 1
+            for job in listed:
                 if job.status == "pending":
                     tx.gather("RPUSH", self.keys.jobs(job.queue), job.id)
                     tx.ring(self.keys.bell(job.queue))
                 elif job.status == "processing" and job.worker == worker:
                     tx.measure("reaped", job)
                     tx.count("processing:" + job.queue, -1)
-                    self._give_back(tx, job, "worker lost")
+                    self._give_back(tx, job, "worker lost", beside)
                 else:
                     self._set_aside(tx, job)
                     continue
@@ -1917,11 +2163,20 @@ class Queue:
             over, expired = self._read(("ZCARD", index), ("ZRANGEBYSCORE", index, "-inf", self.now() - keep, "LIMIT", 0, MAX_JOBS))
             ids = expired or (self._read(("ZRANGE", index, 0, min(over - KEPT, MAX_JOBS) - 1))[0] if over > KEPT else [])
             if ids:
-                removed += self._forget(status, ids)
+                removed += self.forget(status, ids)
         return removed
 
-    def _forget(self, status: str, ids: Sequence[bytes]) -> int:
-        """Delete records and their entries in the index. Watches the records: one revived meanwhile is not listed, and needed.
+    def purge(self, filter: Filter, cursor: str = "") -> dict[str, Any]:
+        """Forget the ended jobs that fit, looking at 1,000 at most; `cursor` in the answer says where to go on."""
+        if filter.status not in ENDED:
+            raise InvalidJob("status", f"must be {', '.join(ENDED)}: others have not ended")
+        jobs, cursor = self.page(filter, limit=SCANNED, cursor=cursor)
+        return {"purged": self.forget(filter.status, [job.id.encode() for job in jobs]), "cursor": cursor}
+
+    def forget(self, status: str, ids: Sequence[bytes]) -> int:
+        """Delete records of ended jobs and their entries in the index of that status; return how many were there.
+
+        Watches the records: one revived meanwhile is not listed, and needed.
 
         Completed jobs cannot be revived, and thousands of them may end in a second: for them no look and no watch.
         """
@@ -1970,9 +2225,8 @@ class Queue:
         return job
 
     def _wait_for_token(self, key: str, seconds: float) -> None:
-        with self._connection() as connection:
-            if _ask(connection, [("BLPOP", key, round(max(seconds, 0.01), 3))])[0]:
-                _ask(connection, [("LPUSH", key, "1"), ("EXPIRE", key, 60)])  # for others who wait for the same
+        if self._read(("BLPOP", key, round(max(seconds, 0.01), 3)))[0]:
+            self._read(("LPUSH", key, "1"), ("EXPIRE", key, 60))  # for others who wait for the same
 
     def jobs(self, status: Status, *, limit: int = 50) -> list[Job]:
         """List the newest jobs of a status: by when they ended, or for those that have not, by when they were created."""
@@ -1986,10 +2240,7 @@ class Queue:
         it sees 10,000 entries of each queue around the cursor, and as many delayed ones. Raises InvalidJob for a cursor that is
         none.
         """
-        place = CURSOR.fullmatch(cursor or "9999999999999999.g")
-        if not place:
-            raise InvalidJob("cursor", "must be one that a listing gave")
-        before = (int(place[1]), place[2])
+        before = _place_of(cursor or "9999999999999999.g")
         entries: set[Entry] = set()
         horizon = NO_HORIZON
         for status in [filter.status] if filter.status else STATUSES:
@@ -2077,11 +2328,11 @@ class Queue:
         id = (head or b"").decode("ascii", "replace")
         return max(0, self.now() - created_at(id)) if ID.fullmatch(id) else 0
 
-    def stats(self) -> dict[str, Any]:
+    def stats(self, minutes: int = 0) -> dict[str, Any]:
         """Count the jobs of every status, each queue's own, and the workers that are alive. `pending` includes the delayed ones.
 
         `lastMinute` tells how many ended in the sixty seconds before; `total` counts since the beginning what the others forget
-        when records end their time.
+        when records end their time. With `minutes`, `history` has an entry for each of the last ones, 120 at most.
         """
         queues, now = self.queues(), self.now()
         indexes = ("delayed", "completed", "failed", "cancelled")
@@ -2102,6 +2353,7 @@ class Queue:
             "queues": queues,
             "lastMinute": {s: round(_count(a) * share) + _count(b) for s, a, b in zip(ENDED, last, this, strict=True)},
             "total": {status: _count(total) for status, total in zip(ENDED, totals, strict=True)},
+            **({"history": self._history(now, minutes)} if minutes else {}),
         }
 
     def metrics(self) -> dict[str, dict[tuple[str, ...], int]]:
@@ -2120,6 +2372,15 @@ class Queue:
                 told.setdefault(what, {})[tuple(labels)] = _count(value)
         return told
 
+    def _history(self, now: int, minutes: int) -> list[dict[str, int]]:
+        """What was started and what ended in each minute, oldest first; the last one is still going on."""
+        begun = [(now // 60_000 - back) * 60_000 for back in reversed(range(minutes))]
+        found = self._read(*(("HMGET", self.keys.minute(at), *MINUTELY) for at in begun))
+        return [
+            {"at": at, **{field: _count(value) for field, value in zip(MINUTELY, values, strict=True)}}
+            for at, values in zip(begun, found, strict=True)
+        ]
+
     def spend(self, who: str, limit: int, seconds: int) -> tuple[int, int]:
         """Count a request of a client in the present window; return how many are left (below 0: none), for how many seconds."""
         now = self.now()
@@ -2137,8 +2398,476 @@ class Queue:
         except (msgspec.DecodeError, KeyError, AttributeError, TypeError) as error:
             raise Corrupted(f"the registration or the lease of a worker cannot be read: {error}") from None
 
+    # Examine ----------------------------------------------------------------------------------------------------------
+
+    def warnings(self) -> list[str]:
+        """What of Redis endangers jobs though it works; nothing of what it does not tell."""
+        found = Finding("ok", "eviction", "")
+        with suppress(Unavailable):
+            found = _eviction(self._look_at_memory())
+        return [f"{found.seen}: {found.advice}"] if found.level != "ok" else []
+
+    def examine(self, connections: int) -> list[Finding]:
+        """Look at all that the queue depends on, as `doctor` shows it. Changes nothing, and raises nothing that Redis does.
+
+        `connections` is how many the web processes and a worker may open.
+        """
+        found = [_transport(self.pool)]
+        looks: dict[str, Callable[[], Iterable[Finding]]] = {
+            "reachable": self._examine_trip,
+            "permissions": self._examine_permissions,
+            "writes": self._examine_writes,
+            "server": partial(self._examine_server, connections),
+            "books": self._examine_books,
+            "workers": self._examine_workers,
+        }
+        for about, look in looks.items():
+            try:
+                found.extend(look())
+            except TinyQueueError as error:
+                reason = getattr(error, "reason", "")
+                found.append(Finding("fail", about, str(error), REMEDIES.get(reason, "is it a Redis, its keys the queue's?")))
+                if reason in ("unreachable", "timeout", "loading"):
+                    break
+        return found
+
+    def _examine_trip(self) -> Iterator[Finding]:
+        times = []
+        for _ in range(5):
+            began = time.monotonic()
+            seconds, micros = self._read(("TIME",))[-1]
+            times.append(1000 * (time.monotonic() - began))
+        ahead = int(seconds) + int(micros) / 1e6 - time.time()
+        yield _judged("reachable", f"answers in {min(times):.2f} ms", (min(times) > SLOW, "warn", "run the processes near Redis"))
+        clock = f"{abs(ahead):.1f} s {'ahead of' if ahead > 0 else 'behind'} this machine's"
+        yield _judged("clock", clock, (abs(ahead) > SKEW, "warn", "set both by NTP: runAt and delays go by that of Redis"))
+
+    def _examine_permissions(self) -> Iterator[Finding]:
+        """Try every command inside a MULTI that is never executed: Redis refuses there, too, what the user may not do."""
+        key, around = self.keys.promoter + ":none", ("WATCH", "UNWATCH", "MULTI", "EXEC")
+        tries = [(name, *[key] * count) for count, names in COMMANDS.items() for name in names.split() if name not in around]
+        with self._connection() as connection:
+            replies = dict(zip(around, _tried(connection, [("WATCH", key), *((name,) for name in around[1:])]), strict=True))
+            if not isinstance(replies["MULTI"], Exception):
+                queued = _tried(connection, [("MULTI",), *tries])[1:]
+                replies |= zip((name for name, *_ in tries), queued, strict=True)
+            connection.disconnect()
+        refused = [name for name, reply in replies.items() if isinstance(reply, Exception)]
+        user = self.pool.connection_kwargs.get("username") or "default"
+        advice = f"ACL SETUSER {user} ~{key.partition(':')[0]}:* {' '.join('+' + name.lower() for name in refused)}"
+        seen = f"refused: {', '.join(refused)}" if refused else "all commands that the queue needs"
+        yield _judged("permissions", seen, (refused == ["INFO"], "warn", advice), (bool(refused), "fail", advice))
+
+    def _examine_writes(self) -> Iterator[Finding]:
+        self.ping()
+        yield Finding("ok", "writes", "are taken")
+
+    def _examine_server(self, connections: int) -> Iterator[Finding]:
+        settings = ("save", "maxclients", "timeout")
+        with self._connection() as connection:
+            info, *replies = _tried(connection, [("INFO",), *(("CONFIG", "GET", name) for name in settings)])
+        told = {name: reply[1].decode() for name, reply in zip(settings, replies, strict=True) if isinstance(reply, list) and reply}
+        told |= _info(info)
+        if "redis_version" not in told:
+            yield Finding("warn", "server", "does not tell of itself", "allow +info, or look to version, memory, persistence")
+            return
+        yield from (_version(told), _role(told), _eviction(told), _memory(told), _persistence(told), _clients(told, connections))
+        idle = told.get("timeout", "0")
+        yield Finding("ok", "idle timeout", "none" if idle == "0" else f"{idle} s: connections closed by it are opened anew")
+
+    def _examine_books(self) -> Iterator[Finding]:
+        """Whether the lists can hold all jobs that are counted. They may hold more, for the record decides, but never less."""
+        for _ in range(3):  # a queue or a worker may be new since its name was looked for
+            keys = [self.keys.jobs(name) for name in self.queues()] + [self.keys.proc(worker) for worker in self._known_workers()]
+            reads = ("HGETALL", self.keys.counts), ("ZCARD", self.keys.delayed), *(("LLEN", key) for key in keys)
+            counts, *sizes = _unfailed(self._read(("MULTI",), *reads, ("EXEC",))[-1])
+            unended = [_count(value) for name, value in zip(counts[::2], counts[1::2], strict=True) if b":" in name]
+            wrong = sum(unended) > sum(sizes) or min(unended, default=0) < 0
+            if not wrong:
+                break
+        seen = f"{sum(unended)} jobs are counted that have not ended, {sum(sizes)} entries are listed"
+        yield _judged("books", seen, (wrong, "fail", "keys are lost: look for an eviction, a failover, or others who write there"))
+
+    def _examine_workers(self) -> Iterator[Finding]:
+        alive = [worker for worker in self.workers() if worker["alive"]]
+        yield _judged("workers", f"{len(alive)} alive", (not alive, "warn", "start one: python worker.py"))
+        queues, served = self.queues(), {name for worker in alive for name in worker["queues"]}
+        for name, queue in queues.items():
+            waits = alive and queue["pending"] and name not in served
+            told = f"{name} is paused" if queue["paused"] else f"{name}: {queue['pending']} pending, and no worker serves it"
+            if queue["paused"] or waits:
+                advice = f"POST /queues/{name}/resume" if queue["paused"] else f"python worker.py --queue {name}"
+                yield Finding("warn", "queue", told, advice)
+
+
+# Shards ---------------------------------------------------------------------------------------------------------------
+
+
+class Shards(Queue):
+    """Many queues as one, each in a namespace and so in a slot of its own: `{queue.0}`, `{queue.1}` and so on.
+
+    The last two digits of a job's id name its shard. A submit goes whole into one shard, the next into the next, so that jobs start
+    first in, first out within each shard; one with a uniqueKey or an Idempotency-Key goes to the shard of that key. A worker is
+    registered in all of them under one id; if one of them took it for dead, it starts anew in all. While a shard is out of reach,
+    the others are served. Verbs that are not here are made of those that are.
+    """
+
+    def __init__(self, shards: Sequence[Queue]) -> None:
+        self.shards, self.clock = list(shards), shards[0].clock
+        self.lease, self.lease_ms, self.keep_ms = shards[0].lease, shards[0].lease_ms, shards[0].keep_ms
+        self._turn = itertools.count(random.randrange(len(shards)))
+        self._waiters = ThreadPoolExecutor(len(shards), "shard")
+        self._waits: dict[int, Future[bool]] = {}
+
+    @property
+    def last_contact(self) -> float:  # type: ignore[override]
+        """When any shard last did what it was asked."""
+        return max(shard.last_contact for shard in self.shards)
+
+    @property
+    def last_trouble(self) -> float:  # type: ignore[override]
+        """When any shard last did not."""
+        return max(shard.last_trouble for shard in self.shards)
+
+    def _of(self, id: str) -> Queue | None:
+        at = int(id[-2:], 16) if ID.fullmatch(id) else len(self.shards)
+        return self.shards[at] if at < len(self.shards) else None
+
+    def _at(self, key: str) -> int:
+        return zlib.crc32(key.encode()) % len(self.shards)
+
+    def _by_shard(self, things: Iterable[T], id: Callable[[T], str]) -> list[tuple[Queue, list[T]]]:
+        """Sort what belongs to jobs by the shards of those jobs; what belongs to none goes to the first."""
+        sorted: dict[Queue, list[T]] = {}
+        for thing in things:
+            sorted.setdefault(self._of(id(thing)) or self.shards[0], []).append(thing)
+        return list(sorted.items())
+
+    def now(self) -> int:
+        return self.shards[0].now()
+
+    def submit(self, jobs: Sequence[Job], once: Once | None = None) -> list[Job]:
+        """As Queue.submit. Jobs whose uniqueKeys belong to different shards cannot be stored all or none: raises InvalidJob."""
+        places = {self._at(job.unique_key) for job in jobs if job.unique_key}
+        if len(places) > 1:
+            raise InvalidJob(
+                "uniqueKey", "must be the same for all jobs of a batch, for there are several shards (TINYQUEUE_SHARDS)"
+            )
+        if places or once:
+            return self._submit_to(places.pop() if places else self._at(once.key if once else ""), jobs, once)
+        first = next(self._turn)
+        for at in range(first, first + len(self.shards)):
+            try:
+                return self._submit_to(at % len(self.shards), jobs, once)
+            except Unavailable as error:
+                trouble = error
+                if error.doubtful:  # it may be there: in another shard it would be a second job
+                    break
+        raise trouble
+
+    def _submit_to(self, at: int, jobs: Sequence[Job], once: Once | None) -> list[Job]:
+        for job in jobs:
+            job.id = f"{job.id[:-2]}{at:02x}"
+        return self.shards[at].submit(jobs, once)
+
+    def _try(self, act: Callable[[Queue], T], all: bool = False, order: Sequence[Queue] = ()) -> list[T]:
+        """Do it in every shard; raise the first error if it failed in one, or without `all` if it failed in each."""
+        done, errors = list[T](), list[TinyQueueError]()
+        for shard in order or self.shards:
+            try:
+                done.append(act(shard))
+            except TinyQueueError as error:
+                errors.append(error)
+        if errors and (all or not done):
+            raise next((error for error in errors if isinstance(error, Reaped)), errors[0])
+        return done
+
+    def register(self, queues: Sequence[str], concurrency: int, worker: str = "") -> str:
+        for shard in self.shards:
+            worker = shard.register(queues, concurrency, worker)
+        return worker
+
+    def wait(self, names: Sequence[str], seconds: float = BLOCK) -> bool:
+        """As Queue.wait, in all shards. Those that still wait when one has an answer go on, and are asked the next time."""
+        for at, shard in enumerate(self.shards):
+            if at not in self._waits:
+                self._waits[at] = self._waiters.submit(self._wait_in, shard, names, seconds)
+        done, _ = wait(self._waits.values(), return_when=FIRST_COMPLETED)
+        answered = [self._waits.pop(at) for at, future in list(self._waits.items()) if future in done]
+        rung = [future.result() for future in answered]
+        return any(rung)
+
+    def _wait_in(self, shard: Queue, names: Sequence[str], seconds: float) -> bool:
+        try:
+            return shard.wait(names, seconds)
+        except TinyQueueError:  # as if nothing had come: the others must not be kept from waiting
+            time.sleep(seconds)
+            return False
+
+    def waiting(self, names: Sequence[str], due: bool = False) -> int:
+        return sum(self._try(lambda shard: shard.waiting(names, due)))
+
+    def take(self, worker: str, names: Sequence[str], most: int) -> list[bytes]:
+        """As Queue.take, from the shards in turn. One that has trouble does not keep the others from being served."""
+        taken: list[bytes] = []
+
+        def take(shard: Queue) -> None:
+            if len(taken) < most:
+                taken.extend(shard.take(worker, names, most - len(taken)))
+
+        first = next(self._turn) % len(self.shards)
+        self._try(take, order=[*self.shards[first:], *self.shards[:first]])
+        return taken
+
+    def start(self, worker: str, ids: Sequence[bytes], held: Mapping[str, int] | None = None) -> list[Job]:
+        jobs = []
+        for shard, entries in self._by_shard(ids, lambda entry: entry.decode("ascii", "replace")):
+            others = {id.decode("ascii", "replace"): 0 for id in ids if id not in entries}  # a suspect is not alone among them
+            jobs += shard.start(worker, entries, {**others, **held} if held is not None else others or None)
+        return jobs
+
+    def adopt(self, worker: str, held: Collection[str]) -> list[bytes]:
+        return [id for ids in self._try(lambda shard: shard.adopt(worker, held)) for id in ids]
+
+    def settle(self, worker: str, outcomes: Sequence[Outcome], again: bool = False) -> list[Outcome]:
+        """As Queue.settle, in one transaction for each shard. Unavailable is raised when all were tried: then some were written."""
+        others, trouble = list[Outcome](), list[Unavailable]()
+        for shard, part in self._by_shard(outcomes, lambda outcome: outcome.job.id):
+            try:
+                others += shard.settle(worker, part, again)
+            except Unavailable as error:
+                trouble.append(error)
+        if trouble:
+            trouble[0].doubtful = True
+            raise trouble[0]
+        return others
+
+    def write_progress(self, job: Job) -> None:
+        if shard := self._of(job.id):
+            shard.write_progress(job)
+
+    def cancel(self, id: str) -> Job | None:
+        shard = self._of(id)
+        return shard.cancel(id) if shard else None
+
+    def asked_to_stop(self, ids: Sequence[str]) -> list[str]:
+        return [id for shard, part in self._by_shard(ids, str) for id in shard.asked_to_stop(part)]
+
+    def retry(self, id: str) -> Job | None:
+        shard = self._of(id)
+        return shard.retry(id) if shard else None
+
+    def pause(self, name: str) -> None:
+        self._try(lambda shard: shard.pause(name), all=True)
+
+    def resume(self, name: str) -> None:
+        self._try(lambda shard: shard.resume(name), all=True)
+
+    def heartbeat(self, worker: str, jobs: Sequence[str] = ()) -> None:
+        self._try(lambda shard: shard.heartbeat(worker, [id for id in jobs if self._of(id) is shard]), all=True)
+
+    def deregister(self, worker: str) -> None:
+        self._try(lambda shard: shard.deregister(worker), all=True)
+
+    def promote(self) -> int:
+        return sum(self._try(Queue.promote))
+
+    def lost_workers(self, but: str = "") -> list[str]:
+        return sorted({worker for lost in self._try(lambda shard: shard.lost_workers(but)) for worker in lost})
+
+    def reap(self, worker: str) -> int:
+        return sum(self._try(lambda shard: shard.reap(worker)))
+
+    def trim(self) -> int:
+        return sum(self._try(Queue.trim))
+
+    def forget(self, status: str, ids: Sequence[bytes]) -> int:
+        by_shard = self._by_shard(ids, lambda id: id.decode("ascii", "replace"))
+        return sum(shard.forget(status, part) for shard, part in by_shard)
+
+    def ping(self) -> None:
+        self._try(Queue.ping, all=True)
+
+    def get(self, id: str) -> Job | None:
+        shard = self._of(id)
+        return shard.get(id) if shard else None
+
+    def wait_for(self, id: str, seconds: float) -> Job | None:
+        shard = self._of(id)
+        return shard.wait_for(id, seconds) if shard else None
+
+    def page(self, filter: Filter = Filter(), *, limit: int = 50, cursor: str = "") -> tuple[list[Job], str]:  # noqa: B008
+        """As Queue.page: a cursor is a place in the order of all jobs, so pages are merged as far as every shard has looked."""
+        pages = [shard.page(filter, limit=limit, cursor=cursor) for shard in self.shards]
+        horizon = max((_place_of(cursor) for _, cursor in pages if cursor), default=NO_HORIZON)
+        found = sorted((job for jobs, _ in pages for job in jobs), key=Job.place, reverse=True)
+        seen = [job for job in found if job.place() >= horizon]
+        if len(seen) > limit:
+            at, id = seen[limit - 1].place()
+            return seen[:limit], f"{at}.{id}"
+        return seen, f"{horizon[0]}.{horizon[1]}" if horizon > NO_HORIZON else ""
+
+    def queues(self) -> dict[str, dict[str, Any]]:
+        found: dict[str, dict[str, Any]] = {}
+        for shard in self.shards:
+            for name, about in shard.queues().items():
+                found[name] = _added(found[name], about) if name in found else about
+        return dict(sorted(found.items()))
+
+    def stats(self, minutes: int = 0) -> dict[str, Any]:
+        """As Queue.stats, added up. A worker serves all shards, so it is counted where most are."""
+        all = [shard.stats(minutes) for shard in self.shards]
+        history: dict[int, dict[str, int]] = {}
+        for minute in (minute for stats in all for minute in stats.pop("history", ())):
+            at = minute["at"]
+            history[at] = _added(history[at], minute) | {"at": at} if at in history else minute
+        last = [history[at] for at in sorted(history)[-minutes:]]
+        told = functools.reduce(_added, all) | {"workers": max(stats["workers"] for stats in all)}
+        return told | ({"history": last} if minutes else {})
+
+    def metrics(self) -> dict[str, dict[tuple[str, ...], int]]:
+        return functools.reduce(_added, [shard.metrics() for shard in self.shards])
+
+    def workers(self) -> list[dict[str, Any]]:
+        found: dict[str, dict[str, Any]] = {}
+        for shard in self.shards:
+            for about in shard.workers():
+                known = found.setdefault(about["id"], about | {"jobs": [], "lastHeartbeat": 0})
+                known["jobs"] = known["jobs"] + about["jobs"]
+                known["lastHeartbeat"] = max(known["lastHeartbeat"], about["lastHeartbeat"])
+                known["alive"] = known["alive"] and about["alive"]
+        return list(found.values())
+
+    def warnings(self) -> list[str]:
+        return list(dict.fromkeys(warning for shard in self.shards for warning in shard.warnings()))
+
+    def examine(self, connections: int) -> list[Finding]:
+        """As Queue.examine, of every shard; what is found of several alike is told once."""
+        return list(dict.fromkeys(found for shard in self.shards for found in shard.examine(connections)))
+
+    def spend(self, who: str, limit: int, seconds: int) -> tuple[int, int]:
+        return self.shards[self._at(who)].spend(who, limit, seconds)
+
+
+def _added(one: Any, other: Any) -> Any:
+    """Add up what shards tell of themselves: counts are summed, of ages the highest counts, and paused is what any has paused."""
+    if not isinstance(one, dict):
+        return one or other if isinstance(one, bool) else one + other
+    both = {
+        name: _added(one[name], other[name]) if name in one and name in other else one.get(name, other.get(name))
+        for name in {**one, **other}
+    }
+    return both | {name: max(one[name], other[name]) for name in ("oldestWaitingMs",) if name in one}
+
 
 def _worker(id: str, about: bytes, lease: bytes | None) -> dict[str, Any]:
     known, sign = msgspec.json.decode(about), msgspec.json.decode(lease or b"{}")
     at = sign.get("at", known["startedAt"] if lease else 0)
     return {"id": id, **known, "alive": bool(lease), "lastHeartbeat": at, "jobs": sign.get("jobs", [])}
+
+
+# What doctor finds ----------------------------------------------------------------------------------------------------
+
+Level = Literal["ok", "warn", "fail"]
+OLDEST = (6, 0, 6)  # version of Redis: the first with LPOS
+SLOW = 10.0  # milliseconds to Redis and back, above which a worker spends its time waiting
+SKEW = 2.0  # seconds between two clocks
+COMMANDS = {  # every command that the queue uses, by how many keys may stand in for its arguments
+    0: "EXEC INFO MULTI TIME UNWATCH",
+    1: "DEL EXISTS GET HGETALL INCR LLEN MGET SMEMBERS WATCH ZCARD",
+    2: "BLPOP EXPIRE HMGET LINDEX LPOS LPUSH MSET MSETNX RPOPLPUSH RPUSH SADD SET SREM ZREM ZSCORE",
+    3: "HINCRBY LRANGE LREM LTRIM ZADD ZCOUNT ZRANGE ZRANGEBYSCORE ZREVRANGEBYSCORE",
+}
+REMEDIES = {
+    "unreachable": "is Redis running there, does REDIS_URL name it, and does it want rediss://?",
+    "timeout": "is Redis overloaded, or a firewall between?",
+    "loading": "wait until it has read its data",
+    "full": "more memory, or shorter TINYQUEUE_KEEP_COMPLETED and TINYQUEUE_KEEP_FAILED",
+    "read-only": "is that a replica, or its disk full?",
+    "refused": "see to user and password in REDIS_URL, and to the user's ACL",
+    "busy": "see to the number of connections",
+}
+
+
+class Finding(msgspec.Struct):
+    """One thing that `doctor` looked at: how it stands, what was seen, and what to do about it."""
+
+    level: Level
+    about: str
+    seen: str
+    advice: str = ""
+
+
+def _judged(about: str, seen: str, *cases: tuple[bool, Level, str]) -> Finding:
+    """A finding of the first case that holds; ok if none does."""
+    level, advice = next(((level, advice) for holds, level, advice in cases if holds), ("ok", ""))
+    return Finding(level, about, seen, advice)
+
+
+def _transport(pool: Any) -> Finding:
+    host = str(pool.connection_kwargs.get("host", ""))
+    if issubclass(pool.connection_class, redis.SSLConnection):
+        checked = pool.connection_kwargs.get("ssl_cert_reqs") != "none"
+        advice = "name its authority with ?ssl_ca_certs=/path in REDIS_URL, and unset TINYQUEUE_TLS_VERIFY"
+        seen = f"TLS, the certificate is {'' if checked else 'not '}checked"
+        return _judged("transport", seen, (not checked, "warn", advice))
+    advice = "use rediss:// if others can see what goes over that network"
+    seen, far = ("not encrypted", not _is_near(host)) if host else ("within this machine", False)
+    return _judged("transport", seen, (far, "warn", advice))
+
+
+def _is_near(host: str) -> bool:
+    """Whether that host is this machine, or one in a private network."""
+    with suppress(OSError, ValueError):
+        return all(ipaddress.ip_address(info[4][0]).is_private for info in socket.getaddrinfo(host, None))
+    return True
+
+
+def _version(told: Mapping[str, str]) -> Finding:
+    name = "Valkey " + told["valkey_version"] if "valkey_version" in told else "Redis " + told["redis_version"]
+    mode, version = told.get("redis_mode", "standalone"), tuple(map(int, re.findall(r"\d+", told["redis_version"])[:3]))
+    return _judged(
+        "server",
+        f"{name}, {mode}",
+        (version < OLDEST, "fail", f"it must be {'.'.join(map(str, OLDEST))} or newer"),
+        (mode == "sentinel", "fail", "REDIS_URL must name the Redis that it watches"),
+    )
+
+
+def _role(told: Mapping[str, str]) -> Finding:
+    role, replicas = told.get("role", "master"), told.get("connected_slaves", "0")
+    seen = f"primary with {replicas} replicas" if role == "master" else "a replica"
+    return _judged("role", seen, (role != "master", "fail", "REDIS_URL must name its primary"))
+
+
+def _eviction(told: Mapping[str, str]) -> Finding:
+    policy, limit = told.get("maxmemory_policy", "noeviction"), int(told.get("maxmemory", 0))
+    advice = "Redis throws jobs or leases away when its memory is full; set it to noeviction"
+    return _judged("eviction", f"maxmemory-policy is {policy}", (limit > 0 and policy != "noeviction", "warn", advice))
+
+
+def _memory(told: Mapping[str, str]) -> Finding:
+    used, limit = int(told.get("used_memory", 0)), int(told.get("maxmemory", 0))
+    seen = f"{used / 1e6:.1f} MB" + (f" of {limit / 1e6:.1f} MB" if limit else ", no maxmemory")
+    advice = REMEDIES["full"]
+    return _judged("memory", seen, (_used(told) > MEMORY_SHARE, "fail", advice), (_used(told) > 0.8, "warn", advice))
+
+
+def _persistence(told: Mapping[str, str]) -> Finding:
+    log, save = told.get("aof_enabled") == "1", told.get("save")
+    snapshots = "unknown" if save is None else f'"{save}"'
+    broken = "err" in (told.get("rdb_last_bgsave_status"), told.get("aof_last_write_status"))
+    return _judged(
+        "persistence",
+        "appendonly yes" if log else f"appendonly no, save {snapshots}",
+        (broken, "fail", "Redis cannot write to its disk: see its log"),
+        (not log and save == "", "warn", "a restart of Redis loses every job: set appendonly yes"),
+        (not log, "warn", "a crash of Redis loses what came after its last snapshot: set appendonly yes"),
+    )
+
+
+def _clients(told: Mapping[str, str], connections: int) -> Finding:
+    most, now = int(told.get("maxclients", 0)), int(told.get("connected_clients", 0))
+    seen = f"{now} of {most or 'unknown'}; the web processes and one worker open up to {connections}"
+    advice = "fewer processes (WEB_CONCURRENCY, workers), or a larger maxclients"
+    return _judged("connections", seen, (0 < most < max(connections, now / 0.9), "warn", advice))

@@ -1,6 +1,6 @@
 """The worker process, and the operator's command line.
 
-    python worker.py           run jobs until SIGTERM or SIGINT
+    python worker.py           run jobs until SIGTERM or SIGINT; the same as python worker.py run
     python worker.py --help    everything else
 
 Threads of a worker. Each method of Worker says which of them runs it.
@@ -18,18 +18,22 @@ Stopping has three strengths: quiet (take nothing more), drain (let the handlers
 from __future__ import annotations
 
 import ctypes
+import functools
 import itertools
 import logging
 import os
 import signal
 import sys
+import textwrap
 import threading
 import time
 import traceback
+from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from datetime import UTC, datetime
+from functools import partial
 from queue import Empty, SimpleQueue
 from typing import Any, Literal, NoReturn
 
@@ -38,14 +42,18 @@ import msgspec
 
 from tinyqueue import (
     BLOCK,
+    ENDED,
     HANDLERS,
     LOG_CONTEXT,
     MAX_JOBS,
     MAX_RESULT,
     PROMOTED,
+    SCANNED,
+    STATUSES,
     Corrupted,
     Discard,
     Failure,
+    Filter,
     InvalidJob,
     Job,
     Outcome,
@@ -54,6 +62,7 @@ from tinyqueue import (
     Retry,
     Settings,
     SettingsError,
+    Status,
     TimedOut,
     TinyQueueError,
     Unavailable,
@@ -215,6 +224,7 @@ class Worker:
         self.adopt_at = 0.0
         self.all_busy = False
         self.took_at = time.monotonic()  # when the taker last got an answer, be it that there is nothing
+        self.looked_at = time.monotonic()  # when the keeper last knew which workers are lost
         self.complained: dict[str, float] = {}
 
     # Main -------------------------------------------------------------------------------------------------------------
@@ -327,18 +337,20 @@ class Worker:
     def _take_jobs(self) -> None:
         free = failures = 0
         while True:
-            free += self._free_slots(wait=not free)
+            free += self._free_slots(wait=free < 1)
             if self.quiet.is_set():
                 return
+            if free < 1:  # one more was begun than was free, for all were about to be
+                continue
             worker = self.id
             try:
                 worker = worker or self._register()
                 taken, jobs = self._next_jobs(worker, free)
                 emptied = taken < free
-                free -= len(jobs)
-                for job in jobs:
-                    self.inbox.put(job)
+                free -= self._begin(jobs)
                 self.took_at, failures = time.monotonic(), 0
+                for suspect in (job for job in jobs if job.status == "pending"):
+                    free -= self._begin_alone(worker, suspect)
                 if emptied:
                     self._wait_for_bell(worker)
             except Reaped:
@@ -381,10 +393,30 @@ class Worker:
             self.adopt_at = time.monotonic() + self.queue.lease if len(ids) < free else 0.0
         if len(ids) < free:
             ids += self.queue.take(worker, self.names, free - len(ids))
-        jobs = self.queue.start(worker, ids, held) if ids else []
+        return len(ids), self.queue.start(worker, ids, held) if ids else []
+
+    def _begin(self, jobs: Sequence[Job]) -> int:
+        """Hand jobs that were started to the slots; return how many those are. Beside a suspect nothing else is begun."""
+        started = [job for job in jobs if job.status == "processing"]
         with self.lock:
-            self.held.update((job.id, job) for job in jobs)
-        return len(ids), jobs
+            self.held.update((job.id, job) for job in started)
+        for job in started:
+            self.inbox.put(job)
+        if any(job.suspect for job in started):
+            self._idle()
+        return len(started)
+
+    def _begin_alone(self, worker: str, suspect: Job) -> int:
+        """Begin a suspect once nothing else runs here: it may kill this worker, and shall take no other's attempt along."""
+        return self._begin(self.queue.start(worker, [suspect.id.encode()], {})) if self._idle() else 0
+
+    def _idle(self) -> bool:
+        """Wait until everything that was started is settled; False if the order to be quiet came."""
+        self.all_busy = True
+        while self.held and not self.quiet.wait(0.02):
+            pass
+        self.all_busy, self.took_at = False, time.monotonic()
+        return not self.quiet.is_set()
 
     def _wait_for_bell(self, worker: str) -> None:
         """Wait until there may be something to take. A look at the lists after each wait makes up for a bell that was lost."""
@@ -504,10 +536,17 @@ class Worker:
             tellable[id].cancel_requested = True
 
     def _reap(self) -> None:
-        """Bury workers whose lease is gone, but not within a lease of trouble with Redis: all others may just have had it, too."""
-        if time.monotonic() - self.queue.last_trouble < self.queue.lease:
+        """Bury workers whose lease is gone, but not within a lease of trouble with Redis: all others may just have had it, too.
+
+        Trouble is also a Redis, or a machine, that stood still without an error: then this look comes long after the last one.
+        """
+        lost, now, lease = self.queue.lost_workers(but=self.id), time.monotonic(), self.queue.lease
+        if now - self.looked_at > lease / 2:  # that long a lease lasts at any time, being renewed at a third of it
+            self.queue.last_trouble = now
+        self.looked_at = now
+        if now - self.queue.last_trouble < lease:
             return
-        for worker in self.queue.lost_workers(but=self.id):
+        for worker in lost:
             if given := self.queue.reap(worker):
                 log.warning("worker %s is lost; %d jobs that it held were given back", worker, given)
 
@@ -578,8 +617,23 @@ def _meaning(field: str) -> str:
     )
 
 
+PAGE = {
+    "Work": ("run",),
+    "Submit": ("enqueue",),
+    "Watch": ("stats", "workers", "list", "failed", "get"),
+    "Steer": ("retry", "cancel", "pause", "resume", "purge"),
+    "Check": ("doctor",),
+}
+
+
 class Commands(click.Group):
     """The commands, with errors of the queue as one line each: exit 2 for what the caller must mend, 1 for the rest."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        about_run = not args or (args[0].startswith("-") and args[0] not in ("--help", "--version"))
+        if about_run and not ctx.resilient_parsing:  # which completes a command line that is not whole
+            args = ["run", *args]
+        return super().parse_args(ctx, args)
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
@@ -589,8 +643,75 @@ class Commands(click.Group):
         except TinyQueueError as error:
             raise click.ClickException(str(error)) from None
 
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        for title, names in PAGE.items():
+            with formatter.section(title):
+                formatter.write_dl([(name, self.commands[name].get_short_help_str(100)) for name in names])
+        with formatter.section("Options of run"):
+            formatter.write_dl(list(filter(None, (option.get_help_record(ctx) for option in self.commands["run"].params))))
 
-@click.group(cls=Commands, invoke_without_command=True, epilog="\b\n" + Settings.help())
+
+@click.group(
+    cls=Commands,
+    epilog="\b\n" + Settings.help(),
+    options_metavar="",
+    subcommand_metavar="[COMMAND] [ARGS]...",
+    context_settings={"max_content_width": 120},
+)
+@click.version_option(__version__)
+@click.pass_context
+def cli(ctx: click.Context) -> None:
+    """Run the jobs of TinyQueue, or look after them. Without a command: run. `COMMAND --help` tells more of each."""
+    ctx.obj = Settings.read()
+
+
+def _queue(settings: Settings) -> Queue:
+    if not settings.redis_url:
+        raise SettingsError(
+            "REDIS_URL is not set, so there is nothing to work on. For web and worker in one process: python wsgi.py"
+        )
+    set_up_logging(settings)
+    return Queue.from_settings(settings, settings.worker_connections)
+
+
+def on_queue(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command the queue that the settings name as its first argument."""
+
+    @click.pass_obj
+    @functools.wraps(command)
+    def with_queue(settings: Settings, /, *args: Any, **kwargs: Any) -> None:
+        command(_queue(settings), *args, **kwargs)
+
+    return with_queue
+
+
+as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+watched = click.option("--watch", is_flag=True, help="Go on showing what changes.")
+LIMIT = click.option("--limit", type=click.IntRange(1, 1000), default=50, show_default=True, help="Jobs to show at most.")
+SURE = click.option("--yes", is_flag=True, help="Do not ask.")
+
+
+def filtered(*statuses: str, default: Status | None = None) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Add the options by which jobs are chosen, and pass a `filter` made of them; `statuses` are those of --status, if any."""
+
+    def add(command: Callable[..., None]) -> Callable[..., None]:
+        @functools.wraps(command)
+        def with_filter(*args: Any, type: str, queue: str, error_type: str, status: Status | None = None, **kwargs: Any) -> None:
+            command(*args, filter=Filter(status or default, type, queue, error_type), **kwargs)
+
+        options = [
+            click.option("--type", help="Only jobs of that type."),
+            click.option("--queue", help="Only jobs of that queue."),
+            click.option("--error-type", help="Only jobs whose last error is of that type."),
+        ]
+        if statuses:
+            options.insert(0, click.option("--status", type=click.Choice(statuses), required=statuses == ENDED))
+        return functools.reduce(lambda command, option: option(command), reversed(options), with_filter)
+
+    return add
+
+
+@cli.command()
 @click.option("--concurrency", "worker_concurrency", type=int, help=_meaning("worker_concurrency"))
 @click.option(
     "--queue",
@@ -602,24 +723,18 @@ class Commands(click.Group):
 @click.option("--burst", is_flag=True, help="Run what is due, then exit.")
 @click.option("--shutdown-timeout", type=int, help=_meaning("shutdown_timeout"))
 @click.option("--log-format", help=_meaning("log_format"))
-@click.version_option(__version__)
-@click.pass_context
-def cli(ctx: click.Context, /, queues: tuple[str, ...], burst: bool, **overrides: Any) -> None:
-    """Run the jobs of TinyQueue, or look after them with one of the commands."""
+def run(queues: tuple[str, ...], burst: bool, **overrides: Any) -> None:
+    """Run jobs until SIGTERM or SIGINT."""
     settings = Settings.read(**overrides)
-    if not settings.redis_url:
-        raise SettingsError(
-            "REDIS_URL is not set, so there is nothing to work on. For web and worker in one process: python wsgi.py"
-        )
-    set_up_logging(settings)
-    ctx.obj = Queue.from_settings(settings)
-    if ctx.invoked_subcommand is None:
-        names = [check_name("queue", name) for name in queues]
-        load_handlers(settings.handlers)
-        worker = Worker(ctx.obj, settings, names, burst)
-        log.info("worker starts: %d slots, queues: %s", settings.worker_concurrency, ", ".join(worker.names))
-        obey_signals(worker)
-        leave(worker.run())
+    queue, names = _queue(settings), [check_name("queue", name) for name in queues]
+    load_handlers(settings.handlers)
+    worker = Worker(queue, settings, names, burst)
+    slots, connections = settings.worker_concurrency, settings.worker_connections
+    obey_signals(worker)
+    log.info("worker starts: %d slots, queues: %s; up to %d connections to Redis", slots, ", ".join(worker.names), connections)
+    for warning in queue.warnings():
+        log.warning("%s", warning)
+    leave(worker.run())
 
 
 @cli.command()
@@ -629,8 +744,10 @@ def cli(ctx: click.Context, /, queues: tuple[str, ...], burst: bool, **overrides
 @click.option("--queue", help="The queue to put it into.")
 @click.option("--delay", type=float, help="Seconds until it may start.")
 @click.option("--run-at", help="When it may start: ISO 8601 with a zone.")
-@click.pass_obj
-def enqueue(queue: Queue, /, type: str, payload: str, **options: Any) -> None:
+@click.option("--expires-in", type=float, help="Seconds after which it fails if it was not started.")
+@click.option("--unique-key", help="While an unended job has that key, print the id of that one.")
+@on_queue
+def enqueue(on: Queue, /, type: str, payload: str, **options: Any) -> None:
     """Submit a job of TYPE; PAYLOAD is JSON, or - for standard input. Prints its id."""
     load_handlers(Settings.read().handlers)
     if type not in HANDLERS:
@@ -639,60 +756,244 @@ def enqueue(queue: Queue, /, type: str, payload: str, **options: Any) -> None:
         value = from_json(sys.stdin.buffer.read() if payload == "-" else payload.encode("utf-8", "surrogateescape"))
     except ValueError as error:
         raise click.UsageError(f"PAYLOAD is not JSON: {error}") from None
-    click.echo(queue.enqueue(type, value, **options).id)
+    click.echo(on.enqueue(type, value, **options).id)
+
+
+@cli.command()
+@watched
+@as_json
+@on_queue
+def stats(queue: Queue, watch: bool, as_json: bool) -> None:
+    """Count the jobs of every status and queue."""
+    _again_and_again(lambda: (_print if as_json else _show_stats)(queue.stats()), watch)
+
+
+def _show_stats(told: dict[str, Any]) -> None:
+    rows = [["queue", "pending", "processing", "oldest waits", ""]]
+    for name, about in {**told["queues"], "all": told | {"paused": False}}.items():
+        oldest, paused = _span(about["oldestWaitingMs"]), "paused" if about["paused"] else ""
+        rows.append([name, about["pending"], about["processing"], oldest, paused])
+    _table(rows)
+    click.echo(f"\n{told['delayed']} of the pending are delayed; {told['workers']} workers\n")
+    ended = [[status, told[status], told["lastMinute"][status], told["total"][status]] for status in ENDED]
+    _table([["ended", "kept", "last minute", "ever"], *ended])
+
+
+@cli.command()
+@watched
+@as_json
+@on_queue
+def workers(queue: Queue, watch: bool, as_json: bool) -> None:
+    """Show the workers and what they run."""
+    _again_and_again(lambda: (_print if as_json else _show_workers)(queue.workers()), watch)
+
+
+def _show_workers(told: list[dict[str, Any]]) -> None:
+    rows = [["worker", "alive", "busy", "queues", "runs"]]
+    for about in told:
+        busy, alive = f"{len(about['jobs'])}/{about['concurrency']}", "yes" if about["alive"] else "no"
+        rows.append([about["id"], alive, busy, ",".join(about["queues"]), " ".join(about["jobs"])])
+    _table(rows) if told else click.echo("no worker: start one with python worker.py")
+
+
+@cli.command("list")
+@filtered(*STATUSES)
+@LIMIT
+@as_json
+@on_queue
+def list_jobs(queue: Queue, filter: Filter, limit: int, as_json: bool) -> None:
+    """List jobs, newest first."""
+    _list(queue, filter, limit, as_json)
+
+
+@cli.command()
+@filtered(default="failed")
+@LIMIT
+@as_json
+@on_queue
+def failed(queue: Queue, filter: Filter, limit: int, as_json: bool) -> None:
+    """List the failed jobs, newest first, and why they failed."""
+    _list(queue, filter, limit, as_json)
+
+
+def _list(queue: Queue, filter: Filter, limit: int, as_json: bool) -> None:
+    found, cursor = queue.page(filter, limit=limit)
+    while cursor and len(found) < limit:  # a page may be short
+        more, cursor = queue.page(filter, limit=limit - len(found), cursor=cursor)
+        found += more
+    _print([job.answer() for job in found]) if as_json else _show_jobs(found)
+
+
+def _show_jobs(jobs: Sequence[Job]) -> None:
+    rows = [["when", "id", "type", "queue", "status", "attempts", "error"]]
+    for job in jobs:
+        when, attempts = _moment(job.place()[0]), f"{job.attempts}/{job.max_attempts}"
+        rows.append([when, job.id, job.type, job.queue, job.status, attempts, _why(job)[:100]])
+    _table(rows) if jobs else click.echo("no job fits")
 
 
 @cli.command()
 @click.argument("id")
-@click.pass_obj
-def get(queue: Queue, id: str) -> None:
-    """Show the job of that ID."""
-    _print(_there(queue.get(id), id).answer())
+@watched
+@as_json
+@click.pass_context
+def get(ctx: click.Context, id: str, watch: bool, as_json: bool) -> None:
+    """Show the job of that ID. With --watch until it has ended: exit 0 if it completed, else 1."""
+    queue = _queue(ctx.obj)
+    job, told = _there(queue.get(id), id), ""
+    while watch and job.status not in ENDED:
+        line = f"{job.status}, attempt {job.attempts}/{job.max_attempts}, {job.progress:.0%}"
+        if line != told:
+            click.echo(line, err=True)
+        job, told = _there(queue.wait_for(id, 1.0), id), line
+    _print(job.answer()) if as_json else _show(job)
+    ctx.exit(int(watch and job.status != "completed"))
+
+
+def _show(job: Job) -> None:
+    answer = job.answer()
+    payload, error = answer.pop("payload"), answer.pop("error", None)
+    for name, value in answer.items():
+        shown = _moment(value) if name.endswith("At") else to_json(value).decode() if name == "result" else value
+        click.echo(f"{name:<12} {shown}")
+    click.echo(f"payload\n{_pretty(payload)}")
+    if error:
+        click.echo(f"error\n  {_why(job)}\n{textwrap.indent(error.traceback, '  ')}".rstrip())
 
 
 @cli.command()
-@click.pass_obj
-def stats(queue: Queue) -> None:
-    """Count the jobs of every status and queue."""
-    _print(queue.stats())
-
-
-@cli.command()
-@click.option("--limit", type=click.IntRange(1, 1000), default=50, show_default=True)
-@click.pass_obj
-def failed(queue: Queue, limit: int) -> None:
-    """List the failed jobs, newest first: when, id, type, attempts, error."""
-    for job in queue.jobs("failed", limit=limit):
-        when = datetime.fromtimestamp(job.ended_at / 1000, UTC).strftime("%Y-%m-%d %H:%M:%SZ")
-        error = " ".join(f"{job.error.type}: {job.error.message}".split())[:100] if job.error else ""
-        click.echo(f"{when}  {job.id}  {job.type}  {job.attempts}/{job.max_attempts}  {error}")
-
-
-@cli.command()
-@click.argument("ids", nargs=-1, required=True, metavar="ID...")
-@click.pass_obj
-def retry(queue: Queue, ids: tuple[str, ...]) -> None:
-    """Revive failed or cancelled jobs with all their attempts."""
+@click.argument("ids", nargs=-1, metavar="[ID]...")
+@filtered("failed", "cancelled", default="failed")
+@click.option("--all", "every", is_flag=True, help="All failed jobs.")
+@on_queue
+def retry(queue: Queue, ids: tuple[str, ...], filter: Filter, every: bool) -> None:
+    """Revive failed or cancelled jobs: those of the IDs, or all that fit the options."""
+    _check_choice(ids, every or filter != Filter("failed"))
     for id in ids:
         _there(queue.retry(id), id)
         click.echo(f"{id} pending")
+    if not ids:
+        done = _in_steps(queue, "retry", filter, partial(queue.change_many, "retry", filter))
+        click.echo(f"{done['retried']} retried, {done['skipped']} had changed meanwhile")
 
 
 @cli.command()
-@click.argument("ids", nargs=-1, required=True, metavar="ID...")
-@click.pass_obj
-def cancel(queue: Queue, ids: tuple[str, ...]) -> None:
-    """Cancel pending jobs, and ask running ones to stop."""
+@click.argument("ids", nargs=-1, metavar="[ID]...")
+@filtered(default="pending")
+@click.option("--all", "every", is_flag=True, help="All pending jobs.")
+@SURE
+@on_queue
+def cancel(queue: Queue, ids: tuple[str, ...], filter: Filter, every: bool, yes: bool) -> None:
+    """Cancel jobs: those of the IDs (running ones are asked to stop), or all that fit the options."""
+    _check_choice(ids, every or filter != Filter("pending"))
     for id in ids:
         job = _there(queue.cancel(id), id)
         click.echo(f"{id} {'asked to stop' if job.status == 'processing' else job.status}")
+    if not ids:
+        _ask("Cancel", filter, yes)
+        done = _in_steps(queue, "cancel", filter, partial(queue.change_many, "cancel", filter))
+        click.echo(f"{done['cancelled']} cancelled, {done['skipped']} had changed meanwhile")
 
 
 @cli.command()
-@click.pass_obj
-def workers(queue: Queue) -> None:
-    """Show the workers and what they run."""
-    _print(queue.workers())
+@click.argument("names", nargs=-1, required=True, metavar="QUEUE...")
+@on_queue
+def pause(queue: Queue, names: tuple[str, ...]) -> None:
+    """Start no more jobs of a queue; jobs are still accepted."""
+    for name in names:
+        queue.pause(name)
+        click.echo(f"{name} paused")
+
+
+@cli.command()
+@click.argument("names", nargs=-1, required=True, metavar="QUEUE...")
+@on_queue
+def resume(queue: Queue, names: tuple[str, ...]) -> None:
+    """Start the jobs of a queue again."""
+    for name in names:
+        queue.resume(name)
+        click.echo(f"{name} resumed")
+
+
+@cli.command()
+@filtered(*ENDED)
+@SURE
+@on_queue
+def purge(queue: Queue, filter: Filter, yes: bool) -> None:
+    """Forget ended jobs before their time. Asks first."""
+    _ask("Forget", filter, yes)
+    done = _in_steps(queue, "purge", filter, partial(queue.purge, filter))
+    click.echo(f"{done['purged']} forgotten")
+
+
+@cli.command()
+@as_json
+@click.pass_context
+def doctor(ctx: click.Context, as_json: bool) -> None:
+    """Examine Redis and all that the queue needs of it, and say what to change. Exits with 1 if something fails."""
+    settings: Settings = ctx.obj
+    connections = settings.web_concurrency * settings.web_connections + settings.worker_connections
+    findings = _queue(settings).examine(connections)
+    if as_json:
+        _print(findings)
+    for finding in () if as_json else findings:
+        line = f"{finding.level:<5} {finding.about:<13} {finding.seen}"
+        click.echo(line + (f" -> {finding.advice}" if finding.advice else ""))
+    ctx.exit(int(any(finding.level == "fail" for finding in findings)))
+
+
+def _check_choice(ids: tuple[str, ...], chosen: bool) -> None:
+    if chosen == bool(ids):
+        raise click.UsageError("give either IDs, or options that choose jobs, or --all")
+
+
+def _ask(verb: str, filter: Filter, yes: bool) -> None:
+    words = {"of type": filter.type, "in queue": filter.queue, "with error": filter.error_type}
+    which = "".join(f" {word} {value}" for word, value in words.items() if value)
+    yes or click.confirm(f"{verb} all {filter.status} jobs{which}?", abort=True)
+
+
+def _in_steps(queue: Queue, verb: str, filter: Filter, step: Callable[[str], dict[str, Any]]) -> Counter[str]:
+    """Do bulk work step by step under a progress bar, and add up what the steps tell."""
+    done: Counter[str] = Counter()
+    with click.progressbar(length=queue.stats()[str(filter.status)], label=verb, file=sys.stderr) as bar:
+        cursor = ""
+        while cursor or not done:
+            told = step(cursor)
+            cursor = told.pop("cursor")
+            done.update(told)
+            bar.update(SCANNED)
+    return done
+
+
+def _again_and_again(show: Callable[[], None], watch: bool) -> None:
+    """Show it, and with `watch` every two seconds from now on, until Ctrl-C."""
+    show()
+    with suppress(KeyboardInterrupt):
+        while watch:
+            time.sleep(2.0)
+            click.clear()
+            show()
+
+
+def _table(rows: Sequence[Sequence[Any]]) -> None:
+    """Print rows, the columns aligned, numbers to the right."""
+    widths = [max(len(str(row[at])) for row in rows) for at in range(len(rows[0]))]
+    for row in rows:
+        cells = (str(cell).rjust(n) if isinstance(cell, int) else str(cell).ljust(n) for cell, n in zip(row, widths, strict=True))
+        click.echo("  ".join(cells).rstrip())
+
+
+def _why(job: Job) -> str:
+    return " ".join(f"{job.error.type}: {job.error.message}".split()) if job.error else ""
+
+
+def _span(milliseconds: int) -> str:
+    return f"{milliseconds / 1000:,.1f} s" if milliseconds else "-"
+
+
+def _moment(milliseconds: int) -> str:
+    return datetime.fromtimestamp(milliseconds / 1000, UTC).strftime("%Y-%m-%d %H:%M:%SZ")
 
 
 def _there(job: Job | None, id: str) -> Job:
@@ -701,8 +1002,12 @@ def _there(job: Job | None, id: str) -> Job:
     return job
 
 
+def _pretty(value: Any) -> str:
+    return msgspec.json.format(msgspec.json.encode(value), indent=2).decode()
+
+
 def _print(value: Any) -> None:
-    click.echo(msgspec.json.format(msgspec.json.encode(value), indent=2))
+    click.echo(_pretty(value))
 
 
 if __name__ == "__main__":

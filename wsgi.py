@@ -4,13 +4,15 @@
     wsgi:app             the same API for any other WSGI or serverless host
 
 Importing this module reads no setting and opens no connection: `app` does both at its first request. JSON goes in and comes out;
-an error is application/problem+json (RFC 9457).
+an error is application/problem+json (RFC 9457). The one page, dashboard.html at /, is a client like any other.
 """
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import hmac
+import importlib.metadata
 import ipaddress
 import json
 import logging
@@ -48,12 +50,14 @@ from tinyqueue import (
     NAME,
     SERIES,
     STATUSES,
+    THREADS,
     UNENDED,
     Corrupted,
     Filter,
     InvalidJob,
     Job,
     KeyReused,
+    NotReplicated,
     Once,
     Queue,
     QueueFull,
@@ -71,7 +75,6 @@ from tinyqueue import (
 
 log = logging.getLogger("tinyqueue.web")
 
-THREADS = 8
 CONNECTIONS = 500  # beyond these, new ones wait unanswered in the backlog; idle keep-alives count
 RETRY_AFTER = 5  # seconds
 LONGEST_WAIT = 25  # seconds that GET /jobs/<id>?wait= may take: routers give up after 30
@@ -108,6 +111,7 @@ PROBLEMS: tuple[tuple[type[TinyQueueError], int, str], ...] = (
     (KeyReused, 422, "idempotency-key-reused"),
     (WrongStatus, 409, "wrong-status"),
     (QueueFull, 503, "queue-full"),
+    (NotReplicated, 503, "not-replicated"),
     (Unavailable, 503, "unavailable"),
     (SettingsError, 503, "misconfigured"),
     (Corrupted, 500, "corrupted"),
@@ -123,6 +127,9 @@ def problem(error: TinyQueueError, **more: Any) -> Problem:
             more |= {"field": error.field, "known": error.known}
         case InvalidJob():
             more |= {"field": error.field} | ({"path": error.path} if error.path else {})
+        case NotReplicated():
+            ids = [job.id for job in error.jobs]
+            more |= {"jobIds": ids} | ({"jobId": ids[0]} if len(ids) == 1 else {})
         case WrongStatus():
             more |= {"jobStatus": error.job.status}
         case Unavailable():
@@ -178,10 +185,12 @@ class Door:
     def admit(self, role: str, queue: Callable[[], Queue]) -> str:
         """Let the present request in, or raise a Problem. Returns whose it is: the name of its key, or nothing without keys."""
         address = self._address()
-        key = self._key() if self.keys else None
         if not self.keys and not self.open:
             self._refuse_strangers(address)
-        if key and role not in key.may:
+        if role == "page":  # a browser that opens it has no key yet, and it must open while Redis is down: nothing is counted
+            return ""
+        key = self._key() if self.keys else None
+        if key and role != "any" and role not in key.may:
             raise Problem(403, "forbidden", f"the key {key.name} may not do that: it takes the role {role}")
         if request.method not in ("GET", "HEAD"):
             self._refuse_other_sites()
@@ -248,10 +257,12 @@ def _is_local(address: str, host: str) -> bool:
 
 # The API --------------------------------------------------------------------------------------------------------------
 
-ROUTES = (  # method, path, method of API, role that it takes
+ROUTES = (  # method, path, method of API, role that it takes: "any" key will do, a "page" needs none, "" is not asked at the door
+    ("GET", "/", "dashboard", "page"),
     ("GET", "/health", "health", ""),
     ("GET", "/ready", "ready", "read"),
-    ("GET", "/openapi.json", "openapi", "read"),
+    ("GET", "/openapi.json", "openapi", "any"),
+    ("GET", "/whoami", "whoami", "any"),
     ("POST", "/jobs", "submit", "submit"),
     ("POST", "/jobs/batch", "submit_batch", "submit"),
     ("GET", "/jobs", "list", "read"),
@@ -487,7 +498,7 @@ class API(bottle.Bottle):  # type: ignore[misc]
         return {"queues": self.queue.queues()}
 
     def stats(self) -> dict[str, Any]:
-        return self.queue.stats()
+        return self.queue.stats(_number(_query(), "minutes", 0, 0, 120))
 
     def workers(self) -> dict[str, Any]:
         return {"workers": self.queue.workers()}
@@ -504,10 +515,22 @@ class API(bottle.Bottle):  # type: ignore[misc]
         """Whether this process is alive; says nothing of Redis, for restarting the process would not mend that."""
         return {"status": "ok"}
 
-    def ready(self) -> dict[str, str]:
-        """Whether jobs can be submitted: Redis takes writes."""
+    def ready(self) -> dict[str, Any]:
+        """Whether jobs can be submitted: Redis takes writes. What endangers them all the same stands among the warnings."""
         self.queue.ping()
-        return {"status": "ok"}
+        return {"status": "ok", "warnings": self.queue.warnings()}
+
+    def whoami(self) -> dict[str, Any]:
+        """Tell a caller whose key it has sent and which roles that has; without keys, all."""
+        name = request.environ["tinyqueue.caller"]
+        may = next((key.may for key in self.door.keys if key.name == name), ROLES["admin"])
+        return {"name": name, "roles": [role for role in ROLES if role in may], "embedded": not self.settings.redis_url}
+
+    def dashboard(self) -> bottle.HTTPResponse:
+        """Show the dashboard. The page holds no data: it asks for it like any other client."""
+        page, policy = _dashboard()
+        headers = {"Content-Type": "text/html; charset=utf-8", "Content-Security-Policy": policy, "Referrer-Policy": "no-referrer"}
+        return bottle.HTTPResponse(page, 200, HEADERS | headers)
 
     def openapi(self) -> Any:
         """Describe this API in OpenAPI 3.1: openapi.json, and the payload of every job type from its handler's declaration."""
@@ -698,9 +721,32 @@ def _histograms(told: Mapping[str, Mapping[tuple[str, ...], int]], what: str) ->
     return made
 
 
+def _file(name: str) -> bytes:
+    """Read a file that belongs to this module: beside it, or installed from a wheel, where that put its data."""
+    beside = Path(__file__).with_name(name)
+    if beside.exists():
+        return beside.read_bytes()
+    return next(Path(file.locate()) for file in importlib.metadata.files("tinyqueue") or () if file.name == name).read_bytes()
+
+
+@lru_cache(maxsize=1)
+def _dashboard() -> tuple[bytes, str]:
+    """The page, and the policy that lets a browser run its own script and style, fetch from here, and nothing else.
+
+    Trusted Types make the browser refuse what would turn text into markup, should the script ever try.
+    """
+    page = _file("dashboard.html")
+    [script], [style] = (re.findall(rb"<%b>(.*?)</%b>" % (tag, tag), page, re.S) for tag in (b"script", b"style"))
+    own = [f"'sha256-{base64.b64encode(hashlib.sha256(text).digest()).decode()}'" for text in (script, style)]
+    return page, (
+        f"default-src 'none'; script-src {own[0]}; style-src {own[1]}; connect-src 'self'; img-src data:; "
+        "base-uri 'none'; form-action 'none'; frame-ancestors 'none'; require-trusted-types-for 'script'; trusted-types 'none'"
+    )
+
+
 def describe() -> dict[str, Any]:
     """Make the OpenAPI document for the handlers that are registered."""
-    document: dict[str, Any] = msgspec.json.decode(Path(__file__).with_name("openapi.json").read_bytes())
+    document: dict[str, Any] = msgspec.json.decode(_file("openapi.json"))
     schemas = document["components"]["schemas"]
     document["info"]["version"] = __version__
     kinds = []
@@ -835,32 +881,35 @@ def _serve_with_workers(api: API, server: Server) -> int:
 
 
 def serve_many(api: API, sock: socket.socket) -> int:
-    """Serve from WEB_CONCURRENCY processes that accept from one socket; one that dies is replaced. Returns the exit code."""
+    """Serve from WEB_CONCURRENCY processes that accept from one socket; one that dies is replaced. Returns the exit code.
+
+    Signals are waited for, never handled: one that came just before a wait for a child began would be acted on when a child ends.
+    """
     children: set[int] = set()
-    stopping = threading.Event()
-
-    def stop(*_: Any) -> None:
-        stopping.set()
-        for child in children:
-            with suppress(ProcessLookupError):
-                os.kill(child, signal.SIGTERM)
-
-    signal.signal(signal.SIGTERM, stop)
-    signal.signal(signal.SIGINT, stop)
-    while children or not stopping.is_set():
-        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # until each child is known here, and its own handlers are set there
-        while len(children) < api.settings.web_concurrency and not stopping.is_set():
+    stopping = False
+    signal.pthread_sigmask(signal.SIG_BLOCK, {*SIGNALS, signal.SIGCHLD})
+    while children or not stopping:
+        while len(children) < api.settings.web_concurrency and not stopping:
             if (child := os.fork()) == 0:
-                os._exit(serve(api, sock))
+                signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGCHLD})
+                os._exit(serve(api, sock))  # which lets the others through when it knows what to do
             children.add(child)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
-        with suppress(ChildProcessError):
-            child, status = os.wait()
+        if signal.sigwait({*SIGNALS, signal.SIGCHLD}) != signal.SIGCHLD:
+            stopping = True
+            for child in children:
+                os.kill(child, signal.SIGTERM)
+        for child, status in _ended(children):
             children.discard(child)
-            if not stopping.is_set():
+            if not stopping:
                 log.error("web process %d ended (%d): it is replaced", child, os.waitstatus_to_exitcode(status))
                 time.sleep(1)
     return 0
+
+
+def _ended(children: set[int]) -> list[tuple[int, int]]:
+    """The children that have ended, with their status: one SIGCHLD may tell of several."""
+    found = (os.waitpid(child, os.WNOHANG) for child in children)
+    return [(child, status) for child, status in found if child]
 
 
 def run() -> None:
@@ -868,10 +917,15 @@ def run() -> None:
     settings = Settings.read()
     set_up_logging(settings)
     load_handlers(settings.handlers)
-    api, sock = API(settings, Queue.from_settings(settings)), listen(settings)
+    queue = Queue.from_settings(settings, settings.web_connections)
+    api, sock = API(settings, queue), listen(settings)
     where = f"http://{settings.host or 'localhost'}:{sock.getsockname()[1]}"
     if settings.redis_url:
-        log.info("web on %s, %d processes", where, settings.web_concurrency)
+        for warning in queue.warnings():
+            log.warning("%s", warning)
+        queue.pool.disconnect()  # the processes that are forked open their own
+        each = settings.web_connections
+        log.info("web on %s, %d processes, up to %d connections to Redis each", where, settings.web_concurrency, each)
     else:
         log.info("web and %d workers in one process on %s", settings.worker_concurrency, where)
         log.warning("NOTHING IS KEPT: without REDIS_URL all jobs live in this process's memory and end with it")

@@ -11,6 +11,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import socket
 import subprocess
 import time
@@ -44,11 +45,14 @@ class RedisServer:
         self.url = f"redis://127.0.0.1:{self.port}/0"
         self.process: subprocess.Popen[bytes] | None = None
 
+    @property
+    def command(self) -> list[str]:
+        where = [str(REDIS), "--port", str(self.port), "--bind", "127.0.0.1", "--dir", str(self.folder)]
+        return [*where, "--logfile", "redis.log", "--save", "", "--appendonly", "no", *self.options]
+
     def start(self) -> None:
         """Start it and return when it answers."""
-        command = ["redis-server", "--port", str(self.port), "--bind", "127.0.0.1", "--dir", str(self.folder)]
-        command += ["--logfile", "redis.log", "--save", "", "--appendonly", "no", *self.options]
-        self.process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        self.process = subprocess.Popen(self.command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         with redis.Redis(port=self.port, retry=None) as client:
             for _ in range(1000):
                 try:
@@ -65,6 +69,7 @@ class RedisServer:
         """End it in good order."""
         if self.process:
             self.process.terminate()
+            self.process.send_signal(signal.SIGCONT)  # a test may have stopped it
             try:
                 self.process.wait(10)
             except subprocess.TimeoutExpired:
@@ -79,7 +84,7 @@ class RedisServer:
             self.process = None
 
 
-REDIS = shutil.which("redis-server")
+REDIS = shutil.which(os.environ.get("REDIS_SERVER", "redis-server"))  # a path, to test with another one
 NO_REDIS = "there is no redis-server on PATH: THE TESTS ON A REAL SERVER DO NOT RUN"
 
 
@@ -303,6 +308,7 @@ FAMILIES = {
     "promoter": "string",
     "metrics": "hash",
     "series": "set",
+    "mark": "string",
     "once:": "string",
     "unique:": "string",
     "paused": "set",
@@ -311,7 +317,7 @@ FAMILIES = {
     "awaited": "set",
     "done:": "list",
 }
-EXPIRING = ("lease:", "promoter", "once:", "minute:", "rate:", "done:")
+EXPIRING = ("lease:", "promoter", "mark", "once:", "minute:", "rate:", "done:")
 ENDED = ("completed", "failed", "cancelled")
 
 
@@ -355,7 +361,8 @@ def assert_books(queue: Queue) -> None:
     for id in (id for made in family("once:").values() for id in json.loads(made)["ids"]):
         assert ID.fullmatch(id), f"an Idempotency-Key names {id}"
     for minute in family("minute:").values():
-        assert {status.decode() for status in minute} <= set(ENDED)
+        assert {field.decode() for field in minute} <= {"started", "waitedMs", *ENDED}
+        assert int(minute.get(b"waitedMs", 0)) == 0 or int(minute[b"started"]) > 0
 
 
 def _assert_metrics(told: dict[str, dict[tuple[str, ...], int]], records: dict[str, dict[str, Any]]) -> None:

@@ -1,4 +1,4 @@
-"""A TCP proxy in front of Redis that does something unkind to a packet: it cuts, delays, swallows or splits it.
+"""A TCP proxy in front of Redis that does something unkind to a packet: it cuts, delays, swallows or splits it. Or to all of them.
 
     with CutProxy(server.port) as proxy:
         far = Queue.from_url(proxy.url)
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import socket
 import threading
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from select import select
@@ -37,9 +38,13 @@ class CutProxy:
     def __init__(self, redis_port: int) -> None:
         self.redis_port = redis_port
         self.packets: list[bytes] = []
+        self.delay = 0.0  # seconds that each packet is late, either way
+        self.flowing = threading.Event()  # cleared: nothing passes, and nothing is lost; what was sent meanwhile comes late
+        self.flowing.set()
         self._rules: list[Rule] = []
+        self._lock = threading.Lock()  # of two packets that fit one rule, one gets it
         self._late: list[tuple[socket.socket, bytes]] = []
-        self._open: list[socket.socket] = []
+        self._open: set[socket.socket] = set()
         self._threads: list[threading.Thread] = []
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.port: int = self._listener.getsockname()[1]
@@ -80,11 +85,11 @@ class CutProxy:
     def deliver(self) -> list[bytes]:
         """Let the packets that are held arrive, and return what Redis answers."""
         answers = []
-        for server, packet in self._late:
-            with server:
+        late, self._late = self._late, []
+        for server, packet in late:
+            with server, suppress(ConnectionError):  # Redis itself may have been killed since
                 server.sendall(packet)
                 answers.append(server.recv(SIZE))
-        self._late.clear()
         return answers
 
     def swallow(self, trigger: bytes) -> None:
@@ -123,6 +128,21 @@ class CutProxy:
 
         self._rules.append(Rule(trigger, deed))
 
+    def cut(self) -> None:
+        """End all connections that are there."""
+        for client in tuple(self._open):
+            with suppress(OSError):
+                client.shutdown(socket.SHUT_RDWR)
+
+    def heal(self) -> None:
+        """Ask for nothing more, let everything flow, and forget what has passed. What is held arrives."""
+        self._rules.clear()
+        self.delay = 0.0
+        self.flowing.set()
+        self.packets.clear()
+        self._threads = [thread for thread in self._threads if thread.is_alive()]
+        self.deliver()
+
     @property
     def idle(self) -> bool:
         """Whether everything that was asked for has been done."""
@@ -138,9 +158,10 @@ class CutProxy:
 
     def close(self) -> None:
         """Cut all connections and end all threads."""
-        for end in (self._listener, *self._open):
-            with suppress(OSError):
-                end.shutdown(socket.SHUT_RDWR)
+        self.flowing.set()
+        with suppress(OSError):
+            self._listener.shutdown(socket.SHUT_RDWR)
+        self.cut()
         for thread in self._threads:
             thread.join(10)
         for end in (self._listener, *(server for server, _ in self._late)):
@@ -155,31 +176,38 @@ class CutProxy:
         with suppress(OSError):  # the listener was closed
             while True:
                 client, _ = self._listener.accept()
-                self._open.append(client)
+                self._open.add(client)
                 self._run(self._serve, client)
 
     def _serve(self, client: socket.socket) -> None:
-        with client, socket.create_connection(("127.0.0.1", self.redis_port)) as server, suppress(ConnectionError):
+        with suppress(ConnectionError), client, socket.create_connection(("127.0.0.1", self.redis_port)) as server:
             for end in (client, server):
                 end.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            going = True
-            while going:
-                ready, _, _ = select([client, server], [], [])
-                if server in ready:
-                    reply = server.recv(SIZE)
-                    client.sendall(reply)
-                    going = bool(reply)
-                elif packet := client.recv(SIZE):
-                    self.packets.append(packet)
-                    going = self._deed(packet)(client, server, packet)
-                else:
-                    going = False
+            while self._pass(client, server):
+                pass
+        self._open.discard(client)
+
+    def _pass(self, client: socket.socket, server: socket.socket) -> bool:
+        """Wait for a packet and pass it on; tell whether the connection goes on."""
+        ready, _, _ = select([client, server], [], [])
+        if self.delay:
+            time.sleep(self.delay)
+        self.flowing.wait()
+        if server in ready:
+            reply = server.recv(SIZE)
+            client.sendall(reply)
+            return bool(reply)
+        if packet := client.recv(SIZE):
+            self.packets.append(packet)
+            return self._deed(packet)(client, server, packet)
+        return False
 
     def _deed(self, packet: bytes) -> Deed:
-        for rule in self._rules:
-            if rule.trigger in packet:
-                self._rules.remove(rule)
-                return rule.deed
+        with self._lock:
+            for rule in self._rules:
+                if rule.trigger in packet:
+                    self._rules.remove(rule)
+                    return rule.deed
         return _forward
 
 

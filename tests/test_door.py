@@ -61,7 +61,9 @@ def send(api: Client, method: str, path: str, **headers: str) -> Answer:
 TAKES = {
     ("GET", "/health"): None,
     ("GET", "/ready"): "read",
-    ("GET", "/openapi.json"): "read",
+    ("GET", "/"): None,
+    ("GET", "/openapi.json"): "any",
+    ("GET", "/whoami"): "any",
     ("POST", "/jobs"): "submit",
     ("POST", "/jobs/batch"): "submit",
     ("GET", "/jobs"): "read",
@@ -91,7 +93,7 @@ def test_know_the_role_of_every_route() -> None:
 def test_let_a_key_do_what_its_role_includes_and_nothing_else(near: Queue, role: str, method: str, path: str) -> None:
     before = dump(near)
     answer = send(locked(near, SECRETS[role]), method, path)
-    if TAKES[method, path] in (None, role) or role == "admin":
+    if TAKES[method, path] in (None, "any", role) or role == "admin":
         assert answer.status not in (401, 403)
     else:
         assert (answer.status, answer.kind) == (403, "forbidden")
@@ -113,8 +115,24 @@ def test_serve_head_to_a_key_that_may_read_and_to_no_other(near: Queue) -> None:
     assert found == {"submit": 403, "read": 200, "admin": 200}
 
 
-def test_serve_health_without_a_key(near: Queue) -> None:
-    assert locked(near).get("/health").status == 200
+@pytest.mark.parametrize("path", ["/health", "/"])
+def test_serve_health_and_the_dashboard_without_a_key(near: Queue, path: str) -> None:
+    assert locked(near).get(path).status == 200
+
+
+@pytest.mark.parametrize("role", SECRETS)
+def test_tell_who_somebody_is_and_may_do(near: Queue, role: str) -> None:
+    included = {"submit": ["submit"], "read": ["read"], "admin": ["submit", "read", "admin"]}
+    told = locked(near, SECRETS[role]).get("/whoami").json
+    assert told["roles"] == included[role]
+    assert f"{told['name']}:{role}:{SECRETS[role]}" in KEYS.split(",")
+
+
+def test_tell_who_comes_without_keys_that_all_is_allowed(near: Queue) -> None:
+    told = opened(near).get("/whoami").json
+    assert told == {"name": "", "roles": ["submit", "read", "admin"], "embedded": True}
+    told = opened(near, redis_url="redis://localhost").get("/whoami").json
+    assert not told["embedded"]
 
 
 def test_let_a_key_in_from_anywhere_through_any_proxy_and_under_any_name(near: Queue) -> None:
@@ -326,6 +344,12 @@ def test_a_process_without_keys_lets_this_machine_in_over_both_families(tmp_path
                 wire.send(spell("GET", "/stats").replace(b"Host: localhost", b"Host: evil.example.org"))
                 assert wire.answer().kind == "protected"
     assert "Traceback" not in log.read_text()
+
+
+def test_protect_the_dashboard_as_the_data_it_shows(near: Queue) -> None:
+    assert Client(API(Settings(), near)).get("/").status == 200
+    assert Client(API(Settings(), near), peer="198.51.100.7").get("/").kind == "protected"
+    assert opened(near).get("/").status == 200
 
 
 def test_let_everybody_in_when_open(near: Queue) -> None:

@@ -336,7 +336,7 @@ def query(rng: random.Random) -> Request:
     """A path that is right with a query that must not matter."""
     noise = "".join(rng.choice("%=&;+?#/\\\x01\xff0aé") for _ in range(rng.randint(1, 40)))
     return Request(
-        rng.choice(["GET", "HEAD"]), rng.choice(["/health", "/ready", "/stats", "/workers"]) + "?" + noise, lowest=200, highest=200
+        rng.choice(["GET", "HEAD"]), rng.choice(["/health", "/ready", "/queues", "/workers"]) + "?" + noise, lowest=200, highest=200
     )
 
 

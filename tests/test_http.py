@@ -589,7 +589,6 @@ def test_show_answers_404_when_a_job_has_been_forgotten(api: Client, queue: Queu
     "path",
     [
         *[
-            "/",
             "/nope",
             "/job",
             "/jobs/",
@@ -598,7 +597,7 @@ def test_show_answers_404_when_a_job_has_been_forgotten(api: Client, queue: Queu
             "//stats",
             "/Stats",
             "/%00",
-            "/%ff",
+            "/nope%ff",
             "/%0a",
             "/stats%0a",
             "/health;x",
@@ -612,8 +611,8 @@ def test_answer_404_to_an_unknown_path(refuse: Refuse, method: str, path: str) -
     refuse(404, "not-found", echo_with() if method == "POST" else NO_BODY, path=path, method=method)
 
 
-def test_ignore_the_query(api: Client) -> None:
-    assert api.get("/stats?state=%ff&a=1&a=2&&=%00;%").status == 200
+def test_ignore_the_query_of_a_route_that_takes_none(api: Client) -> None:
+    assert api.get("/queues?state=%ff&a=1&a=2&&=%00;%").status == 200
 
 
 ALLOWED = {path: {method for method, at, *_ in ROUTES if at == path} for _, path, *_ in ROUTES}
@@ -654,7 +653,7 @@ def test_options_answers_404_to_an_unknown_path(refuse: Refuse) -> None:
     refuse(404, "not-found", path="/nope", method="OPTIONS")
 
 
-@pytest.mark.parametrize("path", ["/health", "/ready", "/stats", "/jobs/{id}", f"/jobs/{NO_JOB}", "/nope"])
+@pytest.mark.parametrize("path", ["/", "/health", "/ready", "/stats", "/jobs/{id}", f"/jobs/{NO_JOB}", "/nope"])
 def test_head_answers_as_get_without_the_body(api: Client, queue: Queue, path: str) -> None:
     path = path.format(id=queue.enqueue("echo", 1).id)
     get, head = (api.call(method, path, headers={"X-Request-ID": "r"}) for method in ("GET", "HEAD"))
@@ -668,7 +667,7 @@ def test_head_answers_as_get_without_the_body(api: Client, queue: Queue, path: s
 @pytest.mark.parametrize("path", ["/health", "/ready"])
 def test_health_and_ready_are_ok(api: Client, path: str) -> None:
     answer = api.get(path)
-    assert (answer.status, answer.json) == (200, {"status": "ok"})
+    assert (answer.status, answer.json["status"]) == (200, "ok")
     assert answer.headers["content-type"] == "application/json"
     assert answer.headers["cache-control"] == "no-store"
 

@@ -23,14 +23,17 @@ class Known:
 
     def __init__(self, job: Job) -> None:
         self.status, self.attempts, self.max_attempts, self.due, self.worker = "pending", 0, job.max_attempts, job.run_at, ""
-        self.expires, self.unique_key, self.asked = job.expires_at, job.unique_key, False
+        self.expires, self.unique_key, self.asked, self.suspicions = job.expires_at, job.unique_key, False, 0
 
     @property
     def active(self) -> bool:
         return self.status in ("pending", "processing")
 
-    def give_back(self) -> None:
+    def give_back(self, beside: bool) -> None:
         self.status, self.due, self.worker = "pending", 0, ""
+        if beside:
+            self.attempts -= 1
+            self.suspicions += 1
         if self.asked:
             self.status = "cancelled"
         elif self.attempts >= self.max_attempts:
@@ -162,7 +165,16 @@ class Machine(RuleBasedStateMachine):
     @rule(data=st.data(), most=st.integers(1, 3))
     def dequeue(self, data: st.DataObject, most: int) -> None:
         worker = data.draw(st.sampled_from(self.workers))
-        ids = self.queue.take(worker.id, NAMES, most)
+        self._start(worker, self.queue.take(worker.id, NAMES, most))
+
+    @precondition(lambda self: self.workers)
+    @rule(data=st.data(), most=st.integers(1, 3))
+    def adopt(self, data: st.DataObject, most: int) -> None:
+        """Start what was left in the list for being a suspect in company."""
+        worker = data.draw(st.sampled_from(self.workers))
+        self._start(worker, self.queue.adopt(worker.id, worker.held)[:most])
+
+    def _start(self, worker: Worker, ids: list[bytes]) -> None:
         try:
             jobs = self.queue.start(worker.id, ids, {job.id: job.attempts for job in worker.held.values()})
         except Reaped:
@@ -176,6 +188,11 @@ class Machine(RuleBasedStateMachine):
                 known.status = "failed"
         for job in jobs:
             known = self.model[job.id]
+            if job.status == "pending":
+                assert known.suspicions >= tinyqueue.SUSPICIOUS
+                assert worker.held or len(ids) > 1
+                continue
+            assert known.suspicions < tinyqueue.SUSPICIOUS or jobs == [job]
             assert known.status == "pending"
             assert known.due <= self.queue.now()
             assert job.queue not in self.paused
@@ -277,7 +294,7 @@ class Machine(RuleBasedStateMachine):
         running = [known for known in self.model.values() if known.worker == id]
         assert given >= len(running)  # what it had taken and not started is given back too
         for known in running:
-            known.give_back()
+            known.give_back(beside=len(running) > 1)
         for worker in self.workers:
             worker.reaped = worker.reaped or worker.id == id
 
@@ -310,6 +327,7 @@ class Machine(RuleBasedStateMachine):
         for id, known in self.model.items():
             job = self.queue.get(id)
             assert (job.status, job.attempts, job.worker) == (known.status, known.attempts, known.worker)
+            assert job.suspicions == known.suspicions
             assert job.cancelled == known.asked
 
     def teardown(self) -> None:
@@ -326,15 +344,19 @@ class Machine(RuleBasedStateMachine):
         last = self.queue.register(NAMES, 1)
         ended: list[str] = []
         while self.queue.waiting(NAMES):
-            for job in self.queue.start(last, self.queue.take(last, NAMES, 5), {}):
-                self.queue.complete(job)
-                ended.append(job.id)
+            ids = self.queue.take(last, NAMES, 5)
+            for part in [ids, *([id] for id in ids)]:  # suspects one by one
+                jobs = [job for job in self.queue.start(last, part, {}) if job.status == "processing"]
+                for job in jobs:
+                    self.queue.complete(job)
+                    ended.append(job.id)
         assert sorted(ended) == sorted(waiting)
         assert_books(self.queue)
 
 
 def test_machine(server: Server, queue: Queue, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tinyqueue, "PAUSE_AGE", -1.0)  # a pause takes effect at once
+    monkeypatch.setattr(tinyqueue, "SUSPICIOUS", 1)  # else few would come so far
     examples, steps = (40, 40) if not server.url else (15, 30)
     limits = settings(
         max_examples=examples,

@@ -150,6 +150,7 @@ BODY = {400, 413, 415, 422}
 STATUSES_OF = {
     ("GET", "/ready"): {200},
     ("GET", "/openapi.json"): {200},
+    ("GET", "/whoami"): {200},
     ("POST", "/jobs"): {200, 201} | BODY,
     ("POST", "/jobs/batch"): {200, 201} | BODY,
     ("GET", "/jobs"): {200, 400, 422},
@@ -174,6 +175,12 @@ def test_describes_every_status_that_a_route_answers(document: Any, method: str,
     assert described == STATUSES_OF[method, path] | EVERYWHERE
 
 
+def test_describes_the_dashboard_as_a_page_without_a_key(document: Any) -> None:
+    page = operations(document)["GET", "/"]
+    assert {int(status) for status in page["responses"]} == {200} | EVERYWHERE - {401, 429}
+    assert page["security"] == [{}]
+
+
 def test_describes_health_as_what_is_always_well(document: Any) -> None:
     health = operations(document)["GET", "/health"]
     assert health["responses"].keys() <= {"200", "500"}
@@ -183,7 +190,7 @@ def test_describes_health_as_what_is_always_well(document: Any) -> None:
 def test_says_where_a_key_is_wanted(document: Any) -> None:
     roles = {(method, braced(path)): role for method, path, _, role in ROUTES}
     wants = {route: {"key": []} in about["security"] for route, about in operations(document).items()}
-    assert wants == {route: bool(role) for route, role in roles.items()}
+    assert wants == {route: role not in ("", "page") for route, role in roles.items()}
     assert document["components"]["securitySchemes"]["key"]["scheme"] == "bearer"
 
 
@@ -208,6 +215,7 @@ def test_gives_the_limits_of_the_code(document: Any) -> None:
     assert job["delay"]["maximum"] == job["expiresIn"]["maximum"] == MAX_DELAY
     assert (batch["minItems"], batch["maxItems"]) == (1, MAX_JOBS)
     assert schemas["Status"]["enum"] == list(STATUSES)
+    assert document["components"]["parameters"]["minutes"]["schema"]["maximum"] == 120
     assert str(LONGEST_WAIT) in document["components"]["parameters"]["wait"]["description"]
 
 
@@ -331,8 +339,9 @@ def test_records_are_as_described(queue: Queue, api: Client, status: str) -> Non
     job = put(queue, status, unique_key="u", expires_in=60)
     assert_conforms(api.get(f"/jobs/{job.id}"), document, "GET", "/jobs/{id}")
     queue.enqueue("echo", "x" * 2000)
-    for path in ("/jobs", "/queues", "/stats", "/workers"):
+    for path in ("/jobs", "/queues", "/stats", "/workers", "/whoami"):
         assert_conforms(api.get(path), document, "GET", path)
+    assert_conforms(api.get("/stats?minutes=2"), document, "GET", "/stats")
     assert_conforms(api.call("POST", f"/jobs/{job.id}/retry"), document, "POST", "/jobs/{id}/retry")
     assert_conforms(api.call("DELETE", f"/jobs/{job.id}"), document, "DELETE", "/jobs/{id}")
     assert_conforms(api.post("/jobs/cancel", {}), document, "POST", "/jobs/cancel")

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, suppress
 from pathlib import Path
-from signal import SIGCONT, SIGINT, SIGKILL, SIGSTOP, SIGTERM
+from signal import SIGCHLD, SIGCONT, SIGINT, SIGKILL, SIGSTOP, SIGTERM
 from typing import Any
 
 import pytest
@@ -287,9 +287,27 @@ def test_reap_of_a_job_that_kills_its_worker_ends_it_and_nothing_else(near: Queu
         kills += worker.code == -SIGKILL
     dead = until_is(near, pill, "failed")
     assert dead.error == Failure("WorkerLost", "worker lost (attempt 2/2)")
-    assert kills == 2
+    assert 2 <= kills <= 4  # with an innocent beside it, the attempt does not count, twice at most
     for job in innocents:
         until_is(near, job, "completed")
+
+
+def test_reap_of_a_job_that_kills_its_worker_spares_those_that_ran_beside_it(near: Queue, work: Any, runs: Runs) -> None:
+    work("--queue", "other")  # runs none of these, but reaps
+    innocents = near.enqueue_many("gate", ["a", "b"], max_attempts=1)
+    pill = near.enqueue("kill9", 0, max_attempts=1)
+    kills = 0
+    while near.get(pill.id).status != "failed":
+        worker = work("--concurrency", "3")
+        until(lambda worker=worker: worker.code is not None or near.get(pill.id).status == "failed")
+        kills += worker.code == -SIGKILL
+        if kills == 2:  # all are suspects now, and the innocents go first, one after the other
+            runs.open("a")
+            runs.open("b")
+    assert kills == 3
+    assert near.get(pill.id).error == Failure("WorkerLost", "worker lost (attempt 1/1)")
+    for job in innocents:
+        assert until_is(near, job, "completed").attempts == 1
 
 
 def test_reap_after_os_exit_in_a_handler(near: Queue, work: Any) -> None:
@@ -499,6 +517,17 @@ def test_web_processes_share_a_socket_and_are_replaced(near: Queue, real: Server
     assert not [pid for pid in first | second if Path(f"/proc/{pid}").exists()]
 
 
+def test_web_processes_have_one_parent_that_misses_no_signal(real: Server, serve: Any) -> None:
+    """It waits for signals and for children at once. Handled, a signal that comes as a wait for children begins is heard too late:
+    of 1,500 that were sent at that moment, 9 were."""
+    web = serve(REDIS_URL=real.url, WEB_CONCURRENCY="2")
+    until(lambda: len(web.children) == 2)
+    status = Path(f"/proc/{web.pid}/status").read_text()
+    [blocked] = re.findall(r"^SigBlk:\s*(\w+)$", status, re.M)
+    assert all(int(blocked, 16) >> (number - 1) & 1 for number in (SIGTERM, SIGINT, SIGCHLD))
+    assert web.end(SIGTERM) == 0
+
+
 def test_web_processes_end_if_told_while_they_start(real: Server, start: Any, folder: Path) -> None:
     (folder / "slow.py").write_text(
         "import time, wsgi\n"
@@ -664,26 +693,131 @@ def test_enqueue_refuses(near: Queue, run: Any, arguments: tuple[Any, ...], reas
     assert near.stats()["pending"] == 0
 
 
+def lines(done: subprocess.CompletedProcess[bytes]) -> list[str]:
+    """What a command has printed, its columns parted by one blank."""
+    assert done.returncode == 0, done.stderr.decode()
+    return [" ".join(line.split()) for line in done.stdout.decode().splitlines()]
+
+
 def test_get_shows_the_job(near: Queue, run: Any) -> None:
-    job = near.enqueue("echo", 7)
-    done = run("get", job.id)
-    assert done.returncode == 0
-    assert json.loads(done.stdout) == json.loads(json.dumps(job.answer()))
+    job = near.enqueue("echo", 7, delay=60)
+    shown = lines(run("get", job.id))
+    assert {f"id {job.id}", "type echo", "status pending", "attempts 0", "payload", "7"} <= set(shown)
+    assert re.fullmatch(r"runAt \d{4}-\d\d-\d\d \d\d:\d\d:\d\dZ", next(line for line in shown if "runAt" in line))
 
 
-def test_stats_and_workers_are_json(near: Queue, run: Any) -> None:
+def test_get_shows_the_error_of_a_failed_job_with_its_traceback(near: Queue, run: Any) -> None:
+    job = near.enqueue("echo", 7, max_attempts=1)
+    worker = near.register(["default"], 1)
+    near.fail(near.dequeue(worker, ["default"])[0], Failure("Boom", "it\nbroke", "Traceback:\n  here"))
+    assert lines(run("get", job.id))[-4:] == ["error", "Boom: it broke", "Traceback:", "here"]
+
+
+@pytest.mark.parametrize(("type", "code"), [("echo", 0), ("old", 1)])
+def test_get_watches_a_job_to_its_end_and_tells_by_its_exit(near: Queue, run: Any, work: Any, type: str, code: int) -> None:
+    job = near.enqueue(type, 7, max_attempts=1)
+    work()
+    done = run("get", "--watch", "--json", job.id)
+    assert (done.returncode, json.loads(done.stdout)["status"]) == (code, "failed" if code else "completed")
+
+
+def test_reading_commands_print_json(near: Queue, run: Any) -> None:
+    job = near.enqueue("echo", 7, delay=60)
+    shown = json.loads(json.dumps(job.answer()))
+    assert json.loads(run("get", "--json", job.id).stdout) == shown
+    assert json.loads(run("list", "--json").stdout) == [shown]
+    assert json.loads(run("failed", "--json").stdout) == []
+    assert json.loads(run("stats", "--json").stdout) == near.stats()
+    assert json.loads(run("workers", "--json").stdout) == near.workers() == []
+
+
+def test_stats_are_a_table(near: Queue, run: Any) -> None:
     near.enqueue("echo", 7, delay=60)
-    assert json.loads(run("stats").stdout) == near.stats()
-    assert json.loads(run("workers").stdout) == []
+    near.enqueue("echo", 7, queue="slow")
+    near.pause("slow")
+    shown = lines(run("stats"))
+    assert shown[0] == "queue pending processing oldest waits"
+    assert shown[1] == "default 1 0 -"
+    assert re.fullmatch(r"slow 1 0 [\d.]+ s paused", shown[2])
+    assert "1 of the pending are delayed; 0 workers" in shown
+    assert "completed 0 0 0" in shown
+
+
+def test_workers_are_a_table(near: Queue, run: Any) -> None:
+    assert lines(run("workers")) == ["no worker: start one with python worker.py"]
+    id, job = near.register(["default", "slow"], 3), near.enqueue("echo", 7)
+    near.heartbeat(id, [job.id])
+    assert lines(run("workers")) == ["worker alive busy queues runs", f"{id} yes 1/3 default,slow {job.id}"]
+    near.deregister(id)
+
+
+def test_list_shows_the_jobs_that_fit(near: Queue, run: Any) -> None:
+    jobs = [near.enqueue("echo", at, queue=name) for at, name in enumerate(("default", "slow", "slow"))]
+    assert [line.split()[2] for line in lines(run("list"))[1:]] == [job.id for job in reversed(jobs)]
+    assert [line.split()[2] for line in lines(run("list", "--queue", "slow", "--limit", "1"))[1:]] == [jobs[2].id]
+    assert lines(run("list", "--status", "failed")) == ["no job fits"]
+
+
+@pytest.mark.parametrize("command", ["stats", "workers"])
+def test_watch_goes_on_until_it_is_interrupted(near: Queue, start: Any, real: Server, command: str) -> None:
+    watching = start(ROOT / "worker.py", command, "--watch", REDIS_URL=real.url)
+    until(lambda: watching.said)
+    assert watching.end(SIGINT) == 0
+
+
+def test_pause_and_resume(near: Queue, run: Any) -> None:
+    assert lines(run("pause", "one", "two")) == ["one paused", "two paused"]
+    assert {name for name, about in near.queues().items() if about["paused"]} == {"one", "two"}
+    assert lines(run("resume", "one")) == ["one resumed"]
+    assert {name for name, about in near.queues().items() if about["paused"]} == {"two"}
+    near.resume("two")
+
+
+def test_retry_and_cancel_of_all_that_fit(near: Queue, run: Any) -> None:
+    near.enqueue_many("echo", range(3))
+    near.enqueue("echo", 3, queue="slow")
+    assert lines(run("cancel", "--queue", "default", "--yes")) == ["3 cancelled, 0 had changed meanwhile"]
+    assert (near.stats()["pending"], near.stats()["cancelled"]) == (1, 3)
+    assert lines(run("retry", "--status", "cancelled", "--type", "echo")) == ["3 retried, 0 had changed meanwhile"]
+    assert near.stats()["pending"] == 4
+
+
+@pytest.mark.parametrize("arguments", ["retry", "cancel", "retry --all 01a21209-ff58-7622-86d1-f71be07e4d07", "purge"])
+def test_bulk_commands_want_to_be_told_which_jobs(run: Any, arguments: str) -> None:
+    assert run(*arguments.split()).returncode == 2
+
+
+@pytest.mark.parametrize(("answer", "left"), [(b"n\n", 2), (b"", 2), (b"y\n", 0)])
+def test_purge_asks_first(near: Queue, run: Any, answer: bytes, left: int) -> None:
+    for at in range(2):
+        near.cancel(near.enqueue("echo", at).id)
+    done = run("purge", "--status", "cancelled", input=answer)
+    assert b"Forget all cancelled jobs?" in done.stdout + done.stderr
+    assert done.returncode == int(left > 0)
+    assert near.stats()["cancelled"] == left
+
+
+def test_purge_forgets_only_what_fits(near: Queue, run: Any) -> None:
+    for name in ("default", "slow", "slow"):
+        near.cancel(near.enqueue("echo", 1, queue=name).id)
+    assert lines(run("purge", "--status", "cancelled", "--queue", "slow", "--yes")) == ["2 forgotten"]
+    assert [job.queue for job in near.jobs("cancelled")] == ["default"]
+
+
+def test_completion_of_the_shell_knows_the_commands(folder: Path) -> None:
+    script = Path(sys.executable).with_name("tinyqueue")
+    if not script.exists():
+        pytest.skip("TinyQueue is not installed here, so its script is not")
+    asked = {"_TINYQUEUE_COMPLETE": "bash_complete", "COMP_WORDS": "tinyqueue re", "COMP_CWORD": "1"}
+    done = subprocess.run([script], cwd=folder, env=environment(**asked), capture_output=True, text=True, timeout=30, check=False)
+    assert set(done.stdout.split()) == {"plain,retry", "plain,resume"}
 
 
 def test_failed_lists_what_failed(near: Queue, run: Any) -> None:
     job = near.enqueue("echo", 7, max_attempts=1)
     worker = near.register(["default"], 1)
     near.fail(near.dequeue(worker, ["default"])[0], Failure("Boom", "it\nbroke"))
-    done = run("failed")
-    assert done.returncode == 0
-    assert done.stdout.decode().split("  ")[1:] == [job.id, "echo", "1/1", "Boom: it broke\n"]
+    assert lines(run("failed"))[1].split()[2:] == [job.id, "echo", "default", "failed", "1/1", "Boom:", "it", "broke"]
 
 
 def test_retry_and_cancel_tell_the_new_status(near: Queue, run: Any) -> None:
@@ -721,6 +855,10 @@ COMMANDS = {
     "retry": ("retry", "01a21209-ff58-7622-86d1-f71be07e4d07"),
     "cancel": ("cancel", "01a21209-ff58-7622-86d1-f71be07e4d07"),
     "workers": ("workers",),
+    "list": ("list",),
+    "pause": ("pause", "mine"),
+    "purge": ("purge", "--status", "failed", "--yes"),
+    "bulk retry": ("retry", "--all"),
 }
 
 

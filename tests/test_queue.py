@@ -782,6 +782,74 @@ def test_reap_gives_several_back_in_their_order(queue: Queue, worker: str) -> No
     assert ids(queue.dequeue(worker, DEFAULT, 3)) == ids(jobs)
 
 
+def lose(queue: Queue, most: int) -> list[Job]:
+    """Start up to that many jobs on one worker, and let it be lost."""
+    worker = queue.register(DEFAULT, most)
+    jobs = queue.dequeue(worker, DEFAULT, most)
+    lapse(queue, worker)
+    assert queue.reap(worker) >= len(jobs)
+    return jobs
+
+
+def test_reap_counts_no_attempt_of_jobs_that_ran_beside_others(queue: Queue) -> None:
+    jobs = queue.enqueue_many("echo", range(3), max_attempts=1)
+    assert ids(lose(queue, 3)) == ids(jobs)
+    for job in jobs:
+        stored = queue.get(job.id)
+        assert (stored.status, stored.attempts, stored.suspicions) == ("pending", 0, 1)
+        assert stored.error == Failure("WorkerLost", "worker lost beside others (attempt 1/1, which does not count)")
+
+
+def test_reap_counts_the_attempt_of_a_job_beside_which_others_were_only_taken(queue: Queue) -> None:
+    job, taken = queue.enqueue_many("echo", range(2))
+    worker = queue.register(DEFAULT, 2)
+    queue.dequeue(worker, DEFAULT)
+    queue.take(worker, DEFAULT, 1)
+    lapse(queue, worker)
+    assert queue.reap(worker) == 2
+    assert (queue.get(job.id).attempts, queue.get(job.id).suspicions) == (1, 0)
+    assert (queue.get(taken.id).attempts, queue.get(taken.id).suspicions) == (0, 0)
+
+
+def test_start_leaves_a_suspect_in_company_to_wait(queue: Queue, worker: str) -> None:
+    suspects = queue.enqueue_many("echo", range(2), max_attempts=1)
+    lose(queue, 2)
+    lose(queue, 2)
+    innocent = queue.enqueue("echo", {})
+    taken = queue.take(worker, DEFAULT, 3)
+    assert [(job.id, job.status) for job in queue.start(worker, taken, {})] == [
+        (suspects[0].id, "pending"),
+        (suspects[1].id, "pending"),
+        (innocent.id, "processing"),
+    ]
+    held = {innocent.id: 1}
+    assert [job.status for job in queue.start(worker, taken[:1], held)] == ["pending"]
+    queue.complete(queue.get(innocent.id))
+    assert sorted(queue.adopt(worker, [])) == sorted(taken[:2])
+    [alone] = queue.start(worker, taken[:1], {})
+    assert (alone.status, alone.attempts, alone.suspect) == ("processing", 1, True)
+    queue.complete(alone)
+    assert queue.deregister(worker) is None
+    assert queue.get(suspects[1].id).status == "pending"
+
+
+def test_reap_fails_a_suspect_that_was_lost_alone_with_its_last_attempt(queue: Queue) -> None:
+    pill, other = queue.enqueue_many("echo", range(2), max_attempts=1)
+    lose(queue, 2)
+    lose(queue, 2)
+    assert ids(lose(queue, 1)) == [pill.id]
+    assert queue.get(pill.id).error == Failure("WorkerLost", "worker lost (attempt 1/1)")
+    assert queue.get(other.id).status == "pending"
+
+
+def test_retry_of_a_suspect_leaves_it_one(queue: Queue) -> None:
+    pill, _ = queue.enqueue_many("echo", range(2), max_attempts=1)
+    lose(queue, 2)
+    lose(queue, 2)
+    lose(queue, 1)
+    assert queue.retry(pill.id).suspect
+
+
 def test_reap_fails_a_job_that_has_killed_its_last_worker(queue: Queue) -> None:
     job = queue.enqueue("kill", {})
     for attempt in (1, 2, 3):
@@ -841,11 +909,10 @@ def test_deregister_takes_an_idle_worker_out_of_the_books(queue: Queue, worker: 
     assert dump(queue) == {}
 
 
-def test_deregister_of_one_that_holds_jobs_leaves_them_to_the_next_reap(queue: Queue) -> None:
+def test_deregister_of_one_that_holds_jobs_gives_them_back(queue: Queue) -> None:
     job = put(queue, "processing")
     queue.deregister(job.worker)
-    assert queue.lost_workers() == [job.worker]
-    assert queue.reap(job.worker) == 1
+    assert queue.lost_workers() == []
     assert queue.get(job.id).status == "pending"
 
 
@@ -1185,8 +1252,8 @@ def test_deregister_of_a_worker_that_takes_meanwhile(near: Queue, far: Queue, pr
     worker = near.register(DEFAULT, 1)
     proxy.before(b"EXEC", lambda: near.take(worker, DEFAULT, 1))
     far.deregister(worker)
-    assert near.lost_workers() == [worker]
-    assert near.reap(worker) == 1
+    assert near.lost_workers() == []
+    assert near.waiting(DEFAULT) == 1
 
 
 def test_transaction_that_others_keep_breaking_gives_up(
@@ -1346,6 +1413,35 @@ def test_promote_whose_packet_is_lost_loses_nothing(near: Queue, far: Queue, pro
     assert ids(near.dequeue(near.register(DEFAULT, 1), DEFAULT)) == [job.id]
 
 
+def test_promote_spares_a_job_that_became_delayed_again_meanwhile(near: Queue, far: Queue, proxy: CutProxy) -> None:
+    near.enqueue("echo", 1, delay=1)
+    near.clock.ahead = far.clock.ahead = 2000
+    worker = near.register(["default"], 1)
+    started: list[Job] = []
+
+    def overtake() -> None:
+        near.promote()
+        started.extend(near.dequeue(worker, ["default"]))
+
+    proxy.before(b"NX", overtake)  # it has read which jobs are due, and does not have the lock yet
+    proxy.before(b"ZREM", lambda: near.fail(started[0], Failure("Boom", "it broke"), after=60))  # it saw the job processing
+    far.promote()
+    assert near.stats()["delayed"] == near.stats()["pending"] == 1
+
+
+def test_promote_that_arrives_late_spares_a_job_that_became_delayed_again(near: Queue, far: Queue, proxy: CutProxy) -> None:
+    near.enqueue("echo", 1, delay=1)
+    near.clock.ahead = far.clock.ahead = 2000
+    proxy.hold(b"ZREM")
+    far.promote()
+    raw(near).delete(near.keys.promoter)  # its time to live is over
+    near.promote()
+    [started] = near.dequeue(near.register(["default"], 1), ["default"])
+    near.fail(started, Failure("Boom", "it broke"), after=60)
+    proxy.deliver()
+    assert near.stats()["delayed"] == near.stats()["pending"] == 1
+
+
 @pytest.mark.parametrize("applied", [True, False])
 def test_settle_that_is_in_doubt_can_be_repeated(near: Queue, far: Queue, proxy: CutProxy, applied: bool) -> None:
     job = put(near, "processing")
@@ -1449,6 +1545,18 @@ def test_transition_that_is_not_answered_waits_for_one_timeout(
     with unavailable("timeout"):
         far.cancel(job.id)
     assert len(proxy.packets) == 1
+
+
+def test_submit_that_is_not_answered_waits_for_one_timeout(real: Server, proxy: CutProxy, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tinyqueue, "SOCKET_TIMEOUT", 0.05)
+    far = real.queue(proxy.url)
+    far.ping()
+    proxy.packets.clear()
+    proxy.swallow(b"INFO")  # the look at the memory comes first
+    with unavailable("timeout"):
+        far.enqueue("echo", {})
+    assert len(proxy.packets) == 1
+    far.enqueue("echo", {})
 
 
 def test_redis_that_was_killed_has_kept_what_was_accepted(start_redis: Callable[..., RedisServer]) -> None:

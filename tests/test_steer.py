@@ -1156,6 +1156,47 @@ def test_stats_tells_what_ended_within_the_last_minute(queue: Queue) -> None:
     assert 0 < raw(queue).ttl(minute) <= 7200
 
 
+def test_history_tells_what_started_and_ended_in_each_minute_and_how_long_it_had_waited(queue: Queue) -> None:
+    queue.clock = Still()
+    begun = queue.now()
+    for delay in (0, 5):
+        queue.enqueue("echo", 1, delay=delay)
+    queue.clock.ahead += 60_000 + 7000
+    queue.promote()
+    worker = queue.register(DEFAULT, 2)
+    for job in queue.dequeue(worker, DEFAULT, 2):
+        queue.complete(job)
+    nothing = {"started": 0, "completed": 0, "failed": 0, "cancelled": 0, "waitedMs": 0}
+    [before, now] = queue.stats(2)["history"]
+    assert before == {"at": begun, **nothing}
+    assert now == {"at": begun + 60_000, **nothing, "started": 2, "completed": 2, "waitedMs": 67_000 + 62_000}
+    queue.clock.ahead += 60_000
+    assert queue.stats(2)["history"] == [now, {"at": begun + 120_000, **nothing}]
+    assert "history" not in queue.stats()
+
+
+@pytest.mark.parametrize("verb", ["fail", "release", "retry"])
+def test_history_counts_the_waiting_of_a_later_attempt_from_when_it_was_back(queue: Queue, verb: str) -> None:
+    queue.clock = Still()
+    queue.enqueue("echo", 1)
+    worker = queue.register(DEFAULT, 1)
+    queue.clock.ahead += 10_000
+    [job] = queue.dequeue(worker, DEFAULT)
+    queue.clock.ahead += 10_000
+    if verb == "release":
+        queue.release(job)
+    else:
+        queue.fail(job, BOOM, after=3 if verb == "fail" else None)
+    if verb == "retry":
+        queue.clock.ahead += 10_000
+        queue.retry(job.id)
+    queue.clock.ahead += 4000
+    queue.promote()
+    queue.dequeue(worker, DEFAULT)
+    [now] = queue.stats(1)["history"]
+    assert (now["started"], now["waitedMs"]) == (2, 10_000 + (1000 if verb == "fail" else 4000))
+
+
 def test_spend_counts_down_within_a_window(queue: Queue) -> None:
     queue.clock = Still()
     assert [queue.spend("me", 2, 60) for _ in range(3)] == [(1, 60), (0, 60), (-1, 60)]

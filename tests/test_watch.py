@@ -5,14 +5,15 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import pairwise
 from typing import Any
 
 import pytest
 from client import NO_BODY, Answer, Client
 from conftest import dump, lapse, put, raw
 
-from tinyqueue import STATUSES, Failure, Job, Queue, handler
-from wsgi import CUT, THREADS
+from tinyqueue import STATUSES, THREADS, Failure, Job, Queue, handler
+from wsgi import CUT
 
 NO_JOB = "01900000-0000-7000-8000-000000000000"
 ENDED = ("completed", "failed", "cancelled")
@@ -140,6 +141,22 @@ def test_list_neither_twice_nor_never_what_stays_while_others_come_and_go(api: C
 def test_list_fifty_jobs_unless_another_number_is_asked_for(api: Client, queue: Queue) -> None:
     queue.enqueue_many("echo", range(60))
     assert [len(ids(api.get("/jobs" + query))) for query in ("", "?limit=1", "?limit=0059", "?limit=500")] == [50, 1, 59, 60]
+
+
+@pytest.mark.parametrize("minutes", ["", "121", "-1", "1.0", "x"])
+def test_refuse_what_is_no_number_of_minutes(api: Client, minutes: str) -> None:
+    answer = api.get(f"/stats?minutes={minutes}")
+    assert (answer.status, answer.kind, answer.problem["field"]) == (400, "invalid-query", "minutes")
+
+
+@pytest.mark.parametrize("minutes", [2, 60, 120])
+def test_stats_have_as_many_minutes_of_history_as_are_asked_for(api: Client, queue: Queue, minutes: int) -> None:
+    put(queue, "completed")
+    history = api.get(f"/stats?minutes={minutes}").json["history"]
+    assert len(history) == minutes
+    assert {after["at"] - before["at"] for before, after in pairwise(history)} <= {60_000}
+    assert sum(minute["completed"] for minute in history) == 1
+    assert api.get("/stats?minutes=0").json == api.get("/stats").json
 
 
 @pytest.mark.parametrize("limit", ["", "0", "501", "-1", "1.0", "1e1", " 1", "x", "%D9%A3", "9" * 5000, "1%00"])

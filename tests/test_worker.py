@@ -1045,6 +1045,27 @@ def test_reaped_worker_that_is_idle_registers_anew(queue: Queue, server: Server,
     assert until_ended(queue, queue.enqueue("echo", 1)).status == "completed"
 
 
+def test_reap_spares_whoever_could_not_renew_its_lease_while_redis_stood_still(
+    near: Queue, real: Server, proxy: CutProxy, work: Any, echo: None
+) -> None:
+    worker = near.register(["default"], 1)
+    job = near.enqueue("echo", 1)
+    near.dequeue(worker, ["default"])
+    far = real.queue(proxy.url, lease=1)
+    work(far)
+    until(lambda: time.monotonic() - far.last_trouble > far.lease)
+    proxy.flowing.clear()
+    time.sleep(0.7 * far.lease)  # the time in which it might have been renewed is what this is about
+    lapse(near, worker)
+    proxy.packets.clear()
+    proxy.flowing.set()
+    looks = near.keys.lease(worker).encode()
+    until(lambda: sum(looks in packet for packet in tuple(proxy.packets)) >= 2 or found(near, job).worker != worker)
+    assert found(near, job).worker == worker
+    near.heartbeat(worker)
+    near.complete(found(near, job))
+
+
 def test_reaped_handler_learns_it_from_its_progress(queue: Queue, server: Server, work: Any, gates: Any) -> None:
     gate, told = gates(), []
 

@@ -1,0 +1,259 @@
+"""Check the protocol in every interleaving of a small world, and show that each of its guards is needed.
+
+    python tests/protocol_model.py [--jobs 1] [--workers 3] [--pill] [--without GUARD]
+
+A step is one transaction of tinyqueue.py's table, or what befalls a worker: a crash, a lost reply, the lapse of its lease. With
+--pill the first job kills whatever worker runs it, nothing else does, and a worker that was buried is replaced: no other job may
+fail, and the pill must come to its end. Without a guard the search finds what that is there for, and prints how it came about.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections import deque
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import click
+
+MAX_ATTEMPTS = 2
+SUSPICIOUS = 1  # losses in company after which a job runs alone; two in the code, one is the smaller world
+GUARDS = {
+    "fence": "a worker writes only while it is registered",
+    "owner": "reap gives back only what is processing under the dead worker's name",
+    "again": "a buried worker's list is looked at again",
+    "adopt": "a worker looks for ids in its list that it does not know",
+    "once": "an id that is taken twice is started once: only a pending job is",
+    "beside": "an attempt lost beside others does not count",
+    "alone": "a job that was lost so often runs alone",
+}
+
+
+class Record(NamedTuple):
+    status: str = "pending"
+    attempts: int = 0
+    worker: int | None = None
+    suspicions: int = 0
+
+
+class Worker(NamedTuple):
+    """What Redis has of a worker, and what it knows itself: ids that it took, and jobs that it runs."""
+
+    proc: tuple[int, ...] = ()
+    registered: bool = True
+    leased: bool = True
+    alive: bool = True
+    taken: frozenset[int] = frozenset()
+    runs: frozenset[int] = frozenset()
+
+
+class State(NamedTuple):
+    records: tuple[Record, ...]
+    workers: tuple[Worker, ...]
+    list: tuple[int, ...]  # enter left, leave right
+    delayed: frozenset[int] = frozenset()
+    completed: tuple[int, ...] = ()  # how often each was
+    kills: int = 0
+
+    def record(self, job: int, **changes: object) -> State:
+        record = self.records[job]._replace(**changes)  # type: ignore[arg-type]
+        return self._replace(records=(*self.records[:job], record, *self.records[job + 1 :]))
+
+    def worker(self, at: int, **changes: object) -> State:
+        worker = self.workers[at]._replace(**changes)  # type: ignore[arg-type]
+        return self._replace(workers=(*self.workers[:at], worker, *self.workers[at + 1 :]))
+
+
+Step = tuple[str, State]
+
+
+class World:
+    def __init__(self, jobs: int, workers: int, pill: bool = False, without: str = "") -> None:
+        self.jobs, self.pill, self.without = range(jobs), pill, without
+        self.first = State((Record(),) * jobs, (Worker(),) * workers, tuple(self.jobs), completed=(0,) * jobs)
+
+    def guarded(self, guard: str) -> bool:
+        return guard != self.without
+
+    # Steps
+
+    def steps(self, state: State) -> Iterator[Step]:
+        for at, worker in enumerate(state.workers):
+            if worker.alive:
+                yield from self.takes(state, at)
+                yield from self.starts(state, at)
+                yield from self.settles(state, at)
+                yield from self.sleeps(state, at)
+            if not worker.leased:
+                yield from self.is_reaped(state, at)
+        for job in state.delayed:
+            delayed = state.delayed - {job}
+            yield f"promote {job}", state._replace(delayed=delayed, list=(job, *state.list))
+            if len(state.list) < 2:
+                yield f"promote {job} twice", state._replace(delayed=delayed, list=(job, job, *state.list))
+        for job in self.jobs if not self.pill else ():
+            if state.records[job].status == "pending":
+                yield f"cancel {job}", state.record(job, status="cancelled")._replace(delayed=state.delayed - {job})
+
+    def takes(self, state: State, at: int) -> Iterator[Step]:
+        worker = state.workers[at]
+        if state.list and len(worker.proc) < 2:
+            job = state.list[-1]
+            moved = state._replace(list=state.list[:-1]).worker(at, proc=(*worker.proc, job))
+            yield f"{at} takes {job}", moved.worker(at, taken=worker.taken | {job})
+            yield f"{at} takes {job}, the reply is lost", moved
+        for job in worker.proc if self.guarded("adopt") else ():
+            if job not in worker.taken | worker.runs:
+                yield f"{at} adopts {job}", state.worker(at, taken=worker.taken | {job})
+
+    def starts(self, state: State, at: int) -> Iterator[Step]:
+        worker = state.workers[at]
+        for job in worker.taken:
+            record, known = state.records[job], state.worker(at, taken=worker.taken - {job})
+            if self.guarded("fence") and not worker.registered:
+                yield f"{at} finds itself reaped with {job}", known
+            elif record.status == "pending" and self.must_wait(state, at, job):
+                continue
+            elif record.status == "pending" or (not self.guarded("once") and record.status == "processing"):
+                begun = state.record(job, status="processing", attempts=record.attempts + 1, worker=at)
+                yield f"{at} starts {job}", begun.worker(at, taken=worker.taken - {job}, runs=worker.runs | {job})
+                yield f"{at} starts {job}, the reply is lost", begun.worker(at, taken=worker.taken - {job})
+            elif (record.status, record.worker) == ("processing", at) and job not in worker.runs:
+                yield f"{at} learns that it started {job}", known.worker(at, runs=worker.runs | {job})
+            else:
+                yield f"{at} drops {job}", known.worker(at, proc=less(worker.proc, job))
+
+    def must_wait(self, state: State, at: int, job: int) -> bool:
+        """A suspect waits for an empty worker, and everybody for a suspect that runs."""
+        if not self.guarded("alone"):
+            return False
+        ours = [j for j in self.jobs if (state.records[j].status, state.records[j].worker) == ("processing", at)]
+        return bool(ours) and any(state.records[j].suspicions >= SUSPICIOUS for j in (job, *ours))
+
+    def settles(self, state: State, at: int) -> Iterator[Step]:
+        worker = state.workers[at]
+        for job in worker.runs:
+            if self.pill and job == 0:
+                yield f"{job} kills {at}", lost(state, at)._replace(kills=state.kills + 1)
+                continue
+            over = state.worker(at, runs=worker.runs - {job})
+            if self.guarded("fence") and not worker.registered:
+                yield f"{at} may not write what became of {job}", over
+                continue
+            over, attempts = over.worker(at, proc=less(worker.proc, job)), state.records[job].attempts
+            completed = tuple(times + (j == job) for j, times in enumerate(state.completed))
+            yield f"{at} completes {job}", over.record(job, status="completed", worker=None)._replace(completed=completed)
+            if self.pill:
+                continue
+            if attempts < MAX_ATTEMPTS:
+                yield f"{at} fails {job}", over.record(job, status="pending", worker=None)._replace(delayed=state.delayed | {job})
+            else:
+                yield f"{at} fails {job} for good", over.record(job, status="failed", worker=None)
+            back = over.record(job, status="pending", worker=None, attempts=attempts - 1)
+            yield f"{at} releases {job}", back._replace(list=(*state.list, job))
+
+    def sleeps(self, state: State, at: int) -> Iterator[Step]:
+        worker = state.workers[at]
+        if self.pill:  # nothing befalls a worker there but the pill
+            return
+        if worker.leased:
+            yield f"the lease of {at} lapses", state.worker(at, leased=False)
+        elif worker.registered:
+            yield f"{at} renews its lease", state.worker(at, leased=True)
+        yield f"{at} crashes", lost(state, at)
+
+    def is_reaped(self, state: State, at: int) -> Iterator[Step]:
+        worker = state.workers[at]
+        if worker.registered or (worker.proc and self.guarded("again")):
+            given = self.given_back(state, at).worker(at, proc=(), registered=False)
+            yield f"{at} is reaped", given.worker(at, registered=True, leased=True, alive=True) if self.pill else given
+
+    def given_back(self, state: State, at: int) -> State:
+        proc = dict.fromkeys(state.workers[at].proc)
+        running = [job for job in proc if (state.records[job].status, state.records[job].worker) == ("processing", at)]
+        beside = len(running) > 1 and self.guarded("beside")
+        for job in proc:
+            record = state.records[job]
+            if record.status == "pending":
+                state = state._replace(list=(*state.list, job))
+            elif job in running or (record.status == "processing" and not self.guarded("owner")):
+                attempts = record.attempts - beside
+                if attempts >= MAX_ATTEMPTS:
+                    state = state.record(job, status="failed", worker=None)
+                    continue
+                suspicions = min(record.suspicions + beside, SUSPICIOUS)
+                state = state.record(job, status="pending", worker=None, attempts=attempts, suspicions=suspicions)
+                state = state._replace(list=(*state.list, job))
+        return state
+
+    # What must never be
+
+    def wrong(self, state: State) -> str:
+        found = (self.wrong_with(job, record, state) for job, record in enumerate(state.records))
+        too_many = f"{state.kills} workers were killed" if state.kills > MAX_ATTEMPTS + SUSPICIOUS else ""
+        return next(filter(None, found), too_many)
+
+    def wrong_with(self, job: int, record: Record, state: State) -> str:
+        finders = [at for at, worker in enumerate(state.workers) if self.will_find(worker, job)]
+        runners = [at for at, worker in enumerate(state.workers) if worker.alive and worker.registered and job in worker.runs]
+        lost = record.status == "pending" and job not in state.list and job not in state.delayed and not finders
+        rules = {
+            f"job {job} is pending, and nobody can find it": lost,
+            f"job {job} is processing, and will never end": record.status == "processing" and record.worker not in finders,
+            f"job {job} runs on two registered workers": len(runners) > 1,
+            f"job {job} is {record.status} while a registered worker runs it": bool(runners) and record.status != "processing",
+            f"job {job} was completed twice": state.completed[job] > 1,
+            f"job {job} has failed for the sake of another": self.pill and job > 0 and record.status == "failed",
+        }
+        return next((rule for rule, broken in rules.items() if broken), "")
+
+    def will_find(self, worker: Worker, job: int) -> bool:
+        """Whether somebody looks at that worker's list, and will see the job there."""
+        if job not in worker.proc or not (worker.registered or self.guarded("again")):
+            return False
+        return self.guarded("adopt") or not worker.alive or job in worker.taken | worker.runs
+
+
+def less(proc: tuple[int, ...], job: int) -> tuple[int, ...]:
+    """LREM key 1 job"""
+    at = proc.index(job) if job in proc else len(proc)
+    return proc[:at] + proc[at + 1 :]
+
+
+def lost(state: State, at: int) -> State:
+    return state.worker(at, alive=False, leased=False, taken=frozenset(), runs=frozenset())
+
+
+def search(world: World) -> tuple[int, str, list[str]]:
+    """Visit all states, the nearest first; tell how many there are, what is wrong with one of them, and the steps to it."""
+    came: dict[State, tuple[str, State] | None] = {world.first: None}
+    todo = deque([world.first])
+    while todo:
+        state = todo.popleft()
+        if why := world.wrong(state):
+            path = []
+            while step := came[state]:
+                path.append(step[0])
+                state = step[1]
+            return len(came), why, path[::-1]
+        for name, then in world.steps(state):
+            if then not in came:
+                came[then] = (name, state)
+                todo.append(then)
+    return len(came), "", []
+
+
+@click.command()
+@click.option("--jobs", default=1, show_default=True)
+@click.option("--workers", default=3, show_default=True)
+@click.option("--pill", is_flag=True, help="The first job kills its worker; nothing else goes wrong.")
+@click.option("--without", type=click.Choice(list(GUARDS)), help="Leave a guard out.")
+def main(jobs: int, workers: int, pill: bool, without: str | None) -> None:
+    """Search all states of a world with so many jobs and workers."""
+    states, why, path = search(World(jobs, workers, pill, without or ""))
+    click.echo("\n".join([*path, f"{states} states: {why or 'nothing is ever wrong'}"]))
+    sys.exit(bool(why))
+
+
+if __name__ == "__main__":
+    main()

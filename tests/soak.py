@@ -1,0 +1,182 @@
+"""Prove that nothing grows: after many jobs, Redis and both processes are as they were.
+
+    python tests/soak.py [--jobs 200000]
+
+Submits in batches through one web process to one worker, a tenth of the jobs failing, some of them after a retry. Ended jobs stay
+for a second. Looks before the first job, after four tenths of them (the warm-up) and at the end, each time when all is forgotten.
+Exit code 1 if something has grown: keys and memory of Redis since the beginning; memory, threads and files of the processes, and
+connections, since the warm-up.
+"""
+
+from __future__ import annotations
+
+import http.client
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+import click
+import redis
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from conftest import RedisServer, assert_books, free_port, until  # noqa: E402
+
+from tinyqueue import Queue  # noqa: E402
+
+HANDLERS = """
+from tinyqueue import Discard, Job, handler
+
+@handler("soak", max_attempts=2, backoff=0.1)
+def soak(n: int, job: Job) -> int:
+    if n % 20 == 0:
+        raise Discard("no use")
+    if n % 20 == 1 and job.attempt == 1:
+        raise OSError("flaky")
+    return n
+"""
+BATCH = 1000
+FORGOTTEN_WITHIN = 150.0  # seconds; a worker trims once a minute
+SLACK = {"keys": 2, "used": 1 << 20, "rss": 5 << 20, "threads": 0, "files": 0, "connections": 0}  # keys: the counts, and the bell
+
+
+class Look(NamedTuple):
+    """What there is at a moment. `keys` without those of the minutes, which stay for two hours however many jobs there are."""
+
+    jobs: int
+    keys: int
+    used: int
+    web: dict[str, int]
+    worker: dict[str, int]
+    connections: int
+
+
+def process_now(pid: int) -> dict[str, int]:
+    """Memory, threads and open files of a process."""
+    resident = re.search(r"VmRSS:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text())
+    assert resident
+    counts = {"threads": len(os.listdir(f"/proc/{pid}/task")), "files": len(os.listdir(f"/proc/{pid}/fd"))}
+    return {"rss": int(resident[1]) << 10, **counts}
+
+
+class Soak:
+    """A Redis, a web process and a worker."""
+
+    def __init__(self, folder: Path) -> None:
+        (folder / "soakhandlers.py").write_text(HANDLERS)
+        self.redis = RedisServer(folder)
+        self.redis.start()
+        self.queue = Queue.from_url(self.redis.url, keep_completed=1, keep_failed=1)
+        port = free_port()
+        environ = {"PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT), "HOST": "127.0.0.1", "PORT": str(port)}
+        environ |= {"REDIS_URL": self.redis.url, "TINYQUEUE_HANDLERS": "soakhandlers", "WORKER_CONCURRENCY": "10"}
+        environ |= {"TINYQUEUE_KEEP_COMPLETED": "1", "TINYQUEUE_KEEP_FAILED": "1", "LOG_LEVEL": "error"}
+        self.processes = [
+            subprocess.Popen([sys.executable, str(ROOT / program)], cwd=folder, env=environ) for program in ("wsgi.py", "worker.py")
+        ]
+        self.web = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+        until(self._ready)
+
+    def close(self) -> None:
+        self.web.close()
+        for process in self.processes:
+            process.terminate()
+            process.wait(40)
+        self.queue.pool.disconnect()
+        self.redis.stop()
+
+    def _ready(self) -> bool:
+        try:
+            self.web.request("GET", "/ready")
+            return self.web.getresponse().read() != b"" and self.queue.stats()["workers"] == 1
+        except OSError:
+            self.web.close()
+            return False
+
+    def submit(self, jobs: range) -> None:
+        for at in range(jobs.start, jobs.stop, BATCH):
+            body = [{"type": "soak", "payload": n} for n in range(at, min(at + BATCH, jobs.stop))]
+            self.web.request("POST", "/jobs/batch", json.dumps(body), {"Content-Type": "application/json"})
+            answer = self.web.getresponse()
+            text = answer.read()
+            assert answer.status == 201, text
+            until(lambda: self.queue.stats()["pending"] < 20 * BATCH, timeout=60)
+
+    def look(self, jobs: int) -> Look:
+        """Wait until all jobs have ended and are forgotten, then look."""
+        until(lambda: self._forgotten(jobs), timeout=FORGOTTEN_WITHIN)
+        assert_books(self.queue)
+        with redis.Redis(connection_pool=self.queue.pool) as client:
+            keys = {key for key in client.scan_iter() if b":minute:" not in key and not key.endswith(b":promoter")}
+            memory, clients = client.info("memory"), client.info("clients")
+        web, worker = (process_now(process.pid) for process in self.processes)
+        return Look(jobs, len(keys), memory["used_memory"], web, worker, clients["connected_clients"])
+
+    def _forgotten(self, jobs: int) -> bool:
+        time.sleep(0.2)
+        stats = self.queue.stats()
+        ended = sum(stats["total"].values()) == jobs
+        return ended and not any(stats[index] for index in ("delayed", "completed", "failed", "cancelled"))
+
+
+@contextmanager
+def soaking() -> Iterator[Soak]:
+    with tempfile.TemporaryDirectory(prefix="soak-") as name:
+        soak = Soak(Path(name))
+        try:
+            yield soak
+        finally:
+            soak.close()
+
+
+Column = tuple[
+    str, str, Callable[[Look], int], int
+]  # its name, what its slack is, the number, and the look that it is held against
+COLUMNS: list[Column] = [
+    ("keys", "keys", lambda look: look.keys, 0),
+    ("memory of Redis", "used", lambda look: look.used, 0),
+    ("connections", "connections", lambda look: look.connections, 1),
+    *((f"web {what}", what, lambda look, what=what: look.web[what], 1) for what in ("rss", "threads", "files")),
+    *((f"worker {what}", what, lambda look, what=what: look.worker[what], 1) for what in ("rss", "threads", "files")),
+]
+
+
+def grown(looks: list[Look]) -> list[str]:
+    """What is more at the end than it may be."""
+    return [name for name, what, read, since in COLUMNS if read(looks[-1]) > read(looks[since]) + SLACK[what]]
+
+
+def table(looks: list[Look]) -> str:
+    lines = [f"{'':<16}" + "".join(f"{look.jobs:>12,} jobs" for look in looks)]
+    for name, what, read, _ in COLUMNS:
+        cells = (f"{read(look) / (1 << 20):.2f} MB" if what in ("used", "rss") else str(read(look)) for look in looks)
+        lines.append(f"{name:<16}" + "".join(f"{cell:>17}" for cell in cells))
+    return "\n".join(lines)
+
+
+@click.command()
+@click.option("--jobs", default=200_000, show_default=True)
+def main(jobs: int) -> None:
+    """Run many jobs, and see that nothing has grown."""
+    with soaking() as soak:
+        looks = [soak.look(0)]
+        for upto in (jobs * 4 // 10, jobs):
+            soak.submit(range(looks[-1].jobs, upto))
+            looks.append(soak.look(upto))
+    click.echo(table(looks))
+    if more := grown(looks):
+        click.echo(f"HAS GROWN: {', '.join(more)}")
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

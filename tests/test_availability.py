@@ -1,0 +1,385 @@
+"""What happens when the master dies: behind sentinels, and with replicas that must have a job before it is accepted."""
+
+from __future__ import annotations
+
+import itertools
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import redis
+from client import Client
+from conftest import REDIS, RedisServer, assert_books, until
+from cutproxy import CutProxy
+from test_processes import HANDLERS, ROOT, Process, Web, environment
+
+from tinyqueue import NotReplicated, Queue, Settings, SettingsError, Unavailable, connect, handler
+from wsgi import API
+
+SERVICE = "jobs"
+
+pytestmark = pytest.mark.usefixtures("no_handlers")
+
+
+class SentinelServer(RedisServer):
+    """A sentinel, which keeps what it knows in a file of its own."""
+
+    @property
+    def command(self) -> list[str]:
+        return [str(REDIS), str(self.folder / "sentinel.conf"), "--sentinel"]
+
+    def watch(self, master: RedisServer, *more: str) -> None:
+        """Start to watch a master, and call it dead after a second."""
+        lines = [f"port {self.port}", "bind 127.0.0.1", f"dir {self.folder}", "logfile redis.log", *more]
+        lines += [f"sentinel monitor {SERVICE} 127.0.0.1 {master.port} 2", f"sentinel down-after-milliseconds {SERVICE} 1000"]
+        lines += [f"sentinel failover-timeout {SERVICE} 3000"]
+        (self.folder / "sentinel.conf").write_text("\n".join(lines))
+        self.start()
+
+
+class Watched(NamedTuple):
+    """A master with replicas, under the eyes of three sentinels, and the URL of it all."""
+
+    master: RedisServer
+    replicas: list[RedisServer]
+    sentinels: list[SentinelServer]
+    url: str
+
+    @property
+    def replaced(self) -> bool:
+        """Whether the sentinels have another master by now."""
+        with redis.Redis(port=self.sentinels[0].port, protocol=2) as client:
+            return bool(client.sentinel_get_master_addr_by_name(SERVICE)[1] != self.master.port)
+
+
+@pytest.fixture
+def replicated(start_redis: Callable[..., RedisServer]) -> Callable[[int], tuple[RedisServer, list[RedisServer]]]:
+    """Start a master with replicas that have caught up with it."""
+
+    def start(count: int) -> tuple[RedisServer, list[RedisServer]]:
+        options = ["--repl-diskless-sync-delay", "0", "--repl-ping-replica-period", "1"]
+        master = start_redis(*options)
+        replicas = [start_redis(*options, "--replicaof", "127.0.0.1", str(master.port)) for _ in range(count)]
+        until(lambda: count_online(master) == count)
+        return master, replicas
+
+    return start
+
+
+def echo(payload: int) -> int:
+    return payload
+
+
+def count_online(master: RedisServer) -> int:
+    with redis.Redis(port=master.port) as client:
+        info = client.info("replication")
+    return sum(value.get("state") == "online" for name, value in info.items() if name.startswith("slave"))
+
+
+@pytest.fixture
+def watched(
+    replicated: Callable[[int], tuple[RedisServer, list[RedisServer]]], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Watched]:
+    """A master with two replicas and three sentinels that know all of them."""
+    master, replicas = replicated(2)
+    sentinels = [SentinelServer(tmp_path_factory.mktemp("sentinel")) for _ in range(3)]
+    for sentinel in sentinels:
+        sentinel.watch(master)
+    for sentinel in sentinels:
+        with redis.Redis(port=sentinel.port, protocol=2) as client:
+
+            def knows_all(client: Any = client) -> bool:
+                state = client.sentinel_master(SERVICE)
+                return bool(state["num-slaves"] == state["num-other-sentinels"] == 2)
+
+            until(knows_all)
+    hosts = ",".join(f"127.0.0.1:{sentinel.port}" for sentinel in sentinels)
+    yield Watched(master, replicas, sentinels, f"redis+sentinel://{hosts}/{SERVICE}/0")
+    for sentinel in sentinels:
+        sentinel.kill()
+
+
+@pytest.fixture
+def at() -> Iterator[Callable[..., Queue]]:
+    """Make a queue at a URL."""
+    made: list[Queue] = []
+
+    def at(url: str, **options: Any) -> Queue:
+        made.append(Queue.from_url(url, **options))
+        return made[-1]
+
+    yield at
+    for queue in made:
+        queue.pool.disconnect()
+
+
+class Service(NamedTuple):
+    """A web and a worker process."""
+
+    web: Web
+    worker: Process
+    folder: Path
+
+    def runs(self) -> set[int]:
+        """The payloads of the jobs that were run."""
+        file = self.folder / "runs"
+        return {int(line.removeprefix("echo ")) for line in file.read_text().splitlines()} if file.exists() else set()
+
+
+@contextmanager
+def service(folder: Path, **environ: str) -> Iterator[Service]:
+    """Run a web and a worker process in a folder of their own."""
+    (folder / "handlers.py").write_text(HANDLERS)
+    web = Web(folder, [sys.executable, str(ROOT / "wsgi.py")], environment(**environ))
+    worker = Process(folder, [sys.executable, str(ROOT / "worker.py")], environment(**environ))
+    try:
+        yield Service(web, worker, folder)
+    finally:
+        web.kill()
+        worker.kill()
+
+
+class Load:
+    """Submits jobs one after the other from threads, and remembers the payloads of those that were accepted, and when."""
+
+    def __init__(self, web: Web, threads: int = 3) -> None:
+        self.accepted: list[tuple[float, int]] = []
+        self.refused: list[tuple[int, Any]] = []
+        self._web, self._over = web, threading.Event()
+        self._threads = [threading.Thread(target=self._submit, args=(n,)) for n in range(threads)]
+
+    def __enter__(self) -> Load:
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+        for thread in self._threads:
+            thread.join(30)
+
+    def _submit(self, thread: int) -> None:
+        payload = thread * 1_000_000
+        while not self._over.wait(0.01):
+            payload += 1
+            body = {"type": "echo", "payload": payload, "delay": 3 if payload % 2 else 0}  # so that jobs wait when it happens
+            status, answer = self._web.call("POST", "/jobs", body)
+            if status == 201:
+                self.accepted.append((time.monotonic(), payload))
+            else:
+                self.refused.append((status, answer))
+
+    def until_accepted(self, more: int) -> None:
+        before = len(self.accepted)
+        until(lambda: len(self.accepted) >= before + more, timeout=60)
+
+    @property
+    def longest_pause(self) -> float:
+        """Seconds between two jobs that were accepted."""
+        times = [at for at, _ in self.accepted]
+        return max(b - a for a, b in itertools.pairwise(times))
+
+    def assert_all_run(self, service: Service) -> None:
+        accepted = {payload for _, payload in self.accepted}
+        until(lambda: accepted <= service.runs(), timeout=60)
+
+
+# Replicas -------------------------------------------------------------------------------------------------------------
+
+Replicated = Callable[[int], tuple[RedisServer, list[RedisServer]]]
+ECHO = {"type": "echo", "payload": 1}
+
+
+@contextmanager
+def stopped(server: RedisServer) -> Iterator[None]:
+    """Stop a server, and let it go on after the block."""
+    assert server.process
+    server.process.send_signal(signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        server.process.send_signal(signal.SIGCONT)
+
+
+def test_submit_returns_when_enough_replicas_have_the_jobs(replicated: Replicated, at: Any) -> None:
+    master, replicas = replicated(2)
+    queue = at(master.url, min_replicas=2)
+    for _ in range(20):
+        jobs = queue.enqueue_many("echo", range(3))
+        for replica in replicas:
+            with redis.Redis(port=replica.port) as client:
+                assert client.exists(*(queue.keys.job(job.id) for job in jobs)) == 3
+    assert_books(queue)
+
+
+def test_submit_that_too_few_replicas_have_is_stored_and_says_so(replicated: Replicated, at: Any) -> None:
+    queue = at(replicated(1)[0].url, min_replicas=2)
+    with pytest.raises(NotReplicated, match="stored and will run, but only 1 of 2 replicas") as caught:
+        queue.enqueue("echo", 1)
+    assert queue.jobs("pending") == caught.value.jobs
+    [job] = queue.dequeue(queue.register(["default"], 1), ["default"])
+    queue.complete(job)
+    assert_books(queue)
+
+
+def test_submit_that_too_few_replicas_have_is_answered_503(replicated: Replicated, at: Any) -> None:
+    queue = at(replicated(1)[0].url, min_replicas=2)
+    api = Client(API(Settings(), queue))
+    handler("echo")(echo)
+    one, many = api.post("/jobs", ECHO), api.post("/jobs/batch", [ECHO, ECHO])
+    for answer in (one, many):
+        assert (answer.status, answer.kind, answer.headers["retry-after"]) == (503, "not-replicated", "5")
+    told = [*one.problem["jobIds"], *many.problem["jobIds"]]
+    assert one.problem["jobId"] == told[0]
+    assert sorted(told) == sorted(job.id for job in queue.jobs("pending"))
+
+
+def test_submit_again_under_the_same_key_waits_for_the_replicas_again(replicated: Replicated, at: Any) -> None:
+    master, [replica] = replicated(1)
+    queue = at(master.url, min_replicas=1)
+    api = Client(API(Settings(), queue))
+    handler("echo")(echo)
+    with stopped(replica):
+        answers = [api.post("/jobs", ECHO, {"Idempotency-Key": "k"}) for _ in range(2)]
+    assert [(answer.status, answer.kind) for answer in answers] == [(503, "not-replicated")] * 2
+    answer = api.post("/jobs", ECHO, {"Idempotency-Key": "k"})
+    assert (answer.status, answer.headers["idempotency-replayed"]) == (200, "true")
+    assert [answer.json["jobId"]] * 2 == [answer.problem["jobId"] for answer in answers]
+    assert_books(queue)
+
+
+@pytest.mark.parametrize("lost", ["drop_reply", "drop_request"])
+def test_submit_whose_reply_is_lost_is_stored_once_and_waits_for_the_replicas(replicated: Replicated, at: Any, lost: str) -> None:
+    master, [replica] = replicated(1)
+    near = at(master.url)
+    with CutProxy(master.port) as proxy, stopped(replica):
+        far = at(proxy.url, min_replicas=1)
+        far.ping()
+        getattr(proxy, lost)(b"WAIT")
+        with pytest.raises(NotReplicated) as caught:
+            far.enqueue("echo", 1)
+        assert proxy.idle
+    assert near.jobs("pending") == caught.value.jobs
+    assert_books(near)
+
+
+def test_submit_of_nothing_waits_for_nobody(replicated: Replicated, at: Any) -> None:
+    assert at(replicated(0)[0].url, min_replicas=1).enqueue_many("echo", []) == []
+
+
+def test_min_replicas_without_redis_url_is_refused() -> None:
+    with pytest.raises(SettingsError, match="TINYQUEUE_MIN_REPLICAS"):
+        Queue.from_settings(Settings(min_replicas=1))
+
+
+# Sentinels ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "redis+sentinel://u:S3cr3tPw@127.0.0.1:26379",
+        "redis+sentinel://u:S3cr3tPw@127.0.0.1:abc/jobs",
+        "redis+sentinel://u:S3cr3tPw@127.0.0.1:26379,/jobs/0",
+        "redis+sentinel://u:S3cr3tPw@/jobs/0",
+        "redis+sentinel://u:S3cr3tPw@127.0.0.1:26379/jobs/zero",
+        "redis+sentinel://u:S3cr3tPw#@127.0.0.1:26379/jobs",
+        "redis+sentinel://u:S3cr3tPw/@127.0.0.1:26379/jobs",
+        "redis+sentinel://u:S3cr3tPw@127.0.0.1:26379/jobs/0?nope=1",
+        "redis+sentinel://127.0.0.1:26379/jobs?sentinel_password=S3cr3tPw&decode_responses=true",
+        "rediss+sentinel://u:S3cr3tPw@127.0.0.1:26379/jobs/0?ssl_nope=1",
+        "http+sentinel://u:S3cr3tPw@127.0.0.1:26379/jobs/0",
+    ],
+)
+def test_connect_refuses_a_wrong_url_of_sentinels_without_showing_the_password(url: str) -> None:
+    with pytest.raises(SettingsError) as caught:
+        connect(url)
+    assert "REDIS_URL" in str(caught.value)
+    assert "S3cr3t" not in str(caught.value)
+
+
+@pytest.mark.parametrize("scheme", ["redis", "rediss"])
+def test_connect_understands_every_part_of_a_url_of_sentinels(scheme: str) -> None:
+    url = f"{scheme}+sentinel://me:p%40ss%2C@one:1,[::1]:2,three/my%2Fjobs/4?sentinel_username=s&sentinel_password=t%26"
+    pool: Any = connect(url, connections=7)
+    assert (pool.service_name, pool.max_connections, pool.is_master) == ("my/jobs", 7, True)
+    options = pool.connection_kwargs
+    assert [options[name] for name in ("username", "password", "db", "protocol")] == ["me", "p@ss,", 4, 2]
+    places = [sentinel.connection_pool.connection_kwargs for sentinel in pool.sentinel_manager.sentinels]
+    assert [(place["host"], place["port"]) for place in places] == [("one", 1), ("::1", 2), ("three", 26379)]
+    assert [(place["username"], place["password"]) for place in places] == [("s", "t&")] * 3
+    assert all(place["socket_timeout"] < options["socket_timeout"] for place in places)
+    pools = [pool, pool.sentinel_manager.sentinels[0].connection_pool]
+    tls = [issubclass(made.connection_class, redis.SSLConnection) for made in pools]
+    assert tls == [scheme == "rediss"] * 2
+
+
+def test_sentinels_that_want_a_password_get_it(start_redis: Any, tmp_path: Path, at: Any) -> None:
+    master, sentinel = start_redis("--requirepass", "m@ster"), SentinelServer(tmp_path)
+    sentinel.watch(master, "requirepass s3ntinel")
+    try:
+        url = f"redis+sentinel://:m%40ster@127.0.0.1:{sentinel.port}/{SERVICE}"
+        at(url + "?sentinel_password=s3ntinel").ping()
+        with pytest.raises(Unavailable, match="unreachable"):
+            at(url).ping()
+    finally:
+        sentinel.kill()
+
+
+def test_sentinels_that_know_no_master_are_unreachable(watched: Watched, at: Any) -> None:
+    with pytest.raises(Unavailable) as caught:
+        at(watched.url.replace(SERVICE, "others")).ping()
+    assert caught.value.reason == "unreachable"
+
+
+def test_sentinels_of_which_some_are_dead_are_enough(watched: Watched, at: Any) -> None:
+    for sentinel in watched.sentinels[:2]:
+        sentinel.kill()
+    assert at(watched.url).enqueue("echo", 1)
+
+
+def kill(watched: Watched) -> None:
+    watched.master.kill()
+
+
+def hang(watched: Watched) -> None:
+    assert watched.master.process
+    watched.master.process.send_signal(signal.SIGSTOP)
+
+
+@pytest.mark.parametrize("befall", [kill, hang])
+def test_failover_of_sentinels_is_followed_and_loses_nothing(
+    watched: Watched, tmp_path: Path, befall: Callable[[Watched], None]
+) -> None:
+    with service(tmp_path, REDIS_URL=watched.url, TINYQUEUE_MIN_REPLICAS="1") as service_:
+        with Load(service_.web) as load:
+            load.until_accepted(50)
+            befall(watched)
+            until(lambda: watched.replaced)
+            load.until_accepted(50)
+        assert load.longest_pause < 15
+        load.assert_all_run(service_)
+
+
+def test_master_that_hands_over_is_left_and_nothing_is_lost_that_all_replicas_have(watched: Watched, tmp_path: Path) -> None:
+    """The sentinels do not wait for clients: what these write meanwhile, and another replica has, is lost."""
+    with service(tmp_path, REDIS_URL=watched.url, TINYQUEUE_MIN_REPLICAS="2") as service_:
+        with Load(service_.web) as load:
+            load.until_accepted(50)
+            with redis.Redis(port=watched.sentinels[0].port) as client:
+                client.sentinel_failover(SERVICE)
+            until(lambda: watched.replaced)
+            until(lambda: role(watched.master) == "slave")
+            load.until_accepted(50)
+        load.assert_all_run(service_)
+
+
+def role(server: RedisServer) -> str:
+    with redis.Redis(port=server.port) as client:
+        return str(client.role()[0])

@@ -1,0 +1,266 @@
+"""A queue in a Redis Cluster: all its keys are on one node, which may be another from one moment to the next."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import redis
+from conftest import RedisServer, assert_books, free_port, put, until
+from redis.crc import key_slot
+from test_availability import Load, service, stopped
+
+from tinyqueue import Queue, Unavailable
+
+DEFAULT = ["default"]
+SLOTS = 16384
+
+
+def cluster_port() -> int:
+    """A free port whose bus port, which is higher by 10,000, is one, too."""
+    while (port := free_port()) > 55_000:
+        pass
+    return port
+
+
+class Node(RedisServer):
+    """A node of a cluster."""
+
+    def __init__(self, folder: Path) -> None:
+        options = ["--cluster-enabled", "yes", "--cluster-node-timeout", "1000", "--repl-diskless-sync-delay", "0"]
+        super().__init__(folder, *options, "--cluster-replica-validity-factor", "0", "--appendonly", "yes")
+        self.port = cluster_port()
+        self.url = f"redis://127.0.0.1:{self.port}"
+
+    def ask(self, *command: Any) -> Any:
+        with redis.Redis(port=self.port) as client:
+            return client.execute_command(*command)
+
+    @property
+    def id(self) -> str:
+        return str(self.ask("CLUSTER MYID").decode())
+
+
+class Cluster:
+    """Three masters, each with a replica."""
+
+    def __init__(self, nodes: list[Node]) -> None:
+        self.nodes = nodes
+
+    def build(self) -> None:
+        for epoch, node in enumerate(self.nodes, 1):
+            node.start()
+            node.ask("CLUSTER SET-CONFIG-EPOCH", epoch)
+            node.ask("CLUSTER MEET", "127.0.0.1", self.nodes[0].port)
+        masters, replicas = self.nodes[:3], self.nodes[3:]
+        for at, master in enumerate(masters):
+            master.ask("CLUSTER ADDSLOTS", *range(SLOTS * at // 3, SLOTS * (at + 1) // 3))
+        until(lambda: all(self._known(node) == len(self.nodes) for node in self.nodes))
+        for master, replica in zip(masters, replicas, strict=True):
+            replica.ask("CLUSTER REPLICATE", master.id)
+        until(lambda: all(replica.ask("INFO", "replication")["master_link_status"] == "up" for replica in replicas))
+        until(lambda: all(node.ask("CLUSTER INFO")["cluster_state"] == "ok" for node in self.nodes))
+        until(lambda: all(len(row) == 4 for node in self.nodes for row in self._slots(node)))
+
+    def mend(self) -> None:
+        """Start the nodes that are dead, wait until each master has its replica again, and empty them."""
+        for node in self.nodes:
+            if not node.process:
+                node.start()
+        until(lambda: all(len(row) == 4 for node in self.nodes for row in self._slots(node)), timeout=60)
+        until(lambda: all(node.ask("CLUSTER INFO")["cluster_state"] == "ok" for node in self.nodes), timeout=60)
+        for node in self.masters:
+            node.ask("FLUSHALL")
+
+    @property
+    def masters(self) -> list[Node]:
+        return [node for node in self.nodes if node.process and node.ask("ROLE")[0] == b"master"]
+
+    def move(self, source: Node, target: Node, tag: str = "queue") -> None:
+        """Move the slot of a namespace, key by key."""
+        slot = key_slot(tag.encode())
+        target.ask("CLUSTER SETSLOT", slot, "IMPORTING", source.id)
+        source.ask("CLUSTER SETSLOT", slot, "MIGRATING", target.id)
+        while keys := source.ask("CLUSTER GETKEYSINSLOT", slot, 10):
+            source.ask("MIGRATE", "127.0.0.1", target.port, "", 0, 5000, "KEYS", *keys)
+        for node in (target, source, *self.masters):
+            node.ask("CLUSTER SETSLOT", slot, "NODE", target.id)
+
+    def _known(self, node: Node) -> int:
+        with redis.Redis(port=node.port) as client:
+            return sum("handshake" not in known["flags"] and known["connected"] for known in client.cluster("NODES").values())
+
+    def _slots(self, node: Node) -> Any:
+        connection = redis.Connection(port=node.port, protocol=2)
+        connection.connect()
+        connection.send_command("CLUSTER", "SLOTS")
+        found = connection.read_response()
+        connection.disconnect()
+        return found
+
+    def owner(self, tag: str = "queue", but: Node | None = None) -> Node:
+        """Who owns the slot of a namespace, as the nodes that live agree; one that cannot answer is not asked."""
+
+        def agreed() -> Node | None:
+            told = {self._owner_as_told_by(node, tag) for node in self.nodes if node.process and node is not but}
+            return next((node for node in self.nodes if {node.port} == told), None)
+
+        return until(agreed)
+
+    def _owner_as_told_by(self, node: Node, tag: str) -> int:
+        slot = key_slot(tag.encode())
+        return next((row[2][1] for row in self._slots(node) if row[0] <= slot <= row[1]), 0)
+
+    def others(self, tag: str = "queue") -> list[Node]:
+        owner = self.owner(tag)
+        return [master for master in self.masters if master is not owner]
+
+
+@pytest.fixture(scope="module")
+def built(start_redis: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    """A cluster for all tests here: `start_redis` skips them where there is no server."""
+    cluster = Cluster([Node(tmp_path_factory.mktemp("node")) for _ in range(6)])
+    try:
+        cluster.build()
+        yield cluster
+    finally:
+        for node in cluster.nodes:
+            node.kill()
+
+
+@pytest.fixture
+def cluster(built: Cluster) -> Cluster:
+    """The cluster, whole and empty."""
+    built.mend()
+    return built
+
+
+@pytest.fixture
+def at() -> Iterator[Callable[..., Queue]]:
+    """Make a queue at a node."""
+    made: list[Queue] = []
+
+    def at(node: Node, **options: Any) -> Queue:
+        made.append(Queue.from_url(node.url, **options))
+        return made[-1]
+
+    yield at
+    for queue in made:
+        queue.pool.disconnect()
+
+
+def test_every_verb_by_way_of_any_node(cluster: Cluster, at: Any) -> None:
+    for node in cluster.nodes:
+        queue = at(node)
+        for status in ("pending", "processing", "completed", "failed", "cancelled"):
+            put(queue, status, queue=status)
+        queue.take(queue.register(DEFAULT, 1), DEFAULT, 1)
+        queue.wait(DEFAULT, 0.01)
+        assert queue.stats()["workers"] > 0
+        assert_books(queue)
+        assert queue.pool.place == ("127.0.0.1", cluster.owner().port)
+
+
+@pytest.mark.parametrize("shard", range(4))
+def test_every_namespace_is_on_its_own_node(cluster: Cluster, at: Any, shard: int) -> None:
+    namespace = f"queue.{shard}"
+    queue = at(cluster.nodes[0], namespace=namespace)
+    job = queue.enqueue("echo", 1)
+    assert queue.pool.place == ("127.0.0.1", cluster.owner(namespace).port)
+    assert cluster.owner(namespace).ask("EXISTS", queue.keys.job(job.id)) == 1
+
+
+def test_slot_that_has_moved_is_followed_within_a_call(cluster: Cluster, at: Any) -> None:
+    source, target = cluster.owner(), cluster.others()[0]
+    queue = at(source)
+    first = queue.enqueue("echo", 1)
+    trouble = queue.last_trouble
+    cluster.move(source, target)
+    second = queue.enqueue("echo", 2)
+    assert queue.last_trouble > trouble, "whoever reaps must know"
+    assert [job.id for job in queue.dequeue(queue.register(DEFAULT, 1), DEFAULT, 9)] == [first.id, second.id]
+    assert queue.pool.place == ("127.0.0.1", target.port)
+    assert_books(queue)
+
+
+def test_slot_that_is_being_moved_is_busy_and_nothing_is_stored(cluster: Cluster, at: Any) -> None:
+    source, target = cluster.owner(), cluster.others()[0]
+    queue, slot = at(source), key_slot(b"queue")
+    job = queue.enqueue("echo", 1)
+    target.ask("CLUSTER SETSLOT", slot, "IMPORTING", source.id)
+    source.ask("CLUSTER SETSLOT", slot, "MIGRATING", target.id)
+    try:
+        for act in (lambda: queue.enqueue("echo", 2), lambda: queue.get(queue.draft("echo", 3).id)):
+            with pytest.raises(Unavailable) as caught:
+                act()
+            assert (caught.value.reason, caught.value.doubtful) == ("busy", False)
+        assert queue.get(job.id) == job
+    finally:
+        cluster.move(source, target)
+    assert [found.id for found in queue.jobs("pending")] == [job.id]
+    assert_books(queue)
+
+
+def test_slot_that_moves_under_load_loses_nothing(cluster: Cluster, at: Any, tmp_path: Path) -> None:
+    with service(tmp_path, REDIS_URL=cluster.nodes[0].url) as service_:
+        with Load(service_.web) as load:
+            for target in (cluster.others()[0], cluster.others()[1]):
+                load.until_accepted(50)
+                cluster.move(cluster.owner(), target)
+            load.until_accepted(50)
+        load.assert_all_run(service_)
+    queue = at(cluster.nodes[0])
+    until(lambda: queue.stats()["pending"] == queue.stats()["processing"] == 0)
+    assert_books(queue)
+
+
+@contextmanager
+def dead(node: RedisServer) -> Iterator[None]:
+    """Kill a node, and start it again after the block."""
+    node.kill()
+    yield
+    node.start()
+
+
+@pytest.mark.parametrize("befall", [dead, stopped])
+def test_owner_that_dies_is_replaced_and_nothing_is_lost(cluster: Cluster, tmp_path: Path, befall: Any) -> None:
+    owner = cluster.owner()
+    with service(tmp_path, REDIS_URL=owner.url, TINYQUEUE_MIN_REPLICAS="1") as service_:
+        with Load(service_.web) as load:
+            load.until_accepted(50)
+            with befall(owner):
+                until(lambda: cluster.owner(but=owner) is not owner)
+                until(lambda: "not-replicated" in str(load.refused[-1:]))  # the new owner has no replica yet
+            load.until_accepted(50)
+        assert load.longest_pause < 20
+        load.assert_all_run(service_)
+
+
+def calls(node: Node) -> int:
+    return int(node.ask("INFO", "stats")["total_commands_processed"])
+
+
+def test_shards_share_the_work_among_the_masters(cluster: Cluster, tmp_path: Path) -> None:
+    before = {master: calls(master) for master in cluster.masters}
+    with service(tmp_path, REDIS_URL=cluster.nodes[0].url, TINYQUEUE_SHARDS="12") as service_, Load(service_.web) as load:
+        load.until_accepted(100)
+        until(lambda: load.accepted[-1][1] in service_.runs())
+    done = [calls(master) - before[master] for master in before]
+    assert min(done) > max(done) / 10, f"commands of each master: {done}"
+
+
+def test_shards_go_on_while_one_master_is_dead_and_lose_nothing(cluster: Cluster, tmp_path: Path) -> None:
+    owner = cluster.owner("queue.0")
+    settings = {"TINYQUEUE_SHARDS": "6", "TINYQUEUE_MIN_REPLICAS": "1"}
+    with service(tmp_path, REDIS_URL=cluster.nodes[0].url, **settings) as service_:
+        with Load(service_.web) as load:
+            load.until_accepted(50)
+            with dead(owner):
+                load.until_accepted(50)
+                until(lambda: cluster.owner("queue.0", but=owner) is not owner)
+            load.until_accepted(100)
+        assert load.longest_pause < 20
+        load.assert_all_run(service_)

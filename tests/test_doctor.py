@@ -1,0 +1,291 @@
+"""What doctor finds: each thing in good order, each thing wrong, on real servers; and how it is shown at the command line."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from client import Client, running
+from conftest import RedisServer, Server, dump, free_port, lapse, put, raw, until
+
+import worker
+from tinyqueue import Finding, Queue, Settings
+from wsgi import API
+
+NEEDED = 19
+
+
+def findings(queue: Queue, connections: int = NEEDED) -> dict[str, Finding]:
+    return {finding.about: finding for finding in queue.examine(connections)}
+
+
+@pytest.fixture
+def own(start_redis: Callable[..., RedisServer]) -> Iterator[Queue]:
+    """A queue on a real server of its own, with everything in order."""
+    queue = Queue.from_url(start_redis("--appendonly", "yes").url)
+    yield queue
+    queue.pool.disconnect()
+
+
+def as_user(queue: Queue, *rules: str) -> Queue:
+    """The same queue as a user with these rules."""
+    raw(queue).execute_command("ACL", "SETUSER", "app", "reset", "on", ">secret", *rules)
+    return Queue.from_url(f"redis://app:secret@127.0.0.1:{queue.pool.connection_kwargs['port']}/0")
+
+
+# In good order --------------------------------------------------------------------------------------------------------
+
+
+def test_doctor_finds_nothing_where_all_is_well(own: Queue) -> None:
+    own.register(["default"], 1)
+    found = findings(own)
+    assert [finding for finding in found.values() if (finding.level, finding.advice) != ("ok", "")] == []
+    assert set(found) >= {"transport", "reachable", "clock", "permissions", "writes", "server", "eviction", "memory"}
+    assert set(found) >= {"role", "persistence", "connections", "idle timeout", "books", "workers"}
+    version = raw(own).info("server")["redis_version"]
+    assert version in found["server"].seen
+
+
+def test_doctor_changes_nothing(queue: Queue) -> None:
+    for status in ("completed", "failed", "delayed", "processing"):
+        put(queue, status, queue=status)
+    before = dump(queue)
+    assert findings(queue)["books"].level == "ok"
+    after = dump(queue)
+    assert after == before
+    queue.enqueue("echo", 1)  # nor is a connection left inside the transaction that was never executed
+
+
+# Out of order ---------------------------------------------------------------------------------------------------------
+
+
+def test_doctor_of_a_server_that_is_away() -> None:
+    [transport, away] = Queue.from_url(f"redis://:s3cret@127.0.0.1:{free_port()}/0").examine(NEEDED)
+    assert transport.level == "ok"
+    assert (away.level, away.about) == ("fail", "reachable")
+    assert "REDIS_URL" in away.advice
+    assert "s3cret" not in f"{away}"
+
+
+def test_doctor_of_a_wrong_password(own: Queue) -> None:
+    raw(own).config_set("requirepass", "another")
+    queue = Queue.from_url(f"redis://:s3cret@127.0.0.1:{own.pool.connection_kwargs['port']}/0")
+    found = findings(queue)["reachable"]
+    assert (found.level, "refused" in found.seen, "password" in found.advice) == ("fail", True, True)
+
+
+@pytest.mark.parametrize(
+    ("settings", "about", "level"),
+    [
+        ({"maxmemory": "100mb", "maxmemory-policy": "allkeys-lru"}, "eviction", "warn"),
+        ({"maxmemory": "100mb", "maxmemory-policy": "volatile-ttl"}, "eviction", "warn"),
+        ({"maxmemory": "0", "maxmemory-policy": "allkeys-lru"}, "eviction", "ok"),
+        ({"maxmemory": "100mb"}, "memory", "ok"),
+        ({"appendonly": "no", "save": ""}, "persistence", "warn"),
+        ({"appendonly": "no", "save": "60 1"}, "persistence", "warn"),
+        ({"maxclients": str(NEEDED)}, "connections", "ok"),
+        ({"maxclients": str(NEEDED - 1)}, "connections", "warn"),
+        ({"timeout": "300"}, "idle timeout", "ok"),
+    ],
+)
+def test_doctor_of_a_setting(own: Queue, settings: dict[str, str], about: str, level: str) -> None:
+    for name, value in settings.items():
+        raw(own).config_set(name, value)
+    found = findings(own)[about]
+    assert found.level == level
+    assert bool(found.advice) == (level != "ok")
+
+
+@pytest.mark.parametrize(("share", "level"), [(0.5, "ok"), (0.85, "warn"), (0.97, "fail")])
+def test_doctor_of_memory_in_use(own: Queue, share: float, level: str) -> None:
+    raw(own).setrange("ballast", 50_000_000, "x")  # beside it, what a connection takes is little
+    raw(own).config_set("maxmemory", int(raw(own).info("memory")["used_memory"] / share))
+    assert findings(own)["memory"].level == level
+
+
+def test_doctor_of_a_disk_that_takes_nothing(start_redis: Callable[..., RedisServer]) -> None:
+    server = start_redis("--dbfilename", "snapshot")
+    queue = Queue.from_url(server.url)
+    (server.folder / "snapshot").mkdir()  # in the place of the file: also root cannot write that
+    raw(queue).config_set("save", "60 1")
+    raw(queue).bgsave()
+    until(lambda: raw(queue).info("persistence")["rdb_last_bgsave_status"] == "err")
+    found = findings(queue)
+    assert (found["persistence"].level, found["writes"].level) == ("fail", "fail")
+    raw(queue).config_set("save", "")  # else it would not end before it has saved
+    queue.pool.disconnect()
+
+
+def test_doctor_of_a_replica(own: Queue) -> None:
+    raw(own).execute_command("REPLICAOF", "127.0.0.1", free_port())
+    found = findings(own)
+    assert found["role"].level == "fail"
+    assert (found["writes"].level, "replica" in found["writes"].advice) == ("fail", True)
+
+
+def test_doctor_of_a_user_who_lacks_commands(own: Queue) -> None:
+    app = as_user(own, "~{queue}:*", "+@all", "-lpos", "-blpop")
+    found = findings(app)["permissions"]
+    assert (found.level, found.seen) == ("fail", "refused: BLPOP, LPOS")
+    raw(own).execute_command(*found.advice.split())
+    assert findings(app)["permissions"].level == "ok"
+    app.pool.disconnect()
+
+
+@pytest.mark.parametrize("rules", [["~{queue}:*"], ["+@all"]], ids=["no commands", "no keys"])
+def test_doctor_gives_a_user_without_rights_what_is_needed(own: Queue, rules: list[str]) -> None:
+    app = as_user(own, *rules)
+    found = findings(app)["permissions"]
+    assert found.level == "fail"
+    while (found := findings(app)["permissions"]).level == "fail":  # without MULTI the others cannot be tried
+        before = found
+        raw(own).execute_command(*found.advice.split())
+        assert findings(app)["permissions"] != before
+    assert (found.level, findings(app)["books"].level) == ("ok", "ok")
+    app.pool.disconnect()
+
+
+def test_doctor_of_a_user_without_info(own: Queue) -> None:
+    app = as_user(own, "~{queue}:*", "+@all", "-info")
+    found = findings(app)
+    assert (found["permissions"].level, found["server"].level, found["books"].level) == ("warn", "warn", "ok")
+    app.pool.disconnect()
+
+
+def test_doctor_of_keys_that_were_lost(own: Queue) -> None:
+    own.enqueue("echo", 1)
+    assert findings(own)["books"].level == "ok"
+    raw(own).delete(own.keys.jobs("default"))
+    assert findings(own)["books"].level == "fail"
+
+
+def test_doctor_of_a_key_of_the_wrong_type(own: Queue) -> None:
+    own.enqueue("echo", 1)
+    raw(own).delete(own.keys.jobs("default"))
+    raw(own).set(own.keys.jobs("default"), "1")
+    found = findings(own)
+    assert (found["books"].level, found["workers"].about) == ("fail", "workers")
+
+
+def test_doctor_of_no_worker(queue: Queue) -> None:
+    worker = queue.register(["default"], 1)
+    assert findings(queue)["workers"].level == "ok"
+    lapse(queue, worker)
+    found = findings(queue)["workers"]
+    assert (found.level, found.seen, found.advice) == ("warn", "0 alive", "start one: python worker.py")
+
+
+def test_doctor_of_a_queue_that_is_paused(queue: Queue) -> None:
+    queue.pause("mail")
+    found = findings(queue)["queue"]
+    assert (found.level, found.seen, found.advice) == ("warn", "mail is paused", "POST /queues/mail/resume")
+
+
+def test_doctor_of_a_queue_that_nobody_serves(queue: Queue) -> None:
+    queue.enqueue("echo", 1, queue="mail")
+    assert "queue" not in findings(queue)  # there is no worker at all, which is told
+    queue.register(["default"], 1)
+    found = findings(queue)["queue"]
+    assert (found.level, found.seen) == ("warn", "mail: 1 pending, and no worker serves it")
+    queue.register(["mail"], 1)
+    assert "queue" not in findings(queue)
+
+
+# Warnings -------------------------------------------------------------------------------------------------------------
+
+
+def test_warnings_of_an_eviction_policy(own: Queue) -> None:
+    assert own.warnings() == []
+    raw(own).config_set("maxmemory", "100mb")
+    raw(own).config_set("maxmemory-policy", "allkeys-lru")
+    [warning] = Queue(own.pool).warnings()
+    assert "allkeys-lru" in warning
+    assert "noeviction" in warning
+
+
+def test_warnings_are_none_where_redis_does_not_tell(own: Queue) -> None:
+    raw(own).config_set("maxmemory", "100mb")
+    raw(own).config_set("maxmemory-policy", "allkeys-lru")
+    app = as_user(own, "~{queue}:*", "+@all", "-info", "-config")
+    assert app.warnings() == []
+    assert Queue.from_url(f"redis://127.0.0.1:{free_port()}/0").warnings() == []
+    app.pool.disconnect()
+
+
+def test_memory_that_may_not_be_looked_at_is_no_trouble(own: Queue) -> None:
+    """A worker reaps nobody within a lease of trouble: a user without INFO must not look like trouble each time."""
+    app = as_user(own, "~{queue}:*", "+@all", "-info")
+    before = app.last_trouble
+    app.enqueue("echo", 1)
+    assert app.last_trouble == before
+    app.pool.disconnect()
+
+
+def test_ready_says_the_warnings(own: Queue) -> None:
+    assert Client(API(Settings(), own)).get("/ready").json == {"status": "ok", "warnings": []}
+    raw(own).config_set("maxmemory", "100mb")
+    raw(own).config_set("maxmemory-policy", "allkeys-lru")
+    answer = Client(API(Settings(), Queue(own.pool))).get("/ready")
+    assert answer.status == 200
+    assert [("allkeys-lru" in warning) for warning in answer.json["warnings"]] == [True]
+
+
+@pytest.fixture
+def evicting(start_redis: Callable[..., RedisServer]) -> str:
+    """The URL of a Redis that may throw jobs away."""
+    return start_redis("--maxmemory", "100mb", "--maxmemory-policy", "allkeys-lru").url
+
+
+def test_web_starts_with_the_warnings(evicting: str, tmp_path: Path) -> None:
+    with running(tmp_path, REDIS_URL=evicting) as process:
+        assert process.log.read_text().count("maxmemory-policy is allkeys-lru") == 1
+
+
+def test_worker_starts_with_the_warnings(evicting: str) -> None:
+    done = run_worker(evicting, "--burst")
+    assert done.returncode == 0
+    assert done.stderr.count("maxmemory-policy is allkeys-lru") == 1
+
+
+# At the command line --------------------------------------------------------------------------------------------------
+
+
+def run_worker(url: str, *options: str, **environ: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, worker.__file__, *options]
+    environ = {"PATH": os.environ["PATH"], "REDIS_URL": url} | environ
+    return subprocess.run(command, env=environ, capture_output=True, text=True, timeout=30, check=False)
+
+
+def test_doctor_prints_a_line_for_each_finding(real: Server) -> None:
+    done = run_worker(real.url, "doctor")
+    assert (done.returncode, done.stderr) == (0, "")
+    lines = done.stdout.splitlines()
+    assert len(lines) == len(real.queue().examine(NEEDED))
+    assert all(line.split()[0] in ("ok", "warn") for line in lines)
+    assert "warn  workers       0 alive -> start one: python worker.py" in lines
+
+
+def test_doctor_prints_json(real: Server) -> None:
+    done = run_worker(real.url, "doctor", "--json")
+    found = {finding["about"]: finding for finding in json.loads(done.stdout)}
+    assert found["workers"] == {"about": "workers", "level": "warn", "seen": "0 alive", "advice": "start one: python worker.py"}
+
+
+@pytest.mark.parametrize("options", [(), ("--json",)])
+def test_doctor_exits_with_1_if_something_fails(options: tuple[str, ...]) -> None:
+    done = run_worker(f"redis://:s3cret@127.0.0.1:{free_port()}/0", "doctor", *options)
+    assert (done.returncode, done.stderr) == (1, "")
+    assert "fail" in done.stdout
+    assert "s3cret" not in done.stdout
+
+
+def test_doctor_counts_the_connections_of_the_settings(real: Server) -> None:
+    small, large = (run_worker(real.url, "doctor", WEB_CONCURRENCY=web, WORKER_CONCURRENCY="1").stdout for web in ("1", "3"))
+    one = Settings(worker_concurrency=1)
+    assert f"open up to {one.web_connections + one.worker_connections}\n" in small
+    assert f"open up to {3 * one.web_connections + one.worker_connections}\n" in large

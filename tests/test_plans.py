@@ -1,0 +1,413 @@
+"""Redis as it is sold: few connections, idle ones closed, TLS with a certificate of one's own, and users who may do little."""
+
+from __future__ import annotations
+
+import http.client
+import inspect
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import redis
+from client import Process, running
+from conftest import RedisServer, free_port, lapse, raw, until
+
+import tinyqueue
+import worker
+from tinyqueue import COMMANDS, OLDEST, Failure, Filter, Once, Queue, Settings
+from wsgi import ROUTES
+
+HANDLERS = """
+import os, time
+from tinyqueue import Job, handler
+
+@handler("echo")
+def echo(payload: int, job: Job) -> int:
+    job.set_progress(0.5)
+    return payload
+
+@handler("gate")
+def gate(name: str) -> str:
+    open(name + ".begun", "w").close()
+    while not os.path.exists(name):
+        time.sleep(0.01)
+    return name
+"""
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """The working directory of the processes, with the handlers in it."""
+    (tmp_path / "handlers.py").write_text(HANDLERS)
+    return tmp_path
+
+
+@contextmanager
+def working(folder: Path, url: str, *options: str, **environ: str) -> Iterator[Path]:
+    """Run a worker until the block ends, and it must end well. Yields the file that its log goes to."""
+    log = folder / "worker.log"
+    environ = {"PATH": os.environ["PATH"], "PYTHONPATH": str(folder), "REDIS_URL": url} | environ
+    with log.open("wb") as stderr:
+        process = subprocess.Popen([sys.executable, worker.__file__, *options], cwd=folder, env=environ, stderr=stderr)
+    try:
+        until(lambda: "worker starts" in log.read_text())
+        yield log
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(20) == 0, log.read_text()
+    finally:
+        process.kill()
+        process.wait()
+
+
+def command(folder: Path, url: str, *options: str, **environ: str) -> subprocess.CompletedProcess[str]:
+    """Run worker.py to its end."""
+    environ = {"PATH": os.environ["PATH"], "PYTHONPATH": str(folder), "REDIS_URL": url} | environ
+    line = [sys.executable, worker.__file__, *options]
+    return subprocess.run(line, cwd=folder, env=environ, capture_output=True, text=True, timeout=30, check=False)
+
+
+def call(web: Process, method: str, path: str, body: Any = None) -> tuple[int, Any]:
+    with closing(http.client.HTTPConnection(*web.address, timeout=20)) as connection:
+        connection.request(method, path, json.dumps(body), {"Content-Type": "application/json"})
+        answer = connection.getresponse()
+        return answer.status, json.loads(answer.read())
+
+
+def post(web: Process, payload: int) -> tuple[int, Any]:
+    return call(web, "POST", "/jobs", {"type": "echo", "payload": payload})
+
+
+@pytest.fixture
+def queue_at() -> Iterator[Callable[[str], Queue]]:
+    """Make a queue on the Redis at a URL."""
+    made: list[Queue] = []
+
+    def queue_at(url: str) -> Queue:
+        made.append(Queue.from_url(url))
+        return made[-1]
+
+    yield queue_at
+    for queue in made:
+        queue.pool.disconnect()
+
+
+def clients(queue: Queue) -> set[str]:
+    """The connections that Redis has but for the one that asks."""
+    client = raw(queue)
+    own = client.client_id()
+    return {about["id"] for about in client.client_list() if about["id"] != str(own)}
+
+
+def complaints(log: Path) -> list[str]:
+    return [line for line in log.read_text().splitlines() if " INFO " not in line]
+
+
+# Few connections ------------------------------------------------------------------------------------------------------
+
+
+def test_a_plan_of_20_connections_carries_web_and_worker(
+    start_redis: Callable[..., RedisServer], queue_at: Any, folder: Path
+) -> None:
+    server = start_redis("--maxclients", "20")
+    queue = queue_at(server.url)
+    settings, most, over = Settings(worker_concurrency=10), [0], threading.Event()
+
+    def watch() -> None:
+        while not over.is_set():
+            most[0] = max(most[0], raw(queue).info("clients")["connected_clients"])
+
+    with running(folder, REDIS_URL=server.url) as web, working(folder, server.url, "--concurrency", "10") as log:
+        with ThreadPoolExecutor(51) as pool:
+            watching = pool.submit(watch)
+            answers = list(pool.map(lambda n: post(web, n), range(1000)))
+            over.set()
+            watching.result(20)
+        assert {status for status, _ in answers} == {201}
+        until(lambda: queue.stats()["completed"] == 1000)
+        assert (complaints(web.log), complaints(log)) == ([], [])
+    assert most[0] - 1 <= settings.web_connections + settings.worker_connections <= 19
+    assert raw(queue).info("stats")["rejected_connections"] == 0
+
+
+def test_processes_say_how_many_connections_they_may_open(start_redis: Callable[..., RedisServer], folder: Path) -> None:
+    url, settings = start_redis().url, Settings(worker_concurrency=2)
+    with running(folder, REDIS_URL=url) as web, working(folder, url, "--concurrency", "2") as log:
+        assert f"up to {settings.web_connections} connections" in web.log.read_text()
+        assert f"up to {settings.worker_connections} connections" in log.read_text()
+
+
+def test_connections_that_are_refused_lose_nothing(start_redis: Callable[..., RedisServer], folder: Path, queue_at: Any) -> None:
+    server = start_redis()
+    admin, job = redis.Redis(port=server.port), queue_at(server.url).enqueue("gate", "a")
+    with running(folder, REDIS_URL=server.url) as web, working(folder, server.url) as log:
+        until((folder / "a.begun").exists)
+        admin.config_set("maxclients", 1)
+        admin.execute_command("CLIENT", "KILL", "TYPE", "normal", "SKIPME", "yes")
+        (folder / "a").touch()
+        status, problem = post(web, 1)
+        assert (status, problem["reason"]) == (503, "unreachable")
+        assert "max number of clients" in problem["detail"]
+        until(lambda: "cannot write outcomes" in log.read_text())
+        admin.config_set("maxclients", 20)
+        assert post(web, 1)[0] == 201
+        queue = queue_at(server.url)
+        until(lambda: queue.stats()["completed"] == 2)
+    admin.close()
+    done = queue.get(job.id)
+    assert done
+    assert (done.status, done.attempts) == ("completed", 1)
+
+
+# Idle connections -----------------------------------------------------------------------------------------------------
+
+
+def test_idle_connections_that_redis_closes_are_replaced_quietly(
+    start_redis: Callable[..., RedisServer], queue_at: Any, folder: Path
+) -> None:
+    server = start_redis("--timeout", "1")
+    queue = queue_at(server.url)
+    with running(folder, REDIS_URL=server.url) as web:
+        before = clients(queue)
+        assert post(web, 1)[0] == 201
+        opened = clients(queue) - before
+        assert opened
+        with working(folder, server.url) as log:
+            until(lambda: not opened & clients(queue))
+            assert post(web, 2)[0] == 201
+            until(lambda: queue.stats()["completed"] == 2)
+        assert (complaints(web.log), complaints(log)) == ([], [])
+
+
+# TLS ------------------------------------------------------------------------------------------------------------------
+
+TRUSTED = {
+    "not checked": ("", {"TINYQUEUE_TLS_VERIFY": "0"}),
+    "authority in the URL": ("?ssl_ca_certs=ca.pem", {}),
+    "not checked, in the URL": ("?ssl_cert_reqs=none", {}),
+}
+
+
+@pytest.fixture(scope="module")
+def authority(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the certificate of an authority that nobody knows, and a key with the certificate that it gave to 127.0.0.1."""
+    folder = tmp_path_factory.mktemp("tls")
+    new = "openssl req -x509 -newkey rsa:2048 -nodes -subj /CN={} -keyout {}.key -out {}.pem "
+    chain = "-CA ca.pem -CAkey ca.key -addext subjectAltName=IP:127.0.0.1 -addext basicConstraints=critical,CA:FALSE"
+    try:
+        for line in (new.format("authority", "ca", "ca"), new.format("redis", "redis", "redis") + chain):
+            subprocess.run(line.split(), cwd=folder, capture_output=True, check=True)
+    except FileNotFoundError:
+        pytest.skip("needs openssl to make certificates")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def encrypted(start_redis: Callable[..., RedisServer], authority: Path) -> str:
+    """The URL of a Redis with TLS, whose chain of certificates is self-signed."""
+    port = free_port()
+    files = {"cert": "redis.pem", "key": "redis.key", "ca-cert": "ca.pem"}
+    options = [part for name, file in files.items() for part in (f"--tls-{name}-file", str(authority / file))]
+    start_redis("--tls-port", str(port), "--tls-auth-clients", "no", *options)
+    return f"rediss://127.0.0.1:{port}/0"
+
+
+@pytest.mark.parametrize("how", TRUSTED)
+def test_tls_serves_web_worker_and_commands(encrypted: str, authority: Path, folder: Path, how: str) -> None:
+    query, environ = TRUSTED[how]
+    url = encrypted + query.replace("ca.pem", str(authority / "ca.pem"))
+    with running(folder, REDIS_URL=url, **environ) as web, working(folder, url, **environ) as log:
+        status, answer = post(web, 7)
+        assert status == 201
+        until(lambda: '"completed"' in command(folder, url, "get", answer["jobId"], **environ).stdout)
+        told = [said.count("TINYQUEUE_TLS_VERIFY=0") for said in (web.log.read_text(), log.read_text())]
+    assert told == [len(environ)] * 2  # said once, and only where it was set
+    examined = command(folder, url, "doctor", **environ)
+    assert examined.returncode == 0
+    level, seen = ("ok", "checked") if "ca_certs" in query else ("warn", "not checked")
+    assert f"{level:<5} transport     TLS, the certificate is {seen}" in examined.stdout
+
+
+def test_tls_with_an_unknown_authority_fails_and_names_the_switch(encrypted: str, folder: Path) -> None:
+    failed = command(folder, encrypted, "stats")
+    assert failed.returncode == 1
+    [line] = failed.stderr.splitlines()
+    assert line.startswith("Error: Redis is unreachable: ")
+    assert line.endswith("?ssl_ca_certs=/path in REDIS_URL, or set TINYQUEUE_TLS_VERIFY=0")
+    with running(folder, REDIS_URL=encrypted) as web, working(folder, encrypted) as log:
+        status, problem = post(web, 1)
+        assert status == 503
+        assert "TINYQUEUE_TLS_VERIFY=0" in problem["detail"]
+        until(lambda: "cannot take jobs: Redis is unreachable" in log.read_text())
+        assert "TINYQUEUE_TLS_VERIFY=0" in complaints(log)[0]
+        assert "Traceback" not in log.read_text() + web.log.read_text()
+    assert command(folder, encrypted, "doctor").returncode == 1
+
+
+def test_tls_for_another_host_than_the_certificate_names_is_refused(encrypted: str, authority: Path, folder: Path) -> None:
+    url = encrypted.replace("127.0.0.1", "localhost") + f"?ssl_ca_certs={authority / 'ca.pem'}"
+    failed = command(folder, url, "stats")
+    assert failed.returncode == 1
+    assert "TINYQUEUE_TLS_VERIFY=0" in failed.stderr
+
+
+def test_tls_that_the_url_does_not_ask_for_is_guessed_by_doctor(encrypted: str, folder: Path) -> None:
+    examined = command(folder, encrypted.replace("rediss:", "redis:"), "doctor")
+    assert examined.returncode == 1
+    assert "does it want rediss://?" in examined.stdout
+
+
+# Users who may do little ----------------------------------------------------------------------------------------------
+
+SINCE = {  # in which version of Redis each command came that the queue uses
+    "1.0.0": "DEL EXISTS EXPIRE GET INCR INFO LINDEX LLEN LPUSH LRANGE LREM LTRIM MGET RPUSH SADD SET SMEMBERS SREM",
+    "1.0.1": "MSET MSETNX",
+    "1.0.5": "ZRANGEBYSCORE",
+    "1.2.0": "EXEC MULTI RPOPLPUSH ZADD ZCARD ZRANGE ZREM ZSCORE",
+    "2.0.0": "BLPOP HGETALL HINCRBY HMGET ZCOUNT",
+    "2.2.0": "UNWATCH WATCH ZREVRANGEBYSCORE",
+    "2.6.0": "TIME",
+    "6.0.6": "LPOS",
+}
+USED = {name: since for since, names in SINCE.items() for name in names.split()}
+
+
+def granted() -> list[str]:
+    """The rules of the one line of the README that makes a user."""
+    [line] = re.findall(r"^ *ACL SETUSER tinyqueue (.+)$", (Path(tinyqueue.__file__).parent / "README.md").read_text(), re.M)
+    return str(line).split()
+
+
+@pytest.fixture
+def admin(start_redis: Callable[..., RedisServer]) -> Iterator[redis.Redis]:
+    """A client that may do everything, on a server of its own where the README's user is known."""
+    client = redis.Redis(port=start_redis().port, protocol=2)
+    client.execute_command("ACL", "SETUSER", "tinyqueue", *granted())
+    yield client
+    client.close()
+
+
+def url_of(admin: redis.Redis) -> str:
+    [secret] = [rule[1:] for rule in granted() if rule.startswith(">")]
+    return f"redis://tinyqueue:{secret}@127.0.0.1:{admin.connection_pool.connection_kwargs['port']}/0"
+
+
+class Noted:
+    """A queue that notes which of its verbs were asked for."""
+
+    def __init__(self, queue: Queue) -> None:
+        self.queue, self.names = queue, set[str]()
+
+    def __getattr__(self, name: str) -> Any:
+        self.names.add(name)
+        return getattr(self.queue, name)
+
+
+VERBS = {name for name, made in vars(Queue).items() if inspect.isfunction(made) and not name.startswith("_")}
+
+
+def play(queue: Any) -> None:
+    """Do with a queue all that can be done, each verb in the cases in which it writes something else."""
+    queue.enqueue("echo", 0, max_attempts=1)
+    queue.enqueue_many("echo", [1, 2, 3, 4], max_attempts=1)
+    queue.submit([queue.draft("echo", 5, unique_key="u", delay=60)], once := Once("k", "f"))
+    queue.submit([queue.draft("echo", 5, unique_key="u", delay=60)], once)
+    id = queue.register(["default"], 3)
+    queue.wait(["default"], 0.01)
+    queue.waiting(["default"], due=True)
+    completed, failed, released, stopped = queue.dequeue(id, ["default"], 4)
+    queue.heartbeat(id, [completed.id])
+    queue.write_progress(completed)
+    queue.asked_to_stop([completed.id])
+    queue.cancel(stopped.id)
+    queue.complete(completed, 1)
+    queue.fail(failed, Failure("Boom", "it broke"))
+    queue.release(released)
+    queue.release(stopped)
+    queue.retry(failed.id)
+    queue.change_many("cancel", Filter("pending"))
+    queue.change_many("retry", Filter("cancelled"))
+    queue.start(id, queue.take(id, ["default"], 1))
+    queue.settle(id, [])
+    queue.adopt(id, [])
+    queue.enqueue("echo", 6, delay=0.001)
+    until(queue.promote)
+    queue.trim()
+    queue.lost_workers()
+    queue.deregister(id)
+    assert queue.reap(id) == 0
+    other = queue.register(["default"], 1)
+    queue.dequeue(other, ["default"], 1)
+    lapse(queue, other)
+    assert queue.reap(other) == 1
+    queue.pause("default")
+    queue.resume("default")
+    queue.jobs("failed")
+    queue.page(limit=1)
+    queue.page(cursor="9999999999999999.g")
+    queue.get(completed.id)
+    queue.wait_for(queue.jobs("pending")[0].id, 0.05)
+    queue.spend("somebody", 1, 60)
+    for look in ("queues", "stats", "workers", "now", "ping", "memory_is_short", "warnings"):
+        getattr(queue, look)()
+
+
+def test_user_of_the_readme_may_do_all_that_the_queue_does(admin: redis.Redis, queue_at: Any, folder: Path) -> None:
+    """And needs every command that is granted: what Redis has counted is what the README says, and what doctor looks for."""
+    url = url_of(admin)
+    admin.config_resetstat()
+    short = Noted(queue_at(url))
+    short.queue.keep_ms = dict.fromkeys(short.queue.keep_ms, 0)
+    play(noted := Noted(queue_at(url)))
+    assert noted.names >= VERBS - {"examine"}
+    short.trim()
+    settings = {"REDIS_URL": url, "TINYQUEUE_RATE_LIMIT": "99/hour", "TINYQUEUE_MAX_PENDING": "99"}
+    with running(folder, **settings) as web, working(folder, url) as log:
+        status, answer = post(web, 7)
+        assert status == 201
+        for method, route, *_ in ROUTES:
+            path = route.replace("<id>", answer["jobId"]).replace("<name>", "default")
+            assert call(web, method, path, {})[0] in (200, 202, 409, 422)
+        until(lambda: short.stats()["pending"] == short.stats()["processing"] == 0)
+        assert (complaints(web.log), complaints(log)) == ([], [])
+    used = {name.removeprefix("cmdstat_").upper() for name, stats in admin.info("commandstats").items() if stats["calls"]}
+    refused = {name for name, stats in admin.info("commandstats").items() if stats.get("rejected_calls")}
+    own = {"AUTH", "CONFIG|RESETSTAT"}  # what anybody may send, and what this test has sent itself
+    assert refused <= {"cmdstat_client|setinfo", "cmdstat_cluster|slots"}  # which are tried, and do without
+    assert used - own == set(USED)
+    assert {rule[1:].upper() for rule in granted() if rule.startswith("+")} == set(USED)
+    assert {name for names in COMMANDS.values() for name in names.split()} == set(USED)
+
+
+def test_user_of_the_readme_may_touch_no_other_key(admin: redis.Redis, queue_at: Any) -> None:
+    client = raw(queue_at(url_of(admin)))
+    for words in ("GET other", "SET {queue} 1", "KEYS *", "FLUSHALL", "CONFIG GET *", "EVAL 1 0", "PUBLISH a b", "ACL LIST"):
+        with pytest.raises(redis.exceptions.NoPermissionError):
+            client.execute_command(*words.split())
+
+
+def test_user_of_the_readme_satisfies_doctor(admin: redis.Redis, queue_at: Any) -> None:
+    found = queue_at(url_of(admin)).examine(0)
+    assert [finding.about for finding in found if finding.level != "ok"] == ["persistence", "workers"]
+
+
+def test_commands_are_in_the_oldest_redis_that_will_do(admin: redis.Redis) -> None:
+    def number(version: str) -> tuple[int, ...]:
+        return tuple(map(int, version.split(".")))
+
+    assert max(map(number, SINCE)) == OLDEST
+    assert f"Any Redis from {'.'.join(map(str, OLDEST))} on" in (Path(tinyqueue.__file__).parent / "README.md").read_text()
+    if number(admin.info("server")["redis_version"]) < (7,):
+        pytest.skip("this Redis does not know in which version its commands came")
+    docs = iter(admin.execute_command("COMMAND DOCS", *USED))
+    told = {name.decode().upper(): about[about.index(b"since") + 1].decode() for name, about in zip(docs, docs, strict=True)}
+    assert told == USED

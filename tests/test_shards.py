@@ -1,0 +1,272 @@
+"""Many shards as one queue: a job's id names its shard, workers serve all of them, and what is told of them adds up."""
+
+from __future__ import annotations
+
+import inspect
+from collections import Counter
+from collections.abc import Iterator
+
+import pytest
+from client import Client
+from conftest import Server, assert_books, lapse, raw, until
+from test_worker import Running
+
+import tinyqueue
+from tinyqueue import Failure, Filter, InvalidJob, Job, Once, Outcome, Queue, Reaped, Settings, Shards, Unavailable, handler
+from wsgi import API
+
+DEFAULT = ["default"]
+COUNT = 3
+COMPOSED = {"from_url", "embedded", "from_settings", "draft", "enqueue", "enqueue_many", "dequeue", "complete", "fail", "release"}
+COMPOSED |= {"jobs", "change_many"}
+
+
+@pytest.fixture
+def queue(server: Server) -> Iterator[Shards]:
+    """An empty queue of three shards on either server. When the test is over, the books of each must be right."""
+    shards = Shards([server.queue(namespace=f"queue.{at}") for at in range(COUNT)])
+    yield shards
+    shards._waiters.shutdown()  # those that still wait for a bell must not see their connections closed
+    for shard in shards.shards:
+        assert_books(shard)
+
+
+@pytest.fixture
+def worker(queue: Shards) -> str:
+    return queue.register(DEFAULT, 10)
+
+
+def shard_of(job: Job) -> int:
+    return int(job.id[-2:], 16)
+
+
+def test_shards_have_every_verb_of_a_queue() -> None:
+    public = {name for name, member in vars(Queue).items() if not name.startswith("_") and inspect.isroutine(member)}
+    composed = {name for name in COMPOSED if inspect.isroutine(getattr(Queue, name))}
+    assert public - composed - vars(Shards).keys() == {"memory_is_short"}  # which a shard asks for itself at submit
+
+
+def test_submit_spreads_jobs_over_all_shards(queue: Shards) -> None:
+    jobs = [queue.enqueue("echo", at) for at in range(9)]
+    assert Counter(map(shard_of, jobs)) == {0: 3, 1: 3, 2: 3}
+    for at, shard in enumerate(queue.shards):
+        assert shard.stats()["pending"] == 3
+        assert all((shard.get(job.id) is not None) == (shard_of(job) == at) for job in jobs)
+    assert [queue.get(job.id) for job in jobs] == jobs
+
+
+def test_submit_puts_a_batch_whole_into_one_shard(queue: Shards) -> None:
+    assert len({shard_of(job) for job in queue.enqueue_many("echo", range(50))}) == 1
+
+
+def test_get_of_an_id_that_names_no_shard_finds_nothing(queue: Shards) -> None:
+    id = queue.enqueue("echo", 1).id[:-2] + "2a"
+    assert [queue.get(id), queue.cancel(id), queue.retry(id), queue.wait_for(id, 1)] == [None] * 4
+    assert queue.get("nonsense") is None
+
+
+def test_dequeue_starts_jobs_of_a_shard_first_in_first_out(queue: Shards, worker: str) -> None:
+    jobs = [queue.enqueue("echo", at) for at in range(12)]
+    started = [job for _ in range(6) for job in queue.dequeue(worker, DEFAULT, 2)]
+    assert sorted(started, key=lambda job: job.id) == sorted(started, key=lambda job: job.payload)
+    for at in range(COUNT):
+        assert [job.id for job in started if shard_of(job) == at] == [job.id for job in jobs if shard_of(job) == at]
+    queue.settle(worker, [Outcome(job, "complete") for job in started])
+
+
+def test_take_serves_every_shard_in_turn(queue: Shards, worker: str) -> None:
+    for _ in range(COUNT):
+        queue.enqueue_many("echo", range(30))
+    for _ in range(COUNT):
+        jobs = queue.dequeue(worker, DEFAULT, 10)
+        assert len(jobs) == 10
+        queue.settle(worker, [Outcome(job, "complete") for job in jobs])
+    assert [shard.stats()["pending"] for shard in queue.shards] == [20, 20, 20]
+
+
+def test_take_goes_on_while_one_shard_is_broken(queue: Shards, worker: str) -> None:
+    jobs = [queue.enqueue("echo", at) for at in range(COUNT)]
+    broken = queue.shards[1].keys.jobs("default")
+    entries = raw(queue.shards[1]).lrange(broken, 0, -1)
+    raw(queue.shards[1]).set(broken, "no list")
+    started = queue.dequeue(worker, DEFAULT, 9)
+    assert {shard_of(job) for job in started} == {0, 2}
+    queue.settle(worker, [Outcome(job, "complete") for job in started])
+    raw(queue.shards[1]).delete(broken)
+    raw(queue.shards[1]).rpush(broken, *entries)
+    assert [job.id for job in queue.dequeue(worker, DEFAULT)] == [job.id for job in jobs if shard_of(job) == 1]
+
+
+def test_submit_once_with_one_key_makes_one_job(queue: Shards) -> None:
+    made = {queue.submit([queue.draft("echo", 1)], once)[0].id for once in (Once("k", "same") for _ in range(7))}
+    assert len(made) == 1
+
+
+def test_submit_with_a_unique_key_answers_the_first_until_it_ends(queue: Shards, worker: str) -> None:
+    first = queue.enqueue("echo", 1, unique_key="u")
+    assert {queue.enqueue("echo", 2, unique_key="u").id for _ in range(5)} == {first.id}
+    [job] = queue.dequeue(worker, DEFAULT)
+    queue.complete(job)
+    assert queue.enqueue("echo", 3, unique_key="u").id != first.id
+
+
+def test_submit_together_with_unique_keys_of_different_shards_is_refused(queue: Shards) -> None:
+    drafts = [queue.draft("echo", 1, unique_key=f"user {at}") for at in range(10)]
+    with pytest.raises(InvalidJob, match="TINYQUEUE_SHARDS"):
+        queue.submit(drafts)
+    assert queue.stats()["pending"] == 0
+    assert len(queue.submit([queue.draft("echo", 1, unique_key="u") for _ in range(2)])) == 2
+
+
+def test_start_of_a_suspect_waits_for_the_jobs_of_other_shards(queue: Shards, worker: str) -> None:
+    suspect, innocent = queue.enqueue("echo", "suspect"), queue.enqueue("echo", "innocent")
+    shard = queue.shards[shard_of(suspect)]
+    record = raw(shard).get(shard.keys.job(suspect.id))
+    raw(shard).set(shard.keys.job(suspect.id), record[:-1] + b',"suspicions":2}')
+    taken = [suspect.id.encode(), innocent.id.encode()]
+    for entry in taken:
+        owner = queue.shards[int(entry[-2:], 16)]
+        raw(owner).rpoplpush(owner.keys.jobs("default"), owner.keys.proc(worker))
+    by_payload = {job.payload: job.status for job in queue.start(worker, taken, {})}
+    assert by_payload == {"suspect": "pending", "innocent": "processing"}
+    queue.deregister(worker)
+
+
+def test_reap_in_one_shard_tells_the_worker(queue: Shards, worker: str) -> None:
+    lapse(queue.shards[2], worker)
+    assert queue.lost_workers() == [worker]
+    assert queue.reap(worker) == 0
+    with pytest.raises(Reaped):
+        queue.heartbeat(worker)
+    queue.deregister(worker)
+    assert queue.workers() == []
+
+
+def test_page_lists_jobs_of_all_shards_newest_first(queue: Shards) -> None:
+    jobs = []
+    for at in range(25):
+        jobs.append(queue.enqueue("echo", at))
+        for shard in queue.shards:
+            shard.clock.ahead += 1
+    listed, cursor, pages = [], "", 0
+    while pages == 0 or cursor:
+        page, cursor = queue.page(Filter("pending"), limit=4, cursor=cursor)
+        listed += [job.payload for job in page]
+        pages += 1
+    assert listed == [job.payload for job in reversed(jobs)]
+
+
+def test_change_many_reaches_all_shards(queue: Shards) -> None:
+    for at in range(7):
+        queue.enqueue("echo", at)
+    assert queue.change_many("cancel", Filter("pending"))["cancelled"] == 7
+    assert queue.change_many("retry", Filter("cancelled"))["retried"] == 7
+    assert queue.stats()["pending"] == 7
+
+
+def test_stats_add_up(queue: Shards, worker: str) -> None:
+    for name in ("default", "default", "slow", "default"):
+        queue.enqueue("echo", 1, queue=name)
+    [job] = queue.dequeue(worker, DEFAULT)
+    queue.fail(job, Failure("Boom", "it broke"))
+    stats = queue.stats()
+    assert (stats["pending"], stats["failed"], stats["workers"]) == (3, 1, 1)
+    assert {name: about["pending"] for name, about in stats["queues"].items()} == {"default": 2, "slow": 1}
+    assert stats["total"]["failed"] == stats["lastMinute"]["failed"] == 1
+
+
+def test_history_and_metrics_add_up(queue: Shards, worker: str) -> None:
+    for _ in range(6):
+        queue.enqueue("echo", {})
+    jobs = queue.dequeue(worker, ["default"], 6)
+    queue.settle(worker, [Outcome(job, "complete") for job in jobs])
+    history = queue.stats(2)["history"]
+    assert len(history) == 2
+    assert history[1]["at"] - history[0]["at"] == 60_000
+    assert sum(minute["started"] for minute in history) == sum(minute["completed"] for minute in history) == 6
+    told = queue.metrics()
+    assert told["enqueued"]["echo", "default"] == told["completed"]["echo", "default"] == 6
+    assert sum(told["ran"].values()) == 6
+
+
+def test_workers_are_told_once_with_the_jobs_of_all_shards(queue: Shards, worker: str) -> None:
+    for at in range(4):
+        queue.enqueue("echo", at)
+    jobs = queue.dequeue(worker, DEFAULT, 4)
+    queue.heartbeat(worker, [job.id for job in jobs])
+    [about] = queue.workers()
+    assert sorted(about["jobs"]) == sorted(job.id for job in jobs)
+    queue.settle(worker, [Outcome(job, "release") for job in jobs])
+
+
+def test_pause_holds_for_all_shards(queue: Shards, worker: str) -> None:
+    for at in range(COUNT):
+        queue.enqueue("echo", at)
+    queue.pause("default")
+    assert queue.queues()["default"]["paused"] is True
+    assert queue.dequeue(worker, DEFAULT, 9) == []
+    queue.resume("default")
+    jobs: list[Job] = []
+    until(lambda: jobs.extend(queue.dequeue(worker, DEFAULT, 9)) or len(jobs) == COUNT)
+    queue.settle(worker, [Outcome(job, "release") for job in jobs])
+
+
+def test_spend_counts_the_requests_of_one_client_together(queue: Shards) -> None:
+    assert [queue.spend("one", 5, 3600)[0] for _ in range(3)] == [4, 3, 2]
+    assert queue.spend("another", 5, 3600)[0] == 4
+
+
+@pytest.mark.usefixtures("no_handlers")
+def test_worker_runs_the_jobs_of_all_shards(queue: Shards) -> None:
+    handler("echo")(echo)
+    running = Running(queue, slots=4)
+    jobs = [queue.enqueue("echo", at) for at in range(30)]
+    later = queue.enqueue("echo", "later", delay=0.3)
+    until(lambda: queue.stats()["completed"] == 31)
+    assert running.end("drain") == 0
+    assert {queue.get(job.id).attempts for job in [*jobs, later]} == {1}
+    assert queue.workers() == []
+
+
+def echo(payload: object, job: Job) -> object:
+    job.set_progress(0.5)
+    return payload
+
+
+@pytest.mark.usefixtures("no_handlers")
+def test_http_serves_all_shards(queue: Shards) -> None:
+    handler("echo")(echo)
+    api = Client(API(Settings(), queue))
+    ids = [api.post("/jobs", {"type": "echo", "payload": at}).json["jobId"] for at in range(6)]
+    assert {job["id"] for job in api.get("/jobs?limit=6").json["jobs"]} == set(ids)
+    assert api.call("DELETE", f"/jobs/{ids[0]}").json["status"] == "cancelled"
+    assert api.call("POST", f"/jobs/{ids[0]}/retry").json["status"] == "pending"
+    assert api.get(f"/jobs/{ids[-1]}?wait=1").json["status"] == "pending"
+    assert api.get("/ready").status == 200
+    assert api.get("/stats").json["pending"] == 6
+
+
+def test_settings_make_shards(real: Server) -> None:
+    queue = Queue.from_settings(Settings(redis_url=real.url, shards=4, namespace="shop"))
+    assert isinstance(queue, Shards)
+    assert [shard.keys.counts for shard in queue.shards] == [f"{{shop.{at}}}:counts" for at in range(4)]
+    queue.enqueue("echo", 1)
+    assert Queue.from_settings(Settings(redis_url=real.url, shards=4, namespace="shop")).stats()["pending"] == 1
+    assert not isinstance(Queue.from_settings(Settings(redis_url=real.url)), Shards)
+
+
+def test_settle_writes_the_outcomes_of_the_shards_that_are_there(real: Server) -> None:
+    shards = Shards([real.queue(namespace=f"queue.{at}") for at in range(2)])
+    worker = shards.register(DEFAULT, 2)
+    jobs = [shards.enqueue("echo", at) for at in range(2)]
+    started = shards.dequeue(worker, DEFAULT, 2)
+    assert len(started) == 2
+    dead = Queue(tinyqueue.connect("redis://127.0.0.1:1"), namespace="queue.1")
+    alive, shards.shards[1] = shards.shards[1], dead
+    outcomes = [Outcome(job, "complete") for job in started]
+    with pytest.raises(Unavailable) as trouble:
+        shards.settle(worker, outcomes)
+    assert trouble.value.doubtful
+    shards.shards[1] = alive
+    assert shards.settle(worker, outcomes, again=True) == []
+    assert {shards.get(job.id).status for job in jobs} == {"completed"}
