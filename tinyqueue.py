@@ -402,43 +402,27 @@ class Keys:
     """The names of all keys, spelled here and nowhere else."""
 
     def __init__(self, namespace: str) -> None:
-        tag = "{" + namespace + "}:"
-        self.job_prefix, self.jobs_prefix, self.proc_prefix = tag + "job:", tag + "jobs:", tag + "proc:"
-        self.bell_prefix, self.worker_prefix, self.lease_prefix = tag + "bell:", tag + "worker:", tag + "lease:"
-        self.delayed, self.workers = tag + "delayed", tag + "workers"
-        self.completed, self.failed, self.cancelled = tag + "completed", tag + "failed", tag + "cancelled"
-        self.counts, self.promoter, self.paused = tag + "counts", tag + "promoter", tag + "paused"
-        self.mark = tag + "mark"
-        self.once_prefix, self.unique_prefix, self.rate_prefix = tag + "once:", tag + "unique:", tag + "rate:"
-        self.minute_prefix, self.done_prefix, self.awaited = tag + "minute:", tag + "done:", tag + "awaited"
-        self.metrics, self.series = tag + "metrics", tag + "series"
+        self.prefix = prefix = "{" + namespace + "}:"
+        self.delayed, self.workers, self.paused = prefix + "delayed", prefix + "workers", prefix + "paused"
+        self.completed, self.failed, self.cancelled = prefix + "completed", prefix + "failed", prefix + "cancelled"
+        self.counts, self.metrics, self.series = prefix + "counts", prefix + "metrics", prefix + "series"
+        self.promoter, self.mark, self.awaited = prefix + "promoter", prefix + "mark", prefix + "awaited"
 
-    def job(self, id: str) -> str:
-        return self.job_prefix + id
+        def each(kind: str) -> Callable[[str], str]:
+            return f"{prefix}{kind}:".__add__  # no Python of its own: every job has several of these made
 
-    def jobs(self, name: str) -> str:
-        return self.jobs_prefix + name
+        self.job, self.done, self.unique = each("job"), each("done"), each("unique")
+        self.jobs, self.bell = each("jobs"), each("bell")
+        self.worker, self.lease, self.proc = each("worker"), each("lease"), each("proc")
 
-    def proc(self, worker: str) -> str:
-        return self.proc_prefix + worker
-
-    def bell(self, name: str) -> str:
-        return self.bell_prefix + name
-
-    def worker(self, worker: str) -> str:
-        return self.worker_prefix + worker
-
-    def lease(self, worker: str) -> str:
-        return self.lease_prefix + worker
-
-    def done(self, id: str) -> str:
-        return self.done_prefix + id
-
-    def unique(self, key: str) -> str:
-        return self.unique_prefix + key
+    def once(self, key: str) -> str:
+        return f"{self.prefix}once:{hashlib.sha256(key.encode()).hexdigest()}"  # a header's text fits no fence for names
 
     def minute(self, now: int) -> str:
-        return self.minute_prefix + str(now // 60_000)
+        return f"{self.prefix}minute:{now // 60_000}"
+
+    def rate(self, who: str, window: int) -> str:
+        return f"{self.prefix}rate:{who}:{window}"
 
 
 # The job --------------------------------------------------------------------------------------------------------------
@@ -1560,7 +1544,7 @@ class Queue:
         def body(tx: Transaction) -> list[Job]:
             nonlocal accepted
             tx.replicas = self.min_replicas if jobs else 0
-            if once and (stored := tx.read(("GET", self._once_key(once)))[0]):
+            if once and (stored := tx.read(("GET", self.keys.once(once.key)))[0]):
                 return self._made_once(tx, jobs, once, stored)
             if not jobs or (not once and tx.again and tx.read(("EXISTS", *map(self.keys.job, ids)))[0]):
                 return accepted
@@ -1575,13 +1559,10 @@ class Queue:
                 tx.measure("enqueued", job)
             if once:
                 made = _encode(Made(once.fingerprint, [job.id for job in accepted]))
-                tx.write("SET", self._once_key(once), made, "PX", self.keep_once_ms)
+                tx.write("SET", self.keys.once(once.key), made, "PX", self.keep_once_ms)
             return accepted
 
-        return self._transact([*([self._once_key(once)] if once else []), *unique], body)
-
-    def _once_key(self, once: Once) -> str:
-        return self.keys.once_prefix + hashlib.sha256(once.key.encode()).hexdigest()
+        return self._transact([*([self.keys.once(once.key)] if once else []), *unique], body)
 
     def _made_once(self, tx: Transaction, jobs: Sequence[Job], once: Once, stored: bytes) -> list[Job]:
         """The jobs that the first submit with this key made, as they stand; those that are forgotten by now, as they were."""
@@ -2397,7 +2378,7 @@ class Queue:
     def spend(self, who: str, limit: int, seconds: int) -> tuple[int, int]:
         """Count a request of a client in the present window; return how many are left (below 0: none), for how many seconds."""
         now = self.now()
-        key = f"{self.keys.rate_prefix}{who}:{now // (seconds * 1000)}"
+        key = self.keys.rate(who, now // (seconds * 1000))
         used = self._read(("INCR", key), ("EXPIRE", key, seconds))[0]
         return limit - used, seconds - now // 1000 % seconds
 
