@@ -2112,13 +2112,14 @@ class Queue:
         leases = self._read(("MGET", *map(self.keys.lease, workers)))[0] if workers else []
         return [worker for worker, lease in zip(workers, leases, strict=True) if lease is None]
 
-    def reap(self, worker: str) -> int:
+    def reap(self, worker: str, others: int = 0) -> int:
         """Bury a worker whose lease is gone, give back what it held, and return how many jobs that were. Alive: 0.
 
         processing -> pending, or failed with the last attempt. Watches the registration, the lease, the list and the records, for
         a worker that wakes up may just be taking or starting, and deleting the list would delete what it took. An id in its list is
         given back only if its job is pending, or processing under this worker's name: without that test a job that was given back
-        before and runs elsewhere would run twice. For a worker reaped before, it gives back what it took in its sleep.
+        before and runs elsewhere would run twice. For a worker reaped before, it gives back what it took in its sleep. `others` are
+        the jobs that it ran beside these, in other shards.
         """
         registration, lease, proc = self.keys.worker(worker), self.keys.lease(worker), self.keys.proc(worker)
 
@@ -2127,7 +2128,7 @@ class Queue:
             if alive:
                 return 0
             given, listed = 0, list(self._listed(tx, entries, watch=True))
-            beside = sum(job.status == "processing" and job.worker == worker for job in listed) > 1
+            beside = others + sum(job.status == "processing" and job.worker == worker for job in listed) > 1
             for job in listed:
                 if job.status == "pending":
                     tx.gather("RPUSH", self.keys.jobs(job.queue), job.id)
@@ -2145,6 +2146,11 @@ class Queue:
             return given
 
         return self._transact([registration, lease, proc], body)
+
+    def _running(self, worker: str) -> int:
+        """Count the jobs that a worker has started and not settled."""
+        jobs = self._transact((), lambda tx: self._listed(tx, tx.read(("LRANGE", self.keys.proc(worker), 0, -1))[0]))
+        return sum(job.status == "processing" and job.worker == worker for job in jobs)
 
     def trim(self) -> int:
         """Forget ended jobs whose time is up, and the oldest of each status above KEPT; return how many, 1,000 a status at most.
@@ -2673,8 +2679,10 @@ class Shards(Queue):
     def lost_workers(self, but: str = "") -> list[str]:
         return sorted({worker for lost in self._try(lambda shard: shard.lost_workers(but)) for worker in lost})
 
-    def reap(self, worker: str) -> int:
-        return sum(self._try(lambda shard: shard.reap(worker)))
+    def reap(self, worker: str, others: int = 0) -> int:
+        """As Queue.reap. What it ran in one shard it ran beside what it ran in the others."""
+        ran = dict(self._try(lambda shard: (shard, shard._running(worker))))
+        return sum(self._try(lambda shard: shard.reap(worker, sum(ran.values()) - ran.get(shard, 0))))
 
     def trim(self) -> int:
         return sum(self._try(Queue.trim))
