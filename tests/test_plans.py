@@ -80,7 +80,8 @@ def call(web: Process, method: str, path: str, body: Any = None) -> tuple[int, A
     with closing(http.client.HTTPConnection(*web.address, timeout=20)) as connection:
         connection.request(method, path, json.dumps(body), {"Content-Type": "application/json"})
         answer = connection.getresponse()
-        return answer.status, json.loads(answer.read())
+        text = answer.read()
+        return answer.status, json.loads(text) if "json" in str(answer.getheader("Content-Type")) else text
 
 
 def post(web: Process, payload: int) -> tuple[int, Any]:
