@@ -1220,6 +1220,16 @@ def _unfailed(replies: list[Any]) -> list[Any]:
     return replies
 
 
+def _ascii(value: bytes) -> str:
+    """Read an id or a name. Whatever else stands in its place becomes a text that is neither."""
+    return value.decode("ascii", "replace")
+
+
+def _fields(reply: Sequence[bytes]) -> list[tuple[str, bytes]]:
+    """Pair the reply to HGETALL, or to a range WITHSCORES."""
+    return list(zip(map(_ascii, reply[::2]), reply[1::2], strict=True))
+
+
 def _count(value: bytes | None) -> int:
     """Read a count, which is 0 as long as nothing was counted."""
     try:
@@ -1314,23 +1324,16 @@ class Queue:
     @classmethod
     def from_settings(cls, settings: Settings, connections: int = 100) -> Queue:
         """Make the queue that the settings name, of one shard or many; without REDIS_URL the embedded one."""
-        options: dict[str, Any] = {
-            "lease": settings.lease,
-            "keep_completed": settings.keep_completed,
-            "keep_failed": settings.keep_failed,
-            "keep_once": settings.keep_once,
-            "max_pending": settings.max_pending,
-            "min_replicas": settings.min_replicas,
-        }
+        names = "lease", "keep_completed", "keep_failed", "keep_once", "max_pending", "min_replicas"
+        options: dict[str, Any] = {name: getattr(settings, name) for name in names}
         if settings.min_replicas and not settings.redis_url:
             raise SettingsError("TINYQUEUE_MIN_REPLICAS is set, but without REDIS_URL there are no replicas")
-        names = [settings.namespace] if settings.shards == 1 else [f"{settings.namespace}.{at}" for at in range(settings.shards)]
+        make = cls.embedded
         if settings.redis_url:
-            options |= {"connections": connections, "tls_verify": settings.tls_verify}
-            queues = [cls.from_url(settings.redis_url, namespace=name, **options) for name in names]
-        else:
-            queues = [cls.embedded(namespace=name, **options) for name in names]
-        return queues[0] if len(queues) == 1 else Shards(queues)
+            make = partial(cls.from_url, settings.redis_url, connections=connections, tls_verify=settings.tls_verify)
+        if settings.shards == 1:
+            return make(namespace=settings.namespace, **options)
+        return Shards([make(namespace=f"{settings.namespace}.{at}", **options) for at in range(settings.shards)])
 
     @contextmanager
     def _connection(self) -> Iterator[Any]:
@@ -1435,7 +1438,7 @@ class Queue:
             if trouble.reason == "timeout":  # once is enough; the rest the transaction will meet itself, if it lasts
                 raise
         else:
-            self._series |= {name.decode("ascii", "replace") for name in found}
+            self._series |= set(map(_ascii, found))
 
     def _metrics(self, tx: Transaction) -> list[Command]:
         """What a transaction adds to the metrics: one number for all its jobs of one type and queue to which the same happened.
@@ -1585,11 +1588,7 @@ class Queue:
         """Put in the place of each job whose uniqueKey is taken the one that has it, and take the keys for the others."""
         keys = list(dict.fromkeys(job.unique_key for job in jobs if job.unique_key))
         holders = tx.read(("MGET", *map(self.keys.unique, keys)))[0]
-        named = {
-            key: id
-            for key, holder in zip(keys, holders, strict=True)
-            if ID.fullmatch(id := (holder or b"").decode("ascii", "replace"))
-        }
+        named = {key: id for key, holder in zip(keys, holders, strict=True) if ID.fullmatch(id := _ascii(holder or b""))}
         records = tx.read(("MGET", *map(self.keys.job, named.values())))[0] if named else []
         active: dict[str, Job] = {}
         for (key, id), record in zip(named.items(), records, strict=True):
@@ -1672,7 +1671,7 @@ class Queue:
 
     def _note_paused(self, members: Iterable[bytes] | Exception) -> None:
         found = () if isinstance(members, Exception) else members
-        self._paused = (time.monotonic(), frozenset(member.decode("ascii", "replace") for member in found))
+        self._paused = (time.monotonic(), frozenset(map(_ascii, found)))
 
     def _not_paused(self, names: Sequence[str]) -> list[str]:
         """The queues that are not paused, as known for PAUSE_AGE at most: a pause takes effect within that time."""
@@ -1714,7 +1713,7 @@ class Queue:
         transaction whose reply was lost: it is returned too. A suspect is started only by itself, while nothing is held; else it is
         returned as it is, pending, and stays in the worker's list. Raises Reaped if the worker is no longer registered.
         """
-        texts = [id.decode("ascii", "replace") for id in ids]
+        texts = list(map(_ascii, ids))
         named = list(dict.fromkeys(id for id in texts if ID.fullmatch(id)))
         if len(named) < len(set(texts)):
             log.warning("dropped %d entries of a queue that are no job ids", len(set(texts)) - len(named))
@@ -2096,15 +2095,14 @@ class Queue:
 
     def _listed(self, tx: Transaction, entries: Iterable[bytes], watch: bool = False) -> Iterator[Job]:
         """The jobs that the entries of a list name, each once; what names none is passed over. `watch`: from here on watched."""
-        ids = list(dict.fromkeys(id for entry in entries if ID.fullmatch(id := entry.decode("ascii", "replace"))))
+        ids = list(dict.fromkeys(filter(ID.fullmatch, map(_ascii, entries))))
         keys = [self.keys.job(id) for id in ids]
         records = tx.read(*([("WATCH", *keys)] if watch else []), ("MGET", *keys))[-1] if ids else []
         return (_job(id, record) for id, record in zip(ids, records, strict=True) if record is not None)
 
     def _known_workers(self) -> list[str]:
         """Every worker that may hold a job. What is no name in that set was not put there by a worker."""
-        found = (worker.decode("ascii", "replace") for worker in self._read(("SMEMBERS", self.keys.workers))[0])
-        return sorted(worker for worker in found if NAME.fullmatch(worker))
+        return sorted(filter(NAME.fullmatch, map(_ascii, self._read(("SMEMBERS", self.keys.workers))[0])))
 
     def lost_workers(self, but: str = "") -> list[str]:
         """List the workers whose lease is gone, but for that one."""
@@ -2181,7 +2179,7 @@ class Queue:
         Completed jobs cannot be revived, and thousands of them may end in a second: for them no look and no watch.
         """
         index = getattr(self.keys, status)
-        keys = [self.keys.job(id.decode("ascii", "replace")) for id in ids]
+        keys = [self.keys.job(_ascii(id)) for id in ids]
 
         def body(tx: Transaction) -> int:
             scores = tx.read(*(("ZSCORE", index, id) for id in ids)) if status != "completed" else ids
@@ -2275,8 +2273,7 @@ class Queue:
     def _ended(self, status: str, before: Place) -> tuple[set[Entry], Place]:
         def read(start: int) -> list[Entry]:
             command = ("ZREVRANGEBYSCORE", getattr(self.keys, status), before[0], "-inf", "WITHSCORES", "LIMIT", start, LISTED)
-            found = self._read(command)[0]
-            return [(int(at), id.decode("ascii", "replace"), status) for id, at in zip(found[::2], found[1::2], strict=True)]
+            return [(int(at), id, status) for id, at in _fields(self._read(command)[0])]
 
         return self._windows(read, 0, before)
 
@@ -2302,17 +2299,14 @@ class Queue:
         return self._read_entries(("LRANGE", key, start, start + LISTED - 1), status)
 
     def _read_entries(self, command: Command, status: str) -> list[Entry]:
-        texts = (id.decode("ascii", "replace") for id in self._read(command)[0])
-        return [(created_at(id) if ID.fullmatch(id) else 1 << 60, id, status) for id in texts]
+        return [(created_at(id) if ID.fullmatch(id) else 1 << 60, id, status) for id in map(_ascii, self._read(command)[0])]
 
     def queues(self) -> dict[str, dict[str, Any]]:
         """Every queue that ever had a job or is paused: its counts, the age of the oldest waiting job, and whether it is paused."""
         counts, paused = self._read(("HGETALL", self.keys.counts), ("SMEMBERS", self.keys.paused))
         self._note_paused(paused)
-        now = {key.decode("ascii", "replace"): _count(value) for key, value in zip(counts[::2], counts[1::2], strict=True)}
-        names = sorted(
-            {key.partition(":")[2] for key in now if ":" in key} | {name for name in self._paused[1] if NAME.fullmatch(name)}
-        )
+        now = {field: _count(value) for field, value in _fields(counts)}
+        names = sorted({field.partition(":")[2] for field in now if ":" in field} | set(filter(NAME.fullmatch, self._paused[1])))
         heads = self._read(*(("LINDEX", self.keys.jobs(name), -1) for name in names))
         return {
             name: {
@@ -2325,7 +2319,7 @@ class Queue:
         }
 
     def _age(self, head: bytes | None) -> int:
-        id = (head or b"").decode("ascii", "replace")
+        id = _ascii(head or b"")
         return max(0, self.now() - created_at(id)) if ID.fullmatch(id) else 0
 
     def stats(self, minutes: int = 0) -> dict[str, Any]:
@@ -2373,10 +2367,9 @@ class Queue:
         BUCKETS: waited, from when it could start to its start, for every start; and ran, from there until its outcome was written,
         for every attempt of which a handler told the outcome. waitedMs and ranMs are their sums.
         """
-        found = self._read(("HGETALL", self.keys.metrics))[0]
         told: dict[str, dict[tuple[str, ...], int]] = {}
-        for field, value in zip(found[::2], found[1::2], strict=True):
-            what, *labels = parts = field.decode("ascii", "replace").split(":")
+        for field, value in _fields(self._read(("HGETALL", self.keys.metrics))[0]):
+            what, *labels = parts = field.split(":")
             if len(labels) > 1 and all(map(NAME.fullmatch, parts)):
                 told.setdefault(what, {})[tuple(labels)] = _count(value)
         return told
@@ -2481,7 +2474,7 @@ class Queue:
             keys = [self.keys.jobs(name) for name in self.queues()] + [self.keys.proc(worker) for worker in self._known_workers()]
             reads = ("HGETALL", self.keys.counts), ("ZCARD", self.keys.delayed), *(("LLEN", key) for key in keys)
             counts, *sizes = _unfailed(self._read(("MULTI",), *reads, ("EXEC",))[-1])
-            unended = [_count(value) for name, value in zip(counts[::2], counts[1::2], strict=True) if b":" in name]
+            unended = [_count(value) for field, value in _fields(counts) if ":" in field]
             wrong = sum(unended) > sum(sizes) or min(unended, default=0) < 0
             if not wrong:
                 break
@@ -2493,11 +2486,11 @@ class Queue:
         yield _judged("workers", f"{len(alive)} alive", (not alive, "warn", "start one: python worker.py"))
         queues, served = self.queues(), {name for worker in alive for name in worker["queues"]}
         for name, queue in queues.items():
-            waits = alive and queue["pending"] and name not in served
-            told = f"{name} is paused" if queue["paused"] else f"{name}: {queue['pending']} pending, and no worker serves it"
-            if queue["paused"] or waits:
-                advice = f"POST /queues/{name}/resume" if queue["paused"] else f"python worker.py --queue {name}"
-                yield Finding("warn", "queue", told, advice)
+            if queue["paused"]:
+                yield Finding("warn", "queue", f"{name} is paused", f"POST /queues/{name}/resume")
+            elif alive and queue["pending"] and name not in served:
+                seen = f"{name}: {queue['pending']} pending, and no worker serves it"
+                yield Finding("warn", "queue", seen, f"python worker.py --queue {name}")
 
 
 # Shards ---------------------------------------------------------------------------------------------------------------
@@ -2529,18 +2522,19 @@ class Shards(Queue):
         """When any shard last did not."""
         return max(shard.last_trouble for shard in self.shards)
 
-    def _of(self, id: str) -> Queue | None:
-        at = int(id[-2:], 16) if ID.fullmatch(id) else len(self.shards)
-        return self.shards[at] if at < len(self.shards) else None
+    def _of(self, id: str) -> Queue:
+        """The shard that an id names. One that names none is as unknown in the first as in any."""
+        at = int(id[-2:], 16) if ID.fullmatch(id) else 0
+        return self.shards[at if at < len(self.shards) else 0]
 
     def _at(self, key: str) -> int:
         return zlib.crc32(key.encode()) % len(self.shards)
 
     def _by_shard(self, things: Iterable[T], id: Callable[[T], str]) -> list[tuple[Queue, list[T]]]:
-        """Sort what belongs to jobs by the shards of those jobs; what belongs to none goes to the first."""
+        """Sort what belongs to jobs by the shards of those jobs."""
         sorted: dict[Queue, list[T]] = {}
         for thing in things:
-            sorted.setdefault(self._of(id(thing)) or self.shards[0], []).append(thing)
+            sorted.setdefault(self._of(id(thing)), []).append(thing)
         return list(sorted.items())
 
     def disconnect(self) -> None:
@@ -2625,8 +2619,8 @@ class Shards(Queue):
 
     def start(self, worker: str, ids: Sequence[bytes], held: Mapping[str, int] | None = None) -> list[Job]:
         jobs = []
-        for shard, entries in self._by_shard(ids, lambda entry: entry.decode("ascii", "replace")):
-            others = {id.decode("ascii", "replace"): 0 for id in ids if id not in entries}  # a suspect is not alone among them
+        for shard, entries in self._by_shard(ids, _ascii):
+            others = {_ascii(id): 0 for id in ids if id not in entries}  # a suspect is not alone among them
             jobs += shard.start(worker, entries, {**others, **held} if held is not None else others or None)
         return jobs
 
@@ -2647,19 +2641,16 @@ class Shards(Queue):
         return others
 
     def write_progress(self, job: Job) -> None:
-        if shard := self._of(job.id):
-            shard.write_progress(job)
+        self._of(job.id).write_progress(job)
 
     def cancel(self, id: str) -> Job | None:
-        shard = self._of(id)
-        return shard.cancel(id) if shard else None
+        return self._of(id).cancel(id)
 
     def asked_to_stop(self, ids: Sequence[str]) -> list[str]:
         return [id for shard, part in self._by_shard(ids, str) for id in shard.asked_to_stop(part)]
 
     def retry(self, id: str) -> Job | None:
-        shard = self._of(id)
-        return shard.retry(id) if shard else None
+        return self._of(id).retry(id)
 
     def pause(self, name: str) -> None:
         self._try(lambda shard: shard.pause(name), all=True)
@@ -2688,19 +2679,16 @@ class Shards(Queue):
         return sum(self._try(Queue.trim))
 
     def forget(self, status: str, ids: Sequence[bytes]) -> int:
-        by_shard = self._by_shard(ids, lambda id: id.decode("ascii", "replace"))
-        return sum(shard.forget(status, part) for shard, part in by_shard)
+        return sum(shard.forget(status, part) for shard, part in self._by_shard(ids, _ascii))
 
     def ping(self) -> None:
         self._try(Queue.ping, all=True)
 
     def get(self, id: str) -> Job | None:
-        shard = self._of(id)
-        return shard.get(id) if shard else None
+        return self._of(id).get(id)
 
     def wait_for(self, id: str, seconds: float) -> Job | None:
-        shard = self._of(id)
-        return shard.wait_for(id, seconds) if shard else None
+        return self._of(id).wait_for(id, seconds)
 
     def page(self, filter: Filter = Filter(), *, limit: int = 50, cursor: str = "") -> tuple[list[Job], str]:  # noqa: B008
         """As Queue.page: a cursor is a place in the order of all jobs, so pages are merged as far as every shard has looked."""
