@@ -1151,10 +1151,15 @@ class Transaction:
             _ask(self._connection, [("UNWATCH",)])
 
     def execute(self, writes: Sequence[Command]) -> tuple[list[Any] | None, int]:
-        """Apply writes. Returns their replies, None if something watched has changed, and how many replicas have them."""
+        """Apply writes. Returns their replies, None if something watched has changed, and how many replicas have them.
+
+        A WAIT that is refused proves nothing of any replica, but the writes are there: it counts as none.
+        """
         wait = [("WAIT", self.replicas, CATCH_UP)] if self.replicas else []
-        replies = _ask(self._connection, [("MULTI",), *writes, ("EXEC",), *wait])
-        return replies[len(writes) + 1], replies[-1] if wait else 0
+        _send(self._connection, [("MULTI",), *writes, ("EXEC",), *wait])
+        *_, done = [self._connection.read_response() for _ in range(len(writes) + 2)]
+        reached = _reply(self._connection) if wait else 0
+        return done, reached if isinstance(reached, int) else 0
 
     def write(self, *command: Any) -> None:
         self._writes.append(command)
@@ -1195,14 +1200,18 @@ class Transaction:
         return commands
 
 
-def _ask(connection: Any, commands: Sequence[Command]) -> list[Any]:
+def _send(connection: Any, commands: Sequence[Command]) -> None:
     connection.send_packed_command([b"".join(map(pack_command, commands))])
+
+
+def _ask(connection: Any, commands: Sequence[Command]) -> list[Any]:
+    _send(connection, commands)
     return [connection.read_response() for _ in commands]
 
 
 def _tried(connection: Any, commands: Sequence[Command]) -> list[Any]:
     """Ask Redis, and take a refusal for the reply: an ACL may forbid a command, or the server not know it."""
-    connection.send_packed_command([b"".join(map(pack_command, commands))])
+    _send(connection, commands)
     return [_reply(connection) for _ in commands]
 
 
@@ -2438,7 +2447,8 @@ class Queue:
     def _examine_permissions(self) -> Iterator[Finding]:
         """Try every command inside a MULTI that is never executed: Redis refuses there, too, what the user may not do."""
         key, around = self.keys.promoter + ":none", ("WATCH", "UNWATCH", "MULTI", "EXEC")
-        tries = [(name, *[key] * count) for count, names in COMMANDS.items() for name in names.split() if name not in around]
+        unused = around if self.min_replicas else (*around, "WAIT")
+        tries = [(name, *[key] * count) for count, names in COMMANDS.items() for name in names.split() if name not in unused]
         with self._connection() as connection:
             replies = dict(zip(around, _tried(connection, [("WATCH", key), *((name,) for name in around[1:])]), strict=True))
             if not isinstance(replies["MULTI"], Exception):
@@ -2768,7 +2778,7 @@ SKEW = 2.0  # seconds between two clocks
 COMMANDS = {  # every command that the queue uses, by how many keys may stand in for its arguments
     0: "EXEC INFO MULTI TIME UNWATCH",
     1: "DEL EXISTS GET HGETALL INCR LLEN MGET SMEMBERS WATCH ZCARD",
-    2: "BLPOP EXPIRE HMGET LINDEX LPOS LPUSH MSET MSETNX RPOPLPUSH RPUSH SADD SET SREM ZREM ZSCORE",
+    2: "BLPOP EXPIRE HMGET LINDEX LPOS LPUSH MSET MSETNX RPOPLPUSH RPUSH SADD SET SREM WAIT ZREM ZSCORE",
     3: "HINCRBY LRANGE LREM LTRIM ZADD ZCOUNT ZRANGE ZRANGEBYSCORE ZREVRANGEBYSCORE",
 }
 REMEDIES = {
