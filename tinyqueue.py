@@ -390,9 +390,7 @@ SERIES = 1000  # types and queues that the metrics tell apart: each is some thir
 BUCKETS = (10, 50, 250, 1000, 5000, 15_000, 60_000, 300_000, 1_800_000, math.inf)  # milliseconds, at most, of waiting and running
 
 NAME = re.compile(r"[A-Za-z0-9._-]{1,100}")  # of queues, types, workers: no name can spell another key
-PRINTABLE = re.compile(
-    r"[^\x00-\x1f\x7f-\xa0\xad\u2028\u2029\ud800-\udfff]+"
-)  # the pattern of openapi.json; JSON has no lone surrogates
+PRINTABLE = re.compile(r"[^\x00-\x1f\x7f-\xa0\xad\u2028\u2029\ud800-\udfff]+")  # as in openapi.json; no lone surrogates
 ID = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-7[0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9a-f]{12}")
 
 # Keys -----------------------------------------------------------------------------------------------------------------
@@ -414,15 +412,16 @@ class Keys:
         self.job, self.done, self.unique = each("job"), each("done"), each("unique")
         self.jobs, self.bell = each("jobs"), each("bell")
         self.worker, self.lease, self.proc = each("worker"), each("lease"), each("proc")
+        self._once, self._minute, self._rate = each("once"), each("minute"), each("rate")
 
     def once(self, key: str) -> str:
-        return f"{self.prefix}once:{hashlib.sha256(key.encode()).hexdigest()}"  # a header's text fits no fence for names
+        return self._once(hashlib.sha256(key.encode()).hexdigest())
 
     def minute(self, now: int) -> str:
-        return f"{self.prefix}minute:{now // 60_000}"
+        return self._minute(str(now // 60_000))
 
     def rate(self, who: str, window: int) -> str:
-        return f"{self.prefix}rate:{who}:{window}"
+        return self._rate(f"{who}:{window}")
 
 
 # The job --------------------------------------------------------------------------------------------------------------
@@ -431,6 +430,11 @@ Status = Literal["pending", "processing", "completed", "failed", "cancelled"]
 STATUSES: tuple[Status, ...] = typing.get_args(Status)
 UNENDED, ENDED = STATUSES[:2], STATUSES[2:]
 MINUTELY = ("started", *ENDED, "waitedMs")  # what is counted for each minute
+TOLD = ("id", "type", "payload", "status", "attempts", "maxAttempts", "queue", "createdAt", "updatedAt")  # of every job
+TOLD_LATER = (  # once it is so
+    *("runAt", "startedAt", "endedAt", "worker", "progress", "expiresAt", "uniqueKey", "cancelRequested", "suspicions"),
+    *("requestId", "traceparent", "error"),
+)
 UNREADABLE = "UnreadableRecord"
 
 
@@ -539,35 +543,10 @@ class Job(msgspec.Struct, rename="camel", omit_defaults=True, dict=True):
 
     def answer(self) -> dict[str, Any]:
         """The job as clients see it: the record with its id, its times and its defaults; nothing that has not happened yet."""
-        shown = {
-            "id": self.id,
-            "type": self.type,
-            "payload": self.payload,
-            "status": self.status,
-            "attempts": self.attempts,
-            "maxAttempts": self.max_attempts,
-            "queue": self.queue,
-            "createdAt": self.created_at,
-            "updatedAt": self.updated_at or self.created_at,
-        }
-        later = {
-            "runAt": self.run_at,
-            "startedAt": self.started_at,
-            "endedAt": self.ended_at,
-            "worker": self.worker,
-            "progress": self.progress,
-            "expiresAt": self.expires_at,
-            "uniqueKey": self.unique_key,
-            "cancelRequested": self.cancel_requested,
-            "suspicions": self.suspicions,
-            "requestId": self.request_id,
-            "traceparent": self.traceparent,
-            "error": self.error,
-        }
-        shown |= {name: value for name, value in later.items() if value}
-        if self.status == "completed":
-            shown["result"] = self.result
-        return shown
+        fields = dict(zip(self.__struct_encode_fields__, msgspec.structs.astuple(self), strict=True))
+        fields |= {"createdAt": self.created_at, "updatedAt": self.updated_at or self.created_at}
+        later = [name for name in TOLD_LATER if fields[name]] + ["result"] * (self.status == "completed")
+        return {name: fields[name] for name in (*TOLD, *later)}
 
 
 class Attempt(msgspec.Struct, rename="camel"):
@@ -879,6 +858,26 @@ def _whole(field: str, value: Any, low: int, high: int) -> int:
     return int(value)
 
 
+def _first_run(delay: float | None, run_at: Any, now: int) -> int:
+    """When a job may start that is to wait for `delay` seconds or until `runAt`: 0 for at once."""
+    at = 0
+    if delay is not None and run_at is not None:
+        raise InvalidJob("delay", "must not be given together with runAt")
+    if run_at is not None:
+        at = _moment(run_at, now)
+    if delay is not None:
+        if not is_delay(delay):
+            raise InvalidJob("delay", f"must be a number of seconds from 0 to {MAX_DELAY}")
+        at = now + round(delay * 1000)
+    return at if at > now else 0
+
+
+def _expiry(seconds: float, now: int) -> int:
+    if not is_delay(seconds) or not seconds:
+        raise InvalidJob("expiresIn", f"must be a number of seconds above 0, at most {MAX_DELAY}")
+    return now + max(1, round(seconds * 1000))
+
+
 def _moment(value: Any, now: int) -> int:
     """Read `runAt`: milliseconds since 1970, or ISO 8601 with a zone. The past means now."""
     rule = f"must be ISO 8601 with a zone, or milliseconds since 1970, and at most {MAX_DELAY // 86400} days ahead"
@@ -1122,8 +1121,9 @@ class Transaction:
     What many jobs do to one key becomes one command: `gather`, `ring` and `count` collect it.
     """
 
-    def __init__(self, connection: Any, watch: Sequence[str], clock: Clock, again: bool) -> None:
-        self._connection, self._watch, self._watches, self._clock = connection, watch, bool(watch), clock
+    def __init__(self, connection: Any, keys: Keys, clock: Clock, watch: Sequence[str], again: bool) -> None:
+        self._connection, self._keys, self._clock = connection, keys, clock
+        self._watch, self._watches = watch, bool(watch)
         self.now = clock.now()
         self.replicas = 0  # that must have the writes
         self.again = again  # an earlier try sent its EXEC and lost the reply: look whether it was applied
@@ -1168,8 +1168,13 @@ class Transaction:
         """Append to the one command of that name for that key: LPUSH, RPUSH, ZADD, ZREM."""
         self._gathered.setdefault((command, key), []).extend(parts)
 
-    def ring(self, bell: str) -> None:
-        self._bells[bell] += 1
+    def push(self, command: Literal["LPUSH", "RPUSH"], job: Job) -> None:
+        """Put a job behind all others of its queue, or with RPUSH before them, and ring for it."""
+        self.gather(command, self._keys.jobs(job.queue), job.id)
+        self.ring(job.queue)
+
+    def ring(self, queue: str) -> None:
+        self._bells[queue] += 1
 
     def count(self, field: str, by: int = 1) -> None:
         self._counts[field] += by
@@ -1188,14 +1193,15 @@ class Transaction:
         """Count for the metrics what has happened to a job, and how long it took, if that is to be told."""
         self.measured[what, job.type, job.queue].append(ms)
 
-    def sealed(self, keys: Keys) -> list[Command]:
+    def sealed(self) -> list[Command]:
         """All that is to be written."""
         commands = self._writes + [(*name, *parts) for name, parts in self._gathered.items()]
-        for bell, times in self._bells.items():
+        for queue, times in self._bells.items():
+            bell = self._keys.bell(queue)
             commands += [("LPUSH", bell, *["1"] * min(times, BELLS)), ("LTRIM", bell, 0, BELLS - 1)]
-        commands += [("HINCRBY", keys.counts, field, by) for field, by in self._counts.items() if by]
+        commands += [("HINCRBY", self._keys.counts, field, by) for field, by in self._counts.items() if by]
         if self._minute:
-            minute = keys.minute(self.now)
+            minute = self._keys.minute(self.now)
             commands += [*(("HINCRBY", minute, field, by) for field, by in self._minute.items() if by), ("EXPIRE", minute, 7200)]
         return commands
 
@@ -1408,9 +1414,9 @@ class Queue:
             sent = False
             try:
                 with self._connection() as connection:
-                    tx = Transaction(connection, watch, self.clock, again)
+                    tx = Transaction(connection, self.keys, self.clock, watch, again)
                     try:
-                        result, writes = body(tx), tx.sealed(self.keys) + self._metrics(tx)
+                        result, writes = body(tx), tx.sealed() + self._metrics(tx)
                     except TinyQueueError:
                         tx.unwatch()
                         raise
@@ -1503,31 +1509,21 @@ class Queue:
             raise InvalidJob("payload", str(error)) from None
         if known:
             known.parse(encoded)
-        attempts = _whole("maxAttempts", max_attempts, 1, MAX_ATTEMPTS) if max_attempts is not None else 0
+        if max_attempts is None:
+            max_attempts = known.max_attempts if known else 3
+        if queue is None:
+            queue = known.queue if known else "default"
         now = self.now()
-        job = Job(
+        return Job(
             id=_new_id(now),
             type=type,
             payload=payload,
-            max_attempts=attempts or (known.max_attempts if known else 3),
-            queue=check_name("queue", queue) if queue is not None else (known.queue if known else "default"),
+            max_attempts=_whole("maxAttempts", max_attempts, 1, MAX_ATTEMPTS),
+            queue=check_name("queue", queue),
+            run_at=_first_run(delay, run_at, now),
+            expires_at=_expiry(expires_in, now) if expires_in is not None else 0,
+            unique_key=_text_key("uniqueKey", unique_key) if unique_key is not None else "",
         )
-        if delay is not None and run_at is not None:
-            raise InvalidJob("delay", "must not be given together with runAt")
-        if run_at is not None:
-            job.run_at = _moment(run_at, now)
-        if delay is not None:
-            if not is_delay(delay):
-                raise InvalidJob("delay", f"must be a number of seconds from 0 to {MAX_DELAY}")
-            job.run_at = now + round(delay * 1000) if delay else 0
-        job.run_at = job.run_at if job.run_at > now else 0
-        if expires_in is not None:
-            if not is_delay(expires_in) or not expires_in:
-                raise InvalidJob("expiresIn", f"must be a number of seconds above 0, at most {MAX_DELAY}")
-            job.expires_at = now + max(1, round(expires_in * 1000))
-        if unique_key is not None:
-            job.unique_key = _text_key("uniqueKey", unique_key)
-        return job
 
     def enqueue(self, type: str, payload: Any, **options: Any) -> Job:
         """Accept one job; options as for `draft`. When it returns, the job is stored; when it raises InvalidJob, nothing is."""
@@ -1642,8 +1638,7 @@ class Queue:
         if job.run_at > tx.now:
             tx.gather("ZADD", self.keys.delayed, job.run_at, job.id)
         else:
-            tx.gather("LPUSH", self.keys.jobs(job.queue), job.id)
-            tx.ring(self.keys.bell(job.queue))
+            tx.push("LPUSH", job)
         tx.count("pending:" + job.queue)
 
     # Dequeue ----------------------------------------------------------------------------------------------------------
@@ -1909,8 +1904,7 @@ class Queue:
     def _back_to_head(self, tx: Transaction, job: Job) -> None:
         job.status, job.worker, job.run_at = "pending", "", 0
         tx.write("SET", self.keys.job(job.id), _record(job))
-        tx.gather("RPUSH", self.keys.jobs(job.queue), job.id)
-        tx.ring(self.keys.bell(job.queue))
+        tx.push("RPUSH", job)
         tx.count("pending:" + job.queue)
 
     def _give_back(self, tx: Transaction, job: Job, reason: str, beside: bool = False) -> None:
@@ -2035,7 +2029,7 @@ class Queue:
 
         def body(tx: Transaction) -> None:
             tx.write("SREM", self.keys.paused, check_name("queue", name))
-            tx.ring(self.keys.bell(name))
+            tx.ring(name)
 
         self._transact((), body)
 
@@ -2093,8 +2087,7 @@ class Queue:
             tx.write("ZREM", self.keys.delayed, *due)
             for job in self._listed(tx, due, watch=True):
                 if job.status == "pending" and job.run_at <= tx.now:
-                    tx.gather("LPUSH", self.keys.jobs(job.queue), job.id)
-                    tx.ring(self.keys.bell(job.queue))
+                    tx.push("LPUSH", job)
                 else:
                     self._set_aside(tx, job)
             tx.write("DEL", self.keys.promoter)
@@ -2138,8 +2131,7 @@ class Queue:
             beside = others + sum(job.status == "processing" and job.worker == worker for job in listed) > 1
             for job in listed:
                 if job.status == "pending":
-                    tx.gather("RPUSH", self.keys.jobs(job.queue), job.id)
-                    tx.ring(self.keys.bell(job.queue))
+                    tx.push("RPUSH", job)
                 elif job.status == "processing" and job.worker == worker:
                     tx.measure("reaped", job)
                     tx.count("processing:" + job.queue, -1)
