@@ -13,7 +13,7 @@ States
                          v  |  +--- fail: attempts left --+  v
                   cancelled +-------- retry ------------- failed
 
-    A job that waits for its delay or its backoff is pending with a `runAt`.
+    A job that waits for its delay or its backoff is pending with a `runAt`. One that expires before its first start is failed.
 
 Transitions. Each is one WATCH / MULTI / EXEC: two round trips however many jobs it moves, and no Lua.
 
@@ -21,17 +21,21 @@ Transitions. Each is one WATCH / MULTI / EXEC: two round trips however many jobs
     enqueue    nothing -> pending             once, unique         keys unused, if given        record, list or delayed, bell, keys
     take       (list to list)                 -                    -                            RPOPLPUSH jobs -> proc, workers
     start      pending -> processing          worker, records      registered; pending and due  record: attempts + 1, worker
+               (failed, if it has expired)    worker, records      pending, never started       record, proc, failed
     complete   processing -> completed        worker, records      registered                   record, proc, completed
     fail       processing -> pending, failed  worker, records      registered                   record, proc, delayed or failed
+               (or cancelled, if asked to)
     release    processing -> pending          worker, records      registered                   record, proc, head of list, bell
     promote    (delayed to list)              records              runAt has come               delayed, list, bell
     reap       processing -> pending, failed  worker, lease, proc  lease gone                   worker, proc, record, head of list
                (or cancelled, if asked to)    and the records
     cancel     pending -> cancelled           record               pending                      record, delayed, cancelled
                (processing, asked to stop)    record               processing                   record
-    retry      failed, cancelled -> pending   record, unique       failed or cancelled          record, failed, list, bell
+    retry      failed, cancelled -> pending   record, unique       failed or cancelled          record, its index, list, bell
+    progress   (processing, as it is)         worker, record       registered                   record
 
-    dequeue is take, then start. complete, fail and release are all written by settle, many in one transaction.
+    dequeue is take, then start. complete, fail and release are all written by settle, many in one transaction. Each verb keeps the
+    counts and the metrics, too; and what ends a job frees its uniqueKey and leaves a token for those who wait for it.
 
 Keys. All share one hash tag, the namespace, and with it one slot of a cluster.
 
@@ -630,6 +634,9 @@ def _new_id(now: int) -> str:
     number = now << 80 | 7 << 76 | (next(_order) & 0xFFF) << 64 | 2 << 62 | noise & 0x3FFFFFFFFFFFFFFF
     digits = f"{number:032x}"
     return f"{digits[:8]}-{digits[8:12]}-{digits[12:16]}-{digits[16:20]}-{digits[20:]}"
+
+
+# JSON, strictly -------------------------------------------------------------------------------------------------------
 
 
 def to_json(value: Any) -> bytes:
@@ -1262,6 +1269,9 @@ def _used(told: Mapping[str, str]) -> float:
     """The share of its maxmemory that Redis uses, 0 without a limit."""
     limit = int(told.get("maxmemory", 0))
     return int(told.get("used_memory", 0)) / limit if limit else 0.0
+
+
+# The queue ------------------------------------------------------------------------------------------------------------
 
 
 class Once(msgspec.Struct):
@@ -2175,9 +2185,8 @@ class Queue:
     def forget(self, status: str, ids: Sequence[bytes]) -> int:
         """Delete records of ended jobs and their entries in the index of that status; return how many were there.
 
-        Watches the records: one revived meanwhile is not listed, and needed.
-
-        Completed jobs cannot be revived, and thousands of them may end in a second: for them no look and no watch.
+        Watches the records: one revived meanwhile is not listed, and needed. Completed jobs cannot be revived, and thousands of
+        them may end in a second: for them no look and no watch.
         """
         index = getattr(self.keys, status)
         keys = [self.keys.job(_ascii(id)) for id in ids]
@@ -2495,6 +2504,119 @@ class Queue:
                 yield Finding("warn", "queue", seen, f"python worker.py --queue {name}")
 
 
+def _worker(id: str, about: bytes, lease: bytes | None) -> dict[str, Any]:
+    known, sign = msgspec.json.decode(about), msgspec.json.decode(lease or b"{}")
+    at = sign.get("at", known["startedAt"] if lease else 0)
+    return {"id": id, **known, "alive": bool(lease), "lastHeartbeat": at, "jobs": sign.get("jobs", [])}
+
+
+# What doctor finds ----------------------------------------------------------------------------------------------------
+
+Level = Literal["ok", "warn", "fail"]
+OLDEST = (6, 0, 6)  # version of Redis: the first with LPOS
+SLOW = 10.0  # milliseconds to Redis and back, above which a worker spends its time waiting
+SKEW = 2.0  # seconds between two clocks
+COMMANDS = {  # every command that the queue uses, by how many keys may stand in for its arguments
+    0: "EXEC INFO MULTI TIME UNWATCH",
+    1: "DEL EXISTS GET HGETALL INCR LLEN MGET SMEMBERS WATCH ZCARD",
+    2: "BLPOP EXPIRE HMGET LINDEX LPOS LPUSH MSET MSETNX RPOPLPUSH RPUSH SADD SET SREM WAIT ZREM ZSCORE",
+    3: "HINCRBY LRANGE LREM LTRIM ZADD ZCOUNT ZRANGE ZRANGEBYSCORE ZREVRANGEBYSCORE",
+}
+REMEDIES = {
+    "unreachable": "is Redis running there, does REDIS_URL name it, and does it want rediss://?",
+    "timeout": "is Redis overloaded, or a firewall between?",
+    "loading": "wait until it has read its data",
+    "full": "more memory, or shorter TINYQUEUE_KEEP_COMPLETED and TINYQUEUE_KEEP_FAILED",
+    "read-only": "is that a replica, or its disk full?",
+    "refused": "see to user and password in REDIS_URL, and to the user's ACL",
+    "busy": "see to the number of connections",
+}
+
+
+class Finding(msgspec.Struct):
+    """One thing that `doctor` looked at: how it stands, what was seen, and what to do about it."""
+
+    level: Level
+    about: str
+    seen: str
+    advice: str = ""
+
+
+def _judged(about: str, seen: str, *cases: tuple[bool, Level, str]) -> Finding:
+    """A finding of the first case that holds; ok if none does."""
+    level, advice = next(((level, advice) for holds, level, advice in cases if holds), ("ok", ""))
+    return Finding(level, about, seen, advice)
+
+
+def _transport(pool: Any) -> Finding:
+    host = str(pool.connection_kwargs.get("host", ""))
+    if issubclass(pool.connection_class, redis.SSLConnection):
+        checked = pool.connection_kwargs.get("ssl_cert_reqs") != "none"
+        advice = "name its authority with ?ssl_ca_certs=/path in REDIS_URL, and unset TINYQUEUE_TLS_VERIFY"
+        seen = f"TLS, the certificate is {'' if checked else 'not '}checked"
+        return _judged("transport", seen, (not checked, "warn", advice))
+    advice = "use rediss:// if others can see what goes over that network"
+    seen, far = ("not encrypted", not _is_near(host)) if host else ("within this machine", False)
+    return _judged("transport", seen, (far, "warn", advice))
+
+
+def _is_near(host: str) -> bool:
+    """Whether that host is this machine, or one in a private network."""
+    with suppress(OSError, ValueError):
+        return all(ipaddress.ip_address(info[4][0]).is_private for info in socket.getaddrinfo(host, None))
+    return True
+
+
+def _version(told: Mapping[str, str]) -> Finding:
+    name = "Valkey " + told["valkey_version"] if "valkey_version" in told else "Redis " + told["redis_version"]
+    mode, version = told.get("redis_mode", "standalone"), tuple(map(int, re.findall(r"\d+", told["redis_version"])[:3]))
+    return _judged(
+        "server",
+        f"{name}, {mode}",
+        (version < OLDEST, "fail", f"it must be {'.'.join(map(str, OLDEST))} or newer"),
+        (mode == "sentinel", "fail", "REDIS_URL must name the Redis that it watches"),
+    )
+
+
+def _role(told: Mapping[str, str]) -> Finding:
+    role, replicas = told.get("role", "master"), told.get("connected_slaves", "0")
+    seen = f"primary with {replicas} replicas" if role == "master" else "a replica"
+    return _judged("role", seen, (role != "master", "fail", "REDIS_URL must name its primary"))
+
+
+def _eviction(told: Mapping[str, str]) -> Finding:
+    policy, limit = told.get("maxmemory_policy", "noeviction"), int(told.get("maxmemory", 0))
+    advice = "Redis throws jobs or leases away when its memory is full; set it to noeviction"
+    return _judged("eviction", f"maxmemory-policy is {policy}", (limit > 0 and policy != "noeviction", "warn", advice))
+
+
+def _memory(told: Mapping[str, str]) -> Finding:
+    used, limit = int(told.get("used_memory", 0)), int(told.get("maxmemory", 0))
+    seen = f"{used / 1e6:.1f} MB" + (f" of {limit / 1e6:.1f} MB" if limit else ", no maxmemory")
+    advice = REMEDIES["full"]
+    return _judged("memory", seen, (_used(told) > MEMORY_SHARE, "fail", advice), (_used(told) > 0.8, "warn", advice))
+
+
+def _persistence(told: Mapping[str, str]) -> Finding:
+    log, save = told.get("aof_enabled") == "1", told.get("save")
+    snapshots = "unknown" if save is None else f'"{save}"'
+    broken = "err" in (told.get("rdb_last_bgsave_status"), told.get("aof_last_write_status"))
+    return _judged(
+        "persistence",
+        "appendonly yes" if log else f"appendonly no, save {snapshots}",
+        (broken, "fail", "Redis cannot write to its disk: see its log"),
+        (not log and save == "", "warn", "a restart of Redis loses every job: set appendonly yes"),
+        (not log, "warn", "a crash of Redis loses what came after its last snapshot: set appendonly yes"),
+    )
+
+
+def _clients(told: Mapping[str, str], connections: int) -> Finding:
+    most, now = int(told.get("maxclients", 0)), int(told.get("connected_clients", 0))
+    seen = f"{now} of {most or 'unknown'}; the web processes and one worker open up to {connections}"
+    advice = "fewer processes (WEB_CONCURRENCY, workers), or a larger maxclients"
+    return _judged("connections", seen, (0 < most < max(connections, now / 0.9), "warn", advice))
+
+
 # Shards ---------------------------------------------------------------------------------------------------------------
 
 
@@ -2753,116 +2875,3 @@ def _added(one: Any, other: Any) -> Any:
         for name in {**one, **other}
     }
     return both | {name: max(one[name], other[name]) for name in ("oldestWaitingMs",) if name in one}
-
-
-def _worker(id: str, about: bytes, lease: bytes | None) -> dict[str, Any]:
-    known, sign = msgspec.json.decode(about), msgspec.json.decode(lease or b"{}")
-    at = sign.get("at", known["startedAt"] if lease else 0)
-    return {"id": id, **known, "alive": bool(lease), "lastHeartbeat": at, "jobs": sign.get("jobs", [])}
-
-
-# What doctor finds ----------------------------------------------------------------------------------------------------
-
-Level = Literal["ok", "warn", "fail"]
-OLDEST = (6, 0, 6)  # version of Redis: the first with LPOS
-SLOW = 10.0  # milliseconds to Redis and back, above which a worker spends its time waiting
-SKEW = 2.0  # seconds between two clocks
-COMMANDS = {  # every command that the queue uses, by how many keys may stand in for its arguments
-    0: "EXEC INFO MULTI TIME UNWATCH",
-    1: "DEL EXISTS GET HGETALL INCR LLEN MGET SMEMBERS WATCH ZCARD",
-    2: "BLPOP EXPIRE HMGET LINDEX LPOS LPUSH MSET MSETNX RPOPLPUSH RPUSH SADD SET SREM WAIT ZREM ZSCORE",
-    3: "HINCRBY LRANGE LREM LTRIM ZADD ZCOUNT ZRANGE ZRANGEBYSCORE ZREVRANGEBYSCORE",
-}
-REMEDIES = {
-    "unreachable": "is Redis running there, does REDIS_URL name it, and does it want rediss://?",
-    "timeout": "is Redis overloaded, or a firewall between?",
-    "loading": "wait until it has read its data",
-    "full": "more memory, or shorter TINYQUEUE_KEEP_COMPLETED and TINYQUEUE_KEEP_FAILED",
-    "read-only": "is that a replica, or its disk full?",
-    "refused": "see to user and password in REDIS_URL, and to the user's ACL",
-    "busy": "see to the number of connections",
-}
-
-
-class Finding(msgspec.Struct):
-    """One thing that `doctor` looked at: how it stands, what was seen, and what to do about it."""
-
-    level: Level
-    about: str
-    seen: str
-    advice: str = ""
-
-
-def _judged(about: str, seen: str, *cases: tuple[bool, Level, str]) -> Finding:
-    """A finding of the first case that holds; ok if none does."""
-    level, advice = next(((level, advice) for holds, level, advice in cases if holds), ("ok", ""))
-    return Finding(level, about, seen, advice)
-
-
-def _transport(pool: Any) -> Finding:
-    host = str(pool.connection_kwargs.get("host", ""))
-    if issubclass(pool.connection_class, redis.SSLConnection):
-        checked = pool.connection_kwargs.get("ssl_cert_reqs") != "none"
-        advice = "name its authority with ?ssl_ca_certs=/path in REDIS_URL, and unset TINYQUEUE_TLS_VERIFY"
-        seen = f"TLS, the certificate is {'' if checked else 'not '}checked"
-        return _judged("transport", seen, (not checked, "warn", advice))
-    advice = "use rediss:// if others can see what goes over that network"
-    seen, far = ("not encrypted", not _is_near(host)) if host else ("within this machine", False)
-    return _judged("transport", seen, (far, "warn", advice))
-
-
-def _is_near(host: str) -> bool:
-    """Whether that host is this machine, or one in a private network."""
-    with suppress(OSError, ValueError):
-        return all(ipaddress.ip_address(info[4][0]).is_private for info in socket.getaddrinfo(host, None))
-    return True
-
-
-def _version(told: Mapping[str, str]) -> Finding:
-    name = "Valkey " + told["valkey_version"] if "valkey_version" in told else "Redis " + told["redis_version"]
-    mode, version = told.get("redis_mode", "standalone"), tuple(map(int, re.findall(r"\d+", told["redis_version"])[:3]))
-    return _judged(
-        "server",
-        f"{name}, {mode}",
-        (version < OLDEST, "fail", f"it must be {'.'.join(map(str, OLDEST))} or newer"),
-        (mode == "sentinel", "fail", "REDIS_URL must name the Redis that it watches"),
-    )
-
-
-def _role(told: Mapping[str, str]) -> Finding:
-    role, replicas = told.get("role", "master"), told.get("connected_slaves", "0")
-    seen = f"primary with {replicas} replicas" if role == "master" else "a replica"
-    return _judged("role", seen, (role != "master", "fail", "REDIS_URL must name its primary"))
-
-
-def _eviction(told: Mapping[str, str]) -> Finding:
-    policy, limit = told.get("maxmemory_policy", "noeviction"), int(told.get("maxmemory", 0))
-    advice = "Redis throws jobs or leases away when its memory is full; set it to noeviction"
-    return _judged("eviction", f"maxmemory-policy is {policy}", (limit > 0 and policy != "noeviction", "warn", advice))
-
-
-def _memory(told: Mapping[str, str]) -> Finding:
-    used, limit = int(told.get("used_memory", 0)), int(told.get("maxmemory", 0))
-    seen = f"{used / 1e6:.1f} MB" + (f" of {limit / 1e6:.1f} MB" if limit else ", no maxmemory")
-    advice = REMEDIES["full"]
-    return _judged("memory", seen, (_used(told) > MEMORY_SHARE, "fail", advice), (_used(told) > 0.8, "warn", advice))
-
-
-def _persistence(told: Mapping[str, str]) -> Finding:
-    log, save = told.get("aof_enabled") == "1", told.get("save")
-    snapshots = "unknown" if save is None else f'"{save}"'
-    broken = "err" in (told.get("rdb_last_bgsave_status"), told.get("aof_last_write_status"))
-    return _judged(
-        "persistence",
-        "appendonly yes" if log else f"appendonly no, save {snapshots}",
-        (broken, "fail", "Redis cannot write to its disk: see its log"),
-        (not log and save == "", "warn", "a restart of Redis loses every job: set appendonly yes"),
-        (not log, "warn", "a crash of Redis loses what came after its last snapshot: set appendonly yes"),
-    )
-
-
-def _clients(told: Mapping[str, str], connections: int) -> Finding:
-    most, now = int(told.get("maxclients", 0)), int(told.get("connected_clients", 0))
-    seen = f"{now} of {most or 'unknown'}; the web processes and one worker open up to {connections}"
-    advice = "fewer processes (WEB_CONCURRENCY, workers), or a larger maxclients"
-    return _judged("connections", seen, (0 < most < max(connections, now / 0.9), "warn", advice))
