@@ -1186,15 +1186,17 @@ class Transaction:
     def count(self, field: str, by: int = 1) -> None:
         self._counts[field] += by
 
-    def start(self, waited: int) -> None:
-        """Count that a job was started in this minute, and the milliseconds that it had waited."""
+    def started(self, job: Job, waited: int) -> None:
+        """Count a start: in this minute and for the metrics, with the milliseconds that the job had waited."""
         self._minute["started"] += 1
         self._minute["waitedMs"] += waited
+        self.measure("waited", job, waited)
 
-    def end(self, status: str) -> None:
-        """Count that a job has ended, since the beginning and in this minute."""
-        self._counts[status] += 1
-        self._minute[status] += 1
+    def ended(self, job: Job) -> None:
+        """Count an end: since the beginning, in this minute and for the metrics."""
+        self._counts[job.status] += 1
+        self._minute[job.status] += 1
+        self.measure(job.status, job)
 
     def measure(self, what: str, job: Job, ms: int = -1) -> None:
         """Count for the metrics what has happened to a job, and how long it took, if that is to be told."""
@@ -1643,12 +1645,12 @@ class Queue:
             self._memory = (time.monotonic(), told)
         return told
 
-    def _line_up(self, tx: Transaction, job: Job) -> None:
-        """Put a pending job where it waits: behind all others of its queue, or among the delayed."""
+    def _line_up(self, tx: Transaction, job: Job, push: Literal["LPUSH", "RPUSH"] = "LPUSH") -> None:
+        """Put a pending job where it waits: behind all others of its queue, before them with RPUSH, or among the delayed."""
         if job.run_at > tx.now:
             tx.gather("ZADD", self.keys.delayed, job.run_at, job.id)
         else:
-            tx.push("LPUSH", job)
+            tx.push(push, job)
         tx.count("pending:" + job.queue)
 
     # Dequeue ----------------------------------------------------------------------------------------------------------
@@ -1774,8 +1776,7 @@ class Queue:
 
     def _started(self, tx: Transaction, job: Job, worker: str) -> Job:
         waited = max(0, tx.now - max(job.created_at, job.run_at, job.updated_at))  # updated when handed back, failed or retried
-        tx.start(waited)
-        tx.measure("waited", job, waited)
+        tx.started(job, waited)
         job.status, job.worker = "processing", worker
         job.attempts += 1
         job.started_at = job.updated_at = max(tx.now, job.created_at)
@@ -1883,13 +1884,11 @@ class Queue:
         elif outcome.verb == "release" and job.refunds < MAX_REFUNDS:
             job.attempts -= 1
             job.refunds += 1
-            self._back_to_head(tx, job)
+            self._put_back(tx, job, push="RPUSH")
         elif outcome.verb == "release":
             self._give_back(tx, job, "released too often")
         elif outcome.after is not None and job.attempts < job.max_attempts:
-            job.status, job.worker, job.run_at = "pending", "", tx.now + round(outcome.after * 1000)
-            tx.write("SET", self.keys.job(job.id), _record(job))
-            self._line_up(tx, job)
+            self._put_back(tx, job, tx.now + round(outcome.after * 1000))
             tx.measure("retried", job)
         else:
             self._end(tx, job, "failed")
@@ -1900,8 +1899,7 @@ class Queue:
         job.ended_at = job.updated_at = max(tx.now, job.updated_at)
         tx.write("SET", self.keys.job(job.id), _record(job), "PX", self.keep_ms[status])
         tx.gather("ZADD", getattr(self.keys, status), job.ended_at, job.id)
-        tx.end(status)
-        tx.measure(status, job)
+        tx.ended(job)
         if job.unique_key:
             tx.write("DEL", self.keys.unique(job.unique_key))
         if tx.awaited is None:
@@ -1911,11 +1909,11 @@ class Queue:
             tx.write("EXPIRE", self.keys.done(job.id), 60)
             tx.write("SREM", self.keys.awaited, job.id)
 
-    def _back_to_head(self, tx: Transaction, job: Job) -> None:
-        job.status, job.worker, job.run_at = "pending", "", 0
+    def _put_back(self, tx: Transaction, job: Job, run_at: int = 0, push: Literal["LPUSH", "RPUSH"] = "LPUSH") -> None:
+        """Write a job that is pending again."""
+        job.status, job.worker, job.run_at = "pending", "", run_at
         tx.write("SET", self.keys.job(job.id), _record(job))
-        tx.push("RPUSH", job)
-        tx.count("pending:" + job.queue)
+        self._line_up(tx, job, push)
 
     def _give_back(self, tx: Transaction, job: Job, reason: str, beside: bool = False) -> None:
         """End an attempt that nobody will finish: to the head of its queue if attempts are left, else failed with the reason.
@@ -1932,7 +1930,7 @@ class Queue:
         if job.cancel_requested:
             self._end(tx, job, "cancelled")
         elif job.attempts < job.max_attempts:
-            self._back_to_head(tx, job)
+            self._put_back(tx, job, push="RPUSH")
         else:
             self._end(tx, job, "failed")
 
@@ -2007,11 +2005,9 @@ class Queue:
                 if (holder := self._without_doubles(tx, [job])[0]) is not job:
                     raise WrongStatus("retry", job, f"job {holder.id} has its uniqueKey now")
             tx.write("ZREM", getattr(self.keys, job.status), id)
-            job.status, job.attempts, job.refunds, job.run_at, job.ended_at = "pending", 0, 0, 0, 0
-            job.expires_at, job.cancel_requested = 0, False
+            job.attempts, job.refunds, job.ended_at, job.expires_at, job.cancel_requested = 0, 0, 0, 0, False
             job.updated_at = max(tx.now, job.updated_at)
-            tx.write("SET", self.keys.job(id), _record(job))
-            self._line_up(tx, job)
+            self._put_back(tx, job)
             tx.measure("revived", job)
 
         return self._change(id, body)
@@ -2656,10 +2652,10 @@ class Shards(Queue):
 
     def _by_shard(self, things: Iterable[T], id: Callable[[T], str]) -> list[tuple[Queue, list[T]]]:
         """Sort what belongs to jobs by the shards of those jobs."""
-        sorted: dict[Queue, list[T]] = {}
+        parts: defaultdict[Queue, list[T]] = defaultdict(list)
         for thing in things:
-            sorted.setdefault(self._of(id(thing)), []).append(thing)
-        return list(sorted.items())
+            parts[self._of(id(thing))].append(thing)
+        return list(parts.items())
 
     def disconnect(self) -> None:
         for shard in self.shards:
