@@ -903,6 +903,7 @@ def _moment(value: Any, now: int) -> int:
 # Talking to Redis -----------------------------------------------------------------------------------------------------
 
 Command = tuple[Any, ...]
+Push = Literal["LPUSH", "RPUSH"]  # behind all others of a queue, before all others
 SOCKET_TIMEOUT = 4.0  # seconds for a reply; above BLOCK with room for a slow answer
 CONNECT_TIMEOUT = 2.0
 NODES_AGE = 60.0  # seconds that what is known of a cluster's nodes is good for
@@ -1175,8 +1176,8 @@ class Transaction:
         """Append to the one command of that name for that key: LPUSH, RPUSH, ZADD, ZREM."""
         self._gathered.setdefault((command, key), []).extend(parts)
 
-    def push(self, command: Literal["LPUSH", "RPUSH"], job: Job) -> None:
-        """Put a job behind all others of its queue, or with RPUSH before them, and ring for it."""
+    def push(self, command: Push, job: Job) -> None:
+        """Put a job into the list of its queue, and ring for it."""
         self.gather(command, self._keys.jobs(job.queue), job.id)
         self.ring(job.queue)
 
@@ -1645,8 +1646,8 @@ class Queue:
             self._memory = (time.monotonic(), told)
         return told
 
-    def _line_up(self, tx: Transaction, job: Job, push: Literal["LPUSH", "RPUSH"] = "LPUSH") -> None:
-        """Put a pending job where it waits: behind all others of its queue, before them with RPUSH, or among the delayed."""
+    def _line_up(self, tx: Transaction, job: Job, push: Push = "LPUSH") -> None:
+        """Put a pending job where it waits: in the list of its queue, or among the delayed."""
         if job.run_at > tx.now:
             tx.gather("ZADD", self.keys.delayed, job.run_at, job.id)
         else:
@@ -1909,7 +1910,7 @@ class Queue:
             tx.write("EXPIRE", self.keys.done(job.id), 60)
             tx.write("SREM", self.keys.awaited, job.id)
 
-    def _put_back(self, tx: Transaction, job: Job, run_at: int = 0, push: Literal["LPUSH", "RPUSH"] = "LPUSH") -> None:
+    def _put_back(self, tx: Transaction, job: Job, run_at: int = 0, push: Push = "LPUSH") -> None:
         """Write a job that is pending again."""
         job.status, job.worker, job.run_at = "pending", "", run_at
         tx.write("SET", self.keys.job(job.id), _record(job))
