@@ -1188,7 +1188,7 @@ class Transaction:
     def start(self, waited: int) -> None:
         """Count that a job was started in this minute, and the milliseconds that it had waited."""
         self._minute["started"] += 1
-        self._minute["waitedMs"] += max(0, waited)
+        self._minute["waitedMs"] += waited
 
     def end(self, status: str) -> None:
         """Count that a job has ended, since the beginning and in this minute."""
@@ -1396,16 +1396,16 @@ class Queue:
                 self.pool.release(self._warm.pop()[0])
 
     def _read(self, *commands: Command) -> list[Any]:
-        return self._transact((), lambda tx: tx.read(*commands))
+        return self._transact((), lambda tx: tx.read(*commands), counts=False)
 
-    def _transact(self, watch: Sequence[str], body: Callable[[Transaction], R], again: bool = False) -> R:
+    def _transact(self, watch: Sequence[str], body: Callable[[Transaction], R], again: bool = False, counts: bool = True) -> R:
         """Run `body` until its writes are applied with nothing watched having changed, and return what it returned.
 
         A body that writes nothing ends it. When the reply to EXEC is lost, the body is called again with `again` set, must look
         whether its writes are there, and leaves them out if so: nothing is ever repeated blindly. If they are not there after a
         time-out, they may still arrive: then only a watch makes it safe to send them again, and without one this gives up.
         """
-        if not self._series_known:
+        if counts and not self._series_known:
             self._learn_series()
         late = False
         for _ in range(TRIES):

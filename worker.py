@@ -224,7 +224,7 @@ class Worker:
         self.adopt_at = 0.0
         self.all_busy = False
         self.took_at = time.monotonic()  # when the taker last got an answer, be it that there is nothing
-        self.looked_at = time.monotonic()  # when the keeper last knew which workers are lost
+        self.looked_at = self.late_at = time.monotonic()  # when the keeper last saw which workers are lost; and saw it too late
         self.complained: dict[str, float] = {}
 
     # Main -------------------------------------------------------------------------------------------------------------
@@ -542,9 +542,9 @@ class Worker:
         """
         lost, now, lease = self.queue.lost_workers(but=self.id), time.monotonic(), self.queue.lease
         if now - self.looked_at > lease / 2:  # that long a lease lasts at any time, being renewed at a third of it
-            self.queue.last_trouble = now
+            self.late_at = now
         self.looked_at = now
-        if now - self.queue.last_trouble < lease:
+        if now - max(self.late_at, self.queue.last_trouble) < lease:
             return
         for worker in lost:
             if given := self.queue.reap(worker):

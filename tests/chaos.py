@@ -551,8 +551,12 @@ def redis_kill(world: World, fault: Fault) -> None:
 
 
 def redis_loading(world: World, fault: Fault) -> None:
-    """Kill Redis and have it load for about a second, answering LOADING in between."""
+    """Kill Redis and have it load for about a second, answering LOADING after each 1,024 commands of its log."""
     with world.server:
+        with world.client.pipeline(transaction=False) as pipeline:
+            for _ in range(3000):
+                pipeline.set("padding", "").delete("padding")
+            pipeline.execute()
         world.redis.kill()
         commands = sum(file.read_bytes().count(b"\r\n*") for file in (world.redis.folder / "appendonlydir").glob("*.aof"))
         pauses = min(commands, 10_000)  # each takes 60 microseconds at the least
@@ -608,9 +612,13 @@ def link_lost_reply(world: World, fault: Fault) -> None:
 
 
 def link_late_exec(world: World, fault: Fault) -> None:
-    """Transactions given up for lost arrive later, after the client has done as it thinks right."""
+    """Transactions given up for lost arrive later, after the client has done as it thinks right.
+
+    Of the web process those with an Idempotency-Key: without one nothing is watched, and a submit that is given up, made again and
+    then arrives all the same would be counted twice among the pending, though it makes one job.
+    """
     proxy = world.proxies[fault.victim]
-    for trigger in (b"MSET", b"LREM", b"EXEC"):
+    for trigger in (b"MSET", b"LREM", b"EXEC") if fault.victim in WORKERS else (b"\r\nPX\r\n",) * 3:
         proxy.hold(trigger)
     time.sleep(fault.seconds)
     proxy.deliver()
@@ -824,7 +832,7 @@ def _killed_by_others(runs: list[Run], evidence: Evidence) -> int:
 
 def cause_of(run: Run, after: Run, evidence: Evidence) -> str:
     """Why there was another run after this one; empty if nothing tells."""
-    if run.how == "fail" and after.attempt > run.attempt:
+    if run.how == "fail" and after.attempt > run.attempt and run.end <= after.begin:
         return "failed"
     slack = 10.0 if any(kind.startswith(("redis", "read", "client", "password", "link")) for kind in evidence.plan.kinds) else 1.0
     noted = run.end + slack if run.how else float("inf")  # when its outcome must have been written

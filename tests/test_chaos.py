@@ -151,8 +151,12 @@ def test_judge_finds_a_run_without_a_cause() -> None:
 
 
 def test_judge_finds_two_runs_at_once() -> None:
-    runs = [run(1.0, 3.0, how="fail"), run(2.0, 2.1, attempt=2, pid=200)]
-    assert found(judge(evidence(runs=runs))) == {"unexplained": 1}
+    runs = [run(1.0, 3.0), run(2.0, 2.1, attempt=2, pid=200)]
+    told, cut = [Signal(1.5, 100, SIGTERM)], [Cut(1.5, 4.5, "worker-0")]
+    assert found(judge(evidence(runs=runs, cuts=cut))) == {}
+    late = [run(1.0, 9.0), *runs[1:]]
+    assert found(judge(evidence(runs=runs, signals=told))) == {}  # handed back, it goes on until the process ends
+    assert found(judge(evidence(runs=late, signals=told))) == {"unexplained": 1}
 
 
 def test_judge_finds_a_job_that_kills_too_many_workers() -> None:
@@ -174,6 +178,7 @@ def test_judge_finds_a_process_that_ended_by_itself() -> None:
     ("cause", "earlier", "changes"),
     [
         ("failed", run(how="fail"), {}),
+        ("", run(end=6.0, how="fail"), {}),  # failed when the other had begun
         ("killed", run(end=float("inf"), how=""), {"deaths": [Death(1.2, "worker-0", 100, -SIGKILL)]}),
         ("told to stop", run(), {"signals": [Signal(1.05, 100, SIGTERM)]}),
         ("cut off", run(end=4.0), {"cuts": [Cut(1.05, 3.9, "worker-0")]}),

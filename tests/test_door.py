@@ -175,8 +175,8 @@ NO_KEYS = {
 @pytest.mark.parametrize("value", NO_KEYS.values(), ids=NO_KEYS.keys())
 def test_answer_the_same_whatever_is_wrong_with_a_key(near: Queue, value: str) -> None:
     api = locked(near)
-    missing = api.get("/stats")
-    answer = api.get("/stats", {"Authorization": value})
+    missing = api.get("/stats", {"X-Request-ID": "r"})
+    answer = api.get("/stats", {"X-Request-ID": "r", "Authorization": value})
     assert answer == missing
     assert answer.kind == "unauthorized"
     assert api.log.getvalue() == ""

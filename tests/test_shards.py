@@ -191,6 +191,20 @@ def test_history_adds_up_by_the_minute_though_one_shard_has_begun_the_next(queue
     assert "history" not in queue.stats()
 
 
+def test_history_and_metrics_add_up(queue: Shards, worker: str) -> None:
+    for _ in range(6):
+        queue.enqueue("echo", {})
+    jobs = queue.dequeue(worker, ["default"], 6)
+    queue.settle(worker, [Outcome(job, "complete") for job in jobs])
+    history = queue.stats(2)["history"]
+    assert len(history) == 2
+    assert history[1]["at"] - history[0]["at"] == 60_000
+    assert sum(minute["started"] for minute in history) == sum(minute["completed"] for minute in history) == 6
+    told = queue.metrics()
+    assert told["enqueued"]["echo", "default"] == told["completed"]["echo", "default"] == 6
+    assert sum(told["ran"].values()) == 6
+
+
 def test_workers_are_told_once_with_the_jobs_of_all_shards(queue: Shards, worker: str) -> None:
     for at in range(4):
         queue.enqueue("echo", at)
