@@ -390,9 +390,7 @@ SERIES = 1000  # types and queues that the metrics tell apart: each is some thir
 BUCKETS = (10, 50, 250, 1000, 5000, 15_000, 60_000, 300_000, 1_800_000, math.inf)  # milliseconds, at most, of waiting and running
 
 NAME = re.compile(r"[A-Za-z0-9._-]{1,100}")  # of queues, types, workers: no name can spell another key
-PRINTABLE = re.compile(
-    r"[^\x00-\x1f\x7f-\xa0\xad\u2028\u2029\ud800-\udfff]+"
-)  # the pattern of openapi.json; JSON has no lone surrogates
+PRINTABLE = re.compile(r"[^\x00-\x1f\x7f-\xa0\xad\u2028\u2029\ud800-\udfff]+")  # as in openapi.json; no lone surrogates
 ID = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-7[0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9a-f]{12}")
 
 # Keys -----------------------------------------------------------------------------------------------------------------
@@ -402,43 +400,28 @@ class Keys:
     """The names of all keys, spelled here and nowhere else."""
 
     def __init__(self, namespace: str) -> None:
-        tag = "{" + namespace + "}:"
-        self.job_prefix, self.jobs_prefix, self.proc_prefix = tag + "job:", tag + "jobs:", tag + "proc:"
-        self.bell_prefix, self.worker_prefix, self.lease_prefix = tag + "bell:", tag + "worker:", tag + "lease:"
-        self.delayed, self.workers = tag + "delayed", tag + "workers"
-        self.completed, self.failed, self.cancelled = tag + "completed", tag + "failed", tag + "cancelled"
-        self.counts, self.promoter, self.paused = tag + "counts", tag + "promoter", tag + "paused"
-        self.mark = tag + "mark"
-        self.once_prefix, self.unique_prefix, self.rate_prefix = tag + "once:", tag + "unique:", tag + "rate:"
-        self.minute_prefix, self.done_prefix, self.awaited = tag + "minute:", tag + "done:", tag + "awaited"
-        self.metrics, self.series = tag + "metrics", tag + "series"
+        self.prefix = prefix = "{" + namespace + "}:"
+        self.delayed, self.workers, self.paused = prefix + "delayed", prefix + "workers", prefix + "paused"
+        self.completed, self.failed, self.cancelled = prefix + "completed", prefix + "failed", prefix + "cancelled"
+        self.counts, self.metrics, self.series = prefix + "counts", prefix + "metrics", prefix + "series"
+        self.promoter, self.mark, self.awaited = prefix + "promoter", prefix + "mark", prefix + "awaited"
 
-    def job(self, id: str) -> str:
-        return self.job_prefix + id
+        def each(kind: str) -> Callable[[str], str]:
+            return f"{prefix}{kind}:".__add__  # no Python of its own: every job has several of these made
 
-    def jobs(self, name: str) -> str:
-        return self.jobs_prefix + name
+        self.job, self.done, self.unique = each("job"), each("done"), each("unique")
+        self.jobs, self.bell = each("jobs"), each("bell")
+        self.worker, self.lease, self.proc = each("worker"), each("lease"), each("proc")
+        self._once, self._minute, self._rate = each("once"), each("minute"), each("rate")
 
-    def proc(self, worker: str) -> str:
-        return self.proc_prefix + worker
-
-    def bell(self, name: str) -> str:
-        return self.bell_prefix + name
-
-    def worker(self, worker: str) -> str:
-        return self.worker_prefix + worker
-
-    def lease(self, worker: str) -> str:
-        return self.lease_prefix + worker
-
-    def done(self, id: str) -> str:
-        return self.done_prefix + id
-
-    def unique(self, key: str) -> str:
-        return self.unique_prefix + key
+    def once(self, key: str) -> str:
+        return self._once(hashlib.sha256(key.encode()).hexdigest())
 
     def minute(self, now: int) -> str:
-        return self.minute_prefix + str(now // 60_000)
+        return self._minute(str(now // 60_000))
+
+    def rate(self, who: str, window: int) -> str:
+        return self._rate(f"{who}:{window}")
 
 
 # The job --------------------------------------------------------------------------------------------------------------
@@ -447,6 +430,11 @@ Status = Literal["pending", "processing", "completed", "failed", "cancelled"]
 STATUSES: tuple[Status, ...] = typing.get_args(Status)
 UNENDED, ENDED = STATUSES[:2], STATUSES[2:]
 MINUTELY = ("started", *ENDED, "waitedMs")  # what is counted for each minute
+TOLD = ("id", "type", "payload", "status", "attempts", "maxAttempts", "queue", "createdAt", "updatedAt")  # of every job
+TOLD_LATER = (  # once it is so
+    *("runAt", "startedAt", "endedAt", "worker", "progress", "expiresAt", "uniqueKey", "cancelRequested", "suspicions"),
+    *("requestId", "traceparent", "error"),
+)
 UNREADABLE = "UnreadableRecord"
 
 
@@ -555,35 +543,10 @@ class Job(msgspec.Struct, rename="camel", omit_defaults=True, dict=True):
 
     def answer(self) -> dict[str, Any]:
         """The job as clients see it: the record with its id, its times and its defaults; nothing that has not happened yet."""
-        shown = {
-            "id": self.id,
-            "type": self.type,
-            "payload": self.payload,
-            "status": self.status,
-            "attempts": self.attempts,
-            "maxAttempts": self.max_attempts,
-            "queue": self.queue,
-            "createdAt": self.created_at,
-            "updatedAt": self.updated_at or self.created_at,
-        }
-        later = {
-            "runAt": self.run_at,
-            "startedAt": self.started_at,
-            "endedAt": self.ended_at,
-            "worker": self.worker,
-            "progress": self.progress,
-            "expiresAt": self.expires_at,
-            "uniqueKey": self.unique_key,
-            "cancelRequested": self.cancel_requested,
-            "suspicions": self.suspicions,
-            "requestId": self.request_id,
-            "traceparent": self.traceparent,
-            "error": self.error,
-        }
-        shown |= {name: value for name, value in later.items() if value}
-        if self.status == "completed":
-            shown["result"] = self.result
-        return shown
+        fields = dict(zip(self.__struct_encode_fields__, msgspec.structs.astuple(self), strict=True))
+        fields |= {"createdAt": self.created_at, "updatedAt": self.updated_at or self.created_at}
+        later = [name for name in TOLD_LATER if fields[name]] + ["result"] * (self.status == "completed")
+        return {name: fields[name] for name in (*TOLD, *later)}
 
 
 class Attempt(msgspec.Struct, rename="camel"):
@@ -895,6 +858,26 @@ def _whole(field: str, value: Any, low: int, high: int) -> int:
     return int(value)
 
 
+def _first_run(delay: float | None, run_at: Any, now: int) -> int:
+    """When a job may start that is to wait for `delay` seconds or until `runAt`: 0 for at once."""
+    at = 0
+    if delay is not None and run_at is not None:
+        raise InvalidJob("delay", "must not be given together with runAt")
+    if run_at is not None:
+        at = _moment(run_at, now)
+    if delay is not None:
+        if not is_delay(delay):
+            raise InvalidJob("delay", f"must be a number of seconds from 0 to {MAX_DELAY}")
+        at = now + round(delay * 1000)
+    return at if at > now else 0
+
+
+def _expiry(seconds: float, now: int) -> int:
+    if not is_delay(seconds) or not seconds:
+        raise InvalidJob("expiresIn", f"must be a number of seconds above 0, at most {MAX_DELAY}")
+    return now + max(1, round(seconds * 1000))
+
+
 def _moment(value: Any, now: int) -> int:
     """Read `runAt`: milliseconds since 1970, or ISO 8601 with a zone. The past means now."""
     rule = f"must be ISO 8601 with a zone, or milliseconds since 1970, and at most {MAX_DELAY // 86400} days ahead"
@@ -1138,8 +1121,9 @@ class Transaction:
     What many jobs do to one key becomes one command: `gather`, `ring` and `count` collect it.
     """
 
-    def __init__(self, connection: Any, watch: Sequence[str], clock: Clock, again: bool) -> None:
-        self._connection, self._watch, self._watches, self._clock = connection, watch, bool(watch), clock
+    def __init__(self, connection: Any, keys: Keys, clock: Clock, watch: Sequence[str], again: bool) -> None:
+        self._connection, self._keys, self._clock = connection, keys, clock
+        self._watch, self._watches = watch, bool(watch)
         self.now = clock.now()
         self.replicas = 0  # that must have the writes
         self.again = again  # an earlier try sent its EXEC and lost the reply: look whether it was applied
@@ -1167,10 +1151,15 @@ class Transaction:
             _ask(self._connection, [("UNWATCH",)])
 
     def execute(self, writes: Sequence[Command]) -> tuple[list[Any] | None, int]:
-        """Apply writes. Returns their replies, None if something watched has changed, and how many replicas have them."""
+        """Apply writes. Returns their replies, None if something watched has changed, and how many replicas have them.
+
+        A WAIT that is refused proves nothing of any replica, but the writes are there: it counts as none.
+        """
         wait = [("WAIT", self.replicas, CATCH_UP)] if self.replicas else []
-        replies = _ask(self._connection, [("MULTI",), *writes, ("EXEC",), *wait])
-        return replies[len(writes) + 1], replies[-1] if wait else 0
+        _send(self._connection, [("MULTI",), *writes, ("EXEC",), *wait])
+        *_, done = [self._connection.read_response() for _ in range(len(writes) + 2)]
+        reached = _reply(self._connection) if wait else 0
+        return done, reached if isinstance(reached, int) else 0
 
     def write(self, *command: Any) -> None:
         self._writes.append(command)
@@ -1179,8 +1168,13 @@ class Transaction:
         """Append to the one command of that name for that key: LPUSH, RPUSH, ZADD, ZREM."""
         self._gathered.setdefault((command, key), []).extend(parts)
 
-    def ring(self, bell: str) -> None:
-        self._bells[bell] += 1
+    def push(self, command: Literal["LPUSH", "RPUSH"], job: Job) -> None:
+        """Put a job behind all others of its queue, or with RPUSH before them, and ring for it."""
+        self.gather(command, self._keys.jobs(job.queue), job.id)
+        self.ring(job.queue)
+
+    def ring(self, queue: str) -> None:
+        self._bells[queue] += 1
 
     def count(self, field: str, by: int = 1) -> None:
         self._counts[field] += by
@@ -1199,26 +1193,31 @@ class Transaction:
         """Count for the metrics what has happened to a job, and how long it took, if that is to be told."""
         self.measured[what, job.type, job.queue].append(ms)
 
-    def sealed(self, keys: Keys) -> list[Command]:
+    def sealed(self) -> list[Command]:
         """All that is to be written."""
         commands = self._writes + [(*name, *parts) for name, parts in self._gathered.items()]
-        for bell, times in self._bells.items():
+        for queue, times in self._bells.items():
+            bell = self._keys.bell(queue)
             commands += [("LPUSH", bell, *["1"] * min(times, BELLS)), ("LTRIM", bell, 0, BELLS - 1)]
-        commands += [("HINCRBY", keys.counts, field, by) for field, by in self._counts.items() if by]
+        commands += [("HINCRBY", self._keys.counts, field, by) for field, by in self._counts.items() if by]
         if self._minute:
-            minute = keys.minute(self.now)
+            minute = self._keys.minute(self.now)
             commands += [*(("HINCRBY", minute, field, by) for field, by in self._minute.items() if by), ("EXPIRE", minute, 7200)]
         return commands
 
 
-def _ask(connection: Any, commands: Sequence[Command]) -> list[Any]:
+def _send(connection: Any, commands: Sequence[Command]) -> None:
     connection.send_packed_command([b"".join(map(pack_command, commands))])
+
+
+def _ask(connection: Any, commands: Sequence[Command]) -> list[Any]:
+    _send(connection, commands)
     return [connection.read_response() for _ in commands]
 
 
 def _tried(connection: Any, commands: Sequence[Command]) -> list[Any]:
     """Ask Redis, and take a refusal for the reply: an ACL may forbid a command, or the server not know it."""
-    connection.send_packed_command([b"".join(map(pack_command, commands))])
+    _send(connection, commands)
     return [_reply(connection) for _ in commands]
 
 
@@ -1234,6 +1233,16 @@ def _unfailed(replies: list[Any]) -> list[Any]:
     if errors := [reply for reply in replies if isinstance(reply, Exception)]:
         raise _explained(errors[0])
     return replies
+
+
+def _ascii(value: bytes) -> str:
+    """Read an id or a name. Whatever else stands in its place becomes a text that is neither."""
+    return value.decode("ascii", "replace")
+
+
+def _fields(reply: Sequence[bytes]) -> list[tuple[str, bytes]]:
+    """Pair the reply to HGETALL, or to a range WITHSCORES."""
+    return list(zip(map(_ascii, reply[::2]), reply[1::2], strict=True))
 
 
 def _count(value: bytes | None) -> int:
@@ -1330,23 +1339,16 @@ class Queue:
     @classmethod
     def from_settings(cls, settings: Settings, connections: int = 100) -> Queue:
         """Make the queue that the settings name, of one shard or many; without REDIS_URL the embedded one."""
-        options: dict[str, Any] = {
-            "lease": settings.lease,
-            "keep_completed": settings.keep_completed,
-            "keep_failed": settings.keep_failed,
-            "keep_once": settings.keep_once,
-            "max_pending": settings.max_pending,
-            "min_replicas": settings.min_replicas,
-        }
+        names = "lease", "keep_completed", "keep_failed", "keep_once", "max_pending", "min_replicas"
+        options: dict[str, Any] = {name: getattr(settings, name) for name in names}
         if settings.min_replicas and not settings.redis_url:
             raise SettingsError("TINYQUEUE_MIN_REPLICAS is set, but without REDIS_URL there are no replicas")
-        names = [settings.namespace] if settings.shards == 1 else [f"{settings.namespace}.{at}" for at in range(settings.shards)]
+        make = cls.embedded
         if settings.redis_url:
-            options |= {"connections": connections, "tls_verify": settings.tls_verify}
-            queues = [cls.from_url(settings.redis_url, namespace=name, **options) for name in names]
-        else:
-            queues = [cls.embedded(namespace=name, **options) for name in names]
-        return queues[0] if len(queues) == 1 else Shards(queues)
+            make = partial(cls.from_url, settings.redis_url, connections=connections, tls_verify=settings.tls_verify)
+        if settings.shards == 1:
+            return make(namespace=settings.namespace, **options)
+        return Shards([make(namespace=f"{settings.namespace}.{at}", **options) for at in range(settings.shards)])
 
     @contextmanager
     def _connection(self) -> Iterator[Any]:
@@ -1412,9 +1414,9 @@ class Queue:
             sent = False
             try:
                 with self._connection() as connection:
-                    tx = Transaction(connection, watch, self.clock, again)
+                    tx = Transaction(connection, self.keys, self.clock, watch, again)
                     try:
-                        result, writes = body(tx), tx.sealed(self.keys) + self._metrics(tx)
+                        result, writes = body(tx), tx.sealed() + self._metrics(tx)
                     except TinyQueueError:
                         tx.unwatch()
                         raise
@@ -1451,7 +1453,7 @@ class Queue:
             if trouble.reason == "timeout":  # once is enough; the rest the transaction will meet itself, if it lasts
                 raise
         else:
-            self._series |= {name.decode("ascii", "replace") for name in found}
+            self._series |= set(map(_ascii, found))
 
     def _metrics(self, tx: Transaction) -> list[Command]:
         """What a transaction adds to the metrics: one number for all its jobs of one type and queue to which the same happened.
@@ -1507,31 +1509,21 @@ class Queue:
             raise InvalidJob("payload", str(error)) from None
         if known:
             known.parse(encoded)
-        attempts = _whole("maxAttempts", max_attempts, 1, MAX_ATTEMPTS) if max_attempts is not None else 0
+        if max_attempts is None:
+            max_attempts = known.max_attempts if known else 3
+        if queue is None:
+            queue = known.queue if known else "default"
         now = self.now()
-        job = Job(
+        return Job(
             id=_new_id(now),
             type=type,
             payload=payload,
-            max_attempts=attempts or (known.max_attempts if known else 3),
-            queue=check_name("queue", queue) if queue is not None else (known.queue if known else "default"),
+            max_attempts=_whole("maxAttempts", max_attempts, 1, MAX_ATTEMPTS),
+            queue=check_name("queue", queue),
+            run_at=_first_run(delay, run_at, now),
+            expires_at=_expiry(expires_in, now) if expires_in is not None else 0,
+            unique_key=_text_key("uniqueKey", unique_key) if unique_key is not None else "",
         )
-        if delay is not None and run_at is not None:
-            raise InvalidJob("delay", "must not be given together with runAt")
-        if run_at is not None:
-            job.run_at = _moment(run_at, now)
-        if delay is not None:
-            if not is_delay(delay):
-                raise InvalidJob("delay", f"must be a number of seconds from 0 to {MAX_DELAY}")
-            job.run_at = now + round(delay * 1000) if delay else 0
-        job.run_at = job.run_at if job.run_at > now else 0
-        if expires_in is not None:
-            if not is_delay(expires_in) or not expires_in:
-                raise InvalidJob("expiresIn", f"must be a number of seconds above 0, at most {MAX_DELAY}")
-            job.expires_at = now + max(1, round(expires_in * 1000))
-        if unique_key is not None:
-            job.unique_key = _text_key("uniqueKey", unique_key)
-        return job
 
     def enqueue(self, type: str, payload: Any, **options: Any) -> Job:
         """Accept one job; options as for `draft`. When it returns, the job is stored; when it raises InvalidJob, nothing is."""
@@ -1560,7 +1552,7 @@ class Queue:
         def body(tx: Transaction) -> list[Job]:
             nonlocal accepted
             tx.replicas = self.min_replicas if jobs else 0
-            if once and (stored := tx.read(("GET", self._once_key(once)))[0]):
+            if once and (stored := tx.read(("GET", self.keys.once(once.key)))[0]):
                 return self._made_once(tx, jobs, once, stored)
             if not jobs or (not once and tx.again and tx.read(("EXISTS", *map(self.keys.job, ids)))[0]):
                 return accepted
@@ -1575,13 +1567,10 @@ class Queue:
                 tx.measure("enqueued", job)
             if once:
                 made = _encode(Made(once.fingerprint, [job.id for job in accepted]))
-                tx.write("SET", self._once_key(once), made, "PX", self.keep_once_ms)
+                tx.write("SET", self.keys.once(once.key), made, "PX", self.keep_once_ms)
             return accepted
 
-        return self._transact([*([self._once_key(once)] if once else []), *unique], body)
-
-    def _once_key(self, once: Once) -> str:
-        return self.keys.once_prefix + hashlib.sha256(once.key.encode()).hexdigest()
+        return self._transact([*([self.keys.once(once.key)] if once else []), *unique], body)
 
     def _made_once(self, tx: Transaction, jobs: Sequence[Job], once: Once, stored: bytes) -> list[Job]:
         """The jobs that the first submit with this key made, as they stand; those that are forgotten by now, as they were."""
@@ -1604,11 +1593,7 @@ class Queue:
         """Put in the place of each job whose uniqueKey is taken the one that has it, and take the keys for the others."""
         keys = list(dict.fromkeys(job.unique_key for job in jobs if job.unique_key))
         holders = tx.read(("MGET", *map(self.keys.unique, keys)))[0]
-        named = {
-            key: id
-            for key, holder in zip(keys, holders, strict=True)
-            if ID.fullmatch(id := (holder or b"").decode("ascii", "replace"))
-        }
+        named = {key: id for key, holder in zip(keys, holders, strict=True) if ID.fullmatch(id := _ascii(holder or b""))}
         records = tx.read(("MGET", *map(self.keys.job, named.values())))[0] if named else []
         active: dict[str, Job] = {}
         for (key, id), record in zip(named.items(), records, strict=True):
@@ -1653,8 +1638,7 @@ class Queue:
         if job.run_at > tx.now:
             tx.gather("ZADD", self.keys.delayed, job.run_at, job.id)
         else:
-            tx.gather("LPUSH", self.keys.jobs(job.queue), job.id)
-            tx.ring(self.keys.bell(job.queue))
+            tx.push("LPUSH", job)
         tx.count("pending:" + job.queue)
 
     # Dequeue ----------------------------------------------------------------------------------------------------------
@@ -1691,7 +1675,7 @@ class Queue:
 
     def _note_paused(self, members: Iterable[bytes] | Exception) -> None:
         found = () if isinstance(members, Exception) else members
-        self._paused = (time.monotonic(), frozenset(member.decode("ascii", "replace") for member in found))
+        self._paused = (time.monotonic(), frozenset(map(_ascii, found)))
 
     def _not_paused(self, names: Sequence[str]) -> list[str]:
         """The queues that are not paused, as known for PAUSE_AGE at most: a pause takes effect within that time."""
@@ -1733,7 +1717,7 @@ class Queue:
         transaction whose reply was lost: it is returned too. A suspect is started only by itself, while nothing is held; else it is
         returned as it is, pending, and stays in the worker's list. Raises Reaped if the worker is no longer registered.
         """
-        texts = [id.decode("ascii", "replace") for id in ids]
+        texts = list(map(_ascii, ids))
         named = list(dict.fromkeys(id for id in texts if ID.fullmatch(id)))
         if len(named) < len(set(texts)):
             log.warning("dropped %d entries of a queue that are no job ids", len(set(texts)) - len(named))
@@ -1920,8 +1904,7 @@ class Queue:
     def _back_to_head(self, tx: Transaction, job: Job) -> None:
         job.status, job.worker, job.run_at = "pending", "", 0
         tx.write("SET", self.keys.job(job.id), _record(job))
-        tx.gather("RPUSH", self.keys.jobs(job.queue), job.id)
-        tx.ring(self.keys.bell(job.queue))
+        tx.push("RPUSH", job)
         tx.count("pending:" + job.queue)
 
     def _give_back(self, tx: Transaction, job: Job, reason: str, beside: bool = False) -> None:
@@ -2046,7 +2029,7 @@ class Queue:
 
         def body(tx: Transaction) -> None:
             tx.write("SREM", self.keys.paused, check_name("queue", name))
-            tx.ring(self.keys.bell(name))
+            tx.ring(name)
 
         self._transact((), body)
 
@@ -2104,8 +2087,7 @@ class Queue:
             tx.write("ZREM", self.keys.delayed, *due)
             for job in self._listed(tx, due, watch=True):
                 if job.status == "pending" and job.run_at <= tx.now:
-                    tx.gather("LPUSH", self.keys.jobs(job.queue), job.id)
-                    tx.ring(self.keys.bell(job.queue))
+                    tx.push("LPUSH", job)
                 else:
                     self._set_aside(tx, job)
             tx.write("DEL", self.keys.promoter)
@@ -2115,15 +2097,14 @@ class Queue:
 
     def _listed(self, tx: Transaction, entries: Iterable[bytes], watch: bool = False) -> Iterator[Job]:
         """The jobs that the entries of a list name, each once; what names none is passed over. `watch`: from here on watched."""
-        ids = list(dict.fromkeys(id for entry in entries if ID.fullmatch(id := entry.decode("ascii", "replace"))))
+        ids = list(dict.fromkeys(filter(ID.fullmatch, map(_ascii, entries))))
         keys = [self.keys.job(id) for id in ids]
         records = tx.read(*([("WATCH", *keys)] if watch else []), ("MGET", *keys))[-1] if ids else []
         return (_job(id, record) for id, record in zip(ids, records, strict=True) if record is not None)
 
     def _known_workers(self) -> list[str]:
         """Every worker that may hold a job. What is no name in that set was not put there by a worker."""
-        found = (worker.decode("ascii", "replace") for worker in self._read(("SMEMBERS", self.keys.workers))[0])
-        return sorted(worker for worker in found if NAME.fullmatch(worker))
+        return sorted(filter(NAME.fullmatch, map(_ascii, self._read(("SMEMBERS", self.keys.workers))[0])))
 
     def lost_workers(self, but: str = "") -> list[str]:
         """List the workers whose lease is gone, but for that one."""
@@ -2131,13 +2112,14 @@ class Queue:
         leases = self._read(("MGET", *map(self.keys.lease, workers)))[0] if workers else []
         return [worker for worker, lease in zip(workers, leases, strict=True) if lease is None]
 
-    def reap(self, worker: str) -> int:
+    def reap(self, worker: str, others: int = 0) -> int:
         """Bury a worker whose lease is gone, give back what it held, and return how many jobs that were. Alive: 0.
 
         processing -> pending, or failed with the last attempt. Watches the registration, the lease, the list and the records, for
         a worker that wakes up may just be taking or starting, and deleting the list would delete what it took. An id in its list is
         given back only if its job is pending, or processing under this worker's name: without that test a job that was given back
-        before and runs elsewhere would run twice. For a worker reaped before, it gives back what it took in its sleep.
+        before and runs elsewhere would run twice. For a worker reaped before, it gives back what it took in its sleep. `others` are
+        the jobs that it ran beside these, in other shards.
         """
         registration, lease, proc = self.keys.worker(worker), self.keys.lease(worker), self.keys.proc(worker)
 
@@ -2146,11 +2128,10 @@ class Queue:
             if alive:
                 return 0
             given, listed = 0, list(self._listed(tx, entries, watch=True))
-            beside = sum(job.status == "processing" and job.worker == worker for job in listed) > 1
+            beside = others + sum(job.status == "processing" and job.worker == worker for job in listed) > 1
             for job in listed:
                 if job.status == "pending":
-                    tx.gather("RPUSH", self.keys.jobs(job.queue), job.id)
-                    tx.ring(self.keys.bell(job.queue))
+                    tx.push("RPUSH", job)
                 elif job.status == "processing" and job.worker == worker:
                     tx.measure("reaped", job)
                     tx.count("processing:" + job.queue, -1)
@@ -2164,6 +2145,11 @@ class Queue:
             return given
 
         return self._transact([registration, lease, proc], body)
+
+    def _running(self, worker: str) -> int:
+        """Count the jobs that a worker has started and not settled."""
+        jobs = self._transact((), lambda tx: self._listed(tx, tx.read(("LRANGE", self.keys.proc(worker), 0, -1))[0]))
+        return sum(job.status == "processing" and job.worker == worker for job in jobs)
 
     def trim(self) -> int:
         """Forget ended jobs whose time is up, and the oldest of each status above KEPT; return how many, 1,000 a status at most.
@@ -2194,7 +2180,7 @@ class Queue:
         Completed jobs cannot be revived, and thousands of them may end in a second: for them no look and no watch.
         """
         index = getattr(self.keys, status)
-        keys = [self.keys.job(id.decode("ascii", "replace")) for id in ids]
+        keys = [self.keys.job(_ascii(id)) for id in ids]
 
         def body(tx: Transaction) -> int:
             scores = tx.read(*(("ZSCORE", index, id) for id in ids)) if status != "completed" else ids
@@ -2288,8 +2274,7 @@ class Queue:
     def _ended(self, status: str, before: Place) -> tuple[set[Entry], Place]:
         def read(start: int) -> list[Entry]:
             command = ("ZREVRANGEBYSCORE", getattr(self.keys, status), before[0], "-inf", "WITHSCORES", "LIMIT", start, LISTED)
-            found = self._read(command)[0]
-            return [(int(at), id.decode("ascii", "replace"), status) for id, at in zip(found[::2], found[1::2], strict=True)]
+            return [(int(at), id, status) for id, at in _fields(self._read(command)[0])]
 
         return self._windows(read, 0, before)
 
@@ -2315,17 +2300,14 @@ class Queue:
         return self._read_entries(("LRANGE", key, start, start + LISTED - 1), status)
 
     def _read_entries(self, command: Command, status: str) -> list[Entry]:
-        texts = (id.decode("ascii", "replace") for id in self._read(command)[0])
-        return [(created_at(id) if ID.fullmatch(id) else 1 << 60, id, status) for id in texts]
+        return [(created_at(id) if ID.fullmatch(id) else 1 << 60, id, status) for id in map(_ascii, self._read(command)[0])]
 
     def queues(self) -> dict[str, dict[str, Any]]:
         """Every queue that ever had a job or is paused: its counts, the age of the oldest waiting job, and whether it is paused."""
         counts, paused = self._read(("HGETALL", self.keys.counts), ("SMEMBERS", self.keys.paused))
         self._note_paused(paused)
-        now = {key.decode("ascii", "replace"): _count(value) for key, value in zip(counts[::2], counts[1::2], strict=True)}
-        names = sorted(
-            {key.partition(":")[2] for key in now if ":" in key} | {name for name in self._paused[1] if NAME.fullmatch(name)}
-        )
+        now = {field: _count(value) for field, value in _fields(counts)}
+        names = sorted({field.partition(":")[2] for field in now if ":" in field} | set(filter(NAME.fullmatch, self._paused[1])))
         heads = self._read(*(("LINDEX", self.keys.jobs(name), -1) for name in names))
         return {
             name: {
@@ -2338,7 +2320,7 @@ class Queue:
         }
 
     def _age(self, head: bytes | None) -> int:
-        id = (head or b"").decode("ascii", "replace")
+        id = _ascii(head or b"")
         return max(0, self.now() - created_at(id)) if ID.fullmatch(id) else 0
 
     def stats(self, minutes: int = 0) -> dict[str, Any]:
@@ -2386,10 +2368,9 @@ class Queue:
         BUCKETS: waited, from when it could start to its start, for every start; and ran, from there until its outcome was written,
         for every attempt of which a handler told the outcome. waitedMs and ranMs are their sums.
         """
-        found = self._read(("HGETALL", self.keys.metrics))[0]
         told: dict[str, dict[tuple[str, ...], int]] = {}
-        for field, value in zip(found[::2], found[1::2], strict=True):
-            what, *labels = parts = field.decode("ascii", "replace").split(":")
+        for field, value in _fields(self._read(("HGETALL", self.keys.metrics))[0]):
+            what, *labels = parts = field.split(":")
             if len(labels) > 1 and all(map(NAME.fullmatch, parts)):
                 told.setdefault(what, {})[tuple(labels)] = _count(value)
         return told
@@ -2397,7 +2378,7 @@ class Queue:
     def spend(self, who: str, limit: int, seconds: int) -> tuple[int, int]:
         """Count a request of a client in the present window; return how many are left (below 0: none), for how many seconds."""
         now = self.now()
-        key = f"{self.keys.rate_prefix}{who}:{now // (seconds * 1000)}"
+        key = self.keys.rate(who, now // (seconds * 1000))
         used = self._read(("INCR", key), ("EXPIRE", key, seconds))[0]
         return limit - used, seconds - now // 1000 % seconds
 
@@ -2458,7 +2439,8 @@ class Queue:
     def _examine_permissions(self) -> Iterator[Finding]:
         """Try every command inside a MULTI that is never executed: Redis refuses there, too, what the user may not do."""
         key, around = self.keys.promoter + ":none", ("WATCH", "UNWATCH", "MULTI", "EXEC")
-        tries = [(name, *[key] * count) for count, names in COMMANDS.items() for name in names.split() if name not in around]
+        unused = around if self.min_replicas else (*around, "WAIT")
+        tries = [(name, *[key] * count) for count, names in COMMANDS.items() for name in names.split() if name not in unused]
         with self._connection() as connection:
             replies = dict(zip(around, _tried(connection, [("WATCH", key), *((name,) for name in around[1:])]), strict=True))
             if not isinstance(replies["MULTI"], Exception):
@@ -2494,7 +2476,7 @@ class Queue:
             keys = [self.keys.jobs(name) for name in self.queues()] + [self.keys.proc(worker) for worker in self._known_workers()]
             reads = ("HGETALL", self.keys.counts), ("ZCARD", self.keys.delayed), *(("LLEN", key) for key in keys)
             counts, *sizes = _unfailed(self._read(("MULTI",), *reads, ("EXEC",))[-1])
-            unended = [_count(value) for name, value in zip(counts[::2], counts[1::2], strict=True) if b":" in name]
+            unended = [_count(value) for field, value in _fields(counts) if ":" in field]
             wrong = sum(unended) > sum(sizes) or min(unended, default=0) < 0
             if not wrong:
                 break
@@ -2506,11 +2488,11 @@ class Queue:
         yield _judged("workers", f"{len(alive)} alive", (not alive, "warn", "start one: python worker.py"))
         queues, served = self.queues(), {name for worker in alive for name in worker["queues"]}
         for name, queue in queues.items():
-            waits = alive and queue["pending"] and name not in served
-            told = f"{name} is paused" if queue["paused"] else f"{name}: {queue['pending']} pending, and no worker serves it"
-            if queue["paused"] or waits:
-                advice = f"POST /queues/{name}/resume" if queue["paused"] else f"python worker.py --queue {name}"
-                yield Finding("warn", "queue", told, advice)
+            if queue["paused"]:
+                yield Finding("warn", "queue", f"{name} is paused", f"POST /queues/{name}/resume")
+            elif alive and queue["pending"] and name not in served:
+                seen = f"{name}: {queue['pending']} pending, and no worker serves it"
+                yield Finding("warn", "queue", seen, f"python worker.py --queue {name}")
 
 
 # Shards ---------------------------------------------------------------------------------------------------------------
@@ -2542,18 +2524,19 @@ class Shards(Queue):
         """When any shard last did not."""
         return max(shard.last_trouble for shard in self.shards)
 
-    def _of(self, id: str) -> Queue | None:
-        at = int(id[-2:], 16) if ID.fullmatch(id) else len(self.shards)
-        return self.shards[at] if at < len(self.shards) else None
+    def _of(self, id: str) -> Queue:
+        """The shard that an id names. One that names none is as unknown in the first as in any."""
+        at = int(id[-2:], 16) if ID.fullmatch(id) else 0
+        return self.shards[at if at < len(self.shards) else 0]
 
     def _at(self, key: str) -> int:
         return zlib.crc32(key.encode()) % len(self.shards)
 
     def _by_shard(self, things: Iterable[T], id: Callable[[T], str]) -> list[tuple[Queue, list[T]]]:
-        """Sort what belongs to jobs by the shards of those jobs; what belongs to none goes to the first."""
+        """Sort what belongs to jobs by the shards of those jobs."""
         sorted: dict[Queue, list[T]] = {}
         for thing in things:
-            sorted.setdefault(self._of(id(thing)) or self.shards[0], []).append(thing)
+            sorted.setdefault(self._of(id(thing)), []).append(thing)
         return list(sorted.items())
 
     def disconnect(self) -> None:
@@ -2638,8 +2621,8 @@ class Shards(Queue):
 
     def start(self, worker: str, ids: Sequence[bytes], held: Mapping[str, int] | None = None) -> list[Job]:
         jobs = []
-        for shard, entries in self._by_shard(ids, lambda entry: entry.decode("ascii", "replace")):
-            others = {id.decode("ascii", "replace"): 0 for id in ids if id not in entries}  # a suspect is not alone among them
+        for shard, entries in self._by_shard(ids, _ascii):
+            others = {_ascii(id): 0 for id in ids if id not in entries}  # a suspect is not alone among them
             jobs += shard.start(worker, entries, {**others, **held} if held is not None else others or None)
         return jobs
 
@@ -2660,19 +2643,16 @@ class Shards(Queue):
         return others
 
     def write_progress(self, job: Job) -> None:
-        if shard := self._of(job.id):
-            shard.write_progress(job)
+        self._of(job.id).write_progress(job)
 
     def cancel(self, id: str) -> Job | None:
-        shard = self._of(id)
-        return shard.cancel(id) if shard else None
+        return self._of(id).cancel(id)
 
     def asked_to_stop(self, ids: Sequence[str]) -> list[str]:
         return [id for shard, part in self._by_shard(ids, str) for id in shard.asked_to_stop(part)]
 
     def retry(self, id: str) -> Job | None:
-        shard = self._of(id)
-        return shard.retry(id) if shard else None
+        return self._of(id).retry(id)
 
     def pause(self, name: str) -> None:
         self._try(lambda shard: shard.pause(name), all=True)
@@ -2692,26 +2672,25 @@ class Shards(Queue):
     def lost_workers(self, but: str = "") -> list[str]:
         return sorted({worker for lost in self._try(lambda shard: shard.lost_workers(but)) for worker in lost})
 
-    def reap(self, worker: str) -> int:
-        return sum(self._try(lambda shard: shard.reap(worker)))
+    def reap(self, worker: str, others: int = 0) -> int:
+        """As Queue.reap. What it ran in one shard it ran beside what it ran in the others."""
+        ran = dict(self._try(lambda shard: (shard, shard._running(worker))))
+        return sum(self._try(lambda shard: shard.reap(worker, sum(ran.values()) - ran.get(shard, 0))))
 
     def trim(self) -> int:
         return sum(self._try(Queue.trim))
 
     def forget(self, status: str, ids: Sequence[bytes]) -> int:
-        by_shard = self._by_shard(ids, lambda id: id.decode("ascii", "replace"))
-        return sum(shard.forget(status, part) for shard, part in by_shard)
+        return sum(shard.forget(status, part) for shard, part in self._by_shard(ids, _ascii))
 
     def ping(self) -> None:
         self._try(Queue.ping, all=True)
 
     def get(self, id: str) -> Job | None:
-        shard = self._of(id)
-        return shard.get(id) if shard else None
+        return self._of(id).get(id)
 
     def wait_for(self, id: str, seconds: float) -> Job | None:
-        shard = self._of(id)
-        return shard.wait_for(id, seconds) if shard else None
+        return self._of(id).wait_for(id, seconds)
 
     def page(self, filter: Filter = Filter(), *, limit: int = 50, cursor: str = "") -> tuple[list[Job], str]:  # noqa: B008
         """As Queue.page: a cursor is a place in the order of all jobs, so pages are merged as far as every shard has looked."""
@@ -2791,7 +2770,7 @@ SKEW = 2.0  # seconds between two clocks
 COMMANDS = {  # every command that the queue uses, by how many keys may stand in for its arguments
     0: "EXEC INFO MULTI TIME UNWATCH",
     1: "DEL EXISTS GET HGETALL INCR LLEN MGET SMEMBERS WATCH ZCARD",
-    2: "BLPOP EXPIRE HMGET LINDEX LPOS LPUSH MSET MSETNX RPOPLPUSH RPUSH SADD SET SREM ZREM ZSCORE",
+    2: "BLPOP EXPIRE HMGET LINDEX LPOS LPUSH MSET MSETNX RPOPLPUSH RPUSH SADD SET SREM WAIT ZREM ZSCORE",
     3: "HINCRBY LRANGE LREM LTRIM ZADD ZCOUNT ZRANGE ZRANGEBYSCORE ZREVRANGEBYSCORE",
 }
 REMEDIES = {

@@ -419,13 +419,13 @@ class World:
             time.sleep(0.1)
 
     def _records(self) -> list[Job]:
-        ids = [key.decode().removeprefix(self.queue.keys.job_prefix) for key in self.client.keys(self.queue.keys.job("*"))]
+        ids = [key.decode().removeprefix(self.queue.keys.job("")) for key in self.client.keys(self.queue.keys.job("*"))]
         return [job for id in ids if (job := self.queue.get(id))]
 
     def _clear(self) -> None:
         """Forget the trial's jobs, which have ended: the books of the next are read faster."""
         keys = self.queue.keys
-        made = [key for family in (keys.job("*"), keys.once_prefix + "*") for key in self.client.keys(family)]
+        made = [key for family in (keys.job("*"), keys.prefix + "once:*") for key in self.client.keys(family)]
         self.client.delete(*made, keys.completed, keys.failed, keys.cancelled)
 
     def _evidence(self, plan: Plan) -> Evidence:

@@ -24,7 +24,7 @@ from conftest import RedisServer, free_port, lapse, raw, until
 
 import tinyqueue
 import worker
-from tinyqueue import COMMANDS, OLDEST, Failure, Filter, Once, Queue, Settings
+from tinyqueue import COMMANDS, OLDEST, Failure, Filter, NotReplicated, Once, Queue, Settings
 from wsgi import ROUTES
 
 HANDLERS = """
@@ -89,12 +89,12 @@ def post(web: Process, payload: int) -> tuple[int, Any]:
 
 
 @pytest.fixture
-def queue_at() -> Iterator[Callable[[str], Queue]]:
+def queue_at() -> Iterator[Callable[..., Queue]]:
     """Make a queue on the Redis at a URL."""
     made: list[Queue] = []
 
-    def queue_at(url: str) -> Queue:
-        made.append(Queue.from_url(url))
+    def queue_at(url: str, **options: Any) -> Queue:
+        made.append(Queue.from_url(url, **options))
         return made[-1]
 
     yield queue_at
@@ -277,6 +277,7 @@ SINCE = {  # in which version of Redis each command came that the queue uses
     "2.0.0": "BLPOP HGETALL HINCRBY HMGET ZCOUNT",
     "2.2.0": "UNWATCH WATCH ZREVRANGEBYSCORE",
     "2.6.0": "TIME",
+    "3.0.0": "WAIT",
     "6.0.6": "LPOS",
 }
 USED = {name: since for since, names in SINCE.items() for name in names.split()}
@@ -340,7 +341,7 @@ def play(queue: Any) -> None:
     queue.start(id, queue.take(id, ["default"], 1))
     queue.settle(id, [])
     queue.adopt(id, [])
-    queue.enqueue("echo", 6, delay=0.001)
+    queue.enqueue("echo", 6, delay=0.1)
     until(queue.promote)
     queue.trim()
     queue.purge(Filter("completed"))
@@ -373,6 +374,8 @@ def test_user_of_the_readme_may_do_all_that_the_queue_does(admin: redis.Redis, q
     play(noted := Noted(queue_at(url)))
     assert noted.names >= VERBS - {"examine", "disconnect", "forget"}  # the last is a part of purge
     short.trim()
+    with pytest.raises(NotReplicated):
+        queue_at(url, min_replicas=1).enqueue("echo", 8)
     settings = {"REDIS_URL": url, "TINYQUEUE_RATE_LIMIT": "99/hour", "TINYQUEUE_MAX_PENDING": "99"}
     with running(folder, **settings) as web, working(folder, url) as log:
         status, answer = post(web, 7)
@@ -396,6 +399,15 @@ def test_user_of_the_readme_may_touch_no_other_key(admin: redis.Redis, queue_at:
     for words in ("GET other", "SET {queue} 1", "KEYS *", "FLUSHALL", "CONFIG GET *", "EVAL 1 0", "PUBLISH a b", "ACL LIST"):
         with pytest.raises(redis.exceptions.NoPermissionError):
             client.execute_command(*words.split())
+
+
+def test_submit_that_may_not_ask_for_replicas_tells_that_the_job_is_stored(admin: redis.Redis, queue_at: Any) -> None:
+    admin.execute_command("ACL", "SETUSER", "tinyqueue", "-wait")
+    queue = queue_at(url_of(admin), min_replicas=1)
+    with pytest.raises(NotReplicated) as caught:
+        queue.enqueue("echo", 1)
+    assert queue.jobs("pending") == caught.value.jobs
+    assert "refused: WAIT" in [finding.seen for finding in queue.examine(0)]
 
 
 def test_user_of_the_readme_satisfies_doctor(admin: redis.Redis, queue_at: Any) -> None:

@@ -973,7 +973,7 @@ def test_ended_jobs_leave_nothing_behind(server: Server) -> None:
     queue.deregister(worker)
     queue.clock.ahead += 1001
     assert queue.trim() == 3
-    left = {key for key in dump(queue) if "bell" not in key and not key.startswith(queue.keys.minute_prefix)}
+    left = {key for key in dump(queue) if "bell" not in key and not key.startswith(queue.keys.prefix + "minute:")}
     assert left == {queue.keys.counts, queue.keys.metrics, queue.keys.series}
 
 

@@ -142,6 +142,16 @@ def test_reap_in_one_shard_tells_the_worker(queue: Shards, worker: str) -> None:
     assert queue.workers() == []
 
 
+def test_reap_counts_no_attempt_of_jobs_that_ran_beside_others_of_another_shard(queue: Shards, worker: str) -> None:
+    jobs = [queue.enqueue("echo", at, max_attempts=1) for at in range(COUNT)]
+    assert len(queue.dequeue(worker, DEFAULT, COUNT)) == COUNT
+    for shard in queue.shards:
+        lapse(shard, worker)
+    assert queue.reap(worker) == COUNT
+    found = [queue.get(job.id) for job in jobs]
+    assert [(job.status, job.attempts, job.suspicions) for job in found if job] == [("pending", 0, 1)] * COUNT
+
+
 def test_page_lists_jobs_of_all_shards_newest_first(queue: Shards) -> None:
     jobs = []
     for at in range(25):

@@ -198,7 +198,7 @@ def test_once_of_another_who_was_faster_returns_its_jobs(near: Queue, far: Queue
 def test_once_is_remembered_for_its_time(server: Server) -> None:
     queue = server.queue(keep_once=60)
     [first] = submit_once(queue)
-    [key] = [key for key in dump(queue) if key.startswith(queue.keys.once_prefix)]
+    [key] = [key for key in dump(queue) if key.startswith(queue.keys.prefix + "once:")]
     assert 0 < raw(queue).pttl(key) <= 60_000
     raw(queue).delete(key)  # its time is up
     assert ids(submit_once(queue)) != [first.id]
@@ -215,7 +215,7 @@ def test_once_of_none_stores_nothing(queue: Queue) -> None:
 def test_once_whose_key_holds_garbage_is_told_as_corrupted(server: Server, garbage: bytes) -> None:
     queue = server.queue()
     submit_once(queue)
-    [key] = [key for key in dump(queue) if key.startswith(queue.keys.once_prefix)]
+    [key] = [key for key in dump(queue) if key.startswith(queue.keys.prefix + "once:")]
     raw(queue).set(key, garbage or b" ")
     with pytest.raises(Corrupted):
         submit_once(queue)
@@ -1152,7 +1152,7 @@ def test_stats_tells_what_ended_within_the_last_minute(queue: Queue) -> None:
     queue.clock.ahead += 15_000
     assert queue.stats()["lastMinute"] == dict.fromkeys(ENDED, 0)
     assert queue.stats()["total"] == expected
-    [minute] = [key for key in dump(queue) if key.startswith(queue.keys.minute_prefix)]
+    [minute] = [key for key in dump(queue) if key.startswith(queue.keys.prefix + "minute:")]
     assert 0 < raw(queue).ttl(minute) <= 7200
 
 
@@ -1205,7 +1205,7 @@ def test_spend_counts_down_within_a_window(queue: Queue) -> None:
     assert queue.spend("me", 2, 60) == (-2, 1)
     queue.clock.ahead += 1000
     assert queue.spend("me", 2, 60) == (1, 60)
-    assert all(0 < raw(queue).ttl(key) <= 60 for key in dump(queue) if key.startswith(queue.keys.rate_prefix))
+    assert all(0 < raw(queue).ttl(key) <= 60 for key in dump(queue) if key.startswith(queue.keys.prefix + "rate:"))
 
 
 def test_spend_by_many_at_once_counts_each(queue: Queue) -> None:
