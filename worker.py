@@ -54,6 +54,7 @@ from tinyqueue import (
     Discard,
     Failure,
     Filter,
+    Finding,
     InvalidJob,
     Job,
     Outcome,
@@ -163,7 +164,7 @@ class Slot:
         began = time.monotonic()
         with self.lock:
             self.job, self.interrupted = job, False
-            self.deadline = time.monotonic() + timeout if timeout else float("inf")
+            self.deadline = began + (timeout or float("inf"))
         try:
             outcome = run_job(job)
             job.__dict__["_took"] = round((time.monotonic() - began) * 1000)
@@ -451,15 +452,13 @@ class Worker:
 
     def _settle_outcomes(self) -> None:
         while (batch := self.outbox.get()) is not None:
-            last = False
             with suppress(Empty):
-                while len(batch) < MAX_JOBS and not last:
-                    more = self.outbox.get_nowait()
-                    batch += more or []
-                    last = more is None
+                while len(batch) < MAX_JOBS:
+                    if (more := self.outbox.get_nowait()) is None:
+                        self.outbox.put(None)  # to be found after this batch
+                        break
+                    batch += more
             self._settle(batch)
-            if last:
-                return
 
     def _settle(self, outcomes: list[Outcome]) -> None:
         """Write outcomes, however long that takes. Those of a registration that was reaped are dropped: their jobs run again."""
@@ -564,8 +563,10 @@ class Worker:
 
 def _log_outcomes(outcomes: list[Outcome], written: list[Outcome]) -> None:
     """One line for each."""
+    if not log.isEnabledFor(logging.WARNING):
+        return
     recorded = {outcome.job.id for outcome in written}
-    for outcome in outcomes if log.isEnabledFor(logging.WARNING) else ():
+    for outcome in outcomes:
         job, level, what, then = outcome.job, logging.INFO, outcome.verb + "d", ""
         if job.id not in recorded:
             level, what, then = logging.WARNING, "lost", ": it is no longer this worker's"
@@ -574,11 +575,8 @@ def _log_outcomes(outcomes: list[Outcome], written: list[Outcome]) -> None:
             then = ": " + " ".join(f"{outcome.error.type}: {outcome.error.message}".split())[:300]
             then += f"; again in {outcome.after:.1f} s" if again else "; no attempt is left"
             level, what = logging.WARNING, "failed"
-        fields, took = (
-            job.log_fields() | {"event": what},
-            job.__dict__.get("_took"),
-        )  # none: given up, or not begun
-        if took is not None:
+        fields = job.log_fields() | {"event": what}
+        if (took := job.__dict__.get("_took")) is not None:  # else it was given up, or not begun
             fields, then = fields | {"durationMs": took}, f" in {took} ms{then}"
         text = f"{what} {job.type} {job.id} attempt {job.attempts}/{job.max_attempts}{then}"
         log.log(level, "%s", text, extra={"fields": fields})
@@ -696,8 +694,9 @@ def filtered(*statuses: str, default: Status | None = None) -> Callable[[Callabl
 
     def add(command: Callable[..., None]) -> Callable[..., None]:
         @functools.wraps(command)
-        def with_filter(*args: Any, type: str, queue: str, error_type: str, status: Status | None = None, **kwargs: Any) -> None:
-            command(*args, filter=Filter(status or default, type, queue, error_type), **kwargs)
+        def with_filter(*args: Any, status: Status | None = None, **options: Any) -> None:
+            fields = {name: options.pop(name) for name in ("type", "queue", "error_type")}
+            command(*args, filter=Filter(status or default, **fields), **options)
 
         options = [
             click.option("--type", help="Only jobs of that type."),
@@ -746,17 +745,18 @@ def run(queues: tuple[str, ...], burst: bool, **overrides: Any) -> None:
 @click.option("--run-at", help="When it may start: ISO 8601 with a zone.")
 @click.option("--expires-in", type=float, help="Seconds after which it fails if it was not started.")
 @click.option("--unique-key", help="While an unended job has that key, print the id of that one.")
-@on_queue
-def enqueue(on: Queue, /, type: str, payload: str, **options: Any) -> None:
+@click.pass_obj
+def enqueue(settings: Settings, /, type: str, payload: str, **options: Any) -> None:
     """Submit a job of TYPE; PAYLOAD is JSON, or - for standard input. Prints its id."""
-    load_handlers(Settings.read().handlers)
+    queue = _queue(settings)
+    load_handlers(settings.handlers)
     if type not in HANDLERS:
         raise UnknownType(type, sorted(HANDLERS))
     try:
         value = from_json(sys.stdin.buffer.read() if payload == "-" else payload.encode("utf-8", "surrogateescape"))
     except ValueError as error:
         raise click.UsageError(f"PAYLOAD is not JSON: {error}") from None
-    click.echo(on.enqueue(type, value, **options).id)
+    click.echo(queue.enqueue(type, value, **options).id)
 
 
 @cli.command()
@@ -765,7 +765,8 @@ def enqueue(on: Queue, /, type: str, payload: str, **options: Any) -> None:
 @on_queue
 def stats(queue: Queue, watch: bool, as_json: bool) -> None:
     """Count the jobs of every status and queue."""
-    _again_and_again(lambda: (_print if as_json else _show_stats)(queue.stats()), watch)
+    show = _print if as_json else _show_stats
+    _again_and_again(lambda: show(queue.stats()), watch)
 
 
 def _show_stats(told: dict[str, Any]) -> None:
@@ -785,7 +786,8 @@ def _show_stats(told: dict[str, Any]) -> None:
 @on_queue
 def workers(queue: Queue, watch: bool, as_json: bool) -> None:
     """Show the workers and what they run."""
-    _again_and_again(lambda: (_print if as_json else _show_workers)(queue.workers()), watch)
+    show = _print if as_json else _show_workers
+    _again_and_again(lambda: show(queue.workers()), watch)
 
 
 def _show_workers(told: list[dict[str, Any]]) -> None:
@@ -934,12 +936,14 @@ def doctor(ctx: click.Context, as_json: bool) -> None:
     settings: Settings = ctx.obj
     connections = settings.web_concurrency * settings.web_connections + settings.worker_connections
     findings = _queue(settings).examine(connections)
-    if as_json:
-        _print(findings)
-    for finding in () if as_json else findings:
-        line = f"{finding.level:<5} {finding.about:<13} {finding.seen}"
-        click.echo(line + (f" -> {finding.advice}" if finding.advice else ""))
+    _print(findings) if as_json else _show_findings(findings)
     ctx.exit(int(any(finding.level == "fail" for finding in findings)))
+
+
+def _show_findings(findings: Sequence[Finding]) -> None:
+    for finding in findings:
+        advice = f" -> {finding.advice}" if finding.advice else ""
+        click.echo(f"{finding.level:<5} {finding.about:<13} {finding.seen}{advice}")
 
 
 def _check_choice(ids: tuple[str, ...], chosen: bool) -> None:
