@@ -857,10 +857,10 @@ def _show(job: Job) -> None:
     payload, error = answer.pop("payload"), answer.pop("error", None)
     for name, value in answer.items():
         shown = _moment(value) if name.endswith("At") else to_json(value).decode() if name == "result" else value
-        click.echo(f"{name:<12} {shown}")
-    click.echo(f"payload\n{_pretty(payload)}")
+        _say(f"{name:<12} {shown}")
+    _say(f"payload\n{_pretty(payload)}")
     if error:
-        click.echo(f"error\n  {_why(job)}\n{textwrap.indent(error.traceback, '  ')}".rstrip())
+        _say(f"error\n  {_why(job)}\n{textwrap.indent(error.traceback, '  ')}".rstrip())
 
 
 @cli.command()
@@ -985,7 +985,12 @@ def _table(rows: Sequence[Sequence[Any]]) -> None:
     widths = [max(len(str(row[at])) for row in rows) for at in range(len(rows[0]))]
     for row in rows:
         cells = (str(cell).rjust(n) if isinstance(cell, int) else str(cell).ljust(n) for cell, n in zip(row, widths, strict=True))
-        click.echo("  ".join(cells).rstrip())
+        _say("  ".join(cells).rstrip())
+
+
+def _say(text: str) -> None:
+    """Print what clients and handlers may have worded: none of it may steer the operator's terminal."""
+    click.echo("".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text))
 
 
 def _why(job: Job) -> str:

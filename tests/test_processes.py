@@ -188,20 +188,6 @@ def start(folder: Path) -> Iterator[Callable[..., Any]]:
 
 
 @pytest.fixture
-def queue_at() -> Iterator[Callable[[str], Queue]]:
-    """Make a queue on the Redis at a URL."""
-    made: list[Queue] = []
-
-    def queue_at(url: str) -> Queue:
-        made.append(Queue.from_url(url))
-        return made[-1]
-
-    yield queue_at
-    for queue in made:
-        queue.pool.disconnect()
-
-
-@pytest.fixture
 def work(start: Any, real: Server, queue_at: Any) -> Callable[..., Process]:
     """Start a worker with a short lease; it is registered when this returns."""
 
@@ -711,6 +697,16 @@ def test_get_shows_the_error_of_a_failed_job_with_its_traceback(near: Queue, run
     worker = near.register(["default"], 1)
     near.fail(near.dequeue(worker, ["default"])[0], Failure("Boom", "it\nbroke", "Traceback:\n  here"))
     assert lines(run("get", job.id))[-4:] == ["error", "Boom: it broke", "Traceback:", "here"]
+
+
+@pytest.mark.parametrize("command", [("failed",), ("get", "ID")])
+def test_what_a_handler_says_reaches_no_terminal_as_a_command(near: Queue, run: Any, command: tuple[str, ...]) -> None:
+    job = near.enqueue("echo", 7, max_attempts=1)
+    worker = near.register(["default"], 1)
+    near.fail(near.dequeue(worker, ["default"])[0], Failure("Boom", "\x1b]0;mine\x07", "Traceback:\n  \x9b2J\x1b]0;mine\x07"))
+    shown = run(*(job.id if word == "ID" else word for word in command)).stdout.decode()
+    assert r"Boom: \x1b]0;mine\x07" in shown
+    assert all(character.isprintable() or character == "\n" for character in shown)
 
 
 @pytest.mark.parametrize(("type", "code"), [("echo", 0), ("old", 1)])
