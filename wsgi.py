@@ -930,7 +930,7 @@ def run() -> None:
         each = settings.web_connections
         log.info("web on %s, %d processes, up to %d connections to Redis each", where, settings.web_concurrency, each)
     else:
-        log.info("web and %d workers in one process on %s", settings.worker_concurrency, where)
+        log.info("web and a worker with %d slots in one process on %s", settings.worker_concurrency, where)
         log.warning("NOTHING IS KEPT: without REDIS_URL all jobs live in this process's memory and end with it")
     code = serve_many(api, sock) if settings.redis_url and settings.web_concurrency > 1 else serve(api, sock)
     logging.shutdown()
