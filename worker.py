@@ -571,15 +571,25 @@ def _log_outcomes(outcomes: list[Outcome], written: list[Outcome]) -> None:
         if job.id not in recorded:
             level, what, then = logging.WARNING, "lost", ": it is no longer this worker's"
         elif outcome.error:
-            again = outcome.after is not None and job.attempts < job.max_attempts and not job.cancel_requested
-            then = ": " + " ".join(f"{outcome.error.type}: {outcome.error.message}".split())[:300]
-            then += f"; again in {outcome.after:.1f} s" if again else "; no attempt is left"
-            level, what = logging.WARNING, "failed"
+            level, what, then = logging.WARNING, "failed", f": {_why(outcome.error)[:300]}; {_what_next(outcome)}"
         fields = job.log_fields() | {"event": what}
         if (took := job.__dict__.get("_took")) is not None:  # else it was given up, or not begun
             fields, then = fields | {"durationMs": took}, f" in {took} ms{then}"
         text = f"{what} {job.type} {job.id} attempt {job.attempts}/{job.max_attempts}{then}"
         log.log(level, "%s", text, extra={"fields": fields})
+
+
+def _what_next(failed: Outcome) -> str:
+    if failed.job.cancel_requested:
+        return "it was asked to stop"
+    if failed.after is not None and failed.job.attempts < failed.job.max_attempts:
+        return f"again in {failed.after:.1f} s"
+    return "no attempt is left"
+
+
+def _why(error: Failure | None) -> str:
+    """An error in one line."""
+    return " ".join(f"{error.type}: {error.message}".split()) if error else ""
 
 
 # The command line -----------------------------------------------------------------------------------------------------
@@ -830,7 +840,7 @@ def _show_jobs(jobs: Sequence[Job]) -> None:
     rows = [["when", "id", "type", "queue", "status", "attempts", "error"]]
     for job in jobs:
         when, attempts = _moment(job.place()[0]), f"{job.attempts}/{job.max_attempts}"
-        rows.append([when, job.id, job.type, job.queue, job.status, attempts, _why(job)[:100]])
+        rows.append([when, job.id, job.type, job.queue, job.status, attempts, _why(job.error)[:100]])
     _table(rows) if jobs else click.echo("no job fits")
 
 
@@ -860,7 +870,7 @@ def _show(job: Job) -> None:
         _say(f"{name:<12} {shown}")
     _say(f"payload\n{_pretty(payload)}")
     if error:
-        _say(f"error\n  {_why(job)}\n{textwrap.indent(error.traceback, '  ')}".rstrip())
+        _say(f"error\n  {_why(error)}\n{textwrap.indent(error.traceback, '  ')}".rstrip())
 
 
 @cli.command()
@@ -991,10 +1001,6 @@ def _table(rows: Sequence[Sequence[Any]]) -> None:
 def _say(text: str) -> None:
     """Print what clients and handlers may have worded: none of it may steer the operator's terminal."""
     click.echo("".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text))
-
-
-def _why(job: Job) -> str:
-    return " ".join(f"{job.error.type}: {job.error.message}".split()) if job.error else ""
 
 
 def _span(milliseconds: int) -> str:
