@@ -699,14 +699,13 @@ LIMIT = click.option("--limit", type=click.IntRange(1, 1000), default=50, show_d
 SURE = click.option("--yes", is_flag=True, help="Do not ask.")
 
 
-def filtered(*statuses: str, default: Status | None = None) -> Callable[[Callable[..., None]], Callable[..., None]]:
+def filtered(*statuses: str, required: bool = False) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Add the options by which jobs are chosen, and pass a `filter` made of them; `statuses` are those of --status, if any."""
 
     def add(command: Callable[..., None]) -> Callable[..., None]:
         @functools.wraps(command)
-        def with_filter(*args: Any, status: Status | None = None, **options: Any) -> None:
-            fields = {name: options.pop(name) for name in ("type", "queue", "error_type")}
-            command(*args, filter=Filter(status or default, **fields), **options)
+        def with_filter(*args: Any, **options: Any) -> None:
+            command(*args, filter=Filter(*(options.pop(field, None) for field in Filter._fields)), **options)
 
         options = [
             click.option("--type", help="Only jobs of that type."),
@@ -714,7 +713,7 @@ def filtered(*statuses: str, default: Status | None = None) -> Callable[[Callabl
             click.option("--error-type", help="Only jobs whose last error is of that type."),
         ]
         if statuses:
-            options.insert(0, click.option("--status", type=click.Choice(statuses), required=statuses == ENDED))
+            options.insert(0, click.option("--status", type=click.Choice(statuses), required=required))
         return functools.reduce(lambda command, option: option(command), reversed(options), with_filter)
 
     return add
@@ -819,13 +818,13 @@ def list_jobs(queue: Queue, filter: Filter, limit: int, as_json: bool) -> None:
 
 
 @cli.command()
-@filtered(default="failed")
+@filtered()
 @LIMIT
 @as_json
 @on_queue
 def failed(queue: Queue, filter: Filter, limit: int, as_json: bool) -> None:
     """List the failed jobs, newest first, and why they failed."""
-    _list(queue, filter, limit, as_json)
+    _list(queue, filter._replace(status="failed"), limit, as_json)
 
 
 def _list(queue: Queue, filter: Filter, limit: int, as_json: bool) -> None:
@@ -875,12 +874,12 @@ def _show(job: Job) -> None:
 
 @cli.command()
 @click.argument("ids", nargs=-1, metavar="[ID]...")
-@filtered("failed", "cancelled", default="failed")
+@filtered("failed", "cancelled")
 @click.option("--all", "every", is_flag=True, help="All failed jobs.")
 @on_queue
 def retry(queue: Queue, ids: tuple[str, ...], filter: Filter, every: bool) -> None:
     """Revive failed or cancelled jobs: those of the IDs, or all that fit the options."""
-    _check_choice(ids, every or filter != Filter("failed"))
+    filter = _chosen("failed", ids, filter, every)
     for id in ids:
         _there(queue.retry(id), id)
         click.echo(f"{id} pending")
@@ -891,13 +890,13 @@ def retry(queue: Queue, ids: tuple[str, ...], filter: Filter, every: bool) -> No
 
 @cli.command()
 @click.argument("ids", nargs=-1, metavar="[ID]...")
-@filtered(default="pending")
+@filtered()
 @click.option("--all", "every", is_flag=True, help="All pending jobs.")
 @SURE
 @on_queue
 def cancel(queue: Queue, ids: tuple[str, ...], filter: Filter, every: bool, yes: bool) -> None:
     """Cancel jobs: those of the IDs (running ones are asked to stop), or all that fit the options."""
-    _check_choice(ids, every or filter != Filter("pending"))
+    filter = _chosen("pending", ids, filter, every)
     for id in ids:
         job = _there(queue.cancel(id), id)
         click.echo(f"{id} {'asked to stop' if job.status == 'processing' else job.status}")
@@ -928,7 +927,7 @@ def resume(queue: Queue, names: tuple[str, ...]) -> None:
 
 
 @cli.command()
-@filtered(*ENDED)
+@filtered(*ENDED, required=True)
 @SURE
 @on_queue
 def purge(queue: Queue, filter: Filter, yes: bool) -> None:
@@ -956,9 +955,11 @@ def _show_findings(findings: Sequence[Finding]) -> None:
         click.echo(f"{finding.level:<5} {finding.about:<13} {finding.seen}{advice}")
 
 
-def _check_choice(ids: tuple[str, ...], chosen: bool) -> None:
-    if chosen == bool(ids):
+def _chosen(status: Status, ids: tuple[str, ...], filter: Filter, every: bool) -> Filter:
+    """The filter of a bulk change, by default for that status. Refuses a command that chooses no jobs, or in two ways."""
+    if bool(ids) == (every or filter != Filter()):
         raise click.UsageError("give either IDs, or options that choose jobs, or --all")
+    return filter._replace(status=filter.status or status)
 
 
 def _ask(verb: str, filter: Filter, yes: bool) -> None:

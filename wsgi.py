@@ -25,7 +25,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
-from functools import lru_cache, partial
+from functools import cache, cached_property, lru_cache, partial
 from http import HTTPStatus
 from itertools import accumulate
 from pathlib import Path
@@ -303,25 +303,22 @@ class API(bottle.Bottle):  # type: ignore[misc]
 
     def __init__(self, settings: Settings | None = None, queue: Queue | None = None) -> None:
         super().__init__()
-        self._lock, self._settings, self._queue = threading.Lock(), settings, queue
-        self._door = Door(settings) if settings else None
+        self._lock, self._queue = threading.Lock(), queue
+        if settings:
+            self.settings, self.door = settings, Door(settings)
         self._waiters = threading.BoundedSemaphore(THREADS // 2)
         for method, path, name, role in ROUTES:
             for part, pattern in (("<id>", ID.pattern), ("<name>", NAME.pattern)):  # nothing may follow: not even a line break
                 path = path.replace(part, f"<{part[1:-1]}:re:{pattern}(?!\\n)>")  # noqa: PLW2901
             self.route(path, method, partial(self._answer, getattr(self, name), role))
 
-    @property
+    @cached_property
     def settings(self) -> Settings:
-        if self._settings is None:
-            self._settings = Settings.read()
-        return self._settings
+        return Settings.read()
 
-    @property
+    @cached_property
     def door(self) -> Door:
-        if self._door is None:
-            self._door = Door(self.settings)
-        return self._door
+        return Door(self.settings)
 
     @property
     def queue(self) -> Queue:
@@ -660,7 +657,7 @@ def _file(name: str) -> bytes:
     return next(Path(file.locate()) for file in importlib.metadata.files("tinyqueue") or () if file.name == name).read_bytes()
 
 
-@lru_cache(maxsize=1)
+@cache
 def _dashboard() -> tuple[bytes, str]:
     """The page, and the policy that lets a browser run its own script and style, fetch from here, and nothing else.
 
@@ -905,7 +902,7 @@ def serve_many(api: API, sock: socket.socket) -> int:
             children.discard(child)
             if not stopping:
                 log.error("web process %d ended (%d): it is replaced", child, os.waitstatus_to_exitcode(status))
-                time.sleep(1)
+                time.sleep(1)  # one that dies as it starts is not started without end
     return 0
 
 

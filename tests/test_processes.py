@@ -18,7 +18,7 @@ from signal import SIGCHLD, SIGCONT, SIGINT, SIGKILL, SIGSTOP, SIGTERM
 from typing import Any
 
 import pytest
-from conftest import RedisServer, Server, free_port, raw, until
+from conftest import RedisServer, Server, free_port, put, raw, until
 from cutproxy import CutProxy
 
 from tinyqueue import Failure, Job, Queue
@@ -776,6 +776,12 @@ def test_retry_and_cancel_of_all_that_fit(near: Queue, run: Any) -> None:
     assert (near.stats()["pending"], near.stats()["cancelled"]) == (1, 3)
     assert lines(run("retry", "--status", "cancelled", "--type", "echo")) == ["3 retried, 0 had changed meanwhile"]
     assert near.stats()["pending"] == 4
+
+
+def test_retry_of_all_that_failed(near: Queue, run: Any) -> None:
+    put(near, "failed")
+    put(near, "cancelled")
+    assert lines(run("retry", "--status", "failed")) == ["1 retried, 0 had changed meanwhile"]
 
 
 @pytest.mark.parametrize("arguments", ["retry", "cancel", "retry --all 01a21209-ff58-7622-86d1-f71be07e4d07", "purge"])
