@@ -774,8 +774,7 @@ def enqueue(settings: Settings, /, type: str, payload: str, **options: Any) -> N
 @on_queue
 def stats(queue: Queue, watch: bool, as_json: bool) -> None:
     """Count the jobs of every status and queue."""
-    show = _print if as_json else _show_stats
-    _again_and_again(lambda: show(queue.stats()), watch)
+    _tell(queue.stats, _show_stats, as_json, watch)
 
 
 def _show_stats(told: dict[str, Any]) -> None:
@@ -795,8 +794,7 @@ def _show_stats(told: dict[str, Any]) -> None:
 @on_queue
 def workers(queue: Queue, watch: bool, as_json: bool) -> None:
     """Show the workers and what they run."""
-    show = _print if as_json else _show_workers
-    _again_and_again(lambda: show(queue.workers()), watch)
+    _tell(queue.workers, _show_workers, as_json, watch)
 
 
 def _show_workers(told: list[dict[str, Any]]) -> None:
@@ -981,14 +979,15 @@ def _in_steps(queue: Queue, verb: str, filter: Filter, step: Callable[[str], dic
     return done
 
 
-def _again_and_again(show: Callable[[], None], watch: bool) -> None:
-    """Show it, and with `watch` every two seconds from now on, until Ctrl-C."""
-    show()
+def _tell(read: Callable[[], Any], show: Callable[[Any], None], as_json: bool, watch: bool) -> None:
+    """Show what is read, and with `watch` every two seconds from now on, until Ctrl-C."""
+    show = _print if as_json else show
+    show(read())
     with suppress(KeyboardInterrupt):
         while watch:
             time.sleep(2.0)
             click.clear()
-            show()
+            show(read())
 
 
 def _table(rows: Sequence[Sequence[Any]]) -> None:
