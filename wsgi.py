@@ -307,6 +307,7 @@ class API(bottle.Bottle):  # type: ignore[misc]
         if settings:
             self.settings, self.door = settings, Door(settings)
         self._waiters = threading.BoundedSemaphore(THREADS // 2)
+        self._scrape_errors = 0  # that Redis has not been told of
         for method, path, name, role in ROUTES:
             for part, pattern in (("<id>", ID.pattern), ("<name>", NAME.pattern)):  # nothing may follow: not even a line break
                 path = path.replace(part, f"<{part[1:-1]}:re:{pattern}(?!\\n)>")  # noqa: PLW2901
@@ -498,11 +499,21 @@ class API(bottle.Bottle):  # type: ignore[misc]
         return {"workers": self.queue.workers()}
 
     def metrics(self) -> bottle.HTTPResponse:
-        """Tell Prometheus of all jobs and workers. Without Redis there is nothing to tell: the scrape fails, and `up` says so."""
+        """Tell Prometheus of all jobs and workers. Without Redis the scrape fails, `up` says so, and the next one counts it."""
         from prometheus_client.exposition import choose_encoder  # slow to import, and many servers are never scraped
 
         encode, content_type = choose_encoder(request.get_header("Accept", ""))
-        return bottle.HTTPResponse(encode(Scrape(self.queue)), 200, _headers() | {"Content-Type": content_type})
+        with self._lock:
+            missed, self._scrape_errors = self._scrape_errors, 0
+        try:
+            if missed:
+                self.queue.count_scrape_errors(missed)
+            scrape = Scrape(self.queue)
+        except TinyQueueError:
+            with self._lock:
+                self._scrape_errors += missed + 1
+            raise
+        return bottle.HTTPResponse(encode(scrape), 200, _headers() | {"Content-Type": content_type})
 
     def health(self) -> dict[str, str]:
         """Whether this process is alive; says nothing of Redis, for restarting the process would not mend that."""
@@ -690,6 +701,7 @@ METRICS = (  # name after tinyqueue_, kind, labels, meaning: a part of the contr
     ("jobs_revived", "counter", "type queue", "failed and cancelled jobs that were made pending again"),
     ("jobs_released", "counter", "type queue", "attempts that a stopping worker handed back"),
     ("jobs_reaped", "counter", "type queue", "attempts that were lost with their worker"),
+    ("scrape_errors", "counter", "", "scrapes that could not be answered, for Redis was out of reach"),
     ("job_waiting_seconds", "histogram", "type queue", "time from when a job could start until it did"),
     ("job_running_seconds", "histogram", "type queue", "time from the start of an attempt until its outcome was written"),
 )
@@ -700,6 +712,7 @@ class Scrape:
 
     def __init__(self, queue: Queue) -> None:
         stats, told = queue.stats(), queue.metrics()
+        errors = told.pop("scrapeErrors", {(): 0})
         workers = [worker for worker in queue.workers() if worker["alive"]]
         pairs = dict.fromkeys(labels[:2] for counts in told.values() for labels in counts)
         queues = sorted(stats["queues"].items(), key=lambda item: -item[1]["pending"] - item[1]["processing"])[:SERIES]
@@ -716,8 +729,9 @@ class Scrape:
             "job_running_seconds": _histograms(told, "ran"),
         }
         started = {pair: buckets[-1][1] for pair, (buckets, _) in self.values["job_waiting_seconds"].items()}
-        for what, kind, *_ in METRICS:
-            if kind == "counter":  # those that are 0 are told, too: to Prometheus, a counter that appears has not grown
+        self.values["scrape_errors"] = errors
+        for what, kind, labels, _ in METRICS:
+            if kind == "counter" and labels:  # those that are 0 are told, too: to Prometheus, a counter that appears has not grown
                 counts = started if what == "jobs_started" else told.get(what.removeprefix("jobs_"), {})
                 self.values[what] = {pair: counts.get(pair, 0) for pair in pairs}
 

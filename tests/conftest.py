@@ -197,12 +197,12 @@ def far(real: Server, near: Queue, proxy: CutProxy) -> Queue:
 
 
 @pytest.fixture
-def queue_at() -> Iterator[Callable[[str], Queue]]:
+def queue_at() -> Iterator[Callable[..., Queue]]:
     """Make a queue on the Redis at a URL."""
     made: list[Queue] = []
 
-    def queue_at(url: str) -> Queue:
-        made.append(Queue.from_url(url))
+    def queue_at(url: str, **options: Any) -> Queue:
+        made.append(Queue.from_url(url, **options))
         return made[-1]
 
     yield queue_at

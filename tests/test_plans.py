@@ -332,6 +332,7 @@ def play(queue: Any) -> None:
     queue.trim()
     queue.purge(Filter("completed"))
     queue.metrics()
+    queue.count_scrape_errors(1)
     queue.lost_workers()
     queue.deregister(id)
     assert queue.reap(id) == 0
