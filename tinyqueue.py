@@ -2372,14 +2372,18 @@ class Queue:
         enqueued; completed, failed, cancelled: ended so; retried: an attempt failed, and others were left; revived: failed or
         cancelled before, now pending again; released: handed back by a worker that stops; reaped: lost with its worker. By time in
         BUCKETS: waited, from when it could start to its start, for every start; and ran, from there until its outcome was written,
-        for every attempt of which a handler told the outcome. waitedMs and ranMs are their sums.
+        for every attempt of which a handler told the outcome. waitedMs and ranMs are their sums. scrapeErrors is one number.
         """
         told: dict[str, dict[tuple[str, ...], int]] = {}
         for field, value in _fields(self._read(("HGETALL", self.keys.metrics))[0]):
             what, *labels = parts = field.split(":")
-            if len(labels) > 1 and all(map(NAME.fullmatch, parts)):
+            if len(labels) != 1 and all(map(NAME.fullmatch, parts)):
                 told.setdefault(what, {})[tuple(labels)] = _count(value)
         return told
+
+    def count_scrape_errors(self, times: int) -> None:
+        """Count scrapes of the metrics that failed, now that Redis can be told."""
+        self._read(("HINCRBY", self.keys.metrics, "scrapeErrors", times))
 
     def spend(self, who: str, limit: int, seconds: int) -> tuple[int, int]:
         """Count a request of a client in the present window; return how many are left (below 0: none), for how many seconds."""
@@ -2838,6 +2842,9 @@ class Shards(Queue):
             history[at] = _added(history[at], minute) | {"at": at} if at in history else minute
         total = functools.reduce(_added, all) | {"workers": max(stats["workers"] for stats in all)}
         return total | ({"history": [history[at] for at in sorted(history)[-minutes:]]} if minutes else {})
+
+    def count_scrape_errors(self, times: int) -> None:
+        self.shards[0].count_scrape_errors(times)
 
     def metrics(self) -> dict[str, dict[tuple[str, ...], int]]:
         return functools.reduce(_added, (shard.metrics() for shard in self.shards))

@@ -54,6 +54,7 @@ from tinyqueue import (
     Discard,
     Failure,
     Filter,
+    Finding,
     InvalidJob,
     Job,
     Outcome,
@@ -163,7 +164,7 @@ class Slot:
         began = time.monotonic()
         with self.lock:
             self.job, self.interrupted = job, False
-            self.deadline = time.monotonic() + timeout if timeout else float("inf")
+            self.deadline = began + (timeout or float("inf"))
         try:
             outcome = run_job(job)
             job.__dict__["_took"] = round((time.monotonic() - began) * 1000)
@@ -451,15 +452,13 @@ class Worker:
 
     def _settle_outcomes(self) -> None:
         while (batch := self.outbox.get()) is not None:
-            last = False
             with suppress(Empty):
-                while len(batch) < MAX_JOBS and not last:
-                    more = self.outbox.get_nowait()
-                    batch += more or []
-                    last = more is None
+                while len(batch) < MAX_JOBS:
+                    if (more := self.outbox.get_nowait()) is None:
+                        self.outbox.put(None)  # to be found after this batch
+                        break
+                    batch += more
             self._settle(batch)
-            if last:
-                return
 
     def _settle(self, outcomes: list[Outcome]) -> None:
         """Write outcomes, however long that takes. Those of a registration that was reaped are dropped: their jobs run again."""
@@ -564,24 +563,33 @@ class Worker:
 
 def _log_outcomes(outcomes: list[Outcome], written: list[Outcome]) -> None:
     """One line for each."""
+    if not log.isEnabledFor(logging.WARNING):
+        return
     recorded = {outcome.job.id for outcome in written}
-    for outcome in outcomes if log.isEnabledFor(logging.WARNING) else ():
+    for outcome in outcomes:
         job, level, what, then = outcome.job, logging.INFO, outcome.verb + "d", ""
         if job.id not in recorded:
             level, what, then = logging.WARNING, "lost", ": it is no longer this worker's"
         elif outcome.error:
-            again = outcome.after is not None and job.attempts < job.max_attempts and not job.cancel_requested
-            then = ": " + " ".join(f"{outcome.error.type}: {outcome.error.message}".split())[:300]
-            then += f"; again in {outcome.after:.1f} s" if again else "; no attempt is left"
-            level, what = logging.WARNING, "failed"
-        fields, took = (
-            job.log_fields() | {"event": what},
-            job.__dict__.get("_took"),
-        )  # none: given up, or not begun
-        if took is not None:
+            level, what, then = logging.WARNING, "failed", f": {_why(outcome.error)[:300]}; {_what_next(outcome)}"
+        fields = job.log_fields() | {"event": what}
+        if (took := job.__dict__.get("_took")) is not None:  # else it was given up, or not begun
             fields, then = fields | {"durationMs": took}, f" in {took} ms{then}"
         text = f"{what} {job.type} {job.id} attempt {job.attempts}/{job.max_attempts}{then}"
         log.log(level, "%s", text, extra={"fields": fields})
+
+
+def _what_next(failed: Outcome) -> str:
+    if failed.job.cancel_requested:
+        return "it was asked to stop"
+    if failed.after is not None and failed.job.attempts < failed.job.max_attempts:
+        return f"again in {failed.after:.1f} s"
+    return "no attempt is left"
+
+
+def _why(error: Failure | None) -> str:
+    """An error in one line."""
+    return " ".join(f"{error.type}: {error.message}".split()) if error else ""
 
 
 # The command line -----------------------------------------------------------------------------------------------------
@@ -691,13 +699,13 @@ LIMIT = click.option("--limit", type=click.IntRange(1, 1000), default=50, show_d
 SURE = click.option("--yes", is_flag=True, help="Do not ask.")
 
 
-def filtered(*statuses: str, default: Status | None = None) -> Callable[[Callable[..., None]], Callable[..., None]]:
+def filtered(*statuses: str, required: bool = False) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Add the options by which jobs are chosen, and pass a `filter` made of them; `statuses` are those of --status, if any."""
 
     def add(command: Callable[..., None]) -> Callable[..., None]:
         @functools.wraps(command)
-        def with_filter(*args: Any, type: str, queue: str, error_type: str, status: Status | None = None, **kwargs: Any) -> None:
-            command(*args, filter=Filter(status or default, type, queue, error_type), **kwargs)
+        def with_filter(*args: Any, **options: Any) -> None:
+            command(*args, filter=Filter(*(options.pop(field, None) for field in Filter._fields)), **options)
 
         options = [
             click.option("--type", help="Only jobs of that type."),
@@ -705,7 +713,7 @@ def filtered(*statuses: str, default: Status | None = None) -> Callable[[Callabl
             click.option("--error-type", help="Only jobs whose last error is of that type."),
         ]
         if statuses:
-            options.insert(0, click.option("--status", type=click.Choice(statuses), required=statuses == ENDED))
+            options.insert(0, click.option("--status", type=click.Choice(statuses), required=required))
         return functools.reduce(lambda command, option: option(command), reversed(options), with_filter)
 
     return add
@@ -746,17 +754,18 @@ def run(queues: tuple[str, ...], burst: bool, **overrides: Any) -> None:
 @click.option("--run-at", help="When it may start: ISO 8601 with a zone.")
 @click.option("--expires-in", type=float, help="Seconds after which it fails if it was not started.")
 @click.option("--unique-key", help="While an unended job has that key, print the id of that one.")
-@on_queue
-def enqueue(on: Queue, /, type: str, payload: str, **options: Any) -> None:
+@click.pass_obj
+def enqueue(settings: Settings, /, type: str, payload: str, **options: Any) -> None:
     """Submit a job of TYPE; PAYLOAD is JSON, or - for standard input. Prints its id."""
-    load_handlers(Settings.read().handlers)
+    queue = _queue(settings)
+    load_handlers(settings.handlers)
     if type not in HANDLERS:
         raise UnknownType(type, sorted(HANDLERS))
     try:
         value = from_json(sys.stdin.buffer.read() if payload == "-" else payload.encode("utf-8", "surrogateescape"))
     except ValueError as error:
         raise click.UsageError(f"PAYLOAD is not JSON: {error}") from None
-    click.echo(on.enqueue(type, value, **options).id)
+    click.echo(queue.enqueue(type, value, **options).id)
 
 
 @cli.command()
@@ -765,7 +774,7 @@ def enqueue(on: Queue, /, type: str, payload: str, **options: Any) -> None:
 @on_queue
 def stats(queue: Queue, watch: bool, as_json: bool) -> None:
     """Count the jobs of every status and queue."""
-    _again_and_again(lambda: (_print if as_json else _show_stats)(queue.stats()), watch)
+    _tell(queue.stats, _show_stats, as_json, watch)
 
 
 def _show_stats(told: dict[str, Any]) -> None:
@@ -785,7 +794,7 @@ def _show_stats(told: dict[str, Any]) -> None:
 @on_queue
 def workers(queue: Queue, watch: bool, as_json: bool) -> None:
     """Show the workers and what they run."""
-    _again_and_again(lambda: (_print if as_json else _show_workers)(queue.workers()), watch)
+    _tell(queue.workers, _show_workers, as_json, watch)
 
 
 def _show_workers(told: list[dict[str, Any]]) -> None:
@@ -807,13 +816,13 @@ def list_jobs(queue: Queue, filter: Filter, limit: int, as_json: bool) -> None:
 
 
 @cli.command()
-@filtered(default="failed")
+@filtered()
 @LIMIT
 @as_json
 @on_queue
 def failed(queue: Queue, filter: Filter, limit: int, as_json: bool) -> None:
     """List the failed jobs, newest first, and why they failed."""
-    _list(queue, filter, limit, as_json)
+    _list(queue, filter._replace(status="failed"), limit, as_json)
 
 
 def _list(queue: Queue, filter: Filter, limit: int, as_json: bool) -> None:
@@ -828,7 +837,7 @@ def _show_jobs(jobs: Sequence[Job]) -> None:
     rows = [["when", "id", "type", "queue", "status", "attempts", "error"]]
     for job in jobs:
         when, attempts = _moment(job.place()[0]), f"{job.attempts}/{job.max_attempts}"
-        rows.append([when, job.id, job.type, job.queue, job.status, attempts, _why(job)[:100]])
+        rows.append([when, job.id, job.type, job.queue, job.status, attempts, _why(job.error)[:100]])
     _table(rows) if jobs else click.echo("no job fits")
 
 
@@ -855,20 +864,20 @@ def _show(job: Job) -> None:
     payload, error = answer.pop("payload"), answer.pop("error", None)
     for name, value in answer.items():
         shown = _moment(value) if name.endswith("At") else to_json(value).decode() if name == "result" else value
-        click.echo(f"{name:<12} {shown}")
-    click.echo(f"payload\n{_pretty(payload)}")
+        _say(f"{name:<12} {shown}")
+    _say(f"payload\n{_pretty(payload)}")
     if error:
-        click.echo(f"error\n  {_why(job)}\n{textwrap.indent(error.traceback, '  ')}".rstrip())
+        _say(f"error\n  {_why(error)}\n{textwrap.indent(error.traceback, '  ')}".rstrip())
 
 
 @cli.command()
 @click.argument("ids", nargs=-1, metavar="[ID]...")
-@filtered("failed", "cancelled", default="failed")
+@filtered("failed", "cancelled")
 @click.option("--all", "every", is_flag=True, help="All failed jobs.")
 @on_queue
 def retry(queue: Queue, ids: tuple[str, ...], filter: Filter, every: bool) -> None:
     """Revive failed or cancelled jobs: those of the IDs, or all that fit the options."""
-    _check_choice(ids, every or filter != Filter("failed"))
+    filter = _chosen("failed", ids, filter, every)
     for id in ids:
         _there(queue.retry(id), id)
         click.echo(f"{id} pending")
@@ -879,13 +888,13 @@ def retry(queue: Queue, ids: tuple[str, ...], filter: Filter, every: bool) -> No
 
 @cli.command()
 @click.argument("ids", nargs=-1, metavar="[ID]...")
-@filtered(default="pending")
+@filtered()
 @click.option("--all", "every", is_flag=True, help="All pending jobs.")
 @SURE
 @on_queue
 def cancel(queue: Queue, ids: tuple[str, ...], filter: Filter, every: bool, yes: bool) -> None:
     """Cancel jobs: those of the IDs (running ones are asked to stop), or all that fit the options."""
-    _check_choice(ids, every or filter != Filter("pending"))
+    filter = _chosen("pending", ids, filter, every)
     for id in ids:
         job = _there(queue.cancel(id), id)
         click.echo(f"{id} {'asked to stop' if job.status == 'processing' else job.status}")
@@ -916,7 +925,7 @@ def resume(queue: Queue, names: tuple[str, ...]) -> None:
 
 
 @cli.command()
-@filtered(*ENDED)
+@filtered(*ENDED, required=True)
 @SURE
 @on_queue
 def purge(queue: Queue, filter: Filter, yes: bool) -> None:
@@ -934,17 +943,21 @@ def doctor(ctx: click.Context, as_json: bool) -> None:
     settings: Settings = ctx.obj
     connections = settings.web_concurrency * settings.web_connections + settings.worker_connections
     findings = _queue(settings).examine(connections)
-    if as_json:
-        _print(findings)
-    for finding in () if as_json else findings:
-        line = f"{finding.level:<5} {finding.about:<13} {finding.seen}"
-        click.echo(line + (f" -> {finding.advice}" if finding.advice else ""))
+    _print(findings) if as_json else _show_findings(findings)
     ctx.exit(int(any(finding.level == "fail" for finding in findings)))
 
 
-def _check_choice(ids: tuple[str, ...], chosen: bool) -> None:
-    if chosen == bool(ids):
+def _show_findings(findings: Sequence[Finding]) -> None:
+    for finding in findings:
+        advice = f" -> {finding.advice}" if finding.advice else ""
+        click.echo(f"{finding.level:<5} {finding.about:<13} {finding.seen}{advice}")
+
+
+def _chosen(status: Status, ids: tuple[str, ...], filter: Filter, every: bool) -> Filter:
+    """The filter of a bulk change, by default for that status. Refuses a command that chooses no jobs, or in two ways."""
+    if bool(ids) == (every or filter != Filter()):
         raise click.UsageError("give either IDs, or options that choose jobs, or --all")
+    return filter._replace(status=filter.status or status)
 
 
 def _ask(verb: str, filter: Filter, yes: bool) -> None:
@@ -966,14 +979,15 @@ def _in_steps(queue: Queue, verb: str, filter: Filter, step: Callable[[str], dic
     return done
 
 
-def _again_and_again(show: Callable[[], None], watch: bool) -> None:
-    """Show it, and with `watch` every two seconds from now on, until Ctrl-C."""
-    show()
+def _tell(read: Callable[[], Any], show: Callable[[Any], None], as_json: bool, watch: bool) -> None:
+    """Show what is read, and with `watch` every two seconds from now on, until Ctrl-C."""
+    show = _print if as_json else show
+    show(read())
     with suppress(KeyboardInterrupt):
         while watch:
             time.sleep(2.0)
             click.clear()
-            show()
+            show(read())
 
 
 def _table(rows: Sequence[Sequence[Any]]) -> None:
@@ -981,11 +995,12 @@ def _table(rows: Sequence[Sequence[Any]]) -> None:
     widths = [max(len(str(row[at])) for row in rows) for at in range(len(rows[0]))]
     for row in rows:
         cells = (str(cell).rjust(n) if isinstance(cell, int) else str(cell).ljust(n) for cell, n in zip(row, widths, strict=True))
-        click.echo("  ".join(cells).rstrip())
+        _say("  ".join(cells).rstrip())
 
 
-def _why(job: Job) -> str:
-    return " ".join(f"{job.error.type}: {job.error.message}".split()) if job.error else ""
+def _say(text: str) -> None:
+    """Print what clients and handlers may have worded: none of it may steer the operator's terminal."""
+    click.echo("".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text))
 
 
 def _span(milliseconds: int) -> str:

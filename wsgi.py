@@ -10,6 +10,7 @@ an error is application/problem+json (RFC 9457). The one page, dashboard.html at
 from __future__ import annotations
 
 import base64
+import errno
 import hashlib
 import hmac
 import importlib.metadata
@@ -24,7 +25,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
-from functools import lru_cache, partial
+from functools import cache, cached_property, lru_cache, partial
 from http import HTTPStatus
 from itertools import accumulate
 from pathlib import Path
@@ -99,8 +100,7 @@ class Problem(Exception):
         return {"type": f"urn:tinyqueue:{self.kind}", "title": title, "status": self.status, "detail": str(self)} | self.more
 
     def answer(self) -> bottle.HTTPResponse:
-        limits = request.environ.get("tinyqueue.limits", {})
-        headers = {**HEADERS, **limits, "Content-Type": "application/problem+json", **self.headers}
+        headers = {**_headers(), "Content-Type": "application/problem+json", **self.headers}
         return bottle.HTTPResponse(msgspec.json.encode(self.body()), self.status, headers)
 
 
@@ -303,25 +303,23 @@ class API(bottle.Bottle):  # type: ignore[misc]
 
     def __init__(self, settings: Settings | None = None, queue: Queue | None = None) -> None:
         super().__init__()
-        self._lock, self._settings, self._queue = threading.Lock(), settings, queue
-        self._door = Door(settings) if settings else None
+        self._lock, self._queue = threading.Lock(), queue
+        if settings:
+            self.settings, self.door = settings, Door(settings)
         self._waiters = threading.BoundedSemaphore(THREADS // 2)
+        self._scrape_errors = 0  # that Redis has not been told of
         for method, path, name, role in ROUTES:
             for part, pattern in (("<id>", ID.pattern), ("<name>", NAME.pattern)):  # nothing may follow: not even a line break
                 path = path.replace(part, f"<{part[1:-1]}:re:{pattern}(?!\\n)>")  # noqa: PLW2901
             self.route(path, method, partial(self._answer, getattr(self, name), role))
 
-    @property
+    @cached_property
     def settings(self) -> Settings:
-        if self._settings is None:
-            self._settings = Settings.read()
-        return self._settings
+        return Settings.read()
 
-    @property
+    @cached_property
     def door(self) -> Door:
-        if self._door is None:
-            self._door = Door(self.settings)
-        return self._door
+        return Door(self.settings)
 
     @property
     def queue(self) -> Queue:
@@ -359,7 +357,6 @@ class API(bottle.Bottle):  # type: ignore[misc]
 
     def _answer(self, act: Callable[..., Any], role: str, **args: str) -> Any:
         """Let a request in and run its route: what that returns goes out as JSON, what it raises as a problem."""
-        bottle.response.headers.update(HEADERS)
         try:
             if role:
                 request.environ["tinyqueue.caller"] = self.door.admit(role, lambda: self.queue)
@@ -370,7 +367,7 @@ class API(bottle.Bottle):  # type: ignore[misc]
             return problem(error).answer()
         if isinstance(body, bottle.HTTPResponse):
             return body
-        bottle.response.headers.update(request.environ.get("tinyqueue.limits", {}))
+        bottle.response.headers.update(_headers())
         bottle.response.content_type = "application/json"
         return msgspec.json.encode(body)
 
@@ -478,9 +475,7 @@ class API(bottle.Bottle):  # type: ignore[misc]
     def list(self) -> dict[str, Any]:
         """List jobs that fit, newest first; long payloads and results are cut."""
         query = _query()
-        limit = _number(query, "limit", 50, 1, 500)
-        cursor = query.pop("cursor", "")
-        query.pop("limit", None)
+        limit, cursor = _number(query, "limit", 50, 1, 500), query.pop("cursor", "")
         jobs, cursor = self.queue.page(_filter(query), limit=limit, cursor=cursor)
         return {"jobs": [_cut(job.answer()) for job in jobs], "cursor": cursor or None}
 
@@ -504,12 +499,21 @@ class API(bottle.Bottle):  # type: ignore[misc]
         return {"workers": self.queue.workers()}
 
     def metrics(self) -> bottle.HTTPResponse:
-        """Tell Prometheus of all jobs and workers. Without Redis there is nothing to tell: the scrape fails, and `up` says so."""
+        """Tell Prometheus of all jobs and workers. Without Redis the scrape fails, `up` says so, and the next one counts it."""
         from prometheus_client.exposition import choose_encoder  # slow to import, and many servers are never scraped
 
         encode, content_type = choose_encoder(request.get_header("Accept", ""))
-        headers = HEADERS | request.environ.get("tinyqueue.limits", {}) | {"Content-Type": content_type}
-        return bottle.HTTPResponse(encode(Scrape(self.queue)), 200, headers)
+        with self._lock:
+            missed, self._scrape_errors = self._scrape_errors, 0
+        try:
+            if missed:
+                self.queue.count_scrape_errors(missed)
+            scrape = Scrape(self.queue)
+        except TinyQueueError:
+            with self._lock:
+                self._scrape_errors += missed + 1
+            raise
+        return bottle.HTTPResponse(encode(scrape), 200, _headers() | {"Content-Type": content_type})
 
     def health(self) -> dict[str, str]:
         """Whether this process is alive; says nothing of Redis, for restarting the process would not mend that."""
@@ -573,6 +577,12 @@ class API(bottle.Bottle):  # type: ignore[misc]
         return {"queue": name, "paused": False}
 
 
+def _headers() -> dict[str, str]:
+    """What stands at the head of every answer."""
+    limits: dict[str, str] = request.environ.get("tinyqueue.limits", {})
+    return HEADERS | limits
+
+
 def _log_request(environ: Mapping[str, Any], status: int, took: int) -> None:
     """One line for each request: at info if it was to change something or failed, else at debug. The path is percent-encoded."""
     method, path = environ["REQUEST_METHOD"][:20], quote(environ.get("PATH_INFO", ""), errors="replace")[:200]
@@ -625,10 +635,9 @@ def _query() -> dict[str, str]:
         raise Problem(400, "invalid-query", f"the query cannot be read: {error}") from None
 
 
-def _number(query: Mapping[str, str], name: str, default: int, low: int, high: int) -> int:
-    text = query.get(name)
-    if text is None:
-        return default
+def _number(query: dict[str, str], name: str, default: int, low: int, high: int) -> int:
+    """Take a number out of the query."""
+    text = query.pop(name, str(default))
     if not re.fullmatch("[0-9]{1,9}", text) or not low <= int(text) <= high:
         raise Problem(400, "invalid-query", f"{name} must be a whole number from {low} to {high}", field=name)
     return int(text)
@@ -638,7 +647,7 @@ def _flag(query: Mapping[str, str], name: str) -> bool:
     text = query.get(name, "false")
     if text not in ("true", "false"):
         raise Problem(400, "invalid-query", f"{name} must be true or false", field=name)
-    return bool(text == "true")
+    return text == "true"
 
 
 def _filter(wanted: Mapping[str, str]) -> Filter:
@@ -659,7 +668,7 @@ def _file(name: str) -> bytes:
     return next(Path(file.locate()) for file in importlib.metadata.files("tinyqueue") or () if file.name == name).read_bytes()
 
 
-@lru_cache(maxsize=1)
+@cache
 def _dashboard() -> tuple[bytes, str]:
     """The page, and the policy that lets a browser run its own script and style, fetch from here, and nothing else.
 
@@ -692,6 +701,7 @@ METRICS = (  # name after tinyqueue_, kind, labels, meaning: a part of the contr
     ("jobs_revived", "counter", "type queue", "failed and cancelled jobs that were made pending again"),
     ("jobs_released", "counter", "type queue", "attempts that a stopping worker handed back"),
     ("jobs_reaped", "counter", "type queue", "attempts that were lost with their worker"),
+    ("scrape_errors", "counter", "", "scrapes that could not be answered, for Redis was out of reach"),
     ("job_waiting_seconds", "histogram", "type queue", "time from when a job could start until it did"),
     ("job_running_seconds", "histogram", "type queue", "time from the start of an attempt until its outcome was written"),
 )
@@ -702,6 +712,7 @@ class Scrape:
 
     def __init__(self, queue: Queue) -> None:
         stats, told = queue.stats(), queue.metrics()
+        errors = told.pop("scrapeErrors", {(): 0})
         workers = [worker for worker in queue.workers() if worker["alive"]]
         pairs = dict.fromkeys(labels[:2] for counts in told.values() for labels in counts)
         queues = sorted(stats["queues"].items(), key=lambda item: -item[1]["pending"] - item[1]["processing"])[:SERIES]
@@ -718,8 +729,9 @@ class Scrape:
             "job_running_seconds": _histograms(told, "ran"),
         }
         started = {pair: buckets[-1][1] for pair, (buckets, _) in self.values["job_waiting_seconds"].items()}
-        for what, kind, *_ in METRICS:
-            if kind == "counter":  # those that are 0 are told, too: to Prometheus, a counter that appears has not grown
+        self.values["scrape_errors"] = errors
+        for what, kind, labels, _ in METRICS:
+            if kind == "counter" and labels:  # those that are 0 are told, too: to Prometheus, a counter that appears has not grown
                 counts = started if what == "jobs_started" else told.get(what.removeprefix("jobs_"), {})
                 self.values[what] = {pair: counts.get(pair, 0) for pair in pairs}
 
@@ -777,7 +789,7 @@ def listen(settings: Settings) -> socket.socket:
     try:
         return socket.create_server((host, port), family=family, backlog=1024, dualstack_ipv6=both)
     except OSError as error:
-        if both and error.errno in (97, 99):  # the kernel knows IPv6, this machine does not
+        if both and error.errno in (errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL):  # the kernel knows IPv6, this machine does not
             return socket.create_server(("", port), backlog=1024)
         raise SettingsError(f"cannot listen on HOST={host or '*'} PORT={port}: {error.strerror or error}") from None
 
@@ -864,13 +876,15 @@ def serve(api: API, sock: socket.socket) -> int:
 
 
 def _serve_with_workers(api: API, server: Server) -> int:
-    from worker import Worker, obey_signals  # only here does the web process need it
+    from worker import EXIT_BROKEN, Worker, obey_signals  # only here does the web process need it
 
-    worker, codes = Worker(api.queue, api.settings), [0]
+    worker, codes = Worker(api.queue, api.settings), [EXIT_BROKEN]
 
     def work() -> None:
-        codes[0] = worker.run()
-        server.stop()
+        try:
+            codes[0] = worker.run()
+        finally:  # also if it died of a defect: a server must not accept what nobody runs
+            server.stop()
 
     thread = threading.Thread(target=work, name="worker")
     thread.start()
@@ -902,7 +916,7 @@ def serve_many(api: API, sock: socket.socket) -> int:
             children.discard(child)
             if not stopping:
                 log.error("web process %d ended (%d): it is replaced", child, os.waitstatus_to_exitcode(status))
-                time.sleep(1)
+                time.sleep(1)  # one that dies as it starts is not started without end
     return 0
 
 
@@ -927,7 +941,7 @@ def run() -> None:
         each = settings.web_connections
         log.info("web on %s, %d processes, up to %d connections to Redis each", where, settings.web_concurrency, each)
     else:
-        log.info("web and %d workers in one process on %s", settings.worker_concurrency, where)
+        log.info("web and a worker with %d slots in one process on %s", settings.worker_concurrency, where)
         log.warning("NOTHING IS KEPT: without REDIS_URL all jobs live in this process's memory and end with it")
     code = serve_many(api, sock) if settings.redis_url and settings.web_concurrency > 1 else serve(api, sock)
     logging.shutdown()
@@ -939,11 +953,10 @@ def run() -> None:
 def main(reload: bool) -> None:
     """Serve the HTTP API of TinyQueue."""
     try:
-        if not reload:
-            return run()
-        import hupper
+        if reload:
+            import hupper
 
-        hupper.start_reloader("wsgi.run")
+            hupper.start_reloader("wsgi.run")
         run()
     except SettingsError as error:
         raise click.UsageError(str(error)) from None

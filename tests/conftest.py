@@ -197,6 +197,20 @@ def far(real: Server, near: Queue, proxy: CutProxy) -> Queue:
 
 
 @pytest.fixture
+def queue_at() -> Iterator[Callable[..., Queue]]:
+    """Make a queue on the Redis at a URL."""
+    made: list[Queue] = []
+
+    def queue_at(url: str, **options: Any) -> Queue:
+        made.append(Queue.from_url(url, **options))
+        return made[-1]
+
+    yield queue_at
+    for queue in made:
+        queue.pool.disconnect()
+
+
+@pytest.fixture
 def api(queue: Queue) -> Client:
     """A client of the HTTP API of `queue`, with the settings that hold unless told otherwise."""
     return Client(API(Settings(), queue))

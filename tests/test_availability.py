@@ -286,29 +286,6 @@ def test_min_replicas_without_redis_url_is_refused() -> None:
 # Sentinels ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "url",
-    [
-        "redis+sentinel://u:S3cr3tPw@127.0.0.1:26379",
-        "redis+sentinel://u:S3cr3tPw@127.0.0.1:abc/jobs",
-        "redis+sentinel://u:S3cr3tPw@127.0.0.1:26379,/jobs/0",
-        "redis+sentinel://u:S3cr3tPw@/jobs/0",
-        "redis+sentinel://u:S3cr3tPw@127.0.0.1:26379/jobs/zero",
-        "redis+sentinel://u:S3cr3tPw#@127.0.0.1:26379/jobs",
-        "redis+sentinel://u:S3cr3tPw/@127.0.0.1:26379/jobs",
-        "redis+sentinel://u:S3cr3tPw@127.0.0.1:26379/jobs/0?nope=1",
-        "redis+sentinel://127.0.0.1:26379/jobs?sentinel_password=S3cr3tPw&decode_responses=true",
-        "rediss+sentinel://u:S3cr3tPw@127.0.0.1:26379/jobs/0?ssl_nope=1",
-        "http+sentinel://u:S3cr3tPw@127.0.0.1:26379/jobs/0",
-    ],
-)
-def test_connect_refuses_a_wrong_url_of_sentinels_without_showing_the_password(url: str) -> None:
-    with pytest.raises(SettingsError) as caught:
-        connect(url)
-    assert "REDIS_URL" in str(caught.value)
-    assert "S3cr3t" not in str(caught.value)
-
-
 @pytest.mark.parametrize("scheme", ["redis", "rediss"])
 def test_connect_understands_every_part_of_a_url_of_sentinels(scheme: str) -> None:
     url = f"{scheme}+sentinel://me:p%40ss%2C@one:1,[::1]:2,three/my%2Fjobs/4?sentinel_username=s&sentinel_password=t%26"

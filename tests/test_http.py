@@ -20,7 +20,7 @@ from urllib.parse import quote
 import msgspec
 import pytest
 from client import NO_BODY, PROBLEM, Answer, Client, Wire, serving, spell
-from conftest import Server, dump, free_port, put, raw
+from conftest import Server, dump, free_port, put, raw, until
 
 import tinyqueue
 from tinyqueue import ID, MAX_ATTEMPTS, MAX_DELAY, MAX_DEPTH, STATUSES, Queue, Settings, handler
@@ -1295,15 +1295,6 @@ def test_stop_ends_after_its_time_and_closes_what_is_not_answered(near: Queue) -
             assert wire.ended()
     finally:
         admin.execute_command("CLIENT", "UNPAUSE")
-
-
-def until(reached: Callable[[], bool]) -> None:
-    """Ask again and again, for as long as a slow machine may take."""
-    for _ in range(2000):
-        if reached():
-            return
-        threading.Event().wait(0.005)
-    raise AssertionError("it never came to that")
 
 
 def refused(address: tuple[str, int]) -> bool:

@@ -115,6 +115,21 @@ def test_each_slot_logs_its_own_job(queue: Queue, types: None, logged: Any) -> N
     assert all(line["message"] == f"mine is {line['job']}" for line in told)
 
 
+def test_a_job_that_was_asked_to_stop_is_not_said_to_have_no_attempt_left(queue: Queue, types: None, logged: Any) -> None:
+    @handler("obedient")
+    def obedient(payload: object, job: Job) -> None:
+        queue.cancel(job.id)
+        until(lambda: job.cancelled)
+        raise RuntimeError("stopped")
+
+    lines = logged()
+    job = queue.enqueue("obedient", 1)
+    work_off(queue)
+    [ended] = [line for line in lines() if "RuntimeError" in line]
+    assert f" WARNING failed obedient {job.id} attempt 1/3 in " in ended
+    assert ended.endswith(" ms: RuntimeError: stopped; it was asked to stop")
+
+
 @pytest.mark.parametrize("format", ["text", "json"])
 def test_what_a_handler_raises_or_says_makes_no_second_line(queue: Queue, types: None, logged: Any, format: str) -> None:
     lines = logged(log_format=format)

@@ -297,6 +297,18 @@ def test_metrics_are_answered_503_without_redis() -> None:
     assert (answer.status, answer.kind) == (503, "unavailable")
 
 
+def test_metrics_count_the_scrapes_that_failed_once_redis_is_back(start_redis: Any) -> None:
+    server = start_redis()
+    queue = Queue.from_url(server.url)
+    api = Client(API(Settings(), queue))
+    assert b"tinyqueue_scrape_errors_total 0.0" in api.get("/metrics").body
+    server.stop()
+    assert [api.get("/metrics").status for _ in range(3)] == [503] * 3
+    server.start()
+    assert [b"tinyqueue_scrape_errors_total 3.0" in api.get("/metrics").body for _ in range(2)] == [True, True]
+    queue.pool.disconnect()
+
+
 # deploy/ --------------------------------------------------------------------------------------------------------------
 
 

@@ -88,20 +88,6 @@ def post(web: Process, payload: int) -> tuple[int, Any]:
     return call(web, "POST", "/jobs", {"type": "echo", "payload": payload})
 
 
-@pytest.fixture
-def queue_at() -> Iterator[Callable[..., Queue]]:
-    """Make a queue on the Redis at a URL."""
-    made: list[Queue] = []
-
-    def queue_at(url: str, **options: Any) -> Queue:
-        made.append(Queue.from_url(url, **options))
-        return made[-1]
-
-    yield queue_at
-    for queue in made:
-        queue.pool.disconnect()
-
-
 def clients(queue: Queue) -> set[str]:
     """The connections that Redis has but for the one that asks."""
     client = raw(queue)
@@ -346,6 +332,7 @@ def play(queue: Any) -> None:
     queue.trim()
     queue.purge(Filter("completed"))
     queue.metrics()
+    queue.count_scrape_errors(1)
     queue.lost_workers()
     queue.deregister(id)
     assert queue.reap(id) == 0

@@ -144,6 +144,17 @@ def test_settings_with_redis_url_are_fine_on_a_platform() -> None:
         "redis://u:S3cr3tPw\u2100@127.0.0.1/0",
         "http://u:S3cr3tPw@127.0.0.1/0",
         "u:S3cr3tPw@127.0.0.1",
+        "redis+sentinel://u:S3cr3tPw@127.0.0.1:26379",
+        "redis+sentinel://u:S3cr3tPw@127.0.0.1:abc/jobs",
+        "redis+sentinel://u:S3cr3tPw@127.0.0.1:26379,/jobs/0",
+        "redis+sentinel://u:S3cr3tPw@/jobs/0",
+        "redis+sentinel://u:S3cr3tPw@127.0.0.1:26379/jobs/zero",
+        "redis+sentinel://u:S3cr3tPw#@127.0.0.1:26379/jobs",
+        "redis+sentinel://u:S3cr3tPw/@127.0.0.1:26379/jobs",
+        "redis+sentinel://u:S3cr3tPw@127.0.0.1:26379/jobs/0?nope=1",
+        "redis+sentinel://127.0.0.1:26379/jobs?sentinel_password=S3cr3tPw&decode_responses=true",
+        "rediss+sentinel://u:S3cr3tPw@127.0.0.1:26379/jobs/0?ssl_nope=1",
+        "http+sentinel://u:S3cr3tPw@127.0.0.1:26379/jobs/0",
     ],
 )
 def test_connect_refuses_a_wrong_url_without_showing_the_password(url: str) -> None:
