@@ -189,7 +189,9 @@ class Unavailable(TinyQueueError):
 
 
 class Corrupted(TinyQueueError):
-    """A key of the namespace holds what TinyQueue never writes there."""
+    """A key of the namespace holds what TinyQueue never writes there. `applied`: everything else of the transaction was written."""
+
+    applied = False
 
 
 class Reaped(TinyQueueError):
@@ -1241,7 +1243,10 @@ def _reply(connection: Any) -> Any:
 def _unfailed(replies: list[Any]) -> list[Any]:
     """Pass the replies of an EXEC on, unless one of its commands failed: the others were applied all the same."""
     if errors := [reply for reply in replies if isinstance(reply, Exception)]:
-        raise _explained(errors[0])
+        explained = _explained(errors[0])
+        if isinstance(explained, Corrupted):
+            explained.applied = True
+        raise explained
     return replies
 
 

@@ -471,16 +471,16 @@ class Worker:
                 break
             except Reaped:
                 self._forget_all(worker)
-            except Unavailable as trouble:
-                again = again or trouble.doubtful
+            except (Unavailable, Corrupted) as trouble:
+                if getattr(trouble, "applied", False):  # a key of the wrong type; everything else of the transaction was written
+                    log.error("outcomes were written but for this: %s", trouble)
+                    written = ours
+                    break
+                again = again or getattr(trouble, "doubtful", False)
                 failures += 1
                 self._complain("write outcomes", trouble)
                 if self.over.wait(backoff(failures, 0.1, 5.0)):
                     return
-            except Corrupted as trouble:  # a key of the wrong type; everything else of the transaction was applied
-                log.error("outcomes were written but for this: %s", trouble)
-                written = ours
-                break
         with self.lock:
             for outcome in outcomes:
                 if self.held.get(outcome.job.id) is outcome.job:
@@ -515,6 +515,8 @@ class Worker:
                         getattr(self, "_" + duty)()
                     except TinyQueueError as trouble:
                         self._complain(duty, trouble)
+                        if duty == "heartbeat":  # a lease has room for two that fail: try again at the next look
+                            due[duty] = 0.0
 
     def _heartbeat(self) -> None:
         if worker := self.id:

@@ -841,6 +841,9 @@ def cause_of(run: Run, after: Run, evidence: Evidence) -> str:
     name = evidence.names.get(run.pid, "")
     if any(cut.victim == name and cut.begin < min(after.begin, noted) and cut.end > run.begin for cut in evidence.cuts):
         return "cut off"
+    late = evidence.names.get(after.pid, "")  # its attempt began first, and it was cut off before the handler's first mark
+    if any(cut.victim == late and cut.begin < run.begin and after.begin < cut.end + slack for cut in evidence.cuts):
+        return "cut off"
     if any(s.number == SIGTERM and s.pid == run.pid and s.at < min(after.begin, noted) for s in evidence.signals):
         return "told to stop"
     return ""

@@ -678,6 +678,28 @@ def test_heartbeat_keeps_a_job_that_is_longer_than_the_lease(near: Queue, real: 
     assert len(gate.started) == 1
 
 
+def test_heartbeat_that_fails_is_tried_again_before_the_next_is_due(near: Queue, real: Server, proxy: CutProxy, work: Any) -> None:
+    proxy.drop_request(b'{"at":')
+    work(real.queue(proxy.url, lease=120))  # renewed every 40 seconds
+    until(lambda: proxy.idle)
+    lost = near.now()
+    until(lambda: near.workers()[0]["lastHeartbeat"] >= lost)
+
+
+def test_settle_that_cannot_read_keeps_the_outcome_until_it_can(queue: Queue, work: Any, gates: Any) -> None:
+    gate, awaited = gates(), queue.keys.awaited
+    job = queue.enqueue("gate", 0)
+    running = work(queue, slots=1)
+    until(lambda: gate.started)
+    raw(queue).set(awaited, "no set")
+    gate.opened.set()
+    until(lambda: running.worker.complained)
+    assert found(queue, job).status == "processing"
+    raw(queue).delete(awaited)
+    assert until_ended(queue, job).attempts == 1
+    assert len(gate.started) == 1
+
+
 def test_reap_gives_a_dead_workers_jobs_to_another(queue: Queue, server: Server, work: Any, echo: None) -> None:
     dead = queue.register(["default"], 2)
     started, taken = queue.enqueue_many("echo", [1, 2])
