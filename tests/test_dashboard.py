@@ -335,6 +335,42 @@ def test_pause_and_resume_a_queue(open: Open, near: Queue) -> None:
     assert not near.queues()["reports"]["paused"]
 
 
+def test_a_notice_moves_nothing_and_goes_by_itself(open: Open, near: Queue) -> None:
+    near.enqueue("echo", 1, queue="reports")
+    page = open(fake_time=True)
+    button = page.get_by_role("button", name="queue reports")
+    before = button.bounding_box()
+    button.click()
+    shows(page, "Queue reports is paused: it accepts")
+    playwright.expect(button).to_have_text("Resume")
+    assert button.bounding_box()["y"] == before["y"]
+    page.clock.run_for(6500)
+    lacks(page, "#said p")
+
+
+def test_a_notice_can_be_dismissed(open: Open, near: Queue) -> None:
+    near.enqueue("echo", 1, queue="reports")
+    page = open()
+    page.get_by_role("button", name="Pause queue reports").click()
+    page.get_by_role("button", name="Dismiss").click()
+    lacks(page, "#said p")
+
+
+def test_the_failure_of_an_action_is_told_until_the_server_answers_again(open: Open, near: Queue) -> None:
+    near.enqueue("echo", 1, queue="reports")
+    page = open(fake_time=True)
+    shows(page, "reports")
+    page.context.set_offline(True)
+    page.get_by_role("button", name="Pause queue reports").click()
+    alert = page.locator("#said [role=alert]")
+    playwright.expect(alert).to_have_text("The server cannot be reached")
+    page.clock.run_for(60_000)
+    playwright.expect(alert).to_be_visible()
+    page.context.set_offline(False)
+    page.clock.run_for(2500)
+    lacks(page, "#said p")
+
+
 def test_show_what_each_worker_runs(open: Open, near: Queue) -> None:
     job = put(near, "processing")
     near.register(["reports"], 3)
@@ -551,6 +587,32 @@ def test_a_lost_connection_is_told_with_the_time_of_the_last_data_and_mends_by_i
     page.clock.run_for(2500)
     playwright.expect(tile(page, "pending")).to_have_text("1")
     lacks(page, "#banner >> text=cannot be reached")
+
+
+def test_an_outage_stops_the_times_at_the_last_answer_in_every_view(open: Open, near: Queue) -> None:
+    near.register(["reports"], 1)
+    page = open(fake_time=True)
+    up = page.locator("td[data-name=up]")
+    shows(page, "idle")
+    page.context.set_offline(True)
+    page.clock.run_for(2500)
+    shows(page, "What you see is from")
+    notice, was = page.locator("#banner").text_content(), up.text_content()
+    page.clock.run_for(60_000)
+    playwright.expect(up).to_have_text(was)
+    page.get_by_role("link", name="Submit", exact=True).click()
+    shows(page, "Submit a job")
+    with page.expect_event("requestfailed"):
+        page.clock.run_for(2500)
+    playwright.expect(page.locator("#banner")).to_contain_text(notice.partition(" Trying")[0])
+
+
+def test_an_outage_is_told_beside_the_form(open: Open, near: Queue) -> None:
+    page = open("#/submit", fake_time=True)
+    shows(page, "Submit a job")
+    page.context.set_offline(True)
+    page.clock.run_for(2500)
+    shows(page, "The server cannot be reached. What you see is from")
 
 
 def test_redis_that_is_away_is_told_and_the_page_recovers_when_it_is_back(
