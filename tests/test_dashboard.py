@@ -229,13 +229,69 @@ def test_submit_a_job_by_its_form_and_follow_it_to_its_end(open: Open, near: Que
         shows(page, "completed", '"sent": "ada@example.com"')
 
 
+def written(page: Any) -> None:
+    """Enter what a send-email must have."""
+    for name, text in {"to": "ada@example.com", "subject": "Hello", "body": "Hi"}.items():
+        page.locator(f"[name='payload.{name}']").fill(text)
+
+
 def test_submit_leaves_out_what_is_left_empty(open: Open, near: Queue) -> None:
     page = open("#/submit/send-email")
-    page.locator("[name='payload.to']").fill("ada@example.com")
-    page.get_by_role("button", name="Submit").click()
+    written(page)
+    page.locator("[name='payload.subject']").press("Enter")
     shows(page, "Accepted")
     [job] = near.jobs("pending")
-    assert job.payload == {"to": "ada@example.com", "subject": "", "body": ""}
+    assert job.payload == {"to": "ada@example.com", "subject": "Hello", "body": "Hi"}
+
+
+@pytest.mark.parametrize(
+    ("name", "keys", "rule"), [("payload.subject", "", "is required"), ("payload.copies", "2e", "is not a number")]
+)
+def test_submit_sends_nothing_when_a_field_is_missing_or_cannot_be_read(
+    open: Open, near: Queue, name: str, keys: str, rule: str
+) -> None:
+    page = open("#/submit/send-email")
+    written(page)
+    sent: list[str] = []
+    page.on("request", lambda request: sent.append(request.url) if request.method == "POST" else None)
+    input = page.locator(f"[name='{name}']")
+    input.fill("")
+    input.press_sequentially(keys)
+    page.get_by_role("button", name="Submit").click()
+    playwright.expect(input).to_be_focused()
+    playwright.expect(input).to_have_accessible_description(f"✕ {rule}")
+    assert sent == []
+
+
+def test_submit_begins_an_object_of_no_known_form_as_an_empty_one(open: Open, near: Queue) -> None:
+    page = open("#/submit/charge-card")
+    page.get_by_role("button", name="Submit").click()
+    shows(page, "Accepted")
+    assert near.jobs("pending")[0].payload == {}
+
+
+def test_submit_warns_of_a_queue_that_nobody_serves(open: Open, near: Queue) -> None:
+    near.register(["default"], 1)
+    page = open("#/submit/send-email")
+    written(page)
+    page.locator("[name=queue]").fill("mial")
+    page.get_by_role("button", name="Submit").click()
+    shows(page, "No worker serves the queue mial.")
+    page.locator("[name=queue]").fill("")
+    page.get_by_role("button", name="Submit").click()
+    lacks(page, "text=No worker serves")
+    near.pause("default")
+    shows(page, "The queue default is paused.")
+
+
+def test_a_job_that_waits_tells_why(open: Open, near: Queue) -> None:
+    job = put(near, "delayed", queue="reports")
+    page = open(f"#/jobs/{job.id}")
+    shows(page, "It is delayed until", "No worker serves the queue reports.")
+    near.register(["reports"], 1)
+    lacks(page, "text=No worker serves")
+    near.pause("reports")
+    shows(page, "The queue reports is paused.")
 
 
 @pytest.mark.parametrize(
@@ -252,6 +308,7 @@ def test_submit_shows_a_refusal_beside_the_field_that_it_is_about(
     open: Open, near: Queue, name: str, value: str, rule: str
 ) -> None:
     page = open("#/submit/send-email")
+    written(page)
     page.locator(f"[name='{name}']").fill(value)
     page.get_by_role("button", name="Submit").click()
     playwright.expect(page.locator(f".field:has([name='{name}']) .wrong")).to_contain_text(rule)
@@ -512,6 +569,9 @@ def test_a_key_that_may_only_read_is_shown_no_button_that_changes(open: Open, ne
         found = page.locator("button, a.button").all_text_contents()
         assert set(found) <= {"Sign out", "Copy", "Copy as curl"}
     lacks(page, ".tabs >> text=Submit")
+    page.goto(page.url.partition("#")[0] + "#/submit")
+    shows(page, "The key reader may not submit jobs.")
+    lacks(page, "form.job")
 
 
 def test_a_key_that_may_only_submit_is_shown_the_form_alone(open: Open, near: Queue) -> None:
@@ -519,6 +579,7 @@ def test_a_key_that_may_only_submit_is_shown_the_form_alone(open: Open, near: Qu
     sign_in(page, "submit-0123456789")
     shows(page, "Submit a job")
     lacks(page, ".tabs, .find")
+    written(page)
     page.get_by_role("button", name="Submit").click()
     shows(page, "Accepted")
     assert len(near.jobs("pending")) == 1
