@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import threading
@@ -348,15 +349,51 @@ def test_find_a_failed_job_and_retry_it(open: Open, near: Queue) -> None:
         lacks(page, "main button:text-is('Retry')")
 
 
-def test_find_a_job_by_pasting_its_id(open: Open, near: Queue) -> None:
+@pytest.mark.parametrize("around", ["{}", ' "{}",', "https://jobs.example.com/#/jobs/{}?x=1", '{{"jobId":"{}"}}'])
+def test_find_a_job_by_pasting_its_id(open: Open, near: Queue, around: str) -> None:
     job = near.enqueue("echo", {"found": "it"})
     page = open()
     shows(page, "Queues")
     page.keyboard.press("/")
     playwright.expect(page.get_by_label("Find a job by its id")).to_be_focused()
-    page.keyboard.insert_text(job.id)
+    page.keyboard.insert_text(around.format(job.id))
     shows(page, '"found": "it"')
     assert page.url.endswith(f"#/jobs/{job.id}")
+
+
+def test_find_a_late_job_by_the_end_of_its_id(open: Open, near: Queue) -> None:
+    job = near.enqueue("echo", {"found": "it"})
+    near.enqueue("echo", 2)
+    page = open()
+    find = page.get_by_label("Find a job by its id")
+    find.fill(job.id[-8:])
+    find.press("Enter")
+    shows(page, '"found": "it"', job.id)
+    find.fill("deadbeef")
+    find.press("Enter")
+    shows(page, "There is no job deadbeef among the latest 500: give the whole id.")
+
+
+def test_the_focus_stays_at_what_is_done_or_goes_to_the_heading(open: Open, near: Queue) -> None:
+    job = near.enqueue("echo", 1, queue="reports")
+    page = open("#/jobs")
+    shows(page, "echo")
+    status = page.get_by_label("status")
+    status.focus()
+    page.keyboard.press("p")
+    page.wait_for_url("**status=pending")
+    shows(page, job.id[-8:])
+    playwright.expect(status).to_be_focused()
+    page.get_by_role("link", name="echo").press("Enter")
+    playwright.expect(page.get_by_role("heading", name="echo")).to_be_focused()
+    page.get_by_role("button", name="Cancel").press("Enter")
+    page.get_by_role("button", name="Retry").wait_for()
+    playwright.expect(page.get_by_role("heading", name="echo")).to_be_focused()
+    page.goto(page.url.partition("#")[0] + "#/submit/echo")
+    page.locator("[name=payload]").fill("1")
+    page.get_by_role("button", name="Submit").press("Enter")
+    shows(page, "Accepted")
+    playwright.expect(page.get_by_role("button", name="Submit")).to_be_focused()
 
 
 @pytest.mark.parametrize("id", ["01900000-0000-7000-8000-000000000000", "%3Cimg%20src=x%3E", "nope"])
@@ -433,10 +470,28 @@ def test_show_what_each_worker_runs(open: Open, near: Queue) -> None:
     near.register(["reports"], 3)
     page = open()
     running = page.locator("tr", has_text="1 of 1")
-    playwright.expect(running).to_contain_text("echo for")
+    playwright.expect(running).to_contain_text(f"echo {job.id[-8:]} for")
     playwright.expect(page.locator("tr", has_text="0 of 3")).to_contain_text("idle")
     running.get_by_role("link", name="echo").click()
     shows(page, job.id, f"Worker{job.worker}")
+
+
+def test_show_how_far_a_running_job_is_and_of_one_that_ended_nothing(open: Open, near: Queue) -> None:
+    worker = near.register(["reports"], 1)
+    near.enqueue("echo", 1, queue="reports")
+    [job] = near.dequeue(worker, ["reports"])
+    job.set_progress(2, 5)
+    near.heartbeat(worker, [job.id])
+    page = open()
+    playwright.expect(page.locator("tr", has_text="1 of 1")).to_contain_text(re.compile(rf"echo {job.id[-8:]} for .* 40 %"))
+    page.get_by_role("link", name="echo").click()
+    shows(page, "Progress 40 %")
+    near.complete(job, None)
+    shows(page, "Completed")
+    lacks(page, "progress")
+    page.get_by_role("link", name="Jobs").click()
+    shows(page, job.id[-8:])
+    lacks(page, "progress")
 
 
 def many_failed(queue: Queue, number: int) -> None:
@@ -455,12 +510,13 @@ def test_retry_all_that_fit_after_saying_how_many_they_are(open: Open, near: Que
     near.fail(near.dequeue(worker, ["default"])[0], Failure("Other", "not this one"))
     page = open("#/jobs?status=failed&errorType=Boom")
     page.get_by_role("button", name="Retry all of these").click()
-    shows(page, "Retry all failed jobs of errorType Boom?", "1,205 jobs fit now.")
+    shows(page, "Retry all failed jobs with the error Boom?", "1,205 jobs fit now.")
     page.get_by_role("button", name="Close").click()
     assert near.stats()["failed"] == 1206
     page.get_by_role("button", name="Retry all of these").click()
     page.get_by_role("button", name="Retry 1,205 jobs").click()
     shows(page, "1,205 of 1,205 are pending again.")
+    playwright.expect(page.locator("dialog h2")).to_have_text("Done")
     stats = near.stats()
     assert (stats["failed"], stats["pending"]) == (1, 1205)
     assert near.get(kept.id).status == "failed"  # type: ignore[union-attr]
@@ -733,7 +789,7 @@ def test_everything_of_a_job_is_shown_as_text(open: Open, near: Queue) -> None:
     page.goto(page.url.partition("#")[0] + "#/jobs?status=failed")
     page.locator("[name=errorType]").select_option(EVIL)
     page.get_by_role("button", name="Retry all of these").click()
-    shows(page, f"of errorType {EVIL}?")
+    shows(page, f"with the error {EVIL}?")
     lacks(page, "img, dialog script")
 
 
