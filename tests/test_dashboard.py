@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import threading
@@ -229,13 +230,69 @@ def test_submit_a_job_by_its_form_and_follow_it_to_its_end(open: Open, near: Que
         shows(page, "completed", '"sent": "ada@example.com"')
 
 
+def written(page: Any) -> None:
+    """Enter what a send-email must have."""
+    for name, text in {"to": "ada@example.com", "subject": "Hello", "body": "Hi"}.items():
+        page.locator(f"[name='payload.{name}']").fill(text)
+
+
 def test_submit_leaves_out_what_is_left_empty(open: Open, near: Queue) -> None:
     page = open("#/submit/send-email")
-    page.locator("[name='payload.to']").fill("ada@example.com")
-    page.get_by_role("button", name="Submit").click()
+    written(page)
+    page.locator("[name='payload.subject']").press("Enter")
     shows(page, "Accepted")
     [job] = near.jobs("pending")
-    assert job.payload == {"to": "ada@example.com", "subject": "", "body": ""}
+    assert job.payload == {"to": "ada@example.com", "subject": "Hello", "body": "Hi"}
+
+
+@pytest.mark.parametrize(
+    ("name", "keys", "rule"), [("payload.subject", "", "is required"), ("payload.copies", "2e", "is not a number")]
+)
+def test_submit_sends_nothing_when_a_field_is_missing_or_cannot_be_read(
+    open: Open, near: Queue, name: str, keys: str, rule: str
+) -> None:
+    page = open("#/submit/send-email")
+    written(page)
+    sent: list[str] = []
+    page.on("request", lambda request: sent.append(request.url) if request.method == "POST" else None)
+    input = page.locator(f"[name='{name}']")
+    input.fill("")
+    input.press_sequentially(keys)
+    page.get_by_role("button", name="Submit").click()
+    playwright.expect(input).to_be_focused()
+    playwright.expect(input).to_have_accessible_description(f"✕ {rule}")
+    assert sent == []
+
+
+def test_submit_begins_an_object_of_no_known_form_as_an_empty_one(open: Open, near: Queue) -> None:
+    page = open("#/submit/charge-card")
+    page.get_by_role("button", name="Submit").click()
+    shows(page, "Accepted")
+    assert near.jobs("pending")[0].payload == {}
+
+
+def test_submit_warns_of_a_queue_that_nobody_serves(open: Open, near: Queue) -> None:
+    near.register(["default"], 1)
+    page = open("#/submit/send-email")
+    written(page)
+    page.locator("[name=queue]").fill("mial")
+    page.get_by_role("button", name="Submit").click()
+    shows(page, "No worker serves the queue mial.")
+    page.locator("[name=queue]").fill("")
+    page.get_by_role("button", name="Submit").click()
+    lacks(page, "text=No worker serves")
+    near.pause("default")
+    shows(page, "The queue default is paused.")
+
+
+def test_a_job_that_waits_tells_why(open: Open, near: Queue) -> None:
+    job = put(near, "delayed", queue="reports")
+    page = open(f"#/jobs/{job.id}")
+    shows(page, "It is delayed until", "No worker serves the queue reports.")
+    near.register(["reports"], 1)
+    lacks(page, "text=No worker serves")
+    near.pause("reports")
+    shows(page, "The queue reports is paused.")
 
 
 @pytest.mark.parametrize(
@@ -252,6 +309,7 @@ def test_submit_shows_a_refusal_beside_the_field_that_it_is_about(
     open: Open, near: Queue, name: str, value: str, rule: str
 ) -> None:
     page = open("#/submit/send-email")
+    written(page)
     page.locator(f"[name='{name}']").fill(value)
     page.get_by_role("button", name="Submit").click()
     playwright.expect(page.locator(f".field:has([name='{name}']) .wrong")).to_contain_text(rule)
@@ -291,15 +349,51 @@ def test_find_a_failed_job_and_retry_it(open: Open, near: Queue) -> None:
         lacks(page, "main button:text-is('Retry')")
 
 
-def test_find_a_job_by_pasting_its_id(open: Open, near: Queue) -> None:
+@pytest.mark.parametrize("around", ["{}", ' "{}",', "https://jobs.example.com/#/jobs/{}?x=1", '{{"jobId":"{}"}}'])
+def test_find_a_job_by_pasting_its_id(open: Open, near: Queue, around: str) -> None:
     job = near.enqueue("echo", {"found": "it"})
     page = open()
     shows(page, "Queues")
     page.keyboard.press("/")
     playwright.expect(page.get_by_label("Find a job by its id")).to_be_focused()
-    page.keyboard.insert_text(job.id)
+    page.keyboard.insert_text(around.format(job.id))
     shows(page, '"found": "it"')
     assert page.url.endswith(f"#/jobs/{job.id}")
+
+
+def test_find_a_late_job_by_the_end_of_its_id(open: Open, near: Queue) -> None:
+    job = near.enqueue("echo", {"found": "it"})
+    near.enqueue("echo", 2)
+    page = open()
+    find = page.get_by_label("Find a job by its id")
+    find.fill(job.id[-8:])
+    find.press("Enter")
+    shows(page, '"found": "it"', job.id)
+    find.fill("deadbeef")
+    find.press("Enter")
+    shows(page, "There is no job deadbeef among the latest 500: give the whole id.")
+
+
+def test_the_focus_stays_at_what_is_done_or_goes_to_the_heading(open: Open, near: Queue) -> None:
+    job = near.enqueue("echo", 1, queue="reports")
+    page = open("#/jobs")
+    shows(page, "echo")
+    status = page.get_by_label("status")
+    status.focus()
+    page.keyboard.press("p")
+    page.wait_for_url("**status=pending")
+    shows(page, job.id[-8:])
+    playwright.expect(status).to_be_focused()
+    page.get_by_role("link", name="echo").press("Enter")
+    playwright.expect(page.get_by_role("heading", name="echo")).to_be_focused()
+    page.get_by_role("button", name="Cancel").press("Enter")
+    page.get_by_role("button", name="Retry").wait_for()
+    playwright.expect(page.get_by_role("heading", name="echo")).to_be_focused()
+    page.goto(page.url.partition("#")[0] + "#/submit/echo")
+    page.locator("[name=payload]").fill("1")
+    page.get_by_role("button", name="Submit").press("Enter")
+    shows(page, "Accepted")
+    playwright.expect(page.get_by_role("button", name="Submit")).to_be_focused()
 
 
 @pytest.mark.parametrize("id", ["01900000-0000-7000-8000-000000000000", "%3Cimg%20src=x%3E", "nope"])
@@ -335,15 +429,69 @@ def test_pause_and_resume_a_queue(open: Open, near: Queue) -> None:
     assert not near.queues()["reports"]["paused"]
 
 
+def test_a_notice_moves_nothing_and_goes_by_itself(open: Open, near: Queue) -> None:
+    near.enqueue("echo", 1, queue="reports")
+    page = open(fake_time=True)
+    button = page.get_by_role("button", name="queue reports")
+    before = button.bounding_box()
+    button.click()
+    shows(page, "Queue reports is paused: it accepts")
+    playwright.expect(button).to_have_text("Resume")
+    assert button.bounding_box()["y"] == before["y"]
+    page.clock.run_for(6500)
+    lacks(page, "#said p")
+
+
+def test_a_notice_can_be_dismissed(open: Open, near: Queue) -> None:
+    near.enqueue("echo", 1, queue="reports")
+    page = open()
+    page.get_by_role("button", name="Pause queue reports").click()
+    page.get_by_role("button", name="Dismiss").click()
+    lacks(page, "#said p")
+
+
+def test_the_failure_of_an_action_is_told_until_the_server_answers_again(open: Open, near: Queue) -> None:
+    near.enqueue("echo", 1, queue="reports")
+    page = open(fake_time=True)
+    shows(page, "reports")
+    page.context.set_offline(True)
+    page.get_by_role("button", name="Pause queue reports").click()
+    alert = page.locator("#said [role=alert]")
+    playwright.expect(alert).to_have_text("The server cannot be reached")
+    page.clock.run_for(60_000)
+    playwright.expect(alert).to_be_visible()
+    page.context.set_offline(False)
+    page.clock.run_for(2500)
+    lacks(page, "#said p")
+
+
 def test_show_what_each_worker_runs(open: Open, near: Queue) -> None:
     job = put(near, "processing")
     near.register(["reports"], 3)
     page = open()
     running = page.locator("tr", has_text="1 of 1")
-    playwright.expect(running).to_contain_text("echo for")
+    playwright.expect(running).to_contain_text(f"echo {job.id[-8:]} for")
     playwright.expect(page.locator("tr", has_text="0 of 3")).to_contain_text("idle")
     running.get_by_role("link", name="echo").click()
     shows(page, job.id, f"Worker{job.worker}")
+
+
+def test_show_how_far_a_running_job_is_and_of_one_that_ended_nothing(open: Open, near: Queue) -> None:
+    worker = near.register(["reports"], 1)
+    near.enqueue("echo", 1, queue="reports")
+    [job] = near.dequeue(worker, ["reports"])
+    job.set_progress(2, 5)
+    near.heartbeat(worker, [job.id])
+    page = open()
+    playwright.expect(page.locator("tr", has_text="1 of 1")).to_contain_text(re.compile(rf"echo {job.id[-8:]} for .* 40 %"))
+    page.get_by_role("link", name="echo").click()
+    shows(page, "Progress 40 %")
+    near.complete(job, None)
+    shows(page, "Completed")
+    lacks(page, "progress")
+    page.get_by_role("link", name="Jobs").click()
+    shows(page, job.id[-8:])
+    lacks(page, "progress")
 
 
 def many_failed(queue: Queue, number: int) -> None:
@@ -362,12 +510,13 @@ def test_retry_all_that_fit_after_saying_how_many_they_are(open: Open, near: Que
     near.fail(near.dequeue(worker, ["default"])[0], Failure("Other", "not this one"))
     page = open("#/jobs?status=failed&errorType=Boom")
     page.get_by_role("button", name="Retry all of these").click()
-    shows(page, "Retry all failed jobs of errorType Boom?", "1,205 jobs fit now.")
+    shows(page, "Retry all failed jobs with the error Boom?", "1,205 jobs fit now.")
     page.get_by_role("button", name="Close").click()
     assert near.stats()["failed"] == 1206
     page.get_by_role("button", name="Retry all of these").click()
     page.get_by_role("button", name="Retry 1,205 jobs").click()
     shows(page, "1,205 of 1,205 are pending again.")
+    playwright.expect(page.locator("dialog h2")).to_have_text("Done")
     stats = near.stats()
     assert (stats["failed"], stats["pending"]) == (1, 1205)
     assert near.get(kept.id).status == "failed"  # type: ignore[union-attr]
@@ -476,6 +625,9 @@ def test_a_key_that_may_only_read_is_shown_no_button_that_changes(open: Open, ne
         found = page.locator("button, a.button").all_text_contents()
         assert set(found) <= {"Sign out", "Copy", "Copy as curl"}
     lacks(page, ".tabs >> text=Submit")
+    page.goto(page.url.partition("#")[0] + "#/submit")
+    shows(page, "The key reader may not submit jobs.")
+    lacks(page, "form.job")
 
 
 def test_a_key_that_may_only_submit_is_shown_the_form_alone(open: Open, near: Queue) -> None:
@@ -483,6 +635,7 @@ def test_a_key_that_may_only_submit_is_shown_the_form_alone(open: Open, near: Qu
     sign_in(page, "submit-0123456789")
     shows(page, "Submit a job")
     lacks(page, ".tabs, .find")
+    written(page)
     page.get_by_role("button", name="Submit").click()
     shows(page, "Accepted")
     assert len(near.jobs("pending")) == 1
@@ -553,6 +706,32 @@ def test_a_lost_connection_is_told_with_the_time_of_the_last_data_and_mends_by_i
     lacks(page, "#banner >> text=cannot be reached")
 
 
+def test_an_outage_stops_the_times_at_the_last_answer_in_every_view(open: Open, near: Queue) -> None:
+    near.register(["reports"], 1)
+    page = open(fake_time=True)
+    up = page.locator("td[data-name=up]")
+    shows(page, "idle")
+    page.context.set_offline(True)
+    page.clock.run_for(2500)
+    shows(page, "What you see is from")
+    notice, was = page.locator("#banner").text_content(), up.text_content()
+    page.clock.run_for(60_000)
+    playwright.expect(up).to_have_text(was)
+    page.get_by_role("link", name="Submit", exact=True).click()
+    shows(page, "Submit a job")
+    with page.expect_event("requestfailed"):
+        page.clock.run_for(2500)
+    playwright.expect(page.locator("#banner")).to_contain_text(notice.partition(" Trying")[0])
+
+
+def test_an_outage_is_told_beside_the_form(open: Open, near: Queue) -> None:
+    page = open("#/submit", fake_time=True)
+    shows(page, "Submit a job")
+    page.context.set_offline(True)
+    page.clock.run_for(2500)
+    shows(page, "The server cannot be reached. What you see is from")
+
+
 def test_redis_that_is_away_is_told_and_the_page_recovers_when_it_is_back(
     open: Open, near: Queue, start_redis: Callable[..., RedisServer]
 ) -> None:
@@ -610,7 +789,7 @@ def test_everything_of_a_job_is_shown_as_text(open: Open, near: Queue) -> None:
     page.goto(page.url.partition("#")[0] + "#/jobs?status=failed")
     page.locator("[name=errorType]").select_option(EVIL)
     page.get_by_role("button", name="Retry all of these").click()
-    shows(page, f"of errorType {EVIL}?")
+    shows(page, f"with the error {EVIL}?")
     lacks(page, "img, dialog script")
 
 
