@@ -985,6 +985,8 @@ def _tell(read: Callable[[], Any], show: Callable[[Any], None], as_json: bool, w
     """Show what is read, and with `watch` every two seconds from now on, until Ctrl-C."""
     show = _print if as_json else show
     show(read())
+    if watch:
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell in the background has it ignored
     with suppress(KeyboardInterrupt):
         while watch:
             time.sleep(2.0)
