@@ -189,9 +189,10 @@ def authority(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the certificate of an authority that nobody knows, and a key with the certificate that it gave to 127.0.0.1."""
     folder = tmp_path_factory.mktemp("tls")
     new = "openssl req -x509 -newkey rsa:2048 -nodes -subj /CN={} -keyout {}.key -out {}.pem "
+    issuer = "-addext keyUsage=critical,keyCertSign,cRLSign"  # without which Python 3.13 takes it for none
     chain = "-CA ca.pem -CAkey ca.key -addext subjectAltName=IP:127.0.0.1 -addext basicConstraints=critical,CA:FALSE"
     try:
-        for line in (new.format("authority", "ca", "ca"), new.format("redis", "redis", "redis") + chain):
+        for line in (new.format("authority", "ca", "ca") + issuer, new.format("redis", "redis", "redis") + chain):
             subprocess.run(line.split(), cwd=folder, capture_output=True, check=True)
     except FileNotFoundError:
         pytest.skip("needs openssl to make certificates")
