@@ -313,12 +313,12 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 
     @property
     def web_connections(self) -> int:
-        """How many connections to Redis a web process may open: each thread one."""
+        """How many connections to Redis a web process may open, to each shard: each thread one."""
         return THREADS + SPARE
 
     @property
     def worker_connections(self) -> int:
-        """How many a worker process may open: taker, settler and keeper one each, and handlers that write their progress."""
+        """How many a worker process may open, to each shard: taker, settler and keeper one each, and handlers for progress."""
         return 3 + min(self.worker_concurrency, WRITERS) + SPARE
 
 
@@ -2539,7 +2539,7 @@ REMEDIES = {
 }
 
 
-class Finding(msgspec.Struct):
+class Finding(msgspec.Struct, frozen=True):
     """One thing that `doctor` looked at: how it stands, what was seen, and what to do about it."""
 
     level: Level

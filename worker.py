@@ -739,7 +739,7 @@ def run(queues: tuple[str, ...], burst: bool, **overrides: Any) -> None:
     queue, names = _queue(settings), [check_name("queue", name) for name in queues]
     load_handlers(settings.handlers)
     worker = Worker(queue, settings, names, burst)
-    slots, connections = settings.worker_concurrency, settings.worker_connections
+    slots, connections = settings.worker_concurrency, settings.shards * settings.worker_connections
     obey_signals(worker)
     log.info("worker starts: %d slots, queues: %s; up to %d connections to Redis", slots, ", ".join(worker.names), connections)
     for warning in queue.warnings():
@@ -943,7 +943,7 @@ def purge(queue: Queue, filter: Filter, yes: bool) -> None:
 def doctor(ctx: click.Context, as_json: bool) -> None:
     """Examine Redis and all that the queue needs of it, and say what to change. Exits with 1 if something fails."""
     settings: Settings = ctx.obj
-    connections = settings.web_concurrency * settings.web_connections + settings.worker_connections
+    connections = settings.shards * (settings.web_concurrency * settings.web_connections + settings.worker_connections)
     findings = _queue(settings).examine(connections)
     _print(findings) if as_json else _show_findings(findings)
     ctx.exit(int(any(finding.level == "fail" for finding in findings)))

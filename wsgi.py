@@ -938,7 +938,7 @@ def run() -> None:
         for warning in queue.warnings():
             log.warning("%s", warning)
         queue.disconnect()
-        each = settings.web_connections
+        each = settings.shards * settings.web_connections
         log.info("web on %s, %d processes, up to %d connections to Redis each", where, settings.web_concurrency, each)
     else:
         log.info("web and a worker with %d slots in one process on %s", settings.worker_concurrency, where)

@@ -237,6 +237,13 @@ def test_pause_holds_for_all_shards(queue: Shards, worker: str) -> None:
     queue.settle(worker, [Outcome(job, "release") for job in jobs])
 
 
+def test_examine_tells_once_what_holds_for_all_shards(queue: Shards) -> None:
+    found = queue.examine(connections=19)
+    assert [finding.about for finding in found].count("writes") == 1
+    assert {"transport", "reachable", "permissions", "books", "workers"} <= {finding.about for finding in found}
+    assert queue.warnings() == []
+
+
 def test_spend_counts_the_requests_of_one_client_together(queue: Shards) -> None:
     assert [queue.spend("one", 5, 3600)[0] for _ in range(3)] == [4, 3, 2]
     assert queue.spend("another", 5, 3600)[0] == 4
