@@ -110,20 +110,6 @@ def knows_all(sentinel: SentinelServer) -> bool:
     return bool(state["num-slaves"] == state["num-other-sentinels"] == 2)
 
 
-@pytest.fixture
-def at() -> Iterator[Callable[..., Queue]]:
-    """Make a queue at a URL."""
-    made: list[Queue] = []
-
-    def at(url: str, **options: Any) -> Queue:
-        made.append(Queue.from_url(url, **options))
-        return made[-1]
-
-    yield at
-    for queue in made:
-        queue.pool.disconnect()
-
-
 class Service(NamedTuple):
     """A web and a worker process."""
 
@@ -212,9 +198,9 @@ def stopped(server: RedisServer) -> Iterator[None]:
         server.process.send_signal(signal.SIGCONT)
 
 
-def test_submit_returns_when_enough_replicas_have_the_jobs(replicated: Replicated, at: Any) -> None:
+def test_submit_returns_when_enough_replicas_have_the_jobs(replicated: Replicated, queue_at: Any) -> None:
     master, replicas = replicated(2)
-    queue = at(master.url, min_replicas=2)
+    queue = queue_at(master.url, min_replicas=2)
     for _ in range(20):
         jobs = queue.enqueue_many("echo", range(3))
         for replica in replicas:
@@ -223,8 +209,8 @@ def test_submit_returns_when_enough_replicas_have_the_jobs(replicated: Replicate
     assert_books(queue)
 
 
-def test_submit_that_too_few_replicas_have_is_stored_and_says_so(replicated: Replicated, at: Any) -> None:
-    queue = at(replicated(1)[0].url, min_replicas=2)
+def test_submit_that_too_few_replicas_have_is_stored_and_says_so(replicated: Replicated, queue_at: Any) -> None:
+    queue = queue_at(replicated(1)[0].url, min_replicas=2)
     with pytest.raises(NotReplicated, match="stored and will run, but only 1 of 2 replicas") as caught:
         queue.enqueue("echo", 1)
     assert queue.jobs("pending") == caught.value.jobs
@@ -233,8 +219,8 @@ def test_submit_that_too_few_replicas_have_is_stored_and_says_so(replicated: Rep
     assert_books(queue)
 
 
-def test_submit_that_too_few_replicas_have_is_answered_503(replicated: Replicated, at: Any) -> None:
-    queue = at(replicated(1)[0].url, min_replicas=2)
+def test_submit_that_too_few_replicas_have_is_answered_503(replicated: Replicated, queue_at: Any) -> None:
+    queue = queue_at(replicated(1)[0].url, min_replicas=2)
     api = Client(API(Settings(), queue))
     handler("echo")(echo)
     one, many = api.post("/jobs", ECHO), api.post("/jobs/batch", [ECHO, ECHO])
@@ -245,9 +231,9 @@ def test_submit_that_too_few_replicas_have_is_answered_503(replicated: Replicate
     assert sorted(told) == sorted(job.id for job in queue.jobs("pending"))
 
 
-def test_submit_again_under_the_same_key_waits_for_the_replicas_again(replicated: Replicated, at: Any) -> None:
+def test_submit_again_under_the_same_key_waits_for_the_replicas_again(replicated: Replicated, queue_at: Any) -> None:
     master, [replica] = replicated(1)
-    queue = at(master.url, min_replicas=1)
+    queue = queue_at(master.url, min_replicas=1)
     api = Client(API(Settings(), queue))
     handler("echo")(echo)
     with stopped(replica):
@@ -260,11 +246,13 @@ def test_submit_again_under_the_same_key_waits_for_the_replicas_again(replicated
 
 
 @pytest.mark.parametrize("lost", ["drop_reply", "drop_request"])
-def test_submit_whose_reply_is_lost_is_stored_once_and_waits_for_the_replicas(replicated: Replicated, at: Any, lost: str) -> None:
+def test_submit_whose_reply_is_lost_is_stored_once_and_waits_for_the_replicas(
+    replicated: Replicated, queue_at: Any, lost: str
+) -> None:
     master, [replica] = replicated(1)
-    near = at(master.url)
+    near = queue_at(master.url)
     with CutProxy(master.port) as proxy, stopped(replica):
-        far = at(proxy.url, min_replicas=1)
+        far = queue_at(proxy.url, min_replicas=1)
         far.ping()
         getattr(proxy, lost)(b"WAIT")
         with pytest.raises(NotReplicated) as caught:
@@ -274,8 +262,8 @@ def test_submit_whose_reply_is_lost_is_stored_once_and_waits_for_the_replicas(re
     assert_books(near)
 
 
-def test_submit_of_nothing_waits_for_nobody(replicated: Replicated, at: Any) -> None:
-    assert at(replicated(0)[0].url, min_replicas=1).enqueue_many("echo", []) == []
+def test_submit_of_nothing_waits_for_nobody(replicated: Replicated, queue_at: Any) -> None:
+    assert queue_at(replicated(0)[0].url, min_replicas=1).enqueue_many("echo", []) == []
 
 
 def test_min_replicas_without_redis_url_is_refused() -> None:
@@ -302,28 +290,28 @@ def test_connect_understands_every_part_of_a_url_of_sentinels(scheme: str) -> No
     assert tls == [scheme == "rediss"] * 2
 
 
-def test_sentinels_that_want_a_password_get_it(start_redis: Any, tmp_path: Path, at: Any) -> None:
+def test_sentinels_that_want_a_password_get_it(start_redis: Any, tmp_path: Path, queue_at: Any) -> None:
     master, sentinel = start_redis("--requirepass", "m@ster"), SentinelServer(tmp_path)
     sentinel.watch(master, "requirepass s3ntinel")
     try:
         url = f"redis+sentinel://:m%40ster@127.0.0.1:{sentinel.port}/{SERVICE}"
-        at(url + "?sentinel_password=s3ntinel").ping()
+        queue_at(url + "?sentinel_password=s3ntinel").ping()
         with pytest.raises(Unavailable, match="unreachable"):
-            at(url).ping()
+            queue_at(url).ping()
     finally:
         sentinel.kill()
 
 
-def test_sentinels_that_know_no_master_are_unreachable(watched: Watched, at: Any) -> None:
+def test_sentinels_that_know_no_master_are_unreachable(watched: Watched, queue_at: Any) -> None:
     with pytest.raises(Unavailable) as caught:
-        at(watched.url.replace(SERVICE, "others")).ping()
+        queue_at(watched.url.replace(SERVICE, "others")).ping()
     assert caught.value.reason == "unreachable"
 
 
-def test_sentinels_of_which_some_are_dead_are_enough(watched: Watched, at: Any) -> None:
+def test_sentinels_of_which_some_are_dead_are_enough(watched: Watched, queue_at: Any) -> None:
     for sentinel in watched.sentinels[:2]:
         sentinel.kill()
-    assert at(watched.url).enqueue("echo", 1)
+    assert queue_at(watched.url).enqueue("echo", 1)
 
 
 def kill(watched: Watched) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from conftest import RedisServer, assert_books, free_port, put, until
 from redis.crc import key_slot
 from test_availability import Load, service, stopped
 
-from tinyqueue import Queue, Unavailable
+from tinyqueue import Unavailable
 
 DEFAULT = ["default"]
 SLOTS = 16384
@@ -138,23 +138,9 @@ def cluster(built: Cluster) -> Cluster:
     return built
 
 
-@pytest.fixture
-def at() -> Iterator[Callable[..., Queue]]:
-    """Make a queue at a node."""
-    made: list[Queue] = []
-
-    def at(node: Node, **options: Any) -> Queue:
-        made.append(Queue.from_url(node.url, **options))
-        return made[-1]
-
-    yield at
-    for queue in made:
-        queue.pool.disconnect()
-
-
-def test_every_verb_by_way_of_any_node(cluster: Cluster, at: Any) -> None:
+def test_every_verb_by_way_of_any_node(cluster: Cluster, queue_at: Any) -> None:
     for node in cluster.nodes:
-        queue = at(node)
+        queue = queue_at(node.url)
         for status in ("pending", "processing", "completed", "failed", "cancelled"):
             put(queue, status, queue=status)
         queue.take(queue.register(DEFAULT, 1), DEFAULT, 1)
@@ -165,17 +151,17 @@ def test_every_verb_by_way_of_any_node(cluster: Cluster, at: Any) -> None:
 
 
 @pytest.mark.parametrize("shard", range(4))
-def test_every_namespace_is_on_its_own_node(cluster: Cluster, at: Any, shard: int) -> None:
+def test_every_namespace_is_on_its_own_node(cluster: Cluster, queue_at: Any, shard: int) -> None:
     namespace = f"queue.{shard}"
-    queue = at(cluster.nodes[0], namespace=namespace)
+    queue = queue_at(cluster.nodes[0].url, namespace=namespace)
     job = queue.enqueue("echo", 1)
     assert queue.pool.place == ("127.0.0.1", cluster.owner(namespace).port)
     assert cluster.owner(namespace).ask("EXISTS", queue.keys.job(job.id)) == 1
 
 
-def test_slot_that_has_moved_is_followed_within_a_call(cluster: Cluster, at: Any) -> None:
+def test_slot_that_has_moved_is_followed_within_a_call(cluster: Cluster, queue_at: Any) -> None:
     source, target = cluster.owner(), cluster.others()[0]
-    queue = at(source)
+    queue = queue_at(source.url)
     first = queue.enqueue("echo", 1)
     trouble = queue.last_trouble
     cluster.move(source, target)
@@ -186,9 +172,9 @@ def test_slot_that_has_moved_is_followed_within_a_call(cluster: Cluster, at: Any
     assert_books(queue)
 
 
-def test_slot_that_is_being_moved_is_busy_and_nothing_is_stored(cluster: Cluster, at: Any) -> None:
+def test_slot_that_is_being_moved_is_busy_and_nothing_is_stored(cluster: Cluster, queue_at: Any) -> None:
     source, target = cluster.owner(), cluster.others()[0]
-    queue, slot = at(source), key_slot(b"queue")
+    queue, slot = queue_at(source.url), key_slot(b"queue")
     job = queue.enqueue("echo", 1)
     target.ask("CLUSTER SETSLOT", slot, "IMPORTING", source.id)
     source.ask("CLUSTER SETSLOT", slot, "MIGRATING", target.id)
@@ -204,7 +190,7 @@ def test_slot_that_is_being_moved_is_busy_and_nothing_is_stored(cluster: Cluster
     assert_books(queue)
 
 
-def test_slot_that_moves_under_load_loses_nothing(cluster: Cluster, at: Any, tmp_path: Path) -> None:
+def test_slot_that_moves_under_load_loses_nothing(cluster: Cluster, queue_at: Any, tmp_path: Path) -> None:
     with service(tmp_path, REDIS_URL=cluster.nodes[0].url) as service_:
         with Load(service_.web) as load:
             for target in (cluster.others()[0], cluster.others()[1]):
@@ -212,13 +198,13 @@ def test_slot_that_moves_under_load_loses_nothing(cluster: Cluster, at: Any, tmp
                 cluster.move(cluster.owner(), target)
             load.until_accepted(50)
         load.assert_all_run(service_)
-    queue = at(cluster.nodes[0])
+    queue = queue_at(cluster.nodes[0].url)
     until(lambda: queue.stats()["pending"] == queue.stats()["processing"] == 0)
     assert_books(queue)
 
 
-def test_node_of_the_url_is_asked_when_all_that_were_known_are_gone(cluster: Cluster, at: Any) -> None:
-    queue = at(cluster.others()[0])
+def test_node_of_the_url_is_asked_when_all_that_were_known_are_gone(cluster: Cluster, queue_at: Any) -> None:
+    queue = queue_at(cluster.others()[0].url)
     queue.pool.nodes = frozenset({("127.0.0.1", free_port())})  # the others were replaced while nobody looked
     queue.pool.turn_to(*next(iter(queue.pool.nodes)))
     with suppress(Unavailable):
