@@ -106,7 +106,9 @@ def _smtp_url() -> SplitResult | None:
             return None
         if url.scheme in ("smtp", "smtps") and url.hostname and url.port != 0:
             return url
-    raise RuntimeError("SMTP_URL must be smtp://user:password@host:587 or smtps://host:465, special characters percent-encoded")
+    raise RuntimeError(
+        "SMTP_URL must be smtp://user:password@host:587 or smtps://host:465, special characters percent-encoded"
+    )
 
 
 @contextmanager

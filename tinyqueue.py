@@ -245,33 +245,59 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         Literal["debug", "info", "warning", "error"], Meta(description="the least serious lines that are logged")
     ] = "info"
     handlers: Annotated[str, Meta(description="modules that register handlers, comma-separated")] = "handlers"
-    namespace: Annotated[str, Meta(pattern=r"^[A-Za-z0-9._-]{1,100}\Z", description="key prefix and cluster hash tag in Redis")] = (
-        "queue"
-    )
-    lease: Annotated[int, Meta(ge=2, le=3600, description="seconds without a sign of life until a worker counts as dead")] = 30
-    shutdown_timeout: Annotated[int, Meta(ge=0, le=3600, description="seconds of drain at SIGTERM, then jobs are handed back")] = 25
+    namespace: Annotated[
+        str, Meta(pattern=r"^[A-Za-z0-9._-]{1,100}\Z", description="key prefix and cluster hash tag in Redis")
+    ] = "queue"
+    lease: Annotated[
+        int, Meta(ge=2, le=3600, description="seconds without a sign of life until a worker counts as dead")
+    ] = 30
+    shutdown_timeout: Annotated[
+        int, Meta(ge=0, le=3600, description="seconds of drain at SIGTERM, then jobs are handed back")
+    ] = 25
     watchdog: Annotated[
-        int, Meta(ge=10, le=86400, description="seconds without Redis, or without taking jobs, until a worker gives up and exits")
+        int,
+        Meta(
+            ge=10,
+            le=86400,
+            description="seconds without Redis, or without taking jobs, until a worker gives up and exits",
+        ),
     ] = 300
     max_body: Annotated[int, Meta(ge=1024, le=16 << 20, description="bytes of a request's body")] = 262144
     keep_completed: Annotated[int, Meta(ge=1, le=10**9, description="seconds that completed jobs stay")] = 86400
-    keep_failed: Annotated[int, Meta(ge=1, le=10**9, description="seconds that failed and cancelled jobs stay")] = 604800
-    keep_once: Annotated[int, Meta(ge=60, le=10**9, description="seconds that an Idempotency-Key is remembered")] = 86400
+    keep_failed: Annotated[int, Meta(ge=1, le=10**9, description="seconds that failed and cancelled jobs stay")] = (
+        604800
+    )
+    keep_once: Annotated[int, Meta(ge=60, le=10**9, description="seconds that an Idempotency-Key is remembered")] = (
+        86400
+    )
     max_pending: Annotated[
         int, Meta(ge=0, le=10**9, description="pending jobs of a queue beyond which none are accepted; 0: any")
     ] = 0
-    min_replicas: Annotated[int, Meta(ge=0, le=100, description="replicas that must have a job before it is accepted")] = 0
-    api_keys: Annotated[str, Meta(description="who may come in: name:role:secret, comma-separated; roles submit, read, admin")] = ""
+    min_replicas: Annotated[
+        int, Meta(ge=0, le=100, description="replicas that must have a job before it is accepted")
+    ] = 0
+    api_keys: Annotated[
+        str, Meta(description="who may come in: name:role:secret, comma-separated; roles submit, read, admin")
+    ] = ""
     open: Annotated[bool, Meta(description="1: without keys let everybody in, not only this machine")] = False
     rate_limit: Annotated[
         str,
-        Meta(pattern=r"^([1-9][0-9]{0,8}/(second|minute|hour))?\Z", description="requests of one key or address, as 600/minute"),
+        Meta(
+            pattern=r"^([1-9][0-9]{0,8}/(second|minute|hour))?\Z",
+            description="requests of one key or address, as 600/minute",
+        ),
     ] = ""
     trusted_proxies: Annotated[
-        int, Meta(ge=0, le=10, description="proxies before this server; the client is that many from the right in X-Forwarded-For")
+        int,
+        Meta(
+            ge=0,
+            le=10,
+            description="proxies before this server; the client is that many from the right in X-Forwarded-For",
+        ),
     ] = 0
     shards: Annotated[
-        int, Meta(ge=1, le=64, description="namespaces over which jobs are spread, for a cluster; never make them fewer")
+        int,
+        Meta(ge=1, le=64, description="namespaces over which jobs are spread, for a cluster; never make them fewer"),
     ] = 1
     tls_verify: Annotated[bool, Meta(description="0: accept any certificate of a rediss:// server")] = True
 
@@ -296,14 +322,19 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
             raise SettingsError(f"{name.rstrip('`')}={raw[name.rstrip('`')]!r}: {rule}") from None
         platform = next((name for name, value in environ.items() if value and PLATFORMS.fullmatch(name)), None)
         if platform and not settings.redis_url:
-            raise SettingsError(f"REDIS_URL is not set, and {platform} tells of a platform that would lose every job at a restart")
+            raise SettingsError(
+                f"REDIS_URL is not set, and {platform} tells of a platform that would lose every job at a restart"
+            )
         return settings
 
     @classmethod
     def table(cls) -> list[tuple[str, str, str]]:
         """List the settings as (variable, default, meaning), for whoever checks the README."""
         hints = typing.get_type_hints(cls, include_extras=True)
-        return [(f.encode_name, str(f.default), hints[f.name].__metadata__[0].description) for f in msgspec.structs.fields(cls)]
+        return [
+            (f.encode_name, str(f.default), hints[f.name].__metadata__[0].description)
+            for f in msgspec.structs.fields(cls)
+        ]
 
     @classmethod
     def help(cls) -> str:
@@ -322,7 +353,9 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         return 3 + min(self.worker_concurrency, WRITERS) + SPARE
 
 
-LOG_CONTEXT: ContextVar[Callable[[], dict[str, Any]]] = ContextVar("log_context", default=dict)  # of a job, or of a request
+LOG_CONTEXT: ContextVar[Callable[[], dict[str, Any]]] = ContextVar(
+    "log_context", default=dict
+)  # of a job, or of a request
 
 
 def _add_context(record: logging.LogRecord) -> bool:
@@ -393,7 +426,18 @@ THREADS = 8  # of a web process
 WRITERS = 4  # handlers of a worker that write their progress at the same moment; others wait for their turn
 SPARE = 2  # connections of a process beyond those in use: one may be on its way from a thread to the next
 SERIES = 1000  # types and queues that the metrics tell apart: each is some thirty lines of a scrape
-BUCKETS = (10, 50, 250, 1000, 5000, 15_000, 60_000, 300_000, 1_800_000, math.inf)  # milliseconds, at most, of waiting and running
+BUCKETS = (
+    10,
+    50,
+    250,
+    1000,
+    5000,
+    15_000,
+    60_000,
+    300_000,
+    1_800_000,
+    math.inf,
+)  # milliseconds, at most, of waiting and running
 
 NAME = re.compile(r"[A-Za-z0-9._-]{1,100}")  # of queues, types, workers: no name can spell another key
 PRINTABLE = re.compile(r"[^\x00-\x1f\x7f-\xa0\xad\u2028\u2029\ud800-\udfff]+")  # as in openapi.json; no lone surrogates
@@ -543,7 +587,13 @@ class Job(msgspec.Struct, rename="camel", omit_defaults=True, dict=True):
 
     def log_fields(self) -> dict[str, Any]:
         """What every log line about it carries."""
-        fields = {"job": self.id, "type": self.type, "queue": self.queue, "attempt": self.attempts, "worker": self.worker}
+        fields = {
+            "job": self.id,
+            "type": self.type,
+            "queue": self.queue,
+            "attempt": self.attempts,
+            "worker": self.worker,
+        }
         came_with = {"requestId": self.request_id, "traceparent": self.traceparent}
         return fields | {name: value for name, value in came_with.items() if value}
 
@@ -649,7 +699,9 @@ def to_json(value: Any) -> bytes:
     try:
         encoded = _encode(value)
         decoded = msgspec.json.decode(encoded)  # what is encoded already, msgspec.Raw, it has taken unseen
-        if b"null" in encoded:  # which is what msgspec makes of NaN, silently; then a walk through the value is worth it
+        if (
+            b"null" in encoded
+        ):  # which is what msgspec makes of NaN, silently; then a walk through the value is worth it
             json.dumps(msgspec.to_builtins(value, str_keys=True), allow_nan=False)
     except (TypeError, ValueError, OverflowError, RecursionError, msgspec.DecodeError) as error:
         raise ValueError(f"is not JSON: {_text(error) or type(error).__name__}"[:300]) from None
@@ -781,7 +833,13 @@ def handler(
         raise TypeError(f"handler {type!r}: timeout must be above 0, or None")
     if not 0 < backoff <= backoff_cap <= MAX_DELAY:
         raise TypeError(f"handler {type!r}: backoff must be above 0 and at most backoff_cap, that at most {MAX_DELAY}")
-    options = {"max_attempts": max_attempts, "timeout": timeout, "backoff": backoff, "backoff_cap": backoff_cap, "queue": queue}
+    options = {
+        "max_attempts": max_attempts,
+        "timeout": timeout,
+        "backoff": backoff,
+        "backoff_cap": backoff_cap,
+        "queue": queue,
+    }
 
     def register(function: Callable[Concatenate[P, A], R]) -> Handler[P, A, R]:
         twin = HANDLERS[type].function if type in HANDLERS else function
@@ -800,7 +858,11 @@ def _place(function: Callable[..., Any]) -> tuple[str, str, int]:
 def _signature(function: Callable[..., Any]) -> tuple[Any, bool]:
     """Tell a handler's payload type, and whether it wants the job as well."""
     name = f"handler {function.__name__}"
-    if inspect.iscoroutinefunction(function) or inspect.isgeneratorfunction(function) or inspect.isasyncgenfunction(function):
+    if (
+        inspect.iscoroutinefunction(function)
+        or inspect.isgeneratorfunction(function)
+        or inspect.isasyncgenfunction(function)
+    ):
         raise TypeError(f"{name} must be a plain function: one that is async or a generator would only be begun")
     hints = typing.get_type_hints(function, include_extras=True)
     parameters = list(inspect.signature(function).parameters.values())
@@ -823,7 +885,9 @@ def load_handlers(modules: str) -> dict[str, Handler[Any, Any, Any]]:
         except ModuleNotFoundError as error:
             if error.name != module.partition(".")[0] and error.name != module:
                 raise SettingsError(f"cannot import {module}: {error}") from error
-            raise SettingsError(f"TINYQUEUE_HANDLERS: there is no module {module} here, where your handlers would be") from None
+            raise SettingsError(
+                f"TINYQUEUE_HANDLERS: there is no module {module} here, where your handlers would be"
+            ) from None
         except (Exception, SystemExit) as error:
             text = " ".join(_text(error).split())
             raise SettingsError(f"cannot import {module}: {type(error).__name__}: {text}") from error
@@ -909,7 +973,9 @@ Push = Literal["LPUSH", "RPUSH"]  # behind all others of a queue, before all oth
 SOCKET_TIMEOUT = 4.0  # seconds for a reply; above BLOCK with room for a slow answer
 CONNECT_TIMEOUT = 2.0
 NODES_AGE = 60.0  # seconds that what is known of a cluster's nodes is good for
-ASIDE_TIMEOUT = 0.5  # for those who only say where the jobs are: one that is dead must not hold up the question to the next
+ASIDE_TIMEOUT = (
+    0.5  # for those who only say where the jobs are: one that is dead must not hold up the question to the next
+)
 BLOCK = 2.0  # seconds of one wait for the bell
 CATCH_UP = 1000  # milliseconds that replicas have to take what was written
 PAUSE_AGE = 0.1  # seconds that what is known of paused queues is good for
@@ -1063,7 +1129,9 @@ def connect(url: str, *, tag: str = "queue", connections: int = 100, tls_verify:
     except (ValueError, TypeError, redis.RedisError) as error:
         forms = "redis://, rediss://, unix:// or redis+sentinel://host:port,host:port/service"
         hint = "an option after ? is unknown" if isinstance(error, TypeError) else f"use {forms}"
-        raise SettingsError(f"REDIS_URL cannot be used: {hint}; percent-encode special characters of the password") from None
+        raise SettingsError(
+            f"REDIS_URL cannot be used: {hint}; percent-encode special characters of the password"
+        ) from None
     return watched.pool(pool, options) if watched else pool
 
 
@@ -1151,7 +1219,9 @@ class Transaction:
         self._watch = ()
         if not self._clock.stale:
             return _ask(self._connection, [*ahead, *commands])[len(ahead) :]
-        replies = _ask(self._connection, [*ahead, *commands, ("TIME",)])  # last, for one of the commands may be a long wait
+        replies = _ask(
+            self._connection, [*ahead, *commands, ("TIME",)]
+        )  # last, for one of the commands may be a long wait
         self._clock.read(replies[-1])
         self.now = self._clock.now()
         return replies[len(ahead) : -1]
@@ -1214,7 +1284,10 @@ class Transaction:
         commands += [("HINCRBY", self._keys.counts, field, by) for field, by in self._counts.items() if by]
         if self._minute:
             minute = self._keys.minute(self.now)
-            commands += [*(("HINCRBY", minute, field, by) for field, by in self._minute.items() if by), ("EXPIRE", minute, 7200)]
+            commands += [
+                *(("HINCRBY", minute, field, by) for field, by in self._minute.items() if by),
+                ("EXPIRE", minute, 7200),
+            ]
         return commands
 
 
@@ -1270,7 +1343,11 @@ def _count(value: bytes | None) -> int:
 
 def _info(reply: Any) -> dict[str, str]:
     """Read a reply to INFO. One that was refused tells nothing: the embedded server knows no INFO, and an ACL may forbid it."""
-    return dict(line.split(":", 1) for line in reply.decode().split("\r\n") if ":" in line) if isinstance(reply, bytes) else {}
+    return (
+        dict(line.split(":", 1) for line in reply.decode().split("\r\n") if ":" in line)
+        if isinstance(reply, bytes)
+        else {}
+    )
 
 
 def _used(told: Mapping[str, str]) -> float:
@@ -1418,7 +1495,9 @@ class Queue:
     def _read(self, *commands: Command) -> list[Any]:
         return self._transact((), lambda tx: tx.read(*commands), counts=False)
 
-    def _transact(self, watch: Sequence[str], body: Callable[[Transaction], R], again: bool = False, counts: bool = True) -> R:
+    def _transact(
+        self, watch: Sequence[str], body: Callable[[Transaction], R], again: bool = False, counts: bool = True
+    ) -> R:
         """Run `body` until its writes are applied with nothing watched having changed, and return what it returned.
 
         A body that writes nothing ends it. When the reply to EXEC is lost, the body is called again with `again` set, must look
@@ -1479,7 +1558,9 @@ class Queue:
         Beyond SERIES types and queues, those not met before count as other, so that whoever makes up names fills neither Redis nor
         Prometheus. Processes that meet new ones at the same moment may go a little beyond.
         """
-        new = sorted({f"{type}:{queue}" for _, type, queue in tx.measured} - self._series)[: max(0, SERIES - len(self._series))]
+        new = sorted({f"{type}:{queue}" for _, type, queue in tx.measured} - self._series)[
+            : max(0, SERIES - len(self._series))
+        ]
         if new:
             self._series, self._series_known = self._series | set(new), False
         sums: Counter[str] = Counter()
@@ -1611,7 +1692,9 @@ class Queue:
         """Put in the place of each job whose uniqueKey is taken the one that has it, and take the keys for the others."""
         keys = list(dict.fromkeys(job.unique_key for job in jobs if job.unique_key))
         holders = tx.read(("MGET", *map(self.keys.unique, keys)))[0]
-        named = {key: id for key, holder in zip(keys, holders, strict=True) if ID.fullmatch(id := _ascii(holder or b""))}
+        named = {
+            key: id for key, holder in zip(keys, holders, strict=True) if ID.fullmatch(id := _ascii(holder or b""))
+        }
         records = tx.read(("MGET", *map(self.keys.job, named.values())))[0] if named else []
         active: dict[str, Job] = {}
         for (key, id), record in zip(named.items(), records, strict=True):
@@ -1621,7 +1704,10 @@ class Queue:
         accepted = []
         for job in jobs:
             accepted.append(active.setdefault(job.unique_key, job) if job.unique_key else job)
-        for key, job in active.items():  # also those that stay as they are: a watched key must change, or a late EXEC would pass
+        for (
+            key,
+            job,
+        ) in active.items():  # also those that stay as they are: a watched key must change, or a late EXEC would pass
             tx.write("SET", self.keys.unique(key), job.id)
         return accepted
 
@@ -1665,7 +1751,13 @@ class Queue:
         """Enter a new worker and return its id. It must send a heartbeat within its lease from then on."""
         host = re.sub(r"[^A-Za-z0-9._-]", "-", socket.gethostname())[:60] or "host"
         worker = worker or f"{host}-{os.getpid()}-{os.urandom(4).hex()}"
-        about = {"host": host, "pid": os.getpid(), "queues": list(queues), "concurrency": concurrency, "startedAt": self.now()}
+        about = {
+            "host": host,
+            "pid": os.getpid(),
+            "queues": list(queues),
+            "concurrency": concurrency,
+            "startedAt": self.now(),
+        }
 
         def body(tx: Transaction) -> str:
             tx.write("SADD", self.keys.workers, worker)
@@ -1755,7 +1847,13 @@ class Queue:
                 job = _job(id, record) if record is not None else None
                 if job and self._stays(job, worker, held, len(texts), tx.again):
                     started.append(job)
-                elif job and job.status == "pending" and job.expires_at and not job.started_at and job.expires_at <= tx.now:
+                elif (
+                    job
+                    and job.status == "pending"
+                    and job.expires_at
+                    and not job.started_at
+                    and job.expires_at <= tx.now
+                ):
                     tx.write("LREM", proc, 1, entry)
                     self._expire(tx, job)
                 elif job and job.status == "pending" and job.run_at <= tx.now:
@@ -1781,7 +1879,9 @@ class Queue:
         return (job.status, job.worker) == ("processing", worker) and unheard
 
     def _started(self, tx: Transaction, job: Job, worker: str) -> Job:
-        waited = max(0, tx.now - max(job.created_at, job.run_at, job.updated_at))  # updated when handed back, failed or retried
+        waited = max(
+            0, tx.now - max(job.created_at, job.run_at, job.updated_at)
+        )  # updated when handed back, failed or retried
         tx.started(job, waited)
         job.status, job.worker = "processing", worker
         job.attempts += 1
@@ -1846,7 +1946,9 @@ class Queue:
         record_keys = [self.keys.job(outcome.job.id) for outcome in outcomes]
 
         def body(tx: Transaction) -> list[Outcome]:
-            reads = [("EXISTS", registration), ("SMEMBERS", self.keys.awaited)] + ([("MGET", *record_keys)] if outcomes else [])
+            reads = [("EXISTS", registration), ("SMEMBERS", self.keys.awaited)] + (
+                [("MGET", *record_keys)] if outcomes else []
+            )
             registered, awaited, *found = tx.read(*reads)
             tx.awaited = set(awaited)
             if not registered:
@@ -1929,7 +2031,9 @@ class Queue:
         """
         job.error = Failure("WorkerLost", f"{reason} (attempt {job.attempts}/{job.max_attempts})")
         if beside:
-            job.error.message = f"{reason} beside others (attempt {job.attempts}/{job.max_attempts}, which does not count)"
+            job.error.message = (
+                f"{reason} beside others (attempt {job.attempts}/{job.max_attempts}, which does not count)"
+            )
             job.attempts -= 1
             job.suspicions += 1
         job.updated_at = max(tx.now, job.updated_at)
@@ -1973,7 +2077,9 @@ class Queue:
                 return
             if job.status == "processing":
                 if job.type in HANDLERS and not HANDLERS[job.type].wants_job:
-                    raise WrongStatus("cancel", job, "it is processing, and its handler takes no Job that would tell it")
+                    raise WrongStatus(
+                        "cancel", job, "it is processing, and its handler takes no Job that would tell it"
+                    )
                 job.cancel_requested = True
                 tx.write("SET", self.keys.job(id), _record(job))
                 return
@@ -2171,8 +2277,12 @@ class Queue:
         removed = 0
         for status, keep in self.keep_ms.items():
             index = getattr(self.keys, status)
-            over, expired = self._read(("ZCARD", index), ("ZRANGEBYSCORE", index, "-inf", self.now() - keep, "LIMIT", 0, MAX_JOBS))
-            ids = expired or (self._read(("ZRANGE", index, 0, min(over - KEPT, MAX_JOBS) - 1))[0] if over > KEPT else [])
+            over, expired = self._read(
+                ("ZCARD", index), ("ZRANGEBYSCORE", index, "-inf", self.now() - keep, "LIMIT", 0, MAX_JOBS)
+            )
+            ids = expired or (
+                self._read(("ZRANGE", index, 0, min(over - KEPT, MAX_JOBS) - 1))[0] if over > KEPT else []
+            )
             if ids:
                 removed += self.forget(status, ids)
         return removed
@@ -2226,7 +2336,9 @@ class Queue:
         if not job or job.status not in UNENDED:
             return job
         while job and job.status in UNENDED and (left := until - time.monotonic()) > 0:
-            record = self._read(("SADD", self.keys.awaited, id), ("GET", self.keys.job(id)))[1]  # it may just have ended
+            record = self._read(("SADD", self.keys.awaited, id), ("GET", self.keys.job(id)))[
+                1
+            ]  # it may just have ended
             job = _job(id, record) if record else None
             if job and job.status in UNENDED:
                 self._wait_for_token(self.keys.done(id), min(left, BLOCK))
@@ -2284,7 +2396,16 @@ class Queue:
 
     def _ended(self, status: str, before: Place) -> tuple[set[Entry], Place]:
         def read(start: int) -> list[Entry]:
-            command = ("ZREVRANGEBYSCORE", getattr(self.keys, status), before[0], "-inf", "WITHSCORES", "LIMIT", start, LISTED)
+            command = (
+                "ZREVRANGEBYSCORE",
+                getattr(self.keys, status),
+                before[0],
+                "-inf",
+                "WITHSCORES",
+                "LIMIT",
+                start,
+                LISTED,
+            )
             return [(int(at), id, status) for id, at in _fields(self._read(command)[0])]
 
         return self._windows(read, 0, before)
@@ -2295,7 +2416,11 @@ class Queue:
             keys = [self.keys.jobs(name) for name in self.queues()]
         else:
             keys = [self.keys.proc(worker) for worker in self._known_workers()]
-        found = set(self._read_entries(("ZRANGE", self.keys.delayed, 0, LISTED - 1), status)) if status == "pending" else set()
+        found = (
+            set(self._read_entries(("ZRANGE", self.keys.delayed, 0, LISTED - 1), status))
+            if status == "pending"
+            else set()
+        )
         horizon = NO_HORIZON
         for key in keys:
             read = partial(self._listed_entries, key, status)
@@ -2311,14 +2436,18 @@ class Queue:
         return self._read_entries(("LRANGE", key, start, start + LISTED - 1), status)
 
     def _read_entries(self, command: Command, status: str) -> list[Entry]:
-        return [(created_at(id) if ID.fullmatch(id) else 1 << 60, id, status) for id in map(_ascii, self._read(command)[0])]
+        return [
+            (created_at(id) if ID.fullmatch(id) else 1 << 60, id, status) for id in map(_ascii, self._read(command)[0])
+        ]
 
     def queues(self) -> dict[str, dict[str, Any]]:
         """Every queue that ever had a job or is paused: its counts, the age of the oldest waiting job, and whether it is paused."""
         counts, paused = self._read(("HGETALL", self.keys.counts), ("SMEMBERS", self.keys.paused))
         self._note_paused(paused)
         now = {field: _count(value) for field, value in _fields(counts)}
-        names = sorted({field.partition(":")[2] for field in now if ":" in field} | set(filter(NAME.fullmatch, self._paused[1])))
+        names = sorted(
+            {field.partition(":")[2] for field in now if ":" in field} | set(filter(NAME.fullmatch, self._paused[1]))
+        )
         heads = self._read(*(("LINDEX", self.keys.jobs(name), -1) for name in names))
         return {
             name: {
@@ -2403,7 +2532,11 @@ class Queue:
         keys = [key for id in ids for key in (self.keys.worker(id), self.keys.lease(id))]
         found = self._read(("MGET", *keys))[0] if keys else []
         try:
-            return [_worker(id, about, lease) for id, about, lease in zip(ids, found[::2], found[1::2], strict=True) if about]
+            return [
+                _worker(id, about, lease)
+                for id, about, lease in zip(ids, found[::2], found[1::2], strict=True)
+                if about
+            ]
         except (msgspec.DecodeError, KeyError, AttributeError, TypeError) as error:
             raise Corrupted(f"the registration or the lease of a worker cannot be read: {error}") from None
 
@@ -2435,7 +2568,9 @@ class Queue:
                 found.extend(look())
             except TinyQueueError as error:
                 reason = getattr(error, "reason", "")
-                found.append(Finding("fail", about, str(error), REMEDIES.get(reason, "is it a Redis, its keys the queue's?")))
+                found.append(
+                    Finding("fail", about, str(error), REMEDIES.get(reason, "is it a Redis, its keys the queue's?"))
+                )
                 if reason in ("unreachable", "timeout", "loading"):
                     break
         return found
@@ -2447,17 +2582,25 @@ class Queue:
             seconds, micros = self._read(("TIME",))[-1]
             times.append(1000 * (time.monotonic() - began))
         ahead = int(seconds) + int(micros) / 1e6 - time.time()
-        yield _judged("reachable", f"answers in {min(times):.2f} ms", (min(times) > SLOW, "warn", "run the processes near Redis"))
+        yield _judged(
+            "reachable", f"answers in {min(times):.2f} ms", (min(times) > SLOW, "warn", "run the processes near Redis")
+        )
         clock = f"{abs(ahead):.1f} s {'ahead of' if ahead > 0 else 'behind'} this machine's"
-        yield _judged("clock", clock, (abs(ahead) > SKEW, "warn", "set both by NTP: runAt and delays go by that of Redis"))
+        yield _judged(
+            "clock", clock, (abs(ahead) > SKEW, "warn", "set both by NTP: runAt and delays go by that of Redis")
+        )
 
     def _examine_permissions(self) -> Iterator[Finding]:
         """Try every command inside a MULTI that is never executed: Redis refuses there, too, what the user may not do."""
         key, around = self.keys.promoter + ":none", ("WATCH", "UNWATCH", "MULTI", "EXEC")
         unused = around if self.min_replicas else (*around, "WAIT")
-        tries = [(name, *[key] * count) for count, names in COMMANDS.items() for name in names.split() if name not in unused]
+        tries = [
+            (name, *[key] * count) for count, names in COMMANDS.items() for name in names.split() if name not in unused
+        ]
         with self._connection() as connection:
-            replies = dict(zip(around, _tried(connection, [("WATCH", key), *((name,) for name in around[1:])]), strict=True))
+            replies = dict(
+                zip(around, _tried(connection, [("WATCH", key), *((name,) for name in around[1:])]), strict=True)
+            )
             if not isinstance(replies["MULTI"], Exception):
                 queued = _tried(connection, [("MULTI",), *tries])[1:]
                 replies |= zip((name for name, *_ in tries), queued, strict=True)
@@ -2476,19 +2619,36 @@ class Queue:
         settings = ("save", "maxclients", "timeout")
         with self._connection() as connection:
             info, *replies = _tried(connection, [("INFO",), *(("CONFIG", "GET", name) for name in settings)])
-        told = {name: reply[1].decode() for name, reply in zip(settings, replies, strict=True) if isinstance(reply, list) and reply}
+        told = {
+            name: reply[1].decode()
+            for name, reply in zip(settings, replies, strict=True)
+            if isinstance(reply, list) and reply
+        }
         told |= _info(info)
         if "redis_version" not in told:
-            yield Finding("warn", "server", "does not tell of itself", "allow +info, or look to version, memory, persistence")
+            yield Finding(
+                "warn", "server", "does not tell of itself", "allow +info, or look to version, memory, persistence"
+            )
             return
-        yield from (_version(told), _role(told), _eviction(told), _memory(told), _persistence(told), _clients(told, connections))
+        yield from (
+            _version(told),
+            _role(told),
+            _eviction(told),
+            _memory(told),
+            _persistence(told),
+            _clients(told, connections),
+        )
         idle = told.get("timeout", "0")
-        yield Finding("ok", "idle timeout", "none" if idle == "0" else f"{idle} s: connections closed by it are opened anew")
+        yield Finding(
+            "ok", "idle timeout", "none" if idle == "0" else f"{idle} s: connections closed by it are opened anew"
+        )
 
     def _examine_books(self) -> Iterator[Finding]:
         """Whether the lists can hold all jobs that are counted. They may hold more, for the record decides, but never less."""
         for _ in range(3):  # a queue or a worker may be new since its name was looked for
-            keys = [self.keys.jobs(name) for name in self.queues()] + [self.keys.proc(worker) for worker in self._known_workers()]
+            keys = [self.keys.jobs(name) for name in self.queues()] + [
+                self.keys.proc(worker) for worker in self._known_workers()
+            ]
             reads = ("HGETALL", self.keys.counts), ("ZCARD", self.keys.delayed), *(("LLEN", key) for key in keys)
             counts, *sizes = _unfailed(self._read(("MULTI",), *reads, ("EXEC",))[-1])
             unended = [_count(value) for field, value in _fields(counts) if ":" in field]
@@ -2496,7 +2656,9 @@ class Queue:
             if not wrong:
                 break
         seen = f"{sum(unended)} jobs are counted that have not ended, {sum(sizes)} entries are listed"
-        yield _judged("books", seen, (wrong, "fail", "keys are lost: look for an eviction, a failover, or others who write there"))
+        yield _judged(
+            "books", seen, (wrong, "fail", "keys are lost: look for an eviction, a failover, or others who write there")
+        )
 
     def _examine_workers(self) -> Iterator[Finding]:
         alive = [worker for worker in self.workers() if worker["alive"]]

@@ -102,7 +102,9 @@ def run_job(job: Job) -> Outcome:
             raise UnknownType(job.type, sorted(HANDLERS))
         result = HANDLERS[job.type].run(job)
         return Outcome(job, "complete", result=None if result is None else _storable(result))
-    except BaseException as error:  # also SystemExit, KeyboardInterrupt, TimedOut: an attempt has failed, and nothing else
+    except (
+        BaseException
+    ) as error:  # also SystemExit, KeyboardInterrupt, TimedOut: an attempt has failed, and nothing else
         return _failed(job, error)
 
 
@@ -119,10 +121,14 @@ def _storable(result: Any) -> msgspec.Raw:
 
 def _failed(job: Job, error: BaseException) -> Outcome:
     known = HANDLERS.get(job.type)
-    after: float | None = backoff(job.attempts, known.backoff, known.backoff_cap) if known else backoff(job.attempts, NEW_HANDLER)
+    after: float | None = (
+        backoff(job.attempts, known.backoff, known.backoff_cap) if known else backoff(job.attempts, NEW_HANDLER)
+    )
     if isinstance(error, Discard):
         after = None
-    elif isinstance(error, Retry) and is_delay(wish := getattr(error, "after", None)):  # a subclass may have left it out
+    elif isinstance(error, Retry) and is_delay(
+        wish := getattr(error, "after", None)
+    ):  # a subclass may have left it out
         after = wish
     return Outcome(job, "fail", error=Failure.of(error, _traceback(error)), after=after)
 
@@ -217,7 +223,9 @@ class Worker:
         self.free: SimpleQueue[None] = SimpleQueue()  # an entry for each slot that waits for a job
         self.inbox: SimpleQueue[Job | None] = SimpleQueue()
         self.outbox: SimpleQueue[list[Outcome] | None] = SimpleQueue()
-        self.pool = ThreadPoolExecutor(2 * settings.worker_concurrency, "slot")  # twice: for those that replace stuck ones
+        self.pool = ThreadPoolExecutor(
+            2 * settings.worker_concurrency, "slot"
+        )  # twice: for those that replace stuck ones
         self.slots: list[Slot] = []
         self.stuck: list[Slot] = []
         self.quiet = threading.Event()  # take nothing more
@@ -225,7 +233,9 @@ class Worker:
         self.adopt_at = 0.0
         self.all_busy = False
         self.took_at = time.monotonic()  # when the taker last got an answer, be it that there is nothing
-        self.looked_at = self.late_at = time.monotonic()  # when the keeper last saw which workers are lost; and saw it too late
+        self.looked_at = self.late_at = (
+            time.monotonic()
+        )  # when the keeper last saw which workers are lost; and saw it too late
         self.complained: dict[str, float] = {}
 
     # Main -------------------------------------------------------------------------------------------------------------
@@ -277,7 +287,9 @@ class Worker:
         for slot in tuple(self.slots):
             slot.interrupt(now)
             if slot.stuck(now):
-                self.stuck.append(slot)  # before it is given up: once its handler ends after all, it takes itself off the list
+                self.stuck.append(
+                    slot
+                )  # before it is given up: once its handler ends after all, it takes itself off the list
                 if not (job := slot.give_up()):
                     self.stuck.remove(slot)
                     continue
@@ -422,7 +434,12 @@ class Worker:
     def _wait_for_bell(self, worker: str) -> None:
         """Wait until there may be something to take. A look at the lists after each wait makes up for a bell that was lost."""
         while not self.quiet.is_set() and time.monotonic() < self.adopt_at and self.id == worker:
-            if self.burst and not self.queue.promote() and not self.held and not self.queue.waiting(self.names, due=True):
+            if (
+                self.burst
+                and not self.queue.promote()
+                and not self.held
+                and not self.queue.waiting(self.names, due=True)
+            ):
                 self.orders.put("drain")
                 return
             try:
@@ -472,7 +489,9 @@ class Worker:
             except Reaped:
                 self._forget_all(worker)
             except (Unavailable, Corrupted) as trouble:
-                if getattr(trouble, "applied", False):  # a key of the wrong type; everything else of the transaction was written
+                if getattr(
+                    trouble, "applied", False
+                ):  # a key of the wrong type; everything else of the transaction was written
                     log.error("outcomes were written but for this: %s", trouble)
                     written = ours
                     break
@@ -491,7 +510,11 @@ class Worker:
         """Take note that this worker was thought dead: its jobs are others' now (taker, settler, keeper)."""
         with self.lock:
             if worker and self.id == worker:
-                log.warning("worker %s was cut off for longer than its lease; its %d jobs were given away", worker, len(self.held))
+                log.warning(
+                    "worker %s was cut off for longer than its lease; its %d jobs were given away",
+                    worker,
+                    len(self.held),
+                )
                 self.id = ""
                 self.held.clear()
 
@@ -532,7 +555,9 @@ class Worker:
     def _hear(self) -> None:
         """Tell the jobs that can be told that somebody wants them to stop."""
         with self.lock:
-            tellable = {id: job for id, job in self.held.items() if job.type in HANDLERS and HANDLERS[job.type].wants_job}
+            tellable = {
+                id: job for id, job in self.held.items() if job.type in HANDLERS and HANDLERS[job.type].wants_job
+            }
         for id in self.queue.asked_to_stop([id for id, job in tellable.items() if not job.cancel_requested]):
             tellable[id].cancel_requested = True
 
@@ -658,7 +683,9 @@ class Commands(click.Group):
             with formatter.section(title):
                 formatter.write_dl([(name, self.commands[name].get_short_help_str(100)) for name in names])
         with formatter.section("Options of run"):
-            formatter.write_dl(list(filter(None, (option.get_help_record(ctx) for option in self.commands["run"].params))))
+            formatter.write_dl(
+                list(filter(None, (option.get_help_record(ctx) for option in self.commands["run"].params)))
+            )
 
 
 @click.group(
@@ -697,7 +724,9 @@ def on_queue(command: Callable[..., None]) -> Callable[..., None]:
 
 as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 watched = click.option("--watch", is_flag=True, help="Go on showing what changes.")
-LIMIT = click.option("--limit", type=click.IntRange(1, 1000), default=50, show_default=True, help="Jobs to show at most.")
+LIMIT = click.option(
+    "--limit", type=click.IntRange(1, 1000), default=50, show_default=True, help="Jobs to show at most."
+)
 SURE = click.option("--yes", is_flag=True, help="Do not ask.")
 
 
@@ -741,7 +770,12 @@ def run(queues: tuple[str, ...], burst: bool, **overrides: Any) -> None:
     worker = Worker(queue, settings, names, burst)
     slots, connections = settings.worker_concurrency, settings.shards * settings.worker_connections
     obey_signals(worker)
-    log.info("worker starts: %d slots, queues: %s; up to %d connections to Redis", slots, ", ".join(worker.names), connections)
+    log.info(
+        "worker starts: %d slots, queues: %s; up to %d connections to Redis",
+        slots,
+        ", ".join(worker.names),
+        connections,
+    )
     for warning in queue.warnings():
         log.warning("%s", warning)
     leave(worker.run())
@@ -998,7 +1032,10 @@ def _table(rows: Sequence[Sequence[Any]]) -> None:
     """Print rows, the columns aligned, numbers to the right."""
     widths = [max(len(str(row[at])) for row in rows) for at in range(len(rows[0]))]
     for row in rows:
-        cells = (str(cell).rjust(n) if isinstance(cell, int) else str(cell).ljust(n) for cell, n in zip(row, widths, strict=True))
+        cells = (
+            str(cell).rjust(n) if isinstance(cell, int) else str(cell).ljust(n)
+            for cell, n in zip(row, widths, strict=True)
+        )
         _say("  ".join(cells).rstrip())
 
 

@@ -82,7 +82,9 @@ LONGEST_WAIT = 25  # seconds that GET /jobs/<id>?wait= may take: routers give up
 CUT = 500  # bytes of a payload or a result in a listing
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 REQUEST_ID = re.compile("[!-~]{1,128}")
-TRACEPARENT = re.compile("(?!ff)[0-9a-f]{2}-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}")  # W3C Trace Context
+TRACEPARENT = re.compile(
+    "(?!ff)[0-9a-f]{2}-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}"
+)  # W3C Trace Context
 
 
 # Problems -------------------------------------------------------------------------------------------------------------
@@ -91,13 +93,20 @@ TRACEPARENT = re.compile("(?!ff)[0-9a-f]{2}-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a
 class Problem(Exception):
     """A request that cannot be answered. `more` goes into the answer's body, `headers` into its head."""
 
-    def __init__(self, status: int, kind: str, detail: str, headers: Mapping[str, str] | None = None, **more: Any) -> None:
+    def __init__(
+        self, status: int, kind: str, detail: str, headers: Mapping[str, str] | None = None, **more: Any
+    ) -> None:
         super().__init__(detail)
         self.status, self.kind, self.headers, self.more = status, kind, headers or {}, more
 
     def body(self) -> dict[str, Any]:
         title = self.kind.replace("-", " ").capitalize()
-        return {"type": f"urn:tinyqueue:{self.kind}", "title": title, "status": self.status, "detail": str(self)} | self.more
+        return {
+            "type": f"urn:tinyqueue:{self.kind}",
+            "title": title,
+            "status": self.status,
+            "detail": str(self),
+        } | self.more
 
     def answer(self) -> bottle.HTTPResponse:
         headers = {**_headers(), "Content-Type": "application/problem+json", **self.headers}
@@ -187,7 +196,9 @@ class Door:
         address = self._address()
         if not self.keys and not self.open:
             self._refuse_strangers(address)
-        if role == "page":  # a browser that opens it has no key yet, and it must open while Redis is down: nothing is counted
+        if (
+            role == "page"
+        ):  # a browser that opens it has no key yet, and it must open while Redis is down: nothing is counted
             return ""
         key = self._key() if self.keys else None
         if key and role != "any" and role not in key.may:
@@ -207,15 +218,21 @@ class Door:
         try:
             return str(ipaddress.ip_address(seen.split(",")[-self.proxies].strip()))
         except (ValueError, IndexError):
-            raise Problem(400, "bad-forwarded-for", "X-Forwarded-For does not hold an address from each trusted proxy") from None
+            raise Problem(
+                400, "bad-forwarded-for", "X-Forwarded-For does not hold an address from each trusted proxy"
+            ) from None
 
     def _key(self) -> Key:
         scheme, _, secret = request.environ.get("HTTP_AUTHORIZATION", "").partition(" ")
         given = secret.strip().encode("utf-8", "replace") if scheme.lower() == "bearer" else b""
-        found = [key for key in self.keys if hmac.compare_digest(key.secret, given)]  # all of them: the time tells nothing
+        found = [
+            key for key in self.keys if hmac.compare_digest(key.secret, given)
+        ]  # all of them: the time tells nothing
         if not found:
             how = {"WWW-Authenticate": 'Bearer realm="tinyqueue"'}
-            raise Problem(401, "unauthorized", "send one of the keys of TINYQUEUE_API_KEYS: Authorization: Bearer SECRET", how)
+            raise Problem(
+                401, "unauthorized", "send one of the keys of TINYQUEUE_API_KEYS: Authorization: Bearer SECRET", how
+            )
         return found[0]
 
     def _refuse_strangers(self, address: str) -> None:
@@ -309,7 +326,10 @@ class API(bottle.Bottle):  # type: ignore[misc]
         self._waiters = threading.BoundedSemaphore(THREADS // 2)
         self._scrape_errors = 0  # that Redis has not been told of
         for method, path, name, role in ROUTES:
-            for part, pattern in (("<id>", ID.pattern), ("<name>", NAME.pattern)):  # nothing may follow: not even a line break
+            for part, pattern in (
+                ("<id>", ID.pattern),
+                ("<name>", NAME.pattern),
+            ):  # nothing may follow: not even a line break
                 path = path.replace(part, f"<{part[1:-1]}:re:{pattern}(?!\\n)>")  # noqa: PLW2901
             self.route(path, method, partial(self._answer, getattr(self, name), role))
 
@@ -533,7 +553,11 @@ class API(bottle.Bottle):  # type: ignore[misc]
     def dashboard(self) -> bottle.HTTPResponse:
         """Show the dashboard. The page holds no data: it asks for it like any other client."""
         page, policy = _dashboard()
-        headers = {"Content-Type": "text/html; charset=utf-8", "Content-Security-Policy": policy, "Referrer-Policy": "no-referrer"}
+        headers = {
+            "Content-Type": "text/html; charset=utf-8",
+            "Content-Security-Policy": policy,
+            "Referrer-Policy": "no-referrer",
+        }
         return bottle.HTTPResponse(page, 200, HEADERS | headers)
 
     def openapi(self) -> Any:
@@ -665,7 +689,9 @@ def _file(name: str) -> bytes:
     beside = Path(__file__).with_name(name)
     if beside.exists():
         return beside.read_bytes()
-    return next(Path(file.locate()) for file in importlib.metadata.files("tinyqueue") or () if file.name == name).read_bytes()
+    return next(
+        Path(file.locate()) for file in importlib.metadata.files("tinyqueue") or () if file.name == name
+    ).read_bytes()
 
 
 @cache
@@ -703,7 +729,12 @@ METRICS = (  # name after tinyqueue_, kind, labels, meaning: a part of the contr
     ("jobs_reaped", "counter", "type queue", "attempts that were lost with their worker"),
     ("scrape_errors", "counter", "", "scrapes that could not be answered, for Redis was out of reach"),
     ("job_waiting_seconds", "histogram", "type queue", "time from when a job could start until it did"),
-    ("job_running_seconds", "histogram", "type queue", "time from the start of an attempt until its outcome was written"),
+    (
+        "job_running_seconds",
+        "histogram",
+        "type queue",
+        "time from the start of an attempt until its outcome was written",
+    ),
 )
 
 
@@ -731,7 +762,9 @@ class Scrape:
         started = {pair: buckets[-1][1] for pair, (buckets, _) in self.values["job_waiting_seconds"].items()}
         self.values["scrape_errors"] = errors
         for what, kind, labels, _ in METRICS:
-            if kind == "counter" and labels:  # those that are 0 are told, too: to Prometheus, a counter that appears has not grown
+            if (
+                kind == "counter" and labels
+            ):  # those that are 0 are told, too: to Prometheus, a counter that appears has not grown
                 counts = started if what == "jobs_started" else told.get(what.removeprefix("jobs_"), {})
                 self.values[what] = {pair: counts.get(pair, 0) for pair in pairs}
 
@@ -745,7 +778,9 @@ class Scrape:
             yield family
 
 
-def _histograms(told: Mapping[str, Mapping[tuple[str, ...], int]], what: str) -> dict[tuple[str, ...], tuple[Any, float]]:
+def _histograms(
+    told: Mapping[str, Mapping[tuple[str, ...], int]], what: str
+) -> dict[tuple[str, ...], tuple[Any, float]]:
     """Make the buckets of times cumulative, as Prometheus wants them, and give their sum in seconds."""
     stored, sums = told.get(what, {}), told.get(what + "Ms", {})
     bounds = [*(str(bound / 1000) for bound in BUCKETS[:-1]), "+Inf"]
@@ -789,7 +824,10 @@ def listen(settings: Settings) -> socket.socket:
     try:
         return socket.create_server((host, port), family=family, backlog=1024, dualstack_ipv6=both)
     except OSError as error:
-        if both and error.errno in (errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL):  # the kernel knows IPv6, this machine does not
+        if both and error.errno in (
+            errno.EAFNOSUPPORT,
+            errno.EADDRNOTAVAIL,
+        ):  # the kernel knows IPv6, this machine does not
             return socket.create_server(("", port), backlog=1024)
         raise SettingsError(f"cannot listen on HOST={host or '*'} PORT={port}: {error.strerror or error}") from None
 
@@ -802,7 +840,11 @@ class Channel(HTTPChannel):  # type: ignore[misc]
     """
 
     def writable(self) -> bool:
-        waiting = self.total_outbufs_len if not self.requests or self.total_outbufs_len > self.adj.outbuf_high_watermark else 0
+        waiting = (
+            self.total_outbufs_len
+            if not self.requests or self.total_outbufs_len > self.adj.outbuf_high_watermark
+            else 0
+        )
         return bool(waiting or self.will_close or self.close_when_flushed)
 
 
@@ -821,7 +863,8 @@ class Server:
             sockets=[sock],
             threads=THREADS,
             connection_limit=CONNECTIONS,
-            max_request_body_size=4 * api.settings.max_body,  # a little too large gets an answer in JSON, far too large none
+            max_request_body_size=4
+            * api.settings.max_body,  # a little too large gets an answer in JSON, far too large none
             max_request_header_size=32768,
             asyncore_use_poll=True,
             clear_untrusted_proxy_headers=False,  # the door decides what they are worth

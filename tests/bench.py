@@ -187,7 +187,9 @@ def measure_enqueue(queue: Queue, raw: redis.Redis, count: int) -> None:
             pipe.execute()
 
     bare = per_second(count, pipelined)
-    value = per_second(count, lambda: [queue.enqueue_many("send-email", [PAYLOAD] * 1000) for _ in range(0, count, 1000)])
+    value = per_second(
+        count, lambda: [queue.enqueue_many("send-email", [PAYLOAD] * 1000) for _ in range(0, count, 1000)]
+    )
     show("enqueue, 1,000 at a time", value, bare, "jobs/s", "MSET + LPUSH of 1,000 in one MULTI")
 
 
@@ -195,7 +197,9 @@ def measure_drain(queue: Queue, raw: redis.Redis, folder: str, count: int, slots
     """A worker process with that many slots beside a loop of that many threads that only pop, and record nothing."""
     raw.flushall()
     raw.lpush("bare", *range(count))
-    pops = [threading.Thread(target=lambda: [raw.brpop(["bare"], 1) for _ in range(count // slots)]) for _ in range(slots)]
+    pops = [
+        threading.Thread(target=lambda: [raw.brpop(["bare"], 1) for _ in range(count // slots)]) for _ in range(slots)
+    ]
 
     def pop_all() -> None:
         for thread in pops:
@@ -301,7 +305,13 @@ def measure_http(raw: redis.Redis, folder: str) -> None:
     with web(folder, str(ROOT / "wsgi.py"), processes=2) as url:
         two = requests_per_second(folder, url, "/jobs", job, 64)
     with web(folder, str(ROOT / "wsgi.py")) as url:
-        show("POST /jobs, 2 web processes", two, requests_per_second(folder, url, "/jobs", job, 64), "jobs/s", "one web process")
+        show(
+            "POST /jobs, 2 web processes",
+            two,
+            requests_per_second(folder, url, "/jobs", job, 64),
+            "jobs/s",
+            "one web process",
+        )
         batch = f"[{','.join([job] * 1000)}]"
         single = requests_per_second(folder, url, "/jobs", job, 16)
         show(

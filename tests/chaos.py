@@ -135,7 +135,17 @@ def thread(payload: dict, job: Job) -> str:
         return payload["token"]
 """
 RUDE = ("poison", "hang", "deaf", "exit", "fork", "thread")  # types that are a fault by themselves
-MAX_ATTEMPTS = {"work": 10, "flaky": 3, "discard": 3, "poison": 2, "hang": 2, "deaf": 1, "exit": 2, "fork": 10, "thread": 10}
+MAX_ATTEMPTS = {
+    "work": 10,
+    "flaky": 3,
+    "discard": 3,
+    "poison": 2,
+    "hang": 2,
+    "deaf": 1,
+    "exit": 2,
+    "fork": 10,
+    "thread": 10,
+}
 FAILS_WITH = {
     **{"flaky": "OSError", "discard": "Discard", "poison": "WorkerLost"},
     **{"hang": "TimedOut", "deaf": "TimedOut", "exit": "SystemExit"},
@@ -218,12 +228,18 @@ def plan(seed: int) -> Plan:
 def _draw_submit(dice: random.Random, token: str, type: str) -> Submit:
     via = dice.choice(("http", "http", "batch", "python"))
     payloads = [
-        {"token": f"{token}.{n}", "ms": dice.choice((dice.randrange(50), dice.randrange(50, 200))), "fails": dice.randrange(1, 5)}
+        {
+            "token": f"{token}.{n}",
+            "ms": dice.choice((dice.randrange(50), dice.randrange(50, 200))),
+            "fails": dice.randrange(1, 5),
+        }
         for n in range(dice.randrange(2, 5) if via == "batch" and type not in RUDE else 1)
     ]
     delay = dice.choice((0.0, 0.0, round(dice.uniform(0.05, 0.5), 2)))
     patient = via != "python" and dice.random() < 0.8
-    return Submit(token, round(dice.uniform(0.0, 0.6), 3), via, type, payloads, delay, patient, cancel=dice.random() < 0.15)
+    return Submit(
+        token, round(dice.uniform(0.0, 0.6), 3), via, type, payloads, delay, patient, cancel=dice.random() < 0.15
+    )
 
 
 # The world ------------------------------------------------------------------------------------------------------------
@@ -287,7 +303,12 @@ class World:
     # Processes --------------------------------------------------------------------------------------------------------
 
     def _spawn(self, name: str) -> subprocess.Popen[bytes]:
-        environ = {"PATH": os.environ["PATH"], "HOST": "127.0.0.1", "PORT": str(self.port), "REDIS_URL": self.proxies[name].url}
+        environ = {
+            "PATH": os.environ["PATH"],
+            "HOST": "127.0.0.1",
+            "PORT": str(self.port),
+            "REDIS_URL": self.proxies[name].url,
+        }
         environ |= {"PYTHONPATH": str(ROOT), "WORKER_CONCURRENCY": "3", "TINYQUEUE_HANDLERS": "chaoshandlers"}
         environ |= {"TINYQUEUE_LEASE": str(LEASE), "TINYQUEUE_SHUTDOWN_TIMEOUT": name[-1] if name in WORKERS else "5"}
         if name in self.wrong_clocks and CC:
@@ -295,7 +316,12 @@ class World:
         program = ROOT / ("wsgi.py" if name == "web" else "worker.py")
         with (self.folder / f"{name}.log").open("ab") as log:
             process = subprocess.Popen(
-                [sys.executable, str(program)], cwd=self.folder, env=environ, stdout=log, stderr=log, start_new_session=True
+                [sys.executable, str(program)],
+                cwd=self.folder,
+                env=environ,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
             )
         self.names[process.pid] = name
         return process
@@ -366,7 +392,9 @@ class World:
         fates.shutdown()
         quiet = self._wait_for_quiet(healed + PATIENCE)
         recovery = time.monotonic() - healed
-        troubles += [] if quiet else [f"it was not quiet after {PATIENCE} s: {self.queue.stats()} {self.queue.workers()}"]
+        troubles += (
+            [] if quiet else [f"it was not quiet after {PATIENCE} s: {self.queue.stats()} {self.queue.workers()}"]
+        )
         troubles += self._check_books()
         evidence = self._evidence(plan)
         verdict = judge(evidence)
@@ -430,7 +458,9 @@ class World:
 
     def _evidence(self, plan: Plan) -> Evidence:
         marks = [line.split() for line in (self.folder / "marks").read_text().splitlines()]
-        logs = {name: (self.folder / f"{name}.log").read_text(errors="replace").splitlines()[-400:] for name in self.proxies}
+        logs = {
+            name: (self.folder / f"{name}.log").read_text(errors="replace").splitlines()[-400:] for name in self.proxies
+        }
         signals, deaths, cuts = list(self.signals), list(self.deaths), list(self.cuts)
         return Evidence(plan, self._records(), read_marks(marks), signals, deaths, cuts, dict(self.names), logs)
 
@@ -439,7 +469,9 @@ class World:
     def _call(self, method: str, path: str, body: Any = None, key: str = "") -> tuple[int, Any]:
         headers = {"Content-Type": "application/json"} | ({"Idempotency-Key": key} if key else {})
         with closing(http.client.HTTPConnection("127.0.0.1", self.port, timeout=1.0)) as connection:
-            connection.request(method, path, None if body is None else json.dumps(body), headers if body is not None else {})
+            connection.request(
+                method, path, None if body is None else json.dumps(body), headers if body is not None else {}
+            )
             answer = connection.getresponse()
             return answer.status, json.loads(answer.read())
 
@@ -558,7 +590,9 @@ def redis_loading(world: World, fault: Fault) -> None:
                 pipeline.set("padding", "").delete("padding")
             pipeline.execute()
         world.redis.kill()
-        commands = sum(file.read_bytes().count(b"\r\n*") for file in (world.redis.folder / "appendonlydir").glob("*.aof"))
+        commands = sum(
+            file.read_bytes().count(b"\r\n*") for file in (world.redis.folder / "appendonlydir").glob("*.aof")
+        )
         pauses = min(commands, 10_000)  # each takes 60 microseconds at the least
         delay = str(1_000_000 // pauses - 60) if pauses == commands else str(-commands // pauses)
         options, world.redis.options = world.redis.options, (*world.redis.options, "--key-load-delay", delay)
@@ -749,7 +783,9 @@ def read_marks(marks: Sequence[Sequence[str]]) -> list[Run]:
             runs.append(Run(id, int(attempt), int(pid), worker, float(at)))
         else:
             same = (id, int(attempt), int(pid), worker)
-            for n, run in enumerate(runs):  # the last mark of a deaf handler may come in the next trial: it finds no run
+            for n, run in enumerate(
+                runs
+            ):  # the last mark of a deaf handler may come in the next trial: it finds no run
                 if run[:4] == same and not run.how:
                     runs[n] = run._replace(end=float(at), how=what)
     return runs
@@ -805,7 +841,11 @@ def _judge_end(submit: Submit, job: Job, runs: list[Run], first: bool, verdict: 
     }
     if job.status in ENDED and not right[job.status]:
         verdict.wrong.append(f"it has not ended as its handler says: {job}")
-    if first and submit.cancelled_at and (job.status != "cancelled" or any(run.begin > submit.cancelled_at for run in runs)):
+    if (
+        first
+        and submit.cancelled_at
+        and (job.status != "cancelled" or any(run.begin > submit.cancelled_at for run in runs))
+    ):
         verdict.wrong.append(f"cancelled, but it ran: {job}")
 
 
@@ -822,7 +862,9 @@ def _judge_runs(job: Job, runs: list[Run], evidence: Evidence, verdict: Verdict)
         )  # what was handed back goes on until the process ends
         if min(run.end, death) > after.begin + allowed:
             verdict.unexplained.append(f"two runs at once ({cause}): {job}")
-    if job.type == "poison" and causes.count("killed") >= job.max_attempts + SUSPICIONS + _killed_by_others(runs, evidence):
+    if job.type == "poison" and causes.count("killed") >= job.max_attempts + SUSPICIONS + _killed_by_others(
+        runs, evidence
+    ):
         verdict.wrong.append(f"it killed more workers than it may: {job}")
 
 
@@ -834,14 +876,23 @@ def cause_of(run: Run, after: Run, evidence: Evidence) -> str:
     """Why there was another run after this one; empty if nothing tells."""
     if run.how == "fail" and after.attempt > run.attempt and run.end <= after.begin:
         return "failed"
-    slack = 10.0 if any(kind.startswith(("redis", "read", "client", "password", "link")) for kind in evidence.plan.kinds) else 1.0
+    slack = (
+        10.0
+        if any(kind.startswith(("redis", "read", "client", "password", "link")) for kind in evidence.plan.kinds)
+        else 1.0
+    )
     noted = run.end + slack if run.how else float("inf")  # when its outcome must have been written
-    if any(death.pid == run.pid and death.at < min(after.begin, noted) and death.code == -SIGKILL for death in evidence.deaths):
+    if any(
+        death.pid == run.pid and death.at < min(after.begin, noted) and death.code == -SIGKILL
+        for death in evidence.deaths
+    ):
         return "killed"
     name = evidence.names.get(run.pid, "")
     if any(cut.victim == name and cut.begin < min(after.begin, noted) and cut.end > run.begin for cut in evidence.cuts):
         return "cut off"
-    late = evidence.names.get(after.pid, "")  # its attempt began first, and it was cut off before the handler's first mark
+    late = evidence.names.get(
+        after.pid, ""
+    )  # its attempt began first, and it was cut off before the handler's first mark
     if any(cut.victim == late and cut.begin < run.begin and after.begin < cut.end + slack for cut in evidence.cuts):
         return "cut off"
     if any(s.number == SIGTERM and s.pid == run.pid and s.at < min(after.begin, noted) for s in evidence.signals):
@@ -864,7 +915,10 @@ def show(evidence: Evidence) -> str:
     lines += [f"submit   {submit}" for submit in evidence.plan.submits]
     lines += [f"record   {job}" for job in evidence.records]
     events = [*evidence.signals, *evidence.deaths, *evidence.cuts, *evidence.runs]
-    lines += [f"event    {event}" for event in sorted(events, key=lambda event: getattr(event, "begin", getattr(event, "at", 0.0)))]
+    lines += [
+        f"event    {event}"
+        for event in sorted(events, key=lambda event: getattr(event, "begin", getattr(event, "at", 0.0)))
+    ]
     lines += [f"{name}  {line}" for name, log in evidence.logs.items() for line in log]
     return "\n".join(lines)
 
@@ -919,7 +973,9 @@ def _build_wrong_clock(folder: Path) -> None:
 
 def table(results: Sequence[Result]) -> str:
     """What happened, by kind of fault. A trial with several kinds counts for each of them."""
-    head = f"{'fault':<20} {'trials':>6} {'jobs':>7} {'lost':>5} {'failed':>7} {'killed':>7} {'stopped':>8} {'cut off':>8}"
+    head = (
+        f"{'fault':<20} {'trials':>6} {'jobs':>7} {'lost':>5} {'failed':>7} {'killed':>7} {'stopped':>8} {'cut off':>8}"
+    )
     lines = [head + f" {'unexplained':>12} {'wrong':>6} {'slowest recovery':>17}"]
     for kind in (*KINDS, ""):
         those = [result for result in results if not kind or kind in result.plan.kinds]
@@ -951,8 +1007,12 @@ def main(trials: int, seed: int, parallel: int) -> None:
         if result.failures:
             broken += 1
             click.echo("\n".join([f"SEED {result.plan.seed} FAILED", *result.failures, result.evidence]))
-        click.echo(f"{len(results):>5} seed {result.plan.seed} {result.seconds:.1f} s {' '.join(result.plan.kinds)}", err=True)
-    click.echo("extra runs by cause: a handler that failed, a worker that was killed, told to stop or cut off beyond its lease")
+        click.echo(
+            f"{len(results):>5} seed {result.plan.seed} {result.seconds:.1f} s {' '.join(result.plan.kinds)}", err=True
+        )
+    click.echo(
+        "extra runs by cause: a handler that failed, a worker that was killed, told to stop or cut off beyond its lease"
+    )
     click.echo(table(results))
     if not CC:
         click.echo("wrong-clock: there is no C compiler here, so those clocks were right")

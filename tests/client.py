@@ -90,7 +90,12 @@ class Client:
 
     def _environ(self, method: str, path: str, raw: bytes) -> dict[str, Any]:
         path, _, query = path.partition("?")
-        environ: dict[str, Any] = {"REQUEST_METHOD": method, "SCRIPT_NAME": "", "QUERY_STRING": query, "REMOTE_ADDR": self._peer}
+        environ: dict[str, Any] = {
+            "REQUEST_METHOD": method,
+            "SCRIPT_NAME": "",
+            "QUERY_STRING": query,
+            "REMOTE_ADDR": self._peer,
+        }
         environ["PATH_INFO"] = unquote_to_bytes(path).decode("latin-1")
         environ |= {"wsgi.input": io.BytesIO(raw), "wsgi.errors": self.log, "wsgi.multithread": True}
         setup_testing_defaults(environ)

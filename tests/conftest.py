@@ -343,7 +343,9 @@ def assert_books(queue: Queue) -> None:
         match = re.match(r"[a-z]+:?", key)
         assert match, f"unknown key {key}"
         assert FAMILIES.get(match[0]) == entry.type, f"unknown key {key}, a {entry.type}"
-        assert entry.expires == (match[0] in EXPIRING) or match[0] == "job:", f"{key} has a time to live: {entry.expires}"
+        assert entry.expires == (match[0] in EXPIRING) or match[0] == "job:", (
+            f"{key} has a time to live: {entry.expires}"
+        )
 
     def family(name: str) -> dict[str, Any]:
         return {key.removeprefix(name): entry.value for key, entry in keys.items() if key.startswith(name)}
@@ -368,7 +370,9 @@ def assert_books(queue: Queue) -> None:
     for status in ENDED:
         for id, ended in indexes[status].items():
             record = records.get(id.decode())
-            assert record or ended + queue.keep_ms[status] <= now, f"{status} lists {id!r}, which is gone before its time"
+            assert record or ended + queue.keep_ms[status] <= now, (
+                f"{status} lists {id!r}, which is gone before its time"
+            )
     _assert_counts(keys["counts"].value if "counts" in keys else {}, records, indexes)
     _assert_metrics(queue.metrics(), records)
     _assert_unique({key: id.decode() for key, id in family("unique:").items()}, records)
@@ -429,7 +433,9 @@ def _assert_place(id: str, record: dict[str, Any], expires: bool, places: Places
         assert places.index[status] == record["endedAt"], told
 
 
-def _assert_counts(counts: dict[bytes, bytes], records: dict[str, dict[str, Any]], indexes: dict[str, dict[bytes, float]]) -> None:
+def _assert_counts(
+    counts: dict[bytes, bytes], records: dict[str, dict[str, Any]], indexes: dict[str, dict[bytes, float]]
+) -> None:
     unended = Counter(
         f"{status}:{record.get('queue', 'default')}"
         for record in records.values()

@@ -19,7 +19,9 @@ from contextlib import suppress
 from select import select
 from typing import NamedTuple
 
-Deed = Callable[[socket.socket, socket.socket, bytes], bool]  # (client, server, packet) -> whether the connection goes on
+Deed = Callable[
+    [socket.socket, socket.socket, bytes], bool
+]  # (client, server, packet) -> whether the connection goes on
 SIZE = 1 << 16
 
 
@@ -39,7 +41,9 @@ class CutProxy:
         self.redis_port = redis_port
         self.packets: list[bytes] = []
         self.delay = 0.0  # seconds that each packet is late, either way
-        self.flowing = threading.Event()  # cleared: nothing passes, and nothing is lost; what was sent meanwhile comes late
+        self.flowing = (
+            threading.Event()
+        )  # cleared: nothing passes, and nothing is lost; what was sent meanwhile comes late
         self.flowing.set()
         self._rules: list[Rule] = []
         self._lock = threading.Lock()  # of two packets that fit one rule, one gets it

@@ -142,11 +142,17 @@ class World:
                 continue
             over, attempts = over.worker(at, proc=less(worker.proc, job)), state.records[job].attempts
             completed = tuple(times + (j == job) for j, times in enumerate(state.completed))
-            yield f"{at} completes {job}", over.record(job, status="completed", worker=None)._replace(completed=completed)
+            yield (
+                f"{at} completes {job}",
+                over.record(job, status="completed", worker=None)._replace(completed=completed),
+            )
             if self.pill:
                 continue
             if attempts < MAX_ATTEMPTS:
-                yield f"{at} fails {job}", over.record(job, status="pending", worker=None)._replace(delayed=state.delayed | {job})
+                yield (
+                    f"{at} fails {job}",
+                    over.record(job, status="pending", worker=None)._replace(delayed=state.delayed | {job}),
+                )
             else:
                 yield f"{at} fails {job} for good", over.record(job, status="failed", worker=None)
             back = over.record(job, status="pending", worker=None, attempts=attempts - 1)
@@ -195,13 +201,17 @@ class World:
 
     def wrong_with(self, job: int, record: Record, state: State) -> str:
         finders = [at for at, worker in enumerate(state.workers) if self.will_find(worker, job)]
-        runners = [at for at, worker in enumerate(state.workers) if worker.alive and worker.registered and job in worker.runs]
+        runners = [
+            at for at, worker in enumerate(state.workers) if worker.alive and worker.registered and job in worker.runs
+        ]
         lost = record.status == "pending" and job not in state.list and job not in state.delayed and not finders
         rules = {
             f"job {job} is pending, and nobody can find it": lost,
-            f"job {job} is processing, and will never end": record.status == "processing" and record.worker not in finders,
+            f"job {job} is processing, and will never end": record.status == "processing"
+            and record.worker not in finders,
             f"job {job} runs on two registered workers": len(runners) > 1,
-            f"job {job} is {record.status} while a registered worker runs it": bool(runners) and record.status != "processing",
+            f"job {job} is {record.status} while a registered worker runs it": bool(runners)
+            and record.status != "processing",
             f"job {job} was completed twice": state.completed[job] > 1,
             f"job {job} has failed for the sake of another": self.pill and job > 0 and record.status == "failed",
         }

@@ -46,7 +46,14 @@ def soak(n: int, job: Job) -> int:
 """
 BATCH = 1000
 FORGOTTEN_WITHIN = 150.0  # seconds; a worker trims once a minute
-SLACK = {"keys": 2, "used": 1 << 20, "rss": 5 << 20, "threads": 0, "files": 0, "connections": 0}  # keys: the counts, and the bell
+SLACK = {
+    "keys": 2,
+    "used": 1 << 20,
+    "rss": 5 << 20,
+    "threads": 0,
+    "files": 0,
+    "connections": 0,
+}  # keys: the counts, and the bell
 
 
 class Look(NamedTuple):
@@ -81,7 +88,8 @@ class Soak:
         environ |= {"REDIS_URL": self.redis.url, "TINYQUEUE_HANDLERS": "soakhandlers", "WORKER_CONCURRENCY": "10"}
         environ |= {"TINYQUEUE_KEEP_COMPLETED": "1", "TINYQUEUE_KEEP_FAILED": "1", "LOG_LEVEL": "error"}
         self.processes = [
-            subprocess.Popen([sys.executable, str(ROOT / program)], cwd=folder, env=environ) for program in ("wsgi.py", "worker.py")
+            subprocess.Popen([sys.executable, str(ROOT / program)], cwd=folder, env=environ)
+            for program in ("wsgi.py", "worker.py")
         ]
         self.web = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
         until(self._ready)

@@ -37,7 +37,10 @@ class SentinelServer(RedisServer):
     def watch(self, master: RedisServer, *more: str) -> None:
         """Start to watch a master, and call it dead after a second."""
         lines = [f"port {self.port}", "bind 127.0.0.1", f"dir {self.folder}", "logfile redis.log", *more]
-        lines += [f"sentinel monitor {SERVICE} 127.0.0.1 {master.port} 2", f"sentinel down-after-milliseconds {SERVICE} 1000"]
+        lines += [
+            f"sentinel monitor {SERVICE} 127.0.0.1 {master.port} 2",
+            f"sentinel down-after-milliseconds {SERVICE} 1000",
+        ]
         lines += [f"sentinel failover-timeout {SERVICE} 3000"]
         (self.folder / "sentinel.conf").write_text("\n".join(lines))
         self.start()
@@ -159,7 +162,11 @@ class Load:
         payload = thread * 1_000_000
         while not self._over.wait(0.01):
             payload += 1
-            body = {"type": "echo", "payload": payload, "delay": 3 if payload % 2 else 0}  # so that jobs wait when it happens
+            body = {
+                "type": "echo",
+                "payload": payload,
+                "delay": 3 if payload % 2 else 0,
+            }  # so that jobs wait when it happens
             status, answer = self._web.call("POST", "/jobs", body)
             if status == 201:
                 self.accepted.append((time.monotonic(), payload))
@@ -337,7 +344,9 @@ def test_failover_of_sentinels_is_followed_and_loses_nothing(
         load.assert_all_run(service_)
 
 
-def test_master_that_hands_over_is_left_and_nothing_is_lost_that_all_replicas_have(watched: Watched, tmp_path: Path) -> None:
+def test_master_that_hands_over_is_left_and_nothing_is_lost_that_all_replicas_have(
+    watched: Watched, tmp_path: Path
+) -> None:
     """The sentinels do not wait for clients: what these write meanwhile, and another replica has, is lost."""
     with service(tmp_path, REDIS_URL=watched.url, TINYQUEUE_MIN_REPLICAS="2") as service_:
         with Load(service_.web) as load:

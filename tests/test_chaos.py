@@ -59,12 +59,27 @@ def test_plan_leaves_no_kind_of_fault_out() -> None:
 
 
 def submit(**changes: Any) -> Submit:
-    given = {"token": "t", "at": 0.0, "via": "http", "type": "work", "payloads": [{"token": "t.0"}], "delay": 0.0, "ids": [ID]}
+    given = {
+        "token": "t",
+        "at": 0.0,
+        "via": "http",
+        "type": "work",
+        "payloads": [{"token": "t.0"}],
+        "delay": 0.0,
+        "ids": [ID],
+    }
     return Submit(**given | {"patient": True, "cancel": False} | changes)
 
 
 def job(**changes: Any) -> Job:
-    given = {"id": ID, "type": "work", "payload": {"token": "t.0"}, "status": "completed", "attempts": 1, "max_attempts": 10}
+    given = {
+        "id": ID,
+        "type": "work",
+        "payload": {"token": "t.0"},
+        "status": "completed",
+        "attempts": 1,
+        "max_attempts": 10,
+    }
     return Job(**given | {"result": "t.0"} | changes)
 
 
@@ -160,7 +175,13 @@ def test_judge_finds_two_runs_at_once() -> None:
 
 
 def test_judge_finds_a_job_that_kills_too_many_workers() -> None:
-    dead = job(type="poison", status="failed", attempts=2, max_attempts=2, error=Failure("WorkerLost", "worker lost (attempt 2/2)"))
+    dead = job(
+        type="poison",
+        status="failed",
+        attempts=2,
+        max_attempts=2,
+        error=Failure("WorkerLost", "worker lost (attempt 2/2)"),
+    )
     runs = [run(at, float("inf"), attempt=at, pid=at, how="") for at in range(1, 6)]
     deaths = [Death(at + 0.1, "worker-0", at, -SIGKILL) for at in range(1, 6)]
     changes = {"faults": ["poison"], "submits": [submit(type="poison")], "records": [dead]}
@@ -193,7 +214,13 @@ def test_cause_of_a_second_run(cause: str, earlier: Run, changes: dict[str, Any]
 
 
 def test_read_marks_of_runs_that_ended_and_one_that_did_not() -> None:
-    lines = ["begin a 1 100 w 1.0", "begin b 1 100 w 1.1", "end a 1 100 w 1.2", "begin a 2 200 v 1.3", "fail a 2 200 v 1.4"]
+    lines = [
+        "begin a 1 100 w 1.0",
+        "begin b 1 100 w 1.1",
+        "end a 1 100 w 1.2",
+        "begin a 2 200 v 1.3",
+        "fail a 2 200 v 1.4",
+    ]
     assert read_marks([line.split() for line in lines]) == [
         Run("a", 1, 100, "w", 1.0, 1.2, "end"),
         Run("b", 1, 100, "w", 1.1),

@@ -91,7 +91,9 @@ class Cluster:
 
     def _known(self, node: Node) -> int:
         with redis.Redis(port=node.port) as client:
-            return sum("handshake" not in known["flags"] and known["connected"] for known in client.cluster("NODES").values())
+            return sum(
+                "handshake" not in known["flags"] and known["connected"] for known in client.cluster("NODES").values()
+            )
 
     def _slots(self, node: Node) -> Any:
         connection = redis.Connection(port=node.port, protocol=2)
@@ -241,7 +243,10 @@ def calls(node: Node) -> int:
 
 def test_shards_share_the_work_among_the_masters(cluster: Cluster, tmp_path: Path) -> None:
     before = {master: calls(master) for master in cluster.masters}
-    with service(tmp_path, REDIS_URL=cluster.nodes[0].url, TINYQUEUE_SHARDS="12") as service_, Load(service_.web) as load:
+    with (
+        service(tmp_path, REDIS_URL=cluster.nodes[0].url, TINYQUEUE_SHARDS="12") as service_,
+        Load(service_.web) as load,
+    ):
         load.until_accepted(100)
         until(lambda: load.accepted[-1][1] in service_.runs())
     done = [calls(master) - before[master] for master in before]

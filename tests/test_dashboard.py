@@ -88,14 +88,18 @@ def open(browser: Any, near: Queue) -> Iterator[Open]:
     troubles: list[str] = []
     with Served() as served:
 
-        def open(at: str = "", queue: Queue | None = None, fake_time: bool = False, watched: bool = True, **options: Any) -> Any:
+        def open(
+            at: str = "", queue: Queue | None = None, fake_time: bool = False, watched: bool = True, **options: Any
+        ) -> Any:
             known = {name: options.pop(name) for name in list(options) if name in Settings.__struct_fields__}
             url = served.by(API(Settings(**known), queue or near))
             context = browser.new_context(
                 viewport={"width": 1400, "height": 900}, locale="en-GB", timezone_id="Europe/Berlin", **options
             )
             context.grant_permissions(["clipboard-read", "clipboard-write"])
-            context.add_init_script("addEventListener('securitypolicyviolation', e => console.error('CSP', e.violatedDirective))")
+            context.add_init_script(
+                "addEventListener('securitypolicyviolation', e => console.error('CSP', e.violatedDirective))"
+            )
             page = context.new_page()
             if fake_time:
                 page.clock.install()
@@ -191,7 +195,11 @@ def busy(queue: Queue) -> dict[str, Job]:
     running.set_progress(2, 5)
     queue.heartbeat(worker, [running.id])
     queue.heartbeat(queue.register(["reports"], 2))
-    return {"failed": queue.jobs("failed")[1] if not failed.error else failed, "running": running, "trace": queue.page()[0][-1]}
+    return {
+        "failed": queue.jobs("failed")[1] if not failed.error else failed,
+        "running": running,
+        "trace": queue.page()[0][-1],
+    }
 
 
 TRACE = """Traceback (most recent call last):
@@ -342,7 +350,9 @@ def test_find_a_failed_job_and_retry_it(open: Open, near: Queue) -> None:
         tile(page, "failed").click()
         shows(page, "ConnectionError: the bank is closed")
         page.get_by_role("link", name="flaky").click()
-        shows(page, "Traceback (most recent call last)", 'raise ConnectionError("the bank is closed")', "Attempts1 of 1")
+        shows(
+            page, "Traceback (most recent call last)", 'raise ConnectionError("the bank is closed")', "Attempts1 of 1"
+        )
         mended.set()
         page.get_by_role("button", name="Retry").click()
         shows(page, "completed", '"done"')
@@ -483,7 +493,9 @@ def test_show_how_far_a_running_job_is_and_of_one_that_ended_nothing(open: Open,
     job.set_progress(2, 5)
     near.heartbeat(worker, [job.id])
     page = open()
-    playwright.expect(page.locator("tr", has_text="1 of 1")).to_contain_text(re.compile(rf"echo {job.id[-8:]} for .* 40 %"))
+    playwright.expect(page.locator("tr", has_text="1 of 1")).to_contain_text(
+        re.compile(rf"echo {job.id[-8:]} for .* 40 %")
+    )
     page.get_by_role("link", name="echo").click()
     shows(page, "Progress 40 %")
     near.complete(job, None)
@@ -552,7 +564,9 @@ def test_copy_a_job_as_the_command_that_submits_it_again(open: Open, near: Queue
     shows(page, "in the clipboard")
     command = page.evaluate("navigator.clipboard.readText()")
     assert "admin-0123456789" not in command
-    subprocess.run(["bash", "-c", command], env={"PATH": os.environ["PATH"], "TINYQUEUE_KEY": "admin-0123456789"}, check=True)
+    subprocess.run(
+        ["bash", "-c", command], env={"PATH": os.environ["PATH"], "TINYQUEUE_KEY": "admin-0123456789"}, check=True
+    )
     [again] = [found for found in near.jobs("pending") if found.id != job.id]
     assert (again.type, again.payload, again.max_attempts, again.queue) == ("echo", payload, 7, "reports")
 
@@ -798,8 +812,14 @@ def test_the_browser_refuses_to_run_or_fetch_what_is_not_the_pages_own(open: Ope
     shows(page, "No job yet")
     policy = Client(API(Settings(), near)).get("/").headers["content-security-policy"]
     assert "unsafe" not in policy
-    assert {"default-src 'none'", "connect-src 'self'", "form-action 'none'", "frame-ancestors 'none'"} <= set(policy.split("; "))
-    for code in ("document.body.innerHTML = '<b>'", "document.write('<b>')", "new DOMParser().parseFromString('<b>', 'text/html')"):
+    assert {"default-src 'none'", "connect-src 'self'", "form-action 'none'", "frame-ancestors 'none'"} <= set(
+        policy.split("; ")
+    )
+    for code in (
+        "document.body.innerHTML = '<b>'",
+        "document.write('<b>')",
+        "new DOMParser().parseFromString('<b>', 'text/html')",
+    ):
         with pytest.raises(playwright.Error, match="TrustedHTML"):
             page.evaluate(f"() => {{ {code} }}")
 
@@ -818,7 +838,12 @@ def test_fits_every_width_with_the_longest_names(open: Open, near: Queue) -> Non
     near.fail(near.dequeue(worker, [name])[0], Failure("E" * 200, text, text), after=0)
     near.dequeue(worker, [name])
     page = open()
-    for at, sign in {"#/": "Workers", "#/jobs": "EEE", f"#/jobs/{job.id}": "Payload", f"#/submit/{name}": "Options"}.items():
+    for at, sign in {
+        "#/": "Workers",
+        "#/jobs": "EEE",
+        f"#/jobs/{job.id}": "Payload",
+        f"#/submit/{name}": "Options",
+    }.items():
         page.goto(page.url.partition("#")[0] + at)
         shows(page, sign)
         for width in WIDTHS:

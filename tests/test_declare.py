@@ -52,7 +52,10 @@ def test_handler_enqueues_by_what_it_declares() -> None:
     def greet(payload: Greet) -> None: ...
 
     queue = Queue.embedded()
-    jobs = greet.enqueue(queue, Greet("you")), greet.enqueue(queue, Greet("you"), max_attempts=1, queue="default", delay=60)
+    jobs = (
+        greet.enqueue(queue, Greet("you")),
+        greet.enqueue(queue, Greet("you"), max_attempts=1, queue="default", delay=60),
+    )
     assert [(job.type, job.max_attempts, job.queue, bool(job.run_at)) for job in jobs] == [
         ("greet", 7, "polite", False),
         ("greet", 1, "default", True),
@@ -196,7 +199,9 @@ def test_load_handlers_prefers_the_users_own_file(tmp_path: Path) -> None:
     (tmp_path / "handlers.py").write_text(GREET.format(type="greet", text="Hello "))
     script = "import json, tinyqueue; print(json.dumps(sorted(tinyqueue.load_handlers('handlers'))))"
     run = [sys.executable, "-P", "-c", script]  # -P: Python itself does not look into the working directory
-    done = subprocess.run(run, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, check=True)
+    done = subprocess.run(
+        run, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, check=True
+    )
     assert json.loads(done.stdout) == ["greet"]
 
 

@@ -147,7 +147,10 @@ NUMBERS = {
     "backoff": (r"`backoff=([\d.]+)`", HANDLER["backoff"].default),
     "backoff_cap": (r"`backoff_cap=([\d.]+)`", HANDLER["backoff_cap"].default),
     "web_connections": (r"web process opens up to (\d+) connections", Settings().web_connections),
-    "worker_connections": (r"a worker (\d+) and one for each slot", Settings(worker_concurrency=1).worker_connections - 1),
+    "worker_connections": (
+        r"a worker (\d+) and one for each slot",
+        Settings(worker_concurrency=1).worker_connections - 1,
+    ),
     "most worker_connections": (r"but (\d+) at most", Settings(worker_concurrency=500).worker_connections),
     "exit code": (r"with (\d+) when it could not do its work", worker.EXIT_BROKEN),
 }
@@ -212,7 +215,9 @@ def test_readme_shows_code_that_parses(readme: str, language: str) -> None:
 def test_tinyqueue_prints_a_table_of_contents_as_it_says(readme: str) -> None:
     [pattern] = re.findall(r"`grep '(.+)' tinyqueue.py`", str(tinyqueue.__doc__))
     assert f"`grep '{pattern}' tinyqueue.py`" in readme
-    printed = subprocess.run(["grep", pattern, "tinyqueue.py"], cwd=REPOSITORY, capture_output=True, text=True, check=True).stdout
+    printed = subprocess.run(
+        ["grep", pattern, "tinyqueue.py"], cwd=REPOSITORY, capture_output=True, text=True, check=True
+    ).stdout
     lines = printed.splitlines()
     assert [line for line in lines if not re.fullmatch(r" *# [A-Z][^-]* -{10,}", line)] == []
     assert len(lines) > 7

@@ -273,7 +273,12 @@ def test_doctor_prints_a_line_for_each_finding(real: Server) -> None:
 def test_doctor_prints_json(real: Server) -> None:
     done = run_worker(real.url, "doctor", "--json")
     found = {finding["about"]: finding for finding in json.loads(done.stdout)}
-    assert found["workers"] == {"about": "workers", "level": "warn", "seen": "0 alive", "advice": "start one: python worker.py"}
+    assert found["workers"] == {
+        "about": "workers",
+        "level": "warn",
+        "seen": "0 alive",
+        "advice": "start one: python worker.py",
+    }
 
 
 @pytest.mark.parametrize("options", [(), ("--json",)])
@@ -285,7 +290,9 @@ def test_doctor_exits_with_1_if_something_fails(options: tuple[str, ...]) -> Non
 
 
 def test_doctor_counts_the_connections_of_the_settings(real: Server) -> None:
-    small, large = (run_worker(real.url, "doctor", WEB_CONCURRENCY=web, WORKER_CONCURRENCY="1").stdout for web in ("1", "3"))
+    small, large = (
+        run_worker(real.url, "doctor", WEB_CONCURRENCY=web, WORKER_CONCURRENCY="1").stdout for web in ("1", "3")
+    )
     one = Settings(worker_concurrency=1)
     assert f"open up to {one.web_connections + one.worker_connections}\n" in small
     assert f"open up to {3 * one.web_connections + one.worker_connections}\n" in large

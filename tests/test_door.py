@@ -53,7 +53,9 @@ def opened(queue: Queue, peer: str = "198.51.100.7", **settings: Any) -> Client:
 def send(api: Client, method: str, path: str, **headers: str) -> Answer:
     """Call a route; what is posted is an empty object."""
     spelled = path.replace("<id>", NO_JOB).replace("<name>", "default")
-    return api.call(method, spelled, {} if method == "POST" else NO_BODY, {n.replace("_", "-"): v for n, v in headers.items()})
+    return api.call(
+        method, spelled, {} if method == "POST" else NO_BODY, {n.replace("_", "-"): v for n, v in headers.items()}
+    )
 
 
 # Roles ----------------------------------------------------------------------------------------------------------------
@@ -137,7 +139,10 @@ def test_tell_who_comes_without_keys_that_all_is_allowed(near: Queue) -> None:
 
 def test_let_a_key_in_from_anywhere_through_any_proxy_and_under_any_name(near: Queue) -> None:
     api = Client(API(Settings(api_keys=KEYS), near), SECRETS["read"], peer="198.51.100.7")
-    assert api.get("/stats", {"Host": "jobs.example.org", "X-Forwarded-For": "nonsense", "Forwarded": "for=x"}).status == 200
+    assert (
+        api.get("/stats", {"Host": "jobs.example.org", "X-Forwarded-For": "nonsense", "Forwarded": "for=x"}).status
+        == 200
+    )
 
 
 @pytest.mark.parametrize("spelled", ["Bearer {}", "bearer {}", "BEARER {}", "Bearer   {}", "Bearer {} "])
@@ -232,7 +237,9 @@ def test_take_keys_with_blanks_around_and_secrets_with_colons(near: Queue) -> No
 
 
 def test_refuse_to_be_open_with_keys() -> None:
-    with pytest.raises(SettingsError, match=r"TINYQUEUE_OPEN=1 and TINYQUEUE_API_KEYS contradict each other") as refused:
+    with pytest.raises(
+        SettingsError, match=r"TINYQUEUE_OPEN=1 and TINYQUEUE_API_KEYS contradict each other"
+    ) as refused:
         Door(Settings(api_keys=f"ann:admin:{GOOD}", open=True))
     assert GOOD not in str(refused.value)
 
@@ -240,7 +247,9 @@ def test_refuse_to_be_open_with_keys() -> None:
 def test_warn_once_when_open(near: Queue, caplog: pytest.LogCaptureFixture) -> None:
     api = opened(near)
     assert [api.get("/stats").status for _ in range(2)] == [200, 200]
-    assert [(record.levelno, "TINYQUEUE_OPEN" in record.message) for record in caplog.records] == [(logging.WARNING, True)]
+    assert [(record.levelno, "TINYQUEUE_OPEN" in record.message) for record in caplog.records] == [
+        (logging.WARNING, True)
+    ]
 
 
 def test_take_empty_keys_for_none_and_protect_the_server(near: Queue) -> None:
@@ -264,7 +273,9 @@ def test_end_at_once_when_a_setting_of_the_door_is_refused(tmp_path: Path, envir
     (tmp_path / "handlers.py").write_text(HANDLERS_PY)
     paths = {"PORT": "0", "HOST": "127.0.0.1", "PYTHONPATH": str(tmp_path)}
     command = [sys.executable, wsgi.__file__]
-    done = subprocess.run(command, cwd=tmp_path, env=environ | paths, capture_output=True, text=True, timeout=30, check=False)
+    done = subprocess.run(
+        command, cwd=tmp_path, env=environ | paths, capture_output=True, text=True, timeout=30, check=False
+    )
     assert done.returncode == 2
     assert next(iter(environ)) in done.stderr.splitlines()[-1]
     assert "Traceback" not in done.stderr
@@ -281,7 +292,9 @@ def test_let_this_machine_in_without_keys(near: Queue, peer: str) -> None:
     assert api.get("/stats").status == 200
 
 
-@pytest.mark.parametrize("host", ["localhost", "LOCALHOST", "localhost:3000", "127.0.0.1", "127.0.0.1:80", "[::1]", "[::1]:3000"])
+@pytest.mark.parametrize(
+    "host", ["localhost", "LOCALHOST", "localhost:3000", "127.0.0.1", "127.0.0.1:80", "[::1]", "[::1]:3000"]
+)
 def test_let_this_machine_in_under_each_of_its_names(near: Queue, host: str) -> None:
     assert Client(API(Settings(), near)).get("/stats", {"Host": host}).status == 200
 
@@ -471,7 +484,9 @@ def counted(queue: Queue) -> set[str]:
         (3, "9.9.9.9, 1.2.3.4, nonsense, 5.6.7.8", "1.2.3.4"),
     ],
 )
-def test_take_the_address_that_the_outermost_trusted_proxy_has_seen(queue: Queue, proxies: int, header: str, address: str) -> None:
+def test_take_the_address_that_the_outermost_trusted_proxy_has_seen(
+    queue: Queue, proxies: int, header: str, address: str
+) -> None:
     api = opened(queue, rate_limit="9/hour", trusted_proxies=proxies)
     assert api.get("/stats", {"X-Forwarded-For": header}).status == 200
     assert counted(queue) == {f"address-{address}"}
@@ -485,8 +500,14 @@ def test_take_the_peer_when_no_proxy_tells(queue: Queue) -> None:
 @pytest.mark.parametrize(
     ("proxies", "header"),
     [
-        *[(1, header) for header in ("nonsense", "1.2.3", "1.2.3.4:80", "1.2.3.4,", ",", " ", "[::1]", 'for="[::1]"', "1.2.3.256")],
-        *[(1, header) for header in ("1.2.3.4, unknown", "\xc3\xa9", "\xff", "1.2.3.4\0", "a" * 5000, "1.2.3.4 5.6.7.8")],
+        *[
+            (1, header)
+            for header in ("nonsense", "1.2.3", "1.2.3.4:80", "1.2.3.4,", ",", " ", "[::1]", 'for="[::1]"', "1.2.3.256")
+        ],
+        *[
+            (1, header)
+            for header in ("1.2.3.4, unknown", "\xc3\xa9", "\xff", "1.2.3.4\0", "a" * 5000, "1.2.3.4 5.6.7.8")
+        ],
         (2, "1.2.3.4"),
         (2, "nonsense, 1.2.3.4"),
         (3, "1.2.3.4, 5.6.7.8"),
@@ -500,7 +521,9 @@ def test_refuse_what_no_trusted_proxy_would_send(queue: Queue, proxies: int, hea
 
 def test_evade_no_limit_by_inventing_addresses(queue: Queue) -> None:
     api = opened(queue, rate_limit="3/hour")
-    statuses = [api.get("/stats", {"X-Forwarded-For": f"10.0.0.{n}", "Forwarded": f"for=10.0.0.{n}"}).status for n in range(50)]
+    statuses = [
+        api.get("/stats", {"X-Forwarded-For": f"10.0.0.{n}", "Forwarded": f"for=10.0.0.{n}"}).status for n in range(50)
+    ]
     assert statuses == [200] * 3 + [429] * 47
     assert len(counted(queue)) == 1
 
@@ -540,13 +563,17 @@ def test_refuse_a_page_of_another_site(near: Queue, headers: dict[str, str]) -> 
 
 
 @pytest.mark.parametrize(("method", "path"), CHANGING)
-def test_refuse_a_page_of_another_site_on_every_route_that_changes_something(near: Queue, method: str, path: str) -> None:
+def test_refuse_a_page_of_another_site_on_every_route_that_changes_something(
+    near: Queue, method: str, path: str
+) -> None:
     before = dump(near)
     assert send(Client(API(Settings(), near)), method, path, Sec_Fetch_Site="cross-site").kind == "cross-site"
     assert dump(near) == before
 
 
-@pytest.mark.parametrize("content_type", ["text/plain", "application/x-www-form-urlencoded", "multipart/form-data; boundary=x"])
+@pytest.mark.parametrize(
+    "content_type", ["text/plain", "application/x-www-form-urlencoded", "multipart/form-data; boundary=x"]
+)
 def test_refuse_what_a_form_can_send(near: Queue, content_type: str) -> None:
     api = Client(API(Settings(), near))
     for path in ("/jobs", "/jobs/batch", "/jobs/retry", "/jobs/cancel"):
@@ -599,9 +626,16 @@ ANSWERS = [
 
 
 def assert_secured(answer: Answer) -> None:
-    found = {name: answer.headers.get(name) for name in ("cache-control", "x-content-type-options", "content-security-policy")}
+    found = {
+        name: answer.headers.get(name)
+        for name in ("cache-control", "x-content-type-options", "content-security-policy")
+    }
     policy = "default-src 'none'; frame-ancestors 'none'"
-    assert found == {"cache-control": "no-store", "x-content-type-options": "nosniff", "content-security-policy": policy}
+    assert found == {
+        "cache-control": "no-store",
+        "x-content-type-options": "nosniff",
+        "content-security-policy": policy,
+    }
     assert not answer.headers.keys() & {"access-control-allow-origin", "server", "x-powered-by", "set-cookie"}
 
 
@@ -646,10 +680,17 @@ def test_tell_no_secret_and_no_payload_to_a_log_or_in_another_answer(
         {"payload": "hunter2"},
         b"hunter2",
     ):
-        for headers in ({}, {"Idempotency-Key": "tok123"}, {"Authorization": "Bearer tok123"}, {"Authorization": "tok123"}):
+        for headers in (
+            {},
+            {"Idempotency-Key": "tok123"},
+            {"Authorization": "Bearer tok123"},
+            {"Authorization": "tok123"},
+        ):
             for path in ("/jobs?token=tok123", "/jobs/batch?token=tok123", "/jobs/cancel?token=tok123"):
                 told.append(api.post(path, body, headers))
-    told += [api.get(path) for path in ("/stats", "/queues", "/workers", "/ready", "/openapi.json", "/health?token=tok123")]
+    told += [
+        api.get(path) for path in ("/stats", "/queues", "/workers", "/ready", "/openapi.json", "/health?token=tok123")
+    ]
     for answer in told:
         assert not HIDDEN.search(f"{answer.headers} {answer.body!r}"), answer
     assert not HIDDEN.search(api.log.getvalue() + caplog.text)

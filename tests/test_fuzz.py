@@ -69,12 +69,26 @@ WRONG = {
     "payload": [value for value in ODD_VALUES if not isinstance(value, dict)] + [{"a": "\ud800"}, {"\udfff": 1}],
     "maxAttempts": [v for v in ODD_VALUES if v is not None and v is not False] + [False, MAX_ATTEMPTS + 1, 1e300, "3"],
     "queue": [value for value in ODD_VALUES if value is not None and value != "__proto__"],
-    "delay": [v for v in ODD_VALUES if v is not None and (isinstance(v, bool) or v not in (0, 1.5, -0.0))] + [MAX_DELAY + 1, "1"],
+    "delay": [v for v in ODD_VALUES if v is not None and (isinstance(v, bool) or v not in (0, 1.5, -0.0))]
+    + [MAX_DELAY + 1, "1"],
     "expiresIn": [v for v in ODD_VALUES if v is not None and (isinstance(v, bool) or v != 1.5)] + [MAX_DELAY + 1, "1"],
     "uniqueKey": [
-        v for v in ODD_VALUES if v is not None and not (isinstance(v, str) and v.isprintable() and 1 <= len(v) <= KEY_LENGTH)
+        v
+        for v in ODD_VALUES
+        if v is not None and not (isinstance(v, str) and v.isprintable() and 1 <= len(v) <= KEY_LENGTH)
     ],
-    "runAt": [1.5, True, [], {}, *ODD_TEXTS, 2**63, 10**300, "2999-01-01T00:00:00Z", "2026-01-01", "2026-02-30T00:00:00Z"],
+    "runAt": [
+        1.5,
+        True,
+        [],
+        {},
+        *ODD_TEXTS,
+        2**63,
+        10**300,
+        "2999-01-01T00:00:00Z",
+        "2026-01-01",
+        "2026-02-30T00:00:00Z",
+    ],
 }
 CONTENT_TYPES = [
     "",
@@ -87,11 +101,30 @@ CONTENT_TYPES = [
     ";",
     "a/b;" * 50,
 ]
-METHODS = ["GET", "HEAD", "POST", "PUT", "DELETE", "PATCH", "TRACE", "CONNECT", "FOO", "get", "PRI", "X" * 500, "M-SEARCH", "!"]
+METHODS = [
+    "GET",
+    "HEAD",
+    "POST",
+    "PUT",
+    "DELETE",
+    "PATCH",
+    "TRACE",
+    "CONNECT",
+    "FOO",
+    "get",
+    "PRI",
+    "X" * 500,
+    "M-SEARCH",
+    "!",
+]
 NO_JOB = "01900000-0000-7000-8000-000000000000"
 FILLED = [(method, path.replace("<id>", NO_JOB).replace("<name>", "default")) for method, path, *_ in ROUTES]
 PATHS = ["/", "/jobs/", "/jobs/x", "/nope", "/queues/", "/queues/default", *sorted({path for _, path in FILLED})]
-SERVED = {(spelled, path) for method, path in FILLED for spelled in (method, method.lower(), "HEAD" if method == "GET" else method)}
+SERVED = {
+    (spelled, path)
+    for method, path in FILLED
+    for spelled in (method, method.lower(), "HEAD" if method == "GET" else method)
+}
 
 
 def wrong_field(rng: random.Random) -> Request:
@@ -115,7 +148,9 @@ def wrong_batch(rng: random.Random) -> Request:
 
 def no_batch(rng: random.Random) -> Request:
     return Request(
-        "POST", "/jobs/batch", rng.choice([value for value in ODD_VALUES if value not in ([[]],)] + [VALID, [], {"jobs": [VALID]}])
+        "POST",
+        "/jobs/batch",
+        rng.choice([value for value in ODD_VALUES if value not in ([[]],)] + [VALID, [], {"jobs": [VALID]}]),
     )
 
 
@@ -129,10 +164,13 @@ def bent_lines(rng: random.Random) -> Request:
     """One line of which is not JSON."""
     lines = [JOB] * rng.randint(0, 5)
     lines.insert(
-        rng.randint(0, len(lines)), rng.choice([JOB[:-1], b"x", b"\xff", b"\0", b"NaN", JOB + JOB, b'{"a":1,"a":1}', b"["])
+        rng.randint(0, len(lines)),
+        rng.choice([JOB[:-1], b"x", b"\xff", b"\0", b"NaN", JOB + JOB, b'{"a":1,"a":1}', b"["]),
     )
     path = rng.choice(["/jobs/batch", "/jobs/batch?partial=true"])
-    return Request("POST", path, rng.choice([b"\n", b"\r\n", b"\n\n"]).join(lines), {"Content-Type": "application/x-ndjson"})
+    return Request(
+        "POST", path, rng.choice([b"\n", b"\r\n", b"\n\n"]).join(lines), {"Content-Type": "application/x-ndjson"}
+    )
 
 
 def odd_key(rng: random.Random) -> dict[str, str]:
@@ -145,7 +183,24 @@ def no_key(rng: random.Random) -> Request:
     return Request("POST", path, body, {"Idempotency-Key": key})
 
 
-ODD_QUERIES = ["", "x", "-1", "0.5", "%00", "%ff", "%0a", "%D9%A3", "9" * 300, "%ud800", "+1", "1%20", "'", "[]", "1e3", "true%00"]
+ODD_QUERIES = [
+    "",
+    "x",
+    "-1",
+    "0.5",
+    "%00",
+    "%ff",
+    "%0a",
+    "%D9%A3",
+    "9" * 300,
+    "%ud800",
+    "+1",
+    "1%20",
+    "'",
+    "[]",
+    "1e3",
+    "true%00",
+]
 
 
 def wrong_query(rng: random.Random) -> Request:
@@ -186,7 +241,23 @@ def wrong_change(rng: random.Random) -> Request:
 
 def name_that_is_none(rng: random.Random) -> Request:
     name = rng.choice(
-        ["", "a" * 101, "%00", "%0a", "a%0a", "a%20", "%ff", "%c3%a9", "a:b", "*", "%7bqueue%7d", "a/b", "..%2f", "%", "{a}"]
+        [
+            "",
+            "a" * 101,
+            "%00",
+            "%0a",
+            "a%0a",
+            "a%20",
+            "%ff",
+            "%c3%a9",
+            "a:b",
+            "*",
+            "%7bqueue%7d",
+            "a/b",
+            "..%2f",
+            "%",
+            "{a}",
+        ]
     )
     return Request("POST", f"/queues/{name}/{rng.choice(['pause', 'resume'])}", rng.choice([NO_BODY, {}]))
 
@@ -197,13 +268,17 @@ def unknown_field(rng: random.Random) -> Request:
 
 
 def missing_field(rng: random.Random) -> Request:
-    names = rng.sample(["maxAttempts", "queue", "delay", "runAt"], rng.randint(0, 4)) + rng.choice([[], ["type"], ["payload"]])
+    names = rng.sample(["maxAttempts", "queue", "delay", "runAt"], rng.randint(0, 4)) + rng.choice(
+        [[], ["type"], ["payload"]]
+    )
     return Request("POST", "/jobs", dict.fromkeys(names, 1))
 
 
 def no_object(rng: random.Random) -> Request:
     return Request(
-        "POST", "/jobs", rng.choice([value for value in ODD_VALUES if not isinstance(value, dict)] + [[VALID], [[VALID]]])
+        "POST",
+        "/jobs",
+        rng.choice([value for value in ODD_VALUES if not isinstance(value, dict)] + [[VALID], [[VALID]]]),
     )
 
 
@@ -212,7 +287,9 @@ def cut(rng: random.Random) -> Request:
 
 
 def trailing(rng: random.Random) -> Request:
-    return Request("POST", "/jobs", JOB + rng.choice([b"}", b"]", b",", b"\0", b"x", JOB, b"\xff", b"//", b"\xef\xbb\xbf"]))
+    return Request(
+        "POST", "/jobs", JOB + rng.choice([b"}", b"]", b",", b"\0", b"x", JOB, b"\xff", b"//", b"\xef\xbb\xbf"])
+    )
 
 
 def noise(rng: random.Random) -> Request:
@@ -234,7 +311,20 @@ def another_encoding(rng: random.Random) -> Request:
 
 def no_number(rng: random.Random) -> Request:
     word = rng.choice(
-        [b"NaN", b"Infinity", b"-Infinity", b"1e999", b"-1E+400", b"9" * 4301, b"01", b"+1", b"1.", b".1", b"0x1", b"1_0"]
+        [
+            b"NaN",
+            b"Infinity",
+            b"-Infinity",
+            b"1e999",
+            b"-1E+400",
+            b"9" * 4301,
+            b"01",
+            b"+1",
+            b"1.",
+            b".1",
+            b"0x1",
+            b"1_0",
+        ]
     )
     return Request("POST", "/jobs", b'{"type":"echo","payload":{"a":[1,%b]}}' % word)
 
@@ -266,7 +356,17 @@ def content_type(rng: random.Random) -> Request:
 def bent_chunks(rng: random.Random) -> Request:
     """What a host that passes chunks on as they are might hand over."""
     body = rng.choice(
-        [b"", b"zz\r\n", b"-5\r\nabc", b"5\r\nabc\r\n", b"\r\n", b"ffffffffff\r\n", b"1", b"3;x\r\nabc", rng.randbytes(50)]
+        [
+            b"",
+            b"zz\r\n",
+            b"-5\r\nabc",
+            b"5\r\nabc\r\n",
+            b"\r\n",
+            b"ffffffffff\r\n",
+            b"1",
+            b"3;x\r\nabc",
+            rng.randbytes(50),
+        ]
     )
     return Request("POST", "/jobs", body, {"Transfer-Encoding": rng.choice(["chunked", "gzip, chunked", "CHUNKED"])})
 
@@ -336,7 +436,10 @@ def query(rng: random.Random) -> Request:
     """A path that is right with a query that must not matter."""
     noise = "".join(rng.choice("%=&;+?#/\\\x01\xff0aé") for _ in range(rng.randint(1, 40)))
     return Request(
-        rng.choice(["GET", "HEAD"]), rng.choice(["/health", "/ready", "/queues", "/workers"]) + "?" + noise, lowest=200, highest=200
+        rng.choice(["GET", "HEAD"]),
+        rng.choice(["/health", "/ready", "/queues", "/workers"]) + "?" + noise,
+        lowest=200,
+        highest=200,
     )
 
 
@@ -403,7 +506,9 @@ NO_PATH = "/jobs/" + NO_JOB
 def packet(rng: random.Random) -> bytes:
     """A request that holds no whole job, with bytes changed, left out, doubled, or put where they do not belong."""
     raw = bytearray(
-        rng.choice([REQUEST, REQUEST, *map(spell, ["GET", "HEAD", "DELETE"], ["/jobs", "/stats", NO_PATH]), rng.randbytes(200)])
+        rng.choice(
+            [REQUEST, REQUEST, *map(spell, ["GET", "HEAD", "DELETE"], ["/jobs", "/stats", NO_PATH]), rng.randbytes(200)]
+        )
     )
     for _ in range(rng.randint(1, 6)):
         at = rng.randrange(len(raw))
@@ -415,9 +520,13 @@ def packet(rng: random.Random) -> bytes:
             case 2:
                 raw[at:at] = raw[at : at + rng.randint(1, 50)]
             case 3:
-                raw[at:at] = rng.choice([b"\r\n", b"\n", b"\r", b"\0", b" ", b":", b"\r\n\r\n", b"\xff" * 10, b"9" * 30])
+                raw[at:at] = rng.choice(
+                    [b"\r\n", b"\n", b"\r", b"\0", b" ", b":", b"\r\n\r\n", b"\xff" * 10, b"9" * 30]
+                )
             case 4:
-                raw[at:at] = rng.choice([b"Content-Length: 5\r\n", b"Transfer-Encoding: chunked\r\n", b"Expect: 100-continue\r\n"])
+                raw[at:at] = rng.choice(
+                    [b"Content-Length: 5\r\n", b"Transfer-Encoding: chunked\r\n", b"Expect: 100-continue\r\n"]
+                )
         raw = raw or bytearray(b"\0")
     return bytes(raw)
 

@@ -239,7 +239,9 @@ def mail(monkeypatch: pytest.MonkeyPatch) -> Iterator[MailServer]:
 def certificate(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A file with a key and a certificate for 127.0.0.1, which nobody trusts."""
     path = tmp_path_factory.mktemp("tls") / "server.pem"
-    command = "openssl req -x509 -newkey rsa:2048 -nodes -subj /CN=test -addext subjectAltName=IP:127.0.0.1 -keyout - -out -"
+    command = (
+        "openssl req -x509 -newkey rsa:2048 -nodes -subj /CN=test -addext subjectAltName=IP:127.0.0.1 -keyout - -out -"
+    )
     try:
         path.write_bytes(subprocess.run(command.split(), capture_output=True, check=True).stdout)
     except FileNotFoundError:
@@ -248,7 +250,9 @@ def certificate(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(params=["smtp", "smtps"])
-def tls_mail(request: pytest.FixtureRequest, certificate: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[MailServer]:
+def tls_mail(
+    request: pytest.FixtureRequest, certificate: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[MailServer]:
     """A mail server that encrypts, after STARTTLS or from the start, and SMTP_URL set to it, with a password."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(certificate)
@@ -273,7 +277,9 @@ def test_send_email_arrives_as_it_was_written(mail: MailServer, body: str) -> No
     assert receipt.sent
     assert letter.recipients == ["user+tag@example.com"]
     assert letter.message["To"] == "user+tag@example.com"
-    assert letter.message["Subject"].split() == ["Grüße", "an", "alle"] * 20  # Python 3.13.0 folds a blank too many into it
+    assert (
+        letter.message["Subject"].split() == ["Grüße", "an", "alle"] * 20
+    )  # Python 3.13.0 folds a blank too many into it
     assert letter.message.get_content().replace("\r\n", "\n") == body
     assert letter.message["Message-ID"] == receipt.message_id
     assert letter.message["Date"].datetime.tzinfo
@@ -313,7 +319,9 @@ def test_send_email_to_a_server_of_unknown_certificate_keeps_its_password(tls_ma
     assert tls_mail.letters == []
 
 
-def test_send_email_to_a_server_that_does_not_encrypt_keeps_its_password(mail: MailServer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_send_email_to_a_server_that_does_not_encrypt_keeps_its_password(
+    mail: MailServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("SMTP_URL", f"smtp://me:secret@127.1:{mail.port}")  # this machine, but not by a name that tells
     with pytest.raises(RuntimeError, match="no encryption") as error:
         send_email(HELLO, job())
@@ -322,7 +330,9 @@ def test_send_email_to_a_server_that_does_not_encrypt_keeps_its_password(mail: M
     assert mail.letters == []
 
 
-def test_send_email_to_this_machine_logs_in_without_encryption(mail: MailServer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_send_email_to_this_machine_logs_in_without_encryption(
+    mail: MailServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("SMTP_URL", f"smtp://me:p%40ss@127.0.0.1:{mail.port}")
     send_email(HELLO, job())
     assert mail.letters[0].login == "me:p@ss"
@@ -371,7 +381,13 @@ def test_send_email_taken_and_then_hung_up_on_is_sent(mail: MailServer, answer: 
 
 @pytest.mark.parametrize(
     "url",
-    ["smtp://me:secret/x@host", "smtp://me:secret#@host:25", "smtp://me:secret\u2100@host", "http://me:secret@host", "host:25"],
+    [
+        "smtp://me:secret/x@host",
+        "smtp://me:secret#@host:25",
+        "smtp://me:secret\u2100@host",
+        "http://me:secret@host",
+        "host:25",
+    ],
 )
 def test_send_email_with_a_wrong_url_says_so_and_not_the_password(monkeypatch: pytest.MonkeyPatch, url: str) -> None:
     monkeypatch.setenv("SMTP_URL", url)
@@ -406,12 +422,21 @@ def png_of(width: int, height: int) -> bytes:
     def chunk(name: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
 
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)) + chunk(b"IDAT", b"")
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
+        + chunk(b"IDAT", b"")
+    )
 
 
 @pytest.mark.parametrize(
     ("format", "width", "height", "size"),
-    [("jpeg", 100, 100, (100, 50)), ("png", 320, 10, (20, 10)), ("webp", 1, 1, (1, 1)), ("jpeg", 2000, 2000, (400, 200))],
+    [
+        ("jpeg", 100, 100, (100, 50)),
+        ("png", 320, 10, (20, 10)),
+        ("webp", 1, 1, (1, 1)),
+        ("jpeg", 2000, 2000, (400, 200)),
+    ],
 )
 def test_process_image_makes_a_thumbnail_that_fits(
     media: Path, format: str, width: int, height: int, size: tuple[int, int]
@@ -489,7 +514,9 @@ def test_process_image_follows_a_link_that_stays_inside(media: Path) -> None:
     assert process_image(ProcessImage("link.png")).path == "photo.png.320x320.jpeg"
 
 
-@pytest.mark.parametrize("path", ["../outside.png", "sub/../../outside.png", "{tmp}/outside.png", "link.png", "folder/outside.png"])
+@pytest.mark.parametrize(
+    "path", ["../outside.png", "sub/../../outside.png", "{tmp}/outside.png", "link.png", "folder/outside.png"]
+)
 def test_process_image_of_a_path_that_leads_out_is_discarded(media: Path, tmp_path: Path, path: str) -> None:
     (media / "link.png").symlink_to(tmp_path / "outside.png")
     (media / "folder").symlink_to(tmp_path)
@@ -499,7 +526,9 @@ def test_process_image_of_a_path_that_leads_out_is_discarded(media: Path, tmp_pa
     assert files(tmp_path) == before
 
 
-@pytest.mark.parametrize("path", ["nothing.png", "folder", "pipe.png", "text.png", "half.png", "drawing.eps", "old.bmp"])
+@pytest.mark.parametrize(
+    "path", ["nothing.png", "folder", "pipe.png", "text.png", "half.png", "drawing.eps", "old.bmp"]
+)
 def test_process_image_of_no_image_is_discarded(media: Path, path: str) -> None:
     (media / "folder").mkdir()
     os.mkfifo(media / "pipe.png")  # reading it would wait for ever
@@ -598,7 +627,9 @@ def test_export_data_can_be_read_by_others(exports: Path) -> None:
     assert (exports / made.path).stat().st_mode & 0o777 == 0o666 & ~umask
 
 
-@pytest.mark.parametrize("name", ["../out.csv", "a/../../out.csv", "{tmp}/out.csv", "link.csv", "folder/out.csv", ".", "a/.."])
+@pytest.mark.parametrize(
+    "name", ["../out.csv", "a/../../out.csv", "{tmp}/out.csv", "link.csv", "folder/out.csv", ".", "a/.."]
+)
 def test_export_data_to_a_path_that_leads_out_is_discarded(exports: Path, tmp_path: Path, name: str) -> None:
     exports.mkdir()
     (exports / "link.csv").symlink_to(tmp_path / "out.csv")

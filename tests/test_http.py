@@ -146,7 +146,11 @@ def test_show_gives_times_as_whole_milliseconds(api: Client, queue: Queue, statu
     assert {type(time) for time in times} == {int}
     assert times == sorted(times)
     assert job["updatedAt"] == times[-1]
-    assert datetime(2024, 1, 1, tzinfo=UTC) < datetime.fromtimestamp(times[0] / 1000, UTC) < datetime(2100, 1, 1, tzinfo=UTC)
+    assert (
+        datetime(2024, 1, 1, tzinfo=UTC)
+        < datetime.fromtimestamp(times[0] / 1000, UTC)
+        < datetime(2100, 1, 1, tzinfo=UTC)
+    )
 
 
 def test_show_gives_a_failed_jobs_error(api: Client, queue: Queue) -> None:
@@ -395,7 +399,12 @@ def test_refuse_what_is_no_object(refuse: Refuse, body: Any) -> None:
 
 @pytest.mark.parametrize(
     ("body", "field"),
-    [({}, "type"), ({"type": "echo"}, "payload"), ({"payload": 1}, "type"), ({"type": "echo", "delay": "x"}, "payload")],
+    [
+        ({}, "type"),
+        ({"type": "echo"}, "payload"),
+        ({"payload": 1}, "type"),
+        ({"type": "echo", "delay": "x"}, "payload"),
+    ],
     ids=str,
 )
 def test_refuse_a_job_without_what_it_must_have(refuse: Refuse, body: Any, field: str) -> None:
@@ -403,7 +412,9 @@ def test_refuse_a_job_without_what_it_must_have(refuse: Refuse, body: Any, field
     assert (about["field"], about["detail"]) == (field, f"{field}: is missing")
 
 
-@pytest.mark.parametrize("name", ["typ", "Type", "max_attempts", "maxattempts", "priority", "id", "status", "jobId", "", " type"])
+@pytest.mark.parametrize(
+    "name", ["typ", "Type", "max_attempts", "maxattempts", "priority", "id", "status", "jobId", "", " type"]
+)
 def test_refuse_an_unknown_field_and_name_those_that_are(refuse: Refuse, name: str) -> None:
     about = refuse(422, "invalid-job", echo_with(**{name: 1}))
     assert about["field"] == name
@@ -415,7 +426,9 @@ def test_refuse_an_unknown_field_of_any_name(refuse: Refuse, name: str) -> None:
     assert len(refuse(422, "invalid-job", echo_with(**{name: 1}))["field"]) <= 100
 
 
-@pytest.mark.parametrize("type", ["nope", "", "Echo", "echo ", "ec\0ho", "\ud800", "é", "x" * 5000, "send_email"], ids=ascii)
+@pytest.mark.parametrize(
+    "type", ["nope", "", "Echo", "echo ", "ec\0ho", "\ud800", "é", "x" * 5000, "send_email"], ids=ascii
+)
 def test_refuse_an_unknown_type_and_name_those_that_are(refuse: Refuse, type: str) -> None:
     about = refuse(422, "unknown-type", {"type": type, "payload": 1})
     assert (about["field"], about["known"]) == ("type", ["echo", "send-email"])
@@ -452,7 +465,9 @@ def test_refuse_a_payload_that_the_handler_cannot_take(refuse: Refuse, payload: 
 
 
 @pytest.mark.parametrize(
-    "payload", [rb'"\ud800"', rb'"a\udfffb"', rb'{"\udfff":1}', rb'[[{"a":"\udc00\ud800"}]]', rb'[null,"\ud83d"]'], ids=ascii
+    "payload",
+    [rb'"\ud800"', rb'"a\udfffb"', rb'{"\udfff":1}', rb'[[{"a":"\udc00\ud800"}]]', rb'[null,"\ud83d"]'],
+    ids=ascii,
 )
 def test_refuse_lone_surrogates_in_a_payload(refuse: Refuse, payload: bytes) -> None:
     assert refuse(422, "invalid-job", b'{"type":"echo","payload":%b}' % payload)["field"] == "payload"
@@ -499,7 +514,10 @@ def brief(value: Any) -> str:
 @pytest.mark.parametrize("value", NO_ATTEMPTS, ids=brief)
 def test_refuse_what_is_no_number_of_attempts(refuse: Refuse, value: Any) -> None:
     about = refuse(422, "invalid-job", echo_with(maxAttempts=value))
-    assert (about["field"], about["detail"]) == ("maxAttempts", f"maxAttempts: must be a whole number from 1 to {MAX_ATTEMPTS}")
+    assert (about["field"], about["detail"]) == (
+        "maxAttempts",
+        f"maxAttempts: must be a whole number from 1 to {MAX_ATTEMPTS}",
+    )
 
 
 @pytest.mark.parametrize("value", NO_DELAYS, ids=brief)
@@ -602,7 +620,17 @@ def test_show_answers_404_when_a_job_has_been_forgotten(api: Client, queue: Queu
             "/stats%0a",
             "/health;x",
         ],
-        *["/..", "/../etc/passwd", "/%2e%2e/%2e%2e", "/" + "a" * 20_000, "/favicon.ico", "/%", "/%zz", "/stats%2f", "/<x>"],
+        *[
+            "/..",
+            "/../etc/passwd",
+            "/%2e%2e/%2e%2e",
+            "/" + "a" * 20_000,
+            "/favicon.ico",
+            "/%",
+            "/%zz",
+            "/stats%2f",
+            "/<x>",
+        ],
     ],
     ids=brief,
 )
@@ -633,8 +661,12 @@ def assert_allow(answer: Answer, path: str) -> None:
     assert ALLOWED[path] <= set(answer.headers["allow"].split(",")) <= served_by(path)
 
 
-@pytest.mark.parametrize(("path", "method"), [(path, method) for path in ALLOWED for method in sorted(METHODS - served_by(path))])
-def test_answer_405_to_another_method_and_name_those_that_are(api: Client, queue: Queue, path: str, method: str) -> None:
+@pytest.mark.parametrize(
+    ("path", "method"), [(path, method) for path in ALLOWED for method in sorted(METHODS - served_by(path))]
+)
+def test_answer_405_to_another_method_and_name_those_that_are(
+    api: Client, queue: Queue, path: str, method: str
+) -> None:
     answer = api.call(method, filled(path), NO_BODY if method == "HEAD" else echo_with())
     assert answer.status == 405
     assert_allow(answer, path)
@@ -814,7 +846,9 @@ def test_answer_503_when_redis_does_not_answer(monkeypatch: pytest.MonkeyPatch) 
 
 
 @pytest.mark.parametrize(("method", "path", "body"), REQUESTS, ids=NAMED)
-def test_answer_a_problem_when_it_is_not_redis(caplog: pytest.LogCaptureFixture, method: str, path: str, body: Any) -> None:
+def test_answer_a_problem_when_it_is_not_redis(
+    caplog: pytest.LogCaptureFixture, method: str, path: str, body: Any
+) -> None:
     with answering(b"HTTP/1.1 400 Bad Request\r\n\r\n") as url, client_of(url) as api:
         answer = api.call(method, path, body)
         assert answer.problem["status"] in (500, 503)
@@ -994,7 +1028,9 @@ def test_log_no_credentials_and_no_payload(caplog: pytest.LogCaptureFixture) -> 
 
 # wsgi:app -------------------------------------------------------------------------------------------------------------
 
-HANDLERS_PY = "from tinyqueue import handler\n\n@handler('echo')\ndef echo(payload: object) -> object:\n    return payload\n"
+HANDLERS_PY = (
+    "from tinyqueue import handler\n\n@handler('echo')\ndef echo(payload: object) -> object:\n    return payload\n"
+)
 IMPORT = """
 import sys
 seen = []
@@ -1047,7 +1083,13 @@ def test_import_opens_nothing_and_reads_no_setting(tmp_path: Path) -> None:
 
 
 def test_app_answers_503_without_redis_url(tmp_path: Path) -> None:
-    calls = [["GET", "/health"], ["GET", "/ready"], ["POST", "/jobs", echo_with()], ["GET", "/stats"], ["GET", f"/jobs/{NO_JOB}"]]
+    calls = [
+        ["GET", "/health"],
+        ["GET", "/ready"],
+        ["POST", "/jobs", echo_with()],
+        ["GET", "/stats"],
+        ["GET", f"/jobs/{NO_JOB}"],
+    ]
     [health, *others], log = answers_of_app(tmp_path, calls)
     assert health[0] == 200
     for status, about, _ in others:
@@ -1136,7 +1178,9 @@ def test_refuse_a_chunked_body_that_is_too_large(served: tuple[str, int], queue:
     assert dump(queue) == {}
 
 
-@pytest.mark.parametrize("chunks", [b"zz", b"-5\r\nabc", b"5\r\nabc\r\n0\r\n\r\n", b"3\r\nabcdef\r\n0\r\n\r\n"], ids=ascii)
+@pytest.mark.parametrize(
+    "chunks", [b"zz", b"-5\r\nabc", b"5\r\nabc\r\n0\r\n\r\n", b"3\r\nabcdef\r\n0\r\n\r\n"], ids=ascii
+)
 def test_refuse_broken_chunks(served: tuple[str, int], queue: Queue, chunks: bytes) -> None:
     with Wire(served) as wire:
         wire.send(CHUNKED + chunks + b"\r\n")

@@ -115,7 +115,9 @@ def test_each_slot_logs_its_own_job(queue: Queue, types: None, logged: Any) -> N
     assert all(line["message"] == f"mine is {line['job']}" for line in told)
 
 
-def test_a_job_that_was_asked_to_stop_is_not_said_to_have_no_attempt_left(queue: Queue, types: None, logged: Any) -> None:
+def test_a_job_that_was_asked_to_stop_is_not_said_to_have_no_attempt_left(
+    queue: Queue, types: None, logged: Any
+) -> None:
     @handler("obedient")
     def obedient(payload: object, job: Job) -> None:
         queue.cancel(job.id)
@@ -131,14 +133,20 @@ def test_a_job_that_was_asked_to_stop_is_not_said_to_have_no_attempt_left(queue:
 
 
 @pytest.mark.parametrize("format", ["text", "json"])
-def test_what_a_handler_raises_or_says_makes_no_second_line(queue: Queue, types: None, logged: Any, format: str) -> None:
+def test_what_a_handler_raises_or_says_makes_no_second_line(
+    queue: Queue, types: None, logged: Any, format: str
+) -> None:
     lines = logged(log_format=format)
     queue.enqueue("nasty", 1)
     work_off(queue)
     assert len([line for line in lines() if "2026-01-01 00:00:00" in line]) == 2
     for line in lines():
         assert line.isprintable()
-        assert json.loads(line)["level"] if format == "json" else re.match(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} [A-Z]+ ", line)
+        assert (
+            json.loads(line)["level"]
+            if format == "json"
+            else re.match(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} [A-Z]+ ", line)
+        )
     assert not [line for line in lines() if line.startswith("2026-01-01 00:00:00,000")]
 
 
@@ -213,7 +221,9 @@ def test_a_request_id_comes_back(api: Client, id: str) -> None:
 
 
 @pytest.mark.parametrize("id", ["", "a b", "x" * 129, "\xe9", "a\x7f", None])
-def test_a_request_without_a_fit_id_gets_one_that_its_job_does_not_keep(queue: Queue, api: Client, types: None, id: str) -> None:
+def test_a_request_without_a_fit_id_gets_one_that_its_job_does_not_keep(
+    queue: Queue, api: Client, types: None, id: str
+) -> None:
     headers = {} if id is None else {"X-Request-ID": id}
     answers = [api.post("/jobs", {"type": "echo", "payload": 1}, headers) for _ in range(2)]
     made = {answer.headers["x-request-id"] for answer in answers}
@@ -239,7 +249,9 @@ def test_one_search_follows_a_request_from_web_to_worker(queue: Queue, api: Clie
 
 
 def test_the_jobs_of_a_batch_keep_the_id_of_their_request(api: Client, types: None) -> None:
-    made = api.post("/jobs/batch", [{"type": "echo", "payload": n} for n in range(2)], {"X-Request-ID": "r-1"}).json["jobs"]
+    made = api.post("/jobs/batch", [{"type": "echo", "payload": n} for n in range(2)], {"X-Request-ID": "r-1"}).json[
+        "jobs"
+    ]
     assert [api.get(f"/jobs/{job['jobId']}").json["requestId"] for job in made] == ["r-1", "r-1"]
 
 

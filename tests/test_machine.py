@@ -8,7 +8,15 @@ import pytest
 from conftest import Server, assert_books, lapse, raw
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import Bundle, RuleBasedStateMachine, invariant, multiple, precondition, rule, run_state_machine_as_test
+from hypothesis.stateful import (
+    Bundle,
+    RuleBasedStateMachine,
+    invariant,
+    multiple,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
 
 import tinyqueue
 from tinyqueue import Failure, Job, KeyReused, Once, Outcome, Queue, Reaped, WrongStatus
@@ -22,7 +30,13 @@ class Known:
     """What the model knows of a job."""
 
     def __init__(self, job: Job) -> None:
-        self.status, self.attempts, self.max_attempts, self.due, self.worker = "pending", 0, job.max_attempts, job.run_at, ""
+        self.status, self.attempts, self.max_attempts, self.due, self.worker = (
+            "pending",
+            0,
+            job.max_attempts,
+            job.run_at,
+            "",
+        )
         self.expires, self.unique_key, self.asked, self.suspicions = job.expires_at, job.unique_key, False, 0
 
     @property
@@ -68,7 +82,9 @@ class Machine(RuleBasedStateMachine):
 
     def _has(self, unique_key: str) -> list[str]:
         """Who has that uniqueKey at the moment."""
-        return [id for id, known in self.model.items() if unique_key and known.unique_key == unique_key and known.active]
+        return [
+            id for id, known in self.model.items() if unique_key and known.unique_key == unique_key and known.active
+        ]
 
     def _new(self, drafts: list[Job], jobs: list[Job]) -> Any:
         """Take note of what a submit has returned: a draft, or the job that has its uniqueKey."""
@@ -99,7 +115,9 @@ class Machine(RuleBasedStateMachine):
         drafts = [self.queue.draft("echo", {}, queue="high", unique_key=key) for key in keys]
         return self._new(drafts, self.queue.submit(drafts))
 
-    @rule(target=jobs, key=st.sampled_from("xy"), count=st.integers(1, 2), unique_key=st.sampled_from([None, None, "a"]))
+    @rule(
+        target=jobs, key=st.sampled_from("xy"), count=st.integers(1, 2), unique_key=st.sampled_from([None, None, "a"])
+    )
     def submit_once(self, key: str, count: int, unique_key: str | None) -> Any:
         drafts = [self.queue.draft("echo", {}, queue="low", unique_key=unique_key) for _ in range(count)]
         made = self.made_once.get(key)
@@ -202,7 +220,11 @@ class Machine(RuleBasedStateMachine):
             worker.held[job.id] = job
 
     @precondition(lambda self: any(worker.held for worker in self.workers))
-    @rule(data=st.data(), verb=st.sampled_from(["complete", "complete", "fail", "fail for good", "release"]), all=st.booleans())
+    @rule(
+        data=st.data(),
+        verb=st.sampled_from(["complete", "complete", "fail", "fail for good", "release"]),
+        all=st.booleans(),
+    )
     def settle(self, data: st.DataObject, verb: str, all: bool) -> None:
         worker = data.draw(st.sampled_from([worker for worker in self.workers if worker.held]))
         jobs = list(worker.held.values()) if all else [data.draw(st.sampled_from(list(worker.held.values())))]

@@ -79,7 +79,9 @@ def test_metrics_tell_everything_that_happened_to_jobs(queue: Queue) -> None:
     lapse(queue, worker)
     queue.reap(worker)
     told = samples(queue)
-    counted = {key[0].removeprefix("tinyqueue_jobs_"): value for key, value in told.items() if key[1:] == ("default", "echo")}
+    counted = {
+        key[0].removeprefix("tinyqueue_jobs_"): value for key, value in told.items() if key[1:] == ("default", "echo")
+    }
     assert {name: value for name, value in counted.items() if name.endswith("_total")} == {
         "enqueued_total": 6,
         "started_total": 5,
@@ -107,7 +109,9 @@ def test_metrics_agree_with_stats(queue: Queue) -> None:
         assert told["tinyqueue_jobs", name, "pending"] == about["pending"]
         assert told["tinyqueue_jobs", name, "processing"] == about["processing"]
         assert told["tinyqueue_queue_paused", name] == about["paused"]
-    assert told["tinyqueue_oldest_waiting_seconds", "q.pending"] == pytest.approx(stats["oldestWaitingMs"] / 1000, abs=0.5)
+    assert told["tinyqueue_oldest_waiting_seconds", "q.pending"] == pytest.approx(
+        stats["oldestWaitingMs"] / 1000, abs=0.5
+    )
     for status in ("completed", "failed", "cancelled"):
         assert told["tinyqueue_jobs_kept", status] == stats[status] == 1
         ended = sum(value for key, value in told.items() if key[0] == f"tinyqueue_jobs_{status}_total")
@@ -183,7 +187,9 @@ def test_like_jobs_are_counted_together(near: Queue, far: Queue, proxy: CutProxy
     far.settle(worker, [Outcome(job, "complete") for job in jobs])
     written = b"".join(proxy.packets)
     assert len(jobs) == 9
-    assert written.count(b"{queue}:metrics") <= 7  # two for the start and three for the outcome, were it not for the buckets
+    assert (
+        written.count(b"{queue}:metrics") <= 7
+    )  # two for the start and three for the outcome, were it not for the buckets
     assert b"{queue}:series" not in written
 
 
@@ -255,7 +261,15 @@ def test_what_others_write_among_the_metrics_forges_no_line(server: Any) -> None
     put(queue, "completed")
     queue.cancel(put(queue, "pending").id)  # so that no job waits, and grows older between two scrapes
     before = samples(queue)
-    for field in ('completed:a"b\n:q', "completed:\xe9:q", "completed:a", "completed:echo:default:9", "x\n:a:b", "", ":::"):
+    for field in (
+        'completed:a"b\n:q',
+        "completed:\xe9:q",
+        "completed:a",
+        "completed:echo:default:9",
+        "x\n:a:b",
+        "",
+        ":::",
+    ):
         raw(queue).hset(queue.keys.metrics, field.encode("latin-1"), 5)
     assert samples(queue) == before
 

@@ -6,7 +6,9 @@ import pytest
 from protocol_model import GUARDS, World, search
 
 
-@pytest.mark.parametrize(("jobs", "workers", "pill"), [(1, 2, False), (1, 3, False), (2, 1, False), (2, 2, True), (3, 2, True)])
+@pytest.mark.parametrize(
+    ("jobs", "workers", "pill"), [(1, 2, False), (1, 3, False), (2, 1, False), (2, 2, True), (3, 2, True)]
+)
 def test_protocol_is_right_in_every_interleaving(jobs: int, workers: int, pill: bool) -> None:
     states, why, path = search(World(jobs, workers, pill))
     assert not why, f"{why}: {path}"

@@ -15,7 +15,18 @@ import pytest
 from client import Answer, Client, running
 from conftest import put
 
-from tinyqueue import HANDLERS, KEY_LENGTH, MAX_ATTEMPTS, MAX_DELAY, MAX_JOBS, STATUSES, Queue, Settings, __version__, handler
+from tinyqueue import (
+    HANDLERS,
+    KEY_LENGTH,
+    MAX_ATTEMPTS,
+    MAX_DELAY,
+    MAX_JOBS,
+    STATUSES,
+    Queue,
+    Settings,
+    __version__,
+    handler,
+)
 from wsgi import API, FIELDS, FILTERS, LONGEST_WAIT, ROUTES, describe
 
 CONFIG = Path(__file__).with_name("schemathesis.toml")
@@ -110,7 +121,9 @@ def test_every_reference_leads_somewhere_and_every_part_is_used(document: Any) -
         assert target.startswith("#/")
         assert resolved(document, {"$ref": target})
     there = {
-        f"#/components/{kind}/{name}" for kind in ("parameters", "responses", "schemas") for name in document["components"][kind]
+        f"#/components/{kind}/{name}"
+        for kind in ("parameters", "responses", "schemas")
+        for name in document["components"][kind]
     }
     assert there == used
 
@@ -242,7 +255,10 @@ JOBS = {
     "wrong queue": ({"type": "echo", "payload": 1, "queue": "a b"}, False),
     "wrong queue at its end": ({"type": "echo", "payload": 1, "queue": "a\n"}, False),
     "no attempts": ({"type": "echo", "payload": 1, "maxAttempts": 0}, False),
-    "whole floats": ({"type": "scale.image", "payload": {"path": "a", "crop": {"width": 7.0}}, "maxAttempts": 3.0}, True),
+    "whole floats": (
+        {"type": "scale.image", "payload": {"path": "a", "crop": {"width": 7.0}}, "maxAttempts": 3.0},
+        True,
+    ),
     "no whole float": ({"type": "scale.image", "payload": {"path": "a", "crop": {"width": 7.5}}}, False),
     "delay and moment": ({"type": "echo", "payload": 1, "delay": 1, "runAt": 1}, False),
     "no time": ({"type": "echo", "payload": 1, "expiresIn": 0}, False),
@@ -279,7 +295,9 @@ def test_a_payload_type_does_not_take_the_place_of_another_schema(payload: Any) 
     own.__annotations__["payload"] = payload
     handler("own")(own)
     schemas = describe()["components"]["schemas"]
-    assert {name: schemas.get(name) for name in before if name != "Job"} == {name: before[name] for name in before if name != "Job"}
+    assert {name: schemas.get(name) for name in before if name != "Job"} == {
+        name: before[name] for name in before if name != "Job"
+    }
     assert "mine" in json.dumps(schemas["Job.own"]) + json.dumps(schemas)
     assert len(schemas["Job"]["oneOf"]) == len(HANDLERS)
 
@@ -298,7 +316,9 @@ def test_two_payload_types_of_one_name_keep_each_its_own_schema() -> None:
     handler("own")(own)
     document = describe()
     schemas = document["components"]["schemas"]
-    payloads = {type: resolved(document, schemas[f"Job.{type}"]["properties"]["payload"]) for type in ("own", "send-email")}
+    payloads = {
+        type: resolved(document, schemas[f"Job.{type}"]["properties"]["payload"]) for type in ("own", "send-email")
+    }
     assert payloads["own"]["properties"].keys() == {"another"}
     assert payloads["send-email"]["properties"].keys() == {"to", "cc"}
 
@@ -308,7 +328,19 @@ class Pair(NamedTuple):
     right: str
 
 
-PAYLOADS = [object, Any, dict, dict[str, int], list[SendEmail], int, int | None, Pair, tuple[int, ...], msgspec.Raw, same_name()]
+PAYLOADS = [
+    object,
+    Any,
+    dict,
+    dict[str, int],
+    list[SendEmail],
+    int,
+    int | None,
+    Pair,
+    tuple[int, ...],
+    msgspec.Raw,
+    same_name(),
+]
 
 
 @pytest.mark.parametrize("payload", PAYLOADS, ids=str)
@@ -345,7 +377,9 @@ def test_records_are_as_described(queue: Queue, api: Client, status: str) -> Non
     assert_conforms(api.call("POST", f"/jobs/{job.id}/retry"), document, "POST", "/jobs/{id}/retry")
     assert_conforms(api.call("DELETE", f"/jobs/{job.id}"), document, "DELETE", "/jobs/{id}")
     assert_conforms(api.post("/jobs/cancel", {}), document, "POST", "/jobs/cancel")
-    assert_conforms(api.post("/jobs/batch?partial=true", [{"type": "nope", "payload": 1}]), document, "POST", "/jobs/batch")
+    assert_conforms(
+        api.post("/jobs/batch?partial=true", [{"type": "nope", "payload": 1}]), document, "POST", "/jobs/batch"
+    )
 
 
 HANDLERS_PY = """

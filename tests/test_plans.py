@@ -126,14 +126,18 @@ def test_a_plan_of_20_connections_carries_web_and_worker(
     assert raw(queue).info("stats")["rejected_connections"] == 0
 
 
-def test_processes_say_how_many_connections_they_may_open(start_redis: Callable[..., RedisServer], folder: Path) -> None:
+def test_processes_say_how_many_connections_they_may_open(
+    start_redis: Callable[..., RedisServer], folder: Path
+) -> None:
     url, settings = start_redis().url, Settings(worker_concurrency=2)
     with running(folder, REDIS_URL=url) as web, working(folder, url, "--concurrency", "2") as log:
         assert f"up to {settings.web_connections} connections" in web.log.read_text()
         assert f"up to {settings.worker_connections} connections" in log.read_text()
 
 
-def test_connections_that_are_refused_lose_nothing(start_redis: Callable[..., RedisServer], folder: Path, queue_at: Any) -> None:
+def test_connections_that_are_refused_lose_nothing(
+    start_redis: Callable[..., RedisServer], folder: Path, queue_at: Any
+) -> None:
     server = start_redis()
     admin, job = redis.Redis(port=server.port), queue_at(server.url).enqueue("gate", "a")
     with running(folder, REDIS_URL=server.url) as web, working(folder, server.url) as log:
@@ -241,7 +245,9 @@ def test_tls_with_an_unknown_authority_fails_and_names_the_switch(encrypted: str
     assert command(folder, encrypted, "doctor").returncode == 1
 
 
-def test_tls_for_another_host_than_the_certificate_names_is_refused(encrypted: str, authority: Path, folder: Path) -> None:
+def test_tls_for_another_host_than_the_certificate_names_is_refused(
+    encrypted: str, authority: Path, folder: Path
+) -> None:
     url = encrypted.replace("127.0.0.1", "localhost") + f"?ssl_ca_certs={authority / 'ca.pem'}"
     failed = command(folder, url, "stats")
     assert failed.returncode == 1
@@ -272,7 +278,9 @@ USED = {name: since for since, names in SINCE.items() for name in names.split()}
 
 def granted() -> list[str]:
     """The rules of the one line of the README that makes a user."""
-    [line] = re.findall(r"^ *ACL SETUSER tinyqueue (.+)$", (Path(tinyqueue.__file__).parent / "README.md").read_text(), re.M)
+    [line] = re.findall(
+        r"^ *ACL SETUSER tinyqueue (.+)$", (Path(tinyqueue.__file__).parent / "README.md").read_text(), re.M
+    )
     return str(line).split()
 
 
@@ -373,7 +381,9 @@ def test_user_of_the_readme_may_do_all_that_the_queue_does(admin: redis.Redis, q
             assert call(web, method, path, {})[0] in (200, 202, 409, 422)
         until(lambda: short.stats()["pending"] == short.stats()["processing"] == 0)
         assert (complaints(web.log), complaints(log)) == ([], [])
-    used = {name.removeprefix("cmdstat_").upper() for name, stats in admin.info("commandstats").items() if stats["calls"]}
+    used = {
+        name.removeprefix("cmdstat_").upper() for name, stats in admin.info("commandstats").items() if stats["calls"]
+    }
     refused = {name for name, stats in admin.info("commandstats").items() if stats.get("rejected_calls")}
     own = {"AUTH", "CONFIG|RESETSTAT"}  # what anybody may send, and what this test has sent itself
     assert refused <= {"cmdstat_client|setinfo", "cmdstat_cluster|slots"}  # which are tried, and do without
@@ -384,7 +394,16 @@ def test_user_of_the_readme_may_do_all_that_the_queue_does(admin: redis.Redis, q
 
 def test_user_of_the_readme_may_touch_no_other_key(admin: redis.Redis, queue_at: Any) -> None:
     client = raw(queue_at(url_of(admin)))
-    for words in ("GET other", "SET {queue} 1", "KEYS *", "FLUSHALL", "CONFIG GET *", "EVAL 1 0", "PUBLISH a b", "ACL LIST"):
+    for words in (
+        "GET other",
+        "SET {queue} 1",
+        "KEYS *",
+        "FLUSHALL",
+        "CONFIG GET *",
+        "EVAL 1 0",
+        "PUBLISH a b",
+        "ACL LIST",
+    ):
         with pytest.raises(redis.exceptions.NoPermissionError):
             client.execute_command(*words.split())
 
@@ -408,9 +427,13 @@ def test_commands_are_in_the_oldest_redis_that_will_do(admin: redis.Redis) -> No
         return tuple(map(int, version.split(".")))
 
     assert max(map(number, SINCE)) == OLDEST
-    assert f"Any Redis from {'.'.join(map(str, OLDEST))} on" in (Path(tinyqueue.__file__).parent / "README.md").read_text()
+    assert (
+        f"Any Redis from {'.'.join(map(str, OLDEST))} on" in (Path(tinyqueue.__file__).parent / "README.md").read_text()
+    )
     if number(admin.info("server")["redis_version"]) < (7,):
         pytest.skip("this Redis does not know in which version its commands came")
     docs = iter(admin.execute_command("COMMAND DOCS", *USED))
-    told = {name.decode().upper(): about[about.index(b"since") + 1].decode() for name, about in zip(docs, docs, strict=True)}
+    told = {
+        name.decode().upper(): about[about.index(b"since") + 1].decode() for name, about in zip(docs, docs, strict=True)
+    }
     assert told == USED

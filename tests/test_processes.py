@@ -213,7 +213,9 @@ def run(folder: Path, real: Server) -> Callable[..., subprocess.CompletedProcess
     def run(*options: str | bytes, input: bytes = b"", **environ: str) -> subprocess.CompletedProcess[bytes]:
         environ = environment(**{"REDIS_URL": real.url} | environ)
         command = [sys.executable, str(ROOT / "worker.py"), *options]
-        done = subprocess.run(command, cwd=folder, env=environ, input=input, capture_output=True, timeout=30, check=False)
+        done = subprocess.run(
+            command, cwd=folder, env=environ, input=input, capture_output=True, timeout=30, check=False
+        )
         assert b"Traceback" not in done.stderr, done.stderr.decode()
         return done
 
@@ -278,7 +280,9 @@ def test_reap_of_a_job_that_kills_its_worker_ends_it_and_nothing_else(near: Queu
         until_is(near, job, "completed")
 
 
-def test_reap_of_a_job_that_kills_its_worker_spares_those_that_ran_beside_it(near: Queue, work: Any, runs: Runs) -> None:
+def test_reap_of_a_job_that_kills_its_worker_spares_those_that_ran_beside_it(
+    near: Queue, work: Any, runs: Runs
+) -> None:
     work("--queue", "other")  # runs none of these, but reaps
     innocents = near.enqueue_many("gate", ["a", "b"], max_attempts=1)
     pill = near.enqueue("kill9", 0, max_attempts=1)
@@ -703,14 +707,18 @@ def test_get_shows_the_error_of_a_failed_job_with_its_traceback(near: Queue, run
 def test_what_a_handler_says_reaches_no_terminal_as_a_command(near: Queue, run: Any, command: tuple[str, ...]) -> None:
     job = near.enqueue("echo", 7, max_attempts=1)
     worker = near.register(["default"], 1)
-    near.fail(near.dequeue(worker, ["default"])[0], Failure("Boom", "\x1b]0;mine\x07", "Traceback:\n  \x9b2J\x1b]0;mine\x07"))
+    near.fail(
+        near.dequeue(worker, ["default"])[0], Failure("Boom", "\x1b]0;mine\x07", "Traceback:\n  \x9b2J\x1b]0;mine\x07")
+    )
     shown = run(*(job.id if word == "ID" else word for word in command)).stdout.decode()
     assert r"Boom: \x1b]0;mine\x07" in shown
     assert all(character.isprintable() or character == "\n" for character in shown)
 
 
 @pytest.mark.parametrize(("type", "code"), [("echo", 0), ("old", 1)])
-def test_get_watches_a_job_to_its_end_and_tells_by_its_exit(near: Queue, run: Any, work: Any, type: str, code: int) -> None:
+def test_get_watches_a_job_to_its_end_and_tells_by_its_exit(
+    near: Queue, run: Any, work: Any, type: str, code: int
+) -> None:
     job = near.enqueue(type, 7, max_attempts=1)
     work()
     done = run("get", "--watch", "--json", job.id)
@@ -811,7 +819,9 @@ def test_completion_of_the_shell_knows_the_commands(folder: Path) -> None:
     if not script.exists():
         pytest.skip("TinyQueue is not installed here, so its script is not")
     asked = {"_TINYQUEUE_COMPLETE": "bash_complete", "COMP_WORDS": "tinyqueue re", "COMP_CWORD": "1"}
-    done = subprocess.run([script], cwd=folder, env=environment(**asked), capture_output=True, text=True, timeout=30, check=False)
+    done = subprocess.run(
+        [script], cwd=folder, env=environment(**asked), capture_output=True, text=True, timeout=30, check=False
+    )
     assert set(done.stdout.split()) == {"plain,retry", "plain,resume"}
 
 

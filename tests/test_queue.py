@@ -73,7 +73,13 @@ def test_settings_without_any_are_the_defaults() -> None:
 
 
 def test_settings_come_from_the_environment() -> None:
-    environ = {"REDIS_URL": "redis://h", "PORT": "5005", "TINYQUEUE_LEASE": "9", "TINYQUEUE_TLS_VERIFY": "0", "HOME": "/root"}
+    environ = {
+        "REDIS_URL": "redis://h",
+        "PORT": "5005",
+        "TINYQUEUE_LEASE": "9",
+        "TINYQUEUE_TLS_VERIFY": "0",
+        "HOME": "/root",
+    }
     assert Settings.read(environ) == Settings(redis_url="redis://h", port=5005, lease=9, tls_verify=False)
 
 
@@ -204,7 +210,9 @@ def test_enqueue_stores_a_pending_job(queue: Queue) -> None:
     job = queue.enqueue("echo", {"a": [1, None]})
     assert before <= job.created_at <= queue.now()
     assert uuid.UUID(job.id).version == 7
-    assert job == Job(job.id, "echo", {"a": [1, None]}, "pending", attempts=0, max_attempts=3, queue="default", run_at=0)
+    assert job == Job(
+        job.id, "echo", {"a": [1, None]}, "pending", attempts=0, max_attempts=3, queue="default", run_at=0
+    )
     assert queue.get(job.id) == job
 
 
@@ -237,7 +245,10 @@ def test_enqueue_refuses_a_name(queue: Queue, field: str, name: Any) -> None:
     [
         *(("maxAttempts", {"max_attempts": value}) for value in (0, -1, 101, 1.5, True, "3", math.nan, math.inf, [3])),
         *(("delay", {"delay": value}) for value in (-1, MAX_DELAY + 1, math.nan, math.inf, True, "5", [5])),
-        *(("runAt", {"run_at": value}) for value in ("tomorrow", "", "2030-01-01T00:00:00", "9999-01-01T00:00:00Z", 1.5, True)),
+        *(
+            ("runAt", {"run_at": value})
+            for value in ("tomorrow", "", "2030-01-01T00:00:00", "9999-01-01T00:00:00Z", 1.5, True)
+        ),
         ("runAt", {"run_at": datetime(2030, 1, 1)}),
         ("runAt", {"run_at": 10**15}),
         ("delay", {"delay": 1, "run_at": 1}),
@@ -257,7 +268,17 @@ CIRCLE.append(CIRCLE)
 
 @pytest.mark.parametrize(
     "payload",
-    [math.nan, {"a": [math.inf]}, {"null": -math.inf}, 10**5000, "\ud800", {"\udfff": 1}, object(), nested(101), CIRCLE],
+    [
+        math.nan,
+        {"a": [math.inf]},
+        {"null": -math.inf},
+        10**5000,
+        "\ud800",
+        {"\udfff": 1},
+        object(),
+        nested(101),
+        CIRCLE,
+    ],
     ids=["nan", "inf", "minus-inf", "big", "surrogate", "surrogate-name", "object", "deep", "circle"],
 )
 def test_enqueue_refuses_a_payload(queue: Queue, payload: Any) -> None:
@@ -270,7 +291,9 @@ def test_enqueue_refuses_a_payload(queue: Queue, payload: Any) -> None:
 NUMBERS = st.integers() | st.integers(2**63, 2**70) | st.floats(allow_nan=False, allow_infinity=False)
 TEXT = st.text(st.characters(exclude_categories=["Cs"]))
 JSON = st.recursive(
-    st.none() | st.booleans() | NUMBERS | TEXT, lambda inner: st.lists(inner) | st.dictionaries(TEXT, inner), max_leaves=20
+    st.none() | st.booleans() | NUMBERS | TEXT,
+    lambda inner: st.lists(inner) | st.dictionaries(TEXT, inner),
+    max_leaves=20,
 )
 EMBEDDED = Queue.embedded()
 
@@ -512,7 +535,9 @@ class Mute(Exception):
         raise KeyError("inner")
 
 
-@pytest.mark.parametrize(("error", "message"), [(ValueError("a\ud800"), "a\\ud800"), (Mute(), "(its text raised KeyError)")])
+@pytest.mark.parametrize(
+    ("error", "message"), [(ValueError("a\ud800"), "a\\ud800"), (Mute(), "(its text raised KeyError)")]
+)
 def test_fail_stores_an_error_whatever_its_text(queue: Queue, error: Exception, message: str) -> None:
     queue.fail(job := put(queue, "processing"), Failure.of(error))
     assert queue.get(job.id).error == Failure(type(error).__name__, message)
@@ -620,7 +645,9 @@ WRITES: dict[str, Callable[[Queue, Job], object]] = {
 
 @pytest.mark.parametrize("write", WRITES.values(), ids=WRITES)
 @pytest.mark.parametrize("given_to", ["nobody", "another"])
-def test_worker_that_was_reaped_writes_nothing(queue: Queue, worker: str, write: Callable[..., object], given_to: str) -> None:
+def test_worker_that_was_reaped_writes_nothing(
+    queue: Queue, worker: str, write: Callable[..., object], given_to: str
+) -> None:
     job = put(queue, "processing")
     lapse(queue, job.worker)
     queue.reap(job.worker)
@@ -1148,7 +1175,9 @@ def test_key_of_the_wrong_type_is_told_as_corrupted(server: Server, key: str, ve
 def test_workers_that_cannot_be_read_are_told_as_corrupted(server: Server, key: str) -> None:
     queue = server.queue()
     raw(queue).sadd(queue.keys.workers, "somebody")
-    raw(queue).mset({queue.keys.worker("somebody"): '{"startedAt":1}', queue.keys.counts.replace("counts", key): "garbage"})
+    raw(queue).mset(
+        {queue.keys.worker("somebody"): '{"startedAt":1}', queue.keys.counts.replace("counts", key): "garbage"}
+    )
     with pytest.raises(Corrupted):
         queue.workers()
 
@@ -1295,7 +1324,9 @@ LOST: dict[str, tuple[str, Callable[[Queue, Job], Any], str, int]] = {
 
 @pytest.mark.parametrize("cut", ["drop_reply", "drop_request", "hold"])
 @pytest.mark.parametrize("verb", LOST)
-def test_transition_whose_packet_is_lost_is_applied_once(near: Queue, far: Queue, proxy: CutProxy, verb: str, cut: str) -> None:
+def test_transition_whose_packet_is_lost_is_applied_once(
+    near: Queue, far: Queue, proxy: CutProxy, verb: str, cut: str
+) -> None:
     before, call, after, listed = LOST[verb]
     job = put(near, before)
     getattr(proxy, cut)(b"EXEC")
@@ -1309,7 +1340,9 @@ def test_transition_whose_packet_is_lost_is_applied_once(near: Queue, far: Queue
 
 @pytest.mark.parametrize("cut", ["drop_reply", "drop_request"])
 @pytest.mark.parametrize("count", [1, 3])
-def test_enqueue_whose_packet_is_lost_is_applied_once(near: Queue, far: Queue, proxy: CutProxy, count: int, cut: str) -> None:
+def test_enqueue_whose_packet_is_lost_is_applied_once(
+    near: Queue, far: Queue, proxy: CutProxy, count: int, cut: str
+) -> None:
     getattr(proxy, cut)(b"EXEC")
     jobs = far.enqueue_many("echo", range(count))
     assert [near.get(job.id) for job in jobs] == jobs
@@ -1370,7 +1403,9 @@ def test_release_whose_reply_is_lost_while_the_job_is_started_again(near: Queue,
 
 
 @pytest.mark.parametrize(("cut", "found"), [("drop_reply", 1), ("drop_request", 0), ("hold", 1)])
-def test_take_whose_packet_is_lost_hides_nothing(near: Queue, far: Queue, proxy: CutProxy, cut: str, found: int) -> None:
+def test_take_whose_packet_is_lost_hides_nothing(
+    near: Queue, far: Queue, proxy: CutProxy, cut: str, found: int
+) -> None:
     job, worker = put(near, "pending"), near.register(DEFAULT, 1)
     getattr(proxy, cut)(b"RPOPLPUSH")
     with unavailable("unreachable"):
@@ -1435,12 +1470,16 @@ def test_promote_spares_a_job_that_became_delayed_again_meanwhile(near: Queue, f
         started.extend(near.dequeue(worker, ["default"]))
 
     proxy.before(b"NX", overtake)  # it has read which jobs are due, and does not have the lock yet
-    proxy.before(b"ZREM", lambda: near.fail(started[0], Failure("Boom", "it broke"), after=60))  # it saw the job processing
+    proxy.before(
+        b"ZREM", lambda: near.fail(started[0], Failure("Boom", "it broke"), after=60)
+    )  # it saw the job processing
     far.promote()
     assert near.stats()["delayed"] == near.stats()["pending"] == 1
 
 
-def test_promote_that_arrives_late_spares_a_job_that_became_delayed_again(near: Queue, far: Queue, proxy: CutProxy) -> None:
+def test_promote_that_arrives_late_spares_a_job_that_became_delayed_again(
+    near: Queue, far: Queue, proxy: CutProxy
+) -> None:
     near.enqueue("echo", 1, delay=1)
     near.clock.ahead = far.clock.ahead = 2000
     proxy.hold(b"ZREM")
@@ -1535,7 +1574,9 @@ def test_redis_that_is_not_there_is_unreachable() -> None:
         queue.enqueue("echo", {})
 
 
-def test_redis_that_does_not_answer_is_a_timeout(real: Server, proxy: CutProxy, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_redis_that_does_not_answer_is_a_timeout(
+    real: Server, proxy: CutProxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(tinyqueue, "SOCKET_TIMEOUT", 0.05)
     far = real.queue(proxy.url)
     proxy.swallow(b":none")
@@ -1564,7 +1605,9 @@ def test_wait_does_not_set_the_clock_back(queue: Queue, server: Server) -> None:
     assert abs(fresh.now() - queue.now()) < 200
 
 
-def test_submit_that_is_not_answered_waits_for_one_timeout(real: Server, proxy: CutProxy, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_submit_that_is_not_answered_waits_for_one_timeout(
+    real: Server, proxy: CutProxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(tinyqueue, "SOCKET_TIMEOUT", 0.05)
     far = real.queue(proxy.url)
     far.ping()

@@ -12,12 +12,36 @@ from conftest import Server, assert_books, lapse, raw, until
 from test_worker import Running
 
 import tinyqueue
-from tinyqueue import Failure, Filter, InvalidJob, Job, Once, Outcome, Queue, Reaped, Settings, Shards, Unavailable, handler
+from tinyqueue import (
+    Failure,
+    Filter,
+    InvalidJob,
+    Job,
+    Once,
+    Outcome,
+    Queue,
+    Reaped,
+    Settings,
+    Shards,
+    Unavailable,
+    handler,
+)
 from wsgi import API
 
 DEFAULT = ["default"]
 COUNT = 3
-COMPOSED = {"from_url", "embedded", "from_settings", "draft", "enqueue", "enqueue_many", "dequeue", "complete", "fail", "release"}
+COMPOSED = {
+    "from_url",
+    "embedded",
+    "from_settings",
+    "draft",
+    "enqueue",
+    "enqueue_many",
+    "dequeue",
+    "complete",
+    "fail",
+    "release",
+}
 COMPOSED |= {"jobs", "change_many", "purge"}
 
 

@@ -363,7 +363,9 @@ def test_retry_of_a_job_whose_unique_key_is_taken_meanwhile(near: Queue, far: Qu
 
 
 @pytest.mark.parametrize("cut", ["drop_reply", "drop_request", "hold"])
-def test_retry_with_a_unique_key_whose_packet_is_lost_is_applied_once(near: Queue, far: Queue, proxy: CutProxy, cut: str) -> None:
+def test_retry_with_a_unique_key_whose_packet_is_lost_is_applied_once(
+    near: Queue, far: Queue, proxy: CutProxy, cut: str
+) -> None:
     job = put(near, "failed", unique_key="k")
     getattr(proxy, cut)(b"EXEC")
     assert far.retry(job.id).status == "pending"
@@ -774,7 +776,9 @@ def test_handler_that_is_not_meant_goes_on(queue: Queue, work: Any) -> None:
     assert queue.wait_for(b.id, 20).result is False
 
 
-def test_job_that_was_stopped_is_not_logged_as_to_be_tried_again(queue: Queue, work: Any, caplog: pytest.LogCaptureFixture) -> None:
+def test_job_that_was_stopped_is_not_logged_as_to_be_tried_again(
+    queue: Queue, work: Any, caplog: pytest.LogCaptureFixture
+) -> None:
     running = threading.Event()
 
     @handler("echo", timeout=30)
@@ -907,7 +911,9 @@ def test_page_that_is_just_full_has_no_cursor(queue: Queue) -> None:
     assert (set(ids(found)), cursor) == (set(ids(jobs)), "")
 
 
-@pytest.mark.parametrize("cursor", ["x", "1", "1.", ".a", "1.x", "-1.a", "1.a\n", "99999999999999999.a", "1.a 1.a", "\u0661.a"])
+@pytest.mark.parametrize(
+    "cursor", ["x", "1", "1.", ".a", "1.x", "-1.a", "1.a\n", "99999999999999999.a", "1.a 1.a", "\u0661.a"]
+)
 @pytest.mark.parametrize("call", ["page", "change_many"])
 def test_page_refuses_a_cursor_that_is_none(queue: Queue, cursor: str, call: str) -> None:
     with pytest.raises(InvalidJob) as caught:
@@ -953,7 +959,9 @@ def test_retry_many_with_one_unique_key_revives_one(queue: Queue) -> None:
     assert queue.change_many("retry", Filter("failed")) == {"retried": 1, "skipped": 2, "cursor": ""}
 
 
-@pytest.mark.parametrize(("verb", "word", "status"), [("cancel", "cancelled", "pending"), ("retry", "retried", "failed")])
+@pytest.mark.parametrize(
+    ("verb", "word", "status"), [("cancel", "cancelled", "pending"), ("retry", "retried", "failed")]
+)
 def test_change_many_goes_on_at_its_cursor(
     queue: Queue, monkeypatch: pytest.MonkeyPatch, verb: Any, word: str, status: str
 ) -> None:
@@ -1005,7 +1013,9 @@ def test_cancel_many_asks_running_jobs_to_stop_or_skips_them(queue: Queue) -> No
 
 @pytest.mark.parametrize("how", ["complete", "fail", "cancel", "reap", "expire"])
 def test_wait_for_wakes_when_the_job_ends(server: Server, queue: Queue, how: str) -> None:
-    job = put(queue, "processing" if how in ("complete", "fail", "reap") else "pending", max_attempts=1, expires_in=3600)
+    job = put(
+        queue, "processing" if how in ("complete", "fail", "reap") else "pending", max_attempts=1, expires_in=3600
+    )
     other = server.queue()
     subscribed = threading.Event()
 
@@ -1093,7 +1103,9 @@ def test_wait_for_by_many_at_once_wakes_all(server: Server, queue: Queue) -> Non
 
 @pytest.mark.parametrize("packet", [b"GET", b"SADD", b"BLPOP"])
 @pytest.mark.parametrize("cut", ["drop_reply", "drop_request"])
-def test_wait_for_on_a_connection_that_is_cut_says_so(near: Queue, far: Queue, proxy: CutProxy, cut: str, packet: bytes) -> None:
+def test_wait_for_on_a_connection_that_is_cut_says_so(
+    near: Queue, far: Queue, proxy: CutProxy, cut: str, packet: bytes
+) -> None:
     job = put(near, "processing")
     getattr(proxy, cut)(packet)
     if (cut, packet) == ("drop_reply", b"BLPOP"):

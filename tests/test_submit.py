@@ -86,7 +86,15 @@ def test_take_the_same_job_spelled_in_another_way_for_the_same(api: Client) -> N
 
 @pytest.mark.parametrize(
     "fields",
-    [{"payload": 1}, {"payload": False}, {"payload": []}, {"queue": "slow"}, {"queue": None}, {"maxAttempts": 3}, {"delay": 1}],
+    [
+        {"payload": 1},
+        {"payload": False},
+        {"payload": []},
+        {"queue": "slow"},
+        {"queue": None},
+        {"maxAttempts": 3},
+        {"delay": 1},
+    ],
     ids=str,
 )
 def test_refuse_a_key_that_was_used_for_another_job(api: Client, queue: Queue, fields: dict[str, Any]) -> None:
@@ -104,7 +112,9 @@ def test_refuse_a_key_that_was_used_on_another_route(api: Client, queue: Queue) 
     assert dump(queue) == before
 
 
-@pytest.mark.parametrize("key", ["a", "~" * 255, '"' + "~" * 255 + '"', '"', 'say "hi"', "{queue}:counts", "a,b;c=d", "%00"])
+@pytest.mark.parametrize(
+    "key", ["a", "~" * 255, '"' + "~" * 255 + '"', '"', 'say "hi"', "{queue}:counts", "a,b;c=d", "%00"]
+)
 def test_take_any_printable_key(api: Client, queue: Queue, key: str) -> None:
     first = api.post("/jobs", echo_with(), once(key))
     assert first.status == 201
@@ -112,9 +122,13 @@ def test_take_any_printable_key(api: Client, queue: Queue, key: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "key", ["", '""', "a" * 256, '"' + "a" * 256 + '"', "a\tb", "a\x7f", "a\0", "é".encode().decode("latin-1"), "\xff"], ids=ascii
+    "key",
+    ["", '""', "a" * 256, '"' + "a" * 256 + '"', "a\tb", "a\x7f", "a\0", "é".encode().decode("latin-1"), "\xff"],
+    ids=ascii,
 )
-@pytest.mark.parametrize(("path", "body"), [("/jobs", echo_with()), ("/jobs/batch", [echo_with()])], ids=["job", "batch"])
+@pytest.mark.parametrize(
+    ("path", "body"), [("/jobs", echo_with()), ("/jobs/batch", [echo_with()])], ids=["job", "batch"]
+)
 def test_refuse_what_is_no_key(api: Client, queue: Queue, path: str, body: Any, key: str) -> None:
     answer = api.post(path, body, once(key))
     assert (answer.status, answer.kind) == (400, "invalid-idempotency-key")
@@ -190,7 +204,9 @@ def test_submit_at_once_with_one_key_makes_one_job(near: Queue) -> None:
 
 
 def test_submit_at_once_with_one_key_and_other_jobs_stores_one(near: Queue) -> None:
-    requests = [spell("POST", "/jobs", json.dumps(echo_with(payload=n)).encode(), "Idempotency-Key: order-1") for n in range(20)]
+    requests = [
+        spell("POST", "/jobs", json.dumps(echo_with(payload=n)).encode(), "Idempotency-Key: order-1") for n in range(20)
+    ]
     with serving(API(Settings(), near)) as (_, address):
         answers = at_once(address, requests)
     assert sorted(answer.status for answer in answers) == [201] + [422] * 19
@@ -432,7 +448,9 @@ def test_batch_keeps_line_separators_inside_texts(api: Client) -> None:
 
 
 @pytest.mark.parametrize(
-    "line", [b"{", b"x", b'{"type":"echo","payload":NaN}', b'{"a":1,"a":1}', b"\xff", b'{"type":\n"echo"}', b"{}{}"], ids=ascii
+    "line",
+    [b"{", b"x", b'{"type":"echo","payload":NaN}', b'{"a":1,"a":1}', b"\xff", b'{"type":\n"echo"}', b"{}{}"],
+    ids=ascii,
 )
 def test_refuse_lines_of_which_one_is_not_json(api: Client, queue: Queue, line: bytes) -> None:
     for path in ("/jobs/batch", "/jobs/batch?partial=true"):
@@ -451,7 +469,9 @@ def test_tell_the_place_of_a_wrong_line(api: Client) -> None:
     assert (answer.status, answer.problem["index"]) == (422, 2)
 
 
-@pytest.mark.parametrize("content_type", ["", "text/plain", "application/ndjson", "application/jsonl", "application/x-ndjsonx"])
+@pytest.mark.parametrize(
+    "content_type", ["", "text/plain", "application/ndjson", "application/jsonl", "application/x-ndjsonx"]
+)
 def test_refuse_a_batch_of_another_content_type(api: Client, content_type: str) -> None:
     assert api.post("/jobs/batch", lines(echo_with()), {"Content-Type": content_type}).kind == "unsupported-media-type"
 
@@ -461,7 +481,9 @@ def test_refuse_lines_where_one_job_is_expected(api: Client) -> None:
 
 
 def test_take_a_parameter_that_names_lines_for_what_it_is(api: Client) -> None:
-    answer = api.post("/jobs/batch", json.dumps([echo_with()], indent=1).encode(), {"Content-Type": 'application/json; x="ndjson"'})
+    answer = api.post(
+        "/jobs/batch", json.dumps([echo_with()], indent=1).encode(), {"Content-Type": 'application/json; x="ndjson"'}
+    )
     assert answer.status == 201
 
 
@@ -491,7 +513,9 @@ def test_submit_takes_null_for_no_end(api: Client) -> None:
     assert "expiresAt" not in api.get(api.post("/jobs", echo_with(expiresIn=None)).headers["location"]).json
 
 
-@pytest.mark.parametrize("value", [0, 0.0, -1, MAX_DELAY + 1, 1e300, 10**400, "5", True, [], {}], ids=lambda v: str(v)[:20])
+@pytest.mark.parametrize(
+    "value", [0, 0.0, -1, MAX_DELAY + 1, 1e300, 10**400, "5", True, [], {}], ids=lambda v: str(v)[:20]
+)
 def test_refuse_what_is_no_end(api: Client, queue: Queue, value: Any) -> None:
     answer = api.post("/jobs", echo_with(expiresIn=value))
     assert (answer.status, answer.kind, answer.problem["field"]) == (422, "invalid-job", "expiresIn")
@@ -592,7 +616,11 @@ def tight(near: Queue) -> Iterator[Queue]:
 def test_submit_answers_503_before_redis_is_full(tight: Queue, real: Server) -> None:
     queue = real.queue()
     api, before = Client(API(Settings(), queue)), dump(queue)
-    for path, body in (("/jobs", echo_with()), ("/jobs/batch", [echo_with()] * 2), ("/jobs/batch?partial=true", [echo_with(), 1])):
+    for path, body in (
+        ("/jobs", echo_with()),
+        ("/jobs/batch", [echo_with()] * 2),
+        ("/jobs/batch?partial=true", [echo_with(), 1]),
+    ):
         answer = api.post(path, body, once())
         assert_full(answer, "unavailable")
         assert answer.problem["reason"] == "full"

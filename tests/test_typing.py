@@ -63,14 +63,24 @@ def nothing() -> None: ...
 def test_typing_of_handlers_is_what_mypy_makes_of_them(tmp_path: Path) -> None:
     program = tmp_path / "program.py"
     program.write_text(PROGRAM)
-    command = [sys.executable, "-m", "mypy", "--strict", "--config-file=", "--follow-imports=silent", "--hide-error-context"]
+    command = [
+        sys.executable,
+        "-m",
+        "mypy",
+        "--strict",
+        "--config-file=",
+        "--follow-imports=silent",
+        "--hide-error-context",
+    ]
     command += [f"--cache-dir={tmp_path / 'cache'}", program.name]
     done = subprocess.run(
         command, cwd=tmp_path, env={**os.environ, "MYPYPATH": str(ROOT)}, capture_output=True, text=True, check=False
     )
 
     lines = enumerate(PROGRAM.splitlines(), start=1)
-    expected = {(number, *match.groups()) for number, line in lines if (match := re.search(r"# (error|note): (.+)", line))}
+    expected = {
+        (number, *match.groups()) for number, line in lines if (match := re.search(r"# (error|note): (.+)", line))
+    }
     found = set()
     for line in done.stdout.splitlines()[:-1]:
         if error := re.fullmatch(r"program\.py:(\d+): error: .* \[([a-z-]+)\]", line):

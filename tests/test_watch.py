@@ -139,7 +139,12 @@ def test_list_neither_twice_nor_never_what_stays_while_others_come_and_go(api: C
 
 def test_list_fifty_jobs_unless_another_number_is_asked_for(api: Client, queue: Queue) -> None:
     queue.enqueue_many("echo", range(60))
-    assert [len(ids(api.get("/jobs" + query))) for query in ("", "?limit=1", "?limit=0059", "?limit=500")] == [50, 1, 59, 60]
+    assert [len(ids(api.get("/jobs" + query))) for query in ("", "?limit=1", "?limit=0059", "?limit=500")] == [
+        50,
+        1,
+        59,
+        60,
+    ]
 
 
 @pytest.mark.parametrize("minutes", ["", "121", "-1", "1.0", "x"])
@@ -165,7 +170,8 @@ def test_refuse_what_is_no_limit(api: Client, limit: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "cursor", ["x", "1", "1.", ".1", "1.x", "-1.a", "1.a.b", "1." + "a" * 37, "9" * 17 + ".a", "1.a%0a", "%D9%A3.a", NO_JOB]
+    "cursor",
+    ["x", "1", "1.", ".1", "1.x", "-1.a", "1.a.b", "1." + "a" * 37, "9" * 17 + ".a", "1.a%0a", "%D9%A3.a", NO_JOB],
 )
 def test_refuse_what_is_no_cursor(api: Client, queue: Queue, cursor: str) -> None:
     for answer in (api.get(f"/jobs?cursor={cursor}"), api.post("/jobs/cancel", {"cursor": cursor})):
@@ -179,14 +185,18 @@ def test_refuse_what_is_no_status(api: Client, status: str) -> None:
     assert all(each in answer.problem["detail"] for each in STATUSES)
 
 
-@pytest.mark.parametrize("query", ["state=failed", "Status=failed", "error_type=x", "%00=x", "%C3%A9=x", "=x", "limit[]=1"])
+@pytest.mark.parametrize(
+    "query", ["state=failed", "Status=failed", "error_type=x", "%00=x", "%C3%A9=x", "=x", "limit[]=1"]
+)
 def test_refuse_an_unknown_filter_and_name_those_that_are(api: Client, query: str) -> None:
     answer = api.get(f"/jobs?{query}")
     assert (answer.status, answer.kind) == (422, "invalid-job")
     assert "status, type, queue, errorType" in answer.problem["detail"]
 
 
-@pytest.mark.parametrize("query", ["type=%ff", "queue=%fe%ff", "errorType=%c3", "status=%ff", "limit=%ff", "cursor=%ff", "%ff=x"])
+@pytest.mark.parametrize(
+    "query", ["type=%ff", "queue=%fe%ff", "errorType=%c3", "status=%ff", "limit=%ff", "cursor=%ff", "%ff=x"]
+)
 def test_refuse_a_query_that_is_no_utf8(api: Client, query: str) -> None:
     answer = api.get(f"/jobs?{query}")
     assert answer.status in (400, 422)
@@ -384,7 +394,9 @@ def test_retry_answers_409_to_a_job_that_has_not_failed(api: Client, queue: Queu
 
 def test_retry_at_once_revives_a_job_once(api: Client, queue: Queue, pool: ThreadPoolExecutor) -> None:
     id = put(queue, "failed").id
-    answers = [done.result(timeout=20) for done in [pool.submit(api.call, "POST", f"/jobs/{id}/retry") for _ in range(10)]]
+    answers = [
+        done.result(timeout=20) for done in [pool.submit(api.call, "POST", f"/jobs/{id}/retry") for _ in range(10)]
+    ]
     assert sorted(answer.status for answer in answers) == [200] + [409] * 9
     assert queue.waiting(["default"]) == 1
 
@@ -429,13 +441,21 @@ def test_cancel_all_that_fit_and_no_other(api: Client, queue: Queue, fields: dic
     made = fill(queue)
     before = {kind: statuses(api, made[kind]) for kind in made}
     answer = api.post("/jobs/cancel", fields)
-    assert (answer.status, answer.json) == (200, {"cancelled": sum(len(made[k]) for k in kinds), "skipped": 0, "cursor": None})
+    assert (answer.status, answer.json) == (
+        200,
+        {"cancelled": sum(len(made[k]) for k in kinds), "skipped": 0, "cursor": None},
+    )
     assert {kind: statuses(api, made[kind]) for kind in made} == before | {kind: {"cancelled"} for kind in kinds}
 
 
 @pytest.mark.parametrize(
     ("fields", "kind"),
-    [({}, "failed"), ({"status": "failed"}, "failed"), ({"status": "cancelled"}, "cancelled"), ({"errorType": "Boom"}, "failed")],
+    [
+        ({}, "failed"),
+        ({"status": "failed"}, "failed"),
+        ({"status": "cancelled"}, "cancelled"),
+        ({"errorType": "Boom"}, "failed"),
+    ],
     ids=str,
 )
 def test_retry_all_that_fit_and_no_other(api: Client, queue: Queue, fields: dict[str, str], kind: str) -> None:
@@ -558,10 +578,14 @@ def test_submit_to_a_paused_queue(api: Client, queue: Queue) -> None:
 
 def test_pause_a_queue_that_had_no_job_yet(api: Client) -> None:
     api.call("POST", "/queues/later/pause")
-    assert api.get("/queues").json["queues"] == {"later": {"pending": 0, "processing": 0, "oldestWaitingMs": 0, "paused": True}}
+    assert api.get("/queues").json["queues"] == {
+        "later": {"pending": 0, "processing": 0, "oldestWaitingMs": 0, "paused": True}
+    }
 
 
-@pytest.mark.parametrize("name", ["a" * 101, "a%20b", "%C3%A9", "%ff", "%00", "a%0a", "a:b", "*", "", "a/b", "%7Bqueue%7D"])
+@pytest.mark.parametrize(
+    "name", ["a" * 101, "a%20b", "%C3%A9", "%ff", "%00", "a%0a", "a:b", "*", "", "a/b", "%7Bqueue%7D"]
+)
 @pytest.mark.parametrize("verb", ["pause", "resume"])
 def test_pause_answers_404_to_what_is_no_name(api: Client, queue: Queue, name: str, verb: str) -> None:
     assert api.call("POST", f"/queues/{name}/{verb}").kind == "not-found"
@@ -608,7 +632,11 @@ def test_head_answers_as_get_without_the_body(api: Client, path: str) -> None:
 @pytest.mark.parametrize(
     ("method", "path"),
     [
-        *[(method, path) for path in ("/jobs/batch", "/jobs/retry", "/jobs/cancel") for method in ("GET", "DELETE", "PUT", "HEAD")],
+        *[
+            (method, path)
+            for path in ("/jobs/batch", "/jobs/retry", "/jobs/cancel")
+            for method in ("GET", "DELETE", "PUT", "HEAD")
+        ],
         *[(method, f"/jobs/{NO_JOB}/retry") for method in ("GET", "DELETE", "HEAD")],
         *[(method, "/queues/default/pause") for method in ("GET", "DELETE", "HEAD")],
         *[(method, path) for path in ("/queues", "/workers", "/openapi.json") for method in ("POST", "DELETE", "PUT")],

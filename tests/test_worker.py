@@ -36,8 +36,12 @@ def found(queue: Queue, job: Job) -> Job:
 class Running:
     """A worker in a thread."""
 
-    def __init__(self, queue: Queue, *names: str, slots: int = 2, burst: bool = False, drain: float = 10, watchdog: float = 300):
-        settings = msgspec.structs.replace(Settings(), worker_concurrency=slots, shutdown_timeout=drain, watchdog=watchdog)
+    def __init__(
+        self, queue: Queue, *names: str, slots: int = 2, burst: bool = False, drain: float = 10, watchdog: float = 300
+    ):
+        settings = msgspec.structs.replace(
+            Settings(), worker_concurrency=slots, shutdown_timeout=drain, watchdog=watchdog
+        )
         self.worker = Worker(queue, settings, names or ("default",), burst)
         self.code: int | None = None
         self._thread = threading.Thread(target=self._run)
@@ -387,7 +391,9 @@ ODD: dict[str, Callable[[], BaseException]] = {
 
 
 @pytest.mark.parametrize("kind", ODD)
-def test_fail_with_an_odd_exception_is_an_attempt_and_nothing_else(near: Queue, work: Any, echo: None, kind: str) -> None:
+def test_fail_with_an_odd_exception_is_an_attempt_and_nothing_else(
+    near: Queue, work: Any, echo: None, kind: str
+) -> None:
     @handler("odd", max_attempts=2, backoff=0.01)
     def odd(payload: Any) -> None:
         raise ODD[kind]()
@@ -658,7 +664,9 @@ def test_dequeue_sets_an_unreadable_record_aside(real: Server, work: Any, echo: 
     raw(queue).set(queue.keys.job(job.id), UNREADABLE[kind])
     work(queue, slots=1)
     assert until_ended(queue, after).status == "completed"
-    assert [(failed.id, failed.error and failed.error.type) for failed in queue.jobs("failed")] == [(job.id, "UnreadableRecord")]
+    assert [(failed.id, failed.error and failed.error.type) for failed in queue.jobs("failed")] == [
+        (job.id, "UnreadableRecord")
+    ]
 
 
 def test_heartbeat_keeps_a_job_that_is_longer_than_the_lease(near: Queue, real: Server, work: Any, gates: Any) -> None:
@@ -678,7 +686,9 @@ def test_heartbeat_keeps_a_job_that_is_longer_than_the_lease(near: Queue, real: 
     assert len(gate.started) == 1
 
 
-def test_heartbeat_that_fails_is_tried_again_before_the_next_is_due(near: Queue, real: Server, proxy: CutProxy, work: Any) -> None:
+def test_heartbeat_that_fails_is_tried_again_before_the_next_is_due(
+    near: Queue, real: Server, proxy: CutProxy, work: Any
+) -> None:
     proxy.drop_request(b'{"at":')
     work(real.queue(proxy.url, lease=120))  # renewed every 40 seconds
     until(lambda: proxy.idle)
@@ -849,7 +859,9 @@ def test_timeout_that_a_handler_ignores_gives_its_thread_up(
     assert until_ended(queue, job).result is None
 
 
-def test_timeout_of_a_stuck_handler_replaces_its_slot(queue: Queue, work: Any, gates: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_timeout_of_a_stuck_handler_replaces_its_slot(
+    queue: Queue, work: Any, gates: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(worker, "GRACE", 0.1)
     stuck, gate = gates("stuck", timeout=0.05, max_attempts=1), gates()
     job = queue.enqueue("stuck", None)
@@ -917,7 +929,10 @@ def test_drain_lets_the_running_end_and_takes_nothing_more(queue: Queue, work: A
     assert running.end() == 0
     ended = until_ended(queue, job)
     assert (ended.result, ended.attempts) == ("done", 1)
-    assert [(found(queue, job).status, found(queue, job).refunds) for job in (left, late)] == [("pending", 0), ("pending", 0)]
+    assert [(found(queue, job).status, found(queue, job).refunds) for job in (left, late)] == [
+        ("pending", 0),
+        ("pending", 0),
+    ]
     assert queue.workers() == []
 
 
@@ -1009,7 +1024,9 @@ def test_drain_just_when_a_job_comes_loses_nothing(queue: Queue, work: Any) -> N
 # that job comes back by the reaper.
 
 
-def test_reaped_worker_registers_anew_and_its_outcome_is_dropped(queue: Queue, server: Server, work: Any, gates: Any) -> None:
+def test_reaped_worker_registers_anew_and_its_outcome_is_dropped(
+    queue: Queue, server: Server, work: Any, gates: Any
+) -> None:
     gate = gates()
     job = queue.enqueue("gate", 0)
     running = work(server.queue(lease=1), slots=1)
@@ -1025,7 +1042,9 @@ def test_reaped_worker_registers_anew_and_its_outcome_is_dropped(queue: Queue, s
     assert queue.workers() == []
 
 
-def test_reaped_worker_while_another_has_its_job(queue: Queue, server: Server, work: Any, gates: Any, echo: None) -> None:
+def test_reaped_worker_while_another_has_its_job(
+    queue: Queue, server: Server, work: Any, gates: Any, echo: None
+) -> None:
     gate = gates()
     job = queue.enqueue("gate", 0)
     first = work(server.queue(lease=2), slots=1)
@@ -1047,7 +1066,9 @@ def test_reaped_worker_does_not_log_that_its_job_is_completed(
     caplog.set_level(logging.INFO)
     gate = gates()
     job = queue.enqueue("gate", 0)
-    running = work(queue, slots=1)  # no heartbeat for a long time: only as it writes the outcome does it learn the truth
+    running = work(
+        queue, slots=1
+    )  # no heartbeat for a long time: only as it writes the outcome does it learn the truth
     until(lambda: gate.started)
     bury(queue, running)
     work(server.queue(), slots=1)
@@ -1230,7 +1251,9 @@ def test_refused_packets_are_sent_again(
     until(lambda: proxy.idle)
 
 
-def test_corrupted_list_stops_nothing_for_good(queue: Queue, work: Any, echo: None, caplog: pytest.LogCaptureFixture) -> None:
+def test_corrupted_list_stops_nothing_for_good(
+    queue: Queue, work: Any, echo: None, caplog: pytest.LogCaptureFixture
+) -> None:
     raw(queue).set(queue.keys.jobs("default"), "no list")
     work(queue)
     until(lambda: "cannot take jobs" in caplog.text)
@@ -1242,7 +1265,9 @@ def test_corrupted_list_stops_nothing_for_good(queue: Queue, work: Any, echo: No
 def test_corrupted_key_beside_the_jobs_does_not_keep_them(server: Server, work: Any, echo: None, key: str) -> None:
     queue = server.queue()
     job = queue.enqueue("echo", 1)
-    names = [queue.keys.minute(queue.now() + n * 60_000) for n in (0, 1)] if key == "minute" else [getattr(queue.keys, key)]
+    names = (
+        [queue.keys.minute(queue.now() + n * 60_000) for n in (0, 1)] if key == "minute" else [getattr(queue.keys, key)]
+    )
     for name in names:
         raw(queue).set(name, "wrong")
     running = work(queue, slots=1)
