@@ -350,6 +350,11 @@ class Checkout(NamedTuple):
         path = [part for part in os.environ["PATH"].split(":") if not Path(part).resolve().is_relative_to(inside)]
         return {"PATH": ":".join(path), "HOME": str(self.folder), "PORT": str(self.web)} | more
 
+    def declare_charge(self) -> None:
+        """Add the README's handler to handlers.py."""
+        with (self.folder / "handlers.py").open("a") as handlers:
+            handlers.write(blocks(README, "python")[0])
+
     def run(self, script: str, shell: str = "sh", **environ: str) -> str:
         """Run a block until it ends, which it must without an error, and return what it prints."""
         command = [shell, "-e", "-c", self.as_here(script)]
@@ -415,6 +420,16 @@ def test_readme_session_runs_as_written(checkout: Checkout) -> None:
     assert '"completed":1,"failed":0,"cancelled":0' in said
 
 
+def test_readme_handler_takes_jobs_as_written(checkout: Checkout) -> None:
+    checkout.declare_charge()
+    with checkout.running(START, "web and a worker"):
+        said = checkout.run(block(README, '"charge"'))
+    right, wrong = map(json.loads, said.replace("}{", "}\n{").splitlines())
+    assert right["status"] == "pending"
+    assert (wrong["status"], wrong["detail"]) == (422, "payload.cents: Expected `int`, got `str`")
+    assert wrong["detail"] in README
+
+
 def test_http_session_runs_as_written(checkout: Checkout) -> None:
     with checkout.running(START, "web and a worker"):
         said = checkout.run(block(HTTP, "Idempotency-Key"))
@@ -450,11 +465,9 @@ def test_readme_redis_keeps_its_data(checkout: Checkout) -> None:
     assert (checkout.folder / "redis-data").is_dir()
 
 
-def test_readme_handler_runs_as_written(checkout: Checkout) -> None:
-    declare, submit = blocks(README, "python")
-    with (checkout.folder / "handlers.py").open("a") as handlers:
-        handlers.write(declare)
-    (checkout.folder / "submit.py").write_text(checkout.as_here(submit))
+def test_readme_program_submits_as_written(checkout: Checkout) -> None:
+    checkout.declare_charge()
+    (checkout.folder / "submit.py").write_text(checkout.as_here(blocks(README, "python")[1]))
     checkout.run(".venv/bin/python submit.py")
     checkout.run(block(DEPLOY, "--burst"))
     listed = checkout.run(".venv/bin/python worker.py list --json", REDIS_URL=checkout.redis)
