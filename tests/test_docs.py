@@ -23,7 +23,8 @@ from conftest import Server, free_port, until
 import tinyqueue
 import worker
 import wsgi
-from tinyqueue import PLATFORMS, STATUSES, Failure, Job, Settings
+from tinyqueue import STATUSES, Failure, Job
+from tinyqueue_config import PLATFORMS, Settings
 
 REPOSITORY = Path(tinyqueue.__file__).parent
 TABLE = [(name, default) for name, default, _ in Settings.table()]
@@ -153,7 +154,7 @@ def test_http_page_names_every_filter(title: str) -> None:
 def test_http_page_names_every_field_and_status_of_a_record() -> None:
     text = section(HTTP, "The job")
     whole = Job("0" * 36, "t", 1, "completed", 1, 1, "q", *[1] * 4, "w", 1.0, error=Failure("E", "m")).answer()
-    names = {*whole, *tinyqueue.TOLD, *tinyqueue.TOLD_LATER, *STATUSES}
+    names = {*whole, *tinyqueue.SHOWN, *tinyqueue.SHOWN_IF_SET, *STATUSES}
     assert [name for name in names if f"`{name}`" not in text] == []
 
 
@@ -541,7 +542,10 @@ def test_sections_of_a_module_have_names_of_their_own(module: object) -> None:
 
 def test_tinyqueue_lists_every_family_of_keys() -> None:
     keys = tinyqueue.Keys("queue")
-    families = {family("") if callable(family) else family for family in vars(keys).values()} - {keys.prefix}
+    named = [*vars(keys).values(), *keys.ended.values()]
+    families = {family("") if callable(family) else family for family in named if family is not keys.ended} - {
+        keys.prefix
+    }
     assert len(families) > 20
     assert families - set(re.findall(r"\{queue\}:[a-z]+:?", str(tinyqueue.__doc__))) == set()
 

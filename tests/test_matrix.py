@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from conftest import dump, lapse, put, raw
+from conftest import dump, lapse, newest, put, raw
 
 from tinyqueue import Failure, Filter, Job, Queue, Reaped, WrongStatus
 
@@ -53,9 +53,9 @@ def trim_later(queue: Queue, job: Job) -> None:
 
 def read(queue: Queue, job: Job) -> None:
     for status in ("pending", "processing", "completed", "failed", "cancelled"):
-        queue.jobs(status)
+        newest(queue, status)
         queue.page(Filter(status))
-    queue.page(), queue.wait_for(job.id, 0), queue.asked_to_stop([job.id])
+    queue.page(), queue.wait_for(job.id, 0), queue.cancel_requests([job.id])
     queue.get(job.id), queue.stats(), queue.workers(), queue.queues(), queue.ping(), queue.now()
     queue.waiting(["default"]), queue.lost_workers(), queue.adopt(job.worker or "nobody", [])
 
