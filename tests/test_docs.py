@@ -216,7 +216,7 @@ NUMBERS = {
     "CONNECTIONS": (HTTP, r"serves ([\d,]+) connections at a time", wsgi.CONNECTIONS),
     "KEPT": (OPERATIONS, r"at most ([\d,]+) of each", tinyqueue.KEPT),
     "MEMORY_SHARE": (OPERATIONS, r"has used (\d+) % of its `maxmemory`", 100 * tinyqueue.MEMORY_SHARE),
-    "SERIES": (OPERATIONS, r"beyond ([\d,]+) types and queues", tinyqueue.SERIES),
+    "SERIES": (OPERATIONS, r"The first ([\d,]+) pairs of type and queue", tinyqueue.SERIES),
     "lease": (README, r"longer than its lease \((\d+) s\)", Settings().lease),
     "shutdown_timeout": (README, r"lets handlers finish for (\d+) s", Settings().shutdown_timeout),
     "grace": (DEPLOY, r"needs up to (\d+) seconds", Settings().shutdown_timeout + worker.LAST_WRITE),

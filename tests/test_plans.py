@@ -439,7 +439,7 @@ def test_commands_are_in_the_oldest_redis_that_will_do(admin: redis.Redis) -> No
 
     assert max(map(number, SINCE)) == OLDEST
     oldest = ".".join(map(str, OLDEST))
-    assert f"Any Redis from {oldest} on works" in DEPLOY.read_text()
+    assert f"TinyQueue needs Redis {oldest} or newer" in DEPLOY.read_text()
     assert f"Use Redis {oldest} or newer" in README.read_text()
     if number(admin.info("server")["redis_version"]) < (7,):
         pytest.skip("this Redis does not know in which version its commands came")
