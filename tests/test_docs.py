@@ -409,12 +409,18 @@ def block(document: str, words: str) -> str:
     return found
 
 
+def session(document: str) -> str:
+    """All blocks with curl that belong together: those of the document's first section that has any."""
+    parts = re.split(r"^##? ", document, flags=re.M)
+    return "".join(next(filter(None, (blocks(part, "sh") for part in parts if "\ncurl " in part))))
+
+
 START = block(README, "install -q .").rpartition("&&")[2]
 
 
 def test_readme_session_runs_as_written(checkout: Checkout) -> None:
     with checkout.running(START, "web and a worker"):
-        said = checkout.run(block(README, "curl -i"))
+        said = checkout.run(session(README))
     assert said.startswith("HTTP/1.1 201 Created")
     assert '"status":"completed","attempts":1,"maxAttempts":3' in said
     assert '"note":"SMTP_URL is not set"' in said
@@ -433,7 +439,7 @@ def test_readme_handler_takes_jobs_as_written(checkout: Checkout) -> None:
 
 def test_http_session_runs_as_written(checkout: Checkout) -> None:
     with checkout.running(START, "web and a worker"):
-        said = checkout.run(block(HTTP, "Idempotency-Key"))
+        said = checkout.run(session(HTTP))
     assert re.findall(r'"type":"(urn:tinyqueue:.+?)"', said) == ["urn:tinyqueue:wrong-status"]
     assert said.count('"jobId"') == 4
     assert said.endswith('{"retried":0,"skipped":0,"cursor":null}')
@@ -451,7 +457,7 @@ def test_readme_processes_run_as_written(checkout: Checkout) -> None:
     start = [text for text in blocks(README, "sh") if text.startswith("REDIS_URL=")]
     assert [text.split()[2:] for text in start] == [["wsgi.py"], ["worker.py"], ["worker.py", "doctor"]]
     with checkout.running(start[0], "web on http"), checkout.running(start[1], "worker starts"):
-        assert "completed" in checkout.run(block(README, "curl -i"))
+        assert "completed" in checkout.run(session(README))
         assert "ok    workers       1 alive" in checkout.run(start[2])
 
 
@@ -503,7 +509,7 @@ def test_deploy_honcho_runs_as_written(checkout: Checkout) -> None:
     assert "install -q '.[dev]'" in install
     with checkout.running("\n".join(start), "worker starts", "worker.1 stopped"):
         until(lambda: "web on http" in "".join(log.read_text() for log in checkout.folder.glob("*.log")))
-        assert "completed" in checkout.run(block(README, "curl -i"))
+        assert "completed" in checkout.run(session(README))
 
 
 def test_deploy_heroku_settings_are_valid_and_let_the_key_in(checkout: Checkout) -> None:
