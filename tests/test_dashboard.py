@@ -655,9 +655,9 @@ def test_read_key_sees_no_button_that_changes_anything(open: Open, near: Queue) 
     jobs = [put(near, status) for status in ("failed", "delayed")]
     page = open(api_keys=KEYS)
     sign_in(page, "read-0123456789ab")
-    for at in ("#/", "#/jobs?status=failed", *(f"#/jobs/{job.id}" for job in jobs)):
-        page.goto(page.url.partition("#")[0] + at)
-        shows(page, {"#/": "Queues", "#/jobs?status=failed": "Boom"}.get(at, "Payload"))
+    for view in ("#/", "#/jobs?status=failed", *(f"#/jobs/{job.id}" for job in jobs)):
+        page.goto(page.url.partition("#")[0] + view)
+        shows(page, {"#/": "Queues", "#/jobs?status=failed": "Boom"}.get(view, "Payload"))
         found = page.locator("button, a.button").all_text_contents()
         assert set(found) <= {"Sign out", "Copy", "Copy as curl"}
     lacks(page, ".tabs >> text=Submit")
@@ -810,7 +810,7 @@ def test_page_shows_job_data_as_text(open: Open, near: Queue) -> None:
     raw(near).set(near.keys.worker(worker), about)
     page = open()
     quoted = json.dumps(EVIL)
-    for at, texts in {
+    for view, texts in {
         "#/": (EVIL,),
         "#/jobs?status=failed": (f"{EVIL}: {EVIL}",),
         "#/jobs": (quoted,),
@@ -818,7 +818,7 @@ def test_page_shows_job_data_as_text(open: Open, near: Queue) -> None:
         f"#/jobs/{done.id}": (quoted,),
         f"#/jobs/{running.id}": (quoted,),
     }.items():
-        page.goto(page.url.partition("#")[0] + at)
+        page.goto(page.url.partition("#")[0] + view)
         shows(page, *texts)
         lacks(page, "img, main script, header script, b:text('&lt;')")
         assert "owned" not in page.title()
@@ -860,17 +860,17 @@ def test_page_fits_every_width_with_the_longest_names(open: Open, near: Queue) -
     near.fail(near.dequeue(worker, [name])[0], Failure("E" * 200, text, text), after=0)
     near.dequeue(worker, [name])
     page = open()
-    for at, sign in {
+    for view, expected in {
         "#/": "Workers",
         "#/jobs": "EEE",
         f"#/jobs/{job.id}": "Payload",
         f"#/submit/{name}": "Job options",
     }.items():
-        page.goto(page.url.partition("#")[0] + at)
-        shows(page, sign)
+        page.goto(page.url.partition("#")[0] + view)
+        shows(page, expected)
         for width in WIDTHS:
             page.set_viewport_size({"width": width, "height": 900})
-            assert page.evaluate("document.documentElement.scrollWidth") <= width, f"{at} scrolls sideways at {width}"
+            assert page.evaluate("document.documentElement.scrollWidth") <= width, f"{view} scrolls sideways at {width}"
 
 
 def nothing(payload: Any) -> None: ...
@@ -883,15 +883,15 @@ def test_page_fits_every_width_in_both_themes(open: Open, near: Queue, tmp_path:
     if look != "empty":
         busy(near)
     failed = next((job.id for job in near.jobs("failed") if job.error and job.error.traceback), "")
-    at = {
+    views = {
         "failed": "#/jobs?status=failed",
         "job": f"#/jobs/{failed}",
         "submit": "#/submit/send-email",
         "confirm": "#/jobs?status=failed",
     }
     keys = {"api_keys": KEYS} if look == "sign-in" else {}
-    page = open(at.get(look, ""), color_scheme=theme, **keys)
-    sign = {
+    page = open(views.get(look, ""), color_scheme=theme, **keys)
+    texts = {
         "empty": "No jobs yet",
         "busy": "Throughput",
         "failed": "TimeoutError",
@@ -900,7 +900,7 @@ def test_page_fits_every_width_in_both_themes(open: Open, near: Queue, tmp_path:
         "sign-in": "API key",
         "confirm": "TimeoutError",
     }
-    shows(page, sign[look])
+    shows(page, texts[look])
     if look == "confirm":
         page.get_by_role("button", name="Retry all matching jobs").click()
         shows(page, "jobs match now")
@@ -914,7 +914,7 @@ def test_page_fits_every_width_in_both_themes(open: Open, near: Queue, tmp_path:
         page.set_viewport_size({"width": width, "height": 900})
         page.evaluate("scrollTo(0, 0)")
         page.evaluate("new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)))")
-        assert page.evaluate("document.documentElement.scrollWidth") <= width, f"it scrolls sideways at {width}"
+        assert page.evaluate("document.documentElement.scrollWidth") <= width, f"the page scrolls sideways at {width}"
         page.screenshot(path=folder / f"{look}-{width}-{theme}.png", full_page=look != "confirm")
 
 

@@ -105,10 +105,10 @@ def test_metrics_agree_with_stats(queue: Queue) -> None:
     queue.pause("q.pending")
     queue.clock.ahead += 5000
     values, stats, workers = samples(queue), queue.stats(), queue.workers()
-    for name, about in stats["queues"].items():
-        assert values["tinyqueue_jobs", name, "pending"] == about["pending"]
-        assert values["tinyqueue_jobs", name, "processing"] == about["processing"]
-        assert values["tinyqueue_queue_paused", name] == about["paused"]
+    for name, counts in stats["queues"].items():
+        assert values["tinyqueue_jobs", name, "pending"] == counts["pending"]
+        assert values["tinyqueue_jobs", name, "processing"] == counts["processing"]
+        assert values["tinyqueue_queue_paused", name] == counts["paused"]
     assert values["tinyqueue_oldest_waiting_seconds", "q.pending"] == pytest.approx(
         stats["oldestWaitingMs"] / 1000, abs=0.5
     )

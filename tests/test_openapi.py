@@ -76,7 +76,11 @@ def document(near: Queue) -> Any:
 
 
 def operations(document: Any) -> dict[tuple[str, str], Any]:
-    return {(method.upper(), path): about for path, item in document["paths"].items() for method, about in item.items()}
+    return {
+        (method.upper(), path): operation
+        for path, item in document["paths"].items()
+        for method, operation in item.items()
+    }
 
 
 def resolved(document: Any, part: Any) -> Any:
@@ -106,12 +110,12 @@ def test_document_has_the_structure_of_openapi(document: Any) -> None:
     assert document["info"]["version"] == __version__
     assert document.keys() <= {"openapi", "info", "servers", "tags", "paths", "components", "security", "externalDocs"}
     tags = {tag["name"] for tag in document["tags"]}
-    for about in operations(document).values():
-        assert about["summary"]
-        assert set(about["tags"]) <= tags
-        assert all(re.fullmatch("[1-5][0-9][0-9]", status) for status in about["responses"])
-        assert {"200", "201"} & about["responses"].keys()
-        for response in about["responses"].values():
+    for operation in operations(document).values():
+        assert operation["summary"]
+        assert set(operation["tags"]) <= tags
+        assert all(re.fullmatch("[1-5][0-9][0-9]", status) for status in operation["responses"])
+        assert {"200", "201"} & operation["responses"].keys()
+        for response in operation["responses"].values():
             assert resolved(document, response)["description"]
 
 
@@ -140,8 +144,8 @@ def test_every_schema_is_valid_json_schema(document: Any) -> None:
 
 
 def test_every_path_parameter_is_described_once(document: Any) -> None:
-    for (_, path), about in operations(document).items():
-        parameters = [resolved(document, parameter) for parameter in about.get("parameters", [])]
+    for (_, path), operation in operations(document).items():
+        parameters = [resolved(document, parameter) for parameter in operation.get("parameters", [])]
         assert {p["name"] for p in parameters if p["in"] == "path"} == set(re.findall(r"{(\w+)}", path))
         assert all(p["required"] for p in parameters if p["in"] == "path")
         assert len({(p["in"], p["name"]) for p in parameters}) == len(parameters)
@@ -155,7 +159,7 @@ def test_document_describes_exactly_the_routes(document: Any) -> None:
 
 
 def test_operation_ids_are_the_method_names(document: Any) -> None:
-    named = {route: about["operationId"] for route, about in operations(document).items()}
+    named = {route: operation["operationId"] for route, operation in operations(document).items()}
     assert named == {(method, in_braces(path)): name for method, path, name, _ in ROUTES}
 
 
@@ -202,7 +206,7 @@ def test_health_is_described_as_always_ok_without_a_key(document: Any) -> None:
 
 def test_document_says_which_routes_require_a_key(document: Any) -> None:
     roles = {(method, in_braces(path)): role for method, path, _, role in ROUTES}
-    requires = {route: {"key": []} in about["security"] for route, about in operations(document).items()}
+    requires = {route: {"key": []} in operation["security"] for route, operation in operations(document).items()}
     assert requires == {route: role not in ("", "page") for route, role in roles.items()}
     assert document["components"]["securitySchemes"]["key"]["scheme"] == "bearer"
 
