@@ -653,7 +653,7 @@ def _meaning(field: str) -> str:
 
 
 PAGE = {
-    "Work": ("run",),
+    "Work": ("web", "worker", "run"),
     "Submit": ("enqueue",),
     "Watch": ("stats", "workers", "list", "failed", "get"),
     "Steer": ("retry", "cancel", "pause", "resume", "purge"),
@@ -699,7 +699,8 @@ class Commands(click.Group):
 @click.pass_context
 def cli(ctx: click.Context) -> None:
     """Run the jobs of TinyQueue, or look after them. Without a command: run. `COMMAND --help` tells more of each."""
-    ctx.obj = Settings.read()
+    if ctx.invoked_subcommand != "web":  # which reads them itself, after its options
+        ctx.obj = Settings.read()
 
 
 def _queue(settings: Settings) -> Queue:
@@ -779,6 +780,19 @@ def run(queues: tuple[str, ...], burst: bool, **overrides: Any) -> None:
     for warning in queue.warnings():
         log.warning("%s", warning)
     leave(worker.run())
+
+
+cli.add_command(run, "worker")
+
+
+@cli.command(add_help_option=False, context_settings={"ignore_unknown_options": True})
+@click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
+@click.pass_context
+def web(ctx: click.Context, arguments: tuple[str, ...]) -> None:
+    """Serve the HTTP API until SIGTERM or SIGINT; without REDIS_URL with an embedded Redis and workers."""
+    from tinyqueue.wsgi import main  # only here does the command line need a web server
+
+    main.main(arguments, ctx.command_path)
 
 
 @cli.command()
