@@ -2,7 +2,7 @@
 
 PEP 561 has no marker for a single-file module, and such a module has no place for files of its own. So the wheel
 holds each module as a folder with an `__init__.py` and a `py.typed`. The folder `tinyqueue` also holds worker.py,
-wsgi.py and the files that these read. The source tree stays flat, and an editable install uses it as it is:
+wsgi.py and the files that wsgi.py serves. The source tree stays flat, and an editable install uses it as it is:
 `__path__` in tinyqueue.py gives the files the same names there.
 """
 
@@ -16,6 +16,12 @@ from setuptools.command.build_py import build_py
 class BuildFolders(build_py):
     """Build each of py_modules as a folder."""
 
+    def finalize_options(self) -> None:
+        super().finalize_options()
+        self.data_files = [
+            (package, ".", str(Path(self.build_lib, package)), files) for package, files in self.package_data.items()
+        ]
+
     def find_modules(self) -> list[tuple[str, str, str]]:
         """List the modules as (package, module, source file)."""
         return [(module, "__init__", f"{module}.py") for module in self.py_modules]
@@ -26,11 +32,9 @@ class BuildFolders(build_py):
         # The wheel gets everything that is in there, including what an earlier build has left behind.
         shutil.rmtree(self.build_lib, ignore_errors=True)
         super().run()
+        self.build_package_data()
         for module in self.py_modules:
             Path(self.build_lib, module, "py.typed").touch()
-        for package, files in self.distribution.package_data.items():
-            for file in files:
-                self.copy_file(file, str(Path(self.build_lib, package, file)))
 
 
 setup(cmdclass={"build_py": BuildFolders})

@@ -1,7 +1,8 @@
 """The HTTP API, and the server that serves it.
 
     python wsgi.py       serve on HOST and PORT until SIGTERM or SIGINT; without REDIS_URL with an embedded Redis and workers
-    wsgi:app             the same API for any other WSGI or serverless host; tinyqueue.wsgi:app where TinyQueue is installed
+    wsgi:app             the same API for any other WSGI or serverless host
+    tinyqueue.wsgi:app   the same API where TinyQueue is installed
 
 Importing this module reads no setting and opens no connection: `app` does both at its first request. JSON goes in and comes out;
 an error is application/problem+json (RFC 9457). The one page, dashboard.html at /, is a client like any other.

@@ -187,6 +187,12 @@ def test_web_command_serves_a_project_that_has_modules_of_the_same_names(scripts
         assert ask(address, "GET", "/").body == (ROOT / "dashboard.html").read_bytes()
 
 
+def test_checkout_serves_a_project_that_has_modules_of_the_same_names(project: Path) -> None:
+    with running(project) as (address, _):
+        submitted = ask(address, "POST", "/jobs", b'{"type": "names", "payload": null}')
+        assert ask(address, "GET", f"/jobs/{submitted.json['jobId']}?wait=20").json["result"] == NAMES
+
+
 @pytest.mark.parametrize("command", ["worker", "run"])
 def test_worker_command_runs_jobs_of_a_project_that_has_modules_of_the_same_names(
     scripts: Path, project: Path, real: Server, command: str
