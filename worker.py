@@ -44,24 +44,21 @@ from tinyqueue import (
     BLOCK,
     ENDED,
     HANDLERS,
-    LOG_CONTEXT,
     MAX_JOBS,
     MAX_RESULT,
     PROMOTED,
     SCANNED,
     STATUSES,
+    AnyQueue,
     Corrupted,
     Discard,
     Failure,
     Filter,
-    Finding,
     InvalidJob,
     Job,
     Outcome,
-    Queue,
     Reaped,
     Retry,
-    Settings,
     SettingsError,
     Status,
     TimedOut,
@@ -74,10 +71,10 @@ from tinyqueue import (
     from_json,
     is_delay,
     load_handlers,
-    set_up_logging,
     to_json,
-    variable,
 )
+from tinyqueue_config import LOG_CONTEXT, Settings, open_queue, set_up_logging, variable
+from tinyqueue_doctor import Finding, examine, warnings
 
 log = logging.getLogger("tinyqueue.worker")
 
@@ -213,7 +210,7 @@ Order = Literal["drain", "release", "broken"]
 class Worker:
     """Runs the jobs of some queues until it is told to stop. `run` returns the exit code of the process."""
 
-    def __init__(self, queue: Queue, settings: Settings, names: Sequence[str] = (), burst: bool = False) -> None:
+    def __init__(self, queue: AnyQueue, settings: Settings, names: Sequence[str] = (), burst: bool = False) -> None:
         self.queue, self.settings, self.burst = queue, settings, burst
         self.names = list(names) or list(dict.fromkeys(["default", *(handler.queue for handler in HANDLERS.values())]))
         self.id = ""  # under which it is registered; empty: not yet, or no longer
@@ -558,7 +555,7 @@ class Worker:
             tellable = {
                 id: job for id, job in self.held.items() if job.type in HANDLERS and HANDLERS[job.type].wants_job
             }
-        for id in self.queue.asked_to_stop([id for id, job in tellable.items() if not job.cancel_requested]):
+        for id in self.queue.cancel_requests([id for id, job in tellable.items() if not job.cancel_requested]):
             tellable[id].cancel_requested = True
 
     def _reap(self) -> None:
@@ -566,7 +563,7 @@ class Worker:
 
         Trouble is also a Redis, or a machine, that stood still without an error: then this look comes long after the last one.
         """
-        lost, now, lease = self.queue.lost_workers(but=self.id), time.monotonic(), self.queue.lease
+        lost, now, lease = self.queue.lost_workers(own=self.id), time.monotonic(), self.queue.lease
         if now - self.looked_at > lease / 2:  # that long a lease lasts at any time, being renewed at a third of it
             self.late_at = now
         self.looked_at = now
@@ -703,13 +700,13 @@ def cli(ctx: click.Context) -> None:
         ctx.obj = Settings.read()
 
 
-def _queue(settings: Settings) -> Queue:
+def _queue(settings: Settings) -> AnyQueue:
     if not settings.redis_url:
         raise SettingsError(
             "REDIS_URL is not set, so there is nothing to work on. For web and worker in one process: python wsgi.py"
         )
     set_up_logging(settings)
-    return Queue.from_settings(settings, settings.worker_connections)
+    return open_queue(settings, settings.worker_connections)
 
 
 def on_queue(command: Callable[..., None]) -> Callable[..., None]:
@@ -777,7 +774,7 @@ def run(queues: tuple[str, ...], burst: bool, **overrides: Any) -> None:
         ", ".join(worker.names),
         connections,
     )
-    for warning in queue.warnings():
+    for warning in warnings(queue):
         log.warning("%s", warning)
     leave(worker.run())
 
@@ -822,7 +819,7 @@ def enqueue(settings: Settings, /, type: str, payload: str, **options: Any) -> N
 @watched
 @as_json
 @on_queue
-def stats(queue: Queue, watch: bool, as_json: bool) -> None:
+def stats(queue: AnyQueue, watch: bool, as_json: bool) -> None:
     """Count the jobs of every status and queue."""
     _tell(queue.stats, _show_stats, as_json, watch)
 
@@ -842,7 +839,7 @@ def _show_stats(told: dict[str, Any]) -> None:
 @watched
 @as_json
 @on_queue
-def workers(queue: Queue, watch: bool, as_json: bool) -> None:
+def workers(queue: AnyQueue, watch: bool, as_json: bool) -> None:
     """Show the workers and what they run."""
     _tell(queue.workers, _show_workers, as_json, watch)
 
@@ -860,7 +857,7 @@ def _show_workers(told: list[dict[str, Any]]) -> None:
 @LIMIT
 @as_json
 @on_queue
-def list_jobs(queue: Queue, filter: Filter, limit: int, as_json: bool) -> None:
+def list_jobs(queue: AnyQueue, filter: Filter, limit: int, as_json: bool) -> None:
     """List jobs, newest first."""
     _list(queue, filter, limit, as_json)
 
@@ -870,12 +867,12 @@ def list_jobs(queue: Queue, filter: Filter, limit: int, as_json: bool) -> None:
 @LIMIT
 @as_json
 @on_queue
-def failed(queue: Queue, filter: Filter, limit: int, as_json: bool) -> None:
+def failed(queue: AnyQueue, filter: Filter, limit: int, as_json: bool) -> None:
     """List the failed jobs, newest first, and why they failed."""
     _list(queue, filter._replace(status="failed"), limit, as_json)
 
 
-def _list(queue: Queue, filter: Filter, limit: int, as_json: bool) -> None:
+def _list(queue: AnyQueue, filter: Filter, limit: int, as_json: bool) -> None:
     found, cursor = queue.page(filter, limit=limit)
     while cursor and len(found) < limit:  # a page may be short
         more, cursor = queue.page(filter, limit=limit - len(found), cursor=cursor)
@@ -925,7 +922,7 @@ def _show(job: Job) -> None:
 @filtered("failed", "cancelled")
 @click.option("--all", "every", is_flag=True, help="All failed jobs.")
 @on_queue
-def retry(queue: Queue, ids: tuple[str, ...], filter: Filter, every: bool) -> None:
+def retry(queue: AnyQueue, ids: tuple[str, ...], filter: Filter, every: bool) -> None:
     """Revive failed or cancelled jobs: those of the IDs, or all that fit the options."""
     filter = _chosen("failed", ids, filter, every)
     for id in ids:
@@ -942,7 +939,7 @@ def retry(queue: Queue, ids: tuple[str, ...], filter: Filter, every: bool) -> No
 @click.option("--all", "every", is_flag=True, help="All pending jobs.")
 @SURE
 @on_queue
-def cancel(queue: Queue, ids: tuple[str, ...], filter: Filter, every: bool, yes: bool) -> None:
+def cancel(queue: AnyQueue, ids: tuple[str, ...], filter: Filter, every: bool, yes: bool) -> None:
     """Cancel jobs: those of the IDs (running ones are asked to stop), or all that fit the options."""
     filter = _chosen("pending", ids, filter, every)
     for id in ids:
@@ -957,7 +954,7 @@ def cancel(queue: Queue, ids: tuple[str, ...], filter: Filter, every: bool, yes:
 @cli.command()
 @click.argument("names", nargs=-1, required=True, metavar="QUEUE...")
 @on_queue
-def pause(queue: Queue, names: tuple[str, ...]) -> None:
+def pause(queue: AnyQueue, names: tuple[str, ...]) -> None:
     """Start no more jobs of a queue; jobs are still accepted."""
     for name in names:
         queue.pause(name)
@@ -967,7 +964,7 @@ def pause(queue: Queue, names: tuple[str, ...]) -> None:
 @cli.command()
 @click.argument("names", nargs=-1, required=True, metavar="QUEUE...")
 @on_queue
-def resume(queue: Queue, names: tuple[str, ...]) -> None:
+def resume(queue: AnyQueue, names: tuple[str, ...]) -> None:
     """Start the jobs of a queue again."""
     for name in names:
         queue.resume(name)
@@ -978,7 +975,7 @@ def resume(queue: Queue, names: tuple[str, ...]) -> None:
 @filtered(*ENDED, required=True)
 @SURE
 @on_queue
-def purge(queue: Queue, filter: Filter, yes: bool) -> None:
+def purge(queue: AnyQueue, filter: Filter, yes: bool) -> None:
     """Forget ended jobs before their time. Asks first."""
     _ask("Forget", filter, yes)
     done = _in_steps(queue, "purge", filter, partial(queue.purge, filter))
@@ -992,7 +989,7 @@ def doctor(ctx: click.Context, as_json: bool) -> None:
     """Examine Redis and all that the queue needs of it, and say what to change. Exits with 1 if something fails."""
     settings: Settings = ctx.obj
     connections = settings.shards * (settings.web_concurrency * settings.web_connections + settings.worker_connections)
-    findings = _queue(settings).examine(connections)
+    findings = examine(_queue(settings), connections)
     _print(findings) if as_json else _show_findings(findings)
     ctx.exit(int(any(finding.level == "fail" for finding in findings)))
 
@@ -1016,7 +1013,7 @@ def _ask(verb: str, filter: Filter, yes: bool) -> None:
     yes or click.confirm(f"{verb} all {filter.status} jobs{which}?", abort=True)
 
 
-def _in_steps(queue: Queue, verb: str, filter: Filter, step: Callable[[str], dict[str, Any]]) -> Counter[str]:
+def _in_steps(queue: AnyQueue, verb: str, filter: Filter, step: Callable[[str], dict[str, Any]]) -> Counter[str]:
     """Do bulk work step by step under a progress bar, and add up what the steps tell."""
     done: Counter[str] = Counter()
     with click.progressbar(length=queue.stats()[str(filter.status)], label=verb, file=sys.stderr) as bar:

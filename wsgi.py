@@ -45,14 +45,13 @@ from tinyqueue import (
     ENDED,
     HANDLERS,
     ID,
-    LOG_CONTEXT,
     MAX_DEPTH,
     MAX_JOBS,
     NAME,
     SERIES,
     STATUSES,
-    THREADS,
     UNENDED,
+    AnyQueue,
     Corrupted,
     Filter,
     InvalidJob,
@@ -60,9 +59,7 @@ from tinyqueue import (
     KeyReused,
     NotReplicated,
     Once,
-    Queue,
     QueueFull,
-    Settings,
     SettingsError,
     TinyQueueError,
     Unavailable,
@@ -71,8 +68,9 @@ from tinyqueue import (
     __version__,
     from_json,
     load_handlers,
-    set_up_logging,
 )
+from tinyqueue_config import LOG_CONTEXT, WEB_THREADS, Settings, open_queue, set_up_logging
+from tinyqueue_doctor import warnings
 
 log = logging.getLogger("tinyqueue.web")
 
@@ -191,7 +189,7 @@ class Door:
         if self.open:
             log.warning("TINYQUEUE_OPEN=1: everybody who can reach this server may submit, read, cancel and retry jobs")
 
-    def admit(self, role: str, queue: Callable[[], Queue]) -> str:
+    def admit(self, role: str, queue: Callable[[], AnyQueue]) -> str:
         """Let the present request in, or raise a Problem. Returns whose it is: the name of its key, or nothing without keys."""
         address = self._address()
         if not self.keys and not self.open:
@@ -252,7 +250,7 @@ class Door:
         if site not in ("same-origin", "none") or not own:
             raise Problem(403, "cross-site", "a page of another site may not do that")
 
-    def _count(self, queue: Queue, who: str) -> None:
+    def _count(self, queue: AnyQueue, who: str) -> None:
         left, seconds = queue.spend(who, self.limit, self.window)
         headers = {
             "RateLimit-Policy": f'"default";q={self.limit};w={self.window}',
@@ -318,12 +316,12 @@ class API(bottle.Bottle):  # type: ignore[misc]
 
     __setattr__ = object.__setattr__  # Bottle's own lets an attribute be set once only
 
-    def __init__(self, settings: Settings | None = None, queue: Queue | None = None) -> None:
+    def __init__(self, settings: Settings | None = None, queue: AnyQueue | None = None) -> None:
         super().__init__()
         self._lock, self._queue = threading.Lock(), queue
         if settings:
             self.settings, self.door = settings, Door(settings)
-        self._waiters = threading.BoundedSemaphore(THREADS // 2)
+        self._waiters = threading.BoundedSemaphore(WEB_THREADS // 2)
         self._scrape_errors = 0  # that Redis has not been told of
         for method, path, name, role in ROUTES:
             for part, pattern in (
@@ -342,17 +340,17 @@ class API(bottle.Bottle):  # type: ignore[misc]
         return Door(self.settings)
 
     @property
-    def queue(self) -> Queue:
+    def queue(self) -> AnyQueue:
         if self._queue is None:
             with self._lock:
                 self._queue = self._queue or self._open()
         return self._queue
 
-    def _open(self) -> Queue:
+    def _open(self) -> AnyQueue:
         if not self.settings.redis_url:
             raise SettingsError("REDIS_URL is not set, and this server runs no workers: set it, or use python wsgi.py")
         load_handlers(self.settings.handlers)
-        return Queue.from_settings(self.settings)
+        return open_queue(self.settings)
 
     def wsgi(self, environ: dict[str, Any], start_response: Callable[..., Any]) -> Any:
         """Answer a request under its own X-Request-ID, or one that is made for it, and log that."""
@@ -542,7 +540,7 @@ class API(bottle.Bottle):  # type: ignore[misc]
     def ready(self) -> dict[str, Any]:
         """Whether jobs can be submitted: Redis takes writes. What endangers them all the same stands among the warnings."""
         self.queue.ping()
-        return {"status": "ok", "warnings": self.queue.warnings()}
+        return {"status": "ok", "warnings": warnings(self.queue)}
 
     def whoami(self) -> dict[str, Any]:
         """Tell a caller whose key it has sent and which roles that has; without keys, all."""
@@ -736,7 +734,7 @@ METRICS = (  # name after tinyqueue_, kind, labels, meaning: a part of the contr
 class Scrape:
     """What Redis tells at one moment, in the form of a collector as Prometheus' client has them."""
 
-    def __init__(self, queue: Queue) -> None:
+    def __init__(self, queue: AnyQueue) -> None:
         stats, told = queue.stats(), queue.metrics()
         errors = told.pop("scrapeErrors", {(): 0})
         workers = [worker for worker in queue.workers() if worker["alive"]]
@@ -856,7 +854,7 @@ class Server:
             api,
             self.channels,
             sockets=[sock],
-            threads=THREADS,
+            threads=WEB_THREADS,
             connection_limit=CONNECTIONS,
             max_request_body_size=4
             * api.settings.max_body,  # a little too large gets an answer in JSON, far too large none
@@ -970,11 +968,11 @@ def run() -> None:
     settings = Settings.read()
     set_up_logging(settings)
     load_handlers(settings.handlers)
-    queue = Queue.from_settings(settings, settings.web_connections)
+    queue = open_queue(settings, settings.web_connections)
     api, sock = API(settings, queue), listen(settings)
     where = f"http://{settings.host or 'localhost'}:{sock.getsockname()[1]}"
     if settings.redis_url:
-        for warning in queue.warnings():
+        for warning in warnings(queue):
             log.warning("%s", warning)
         queue.disconnect()
         each = settings.shards * settings.web_connections

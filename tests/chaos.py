@@ -48,7 +48,7 @@ import redis
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from conftest import RedisServer, assert_books, free_port  # noqa: E402
+from conftest import RedisServer, check_consistency, free_port  # noqa: E402
 from cutproxy import CutProxy  # noqa: E402
 
 from tinyqueue import ENDED, Job, Queue, Unavailable  # noqa: E402
@@ -89,7 +89,7 @@ def work(payload: dict, job: Job) -> str:
 @handler("flaky", max_attempts=3, timeout=10, **SOON)
 def flaky(payload: dict, job: Job) -> str:
     with marked(job):
-        if job.attempt <= payload["fails"]:
+        if job.attempts <= payload["fails"]:
             raise OSError("flaky")
         return payload["token"]
 
@@ -439,7 +439,7 @@ class World:
         until = time.monotonic() + 3.0
         while True:
             try:
-                assert_books(self.queue)
+                check_consistency(self.queue)
                 return []
             except AssertionError as error:
                 if time.monotonic() > until:
@@ -454,7 +454,7 @@ class World:
         """Forget the trial's jobs, which have ended: the books of the next are read faster."""
         keys = self.queue.keys
         made = [key for family in (keys.job("*"), keys.prefix + "once:*") for key in self.client.keys(family)]
-        self.client.delete(*made, keys.completed, keys.failed, keys.cancelled)
+        self.client.delete(*made, keys.ended["completed"], keys.ended["failed"], keys.ended["cancelled"])
 
     def _evidence(self, plan: Plan) -> Evidence:
         marks = [line.split() for line in (self.folder / "marks").read_text().splitlines()]

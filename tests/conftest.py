@@ -2,7 +2,7 @@
 
 A test that asks for `queue` runs twice, on the embedded server and on a real one, and its books are checked when it ends. A test
 that asks for `real` or `proxy` runs on the real server only. From here you may import `until`, `put`, `raw`, `lapse`, `dump`,
-`assert_books` and `free_port`.
+`check_consistency` and `free_port`.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ import redis
 from client import Client
 from cutproxy import CutProxy
 
-from tinyqueue import HANDLERS, ID, Failure, Job, Queue, Settings
+from tinyqueue import HANDLERS, ID, Failure, Filter, Job, Queue, Status
+from tinyqueue_config import Settings
 from wsgi import API
 
 # Real servers ---------------------------------------------------------------------------------------------------------
@@ -169,7 +170,7 @@ def queue(server: Server) -> Iterator[Queue]:
     """An empty queue on either server. When the test is over, the books must be right."""
     queue = server.queue()
     yield queue
-    assert_books(queue)
+    check_consistency(queue)
 
 
 @pytest.fixture
@@ -177,7 +178,7 @@ def near(real: Server) -> Iterator[Queue]:
     """An empty queue on the real server. When the test is over, the books must be right."""
     queue = real.queue()
     yield queue
-    assert_books(queue)
+    check_consistency(queue)
 
 
 @pytest.fixture
@@ -280,6 +281,11 @@ def put(queue: Queue, status: str, /, **options: Any) -> Job:
 # The books ------------------------------------------------------------------------------------------------------------
 
 
+def newest(queue: Any, status: Status, limit: int = 50) -> list[Job]:
+    """The newest jobs of a status, as one page of a listing has them."""
+    return queue.page(Filter(status), limit=limit)[0] if limit else []
+
+
 class Entry(NamedTuple):
     """What a key holds, and whether it has a time to live."""
 
@@ -335,7 +341,7 @@ EXPIRING = ("lease:", "promoter", "mark", "once:", "minute:", "rate:", "done:")
 ENDED = ("completed", "failed", "cancelled")
 
 
-def assert_books(queue: Queue) -> None:
+def check_consistency(queue: Queue) -> None:
     """Read all keys and check that every job is exactly where its status says. Lists may hold more; the record decides."""
     tag = queue.keys.counts.removesuffix("counts")
     keys = {key.removeprefix(tag): entry for key, entry in dump(queue).items() if key.startswith(tag)}

@@ -29,7 +29,7 @@ import redis
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from conftest import RedisServer, assert_books, free_port, until  # noqa: E402
+from conftest import RedisServer, check_consistency, free_port, until  # noqa: E402
 
 from tinyqueue import Queue  # noqa: E402
 
@@ -40,7 +40,7 @@ from tinyqueue import Discard, Job, handler
 def soak(n: int, job: Job) -> int:
     if n % 20 == 0:
         raise Discard("no use")
-    if n % 20 == 1 and job.attempt == 1:
+    if n % 20 == 1 and job.attempts == 1:
         raise OSError("flaky")
     return n
 """
@@ -122,7 +122,7 @@ class Soak:
     def look(self, jobs: int) -> Look:
         """Wait until all jobs have ended and are forgotten, then look."""
         until(lambda: self._forgotten(jobs), timeout=FORGOTTEN_WITHIN)
-        assert_books(self.queue)
+        check_consistency(self.queue)
         with redis.Redis(connection_pool=self.queue.pool) as client:
             keys = {key for key in client.scan_iter() if b":minute:" not in key and not key.endswith(b":promoter")}
             memory, clients = client.info("memory"), client.info("clients")

@@ -15,11 +15,13 @@ from typing import Any, NamedTuple
 import pytest
 import redis
 from client import Client
-from conftest import REDIS, RedisServer, assert_books, until
+from conftest import REDIS, RedisServer, check_consistency, newest, until
 from cutproxy import CutProxy
 from test_processes import HANDLERS, ROOT, Process, Web, environment
 
-from tinyqueue import NotReplicated, Queue, Settings, SettingsError, Unavailable, connect, handler
+from tinyqueue import NotReplicated, SettingsError, Unavailable, handler
+from tinyqueue_config import Settings, open_queue
+from tinyqueue_redis import connect
 from wsgi import API
 
 SERVICE = "jobs"
@@ -213,17 +215,17 @@ def test_submit_returns_when_enough_replicas_have_the_jobs(replicated: Replicate
         for replica in replicas:
             with redis.Redis(port=replica.port) as client:
                 assert client.exists(*(queue.keys.job(job.id) for job in jobs)) == 3
-    assert_books(queue)
+    check_consistency(queue)
 
 
 def test_submit_that_too_few_replicas_have_is_stored_and_says_so(replicated: Replicated, queue_at: Any) -> None:
     queue = queue_at(replicated(1)[0].url, min_replicas=2)
     with pytest.raises(NotReplicated, match="stored and will run, but only 1 of 2 replicas") as caught:
         queue.enqueue("echo", 1)
-    assert queue.jobs("pending") == caught.value.jobs
+    assert newest(queue, "pending") == caught.value.jobs
     [job] = queue.dequeue(queue.register(["default"], 1), ["default"])
     queue.complete(job)
-    assert_books(queue)
+    check_consistency(queue)
 
 
 def test_submit_that_too_few_replicas_have_is_answered_503(replicated: Replicated, queue_at: Any) -> None:
@@ -235,7 +237,7 @@ def test_submit_that_too_few_replicas_have_is_answered_503(replicated: Replicate
         assert (answer.status, answer.kind, answer.headers["retry-after"]) == (503, "not-replicated", "5")
     told = [*one.problem["jobIds"], *many.problem["jobIds"]]
     assert one.problem["jobId"] == told[0]
-    assert sorted(told) == sorted(job.id for job in queue.jobs("pending"))
+    assert sorted(told) == sorted(job.id for job in newest(queue, "pending"))
 
 
 def test_submit_again_under_the_same_key_waits_for_the_replicas_again(replicated: Replicated, queue_at: Any) -> None:
@@ -249,7 +251,7 @@ def test_submit_again_under_the_same_key_waits_for_the_replicas_again(replicated
     answer = until(lambda: (again := api.post("/jobs", ECHO, {"Idempotency-Key": "k"})).status == 200 and again)
     assert answer.headers["idempotency-replayed"] == "true"
     assert [answer.json["jobId"]] * 2 == [answer.problem["jobId"] for answer in answers]
-    assert_books(queue)
+    check_consistency(queue)
 
 
 @pytest.mark.parametrize("lost", ["drop_reply", "drop_request"])
@@ -265,8 +267,8 @@ def test_submit_whose_reply_is_lost_is_stored_once_and_waits_for_the_replicas(
         with pytest.raises(NotReplicated) as caught:
             far.enqueue("echo", 1)
         assert proxy.idle
-    assert near.jobs("pending") == caught.value.jobs
-    assert_books(near)
+    assert newest(near, "pending") == caught.value.jobs
+    check_consistency(near)
 
 
 def test_submit_of_nothing_waits_for_nobody(replicated: Replicated, queue_at: Any) -> None:
@@ -275,7 +277,7 @@ def test_submit_of_nothing_waits_for_nobody(replicated: Replicated, queue_at: An
 
 def test_min_replicas_without_redis_url_is_refused() -> None:
     with pytest.raises(SettingsError, match="TINYQUEUE_MIN_REPLICAS"):
-        Queue.from_settings(Settings(min_replicas=1))
+        open_queue(Settings(min_replicas=1))
 
 
 # Sentinels ------------------------------------------------------------------------------------------------------------

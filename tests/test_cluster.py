@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import redis
-from conftest import RedisServer, assert_books, free_port, put, until
+from conftest import RedisServer, check_consistency, free_port, newest, put, until
 from redis.crc import key_slot
 from test_availability import Load, service, stopped
 
@@ -148,7 +148,7 @@ def test_every_verb_by_way_of_any_node(cluster: Cluster, queue_at: Any) -> None:
         queue.take(queue.register(DEFAULT, 1), DEFAULT, 1)
         queue.wait(DEFAULT, 0.01)
         assert queue.stats()["workers"] > 0
-        assert_books(queue)
+        check_consistency(queue)
         assert queue.pool.place == ("127.0.0.1", cluster.owner().port)
 
 
@@ -171,7 +171,7 @@ def test_slot_that_has_moved_is_followed_within_a_call(cluster: Cluster, queue_a
     assert queue.last_trouble > trouble, "whoever reaps must know"
     assert [job.id for job in queue.dequeue(queue.register(DEFAULT, 1), DEFAULT, 9)] == [first.id, second.id]
     assert queue.pool.place == ("127.0.0.1", target.port)
-    assert_books(queue)
+    check_consistency(queue)
 
 
 def test_slot_that_is_being_moved_is_busy_and_nothing_is_stored(cluster: Cluster, queue_at: Any) -> None:
@@ -188,8 +188,8 @@ def test_slot_that_is_being_moved_is_busy_and_nothing_is_stored(cluster: Cluster
         assert queue.get(job.id) == job
     finally:
         cluster.move(source, target)
-    assert [found.id for found in queue.jobs("pending")] == [job.id]
-    assert_books(queue)
+    assert [found.id for found in newest(queue, "pending")] == [job.id]
+    check_consistency(queue)
 
 
 def test_slot_that_moves_under_load_loses_nothing(cluster: Cluster, queue_at: Any, tmp_path: Path) -> None:
@@ -202,13 +202,13 @@ def test_slot_that_moves_under_load_loses_nothing(cluster: Cluster, queue_at: An
         load.assert_all_run(service_)
     queue = queue_at(cluster.nodes[0].url)
     until(lambda: queue.stats()["pending"] == queue.stats()["processing"] == 0)
-    assert_books(queue)
+    check_consistency(queue)
 
 
 def test_node_of_the_url_is_asked_when_all_that_were_known_are_gone(cluster: Cluster, queue_at: Any) -> None:
     queue = queue_at(cluster.others()[0].url)
     queue.pool.nodes = frozenset({("127.0.0.1", free_port())})  # the others were replaced while nobody looked
-    queue.pool.turn_to(*next(iter(queue.pool.nodes)))
+    queue.pool.move_to(*next(iter(queue.pool.nodes)))
     with suppress(Unavailable):
         queue.ping()
     queue.ping()

@@ -19,9 +19,10 @@ from typing import Any, Literal
 
 import pytest
 from client import Client, serving
-from conftest import RedisServer, put, raw
+from conftest import RedisServer, newest, put, raw
 
-from tinyqueue import Discard, Failure, Job, Outcome, Queue, Settings, handler
+from tinyqueue import Discard, Failure, Job, Outcome, Queue, handler
+from tinyqueue_config import Settings
 from worker import Worker
 from wsgi import API
 
@@ -196,7 +197,7 @@ def busy(queue: Queue) -> dict[str, Job]:
     queue.heartbeat(worker, [running.id])
     queue.heartbeat(queue.register(["reports"], 2))
     return {
-        "failed": queue.jobs("failed")[1] if not failed.error else failed,
+        "failed": newest(queue, "failed")[1] if not failed.error else failed,
         "running": running,
         "trace": queue.page()[0][-1],
     }
@@ -230,7 +231,7 @@ def test_submit_a_job_by_its_form_and_follow_it_to_its_end(open: Open, near: Que
     page.get_by_role("button", name="Submit").click()
     page.locator("text=Accepted: >> a").click()
     shows(page, "waiting for")
-    [job] = near.jobs("pending")
+    [job] = newest(near, "pending")
     message = {"to": "ada@example.com", "subject": "Hello", "body": "two\nlines", "format": "html", "copies": 2}
     assert job.payload == message | {"urgent": True, "cc": ["b@example.com"]}
     assert (job.max_attempts, job.queue, job.unique_key) == (5, "default", "u")
@@ -249,7 +250,7 @@ def test_submit_leaves_out_what_is_left_empty(open: Open, near: Queue) -> None:
     written(page)
     page.locator("[name='payload.subject']").press("Enter")
     shows(page, "Accepted")
-    [job] = near.jobs("pending")
+    [job] = newest(near, "pending")
     assert job.payload == {"to": "ada@example.com", "subject": "Hello", "body": "Hi"}
 
 
@@ -276,7 +277,7 @@ def test_submit_begins_an_object_of_no_known_form_as_an_empty_one(open: Open, ne
     page = open("#/submit/charge-card")
     page.get_by_role("button", name="Submit").click()
     shows(page, "Accepted")
-    assert near.jobs("pending")[0].payload == {}
+    assert newest(near, "pending")[0].payload == {}
 
 
 def test_submit_warns_of_a_queue_that_nobody_serves(open: Open, near: Queue) -> None:
@@ -331,7 +332,7 @@ def test_submit_a_payload_of_no_known_form_as_json(open: Open, near: Queue) -> N
     page.locator("[name=payload]").fill('{"n": 12345678901234567890, "deep": [null]}')
     page.get_by_role("button", name="Submit").click()
     shows(page, "Accepted")
-    assert near.jobs("pending")[0].payload == {"n": 12345678901234567890, "deep": [None]}
+    assert newest(near, "pending")[0].payload == {"n": 12345678901234567890, "deep": [None]}
 
 
 def test_find_a_failed_job_and_retry_it(open: Open, near: Queue) -> None:
@@ -567,7 +568,7 @@ def test_copy_a_job_as_the_command_that_submits_it_again(open: Open, near: Queue
     subprocess.run(
         ["bash", "-c", command], env={"PATH": os.environ["PATH"], "TINYQUEUE_KEY": "admin-0123456789"}, check=True
     )
-    [again] = [found for found in near.jobs("pending") if found.id != job.id]
+    [again] = [found for found in newest(near, "pending") if found.id != job.id]
     assert (again.type, again.payload, again.max_attempts, again.queue) == ("echo", payload, 7, "reports")
 
 
@@ -652,7 +653,7 @@ def test_a_key_that_may_only_submit_is_shown_the_form_alone(open: Open, near: Qu
     written(page)
     page.get_by_role("button", name="Submit").click()
     shows(page, "Accepted")
-    assert len(near.jobs("pending")) == 1
+    assert len(newest(near, "pending")) == 1
 
 
 # Polling --------------------------------------------------------------------------------------------------------------
@@ -860,7 +861,7 @@ def test_fits_every_width_in_both_themes(open: Open, near: Queue, tmp_path: Path
     """Also writes the pictures, for people to look at, into the folder DASHBOARD_SHOTS."""
     if look != "empty":
         busy(near)
-    failed = next((job.id for job in near.jobs("failed") if job.error and job.error.traceback), "")
+    failed = next((job.id for job in newest(near, "failed") if job.error and job.error.traceback), "")
     at = {
         "failed": "#/jobs?status=failed",
         "job": f"#/jobs/{failed}",

@@ -42,7 +42,7 @@ def test_handler_stays_callable_and_registered() -> None:
 def test_handler_that_wants_the_job_receives_it() -> None:
     @handler("greet")
     def greet(payload: Greet, job: Job) -> str:
-        return f"Hello {payload.name}, {job.attempt}"
+        return f"Hello {payload.name}, {job.attempts}"
 
     assert greet.run(Job("", "greet", {"name": "you"}, attempts=2)) == "Hello you, 2"
 
@@ -111,7 +111,7 @@ def with_unreadable_payload(payload: list[Greet] | set[Greet]) -> None: ...
     [
         (without_annotation, "without_annotation must take an annotated payload"),
         (without_parameter, "without_parameter must take an annotated payload"),
-        (with_three, "with_three must take an annotated payload and, if it likes, a Job"),
+        (with_three, "with_three must take an annotated payload and, optionally, a Job"),
         (with_another_second, "second parameter of handler with_another_second must be annotated Job"),
         (with_untyped_second, "second parameter of handler with_untyped_second must be annotated Job"),
         (with_unreadable_payload, "more than one array-like"),
@@ -208,7 +208,10 @@ def test_load_handlers_prefers_the_users_own_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "rule"),
     [
-        (None, r"^TINYQUEUE_HANDLERS: there is no module handlers here, where your handlers would be$"),
+        (
+            None,
+            r"^TINYQUEUE_HANDLERS: there is no module handlers here; create it, or name the module of your handlers$",
+        ),
         ("import not_installed", r"^cannot import handlers: No module named 'not_installed'$"),
         ("import sys; sys.exit('stop')", r"^cannot import handlers: SystemExit: stop$"),
         ("exit(0)", r"^cannot import handlers: SystemExit: 0$"),

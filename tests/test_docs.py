@@ -16,7 +16,8 @@ import pytest
 import tinyqueue
 import worker
 import wsgi
-from tinyqueue import PLATFORMS, STATUSES, Failure, Job, Settings
+from tinyqueue import STATUSES, Failure, Job
+from tinyqueue_config import PLATFORMS, Settings
 
 REPOSITORY = Path(tinyqueue.__file__).parent
 TABLE = [(name, default) for name, default, _ in Settings.table()]
@@ -231,7 +232,10 @@ def test_sections_of_a_module_have_names_of_their_own(module: object) -> None:
 
 def test_tinyqueue_lists_every_family_of_keys() -> None:
     keys = tinyqueue.Keys("queue")
-    families = {family("") if callable(family) else family for family in vars(keys).values()} - {keys.prefix}
+    named = [*vars(keys).values(), *keys.ended.values()]
+    families = {family("") if callable(family) else family for family in named if family is not keys.ended} - {
+        keys.prefix
+    }
     assert len(families) > 20
     assert families - set(re.findall(r"\{queue\}:[a-z]+:?", str(tinyqueue.__doc__))) == set()
 

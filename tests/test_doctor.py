@@ -14,14 +14,16 @@ from client import Client, running
 from conftest import RedisServer, Server, dump, free_port, lapse, put, raw, until
 
 import worker
-from tinyqueue import Finding, Queue, Settings
+from tinyqueue import Queue
+from tinyqueue_config import Settings
+from tinyqueue_doctor import Finding, examine, warnings
 from wsgi import API
 
 NEEDED = 19
 
 
 def findings(queue: Queue, connections: int = NEEDED) -> dict[str, Finding]:
-    return {finding.about: finding for finding in queue.examine(connections)}
+    return {finding.about: finding for finding in examine(queue, connections)}
 
 
 @pytest.fixture
@@ -46,7 +48,7 @@ def test_doctor_finds_nothing_where_all_is_well(own: Queue) -> None:
     found = findings(own)
     assert [finding for finding in found.values() if (finding.level, finding.advice) != ("ok", "")] == []
     assert set(found) >= {"transport", "reachable", "clock", "permissions", "writes", "server", "eviction", "memory"}
-    assert set(found) >= {"role", "persistence", "connections", "idle timeout", "books", "workers"}
+    assert set(found) >= {"role", "persistence", "connections", "idle timeout", "counts", "workers"}
     version = raw(own).info("server")["redis_version"]
     assert version in found["server"].seen
 
@@ -55,7 +57,7 @@ def test_doctor_changes_nothing(queue: Queue) -> None:
     for status in ("completed", "failed", "delayed", "processing"):
         put(queue, status, queue=status)
     before = dump(queue)
-    assert findings(queue)["books"].level == "ok"
+    assert findings(queue)["counts"].level == "ok"
     after = dump(queue)
     assert after == before
     queue.enqueue("echo", 1)  # nor is a connection left inside the transaction that was never executed
@@ -65,7 +67,7 @@ def test_doctor_changes_nothing(queue: Queue) -> None:
 
 
 def test_doctor_of_a_server_that_is_away() -> None:
-    [transport, away] = Queue.from_url(f"redis://:s3cret@127.0.0.1:{free_port()}/0").examine(NEEDED)
+    [transport, away] = examine(Queue.from_url(f"redis://:s3cret@127.0.0.1:{free_port()}/0"), NEEDED)
     assert transport.level == "ok"
     assert (away.level, away.about) == ("fail", "reachable")
     assert "REDIS_URL" in away.advice
@@ -146,22 +148,22 @@ def test_doctor_gives_a_user_without_rights_what_is_needed(own: Queue, rules: li
         before = found
         raw(own).execute_command(*found.advice.split())
         assert findings(app)["permissions"] != before
-    assert (found.level, findings(app)["books"].level) == ("ok", "ok")
+    assert (found.level, findings(app)["counts"].level) == ("ok", "ok")
     app.pool.disconnect()
 
 
 def test_doctor_of_a_user_without_info(own: Queue) -> None:
     app = as_user(own, "~{queue}:*", "+@all", "-info")
     found = findings(app)
-    assert (found["permissions"].level, found["server"].level, found["books"].level) == ("warn", "warn", "ok")
+    assert (found["permissions"].level, found["server"].level, found["counts"].level) == ("warn", "warn", "ok")
     app.pool.disconnect()
 
 
 def test_doctor_of_keys_that_were_lost(own: Queue) -> None:
     own.enqueue("echo", 1)
-    assert findings(own)["books"].level == "ok"
+    assert findings(own)["counts"].level == "ok"
     raw(own).delete(own.keys.jobs("default"))
-    assert findings(own)["books"].level == "fail"
+    assert findings(own)["counts"].level == "fail"
 
 
 def test_doctor_of_a_key_of_the_wrong_type(own: Queue) -> None:
@@ -169,7 +171,7 @@ def test_doctor_of_a_key_of_the_wrong_type(own: Queue) -> None:
     raw(own).delete(own.keys.jobs("default"))
     raw(own).set(own.keys.jobs("default"), "1")
     found = findings(own)
-    assert (found["books"].level, found["workers"].about) == ("fail", "workers")
+    assert (found["counts"].level, found["workers"].about) == ("fail", "workers")
 
 
 def test_doctor_of_no_worker(queue: Queue) -> None:
@@ -191,7 +193,7 @@ def test_doctor_of_a_queue_that_nobody_serves(queue: Queue) -> None:
     assert "queue" not in findings(queue)  # there is no worker at all, which is told
     queue.register(["default"], 1)
     found = findings(queue)["queue"]
-    assert (found.level, found.seen) == ("warn", "mail: 1 pending, and no worker serves it")
+    assert (found.level, found.seen) == ("warn", "mail: 1 pending, no worker serves it")
     queue.register(["mail"], 1)
     assert "queue" not in findings(queue)
 
@@ -200,10 +202,10 @@ def test_doctor_of_a_queue_that_nobody_serves(queue: Queue) -> None:
 
 
 def test_warnings_of_an_eviction_policy(own: Queue) -> None:
-    assert own.warnings() == []
+    assert warnings(own) == []
     raw(own).config_set("maxmemory", "100mb")
     raw(own).config_set("maxmemory-policy", "allkeys-lru")
-    [warning] = Queue(own.pool).warnings()
+    [warning] = warnings(Queue(own.pool))
     assert "allkeys-lru" in warning
     assert "noeviction" in warning
 
@@ -212,8 +214,8 @@ def test_warnings_are_none_where_redis_does_not_tell(own: Queue) -> None:
     raw(own).config_set("maxmemory", "100mb")
     raw(own).config_set("maxmemory-policy", "allkeys-lru")
     app = as_user(own, "~{queue}:*", "+@all", "-info", "-config")
-    assert app.warnings() == []
-    assert Queue.from_url(f"redis://127.0.0.1:{free_port()}/0").warnings() == []
+    assert warnings(app) == []
+    assert warnings(Queue.from_url(f"redis://127.0.0.1:{free_port()}/0")) == []
     app.pool.disconnect()
 
 
@@ -265,7 +267,7 @@ def test_doctor_prints_a_line_for_each_finding(real: Server) -> None:
     done = run_worker(real.url, "doctor")
     assert (done.returncode, done.stderr) == (0, "")
     lines = done.stdout.splitlines()
-    assert len(lines) == len(real.queue().examine(NEEDED))
+    assert len(lines) == len(examine(real.queue(), NEEDED))
     assert all(line.split()[0] in ("ok", "warn") for line in lines)
     assert "warn  workers       0 alive -> start one: python worker.py" in lines
 

@@ -15,7 +15,8 @@ from client import NO_BODY, Answer, Client, Wire, running, spell
 from conftest import dump, free_port, put, raw
 
 import wsgi
-from tinyqueue import Queue, Settings, SettingsError, handler
+from tinyqueue import Queue, SettingsError, handler
+from tinyqueue_config import Settings
 from wsgi import API, ROUTES, Door
 
 SECRETS = {"submit": "submit-0123456789", "read": "read-0123456789ab", "admin": "admin:0123456789ab"}

@@ -11,7 +11,8 @@ import pytest
 from client import NO_BODY, Client, Wire, serving, spell
 from conftest import dump, put
 
-from tinyqueue import CURSOR, KEY_LENGTH, MAX_ATTEMPTS, MAX_DELAY, MAX_DEPTH, Queue, Settings, handler
+from tinyqueue import CURSOR, KEY_LENGTH, MAX_ATTEMPTS, MAX_DELAY, MAX_DEPTH, Queue, handler
+from tinyqueue_config import Settings
 from wsgi import API, ROUTES
 
 SEEDS = range(8)

@@ -23,7 +23,8 @@ import pytest
 from PIL import Image
 
 from handlers import ExportData, ProcessImage, SendEmail, export_data, process_image, send_email
-from tinyqueue import HANDLERS, Discard, InvalidJob, Job, Queue, Retry, Settings, TimedOut
+from tinyqueue import HANDLERS, Discard, InvalidJob, Job, Queue, Retry, TimedOut
+from tinyqueue_config import Settings
 from worker import Worker
 
 ROOT = Path(__file__).parent.parent

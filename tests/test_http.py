@@ -23,7 +23,9 @@ from client import NO_BODY, PROBLEM, Answer, Client, Wire, serving, spell
 from conftest import Server, dump, free_port, put, raw, until
 
 import tinyqueue
-from tinyqueue import ID, MAX_ATTEMPTS, MAX_DELAY, MAX_DEPTH, STATUSES, Queue, Settings, handler
+import tinyqueue_redis
+from tinyqueue import ID, MAX_ATTEMPTS, MAX_DELAY, MAX_DEPTH, STATUSES, Queue, handler
+from tinyqueue_config import Settings
 from wsgi import API, FIELDS, RETRY_AFTER, ROUTES
 
 REPOSITORY = Path(tinyqueue.__file__).parent
@@ -839,7 +841,7 @@ def test_answer_503_when_redis_refuses(method: str, path: str, body: Any, error:
 
 
 def test_answer_503_when_redis_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tinyqueue, "SOCKET_TIMEOUT", 0.1)
+    monkeypatch.setattr(tinyqueue_redis, "SOCKET_TIMEOUT", 0.1)
     with answering(b"") as url, client_of(url) as api:
         assert_unavailable(api.get("/ready"), "timeout")
         assert api.get("/health").status == 200

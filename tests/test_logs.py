@@ -15,7 +15,8 @@ import pytest
 from client import Client, Wire, running, spell
 from conftest import raw, until
 
-from tinyqueue import HANDLERS, Job, Queue, Settings, handler, set_up_logging
+from tinyqueue import HANDLERS, Job, Queue, handler
+from tinyqueue_config import Settings, set_up_logging
 from worker import Worker
 from wsgi import API
 

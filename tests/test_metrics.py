@@ -12,13 +12,14 @@ from typing import Any
 
 import pytest
 from client import Client
-from conftest import free_port, lapse, put, raw
+from conftest import free_port, lapse, newest, put, raw
 from cutproxy import CutProxy
 from prometheus_client.parser import text_string_to_metric_families
 
 import tinyqueue
 import wsgi
-from tinyqueue import Failure, Job, Outcome, Queue, Settings
+from tinyqueue import Failure, Job, Outcome, Queue
+from tinyqueue_config import Settings
 from wsgi import API, METRICS
 
 DEPLOY = Path(tinyqueue.__file__).parent / "deploy"
@@ -73,7 +74,7 @@ def test_metrics_tell_everything_that_happened_to_jobs(queue: Queue) -> None:
     run(queue, worker, "fail", error=Failure("Boom", "it broke"), after=60)
     run(queue, worker, "release")
     [lost] = queue.dequeue(worker, ["default"])
-    revived = queue.jobs("failed")[0]
+    revived = newest(queue, "failed")[0]
     queue.retry(revived.id)
     queue.cancel(revived.id)
     lapse(queue, worker)
@@ -96,7 +97,7 @@ def test_metrics_tell_everything_that_happened_to_jobs(queue: Queue) -> None:
     assert told["tinyqueue_jobs", "default", "pending"] == 4
     assert told["tinyqueue_jobs", "default", "processing"] == 0
     assert told["tinyqueue_jobs_delayed",] == 1
-    assert lost.id in {job.id for job in queue.jobs("pending")}
+    assert lost.id in {job.id for job in newest(queue, "pending")}
 
 
 def test_metrics_agree_with_stats(queue: Queue) -> None:

@@ -15,18 +15,8 @@ import pytest
 from client import Answer, Client, running
 from conftest import put
 
-from tinyqueue import (
-    HANDLERS,
-    KEY_LENGTH,
-    MAX_ATTEMPTS,
-    MAX_DELAY,
-    MAX_JOBS,
-    STATUSES,
-    Queue,
-    Settings,
-    __version__,
-    handler,
-)
+from tinyqueue import HANDLERS, KEY_LENGTH, MAX_ATTEMPTS, MAX_DELAY, MAX_JOBS, STATUSES, Queue, __version__, handler
+from tinyqueue_config import Settings
 from wsgi import API, FIELDS, FILTERS, LONGEST_WAIT, ROUTES, describe
 
 CONFIG = Path(__file__).with_name("schemathesis.toml")

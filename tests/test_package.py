@@ -40,9 +40,12 @@ NAMES = ["the worker.py of the project", "the wsgi.py of the project"]
 PROGRAM = """
 from dataclasses import dataclass
 
-from tinyqueue import Discard, Job, Queue, QueueFull, Retry, Settings, Unavailable, handler
+from tinyqueue import Discard, Job, Queue, QueueFull, Retry, handler
 from tinyqueue.worker import Worker
 from tinyqueue.wsgi import app
+from tinyqueue_config import Settings, open_queue
+from tinyqueue_doctor import warnings
+from tinyqueue_redis import connect
 
 
 @dataclass
@@ -63,6 +66,8 @@ charge.enqueue(queue, Charge("c-9", "500"))  # arg-type
 Worker(queue, Settings()).run().bit_length()
 app.settings.port.bit_length()
 queue.no_such_verb()  # attr-defined
+open_queue("redis://localhost:6379/0")  # arg-type
+warnings(connect("redis://localhost:6379/0"))  # arg-type
 """
 
 
@@ -74,20 +79,20 @@ def run(*command: str | Path, cwd: Path, **environ: str) -> str:
     return done.stdout
 
 
-def pip(python: str | Path, *arguments: str | Path) -> None:
-    """Run the pip of a Python, configured as it is here."""
-    command = [python, "-m", "pip", "install", "--quiet", *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
+def fetch(python: str | Path, *arguments: str | Path) -> None:
+    """Run a module that downloads packages as pip is configured here. Skip the test where nothing can be downloaded."""
+    done = subprocess.run([python, "-m", *arguments], capture_output=True, text=True, timeout=600, check=False)
+    said = done.stdout + done.stderr
+    if "No matching distribution found" in said and os.environ.get("CI") != "true":
+        pytest.skip("no package index can be reached: THE PACKAGE IS NOT TESTED")
+    assert done.returncode == 0, said
 
 
 @pytest.fixture(scope="module")
 def distributions(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the source distribution, and with the wheel that was made from it."""
     folder = tmp_path_factory.mktemp("dist")
-    command = [sys.executable, "-m", "build", "--outdir", folder, ROOT]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
+    fetch(sys.executable, "build", "--outdir", folder, ROOT)
     return folder
 
 
@@ -112,7 +117,7 @@ def scripts(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of commands of a fresh environment in which only the wheel is installed, with what it needs."""
     folder = tmp_path_factory.mktemp("fresh")
     run(sys.executable, "-m", "venv", folder, cwd=folder)
-    pip(folder / "bin" / "python", wheel)
+    fetch(folder / "bin" / "python", "pip", "install", wheel)
     return folder / "bin"
 
 
@@ -162,8 +167,7 @@ def test_wheel_built_where_an_older_one_was_holds_nothing_of_it(unpacked: Path, 
     left = sources / "build" / "lib" / "worker.py"
     left.parent.mkdir(parents=True)
     left.write_text("")
-    command = [sys.executable, "-m", "build", "--wheel", "--outdir", tmp_path, sources]
-    subprocess.run(command, capture_output=True, timeout=600, check=True)
+    fetch(sys.executable, "build", "--wheel", "--outdir", tmp_path, sources)
     [wheel] = tmp_path.glob("*.whl")
     assert "worker.py" not in zipfile.ZipFile(wheel).namelist()
 
@@ -231,7 +235,7 @@ def test_application_of_the_wheel_can_be_imported_beside_another_wsgi(scripts: P
 
 def test_dashboard_and_description_are_served_from_a_target_folder(wheel: Path, project: Path, tmp_path: Path) -> None:
     target = tmp_path / "target"
-    pip(sys.executable, "--no-deps", "--target", target, wheel)
+    fetch(sys.executable, "pip", "install", "--no-deps", "--target", target, wheel)
     with running(project, sys.executable, "-m", "tinyqueue.wsgi", PYTHONPATH=str(target)) as (address, _):
         assert ask(address, "GET", "/openapi.json").json["info"]["version"] == tinyqueue.__version__
         assert ask(address, "GET", "/").body == (target / "tinyqueue" / "dashboard.html").read_bytes()

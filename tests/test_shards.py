@@ -8,41 +8,19 @@ from collections.abc import Iterator
 
 import pytest
 from client import Client
-from conftest import Server, assert_books, lapse, raw, until
+from conftest import Server, check_consistency, lapse, raw, until
 from test_worker import Running
 
 import tinyqueue
-from tinyqueue import (
-    Failure,
-    Filter,
-    InvalidJob,
-    Job,
-    Once,
-    Outcome,
-    Queue,
-    Reaped,
-    Settings,
-    Shards,
-    Unavailable,
-    handler,
-)
+from tinyqueue import Failure, Filter, InvalidJob, Job, Once, Outcome, Queue, Reaped, Shards, Unavailable, handler
+from tinyqueue_config import Settings, open_queue
+from tinyqueue_doctor import examine, warnings
 from wsgi import API
 
 DEFAULT = ["default"]
 COUNT = 3
-COMPOSED = {
-    "from_url",
-    "embedded",
-    "from_settings",
-    "draft",
-    "enqueue",
-    "enqueue_many",
-    "dequeue",
-    "complete",
-    "fail",
-    "release",
-}
-COMPOSED |= {"jobs", "change_many", "purge"}
+CONSTRUCTORS = {"from_url", "embedded"}
+ONE_BY_ONE = {"running", "count_unended"}  # asked of each shard, by reap and by doctor
 
 
 @pytest.fixture
@@ -51,8 +29,8 @@ def queue(server: Server) -> Iterator[Shards]:
     shards = Shards([server.queue(namespace=f"queue.{at}") for at in range(COUNT)])
     yield shards
     shards._waiters.shutdown()  # those that still wait for a bell must not see their connections closed
-    for shard in shards.shards:
-        assert_books(shard)
+    for shard in shards.parts:
+        check_consistency(shard)
 
 
 @pytest.fixture
@@ -66,14 +44,13 @@ def shard_of(job: Job) -> int:
 
 def test_shards_have_every_verb_of_a_queue() -> None:
     public = {name for name, member in vars(Queue).items() if not name.startswith("_") and inspect.isroutine(member)}
-    composed = {name for name in COMPOSED if inspect.isroutine(getattr(Queue, name))}
-    assert public - composed - vars(Shards).keys() == {"memory_is_short"}  # which a shard asks for itself at submit
+    assert public - CONSTRUCTORS - ONE_BY_ONE - vars(Shards).keys() == set()
 
 
 def test_submit_spreads_jobs_over_all_shards(queue: Shards) -> None:
     jobs = [queue.enqueue("echo", at) for at in range(9)]
     assert Counter(map(shard_of, jobs)) == {0: 3, 1: 3, 2: 3}
-    for at, shard in enumerate(queue.shards):
+    for at, shard in enumerate(queue.parts):
         assert shard.stats()["pending"] == 3
         assert all((shard.get(job.id) is not None) == (shard_of(job) == at) for job in jobs)
     assert [queue.get(job.id) for job in jobs] == jobs
@@ -105,19 +82,19 @@ def test_take_serves_every_shard_in_turn(queue: Shards, worker: str) -> None:
         jobs = queue.dequeue(worker, DEFAULT, 10)
         assert len(jobs) == 10
         queue.settle(worker, [Outcome(job, "complete") for job in jobs])
-    assert [shard.stats()["pending"] for shard in queue.shards] == [20, 20, 20]
+    assert [shard.stats()["pending"] for shard in queue.parts] == [20, 20, 20]
 
 
 def test_take_goes_on_while_one_shard_is_broken(queue: Shards, worker: str) -> None:
     jobs = [queue.enqueue("echo", at) for at in range(COUNT)]
-    broken = queue.shards[1].keys.jobs("default")
-    entries = raw(queue.shards[1]).lrange(broken, 0, -1)
-    raw(queue.shards[1]).set(broken, "no list")
+    broken = queue.parts[1].keys.jobs("default")
+    entries = raw(queue.parts[1]).lrange(broken, 0, -1)
+    raw(queue.parts[1]).set(broken, "no list")
     started = queue.dequeue(worker, DEFAULT, 9)
     assert {shard_of(job) for job in started} == {0, 2}
     queue.settle(worker, [Outcome(job, "complete") for job in started])
-    raw(queue.shards[1]).delete(broken)
-    raw(queue.shards[1]).rpush(broken, *entries)
+    raw(queue.parts[1]).delete(broken)
+    raw(queue.parts[1]).rpush(broken, *entries)
     assert [job.id for job in queue.dequeue(worker, DEFAULT)] == [job.id for job in jobs if shard_of(job) == 1]
 
 
@@ -144,12 +121,12 @@ def test_submit_together_with_unique_keys_of_different_shards_is_refused(queue: 
 
 def test_start_of_a_suspect_waits_for_the_jobs_of_other_shards(queue: Shards, worker: str) -> None:
     suspect, innocent = queue.enqueue("echo", "suspect"), queue.enqueue("echo", "innocent")
-    shard = queue.shards[shard_of(suspect)]
+    shard = queue.parts[shard_of(suspect)]
     record = raw(shard).get(shard.keys.job(suspect.id))
     raw(shard).set(shard.keys.job(suspect.id), record[:-1] + b',"suspicions":2}')
     taken = [suspect.id.encode(), innocent.id.encode()]
     for entry in taken:
-        owner = queue.shards[int(entry[-2:], 16)]
+        owner = queue.parts[int(entry[-2:], 16)]
         raw(owner).rpoplpush(owner.keys.jobs("default"), owner.keys.proc(worker))
     by_payload = {job.payload: job.status for job in queue.start(worker, taken, {})}
     assert by_payload == {"suspect": "pending", "innocent": "processing"}
@@ -157,7 +134,7 @@ def test_start_of_a_suspect_waits_for_the_jobs_of_other_shards(queue: Shards, wo
 
 
 def test_reap_in_one_shard_tells_the_worker(queue: Shards, worker: str) -> None:
-    lapse(queue.shards[2], worker)
+    lapse(queue.parts[2], worker)
     assert queue.lost_workers() == [worker]
     assert queue.reap(worker) == 0
     with pytest.raises(Reaped):
@@ -169,7 +146,7 @@ def test_reap_in_one_shard_tells_the_worker(queue: Shards, worker: str) -> None:
 def test_reap_counts_no_attempt_of_jobs_that_ran_beside_others_of_another_shard(queue: Shards, worker: str) -> None:
     jobs = [queue.enqueue("echo", at, max_attempts=1) for at in range(COUNT)]
     assert len(queue.dequeue(worker, DEFAULT, COUNT)) == COUNT
-    for shard in queue.shards:
+    for shard in queue.parts:
         lapse(shard, worker)
     assert queue.reap(worker) == COUNT
     found = [queue.get(job.id) for job in jobs]
@@ -180,7 +157,7 @@ def test_page_lists_jobs_of_all_shards_newest_first(queue: Shards) -> None:
     jobs = []
     for at in range(25):
         jobs.append(queue.enqueue("echo", at))
-        for shard in queue.shards:
+        for shard in queue.parts:
             shard.clock.ahead += 1
     listed, cursor, pages = [], "", 0
     while pages == 0 or cursor:
@@ -217,7 +194,7 @@ def test_history_adds_up_by_the_minute_though_one_shard_has_begun_the_next(queue
         queue.enqueue("echo", at)
     for job in queue.dequeue(worker, DEFAULT, 6):
         queue.complete(job)
-    queue.shards[1].clock.ahead += 60_000
+    queue.parts[1].clock.ahead += 60_000
     history = queue.stats(5)["history"]
     assert len(history) == 5
     assert len({minute["at"] for minute in history}) == 5
@@ -262,10 +239,10 @@ def test_pause_holds_for_all_shards(queue: Shards, worker: str) -> None:
 
 
 def test_examine_tells_once_what_holds_for_all_shards(queue: Shards) -> None:
-    found = queue.examine(connections=19)
+    found = examine(queue, 19)
     assert [finding.about for finding in found].count("writes") == 1
-    assert {"transport", "reachable", "permissions", "books", "workers"} <= {finding.about for finding in found}
-    assert queue.warnings() == []
+    assert {"transport", "reachable", "permissions", "counts", "workers"} <= {finding.about for finding in found}
+    assert warnings(queue) == []
 
 
 def test_spend_counts_the_requests_of_one_client_together(queue: Shards) -> None:
@@ -304,12 +281,12 @@ def test_http_serves_all_shards(queue: Shards) -> None:
 
 
 def test_settings_make_shards(real: Server) -> None:
-    queue = Queue.from_settings(Settings(redis_url=real.url, shards=4, namespace="shop"))
+    queue = open_queue(Settings(redis_url=real.url, shards=4, namespace="shop"))
     assert isinstance(queue, Shards)
-    assert [shard.keys.counts for shard in queue.shards] == [f"{{shop.{at}}}:counts" for at in range(4)]
+    assert [shard.keys.counts for shard in queue.parts] == [f"{{shop.{at}}}:counts" for at in range(4)]
     queue.enqueue("echo", 1)
-    assert Queue.from_settings(Settings(redis_url=real.url, shards=4, namespace="shop")).stats()["pending"] == 1
-    assert not isinstance(Queue.from_settings(Settings(redis_url=real.url)), Shards)
+    assert open_queue(Settings(redis_url=real.url, shards=4, namespace="shop")).stats()["pending"] == 1
+    assert not isinstance(open_queue(Settings(redis_url=real.url)), Shards)
 
 
 def test_settle_writes_the_outcomes_of_the_shards_that_are_there(real: Server) -> None:
@@ -319,11 +296,11 @@ def test_settle_writes_the_outcomes_of_the_shards_that_are_there(real: Server) -
     started = shards.dequeue(worker, DEFAULT, 2)
     assert len(started) == 2
     dead = Queue(tinyqueue.connect("redis://127.0.0.1:1"), namespace="queue.1")
-    alive, shards.shards[1] = shards.shards[1], dead
+    alive, shards.parts[1] = shards.parts[1], dead
     outcomes = [Outcome(job, "complete") for job in started]
     with pytest.raises(Unavailable) as trouble:
         shards.settle(worker, outcomes)
     assert trouble.value.doubtful
-    shards.shards[1] = alive
+    shards.parts[1] = alive
     assert shards.settle(worker, outcomes, again=True) == []
     assert {shards.get(job.id).status for job in jobs} == {"completed"}

@@ -12,13 +12,15 @@ from typing import Any
 
 import msgspec
 import pytest
-from conftest import ENDED, RedisServer, Server, assert_books, dump, lapse, put, raw, until
+from conftest import ENDED, RedisServer, Server, check_consistency, dump, lapse, newest, put, raw, until
 from cutproxy import CutProxy
 
 import tinyqueue
+import tinyqueue_redis
 import worker as process
 from tinyqueue import (
     MAX_DELAY,
+    MEMORY_SHARE,
     Clock,
     Corrupted,
     Failure,
@@ -30,11 +32,12 @@ from tinyqueue import (
     Outcome,
     Queue,
     QueueFull,
-    Settings,
     Unavailable,
     WrongStatus,
     handler,
 )
+from tinyqueue_config import Settings
+from tinyqueue_redis import memory_use
 from worker import Worker
 
 pytestmark = pytest.mark.usefixtures("no_handlers")
@@ -171,7 +174,7 @@ def test_once_whose_packet_is_lost_is_applied_once(
 def test_once_that_is_not_answered_in_time_is_sent_again(
     real: Server, near: Queue, proxy: CutProxy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tinyqueue, "SOCKET_TIMEOUT", 0.2)
+    monkeypatch.setattr(tinyqueue_redis, "SOCKET_TIMEOUT", 0.2)
     far = real.queue(proxy.url)
     proxy.hold(b"EXEC", cut=False)
     [job] = submit_once(far)
@@ -202,7 +205,7 @@ def test_once_is_remembered_for_its_time(server: Server) -> None:
     assert 0 < raw(queue).pttl(key) <= 60_000
     raw(queue).delete(key)  # its time is up
     assert ids(submit_once(queue)) != [first.id]
-    assert_books(queue)
+    check_consistency(queue)
 
 
 def test_once_of_none_stores_nothing(queue: Queue) -> None:
@@ -325,14 +328,14 @@ def test_unique_whose_packet_is_lost_is_applied_once(near: Queue, far: Queue, pr
 def test_unique_batch_that_arrives_late_counts_nothing_twice(
     real: Server, near: Queue, proxy: CutProxy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tinyqueue, "SOCKET_TIMEOUT", 0.2)
+    monkeypatch.setattr(tinyqueue_redis, "SOCKET_TIMEOUT", 0.2)
     far = real.queue(proxy.url)
     unique(near)
     proxy.hold(b"EXEC", cut=False)
     with suppress(Unavailable):
         far.submit([far.draft("echo", {}, unique_key="k"), far.draft("echo", {})])
     proxy.deliver()
-    assert near.stats()["pending"] == len(near.jobs("pending"))
+    assert near.stats()["pending"] == len(newest(near, "pending"))
 
 
 @pytest.mark.parametrize("status", ["failed", "cancelled"])
@@ -619,7 +622,7 @@ def test_cancel_of_a_running_job_asks_it_to_stop(queue: Queue) -> None:
     asked = queue.cancel(job.id)
     assert (asked.status, asked.cancelled, asked.answer()["cancelRequested"]) == ("processing", True, True)
     assert asked == found(queue, job)
-    assert queue.asked_to_stop([job.id, put(queue, "processing", queue="other").id]) == [job.id]
+    assert queue.cancel_requests([job.id, put(queue, "processing", queue="other").id]) == [job.id]
     assert queue.stats()["total"]["cancelled"] == 0
 
 
@@ -724,7 +727,7 @@ def test_handler_that_sees_it_is_cancelled_and_raises_leaves_its_job_cancelled(q
 
     @handler("echo", timeout=30)
     def echo(payload: Any, job: Job) -> None:
-        runs.append(job.attempt)
+        runs.append(job.attempts)
         until(lambda: job.cancelled)
         raise RuntimeError("I stop")
 
@@ -879,7 +882,7 @@ def test_page_goes_on_where_it_was_while_jobs_come_and_go(queue: Queue) -> None:
 
 
 def test_page_of_many_that_ended_in_one_millisecond_leaves_none_out(near: Queue) -> None:
-    near.clock = Still()
+    near.store.clock = Still()
     made: list[str] = []
     for _ in range(3):
         worker = near.register(DEFAULT, 500)
@@ -926,7 +929,7 @@ def test_page_passes_over_entries_of_records_that_are_gone(queue: Queue) -> None
     kept = put(queue, "failed", queue="b")
     raw(queue).delete(queue.keys.job(gone.id))
     assert everything(queue, Filter("failed"), 1) == [kept.id]
-    raw(queue).zrem(queue.keys.failed, gone.id)
+    raw(queue).zrem(queue.keys.ended["failed"], gone.id)
 
 
 # Changing many --------------------------------------------------------------------------------------------------------
@@ -974,14 +977,14 @@ def test_change_many_goes_on_at_its_cursor(
         counts.append((answer[word], answer["skipped"]))
         cursor = answer["cursor"]
     assert counts == [(2, 0), (2, 0), (1, 0)]
-    assert queue.jobs(status) == []
+    assert newest(queue, status) == []
 
 
 def test_cancel_many_counts_what_changes_meanwhile_as_skipped(near: Queue, far: Queue, proxy: CutProxy) -> None:
     near.enqueue_many("echo", range(3))
 
     def cancel_all() -> None:
-        for job in near.jobs("pending"):
+        for job in newest(near, "pending"):
             near.cancel(job.id)
 
     proxy.before(b"WATCH", cancel_all)
@@ -1150,7 +1153,7 @@ def test_queues_in_which_nothing_waits_tell_no_waiting_time(queue: Queue) -> Non
 
 
 def test_stats_tells_what_ended_within_the_last_minute(queue: Queue) -> None:
-    queue.clock = Still()  # at the beginning of a minute
+    queue.store.clock = Still()  # at the beginning of a minute
     for status in ENDED:
         put(queue, status, queue=status)
     put(queue, "completed", queue="another")
@@ -1169,7 +1172,7 @@ def test_stats_tells_what_ended_within_the_last_minute(queue: Queue) -> None:
 
 
 def test_history_tells_what_started_and_ended_in_each_minute_and_how_long_it_had_waited(queue: Queue) -> None:
-    queue.clock = Still()
+    queue.store.clock = Still()
     begun = queue.now()
     for delay in (0, 5):
         queue.enqueue("echo", 1, delay=delay)
@@ -1189,7 +1192,7 @@ def test_history_tells_what_started_and_ended_in_each_minute_and_how_long_it_had
 
 @pytest.mark.parametrize("verb", ["fail", "release", "retry"])
 def test_history_counts_the_waiting_of_a_later_attempt_from_when_it_was_back(queue: Queue, verb: str) -> None:
-    queue.clock = Still()
+    queue.store.clock = Still()
     queue.enqueue("echo", 1)
     worker = queue.register(DEFAULT, 1)
     queue.clock.ahead += 10_000
@@ -1210,7 +1213,7 @@ def test_history_counts_the_waiting_of_a_later_attempt_from_when_it_was_back(que
 
 
 def test_spend_counts_down_within_a_window(queue: Queue) -> None:
-    queue.clock = Still()
+    queue.store.clock = Still()
     assert [queue.spend("me", 2, 60) for _ in range(3)] == [(1, 60), (0, 60), (-1, 60)]
     assert queue.spend("2001:db8::1", 2, 60) == (1, 60)
     queue.clock.ahead += 59_000
@@ -1221,7 +1224,7 @@ def test_spend_counts_down_within_a_window(queue: Queue) -> None:
 
 
 def test_spend_by_many_at_once_counts_each(queue: Queue) -> None:
-    queue.clock = Still()
+    queue.store.clock = Still()
     with ThreadPoolExecutor(8) as pool:
         left = [left for left, _ in pool.map(lambda _: queue.spend("me", 10, 3600), range(40))]
     assert sorted(left, reverse=True) == list(range(9, -31, -1))
@@ -1243,7 +1246,7 @@ def test_max_pending_refuses_more(server: Server) -> None:
     queue.enqueue("echo", 3, queue="other")
     queue.dequeue(worker, DEFAULT)
     queue.enqueue("echo", 4)
-    assert_books(queue)
+    check_consistency(queue)
 
 
 def test_max_pending_lets_through_what_stores_nothing(server: Server) -> None:
@@ -1251,7 +1254,7 @@ def test_max_pending_lets_through_what_stores_nothing(server: Server) -> None:
     first, second = submit_once(queue, unique_key="k"), unique(queue, "other")
     assert submit_once(queue, unique_key="k") == first
     assert unique(queue, "other") == second
-    assert_books(queue)
+    check_consistency(queue)
 
 
 def test_max_pending_is_not_for_what_comes_back(server: Server) -> None:
@@ -1262,7 +1265,7 @@ def test_max_pending_is_not_for_what_comes_back(server: Server) -> None:
     queue.release(job)
     assert queue.retry(failed.id)
     assert queue.stats()["pending"] == 3
-    assert_books(queue)
+    check_consistency(queue)
 
 
 @pytest.fixture
@@ -1270,7 +1273,7 @@ def own(start_redis: Callable[..., RedisServer]) -> Iterator[Queue]:
     """A queue on a real server of its own."""
     queue = Queue.from_url(start_redis("--maxmemory-policy", "noeviction").url)
     yield queue
-    assert_books(queue)
+    check_consistency(queue)
     queue.pool.disconnect()
 
 
@@ -1279,14 +1282,14 @@ def test_memory_that_is_short_refuses_jobs_and_lets_others_end(own: Queue) -> No
     used = raw(own).info("memory")["used_memory"]
     raw(own).config_set("maxmemory", int(used / 0.97))
     fresh = Queue(own.pool)
-    assert fresh.memory_is_short()
+    assert memory_is_short(fresh)
     for submit in (lambda: fresh.enqueue("echo", 1), lambda: submit_once(fresh), lambda: unique(fresh)):
         with pytest.raises(Unavailable) as caught:
             submit()
         assert (caught.value.reason, caught.value.doubtful) == ("full", False)
     raw(own).config_set("maxmemory", used * 2)
     fresh.complete(job)
-    until(lambda: not fresh.memory_is_short())
+    until(lambda: not memory_is_short(fresh))
     fresh.enqueue("echo", 1)
 
 
@@ -1301,8 +1304,12 @@ def test_user_with_the_usual_rights_can_submit_and_end_jobs(own: Queue, rules: l
     queue.pool.disconnect()
 
 
+def memory_is_short(queue: Queue) -> bool:
+    return memory_use(queue.store.memory()) > MEMORY_SHARE
+
+
 def test_memory_without_a_limit_is_never_short(queue: Queue) -> None:
-    assert not queue.memory_is_short()
+    assert not memory_is_short(queue)
 
 
 def test_everything_at_once_keeps_the_books(server: Server, queue: Queue) -> None:

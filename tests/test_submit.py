@@ -12,7 +12,8 @@ import pytest
 from client import Answer, Client, Wire, serving, spell
 from conftest import Server, dump, put, raw
 
-from tinyqueue import KEY_LENGTH, MAX_DELAY, MAX_DEPTH, MAX_JOBS, Failure, Queue, Settings, handler
+from tinyqueue import KEY_LENGTH, MAX_DELAY, MAX_DEPTH, MAX_JOBS, Failure, Queue, handler
+from tinyqueue_config import Settings
 from wsgi import API, RETRY_AFTER
 
 NDJSON = {"Content-Type": "application/x-ndjson"}

@@ -11,7 +11,8 @@ import pytest
 from client import NO_BODY, Answer, Client
 from conftest import dump, lapse, put, raw, until
 
-from tinyqueue import STATUSES, THREADS, Failure, Job, Queue, handler
+from tinyqueue import STATUSES, Failure, Job, Queue, handler
+from tinyqueue_config import WEB_THREADS
 from wsgi import CUT
 
 NO_JOB = "01900000-0000-7000-8000-000000000000"
@@ -242,7 +243,7 @@ def awaited(queue: Queue) -> int:
 
 @pytest.fixture
 def pool() -> Iterator[ThreadPoolExecutor]:
-    with ThreadPoolExecutor(2 * THREADS) as pool:
+    with ThreadPoolExecutor(2 * WEB_THREADS) as pool:
         yield pool
 
 
@@ -295,22 +296,22 @@ def test_wait_answers_the_present_state_when_the_time_is_up(api: Client, queue: 
 
 def test_wait_ends_for_all_who_wait_for_the_same_job(api: Client, queue: Queue, pool: ThreadPoolExecutor) -> None:
     id = queue.enqueue("echo", 1).id
-    waiting = wait_for(api, pool, id, THREADS // 2)
+    waiting = wait_for(api, pool, id, WEB_THREADS // 2)
     until(lambda: awaited(queue) == 1)
     queue.cancel(id)
-    assert [each.result(timeout=20).json["status"] for each in waiting] == ["cancelled"] * (THREADS // 2)
+    assert [each.result(timeout=20).json["status"] for each in waiting] == ["cancelled"] * (WEB_THREADS // 2)
 
 
 def test_wait_holds_half_of_the_threads_at_most(api: Client, queue: Queue, pool: ThreadPoolExecutor) -> None:
-    held = [queue.enqueue("echo", n).id for n in range(THREADS // 2)]
+    held = [queue.enqueue("echo", n).id for n in range(WEB_THREADS // 2)]
     waiting = [wait_for(api, pool, id)[0] for id in held]
-    until(lambda: awaited(queue) == THREADS // 2)
-    others = wait_for(api, pool, queue.enqueue("echo", 1).id, THREADS)
-    assert [other.result(timeout=20).json["status"] for other in others] == ["pending"] * THREADS
+    until(lambda: awaited(queue) == WEB_THREADS // 2)
+    others = wait_for(api, pool, queue.enqueue("echo", 1).id, WEB_THREADS)
+    assert [other.result(timeout=20).json["status"] for other in others] == ["pending"] * WEB_THREADS
     assert not any(each.done() for each in waiting)
     for id in held:
         queue.cancel(id)
-    assert [each.result(timeout=20).json["status"] for each in waiting] == ["cancelled"] * (THREADS // 2)
+    assert [each.result(timeout=20).json["status"] for each in waiting] == ["cancelled"] * (WEB_THREADS // 2)
     assert awaited(queue) == 0
     id = queue.enqueue("echo", 2).id
     [again] = wait_for(api, pool, id)
@@ -343,7 +344,7 @@ def test_cancel_asks_a_running_job_to_stop(api: Client, queue: Queue) -> None:
         answer = api.call("DELETE", f"/jobs/{id}")
         assert (answer.status, answer.json) == (202, {"jobId": id, "status": "processing"})
     assert api.get(f"/jobs/{id}").json["cancelRequested"] is True
-    assert queue.asked_to_stop([id]) == [id]
+    assert queue.cancel_requests([id]) == [id]
 
 
 def test_cancel_answers_409_to_a_running_job_that_cannot_be_told(api: Client, queue: Queue) -> None:

@@ -13,12 +13,13 @@ from typing import Any
 
 import msgspec
 import pytest
-from conftest import ENDED, RedisServer, Server, lapse, raw, until
+from conftest import ENDED, RedisServer, Server, lapse, newest, raw, until
 from cutproxy import CutProxy
 
-import tinyqueue
+import tinyqueue_redis
 import worker
-from tinyqueue import HANDLERS, MAX_RESULT, Discard, Job, Queue, Reaped, Retry, Settings, TimedOut, WrongStatus, handler
+from tinyqueue import HANDLERS, MAX_RESULT, Discard, Job, Queue, Reaped, Retry, TimedOut, WrongStatus, handler
+from tinyqueue_config import Settings
 from worker import EXIT_BROKEN, Order, Worker, run_job
 
 
@@ -72,7 +73,7 @@ class Gate:
 
         @handler(type, **options)
         def gate(payload: Any, job: Job) -> Any:
-            self.attempts.append(job.attempt)
+            self.attempts.append(job.attempts)
             self.started.append(payload)
             self.opened.wait()
             return payload
@@ -453,9 +454,9 @@ def test_retry_after_a_time(queue: Queue, work: Any) -> None:
 def test_retry_at_once_until_it_succeeds(queue: Queue, work: Any) -> None:
     @handler("third", max_attempts=5)
     def third(payload: Any, job: Job) -> int:
-        if job.attempt < 3:
+        if job.attempts < 3:
             raise Retry(after=0)
-        return job.attempt
+        return job.attempts
 
     job = queue.enqueue("third", None)
     work(queue)
@@ -489,13 +490,13 @@ def test_retry_of_many_jobs_at_once_starts_none_twice(queue: Queue, work: Any) -
     @handler("again", max_attempts=9)
     def again(payload: int, job: Job) -> None:
         with lock:
-            starts[payload, job.attempt] += 1
+            starts[payload, job.attempts] += 1
             running[payload] += 1
             overlaps.extend([payload] * (running[payload] > 1))
         time.sleep(0.001)
         with lock:
             running[payload] -= 1
-        if job.attempt < 8:
+        if job.attempts < 8:
             raise Retry(after=0)
 
     jobs = queue.enqueue_many("again", range(20))
@@ -664,7 +665,7 @@ def test_dequeue_sets_an_unreadable_record_aside(real: Server, work: Any, echo: 
     raw(queue).set(queue.keys.job(job.id), UNREADABLE[kind])
     work(queue, slots=1)
     assert until_ended(queue, after).status == "completed"
-    assert [(failed.id, failed.error and failed.error.type) for failed in queue.jobs("failed")] == [
+    assert [(failed.id, failed.error and failed.error.type) for failed in newest(queue, "failed")] == [
         (job.id, "UnreadableRecord")
     ]
 
@@ -810,9 +811,9 @@ def test_timeout_is_raised_in_the_handler(queue: Queue, work: Any) -> None:
 def test_timeout_is_an_attempt_like_any_other(queue: Queue, work: Any) -> None:
     @handler("slow", timeout=0.05, max_attempts=3, backoff=0.01)
     def slow(payload: Any, job: Job) -> int:
-        while job.attempt < 3:
+        while job.attempts < 3:
             time.sleep(0.001)
-        return job.attempt
+        return job.attempts
 
     job = queue.enqueue("slow", None)
     work(queue, slots=1)
@@ -1114,7 +1115,7 @@ def test_reaped_handler_learns_it_from_its_progress(queue: Queue, server: Server
 
     @handler("steps")
     def steps(payload: Any, job: Job) -> None:
-        if job.attempt == 1:
+        if job.attempts == 1:
             gate.started.append(job)
             gate.opened.wait()
             try:
@@ -1195,7 +1196,7 @@ def test_settle_waits_until_redis_has_room_again(
 def test_wait_on_a_connection_that_is_dead_but_not_closed_ends(
     near: Queue, real: Server, proxy: CutProxy, work: Any, echo: None, *, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tinyqueue, "SOCKET_TIMEOUT", 0.5)
+    monkeypatch.setattr(tinyqueue_redis, "SOCKET_TIMEOUT", 0.5)
     running = work(real.queue(proxy.url), slots=1)
     until(lambda: running.worker.id)
     proxy.swallow(b"BLPOP")

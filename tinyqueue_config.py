@@ -1,0 +1,225 @@
+"""Configuration: settings from the environment, logging, and opening the queue that the settings name."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+import typing
+from collections.abc import Callable, Mapping
+from contextvars import ContextVar
+from functools import partial
+from typing import Annotated, Any, Literal
+
+import msgspec
+from dotenv import load_dotenv
+from msgspec import Meta
+
+from tinyqueue import WRITERS, AnyQueue, Queue, SettingsError, Shards
+
+WEB_THREADS = 8  # threads of a web process that answer requests
+SPARE = 2  # connections of a process beyond those in use: one may be on its way from a thread to the next
+
+
+# Settings -------------------------------------------------------------------------------------------------------------
+
+PLAIN_NAMES = {"redis_url", "host", "port", "worker_concurrency", "web_concurrency", "log_format", "log_level"}
+PLATFORMS = re.compile("DYNO|RENDER|K_SERVICE|FLY_APP_NAME|VERCEL|RAILWAY_.*|AWS_LAMBDA_.*")
+
+
+def variable(field: str) -> str:
+    return field.upper() if field in PLAIN_NAMES else f"TINYQUEUE_{field.upper()}"
+
+
+class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, rename=variable):
+    """Every tunable: one table for the environment, for `--help` and for the documentation. An empty variable is unset."""
+
+    redis_url: Annotated[str, Meta(description="where the jobs are; without it: embedded, nothing is kept")] = ""
+    host: Annotated[str, Meta(description="address the web process listens on; without it: all, IPv4 and IPv6")] = ""
+    port: Annotated[int, Meta(ge=0, le=65535, description="port the web process listens on")] = 3000
+    worker_concurrency: Annotated[int, Meta(ge=1, le=500, description="slots of a worker process: jobs at a time")] = 5
+    web_concurrency: Annotated[int, Meta(ge=1, le=64, description="web processes sharing the listening socket")] = 1
+    log_format: Annotated[Literal["text", "json"], Meta(description="log lines for people or for machines")] = "text"
+    log_level: Annotated[
+        Literal["debug", "info", "warning", "error"], Meta(description="the least serious lines that are logged")
+    ] = "info"
+    handlers: Annotated[str, Meta(description="modules that register handlers, comma-separated")] = "handlers"
+    namespace: Annotated[
+        str, Meta(pattern=r"^[A-Za-z0-9._-]{1,100}\Z", description="key prefix and cluster hash tag in Redis")
+    ] = "queue"
+    lease: Annotated[
+        int, Meta(ge=2, le=3600, description="seconds without a sign of life until a worker counts as dead")
+    ] = 30
+    shutdown_timeout: Annotated[
+        int, Meta(ge=0, le=3600, description="seconds of drain at SIGTERM, then jobs are handed back")
+    ] = 25
+    watchdog: Annotated[
+        int,
+        Meta(
+            ge=10,
+            le=86400,
+            description="seconds without Redis, or without taking jobs, until a worker gives up and exits",
+        ),
+    ] = 300
+    max_body: Annotated[int, Meta(ge=1024, le=16 << 20, description="bytes of a request's body")] = 262144
+    keep_completed: Annotated[int, Meta(ge=1, le=10**9, description="seconds that completed jobs stay")] = 86400
+    keep_failed: Annotated[int, Meta(ge=1, le=10**9, description="seconds that failed and cancelled jobs stay")] = (
+        604800
+    )
+    keep_once: Annotated[int, Meta(ge=60, le=10**9, description="seconds that an Idempotency-Key is remembered")] = (
+        86400
+    )
+    max_pending: Annotated[
+        int, Meta(ge=0, le=10**9, description="pending jobs of a queue beyond which none are accepted; 0: any")
+    ] = 0
+    min_replicas: Annotated[
+        int, Meta(ge=0, le=100, description="replicas that must have a job before it is accepted")
+    ] = 0
+    api_keys: Annotated[
+        str, Meta(description="who may come in: name:role:secret, comma-separated; roles submit, read, admin")
+    ] = ""
+    open: Annotated[bool, Meta(description="1: without keys let everybody in, not only this machine")] = False
+    rate_limit: Annotated[
+        str,
+        Meta(
+            pattern=r"^([1-9][0-9]{0,8}/(second|minute|hour))?\Z",
+            description="requests of one key or address, as 600/minute",
+        ),
+    ] = ""
+    trusted_proxies: Annotated[
+        int,
+        Meta(
+            ge=0,
+            le=10,
+            description="proxies before this server; the client is that many from the right in X-Forwarded-For",
+        ),
+    ] = 0
+    shards: Annotated[
+        int,
+        Meta(ge=1, le=64, description="namespaces over which jobs are spread, for a cluster; never make them fewer"),
+    ] = 1
+    tls_verify: Annotated[bool, Meta(description="0: accept any certificate of a rediss:// server")] = True
+
+    @classmethod
+    def read(cls, environ: Mapping[str, str] | None = None, **overrides: Any) -> Settings:
+        """Make settings from the environment and `.env` in the working directory; the real environment wins, `overrides` over both.
+
+        A wrong value, a name that begins with TINYQUEUE_ but is none, or a platform without REDIS_URL raises SettingsError.
+        """
+        if environ is None:
+            load_dotenv(".env")  # into the environment, for handlers have settings of their own
+            environ = os.environ
+        names = {field.encode_name for field in msgspec.structs.fields(cls)}
+        raw = {k: v for k, v in environ.items() if v and (k in names or k.startswith("TINYQUEUE_"))}
+        raw |= {variable(k): v for k, v in overrides.items() if v is not None}
+        if unknown := sorted(raw.keys() - names):
+            raise SettingsError(f"{unknown[0]} is not a setting; there are {', '.join(sorted(names))}")
+        try:
+            settings = msgspec.convert(raw, cls, strict=False)
+        except msgspec.ValidationError as error:
+            rule, _, name = str(error).partition(" - at `$.")
+            raise SettingsError(f"{name.rstrip('`')}={raw[name.rstrip('`')]!r}: {rule}") from None
+        platform = next((name for name, value in environ.items() if value and PLATFORMS.fullmatch(name)), None)
+        if platform and not settings.redis_url:
+            raise SettingsError(
+                f"REDIS_URL is not set, and {platform} tells of a platform that would lose every job at a restart"
+            )
+        return settings
+
+    @classmethod
+    def table(cls) -> list[tuple[str, str, str]]:
+        """List the settings as (variable, default, meaning), for whoever checks the README."""
+        hints = typing.get_type_hints(cls, include_extras=True)
+        return [
+            (f.encode_name, str(f.default), hints[f.name].__metadata__[0].description)
+            for f in msgspec.structs.fields(cls)
+        ]
+
+    @classmethod
+    def help(cls) -> str:
+        """The table as text for `--help`."""
+        lines = [f"  {name:<26} {text}{f' [{default}]' if default else ''}" for name, default, text in cls.table()]
+        return "\n".join(["Settings, from the environment or from .env here [and what they are without]:", *lines])
+
+    @property
+    def web_connections(self) -> int:
+        """How many connections to Redis a web process may open, to each shard: each thread one."""
+        return WEB_THREADS + SPARE
+
+    @property
+    def worker_connections(self) -> int:
+        """How many a worker process may open, to each shard: taker, settler and keeper one each, and handlers for progress."""
+        return 3 + min(self.worker_concurrency, WRITERS) + SPARE
+
+
+# Logging --------------------------------------------------------------------------------------------------------------
+
+LOG_CONTEXT: ContextVar[Callable[[], dict[str, Any]]] = ContextVar("log_context", default=dict)  # of a job or a request
+
+
+def _add_context(record: logging.LogRecord) -> bool:
+    """Add the fields of the job or request that this thread works on to the line's own `extra={"fields": {...}}`."""
+    own = getattr(record, "fields", None)
+    record.fields = LOG_CONTEXT.get()() | (own if isinstance(own, dict) else {})
+    return True
+
+
+class JSONFormatter(logging.Formatter):
+    """Write a log line as one JSON object. Its fields are members, and none replaces time, level or message."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        line = {"time": int(record.created * 1000), "level": record.levelname.lower(), "message": record.getMessage()}
+        if record.exc_info:
+            line["traceback"] = self.formatException(record.exc_info)
+        return json.dumps(line | getattr(record, "fields", {}) | line, default=str)
+
+
+class TextFormatter(logging.Formatter):
+    """Write a log line for people. Control characters are escaped, so that no text can forge a second line.
+
+    The ids to search for stand at the end, unless the message names them. Tracebacks are indented.
+    """
+
+    def format(self, record: logging.LogRecord) -> str:
+        message = record.getMessage()
+        fields = getattr(record, "fields", {})
+        ids = {name: str(fields[name]) for name in ("job", "requestId", "traceparent") if name in fields}
+        missing = [f"{name}={id}" for name, id in ids.items() if id not in message]
+        trace = self.formatException(record.exc_info).splitlines() if record.exc_info else []
+        head = " ".join([self.formatTime(record), record.levelname, message, *missing])
+        return "\n    ".join(map(_one_line, [head, *trace]))
+
+
+def _one_line(text: str) -> str:
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def set_up_logging(settings: Settings) -> None:
+    """Send all logging to standard error, in the format and from the level that the settings name."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(JSONFormatter() if settings.log_format == "json" else TextFormatter())
+    handler.addFilter(_add_context)
+    logging.basicConfig(level=settings.log_level.upper(), handlers=[handler], force=True)
+
+
+# Opening the queue ----------------------------------------------------------------------------------------------------
+
+
+def open_queue(settings: Settings, connections: int = 100) -> AnyQueue:
+    """Open the queue that the settings name, with one shard or many; without REDIS_URL the embedded one.
+
+    `connections` is the most that this process may open, to each shard.
+    """
+    names = "lease", "keep_completed", "keep_failed", "keep_once", "max_pending", "min_replicas"
+    options: dict[str, Any] = {name: getattr(settings, name) for name in names}
+    if settings.min_replicas and not settings.redis_url:
+        raise SettingsError("TINYQUEUE_MIN_REPLICAS needs REDIS_URL: the embedded Redis has no replicas")
+    make = Queue.embedded
+    if settings.redis_url:
+        make = partial(Queue.from_url, settings.redis_url, connections=connections, tls_verify=settings.tls_verify)
+    if settings.shards == 1:
+        return make(namespace=settings.namespace, **options)
+    return Shards([make(namespace=f"{settings.namespace}.{at}", **options) for at in range(settings.shards)])

@@ -1,0 +1,381 @@
+"""Reaching Redis: one server, sentinels or a cluster; lending connections; what an error means.
+
+Nothing in here knows what a queue is. `connect` makes a pool from a URL, `Connections` lends what
+the pool holds, and `explain` puts an error of the client into one word and a text.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import random
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from typing import Any, NamedTuple
+from urllib.parse import parse_qsl, unquote, urlencode, urlsplit
+
+import redis
+from hiredis import pack_command
+from redis.backoff import NoBackoff
+from redis.crc import key_slot
+from redis.retry import Retry as NoRetries
+from redis.sentinel import Sentinel, SentinelConnectionPool
+
+log = logging.getLogger("tinyqueue")
+
+Command = tuple[Any, ...]
+
+SOCKET_TIMEOUT = 4.0  # seconds for a reply; longer than the longest blocking command, which is 2 s
+CONNECT_TIMEOUT = 2.0
+PROBE_TIMEOUT = 0.5  # for asking sentinels and nodes where the keys are: a dead one must not delay the next
+NODES_AGE = 60.0  # seconds for which the known nodes of a cluster are trusted
+CLOCK_AGE = 10.0  # seconds for which a reading of Redis TIME is used
+WARM = 1.0  # seconds after its last use for which a connection is lent again without a check
+
+
+# What an error means --------------------------------------------------------------------------------------------------
+
+REASONS: tuple[tuple[type[Exception], str], ...] = (
+    (redis.exceptions.BusyLoadingError, "loading"),
+    (redis.exceptions.ReadOnlyError, "read-only"),
+    (redis.exceptions.OutOfMemoryError, "full"),
+    (redis.exceptions.AuthenticationError, "refused"),
+    (redis.exceptions.AuthorizationError, "refused"),
+    (redis.exceptions.NoPermissionError, "refused"),
+    (redis.exceptions.MaxConnectionsError, "busy"),
+    (redis.exceptions.ClusterDownError, "unreachable"),
+    (redis.exceptions.TryAgainError, "busy"),
+    (redis.exceptions.AskError, "busy"),
+    (redis.exceptions.TimeoutError, "timeout"),
+    (redis.exceptions.ConnectionError, "unreachable"),
+    (OSError, "unreachable"),
+)
+REFUSALS = {"MISCONF": "read-only", "NOREPLICAS": "read-only", "TRYAGAIN": "busy", "BUSY": "busy", "UNBLOCKED": "busy"}
+
+
+def explain(error: Exception) -> tuple[str, str]:
+    """Return why Redis did not do it, in one word, and the text of the error.
+
+    The word is empty when Redis did answer, and refused the command itself.
+    """
+    text = " ".join(str(error).split())
+    if "CERTIFICATE_VERIFY_FAILED" in text:
+        text += "; add ?ssl_ca_certs=/path/to/ca.pem to REDIS_URL, or set TINYQUEUE_TLS_VERIFY=0"
+    if isinstance(error, redis.exceptions.AskError | redis.exceptions.TryAgainError):
+        text = f"the cluster is moving the queue to another node ({text})"
+    for kind, reason in REASONS:
+        if isinstance(error, kind):
+            return reason, text
+    return REFUSALS.get(text.split(" ")[0], ""), text
+
+
+# Commands on a connection ---------------------------------------------------------------------------------------------
+
+
+def send(connection: Any, commands: Sequence[Command]) -> None:
+    connection.send_packed_command([b"".join(map(pack_command, commands))])
+
+
+def ask(connection: Any, commands: Sequence[Command]) -> list[Any]:
+    """Send commands in one packet and return their replies; raise the first that is an error."""
+    send(connection, commands)
+    return [connection.read_response() for _ in commands]
+
+
+def ask_each(connection: Any, commands: Sequence[Command]) -> list[Any]:
+    """Send commands and return their replies. A refusal is a reply: an ACL may forbid a command, or the server lack it."""
+    send(connection, commands)
+    return [read_reply(connection) for _ in commands]
+
+
+def read_reply(connection: Any) -> Any:
+    try:
+        return connection.read_response()
+    except redis.ResponseError as error:
+        return error
+
+
+def parse_info(reply: Any) -> dict[str, str]:
+    """Read a reply to INFO. A refusal gives nothing: the embedded server lacks INFO, and an ACL may forbid it."""
+    if not isinstance(reply, bytes):
+        return {}
+    return dict(line.split(":", 1) for line in reply.decode().split("\r\n") if ":" in line)
+
+
+def text_of(value: bytes) -> str:
+    """Read an id or a name. Anything else becomes a text that is neither."""
+    return value.decode("ascii", "replace")
+
+
+def pairs(reply: Sequence[bytes]) -> list[tuple[str, bytes]]:
+    """Pair the reply to HGETALL, or to a range WITHSCORES."""
+    return list(zip(map(text_of, reply[::2]), reply[1::2], strict=True))
+
+
+def memory_use(info: Mapping[str, str]) -> float:
+    """The share of its maxmemory that Redis uses, 0 without a limit."""
+    limit = int(info.get("maxmemory", 0))
+    return int(info.get("used_memory", 0)) / limit if limit else 0.0
+
+
+class Clock:
+    """Redis time in milliseconds without asking each time: the monotonic clock advances the last reading.
+
+    `ahead` is added to every reading. Only tests set it.
+    """
+
+    def __init__(self) -> None:
+        self.ahead = 0
+        self._offset = 0.0
+        self._good_until = 0.0
+
+    @property
+    def stale(self) -> bool:
+        return time.monotonic() >= self._good_until
+
+    def read(self, reply: Sequence[bytes]) -> None:
+        """Take over a reply to TIME."""
+        self._offset = int(reply[0]) * 1000 + int(reply[1]) / 1000 - time.monotonic() * 1000
+        self._good_until = time.monotonic() + CLOCK_AGE
+
+    def now(self) -> int:
+        return int(time.monotonic() * 1000 + self._offset) + self.ahead
+
+
+# Pools: one server, a cluster, sentinels ------------------------------------------------------------------------------
+
+
+class Pool(redis.ConnectionPool):
+    """Connections to one server; in a cluster, to the node that owns `slot`, wherever the slot moves.
+
+    All keys of a queue are in one slot, so this is all that a cluster takes. The client's own
+    RedisCluster would send a transaction again after a lost connection, without its WATCH.
+    """
+
+    slot = 0
+    home = ("", 0)  # the host and port in the URL; in a cluster, possibly a name that stands for any node
+    nodes: frozenset[tuple[str, int]] = frozenset()  # of the cluster, as far as they are known
+    _ask_at = 0.0  # when to ask for them again
+
+    @property
+    def place(self) -> tuple[str, int]:
+        return self.connection_kwargs.get("host", "localhost"), self.connection_kwargs.get("port", 6379)
+
+    def get_connection(self, *_: Any, **__: Any) -> Any:
+        connection = super().get_connection()
+        try:
+            if time.monotonic() >= self._ask_at:
+                self._find_owner(connection)
+                self._ask_at = time.monotonic() + NODES_AGE if self.nodes else math.inf
+        except BaseException:
+            connection.disconnect()  # type: ignore[no-untyped-call]
+            self.release(connection)
+            raise
+        return connection
+
+    def owns_connection(self, connection: Any) -> bool:
+        return bool(super().owns_connection(connection)) and (connection.host, connection.port) == self.place
+
+    def move_to(self, host: str, port: int) -> None:
+        """Connect to that node from now on. Connections to another are closed when they come back."""
+        if (host, port) != self.place:
+            log.info("the cluster now serves the queue from %s:%d", host, port)
+            self.disconnect(inuse_connections=False)
+            self.connection_kwargs = {**self.connection_kwargs, "host": host, "port": port}
+            self._ask_at = 0.0
+            self.reset()
+
+    def follow(self, error: Exception, reason: str) -> None:
+        """Move to the node that the error names; if this node failed, to the one that the others name."""
+        if isinstance(error, redis.exceptions.MovedError):
+            self.move_to(error.host or self.place[0], error.port)
+        elif self.nodes and reason in ("unreachable", "timeout", "loading"):
+            others = sorted((self.nodes | {self.home}) - {self.place})
+            answers = (self._ask_node(*place) for place in random.sample(others, len(others)))
+            if owner := next(filter(None, answers), None):
+                self.move_to(*owner)
+
+    def _ask_node(self, host: str, port: int) -> tuple[str, int] | None:
+        brief = {"host": host, "port": port, "socket_timeout": PROBE_TIMEOUT, "socket_connect_timeout": PROBE_TIMEOUT}
+        connection = self.connection_class(**{**self.connection_kwargs, **brief})
+        try:
+            connection.connect()
+            return self._find_owner(connection)
+        except (redis.RedisError, OSError):
+            return None
+        finally:
+            connection.disconnect()
+
+    def _find_owner(self, connection: Any) -> tuple[str, int] | None:
+        """Ask which node owns the slot, and remember all nodes. None: nobody owns it, or this is not a cluster."""
+        try:
+            ranges = ask(connection, [("CLUSTER", "SLOTS")])[0]
+        except redis.ResponseError:
+            return None
+        owner = None
+        nodes = set()
+        for first, last, *servers in ranges:
+            places = [(host.decode() if host else connection.host, port) for host, port, *_ in servers]
+            nodes |= set(places)
+            owner = places[0] if first <= self.slot <= last else owner
+        self.nodes = frozenset(nodes)
+        return owner
+
+
+def connect(url: str, *, tag: str = "queue", connections: int = 100, tls_verify: bool = True) -> redis.ConnectionPool:
+    """Make a pool of connections and open none. Every option that differs between versions of the client is set here.
+
+    In a cluster the pool leads to the node that has the keys with that hash tag, whichever node
+    the URL names. Behind sentinels each new connection asks them for the master. There are no
+    retries: after a lost reply the client would send a whole transaction again, and every push in
+    it twice. A wrong URL raises ValueError, whose text never shows the URL: it may hold a password.
+    """
+    options: dict[str, Any] = {
+        "max_connections": connections,
+        "protocol": 2,
+        "retry": NoRetries(NoBackoff(), 0),
+        "socket_timeout": SOCKET_TIMEOUT,
+        "socket_connect_timeout": CONNECT_TIMEOUT,
+        "socket_keepalive": True,
+        "health_check_interval": 0,
+    }
+    if url.startswith("unix:"):
+        del options["socket_keepalive"]
+    if url.startswith("rediss") and not tls_verify:
+        log.warning("TINYQUEUE_TLS_VERIFY=0: the certificate of the Redis server is not verified")
+        options |= {"ssl_cert_reqs": "none", "ssl_check_hostname": False}
+    try:
+        watched = _Watched.read(url) if urlsplit(url).scheme in ("redis+sentinel", "rediss+sentinel") else None
+        pool = _pool(watched.url if watched else url, tag, options)
+    except _WrongURL:
+        raise
+    except (ValueError, TypeError, redis.RedisError) as error:
+        forms = "redis://, rediss://, unix:// or redis+sentinel://host:port,host:port/service"
+        hint = "unknown option after ?" if isinstance(error, TypeError) else f"use {forms}"
+        raise _WrongURL(
+            f"REDIS_URL cannot be used: {hint}; percent-encode special characters in the password"
+        ) from None
+    return watched.pool(pool, options) if watched else pool
+
+
+class _WrongURL(ValueError):
+    """A URL that cannot be used. The text does not show it."""
+
+
+def _pool(url: str, tag: str, options: Mapping[str, Any]) -> redis.ConnectionPool:
+    database = urlsplit(url).path.lstrip("/")
+    if url.startswith("redis") and database and not database.isdecimal():
+        raise _WrongURL("REDIS_URL must end in the number of a database, such as /0, or in no path")
+    pool = (redis.ConnectionPool if url.startswith("unix:") else Pool).from_url(url, **options)
+    if isinstance(pool, Pool):
+        pool.slot = key_slot(tag.encode())
+        pool.home = pool.place
+    pool.connection_class(**pool.connection_kwargs)  # opens nothing; an unknown option raises here
+    changed = [name for name, value in options.items() if pool.connection_kwargs.get(name, value) != value]
+    if changed or pool.connection_kwargs.get("decode_responses"):
+        raise _WrongURL(
+            f"REDIS_URL must not set {(*changed, 'decode_responses')[0]}: the queue relies on its own value"
+        )
+    return pool
+
+
+class _Watched(NamedTuple):
+    """A redis+sentinel:// URL, which the client does not know. `url` is the rest of it, as for one server."""
+
+    url: str
+    sentinels: list[tuple[str, int]]
+    service: str
+    credentials: dict[str, str]  # for the sentinels themselves
+
+    @classmethod
+    def read(cls, url: str) -> _Watched:
+        """Read redis+sentinel://[user:password@]host:port,host:port/service[/database][?options]."""
+        parts = urlsplit(url)
+        user, at, hosts = parts.netloc.rpartition("@")
+        service, _, database = parts.path.strip("/").partition("/")
+        query = dict(parse_qsl(parts.query))
+        own = {name: query.pop("sentinel_" + name) for name in ("username", "password") if "sentinel_" + name in query}
+        found = [urlsplit("//" + host) for host in hosts.split(",")]
+        sentinels = [(host.hostname, host.port or 26379) for host in found if host.hostname]
+        if not service or len(sentinels) < len(found) or parts.fragment:
+            raise ValueError("no sentinels, or no service")
+        url = f"{parts.scheme.removesuffix('+sentinel')}://{user}{at}master/{database}?{urlencode(query)}"
+        return cls(url, sentinels, unquote(service), own)
+
+    def pool(self, model: redis.ConnectionPool, options: Mapping[str, Any]) -> redis.ConnectionPool:
+        """Make a pool like that one, of connections to whichever server the sentinels call the master."""
+        tls = {name: value for name, value in model.connection_kwargs.items() if name.startswith("ssl_")}
+        probe = {"socket_timeout": PROBE_TIMEOUT, "socket_connect_timeout": PROBE_TIMEOUT, "max_connections": None}
+        ssl = issubclass(model.connection_class, redis.SSLConnection)
+        access = {**options, **tls, **probe, **self.credentials, "ssl": ssl}
+        sentinel = Sentinel(self.sentinels, sentinel_kwargs=access)  # type: ignore[no-untyped-call]
+        more = {"ssl": ssl, "max_connections": model.max_connections, **model.connection_kwargs}
+        return SentinelConnectionPool(self.service, sentinel, **more)  # type: ignore[no-untyped-call]
+
+
+# Lending connections --------------------------------------------------------------------------------------------------
+
+
+class Connections:
+    """Lends the connections of a pool to threads and, unused before the fork, to processes.
+
+    `harmless` is the kind of error after which a connection holds no unread reply. `translate`
+    turns an error of the client into the one that is raised.
+    """
+
+    def __init__(self, pool: Any, harmless: type[Exception], translate: Callable[[Exception], Exception]) -> None:
+        self.pool = pool
+        self.harmless = harmless
+        self.translate = translate
+        self.last_contact = time.monotonic()  # when Redis last did what it was asked
+        self.last_trouble = time.monotonic()  # when it last did not; before the first command nobody knows
+        self._warm: list[tuple[Any, int, float]] = []  # connections just used: by which process, and when
+
+    @contextmanager
+    def lend(self) -> Iterator[Any]:
+        """Lend a connection. After an error that is not harmless it is closed: the next user must find no reply on it."""
+        connection = None
+        try:
+            connection = self._checked_out()
+            yield connection
+        except BaseException as error:
+            if connection and not isinstance(error, self.harmless):
+                connection.disconnect()
+            self._cool_down(connection)
+            if isinstance(error, redis.RedisError | OSError):
+                self._follow(error)
+                raise self.translate(error) from error
+            raise
+        self.last_contact = time.monotonic()
+        self._warm.append((connection, os.getpid(), self.last_contact))
+
+    def disconnect(self) -> None:
+        """Close all connections, before a fork: each process opens its own."""
+        self.pool.disconnect()
+
+    def _follow(self, error: redis.RedisError | OSError) -> None:
+        reason, _ = explain(error)
+        if reason:
+            self.last_trouble = time.monotonic()
+        if isinstance(self.pool, Pool):
+            self.pool.follow(error, reason)
+
+    def _checked_out(self) -> Any:
+        """Take a connection: one used within the last second as it is, else one that the pool has checked, which costs."""
+        with suppress(IndexError):
+            while True:
+                connection, process, used = self._warm.pop()
+                if process == os.getpid() and time.monotonic() - used < WARM:
+                    return connection
+                self.pool.release(connection)
+        return self.pool.get_connection()
+
+    def _cool_down(self, connection: Any) -> None:
+        """Give all connections back to the pool: one failed, so others may be broken too."""
+        if connection:
+            self.pool.release(connection)
+        with suppress(IndexError):
+            while True:
+                self.pool.release(self._warm.pop()[0])
