@@ -2,6 +2,7 @@
 
     python worker.py           run jobs until SIGTERM or SIGINT; the same as python worker.py run
     python worker.py --help    everything else
+    tinyqueue                  the same command line, installed
 
 Threads of a worker. Each method of Worker says which of them runs it.
 
@@ -703,7 +704,7 @@ def cli(ctx: click.Context) -> None:
 def _queue(settings: Settings) -> AnyQueue:
     if not settings.redis_url:
         raise SettingsError(
-            "REDIS_URL is not set, so there is nothing to work on. For web and worker in one process: python wsgi.py"
+            "REDIS_URL is not set, so there is nothing to work on. For web and worker in one process: tinyqueue web"
         )
     set_up_logging(settings)
     return open_queue(settings, settings.worker_connections)
@@ -849,7 +850,7 @@ def _show_workers(told: list[dict[str, Any]]) -> None:
     for about in told:
         busy, alive = f"{len(about['jobs'])}/{about['concurrency']}", "yes" if about["alive"] else "no"
         rows.append([about["id"], alive, busy, ",".join(about["queues"]), " ".join(about["jobs"])])
-    _table(rows) if told else click.echo("no worker: start one with python worker.py")
+    _table(rows) if told else click.echo("no worker: start one with tinyqueue worker")
 
 
 @cli.command("list")

@@ -348,7 +348,7 @@ class API(bottle.Bottle):  # type: ignore[misc]
 
     def _open(self) -> AnyQueue:
         if not self.settings.redis_url:
-            raise SettingsError("REDIS_URL is not set, and this server runs no workers: set it, or use python wsgi.py")
+            raise SettingsError("REDIS_URL is not set, and this server runs no workers: set it, or use tinyqueue web")
         load_handlers(self.settings.handlers)
         return open_queue(self.settings)
 
