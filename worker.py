@@ -780,7 +780,7 @@ def run(queues: tuple[str, ...], burst: bool, **overrides: Any) -> None:
     leave(worker.run())
 
 
-cli.add_command(run, "worker")
+cli.add_command(run, "worker")  # the name that goes with `web`
 
 
 @cli.command(add_help_option=False, context_settings={"ignore_unknown_options": True})

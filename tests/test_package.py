@@ -10,7 +10,6 @@ import subprocess
 import sys
 import tarfile
 import zipfile
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -255,7 +254,7 @@ def test_mypy_refuses_a_wrong_payload_in_a_project_of_a_user(scripts: Path, tmp_
 
 
 @pytest.fixture(scope="module")
-def repository() -> Iterator[Path]:
+def repository() -> Path:
     if not (ROOT / ".git").exists():
         pytest.skip("this is not a checkout: there is nothing to compare with")
     return ROOT
