@@ -17,8 +17,9 @@ IMPORTS = {  # each module, and those of ours that it may import
     "tinyqueue_config": {"tinyqueue"},
     "tinyqueue_doctor": {"tinyqueue", "tinyqueue_redis"},
     "handlers": {"tinyqueue"},
-    "worker": {"tinyqueue", "tinyqueue_config", "tinyqueue_doctor"},
-    "wsgi": {"tinyqueue", "tinyqueue_config", "tinyqueue_doctor", "worker"},  # a worker when there is no REDIS_URL
+    # The two programs start each other, from within a function: `tinyqueue web`, and the workers of an embedded Redis.
+    "worker": {"tinyqueue", "tinyqueue_config", "tinyqueue_doctor", "wsgi"},
+    "wsgi": {"tinyqueue", "tinyqueue_config", "tinyqueue_doctor", "worker"},
 }
 SCREEN = 50  # lines
 PROSE = 100  # columns
@@ -31,7 +32,7 @@ def source(module: str) -> str:
 def imported(module: str) -> Iterator[str]:
     for node in ast.walk(ast.parse(source(module))):
         if isinstance(node, ast.ImportFrom):
-            yield str(node.module)
+            yield str(node.module).removeprefix("tinyqueue.")
         elif isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
 
