@@ -135,6 +135,9 @@ from tinyqueue_redis import (
 )
 
 __version__ = "0.1.0"
+# Makes worker.py and wsgi.py, which lie beside this file, importable as tinyqueue.worker and tinyqueue.wsgi, even where
+# another module is named worker or wsgi.
+__path__ = [os.path.dirname(os.path.abspath(__file__))]
 
 log = logging.getLogger("tinyqueue")
 

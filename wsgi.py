@@ -2,6 +2,7 @@
 
     python wsgi.py       serve on HOST and PORT until SIGTERM or SIGINT; without REDIS_URL with an embedded Redis and workers
     wsgi:app             the same API for any other WSGI or serverless host
+    tinyqueue.wsgi:app   the same API where TinyQueue is installed
 
 Importing this module reads no setting and opens no connection: `app` does both at its first request. JSON goes in and comes out;
 an error is application/problem+json (RFC 9457). The one page, dashboard.html at /, is a client like any other.
@@ -13,7 +14,6 @@ import base64
 import errno
 import hashlib
 import hmac
-import importlib.metadata
 import ipaddress
 import json
 import logging
@@ -348,7 +348,7 @@ class API(bottle.Bottle):  # type: ignore[misc]
 
     def _open(self) -> AnyQueue:
         if not self.settings.redis_url:
-            raise SettingsError("REDIS_URL is not set, and this server runs no workers: set it, or use python wsgi.py")
+            raise SettingsError("REDIS_URL is not set, and this server runs no workers: set it, or use tinyqueue web")
         load_handlers(self.settings.handlers)
         return open_queue(self.settings)
 
@@ -683,13 +683,8 @@ def _filter(wanted: Mapping[str, str]) -> Filter:
 
 
 def _file(name: str) -> bytes:
-    """Read a file that belongs to this module: beside it, or installed from a wheel, where that put its data."""
-    beside = Path(__file__).with_name(name)
-    if beside.exists():
-        return beside.read_bytes()
-    return next(
-        Path(file.locate()) for file in importlib.metadata.files("tinyqueue") or () if file.name == name
-    ).read_bytes()
+    """Read a file that lies beside this module, in a checkout as in an installation."""
+    return Path(__file__).with_name(name).read_bytes()
 
 
 @cache
@@ -917,9 +912,10 @@ def serve(api: API, sock: socket.socket) -> int:
 
 
 def _serve_with_workers(api: API, server: Server) -> int:
-    from worker import EXIT_BROKEN, Worker, obey_signals  # only here does the web process need it
+    from tinyqueue.worker import EXIT_BROKEN, Worker, obey_signals  # only here does the web process need it
 
-    worker, codes = Worker(api.queue, api.settings), [EXIT_BROKEN]
+    worker = Worker(api.queue, api.settings)
+    codes: list[int] = [EXIT_BROKEN]
 
     def work() -> None:
         try:
@@ -997,14 +993,14 @@ def main(reload: bool) -> None:
         if reload:
             import hupper
 
-            hupper.start_reloader("wsgi.run")
+            hupper.start_reloader("tinyqueue.wsgi.run")
         run()
     except SettingsError as error:
         raise click.UsageError(str(error)) from None
     except ModuleNotFoundError as error:
         if error.name != "hupper":
             raise
-        raise click.UsageError("--reload needs hupper: pip install '.[dev]'") from None
+        raise click.UsageError("--reload needs hupper: pip install hupper") from None
 
 
 if __name__ == "__main__":

@@ -209,12 +209,15 @@ class Process(NamedTuple):
 
 
 @contextmanager
-def running(folder: Path, **environ: str) -> Iterator[Process]:
-    """Run `python wsgi.py` in a folder, on a free port of 127.0.0.1, until the block ends; it sees nothing of our environment."""
+def running(folder: Path, *command: str, **environ: str) -> Iterator[Process]:
+    """Run `python wsgi.py`, or another command that serves, on a free port of 127.0.0.1, until the block ends.
+
+    Its working directory is the folder. It sees nothing of our environment.
+    """
     log = folder / "wsgi.log"
     environ = {"PATH": os.environ["PATH"], "HOST": "127.0.0.1", "PORT": "0", "PYTHONPATH": str(folder)} | environ
     with log.open("wb") as stderr:
-        process = subprocess.Popen([sys.executable, wsgi.__file__], cwd=folder, env=environ, stderr=stderr)
+        process = subprocess.Popen(command or [sys.executable, wsgi.__file__], cwd=folder, env=environ, stderr=stderr)
     try:
         for _ in range(2000):
             if found := re.search(r" on http://[\w.]+:(\d+)", log.read_text()):
