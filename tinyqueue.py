@@ -135,8 +135,8 @@ from tinyqueue_redis import (
 )
 
 __version__ = "0.1.0"
-# Makes worker.py and wsgi.py, which lie beside this file, importable as tinyqueue.worker and tinyqueue.wsgi, even where
-# another module is named worker or wsgi.
+# Makes worker.py and wsgi.py beside this file importable as tinyqueue.worker and tinyqueue.wsgi,
+# even if there are other modules named worker and wsgi.
 __path__ = [os.path.dirname(os.path.abspath(__file__))]
 
 log = logging.getLogger("tinyqueue")
@@ -1092,7 +1092,7 @@ class Queue(Verbs):
         return started
 
     def _read_fenced(self, tx: Transaction, worker: str, record_keys: Sequence[str], *more: Command) -> list[Any]:
-        """Return the replies to `more`, then the records. Raises Reaped if there is no registration."""
+        """Return the replies to `more`, and the records. Raises Reaped without a registration."""
         records = [("MGET", *record_keys)] if record_keys else []
         registered, *replies = tx.read(("EXISTS", self.keys.worker(worker)), *more, *records)
         if not registered:
@@ -1236,9 +1236,8 @@ class Queue(Verbs):
     def _requeue_or_fail(self, tx: Transaction, job: Job, reason: str, beside: bool = False) -> None:
         """End an attempt without outcome. Requeue the job at the head, or fail it after its last.
 
-        `beside` means that the worker ran other jobs too. Any of them may have killed the worker,
-        so the attempt does not count. After SUSPICIOUS such losses the job runs alone, and then
-        every loss counts.
+        `beside`: the worker ran other jobs too. Any of them may have killed it, so the attempt does
+        not count. After SUSPICIOUS such losses the job runs alone, and then every loss counts.
         """
         attempt = f"attempt {job.attempts}/{job.max_attempts}"
         job.error = Failure("WorkerLost", f"{reason} ({attempt})")
@@ -1305,9 +1304,8 @@ class Queue(Verbs):
     def retry(self, id: str) -> Job | None:
         """Requeue a failed or cancelled job with attempts reset. Return it; None for an unknown id.
 
-        failed, cancelled -> pending, without expiresAt. Watches the record, so only one of two
-        concurrent retries succeeds. The other raises WrongStatus, as does the retry of a job whose
-        uniqueKey another job has taken since.
+        failed, cancelled -> pending, without expiresAt. Watches the record: of two retries at once
+        one raises WrongStatus. So does the retry of a job whose uniqueKey another has taken since.
         """
 
         def body(tx: Transaction, job: Job) -> None:
@@ -1386,8 +1384,7 @@ class Queue(Verbs):
         """Move up to 500 jobs whose runAt has come to their queues. Return how many ids it moved.
 
         Watches the records: a job that another promoter moved may have run, failed and be delayed
-        again, and removing that new entry would lose the job. The lock only saves two promoters
-        the same work.
+        again, and removing that new entry would lose the job. The lock only saves duplicate work.
         """
 
         def body(tx: Transaction) -> int:
@@ -1479,9 +1476,8 @@ class Queue(Verbs):
     def forget(self, status: str, ids: Sequence[bytes]) -> int:
         """Delete ended jobs and their entries in the index of that status. Return how many.
 
-        Watches the records: a job that was requeued meanwhile has left the index, and its record is
-        needed. Completed jobs cannot be requeued, and thousands may end in a second, so these are
-        neither checked nor watched.
+        Watches the records, because a job that was requeued meanwhile must stay. Completed jobs
+        cannot be requeued, so these need neither a check nor a watch, and may be many.
         """
         index = self.keys.ended[status]
         keys = [self.keys.job(text_of(id)) for id in ids]
@@ -1587,7 +1583,7 @@ class Queue(Verbs):
         return jobs, _cursor(todo, SCANNED, more)
 
     def _windows(self, read: Callable[[int], Sequence[Entry]], start: int, before: Place) -> tuple[set[Entry], Place]:
-        """Read LISTED entries at a time until some are past the cursor. Return them and the horizon."""
+        """Read LISTED entries at a time until some pass the cursor. Return these and a horizon."""
         while True:
             found = read(start)
             if len(found) < LISTED:
