@@ -842,7 +842,7 @@ class Verbs(ABC):
 
 
 class Queue(Verbs):
-    """A queue in one namespace. Threads may share it, and so may forks if it was never used."""
+    """A queue in one namespace. Threads may share it, and forked processes if it was unused."""
 
     def __init__(
         self,
@@ -1381,7 +1381,7 @@ class Queue(Verbs):
         self.reap(worker)
 
     def promote(self) -> int:
-        """Move up to 500 jobs whose runAt has come to their queues. Return how many ids it moved.
+        """Move up to 500 jobs to their queues when runAt has come. Return how many ids it removed.
 
         Watches the records: a job that another promoter moved may have run, failed and be delayed
         again, and removing that new entry would lose the job. The lock only saves duplicate work.
@@ -1675,7 +1675,7 @@ class Queue(Verbs):
             ("HMGET", self.keys.minute(now), *ENDED),
             *(("ZCARD", index) for index in indexes.values()),
         )
-        share = 1 - now % 60_000 / 60_000  # of the minute before that is in the last sixty seconds
+        share = 1 - now % 60_000 / 60_000  # the part of the previous minute in the last sixty seconds
         recent = zip(ENDED, last, this, strict=True)
         leases = [self.keys.lease(worker) for worker in self._known_workers()]
         return {
