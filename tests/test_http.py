@@ -411,7 +411,7 @@ def test_refuse_what_is_no_object(refuse: Refuse, body: Any) -> None:
 )
 def test_refuse_a_job_without_what_it_must_have(refuse: Refuse, body: Any, field: str) -> None:
     about = refuse(422, "invalid-job", body)
-    assert (about["field"], about["detail"]) == (field, f"{field}: is missing")
+    assert (about["field"], about["detail"]) == (field, f"{field}: is required")
 
 
 @pytest.mark.parametrize(

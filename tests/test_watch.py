@@ -13,7 +13,7 @@ from conftest import dump, lapse, put, raw, until
 
 from tinyqueue import STATUSES, Failure, Job, Queue, handler
 from tinyqueue_config import WEB_THREADS
-from wsgi import CUT
+from wsgi import PREVIEW_BYTES
 
 NO_JOB = "01900000-0000-7000-8000-000000000000"
 ENDED = ("completed", "failed", "cancelled")
@@ -206,7 +206,7 @@ def test_refuse_a_query_that_is_no_utf8(api: Client, query: str) -> None:
 
 
 def test_list_cuts_long_payloads_and_results(api: Client, queue: Queue) -> None:
-    long = "é" * CUT
+    long = "é" * PREVIEW_BYTES
     queue.enqueue("echo", long)
     [job] = queue.dequeue(queue.register(["default"], 1), ["default"])
     queue.complete(job, {"a": long})
@@ -214,15 +214,17 @@ def test_list_cuts_long_payloads_and_results(api: Client, queue: Queue) -> None:
     assert not {"payload", "result"} & listed.keys()
     assert ('"' + long).startswith(listed["payloadPreview"])
     assert ('{"a":"' + long).startswith(listed["resultPreview"])
-    assert all(CUT - 4 < len(listed[name].encode()) <= CUT for name in ("payloadPreview", "resultPreview"))
+    assert all(
+        PREVIEW_BYTES - 4 < len(listed[name].encode()) <= PREVIEW_BYTES for name in ("payloadPreview", "resultPreview")
+    )
     assert api.get(f"/jobs/{job.id}").json["result"] == {"a": long}
 
 
-@pytest.mark.parametrize("size", [CUT - 2, CUT - 1])
+@pytest.mark.parametrize("size", [PREVIEW_BYTES - 2, PREVIEW_BYTES - 1])
 def test_list_keeps_a_payload_that_is_just_short_enough(api: Client, queue: Queue, size: int) -> None:
     queue.enqueue("echo", "x" * size)
     [listed] = api.get("/jobs").json["jobs"]
-    assert ("payload" in listed) == (size == CUT - 2)
+    assert ("payload" in listed) == (size == PREVIEW_BYTES - 2)
 
 
 def test_list_leaves_out_tracebacks(api: Client, queue: Queue) -> None:

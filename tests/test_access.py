@@ -17,7 +17,7 @@ from conftest import dump, free_port, put, raw
 import wsgi
 from tinyqueue import Queue, SettingsError, handler
 from tinyqueue_config import Settings
-from wsgi import API, ROUTES, Door
+from wsgi import API, ROUTES, Access
 
 SECRETS = {"submit": "submit-0123456789", "read": "read-0123456789ab", "admin": "admin:0123456789ab"}
 KEYS = ",".join(f"{role}-key:{role}:{secret}" for role, secret in SECRETS.items())
@@ -225,7 +225,7 @@ REFUSED = {
 @pytest.mark.parametrize("keys", REFUSED.values(), ids=REFUSED.keys())
 def test_refuse_keys_that_could_let_the_wrong_one_in_and_show_no_secret(keys: str) -> None:
     with pytest.raises(SettingsError) as refused:
-        Door(Settings(api_keys=keys))
+        Access(Settings(api_keys=keys))
     said = str(refused.value)
     assert said.startswith("TINYQUEUE_API_KEYS: entry ")
     assert "\n" not in said
@@ -233,15 +233,15 @@ def test_refuse_keys_that_could_let_the_wrong_one_in_and_show_no_secret(keys: st
 
 
 def test_take_keys_with_blanks_around_and_secrets_with_colons(near: Queue) -> None:
-    door = Door(Settings(api_keys=f" ann:admin:{GOOD}:x , bob:read:{GOOD}:y"))
-    assert [(key.name, key.secret.decode()) for key in door.keys] == [("ann", f"{GOOD}:x"), ("bob", f"{GOOD}:y")]
+    access = Access(Settings(api_keys=f" ann:admin:{GOOD}:x , bob:read:{GOOD}:y"))
+    assert [(key.name, key.secret.decode()) for key in access.keys] == [("ann", f"{GOOD}:x"), ("bob", f"{GOOD}:y")]
 
 
 def test_refuse_to_be_open_with_keys() -> None:
     with pytest.raises(
         SettingsError, match=r"TINYQUEUE_OPEN=1 and TINYQUEUE_API_KEYS contradict each other"
     ) as refused:
-        Door(Settings(api_keys=f"ann:admin:{GOOD}", open=True))
+        Access(Settings(api_keys=f"ann:admin:{GOOD}", open=True))
     assert GOOD not in str(refused.value)
 
 
