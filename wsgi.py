@@ -336,7 +336,7 @@ HEADERS = {
 
 
 class API(bottle.Bottle):  # type: ignore[misc]
-    """The routes over a queue. Without `queue`, the first request that needs one opens it."""
+    """The routes of a queue. Without `queue`, the first request that needs one opens it."""
 
     __setattr__ = object.__setattr__  # Bottle's own lets an attribute be set only once
 
@@ -566,7 +566,7 @@ class API(bottle.Bottle):  # type: ignore[misc]
         return {"status": "ok"}
 
     def ready(self) -> dict[str, Any]:
-        """Report that Redis takes writes: jobs can be submitted. The warnings name other risks."""
+        """Check that Redis takes writes, so that jobs can be submitted. Warnings name other risks."""
         self.queue.ping()
         return {"status": "ok", "warnings": warnings(self.queue)}
 
@@ -836,7 +836,7 @@ def _histograms(
 
 
 def _file(name: str) -> bytes:
-    """Read a file that belongs to this module: next to it, or where a wheel was installed."""
+    """Read a file that belongs to this module: next to it, or where the wheel installed it."""
     beside = Path(__file__).with_name(name)
     if beside.exists():
         return beside.read_bytes()
@@ -917,7 +917,7 @@ class Channel(HTTPChannel):  # type: ignore[misc]
 
 
 class Server:
-    """Serves an API on a socket until it is told to stop, then answers what it has accepted."""
+    """Serves an API on a socket until `stop` is called, then answers what it has accepted."""
 
     def __init__(self, api: API, sock: socket.socket) -> None:
         # It warns whenever a request waits for a thread, which is normal.
@@ -932,7 +932,7 @@ class Server:
             sockets=[sock],
             threads=WEB_THREADS,
             connection_limit=CONNECTIONS,
-            # Beyond this, Waitress refuses a body in plain text; up to this, we do, with a problem.
+            # Waitress refuses a larger body in plain text. Between max_body and this, we send a problem.
             max_request_body_size=4 * api.settings.max_body,
             max_request_header_size=32768,
             asyncore_use_poll=True,
