@@ -566,7 +566,7 @@ class API(bottle.Bottle):  # type: ignore[misc]
         return {"status": "ok"}
 
     def ready(self) -> dict[str, Any]:
-        """Check that Redis takes writes, so that jobs can be submitted. Warnings name other risks."""
+        """Check that Redis takes writes, so jobs can be submitted. The warnings name other risks."""
         self.queue.ping()
         return {"status": "ok", "warnings": warnings(self.queue)}
 
@@ -932,7 +932,7 @@ class Server:
             sockets=[sock],
             threads=WEB_THREADS,
             connection_limit=CONNECTIONS,
-            # Waitress refuses a larger body in plain text. Between max_body and this, we send a problem.
+            # Waitress itself refuses a larger body, in plain text. A smaller one gets our problem.
             max_request_body_size=4 * api.settings.max_body,
             max_request_header_size=32768,
             asyncore_use_poll=True,
