@@ -33,58 +33,59 @@ def variable(field: str) -> str:
 
 
 class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, rename=variable):
-    """Every tunable: one table for the environment, for `--help` and for the documentation. An empty variable is unset."""
+    """All settings: one table for the environment, `--help` and docs/settings.md. An empty variable counts as unset."""
 
-    redis_url: Annotated[str, Meta(description="where the jobs are; without it: embedded, nothing is kept")] = ""
-    host: Annotated[str, Meta(description="address the web process listens on; without it: all, IPv4 and IPv6")] = ""
+    redis_url: Annotated[
+        str, Meta(description="URL of the Redis server; unset: an embedded one that keeps nothing")
+    ] = ""
+    host: Annotated[str, Meta(description="address the web process listens on; unset: all, IPv4 and IPv6")] = ""
     port: Annotated[int, Meta(ge=0, le=65535, description="port the web process listens on")] = 3000
-    worker_concurrency: Annotated[int, Meta(ge=1, le=500, description="slots of a worker process: jobs at a time")] = 5
-    web_concurrency: Annotated[int, Meta(ge=1, le=64, description="web processes sharing the listening socket")] = 1
-    log_format: Annotated[Literal["text", "json"], Meta(description="log lines for people or for machines")] = "text"
+    worker_concurrency: Annotated[
+        int, Meta(ge=1, le=500, description="slots of a worker process: how many jobs it runs at a time")
+    ] = 5
+    web_concurrency: Annotated[
+        int, Meta(ge=1, le=64, description="number of web processes; they share the listening socket")
+    ] = 1
+    log_format: Annotated[Literal["text", "json"], Meta(description="log format: text or json")] = "text"
     log_level: Annotated[
-        Literal["debug", "info", "warning", "error"], Meta(description="the least serious lines that are logged")
+        Literal["debug", "info", "warning", "error"],
+        Meta(description="minimum log level: debug, info, warning or error"),
     ] = "info"
     handlers: Annotated[str, Meta(description="modules that register handlers, comma-separated")] = "handlers"
     namespace: Annotated[
         str, Meta(pattern=r"^[A-Za-z0-9._-]{1,100}\Z", description="key prefix and cluster hash tag in Redis")
     ] = "queue"
     lease: Annotated[
-        int, Meta(ge=2, le=3600, description="seconds without a sign of life until a worker counts as dead")
+        int, Meta(ge=2, le=3600, description="seconds without a heartbeat after which a worker counts as dead")
     ] = 30
     shutdown_timeout: Annotated[
-        int, Meta(ge=0, le=3600, description="seconds of drain at SIGTERM, then jobs are handed back")
+        int, Meta(ge=0, le=3600, description="seconds running jobs may take at SIGTERM before they are handed back")
     ] = 25
     watchdog: Annotated[
         int,
         Meta(
             ge=10,
             le=86400,
-            description="seconds without Redis, or without taking jobs, until a worker gives up and exits",
+            description="seconds without Redis, or unable to take jobs, after which a worker exits",
         ),
     ] = 300
-    max_body: Annotated[int, Meta(ge=1024, le=16 << 20, description="bytes of a request's body")] = 262144
-    keep_completed: Annotated[int, Meta(ge=1, le=10**9, description="seconds that completed jobs stay")] = 86400
-    keep_failed: Annotated[int, Meta(ge=1, le=10**9, description="seconds that failed and cancelled jobs stay")] = (
-        604800
-    )
-    keep_once: Annotated[int, Meta(ge=60, le=10**9, description="seconds that an Idempotency-Key is remembered")] = (
-        86400
-    )
-    max_pending: Annotated[
-        int, Meta(ge=0, le=10**9, description="pending jobs of a queue beyond which none are accepted; 0: any")
-    ] = 0
+    max_body: Annotated[int, Meta(ge=1024, le=16 << 20, description="maximum size of a request body in bytes")] = 262144
+    keep_completed: Annotated[int, Meta(ge=1, le=10**9, description="seconds to keep completed jobs")] = 86400
+    keep_failed: Annotated[int, Meta(ge=1, le=10**9, description="seconds to keep failed and cancelled jobs")] = 604800
+    keep_once: Annotated[int, Meta(ge=60, le=10**9, description="seconds to remember an Idempotency-Key")] = 86400
+    max_pending: Annotated[int, Meta(ge=0, le=10**9, description="maximum pending jobs per queue; 0: unlimited")] = 0
     min_replicas: Annotated[
-        int, Meta(ge=0, le=100, description="replicas that must have a job before it is accepted")
+        int, Meta(ge=0, le=100, description="number of replicas that must have a job before it is accepted")
     ] = 0
     api_keys: Annotated[
-        str, Meta(description="who may come in: name:role:secret, comma-separated; roles submit, read, admin")
+        str, Meta(description="API keys as name:role:secret, comma-separated; roles: submit, read, admin")
     ] = ""
-    open: Annotated[bool, Meta(description="1: without keys let everybody in, not only this machine")] = False
+    open: Annotated[bool, Meta(description="1: accept requests from any host without a key")] = False
     rate_limit: Annotated[
         str,
         Meta(
             pattern=r"^([1-9][0-9]{0,8}/(second|minute|hour))?\Z",
-            description="requests of one key or address, as 600/minute",
+            description="maximum requests per key or address, such as 600/minute; unset: unlimited",
         ),
     ] = ""
     trusted_proxies: Annotated[
@@ -92,20 +93,26 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         Meta(
             ge=0,
             le=10,
-            description="proxies before this server; the client is that many from the right in X-Forwarded-For",
+            description="proxies before the server; the client is that many from the right in X-Forwarded-For",
         ),
     ] = 0
     shards: Annotated[
         int,
-        Meta(ge=1, le=64, description="namespaces over which jobs are spread, for a cluster; never make them fewer"),
+        Meta(
+            ge=1,
+            le=64,
+            description="namespaces to spread jobs over in a cluster; do not lower it while jobs are stored",
+        ),
     ] = 1
     tls_verify: Annotated[bool, Meta(description="0: accept any certificate of a rediss:// server")] = True
 
     @classmethod
     def read(cls, environ: Mapping[str, str] | None = None, **overrides: Any) -> Settings:
-        """Make settings from the environment and `.env` in the working directory; the real environment wins, `overrides` over both.
+        """Read settings from the environment and from `.env` in the working directory.
 
-        A wrong value, a name that begins with TINYQUEUE_ but is none, or a platform without REDIS_URL raises SettingsError.
+        The environment wins over the file, and `overrides` win over both. Raises SettingsError for an
+        invalid value, for an unknown name that begins with TINYQUEUE_, and on a hosting platform
+        without REDIS_URL.
         """
         if environ is None:
             load_dotenv(".env")  # into the environment, for handlers have settings of their own
@@ -114,22 +121,23 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         raw = {k: v for k, v in environ.items() if v and (k in names or k.startswith("TINYQUEUE_"))}
         raw |= {variable(k): v for k, v in overrides.items() if v is not None}
         if unknown := sorted(raw.keys() - names):
-            raise SettingsError(f"{unknown[0]} is not a setting; there are {', '.join(sorted(names))}")
+            raise SettingsError(f"{unknown[0]} is not a setting; use one of {', '.join(sorted(names))}")
         try:
             settings = msgspec.convert(raw, cls, strict=False)
         except msgspec.ValidationError as error:
-            rule, _, name = str(error).partition(" - at `$.")
-            raise SettingsError(f"{name.rstrip('`')}={raw[name.rstrip('`')]!r}: {rule}") from None
+            rule, _, path = str(error).partition(" - at `$.")
+            name = path.rstrip("`")
+            meaning = next(text for known, _, text in cls.table() if known == name)
+            raise SettingsError(f"{name}={raw[name]!r} is not valid: {rule} ({meaning})") from None
         platform = next((name for name, value in environ.items() if value and PLATFORMS.fullmatch(name)), None)
         if platform and not settings.redis_url:
-            raise SettingsError(
-                f"REDIS_URL is not set, and {platform} tells of a platform that would lose every job at a restart"
-            )
+            why = "the embedded Redis would lose all jobs at every restart"
+            raise SettingsError(f"REDIS_URL is required here ({platform} is set): {why}")
         return settings
 
     @classmethod
     def table(cls) -> list[tuple[str, str, str]]:
-        """List the settings as (variable, default, meaning), for whoever checks the README."""
+        """List the settings as (variable, default, meaning): the table of `--help` and of docs/settings.md."""
         hints = typing.get_type_hints(cls, include_extras=True)
         return [
             (f.encode_name, str(f.default), hints[f.name].__metadata__[0].description)
@@ -138,9 +146,11 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 
     @classmethod
     def help(cls) -> str:
-        """The table as text for `--help`."""
+        """Return the table as text for `--help`."""
         lines = [f"  {name:<26} {text}{f' [{default}]' if default else ''}" for name, default, text in cls.table()]
-        return "\n".join(["Settings, from the environment or from .env here [and what they are without]:", *lines])
+        return "\n".join(
+            ["Settings, from environment variables or from .env in the working directory [default]:", *lines]
+        )
 
     @property
     def web_connections(self) -> int:

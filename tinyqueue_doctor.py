@@ -256,11 +256,11 @@ def _counts(queue: Queue) -> Iterator[Finding]:
 
 def _workers(queue: Queue) -> Iterator[Finding]:
     alive = [worker for worker in queue.workers() if worker["alive"]]
-    yield _judge("workers", f"{len(alive)} alive", (not alive, "warn", "start one: python worker.py"))
+    yield _judge("workers", f"{len(alive)} alive", (not alive, "warn", "start one: tinyqueue worker"))
     served = {name for worker in alive for name in worker["queues"]}
     for name, about in queue.queues().items():
         if about["paused"]:
             yield Finding("warn", "queue", f"{name} is paused", f"POST /queues/{name}/resume")
         elif alive and about["pending"] and name not in served:
             seen = f"{name}: {about['pending']} pending, no worker serves it"
-            yield Finding("warn", "queue", seen, f"python worker.py --queue {name}")
+            yield Finding("warn", "queue", seen, f"tinyqueue worker --queue {name}")

@@ -2,6 +2,7 @@
 
     python worker.py           run jobs until SIGTERM or SIGINT; the same as python worker.py run
     python worker.py --help    everything else
+    tinyqueue                  the same command line, installed
 
 Threads of a worker. Each method of Worker says which of them runs it.
 
@@ -650,7 +651,7 @@ def _meaning(field: str) -> str:
 
 
 PAGE = {
-    "Work": ("run",),
+    "Work": ("web", "worker", "run"),
     "Submit": ("enqueue",),
     "Watch": ("stats", "workers", "list", "failed", "get"),
     "Steer": ("retry", "cancel", "pause", "resume", "purge"),
@@ -696,13 +697,14 @@ class Commands(click.Group):
 @click.pass_context
 def cli(ctx: click.Context) -> None:
     """Run the jobs of TinyQueue, or look after them. Without a command: run. `COMMAND --help` tells more of each."""
-    ctx.obj = Settings.read()
+    if ctx.invoked_subcommand != "web":  # which reads them itself, after its options
+        ctx.obj = Settings.read()
 
 
 def _queue(settings: Settings) -> AnyQueue:
     if not settings.redis_url:
         raise SettingsError(
-            "REDIS_URL is not set, so there is nothing to work on. For web and worker in one process: python wsgi.py"
+            "REDIS_URL is not set, so there is nothing to work on. For web and worker in one process: tinyqueue web"
         )
     set_up_logging(settings)
     return open_queue(settings, settings.worker_connections)
@@ -778,6 +780,19 @@ def run(queues: tuple[str, ...], burst: bool, **overrides: Any) -> None:
     leave(worker.run())
 
 
+cli.add_command(run, "worker")  # the name that goes with `web`
+
+
+@cli.command(add_help_option=False, context_settings={"ignore_unknown_options": True})
+@click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
+@click.pass_context
+def web(ctx: click.Context, arguments: tuple[str, ...]) -> None:
+    """Serve the HTTP API until SIGTERM or SIGINT; without REDIS_URL with an embedded Redis and workers."""
+    from tinyqueue.wsgi import main  # only here does the command line need a web server
+
+    main.main(arguments, ctx.command_path)
+
+
 @cli.command()
 @click.argument("type")
 @click.argument("payload")
@@ -835,7 +850,7 @@ def _show_workers(told: list[dict[str, Any]]) -> None:
     for about in told:
         busy, alive = f"{len(about['jobs'])}/{about['concurrency']}", "yes" if about["alive"] else "no"
         rows.append([about["id"], alive, busy, ",".join(about["queues"]), " ".join(about["jobs"])])
-    _table(rows) if told else click.echo("no worker: start one with python worker.py")
+    _table(rows) if told else click.echo("no worker: start one with tinyqueue worker")
 
 
 @cli.command("list")

@@ -2,6 +2,7 @@
 
     python wsgi.py       serve on HOST and PORT until SIGTERM or SIGINT
     wsgi:app             the same API for any other WSGI server or serverless host
+    tinyqueue.wsgi:app   the same API where TinyQueue is installed
 
 Without REDIS_URL, `python wsgi.py` also runs an embedded Redis and a worker in its process.
 
@@ -16,7 +17,6 @@ import base64
 import errno
 import hashlib
 import hmac
-import importlib.metadata
 import ipaddress
 import json
 import logging
@@ -372,7 +372,7 @@ class API(bottle.Bottle):  # type: ignore[misc]
 
     def _open_queue(self) -> AnyQueue:
         if not self.settings.redis_url:
-            raise SettingsError("REDIS_URL is not set and this server runs no workers; set it, or run python wsgi.py")
+            raise SettingsError("REDIS_URL is not set and this server runs no workers; set it, or run tinyqueue web")
         load_handlers(self.settings.handlers)
         return open_queue(self.settings)
 
@@ -566,7 +566,7 @@ class API(bottle.Bottle):  # type: ignore[misc]
         return {"status": "ok"}
 
     def ready(self) -> dict[str, Any]:
-        """Check that Redis takes writes, so jobs can be submitted. The warnings name other risks."""
+        """Check that Redis takes writes, so jobs can be submitted. Warnings name other risks."""
         self.queue.ping()
         return {"status": "ok", "warnings": warnings(self.queue)}
 
@@ -836,12 +836,8 @@ def _histograms(
 
 
 def _file(name: str) -> bytes:
-    """Read a file that belongs to this module: next to it, or where the wheel installed it."""
-    beside = Path(__file__).with_name(name)
-    if beside.exists():
-        return beside.read_bytes()
-    installed = importlib.metadata.files("tinyqueue") or ()
-    return next(Path(file.locate()) for file in installed if file.name == name).read_bytes()
+    """Read a file that lies next to this module, both in a checkout and in an installation."""
+    return Path(__file__).with_name(name).read_bytes()
 
 
 @cache
@@ -995,10 +991,10 @@ def serve(api: API, sock: socket.socket) -> int:
 
 
 def _serve_with_worker(api: API, server: Server) -> int:
-    from worker import EXIT_BROKEN, Worker, obey_signals  # the web process needs it only here
+    from tinyqueue.worker import EXIT_BROKEN, Worker, obey_signals  # the web process needs it only here
 
     worker = Worker(api.queue, api.settings)
-    exit_code = EXIT_BROKEN
+    exit_code: int = EXIT_BROKEN
 
     def work() -> None:
         nonlocal exit_code
@@ -1063,7 +1059,7 @@ def run() -> None:
             log.warning("%s", warning)
         queue.disconnect()
         connections = settings.shards * settings.web_connections
-        log.info("web server on %s: %d processes with up to %d Redis connections each", url, processes, connections)
+        log.info("web server on %s: %d processes with up to %d connections to Redis each", url, processes, connections)
     else:
         log.info("web server on %s, and a worker with %d slots in this process", url, settings.worker_concurrency)
         log.warning("JOBS ARE NOT PERSISTED: REDIS_URL is not set; all jobs are lost when this process exits")
@@ -1080,14 +1076,14 @@ def main(reload: bool) -> None:
         if reload:
             import hupper
 
-            hupper.start_reloader("wsgi.run")
+            hupper.start_reloader("tinyqueue.wsgi.run")
         run()
     except SettingsError as error:
         raise click.UsageError(str(error)) from None
     except ModuleNotFoundError as error:
         if error.name != "hupper":
             raise
-        raise click.UsageError("--reload needs hupper; install it: pip install '.[dev]'") from None
+        raise click.UsageError("--reload needs hupper; install it: pip install hupper") from None
 
 
 if __name__ == "__main__":

@@ -216,15 +216,16 @@ class Process(NamedTuple):
 
 
 @contextmanager
-def running(folder: Path, **environ: str) -> Iterator[Process]:
-    """Run `python wsgi.py` in a folder until the block ends, on a free port of 127.0.0.1.
+def running(folder: Path, *command: str, **environ: str) -> Iterator[Process]:
+    """Run `python wsgi.py`, or another command that serves, until the block ends.
 
-    It inherits only PATH from this process' environment.
+    It runs in the folder, listens on a free port of 127.0.0.1, and inherits only PATH from this
+    process' environment.
     """
     log = folder / "wsgi.log"
     environ = {"PATH": os.environ["PATH"], "HOST": "127.0.0.1", "PORT": "0", "PYTHONPATH": str(folder)} | environ
     with log.open("wb") as stderr:
-        process = subprocess.Popen([sys.executable, wsgi.__file__], cwd=folder, env=environ, stderr=stderr)
+        process = subprocess.Popen(command or [sys.executable, wsgi.__file__], cwd=folder, env=environ, stderr=stderr)
     try:
         for _ in range(2000):
             if found := re.search(r" on http://[\w.]+:(\d+)", log.read_text()):

@@ -1,7 +1,8 @@
-"""What schemathesis has to know that no schema says. `tests/schemathesis.toml` loads it.
+"""Adapt generated requests to rules that a schema cannot express. schemathesis.toml loads this file.
 
-A second use of an Idempotency-Key is a conflict, `?partial=true` accepts a batch for the jobs in it that are right, `runAt` has a
-latest moment, and waiting takes its time: all four are tested elsewhere, one by one.
+Reusing an Idempotency-Key for another request is an error, so each request gets its own key.
+`partial=true` accepts a batch that contains invalid jobs, so it is removed. `runAt` has a latest
+time, and `wait` takes long, so both are limited. Other tests cover all four.
 """
 
 from __future__ import annotations
@@ -25,14 +26,14 @@ def before_call(context: Any, case: Any, kwargs: Any) -> None:
     if str(query.get("wait", "")).isdecimal():
         query["wait"] = min(int(query["wait"]), 1)
     for job in case.body if isinstance(case.body, list) else [case.body]:
-        if isinstance(job, dict) and _too_late(job.get("runAt")):
+        if isinstance(job, dict) and _is_too_late(job.get("runAt")):
             job["runAt"] = None
 
 
-def _too_late(moment: Any) -> bool:
+def _is_too_late(moment: Any) -> bool:
     if isinstance(moment, int):
         return moment > (datetime.now(UTC) + LATEST).timestamp() * 1000
     try:
         return datetime.fromisoformat(moment) > datetime.now(UTC) + LATEST
-    except (TypeError, ValueError):  # no moment at all, which is for the server to refuse
+    except (TypeError, ValueError):  # not a time: the server must reject it
         return False

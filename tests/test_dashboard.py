@@ -1,19 +1,27 @@
-"""The dashboard in a real browser: what it shows of real jobs, what its buttons do, and what it must never let happen.
+"""Test the dashboard in a real browser: what it shows, what its buttons do, what it must not allow.
 
-Every page that a test opens is watched: an error in its console, a breach of its policy or a request to elsewhere fails the test.
+Every page that a test opens is monitored. A console error, a violation of the Content-Security-Policy
+or a request to another host fails the test.
+
+``PYTHONPATH=. python tests/test_dashboard.py`` takes the README's screenshot, docs/dashboard.png.
 """
 
 from __future__ import annotations
 
+import io
 import json
+import math
 import os
+import random
 import re
 import shutil
 import subprocess
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from email.utils import format_datetime
 from pathlib import Path
 from typing import Any, Literal
 
@@ -31,11 +39,12 @@ try:
 except ImportError:
     if os.environ.get("CI") == "true":
         raise
-    pytest.skip("there is no playwright: THE DASHBOARD IS NOT TESTED", allow_module_level=True)
+    pytest.skip("playwright is not installed: THE DASHBOARD IS NOT TESTED", allow_module_level=True)
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-NO_CHROMIUM = "there is no chromium on PATH: THE DASHBOARD IS NOT TESTED"
+NO_CHROMIUM = "chromium is not on PATH: THE DASHBOARD IS NOT TESTED"
 KEYS = "admin:admin:admin-0123456789,reader:read:read-0123456789ab,client:submit:submit-0123456789"
+CONTEXT: Any = {"viewport": {"width": 1400, "height": 900}, "locale": "en-GB", "timezone_id": "Europe/Berlin"}
 Open = Callable[..., Any]
 
 
@@ -66,7 +75,7 @@ def handlers(no_handlers: None) -> None:
         return payload
 
 
-# A browser, and what it is shown --------------------------------------------------------------------------------------
+# Browser, server and data ---------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -75,6 +84,12 @@ def browser() -> Iterator[Any]:
         pytest.fail(NO_CHROMIUM)
     if not CHROMIUM:
         pytest.skip(NO_CHROMIUM)
+    with launched_browser() as browser:
+        yield browser
+
+
+@contextmanager
+def launched_browser() -> Iterator[Any]:
     with playwright.sync_playwright() as driver:
         browser = driver.chromium.launch(
             executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
@@ -85,18 +100,16 @@ def browser() -> Iterator[Any]:
 
 @pytest.fixture
 def open(browser: Any, near: Queue) -> Iterator[Open]:
-    """Serve the queue and open its dashboard: open("#/jobs", api_keys=KEYS, viewport={...}) -> the page."""
-    troubles: list[str] = []
-    with Served() as served:
+    """Serve a queue and open its dashboard: open("#/jobs", api_keys=KEYS, ...) -> page."""
+    problems: list[str] = []
+    with Servers() as servers:
 
         def open(
-            at: str = "", queue: Queue | None = None, fake_time: bool = False, watched: bool = True, **options: Any
+            path: str = "", queue: Queue | None = None, fake_time: bool = False, monitored: bool = True, **options: Any
         ) -> Any:
-            known = {name: options.pop(name) for name in list(options) if name in Settings.__struct_fields__}
-            url = served.by(API(Settings(**known), queue or near))
-            context = browser.new_context(
-                viewport={"width": 1400, "height": 900}, locale="en-GB", timezone_id="Europe/Berlin", **options
-            )
+            settings = {name: options.pop(name) for name in list(options) if name in Settings.__struct_fields__}
+            url = servers.serve(API(Settings(**settings), queue or near))
+            context = browser.new_context(**CONTEXT, **options)
             context.grant_permissions(["clipboard-read", "clipboard-write"])
             context.add_init_script(
                 "addEventListener('securitypolicyviolation', e => console.error('CSP', e.violatedDirective))"
@@ -105,46 +118,46 @@ def open(browser: Any, near: Queue) -> Iterator[Open]:
             if fake_time:
                 page.clock.install()
             page.set_default_timeout(10_000)
-            if watched:
-                page.on("console", lambda told: _note(troubles, told))
-                page.on("pageerror", lambda error: troubles.append(str(error)))
-                page.on("request", lambda asked: asked.url.startswith((url, "data:")) or troubles.append(asked.url))
-            page.goto(url + at)
+            if monitored:
+                _monitor(page, url, problems)
+            page.goto(url + path)
             return page
 
         yield open
         for context in browser.contexts:
             context.close()
-    assert troubles == []
+    assert problems == []
 
 
-def _note(troubles: list[str], told: Any) -> None:
-    """A browser tells of every answer above 399, and of a server that is away, by itself. The page tells of nothing."""
-    if told.type in ("error", "warning") and not told.text.startswith("Failed to load resource"):
-        troubles.append(told.text)
+def _monitor(page: Any, url: str, problems: list[str]) -> None:
+    """Collect console messages, uncaught errors and requests to other hosts."""
+
+    def on_console(message: Any) -> None:
+        # The browser itself logs every response above 399 and every failed request.
+        if message.type in ("error", "warning") and not message.text.startswith("Failed to load resource"):
+            problems.append(message.text)
+
+    def on_request(request: Any) -> None:
+        if not request.url.startswith((url, "data:")):
+            problems.append(request.url)
+
+    page.on("console", on_console)
+    page.on("pageerror", lambda error: problems.append(str(error)))
+    page.on("request", on_request)
 
 
-class Served:
-    """Servers of this process that end with a block."""
+class Servers(ExitStack):
+    """HTTP servers in this process. They stop at the end of the block."""
 
-    def __enter__(self) -> Served:
-        self.ends: list[Any] = []
-        return self
-
-    def by(self, api: API) -> str:
-        block = serving(api)
-        _, (host, port) = block.__enter__()
-        self.ends.append(block)
+    def serve(self, api: API) -> str:
+        """Start a server and return its URL."""
+        _, (host, port) = self.enter_context(serving(api))
         return f"http://{host}:{port}/"
-
-    def __exit__(self, *_: object) -> None:
-        for block in self.ends:
-            block.__exit__(None, None, None)
 
 
 @contextmanager
 def working(queue: Queue) -> Iterator[None]:
-    """Run a real worker of two slots in a thread."""
+    """Run a real worker with two slots in a thread."""
     worker = Worker(queue, Settings(worker_concurrency=2))
     thread = threading.Thread(target=worker.run)
     thread.start()
@@ -157,7 +170,7 @@ def working(queue: Queue) -> Iterator[None]:
 
 
 def shows(page: Any, *texts: str) -> None:
-    """Wait until the page shows all these texts."""
+    """Wait until the page shows all of these texts."""
     for text in texts:
         playwright.expect(page.locator("body")).to_contain_text(text)
 
@@ -171,7 +184,7 @@ def tile(page: Any, status: str) -> Any:
 
 
 def busy(queue: Queue) -> dict[str, Job]:
-    """An hour of work, jobs of every status, a paused queue, two workers."""
+    """Add an hour of history, jobs of every status, a paused queue and two workers."""
     mail = {"to": "ada@example.com", "subject": "Your invoice 2031", "body": "Dear Ada,\n\nplease find…", "copies": 2}
     worker = queue.register(["default", "mail"], 4)
     for back in range(58, 0, -1):
@@ -214,10 +227,10 @@ TimeoutError: the mail server did not answer within 30 s
 """
 
 
-# Submit, find, steer --------------------------------------------------------------------------------------------------
+# Submitting, finding and changing jobs --------------------------------------------------------------------------------
 
 
-def test_submit_a_job_by_its_form_and_follow_it_to_its_end(open: Open, near: Queue) -> None:
+def test_submit_form_sends_every_field_and_links_to_the_job(open: Open, near: Queue) -> None:
     page = open("#/submit/send-email")
     page.get_by_label("to", exact=False).first.fill("ada@example.com")
     page.locator("[name='payload.subject']").fill("Hello")
@@ -239,15 +252,15 @@ def test_submit_a_job_by_its_form_and_follow_it_to_its_end(open: Open, near: Que
         shows(page, "completed", '"sent": "ada@example.com"')
 
 
-def written(page: Any) -> None:
-    """Enter what a send-email must have."""
+def fill_required(page: Any) -> None:
+    """Fill in the required fields of send-email."""
     for name, text in {"to": "ada@example.com", "subject": "Hello", "body": "Hi"}.items():
         page.locator(f"[name='payload.{name}']").fill(text)
 
 
-def test_submit_leaves_out_what_is_left_empty(open: Open, near: Queue) -> None:
+def test_submit_omits_empty_fields(open: Open, near: Queue) -> None:
     page = open("#/submit/send-email")
-    written(page)
+    fill_required(page)
     page.locator("[name='payload.subject']").press("Enter")
     shows(page, "Accepted")
     [job] = newest(near, "pending")
@@ -255,13 +268,13 @@ def test_submit_leaves_out_what_is_left_empty(open: Open, near: Queue) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "keys", "rule"), [("payload.subject", "", "is required"), ("payload.copies", "2e", "is not a number")]
+    ("name", "keys", "rule"), [("payload.subject", "", "is required"), ("payload.copies", "2e", "must be a number")]
 )
-def test_submit_sends_nothing_when_a_field_is_missing_or_cannot_be_read(
+def test_submit_sends_nothing_when_a_field_is_missing_or_invalid(
     open: Open, near: Queue, name: str, keys: str, rule: str
 ) -> None:
     page = open("#/submit/send-email")
-    written(page)
+    fill_required(page)
     sent: list[str] = []
     page.on("request", lambda request: sent.append(request.url) if request.method == "POST" else None)
     input = page.locator(f"[name='{name}']")
@@ -273,35 +286,35 @@ def test_submit_sends_nothing_when_a_field_is_missing_or_cannot_be_read(
     assert sent == []
 
 
-def test_submit_begins_an_object_of_no_known_form_as_an_empty_one(open: Open, near: Queue) -> None:
+def test_submit_defaults_to_an_empty_object_for_an_untyped_payload(open: Open, near: Queue) -> None:
     page = open("#/submit/charge-card")
     page.get_by_role("button", name="Submit").click()
     shows(page, "Accepted")
     assert newest(near, "pending")[0].payload == {}
 
 
-def test_submit_warns_of_a_queue_that_nobody_serves(open: Open, near: Queue) -> None:
+def test_submit_warns_when_the_queue_has_no_worker_or_is_paused(open: Open, near: Queue) -> None:
     near.register(["default"], 1)
     page = open("#/submit/send-email")
-    written(page)
+    fill_required(page)
     page.locator("[name=queue]").fill("mial")
     page.get_by_role("button", name="Submit").click()
-    shows(page, "No worker serves the queue mial.")
+    shows(page, "No worker serves queue mial.")
     page.locator("[name=queue]").fill("")
     page.get_by_role("button", name="Submit").click()
     lacks(page, "text=No worker serves")
     near.pause("default")
-    shows(page, "The queue default is paused.")
+    shows(page, "Queue default is paused. Its jobs start after it is resumed.")
 
 
-def test_a_job_that_waits_tells_why(open: Open, near: Queue) -> None:
+def test_pending_job_shows_why_it_does_not_start(open: Open, near: Queue) -> None:
     job = put(near, "delayed", queue="reports")
     page = open(f"#/jobs/{job.id}")
-    shows(page, "It is delayed until", "No worker serves the queue reports.")
+    shows(page, "Delayed until", "No worker serves queue reports. Check the name, or start a worker for it.")
     near.register(["reports"], 1)
     lacks(page, "text=No worker serves")
     near.pause("reports")
-    shows(page, "The queue reports is paused.")
+    shows(page, "Queue reports is paused.")
 
 
 @pytest.mark.parametrize(
@@ -309,16 +322,16 @@ def test_a_job_that_waits_tells_why(open: Open, near: Queue) -> None:
     [
         ("payload.copies", "1.5", "Expected `int`, got `float`"),
         ("payload.cc", '["a", 1]', "cc[1]: Expected `str`, got `int`"),
-        ("payload.cc", "[", "is not JSON"),
+        ("payload.cc", "[", "is not valid JSON"),
         ("queue", "a b", "must be 1 to 100 of the characters"),
         ("maxAttempts", "0", "must be a whole number from 1 to 100"),
     ],
 )
-def test_submit_shows_a_refusal_beside_the_field_that_it_is_about(
+def test_submit_shows_an_error_beside_the_invalid_field(
     open: Open, near: Queue, name: str, value: str, rule: str
 ) -> None:
     page = open("#/submit/send-email")
-    written(page)
+    fill_required(page)
     page.locator(f"[name='{name}']").fill(value)
     page.get_by_role("button", name="Submit").click()
     playwright.expect(page.locator(f".field:has([name='{name}']) .wrong")).to_contain_text(rule)
@@ -327,7 +340,7 @@ def test_submit_shows_a_refusal_beside_the_field_that_it_is_about(
     assert near.page()[0] == []
 
 
-def test_submit_a_payload_of_no_known_form_as_json(open: Open, near: Queue) -> None:
+def test_submit_accepts_json_for_an_untyped_payload(open: Open, near: Queue) -> None:
     page = open("#/submit/echo")
     page.locator("[name=payload]").fill('{"n": 12345678901234567890, "deep": [null]}')
     page.get_by_role("button", name="Submit").click()
@@ -335,12 +348,12 @@ def test_submit_a_payload_of_no_known_form_as_json(open: Open, near: Queue) -> N
     assert newest(near, "pending")[0].payload == {"n": 12345678901234567890, "deep": [None]}
 
 
-def test_find_a_failed_job_and_retry_it(open: Open, near: Queue) -> None:
-    mended = threading.Event()
+def test_retry_button_requeues_a_failed_job(open: Open, near: Queue) -> None:
+    fixed = threading.Event()
 
     @handler("flaky", max_attempts=1)
     def flaky(payload: Any) -> str:
-        if not mended.is_set():
+        if not fixed.is_set():
             raise ConnectionError("the bank is closed")
         return "done"
 
@@ -354,38 +367,39 @@ def test_find_a_failed_job_and_retry_it(open: Open, near: Queue) -> None:
         shows(
             page, "Traceback (most recent call last)", 'raise ConnectionError("the bank is closed")', "Attempts1 of 1"
         )
-        mended.set()
+        fixed.set()
         page.get_by_role("button", name="Retry").click()
+        shows(page, "Requeued; attempts reset.")
         shows(page, "completed", '"done"')
         lacks(page, "main button:text-is('Retry')")
 
 
 @pytest.mark.parametrize("around", ["{}", ' "{}",', "https://jobs.example.com/#/jobs/{}?x=1", '{{"jobId":"{}"}}'])
-def test_find_a_job_by_pasting_its_id(open: Open, near: Queue, around: str) -> None:
+def test_find_opens_a_job_when_its_id_is_pasted(open: Open, near: Queue, around: str) -> None:
     job = near.enqueue("echo", {"found": "it"})
     page = open()
     shows(page, "Queues")
     page.keyboard.press("/")
-    playwright.expect(page.get_by_label("Find a job by its id")).to_be_focused()
+    playwright.expect(page.get_by_label("Find a job by id")).to_be_focused()
     page.keyboard.insert_text(around.format(job.id))
     shows(page, '"found": "it"')
     assert page.url.endswith(f"#/jobs/{job.id}")
 
 
-def test_find_a_late_job_by_the_end_of_its_id(open: Open, near: Queue) -> None:
+def test_find_opens_a_recent_job_by_the_end_of_its_id(open: Open, near: Queue) -> None:
     job = near.enqueue("echo", {"found": "it"})
     near.enqueue("echo", 2)
     page = open()
-    find = page.get_by_label("Find a job by its id")
+    find = page.get_by_label("Find a job by id")
     find.fill(job.id[-8:])
     find.press("Enter")
     shows(page, '"found": "it"', job.id)
     find.fill("deadbeef")
     find.press("Enter")
-    shows(page, "There is no job deadbeef among the latest 500: give the whole id.")
+    shows(page, "No job found for deadbeef. Enter a whole id, or the last 8 characters of one of the latest 500 jobs.")
 
 
-def test_the_focus_stays_at_what_is_done_or_goes_to_the_heading(open: Open, near: Queue) -> None:
+def test_focus_stays_on_a_control_or_moves_to_the_heading_when_it_is_removed(open: Open, near: Queue) -> None:
     job = near.enqueue("echo", 1, queue="reports")
     page = open("#/jobs")
     shows(page, "echo")
@@ -407,76 +421,84 @@ def test_the_focus_stays_at_what_is_done_or_goes_to_the_heading(open: Open, near
     playwright.expect(page.get_by_role("button", name="Submit")).to_be_focused()
 
 
-@pytest.mark.parametrize("id", ["01900000-0000-7000-8000-000000000000", "%3Cimg%20src=x%3E", "nope"])
-def test_say_so_when_there_is_no_such_job(open: Open, id: str) -> None:
-    shows(open(f"#/jobs/{id}"), f"There is no job {id}")
+@pytest.mark.parametrize(
+    ("id", "text"),
+    [
+        ("01900000-0000-7000-8000-000000000000", "Job 01900000-0000-7000-8000-000000000000 does not exist."),
+        ("%3Cimg%20src=x%3E", "No job found for %3Cimg%20src=x%3E."),
+        ("nope", "No job found for nope."),
+    ],
+)
+def test_job_page_reports_an_unknown_id(open: Open, id: str, text: str) -> None:
+    shows(open(f"#/jobs/{id}"), "Job not found", text)
 
 
-def test_cancel_a_pending_job(open: Open, near: Queue) -> None:
+def test_cancel_button_cancels_a_pending_job(open: Open, near: Queue) -> None:
     job = put(near, "delayed")
     page = open(f"#/jobs/{job.id}")
     page.get_by_role("button", name="Cancel").click()
-    shows(page, "It is cancelled.", "cancelled")
+    shows(page, "Job cancelled.", "cancelled")
     playwright.expect(page.get_by_role("button", name="Retry")).to_be_visible()
     assert near.get(job.id).status == "cancelled"  # type: ignore[union-attr]
 
 
-def test_tell_why_a_job_cannot_be_cancelled(open: Open, near: Queue) -> None:
+def test_cancel_button_shows_why_a_running_job_cannot_be_cancelled(open: Open, near: Queue) -> None:
     job = near.enqueue("send-email", {"to": "a", "subject": "s", "body": "b"})
     near.dequeue(near.register(["default"], 1), ["default"])
     page = open(f"#/jobs/{job.id}")
     page.get_by_role("button", name="Cancel").click()
-    shows(page, "its handler takes no Job that would tell it")
+    shows(page, "its handler takes no Job to read the request")
 
 
-def test_pause_and_resume_a_queue(open: Open, near: Queue) -> None:
+def test_pause_and_resume_buttons_change_the_queue(open: Open, near: Queue) -> None:
     near.enqueue("echo", 1, queue="reports")
     page = open()
     page.get_by_role("button", name="Pause queue reports").click()
-    shows(page, "paused: nothing is started")
+    shows(page, "paused: no jobs are started")
     assert near.queues()["reports"]["paused"]
     page.get_by_role("button", name="Resume queue reports").click()
     page.get_by_role("button", name="Pause queue reports").wait_for()
+    shows(page, "Queue reports resumed.")
     assert not near.queues()["reports"]["paused"]
 
 
-def test_a_notice_moves_nothing_and_goes_by_itself(open: Open, near: Queue) -> None:
+def test_notice_does_not_move_the_page_and_closes_by_itself(open: Open, near: Queue) -> None:
     near.enqueue("echo", 1, queue="reports")
     page = open(fake_time=True)
     button = page.get_by_role("button", name="queue reports")
     before = button.bounding_box()
     button.click()
-    shows(page, "Queue reports is paused: it accepts")
+    shows(page, "Queue reports paused. It accepts jobs but does not start them.")
     playwright.expect(button).to_have_text("Resume")
     assert button.bounding_box()["y"] == before["y"]
     page.clock.run_for(6500)
-    lacks(page, "#said p")
+    lacks(page, "#notice p")
 
 
-def test_a_notice_can_be_dismissed(open: Open, near: Queue) -> None:
+def test_notice_closes_when_dismissed(open: Open, near: Queue) -> None:
     near.enqueue("echo", 1, queue="reports")
     page = open()
     page.get_by_role("button", name="Pause queue reports").click()
     page.get_by_role("button", name="Dismiss").click()
-    lacks(page, "#said p")
+    lacks(page, "#notice p")
 
 
-def test_the_failure_of_an_action_is_told_until_the_server_answers_again(open: Open, near: Queue) -> None:
+def test_notice_of_a_failed_action_stays_until_the_server_answers_again(open: Open, near: Queue) -> None:
     near.enqueue("echo", 1, queue="reports")
     page = open(fake_time=True)
     shows(page, "reports")
     page.context.set_offline(True)
     page.get_by_role("button", name="Pause queue reports").click()
-    alert = page.locator("#said [role=alert]")
-    playwright.expect(alert).to_have_text("The server cannot be reached")
+    alert = page.locator("#notice [role=alert]")
+    playwright.expect(alert).to_have_text("Cannot reach the server")
     page.clock.run_for(60_000)
     playwright.expect(alert).to_be_visible()
     page.context.set_offline(False)
     page.clock.run_for(2500)
-    lacks(page, "#said p")
+    lacks(page, "#notice p")
 
 
-def test_show_what_each_worker_runs(open: Open, near: Queue) -> None:
+def test_overview_shows_the_jobs_of_each_worker(open: Open, near: Queue) -> None:
     job = put(near, "processing")
     near.register(["reports"], 3)
     page = open()
@@ -487,7 +509,7 @@ def test_show_what_each_worker_runs(open: Open, near: Queue) -> None:
     shows(page, job.id, f"Worker{job.worker}")
 
 
-def test_show_how_far_a_running_job_is_and_of_one_that_ended_nothing(open: Open, near: Queue) -> None:
+def test_progress_is_shown_while_a_job_runs_and_hidden_when_it_has_ended(open: Open, near: Queue) -> None:
     worker = near.register(["reports"], 1)
     near.enqueue("echo", 1, queue="reports")
     [job] = near.dequeue(worker, ["reports"])
@@ -516,26 +538,26 @@ def many_failed(queue: Queue, number: int) -> None:
     queue.deregister(worker)
 
 
-def test_retry_all_that_fit_after_saying_how_many_they_are(open: Open, near: Queue) -> None:
+def test_retry_all_counts_the_matching_jobs_and_asks_before_it_requeues_them(open: Open, near: Queue) -> None:
     many_failed(near, 1205)
     kept = near.enqueue("charge-card", {})
     worker = near.register(["default"], 1)
     near.fail(near.dequeue(worker, ["default"])[0], Failure("Other", "not this one"))
     page = open("#/jobs?status=failed&errorType=Boom")
-    page.get_by_role("button", name="Retry all of these").click()
-    shows(page, "Retry all failed jobs with the error Boom?", "1,205 jobs fit now.")
+    page.get_by_role("button", name="Retry all matching jobs").click()
+    shows(page, "Retry all failed jobs with error Boom?", "1,205 jobs match now.")
     page.get_by_role("button", name="Close").click()
     assert near.stats()["failed"] == 1206
-    page.get_by_role("button", name="Retry all of these").click()
+    page.get_by_role("button", name="Retry all matching jobs").click()
     page.get_by_role("button", name="Retry 1,205 jobs").click()
-    shows(page, "1,205 of 1,205 are pending again.")
+    shows(page, "1,205 of 1,205 requeued.")
     playwright.expect(page.locator("dialog h2")).to_have_text("Done")
     stats = near.stats()
     assert (stats["failed"], stats["pending"]) == (1, 1205)
     assert near.get(kept.id).status == "failed"  # type: ignore[union-attr]
 
 
-def test_narrow_a_listing_and_page_through_it(open: Open, near: Queue) -> None:
+def test_listing_can_be_filtered_and_paged(open: Open, near: Queue) -> None:
     near.enqueue_many("echo", range(60), queue="reports")
     near.enqueue("send-email", {"to": "a", "subject": "s", "body": "b"})
     page = open("#/jobs")
@@ -549,12 +571,12 @@ def test_narrow_a_listing_and_page_through_it(open: Open, near: Queue) -> None:
     page.get_by_label("type").select_option("send-email")
     playwright.expect(rows).to_have_count(1)
     page.get_by_label("status").select_option("failed")
-    shows(page, "No job fits")
+    shows(page, "No matching jobs")
     page.get_by_role("link", name="Show all jobs").click()
     playwright.expect(rows).to_have_count(50)
 
 
-def test_copy_a_job_as_the_command_that_submits_it_again(open: Open, near: Queue) -> None:
+def test_copy_as_curl_copies_a_command_that_submits_the_same_job(open: Open, near: Queue) -> None:
     payload = {"text": 'it\'s "quoted" $HOME `id` \\ é\n', "big": 2**63 + 1}
     near.pause("reports")
     job = near.enqueue("echo", payload, max_attempts=7, queue="reports")
@@ -562,18 +584,18 @@ def test_copy_a_job_as_the_command_that_submits_it_again(open: Open, near: Queue
     sign_in(page, "admin-0123456789")
     page.get_by_role("link", name="echo").click()
     page.get_by_role("button", name="Copy as curl").click()
-    shows(page, "in the clipboard")
+    shows(page, "Command copied.")
     command = page.evaluate("navigator.clipboard.readText()")
     assert "admin-0123456789" not in command
     subprocess.run(
         ["bash", "-c", command], env={"PATH": os.environ["PATH"], "TINYQUEUE_KEY": "admin-0123456789"}, check=True
     )
-    [again] = [found for found in newest(near, "pending") if found.id != job.id]
-    assert (again.type, again.payload, again.max_attempts, again.queue) == ("echo", payload, 7, "reports")
+    [copy] = [found for found in newest(near, "pending") if found.id != job.id]
+    assert (copy.type, copy.payload, copy.max_attempts, copy.queue) == ("echo", payload, 7, "reports")
 
 
-def test_show_the_command_where_a_page_may_not_use_the_clipboard(open: Open, near: Queue) -> None:
-    """As browsers have it over plain HTTP, but for this machine's own servers."""
+def test_copy_as_curl_shows_the_command_when_the_clipboard_is_unavailable(open: Open, near: Queue) -> None:
+    """Browsers offer the clipboard only over HTTPS and on localhost."""
     job = near.enqueue("echo", {"n": 1})
     page = open()
     page.add_init_script("delete Navigator.prototype.clipboard")
@@ -585,26 +607,26 @@ def test_show_the_command_where_a_page_may_not_use_the_clipboard(open: Open, nea
     lacks(page, "dialog[open]")
 
 
-def test_say_what_happened_in_a_minute_of_a_chart(open: Open, near: Queue) -> None:
-    near.clock.ahead = -near.now() % 60_000 - 3 * 60_000 + 30_000  # in the midst of a minute
+def test_chart_describes_the_selected_minute(open: Open, near: Queue) -> None:
+    near.clock.ahead = -near.now() % 60_000 - 3 * 60_000 + 30_000  # the middle of a minute
     put(near, "completed")
     put(near, "failed", queue="other")
     near.clock.ahead = 0
     page = open()
     chart = page.locator("figure", has_text="Throughput")
-    told = chart.locator("figcaption")
+    caption = chart.locator("figcaption")
     chart.locator("svg").focus()
-    said = []
+    texts = []
     for _ in range(5):
         page.keyboard.press("ArrowLeft")
-        said.append(told.text_content().partition("  ")[2])
-    assert said.count("2 started, 1 completed, 1 failed, 0 cancelled") == 1
-    assert said.count("0 started, 0 completed, 0 failed, 0 cancelled") == 4
+        texts.append(caption.text_content().partition("  ")[2])
+    assert texts.count("2 started, 1 completed, 1 failed, 0 cancelled") == 1
+    assert texts.count("0 started, 0 completed, 0 failed, 0 cancelled") == 4
     box = chart.locator("svg").bounding_box()
     page.mouse.move(box["x"] + 60, box["y"] + 50)
-    playwright.expect(told).to_contain_text("0 started")
+    playwright.expect(caption).to_contain_text("0 started")
     page.mouse.move(0, 0)
-    playwright.expect(told).to_contain_text("jobs a minute")
+    playwright.expect(caption).to_contain_text("jobs per minute")
 
 
 # Keys -----------------------------------------------------------------------------------------------------------------
@@ -615,10 +637,10 @@ def sign_in(page: Any, secret: str) -> None:
     page.get_by_role("button", name="Sign in").click()
 
 
-def test_a_key_is_kept_in_the_tab_only_and_leaves_with_it(open: Open, near: Queue) -> None:
+def test_sign_in_keeps_the_key_in_this_tab_only_until_sign_out(open: Open, near: Queue) -> None:
     page = open(api_keys=KEYS)
     sign_in(page, "wrong-0123456789ab")
-    shows(page, "That key is not one of this server's.")
+    shows(page, "Invalid API key")
     sign_in(page, "admin-0123456789")
     shows(page, "Queues")
     assert "0123456789" not in page.url
@@ -630,27 +652,27 @@ def test_a_key_is_kept_in_the_tab_only_and_leaves_with_it(open: Open, near: Queu
     assert page.evaluate("sessionStorage.length") == 0
 
 
-def test_a_key_that_may_only_read_is_shown_no_button_that_changes(open: Open, near: Queue) -> None:
+def test_read_key_sees_no_button_that_changes_anything(open: Open, near: Queue) -> None:
     jobs = [put(near, status) for status in ("failed", "delayed")]
     page = open(api_keys=KEYS)
     sign_in(page, "read-0123456789ab")
-    for at in ("#/", "#/jobs?status=failed", *(f"#/jobs/{job.id}" for job in jobs)):
-        page.goto(page.url.partition("#")[0] + at)
-        shows(page, {"#/": "Queues", "#/jobs?status=failed": "Boom"}.get(at, "Payload"))
+    for view in ("#/", "#/jobs?status=failed", *(f"#/jobs/{job.id}" for job in jobs)):
+        page.goto(page.url.partition("#")[0] + view)
+        shows(page, {"#/": "Queues", "#/jobs?status=failed": "Boom"}.get(view, "Payload"))
         found = page.locator("button, a.button").all_text_contents()
         assert set(found) <= {"Sign out", "Copy", "Copy as curl"}
     lacks(page, ".tabs >> text=Submit")
     page.goto(page.url.partition("#")[0] + "#/submit")
-    shows(page, "The key reader may not submit jobs.")
+    shows(page, "Key reader lacks the role submit. Sign in with a key that has it.")
     lacks(page, "form.job")
 
 
-def test_a_key_that_may_only_submit_is_shown_the_form_alone(open: Open, near: Queue) -> None:
+def test_submit_key_sees_only_the_form(open: Open, near: Queue) -> None:
     page = open("#/jobs", api_keys=KEYS)
     sign_in(page, "submit-0123456789")
     shows(page, "Submit a job")
     lacks(page, ".tabs, .find")
-    written(page)
+    fill_required(page)
     page.get_by_role("button", name="Submit").click()
     shows(page, "Accepted")
     assert len(newest(near, "pending")) == 1
@@ -667,24 +689,24 @@ def hide(page: Any, hidden: bool) -> None:
     )
 
 
-def test_polling_stops_in_a_hidden_tab_and_goes_on_at_once_when_it_is_seen(open: Open, near: Queue) -> None:
+def test_polling_stops_in_a_hidden_tab_and_resumes_when_the_tab_is_shown(open: Open, near: Queue) -> None:
     page = open(fake_time=True)
-    shows(page, "No job yet")
+    shows(page, "No jobs yet")
     with page.expect_response("**/stats*"):
         page.clock.run_for(2500)
-    playwright.expect(page.locator("body")).to_contain_text("No job yet")
+    playwright.expect(page.locator("body")).to_contain_text("No jobs yet")
     hide(page, True)
-    asked: list[str] = []
-    page.on("request", lambda request: asked.append(request.url))
+    requests: list[str] = []
+    page.on("request", lambda request: requests.append(request.url))
     page.clock.run_for(60_000)
     near.enqueue("echo", 1)
     page.clock.run_for(60_000)
-    assert asked == []
+    assert requests == []
     hide(page, False)
     playwright.expect(tile(page, "pending")).to_have_text("1")
 
 
-def test_polling_keeps_what_is_typed_selected_focused_and_closed(open: Open, near: Queue) -> None:
+def test_polling_keeps_typed_text_selection_focus_and_closed_details(open: Open, near: Queue) -> None:
     job = put(near, "failed")
     near.retry(job.id)
     worker = near.register([job.queue], 1)
@@ -693,7 +715,7 @@ def test_polling_keeps_what_is_typed_selected_focused_and_closed(open: Open, nea
     page = open(f"#/jobs/{job.id}", fake_time=True)
     shows(page, "Boom")
     page.locator("summary").click()
-    find = page.get_by_label("Find a job by its id")
+    find = page.get_by_label("Find a job by id")
     find.fill("half an id")
     page.evaluate("getSelection().selectAllChildren(document.querySelector('main pre:not(details pre)'))")
     selected = page.evaluate("String(getSelection())")
@@ -708,27 +730,27 @@ def test_polling_keeps_what_is_typed_selected_focused_and_closed(open: Open, nea
     playwright.expect(find).to_be_focused()
 
 
-def test_a_lost_connection_is_told_with_the_time_of_the_last_data_and_mends_by_itself(open: Open, near: Queue) -> None:
+def test_outage_shows_the_age_of_the_data_and_ends_when_the_server_answers(open: Open, near: Queue) -> None:
     page = open(fake_time=True)
-    shows(page, "No job yet")
+    shows(page, "No jobs yet")
     page.context.set_offline(True)
     page.clock.run_for(2500)
-    shows(page, "The server cannot be reached. What you see is from", "No job yet")
+    shows(page, "Cannot reach the server. Showing data from", "No jobs yet")
     page.context.set_offline(False)
     near.enqueue("echo", 1)
     page.clock.run_for(2500)
     playwright.expect(tile(page, "pending")).to_have_text("1")
-    lacks(page, "#banner >> text=cannot be reached")
+    lacks(page, "#banner >> text=Cannot reach the server")
 
 
-def test_an_outage_stops_the_times_at_the_last_answer_in_every_view(open: Open, near: Queue) -> None:
+def test_outage_stops_the_clock_at_the_last_answer_in_every_view(open: Open, near: Queue) -> None:
     near.register(["reports"], 1)
     page = open(fake_time=True)
     up = page.locator("td[data-name=up]")
     shows(page, "idle")
     page.context.set_offline(True)
     page.clock.run_for(2500)
-    shows(page, "What you see is from")
+    shows(page, "Showing data from")
     notice, was = page.locator("#banner").text_content(), up.text_content()
     page.clock.run_for(60_000)
     playwright.expect(up).to_have_text(was)
@@ -736,47 +758,47 @@ def test_an_outage_stops_the_times_at_the_last_answer_in_every_view(open: Open, 
     shows(page, "Submit a job")
     with page.expect_event("requestfailed"):
         page.clock.run_for(2500)
-    playwright.expect(page.locator("#banner")).to_contain_text(notice.partition(" Trying")[0])
+    playwright.expect(page.locator("#banner")).to_contain_text(notice.partition(" Retrying")[0])
 
 
-def test_an_outage_is_told_beside_the_form(open: Open, near: Queue) -> None:
+def test_outage_is_shown_above_the_submit_form(open: Open, near: Queue) -> None:
     page = open("#/submit", fake_time=True)
     shows(page, "Submit a job")
     page.context.set_offline(True)
     page.clock.run_for(2500)
-    shows(page, "The server cannot be reached. What you see is from")
+    shows(page, "Cannot reach the server. Showing data from")
 
 
-def test_redis_that_is_away_is_told_and_the_page_recovers_when_it_is_back(
+def test_redis_outage_is_shown_and_the_page_recovers_when_redis_is_back(
     open: Open, near: Queue, start_redis: Callable[..., RedisServer]
 ) -> None:
     server = start_redis()
     page = open(queue=Queue.from_url(server.url), fake_time=True)
-    shows(page, "No job yet")
+    shows(page, "No jobs yet")
     server.stop()
     page.clock.run_for(2500)
-    shows(page, "Redis is unreachable", "What you see is from")
+    shows(page, "Redis is unreachable", "Showing data from")
     server.start()
     page.clock.run_for(6000)
     lacks(page, "#banner >> text=Redis is unreachable")
 
 
-def test_a_page_opens_while_redis_is_away(open: Open, start_redis: Callable[..., RedisServer]) -> None:
+def test_page_opens_during_a_redis_outage(open: Open, start_redis: Callable[..., RedisServer]) -> None:
     server = start_redis()
     server.stop()
     shows(open(queue=Queue.from_url(server.url)), "Redis is unreachable")
 
 
-def test_too_many_requests_are_told(open: Open, near: Queue) -> None:
-    shows(open(rate_limit="2/hour"), "more than 2 requests in 3600 seconds. Trying again.")
+def test_rate_limit_is_shown(open: Open, near: Queue) -> None:
+    shows(open(rate_limit="2/hour"), "more than 2 requests in 3600 seconds; try again in", "Retrying…")
 
 
-# Nothing is markup ----------------------------------------------------------------------------------------------------
+# Data is never markup -------------------------------------------------------------------------------------------------
 
 EVIL = "<img src=x onerror=\"document.title='owned'\"><script>document.title='owned'</script></pre>&lt;b&gt;"
 
 
-def test_everything_of_a_job_is_shown_as_text(open: Open, near: Queue) -> None:
+def test_page_shows_job_data_as_text(open: Open, near: Queue) -> None:
     worker = near.register(["default"], 1)
     failed = near.enqueue("echo", {EVIL: EVIL}, unique_key=EVIL, queue="default")
     near.fail(near.dequeue(worker, ["default"])[0], Failure(EVIL, EVIL, EVIL), after=None)
@@ -789,7 +811,7 @@ def test_everything_of_a_job_is_shown_as_text(open: Open, near: Queue) -> None:
     raw(near).set(near.keys.worker(worker), about)
     page = open()
     quoted = json.dumps(EVIL)
-    for at, texts in {
+    for view, texts in {
         "#/": (EVIL,),
         "#/jobs?status=failed": (f"{EVIL}: {EVIL}",),
         "#/jobs": (quoted,),
@@ -797,20 +819,20 @@ def test_everything_of_a_job_is_shown_as_text(open: Open, near: Queue) -> None:
         f"#/jobs/{done.id}": (quoted,),
         f"#/jobs/{running.id}": (quoted,),
     }.items():
-        page.goto(page.url.partition("#")[0] + at)
+        page.goto(page.url.partition("#")[0] + view)
         shows(page, *texts)
         lacks(page, "img, main script, header script, b:text('&lt;')")
         assert "owned" not in page.title()
     page.goto(page.url.partition("#")[0] + "#/jobs?status=failed")
     page.locator("[name=errorType]").select_option(EVIL)
-    page.get_by_role("button", name="Retry all of these").click()
-    shows(page, f"with the error {EVIL}?")
+    page.get_by_role("button", name="Retry all matching jobs").click()
+    shows(page, f"with error {EVIL}?")
     lacks(page, "img, dialog script")
 
 
-def test_the_browser_refuses_to_run_or_fetch_what_is_not_the_pages_own(open: Open, near: Queue) -> None:
-    page = open(watched=False)
-    shows(page, "No job yet")
+def test_content_security_policy_blocks_other_hosts_and_markup_from_strings(open: Open, near: Queue) -> None:
+    page = open(monitored=False)
+    shows(page, "No jobs yet")
     policy = Client(API(Settings(), near)).get("/").headers["content-security-policy"]
     assert "unsafe" not in policy
     assert {"default-src 'none'", "connect-src 'self'", "form-action 'none'", "frame-ancestors 'none'"} <= set(
@@ -825,13 +847,13 @@ def test_the_browser_refuses_to_run_or_fetch_what_is_not_the_pages_own(open: Ope
             page.evaluate(f"() => {{ {code} }}")
 
 
-# How it looks ---------------------------------------------------------------------------------------------------------
+# Layout ---------------------------------------------------------------------------------------------------------------
 
 WIDTHS = (360, 800, 1400)
 LOOKS = ("empty", "busy", "failed", "job", "submit", "sign-in", "confirm")
 
 
-def test_fits_every_width_with_the_longest_names(open: Open, near: Queue) -> None:
+def test_page_fits_every_width_with_the_longest_names(open: Open, near: Queue) -> None:
     name, text = "n" * 100, "x" * 1000
     handler(name)(nothing)
     job = near.enqueue(name, {text: text}, queue=name, unique_key="u" * 200)
@@ -839,17 +861,17 @@ def test_fits_every_width_with_the_longest_names(open: Open, near: Queue) -> Non
     near.fail(near.dequeue(worker, [name])[0], Failure("E" * 200, text, text), after=0)
     near.dequeue(worker, [name])
     page = open()
-    for at, sign in {
+    for view, expected in {
         "#/": "Workers",
         "#/jobs": "EEE",
         f"#/jobs/{job.id}": "Payload",
-        f"#/submit/{name}": "Options",
+        f"#/submit/{name}": "Job options",
     }.items():
-        page.goto(page.url.partition("#")[0] + at)
-        shows(page, sign)
+        page.goto(page.url.partition("#")[0] + view)
+        shows(page, expected)
         for width in WIDTHS:
             page.set_viewport_size({"width": width, "height": 900})
-            assert page.evaluate("document.documentElement.scrollWidth") <= width, f"{at} scrolls sideways at {width}"
+            assert page.evaluate("document.documentElement.scrollWidth") <= width, f"{view} scrolls sideways at {width}"
 
 
 def nothing(payload: Any) -> None: ...
@@ -857,21 +879,21 @@ def nothing(payload: Any) -> None: ...
 
 @pytest.mark.parametrize("theme", ["light", "dark"])
 @pytest.mark.parametrize("look", LOOKS)
-def test_fits_every_width_in_both_themes(open: Open, near: Queue, tmp_path: Path, look: str, theme: str) -> None:
-    """Also writes the pictures, for people to look at, into the folder DASHBOARD_SHOTS."""
+def test_page_fits_every_width_in_both_themes(open: Open, near: Queue, tmp_path: Path, look: str, theme: str) -> None:
+    """Also saves the screenshots in the directory that DASHBOARD_SHOTS names."""
     if look != "empty":
         busy(near)
     failed = next((job.id for job in newest(near, "failed") if job.error and job.error.traceback), "")
-    at = {
+    views = {
         "failed": "#/jobs?status=failed",
         "job": f"#/jobs/{failed}",
         "submit": "#/submit/send-email",
         "confirm": "#/jobs?status=failed",
     }
     keys = {"api_keys": KEYS} if look == "sign-in" else {}
-    page = open(at.get(look, ""), color_scheme=theme, **keys)
-    sign = {
-        "empty": "No job yet",
+    page = open(views.get(look, ""), color_scheme=theme, **keys)
+    texts = {
+        "empty": "No jobs yet",
         "busy": "Throughput",
         "failed": "TimeoutError",
         "job": "Traceback",
@@ -879,19 +901,144 @@ def test_fits_every_width_in_both_themes(open: Open, near: Queue, tmp_path: Path
         "sign-in": "API key",
         "confirm": "TimeoutError",
     }
-    shows(page, sign[look])
+    shows(page, texts[look])
     if look == "confirm":
-        page.get_by_role("button", name="Retry all of these").click()
-        shows(page, "jobs fit now")
+        page.get_by_role("button", name="Retry all matching jobs").click()
+        shows(page, "jobs match now")
     if look == "submit":
         page.get_by_role("button", name="Submit").click()
         page.get_by_label("cc").fill("[1")
         page.get_by_role("button", name="Submit").click()
-        shows(page, "is not JSON")
+        shows(page, "is not valid JSON")
     folder = Path(os.environ.get("DASHBOARD_SHOTS") or tmp_path)
     for width in WIDTHS:
         page.set_viewport_size({"width": width, "height": 900})
         page.evaluate("scrollTo(0, 0)")
         page.evaluate("new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)))")
-        assert page.evaluate("document.documentElement.scrollWidth") <= width, f"it scrolls sideways at {width}"
+        assert page.evaluate("document.documentElement.scrollWidth") <= width, f"the page scrolls sideways at {width}"
         page.screenshot(path=folder / f"{look}-{width}-{theme}.png", full_page=look != "confirm")
+
+
+# The screenshot in the README -----------------------------------------------------------------------------------------
+
+SCREENSHOT = Path(__file__).resolve().parent.parent / "docs" / "dashboard.png"
+SCREENSHOT_BYTES = 150_000
+SCREENSHOT_WIDTH = 1400  # pixels
+SCREENSHOT_TIME = datetime(2026, 3, 12, 14, 52, 40, tzinfo=UTC)
+MINUTE = 60_000  # ms
+
+
+def test_screenshot_in_the_readme_is_a_small_png() -> None:
+    data = SCREENSHOT.read_bytes()
+    assert data.startswith(b"\x89PNG\r\n\x1a\n")
+    assert len(data) <= SCREENSHOT_BYTES
+    assert int.from_bytes(data[16:20], "big") <= SCREENSHOT_WIDTH
+
+
+class DemoQueue:
+    """A busy queue to take a screenshot of. Times are in milliseconds before SCREENSHOT_TIME."""
+
+    def __init__(self) -> None:
+        self.queue = Queue.embedded()
+        self.now = int(SCREENSHOT_TIME.timestamp() * 1000)
+        self.random = random.Random(2031)
+
+    def fill(self) -> None:
+        workers = [
+            self.register("worker-1", 4127, ["emails", "payments"], 3, 187 * MINUTE),
+            self.register("worker-2", 4130, ["emails", "images"], 3, 187 * MINUTE),
+            self.register("worker-3", 8816, ["images", "reports"], 2, 41 * MINUTE),
+        ]
+        for minute in range(59, -1, -1):
+            self.work(workers[0], minute)
+        for job in self.wait("imports", "import-contacts", 6, 240_000)[:4]:
+            self.queue.cancel(job.id)
+        self.run(workers[0], "emails", "send-email", 2_300)
+        self.run(workers[0], "payments", "charge-card", 1_200)
+        self.run(workers[0], "emails", "send-email", 1_100)
+        self.run(workers[1], "images", "process-image", 9_400, 0.7)
+        self.run(workers[1], "images", "process-image", 6_300, 0.4)
+        self.run(workers[1], "emails", "send-email", 1_400)
+        self.run(workers[2], "reports", "export-data", 134_000, 0.85)
+        self.run(workers[2], "images", "process-image", 3_200, 0.2)
+        self.wait("emails", "send-email", 14, 4_300)
+        self.wait("images", "process-image", 6, 12_300)
+        self.wait("reports", "export-data", 3, 75_300)
+        self.wait("reports", "export-data", 5, 75_300, delay=3600)
+        self.wait("imports", "import-contacts", 21, 190_300)
+        self.queue.pause("imports")
+        for worker in workers:
+            self.queue.heartbeat(worker)
+        self.travel(0)
+
+    def travel(self, before: float) -> None:
+        self.queue.clock.ahead += self.now - int(before) - self.queue.now()
+
+    def register(self, host: str, pid: int, queues: list[str], concurrency: int, before: int) -> str:
+        self.travel(before)
+        worker = self.queue.register(queues, concurrency, host)
+        key = self.queue.keys.worker(worker)
+        about = json.loads(raw(self.queue).get(key))
+        raw(self.queue).set(key, json.dumps(about | {"host": host, "pid": pid}))
+        return worker
+
+    def work(self, worker: str, minute: int) -> None:
+        """Process the jobs of one minute; a few of them fail."""
+        load = 1 + math.sin(minute / 9) / 2 + self.random.uniform(-0.15, 0.15)
+        outage = 22 <= minute <= 25
+        begin = minute * MINUTE - 4_000 if minute else 30_000
+        for queue, type, number in (("emails", "send-email", 34), ("images", "process-image", 12)):
+            self.travel(begin + 1_400 * load * self.random.uniform(0.7, 1.3) * (3 if outage else 1))
+            self.queue.enqueue_many(type, [{}] * int(number * load), queue=queue)
+            self.travel(begin)
+            jobs = self.queue.dequeue(worker, [queue], 500)
+            failures = 7 if outage and queue == "emails" else self.random.choice([0, 0, 0, 1])
+            self.travel(begin - 900)
+            self.queue.settle(worker, [_outcome(job, n < failures) for n, job in enumerate(jobs)])
+
+    def run(self, worker: str, queue: str, type: str, before: int, progress: float = 0) -> None:
+        self.travel(before)
+        self.queue.enqueue(type, {}, queue=queue)
+        [job] = self.queue.dequeue(worker, [queue])
+        if progress:
+            job.set_progress(progress, 1)
+            self.queue.heartbeat(worker, [job.id])
+
+    def wait(self, queue: str, type: str, number: int, before: int, **options: Any) -> list[Job]:
+        self.travel(before)
+        return self.queue.enqueue_many(type, [{}] * number, queue=queue, **options)
+
+
+def _outcome(job: Job, failed: bool) -> Outcome:
+    if failed:
+        return Outcome(job, "fail", error=Failure("TimeoutError", "the mail server did not answer within 30 s"))
+    return Outcome(job, "complete")
+
+
+def take_screenshot(path: Path) -> None:
+    """Save a screenshot of the overview of a busy queue."""
+    from PIL import Image
+
+    demo = DemoQueue()
+    demo.fill()
+    settings = Settings(redis_url="redis://localhost")  # hides the note that jobs are not persisted
+    with Servers() as servers, launched_browser() as browser:
+        url = servers.serve(API(settings, demo.queue))
+        page = browser.new_page(**CONTEXT | {"viewport": {"width": 1120, "height": 400}}, device_scale_factor=1.25)
+        page.clock.set_fixed_time(SCREENSHOT_TIME)
+        page.route("**/*", _set_date)
+        page.goto(url)
+        shows(page, "Throughput", "worker-3")
+        picture = page.screenshot(full_page=True)
+    path.parent.mkdir(exist_ok=True)
+    Image.open(io.BytesIO(picture)).convert("RGB").quantize(256, dither=Image.Dither.NONE).save(path, optimize=True)
+
+
+def _set_date(route: Any) -> None:
+    """Send SCREENSHOT_TIME as the server's time, because the page sets its clock by it."""
+    response = route.fetch()
+    route.fulfill(response=response, headers=response.headers | {"date": format_datetime(SCREENSHOT_TIME, usegmt=True)})
+
+
+if __name__ == "__main__":
+    take_screenshot(SCREENSHOT)

@@ -1,17 +1,24 @@
-"""What is written agrees with what runs: README, --help and the docstrings against the code."""
+"""What is written agrees with what runs: README, docs/, --help and the docstrings against the code."""
 
 from __future__ import annotations
 
 import ast
 import configparser
 import inspect
+import json
 import os
 import re
+import shutil
+import signal
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
+from conftest import Server, free_port, until
 
 import tinyqueue
 import worker
@@ -21,18 +28,35 @@ from tinyqueue_config import PLATFORMS, Settings
 
 REPOSITORY = Path(tinyqueue.__file__).parent
 TABLE = [(name, default) for name, default, _ in Settings.table()]
-NONE = ("-", "", "none", "unset")  # how a table spells that there is no default
+DOCUMENTS = {
+    path.relative_to(REPOSITORY).as_posix(): path.read_text()
+    for path in (REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md")))
+}
+README, HTTP, OPERATIONS = DOCUMENTS["README.md"], DOCUMENTS["docs/http.md"], DOCUMENTS["docs/operations.md"]
+SETTINGS, DEPLOY = DOCUMENTS["docs/settings.md"], DOCUMENTS["docs/deploy.md"]
+EVERYTHING = "\n".join(DOCUMENTS.values())
+each_document = pytest.mark.parametrize("document", DOCUMENTS.values(), ids=DOCUMENTS.keys())
 
 
-@pytest.fixture(scope="module")
-def readme() -> str:
-    return (REPOSITORY / "README.md").read_text()
-
-
-def rows(readme: str) -> list[list[str]]:
+def rows(document: str) -> list[list[str]]:
     """The cells of all tables, without the marks of code."""
-    lines = [line for line in readme.splitlines() if line.startswith("|")]
+    lines = [line for line in document.splitlines() if line.startswith("|")]
     return [[cell.strip().replace("`", "") for cell in line.strip("|").split("|")] for line in lines]
+
+
+def section(document: str, title: str) -> str:
+    """The text below a heading, up to the next heading of the same level."""
+    [text] = re.findall(rf"^(#+) {re.escape(title)}$\n(.*?)(?=^\1 |\Z)", document, re.M | re.S)
+    return str(text[1])
+
+
+def blocks(document: str, language: str) -> list[str]:
+    """The code blocks in that language."""
+    return re.findall(rf"^```{language}\n(.*?)^```", document, re.M | re.S)
+
+
+def in_one_line(document: str) -> str:
+    return " ".join(document.split())
 
 
 # Settings -------------------------------------------------------------------------------------------------------------
@@ -52,39 +76,43 @@ def test_help_lists_a_setting_with_its_default(help: str, name: str, default: st
     assert line.endswith(f" [{default}]") if default else not line.endswith("]")
 
 
-@pytest.mark.parametrize(("name", "default"), TABLE)
-def test_readme_lists_a_setting_with_its_default(readme: str, name: str, default: str) -> None:
-    [row] = [row for row in rows(readme) if row[0] == name]
-    assert row[1] == default if default else row[1].lower() in NONE
-    assert row[2]
+def test_settings_page_lists_every_setting_with_default_and_meaning() -> None:
+    listed = [row for row in rows(SETTINGS) if re.fullmatch("[A-Z][A-Z0-9_]+", row[0])]
+    assert listed == [[name, default or "-", meaning] for name, default, meaning in Settings.table()]
 
 
-def test_readme_lists_no_setting_that_is_none(readme: str) -> None:
-    """Other programs' variables, as SMTP_URL, stand outside the tables."""
-    listed = {row[0] for row in rows(readme) if re.fullmatch("[A-Z][A-Z0-9_]+", row[0])}
-    named = set(re.findall(r"\bTINYQUEUE_[A-Z_]*[A-Z]\b", readme))
-    assert listed | named <= {name for name, _ in TABLE}
+@each_document
+def test_documents_name_no_unknown_setting(document: str) -> None:
+    named = set(re.findall(r"\bTINYQUEUE_[A-Z_]*[A-Z]\b", document))
+    assert named <= {name for name, _ in TABLE}
 
 
-def test_readme_names_every_platform_that_must_have_a_redis(readme: str) -> None:
-    assert [name for name in PLATFORMS.pattern.replace(".*", "*").split("|") if f"`{name}`" not in readme] == []
+def test_settings_page_names_every_variable_of_the_handlers() -> None:
+    [listed] = re.findall(
+        r"^Environment of .*?\n\n(.*?)\n\"\"\"", (REPOSITORY / "handlers.py").read_text(), re.M | re.S
+    )
+    names = re.findall(r"^ +([A-Z_]+) ", listed, re.M)
+    assert len(names) > 3
+    assert [name for name in names if f"`{name}`" not in SETTINGS] == []
+
+
+def test_settings_page_names_every_platform_that_requires_a_redis() -> None:
+    assert [name for name in PLATFORMS.pattern.replace(".*", "*").split("|") if f"`{name}`" not in SETTINGS] == []
 
 
 # HTTP -----------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("method", "path"), [(method, path) for method, path, *_ in wsgi.ROUTES])
-def test_readme_lists_a_route(readme: str, method: str, path: str) -> None:
-    assert f"{method} {path}" in [row[0] for row in rows(readme)]
-
-
-def test_readme_lists_no_route_that_is_none(readme: str) -> None:
-    listed = {row[0] for row in rows(readme) if re.match("[A-Z]+ /", row[0])}
-    assert listed <= {f"{method} {path}" for method, path, *_ in wsgi.ROUTES}
+def test_http_page_lists_every_route_with_its_role() -> None:
+    listed = [row[:2] for row in rows(HTTP) if re.match("[A-Z]+ /", row[0])]
+    roles = {"": "none", "page": "none"}
+    assert sorted(listed) == sorted(
+        [f"{method} {path}", roles.get(role, role)] for method, path, _, role in wsgi.ROUTES
+    )
 
 
 def kinds_of_the_code() -> set[tuple[int, str]]:
-    """Status and kind of every problem: of PROBLEMS, of each `Problem(...)` in the source, and of what Bottle refuses."""
+    """Status and kind of every problem: in PROBLEMS, in each `Problem(...)` of the source, and of Bottle's own."""
     calls = [node for node in ast.walk(ast.parse(inspect.getsource(wsgi))) if isinstance(node, ast.Call)]
     raised = {
         (call.args[0].value, call.args[1].value)
@@ -98,10 +126,10 @@ def kinds_of_the_code() -> set[tuple[int, str]]:
     return {(status, kind) for _, status, kind in wsgi.PROBLEMS} | raised | bottle  # type: ignore[arg-type]
 
 
-def kinds_of(readme: str) -> set[tuple[int, str]]:
-    """Those of the README: a row has one status for all its kinds, or as many statuses as kinds."""
+def kinds_of(document: str) -> set[tuple[int, str]]:
+    """Those of a table: a row has one status for all its kinds, or as many statuses as kinds."""
     found = set()
-    for row in rows(readme):
+    for row in rows(document):
         if re.fullmatch(r"\d{3}(, \d{3})*", row[0]):
             statuses, kinds = [int(status) for status in row[0].split(", ")], row[1].split(", ")
             statuses = statuses * len(kinds) if len(statuses) == 1 else statuses
@@ -109,113 +137,401 @@ def kinds_of(readme: str) -> set[tuple[int, str]]:
     return found
 
 
-def test_readme_lists_every_kind_of_problem_with_its_status(readme: str) -> None:
-    assert kinds_of(readme) == kinds_of_the_code()
+def test_http_page_lists_every_kind_of_problem_with_its_status() -> None:
+    assert kinds_of(HTTP) == kinds_of_the_code()
 
 
-def test_readme_names_every_field_that_a_client_may_send(readme: str) -> None:
-    assert [name for name in wsgi.FIELDS if f"`{name}`" not in readme] == []
+def test_http_page_lists_every_field_that_a_client_may_send() -> None:
+    assert [row[0] for row in rows(section(HTTP, "Submit jobs"))[2:]] == list(wsgi.FIELDS)
 
 
-def test_readme_names_every_field_and_status_of_a_record(readme: str) -> None:
+@pytest.mark.parametrize("title", ["List jobs", "Change many jobs"])
+def test_http_page_names_every_filter(title: str) -> None:
+    text = section(HTTP, title)
+    assert [name for name in (*wsgi.FILTERS, "cursor") if f"`{name}`" not in text] == []
+
+
+def test_http_page_names_every_field_and_status_of_a_record() -> None:
+    text = section(HTTP, "The job")
     whole = Job("0" * 36, "t", 1, "completed", 1, 1, "q", *[1] * 4, "w", 1.0, error=Failure("E", "m")).answer()
-    assert [name for name in (*whole, *STATUSES) if f"`{name}`" not in readme] == []
+    names = {*whole, *tinyqueue.SHOWN, *tinyqueue.SHOWN_IF_SET, *STATUSES}
+    assert [name for name in names if f"`{name}`" not in text] == []
 
 
-# The rest of the README -----------------------------------------------------------------------------------------------
+# The command line -----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", sorted(worker.cli.commands))
-def test_readme_shows_a_command(readme: str, name: str) -> None:
-    assert re.search(rf"\b(worker\.py|tinyqueue) {name}\b", readme)
+def test_operations_page_shows_a_command(name: str) -> None:
+    assert re.search(rf"\b(worker\.py|tinyqueue) {name}\b", OPERATIONS)
 
 
-def test_readme_shows_no_command_that_is_none(readme: str) -> None:
-    assert set(re.findall(r"\bworker\.py ([a-z]+)", readme)) <= set(worker.cli.commands)
+@each_document
+def test_documents_show_no_unknown_command(document: str) -> None:
+    assert set(re.findall(r"\bworker\.py ([a-z]+)", document)) <= set(worker.cli.commands)
 
+
+@pytest.mark.parametrize(
+    "row", [row for row in rows(OPERATIONS) if row[0].startswith("worker.py ")], ids=lambda row: row[0]
+)
+def test_operations_page_shows_only_options_that_a_command_has(row: list[str]) -> None:
+    command = worker.cli.commands[row[0].split()[1]]
+    options = {option for parameter in command.params for option in parameter.opts}
+    assert set(re.findall(r"--[a-z-]+", " ".join(row))) <= options
+
+
+@pytest.mark.parametrize("name", ["enqueue", "list"])
+def test_operations_page_shows_every_option_of_a_command(name: str) -> None:
+    [row] = [row for row in rows(OPERATIONS) if row[0].split()[:2] == ["worker.py", name]]
+    options = {option for parameter in worker.cli.commands[name].params for option in parameter.opts if "--" in option}
+    assert options - set(re.findall(r"--[a-z-]+", row[1])) <= {"--json"}
+
+
+def test_operations_page_lists_every_metric_with_its_labels() -> None:
+    listed = [[row[0], row[1].replace(",", "")] for row in rows(OPERATIONS) if row[0].startswith("tinyqueue_")]
+    suffix = {"counter": "_total"}
+    assert listed == [[f"tinyqueue_{name}{suffix.get(kind, '')}", labels] for name, kind, labels, _ in in_order(listed)]
+
+
+def in_order(listed: list[list[str]]) -> list[tuple[str, str, str, str]]:
+    """The metrics of the code, all of them, in the order of a list."""
+    names = [row[0].removesuffix("_total") for row in listed]
+    return sorted(wsgi.METRICS, key=lambda metric: names.index(f"tinyqueue_{metric[0]}"))
+
+
+# Numbers --------------------------------------------------------------------------------------------------------------
 
 HANDLER = inspect.signature(tinyqueue.handler).parameters
 NUMBERS = {
-    "MAX_JOBS": (r"up to ([\d,]+), all or none", tinyqueue.MAX_JOBS),
-    "MAX_ATTEMPTS": (r"`maxAttempts` \(1 to ([\d,]+)\)", tinyqueue.MAX_ATTEMPTS),
-    "MAX_DEPTH": (r"more than ([\d,]+) levels", tinyqueue.MAX_DEPTH),
-    "MAX_RESULT": (r"at most ([\d,]+) bytes of JSON", tinyqueue.MAX_RESULT),
-    "KEPT": (r"at most ([\d,]+) of each", tinyqueue.KEPT),
-    "SERIES": (r"beyond ([\d,]+) types and queues", tinyqueue.SERIES),
-    "lease": (r"longer than its lease \((\d+) s\)", Settings().lease),
-    "shutdown_timeout": (r"lets handlers end for (\d+) s", Settings().shutdown_timeout),
-    "timeout": (r"longer than `timeout` \((\d+) s", HANDLER["timeout"].default),
-    "backoff": (r"`backoff=([\d.]+)`", HANDLER["backoff"].default),
-    "backoff_cap": (r"`backoff_cap=([\d.]+)`", HANDLER["backoff_cap"].default),
-    "web_connections": (r"web process opens up to (\d+) connections", Settings().web_connections),
+    "MAX_JOBS in Python": (README, r"up to ([\d,]+), all or none", tinyqueue.MAX_JOBS),
+    "MAX_JOBS in HTTP": (HTTP, r"Submits up to ([\d,]+) jobs", tinyqueue.MAX_JOBS),
+    "MAX_ATTEMPTS": (HTTP, r"how often the job may be started, 1 to ([\d,]+)", tinyqueue.MAX_ATTEMPTS),
+    "MAX_DELAY": (HTTP, r"may start, up to (\d+) days", tinyqueue.MAX_DELAY / 86400),
+    "MAX_DEPTH": (HTTP, r"more than ([\d,]+) levels", tinyqueue.MAX_DEPTH),
+    "MAX_RESULT": (README, r"at most ([\d,]+) bytes of JSON", tinyqueue.MAX_RESULT),
+    "MAX_REFUNDS": (README, r"attempt refunded, at most (ten) times", tinyqueue.MAX_REFUNDS),
+    "SCANNED": (HTTP, r"looks at up to ([\d,]+) jobs", tinyqueue.SCANNED),
+    "PREVIEW_BYTES": (HTTP, r"longer than ([\d,]+) bytes are cut", wsgi.PREVIEW_BYTES),
+    "LONGEST_WAIT": (HTTP, r"has ended, after at most (\d+) seconds", wsgi.LONGEST_WAIT),
+    "CONNECTIONS": (HTTP, r"serves ([\d,]+) connections at a time", wsgi.CONNECTIONS),
+    "KEPT": (OPERATIONS, r"at most ([\d,]+) of each", tinyqueue.KEPT),
+    "MEMORY_SHARE": (OPERATIONS, r"has used (\d+) % of its `maxmemory`", 100 * tinyqueue.MEMORY_SHARE),
+    "SERIES": (OPERATIONS, r"The first ([\d,]+) pairs of type and queue", tinyqueue.SERIES),
+    "lease": (README, r"longer than its lease \((\d+) s\)", Settings().lease),
+    "shutdown_timeout": (README, r"lets handlers finish for (\d+) s", Settings().shutdown_timeout),
+    "grace": (DEPLOY, r"needs up to (\d+) seconds", Settings().shutdown_timeout + worker.LAST_WRITE),
+    "worker_concurrency": (README, r"a worker with (\d+) slots", Settings().worker_concurrency),
+    "timeout": (README, r"longer than `timeout` \((\d+) s", HANDLER["timeout"].default),
+    "backoff": (README, r"`backoff=([\d.]+)`", HANDLER["backoff"].default),
+    "backoff_cap": (README, r"`backoff_cap=([\d.]+)`", HANDLER["backoff_cap"].default),
+    "web_connections": (DEPLOY, r"web process opens up to (\d+) connections", Settings().web_connections),
     "worker_connections": (
-        r"a worker (\d+) and one for each slot",
+        DEPLOY,
+        r"worker opens (\d+) and one more for each slot",
         Settings(worker_concurrency=1).worker_connections - 1,
     ),
-    "most worker_connections": (r"but (\d+) at most", Settings(worker_concurrency=500).worker_connections),
-    "exit code": (r"with (\d+) when it could not do its work", worker.EXIT_BROKEN),
+    "most worker_connections": (
+        DEPLOY,
+        r"but never more than (\d+)",
+        Settings(worker_concurrency=500).worker_connections,
+    ),
+    "exit code": (OPERATIONS, r"(\d+) when it could not do its work", worker.EXIT_BROKEN),
 }
 
 
-@pytest.mark.parametrize(("words", "number"), NUMBERS.values(), ids=NUMBERS.keys())
-def test_readme_gives_the_right_number(readme: str, words: str, number: float) -> None:
-    found = re.findall(words, " ".join(readme.split()))
-    assert found, "the README no longer says it in these words"
-    assert {float(text.replace(",", "")) for text in found} == {number}
+@pytest.mark.parametrize(("document", "words", "number"), NUMBERS.values(), ids=NUMBERS.keys())
+def test_documents_give_the_right_number(document: str, words: str, number: float) -> None:
+    found = re.findall(words, in_one_line(document))
+    assert found, "the document no longer says it in these words"
+    assert {float(text.replace(",", "").replace("ten", "10")) for text in found} == {number}
 
 
-def test_readme_says_how_long_ended_jobs_stay(readme: str) -> None:
+def test_operations_page_says_how_long_ended_jobs_stay() -> None:
     assert (Settings().keep_completed, Settings().keep_failed) == (86400, 7 * 86400)
-    assert "Completed jobs stay for a day, failed and cancelled ones for a week" in " ".join(readme.split())
+    assert "Completed jobs are kept for a day, failed and cancelled ones for a week" in in_one_line(OPERATIONS)
 
 
-def test_readme_is_short(readme: str) -> None:
-    assert 150 <= len(readme.splitlines()) <= 350
+def test_http_page_says_how_long_keys_are_remembered() -> None:
+    assert Settings().keep_once == 86400
+    assert "The server remembers keys for a day" in in_one_line(HTTP)
 
 
-def test_readme_names_no_package_registry(readme: str) -> None:
-    hosts = r"pypi\.|pythonhosted|npmjs|crates\.io|rubygems|docker\.io|ghcr\.io|quay\.io|index-url|proxy\.golang|anaconda\.org"
-    assert re.findall(hosts, readme, re.I) == []
+# The documents themselves ---------------------------------------------------------------------------------------------
 
 
-def test_readme_links_to_files_that_exist(readme: str) -> None:
-    links = re.findall(r"\]\(([^)#:]+)\)", readme)
+def test_readme_is_short() -> None:
+    assert 150 <= len(README.splitlines()) <= 220
+
+
+@each_document
+def test_documents_name_no_package_registry(document: str) -> None:
+    hosts = r"pypi\.|pythonhosted|npmjs|crates\.io|rubygems|docker\.io|ghcr\.io|quay\.io|proxy\.golang|anaconda\.org"
+    assert re.findall(rf"{hosts}|index-url", document, re.I) == []
+
+
+def anchors(document: str) -> set[str]:
+    """The anchors of the headings, as GitHub makes them."""
+    text = re.sub(r"^```.*?^```", "", document, flags=re.M | re.S)
+    titles = [title.lower() for title in re.findall(r"^#+ (.+)$", text, re.M)]
+    return {re.sub(r"[^a-z0-9 _-]", "", title).replace(" ", "-") for title in titles}
+
+
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_documents_link_to_files_and_headings_that_exist(name: str) -> None:
+    links = re.findall(r"\]\(([^):]+)\)", DOCUMENTS[name])
     assert links
-    assert [link for link in links if not (REPOSITORY / link).exists()] == []
+    for link in links:
+        file, _, anchor = link.partition("#")
+        target = (REPOSITORY / name).parent / file if file else REPOSITORY / name
+        assert target.exists(), link
+        assert not anchor or anchor in anchors(target.read_text()), link
 
 
-def test_readme_names_extras_and_python_as_setup_cfg_does(readme: str) -> None:
+def test_readme_links_to_every_document() -> None:
+    assert [name for name in DOCUMENTS if f"]({name})" not in README] == ["README.md"]
+
+
+def test_readme_shows_a_small_image_with_a_description() -> None:
+    [(text, name)] = re.findall(r"!\[(.*?)\]\((.+?)\)", README)
+    assert len(text) > 40
+    assert (REPOSITORY / name).stat().st_size <= 150_000
+
+
+@each_document
+def test_documents_name_extras_as_setup_cfg_does(document: str) -> None:
     setup = configparser.ConfigParser()
     setup.read(REPOSITORY / "setup.cfg")
-    assert set(re.findall(r"\.\[([a-z,]+)\]", readme)) <= setup["options.extras_require"].keys()
-    assert f"Python {setup['options']['python_requires'].removeprefix('>=')} or newer" in readme
+    assert set(re.findall(r"\.\[([a-z,]+)\]", document)) <= setup["options.extras_require"].keys()
+
+
+def test_readme_names_python_as_setup_cfg_does() -> None:
+    setup = configparser.ConfigParser()
+    setup.read(REPOSITORY / "setup.cfg")
+    assert f"Python {setup['options']['python_requires'].removeprefix('>=')} or newer" in README
 
 
 def test_setup_cfg_installs_every_file_that_the_web_process_reads() -> None:
     setup = configparser.ConfigParser()
     setup.read(REPOSITORY / "setup.cfg")
     read = set(re.findall(r'_file\("(.+?)"\)', inspect.getsource(wsgi)))
-    assert set(setup["options.data_files"]["share/tinyqueue"].split()) == read
+    assert set(setup["options.package_data"]["tinyqueue"].split()) == read | {"worker.py", "wsgi.py"}
     assert all((REPOSITORY / name).exists() for name in read)
 
 
-@pytest.mark.parametrize("language", ["sh", "python"])
-def test_readme_shows_code_that_parses(readme: str, language: str) -> None:
-    blocks = re.findall(rf"^```{language}\n(.*?)^```", readme, re.M | re.S)
-    assert blocks
-    for block in blocks:
-        if language == "python":
-            ast.parse(block)
-        else:
-            subprocess.run(["sh", "-n"], input=block, text=True, check=True)
+@each_document
+def test_documents_show_code_that_parses(document: str) -> None:
+    for block in blocks(document, "python"):
+        ast.parse(block)
+    for block in blocks(document, "sh"):
+        subprocess.run(["sh", "-n"], input=block, text=True, check=True)
+
+
+def test_documents_have_code_of_both_kinds() -> None:
+    assert len(blocks(EVERYTHING, "python")) > 1
+    assert len(blocks(EVERYTHING, "sh")) > 10
+
+
+# The commands, run as they are written --------------------------------------------------------------------------------
+
+READY = {"web": "web (and a worker |on http)", "worker": "worker starts", "honcho": "worker starts"}
+
+
+class Checkout(NamedTuple):
+    """A copy of the repository with a virtual environment that is not activated. It has ports of its own."""
+
+    folder: Path
+    web: int
+    redis: str
+
+    def as_here(self, script: str) -> str:
+        return script.replace("localhost:3000", f"localhost:{self.web}").replace("redis://localhost:6379/0", self.redis)
+
+    def environ(self, more: dict[str, str]) -> dict[str, str]:
+        inside = Path(sys.prefix).resolve()
+        path = [part for part in os.environ["PATH"].split(":") if not Path(part).resolve().is_relative_to(inside)]
+        return {"PATH": ":".join(path), "HOME": str(self.folder), "PORT": str(self.web)} | more
+
+    def declare_charge(self) -> None:
+        """Add the README's handler to handlers.py."""
+        with (self.folder / "handlers.py").open("a") as handlers:
+            handlers.write(blocks(README, "python")[0])
+
+    def run(self, script: str, shell: str = "sh", **environ: str) -> str:
+        """Run a block until it ends, which it must without an error, and return what it prints."""
+        command = [shell, "-e", "-c", self.as_here(script)]
+        done = subprocess.run(
+            command,
+            cwd=self.folder,
+            env=self.environ(environ),
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=False,
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    @contextmanager
+    def running(self, script: str, ready: str, stopped: str = "", **environ: str) -> Iterator[None]:
+        """Run a block in the background. It is up when it logs `ready`, and must end at SIGTERM."""
+        log = self.folder / f"{ready[:6].strip()}-{free_port()}.log"
+        with log.open("wb") as file:
+            process = subprocess.Popen(
+                ["sh", "-e", "-c", self.as_here(script)],
+                cwd=self.folder,
+                env=self.environ(environ),
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        try:
+            until(lambda: re.search(ready, log.read_text()) or process.poll() is not None)
+            assert process.poll() is None, log.read_text()
+            yield
+        finally:
+            os.killpg(process.pid, signal.SIGTERM)
+            process.wait(30)
+            until(lambda: stopped in log.read_text())
+
+
+@pytest.fixture
+def checkout(tmp_path: Path, real: Server) -> Checkout:
+    for path in REPOSITORY.iterdir():
+        if path.is_file():
+            shutil.copy(path, tmp_path)
+    (tmp_path / ".venv").symlink_to(sys.prefix)
+    return Checkout(tmp_path, free_port(), real.url)
+
+
+def block(document: str, words: str) -> str:
+    """The one block with these words."""
+    [found] = [block for block in blocks(document, "sh") if words in block]
+    return found
+
+
+def session(document: str) -> str:
+    """All blocks with curl that belong together: those of the document's first section that has any."""
+    parts = re.split(r"^##? ", document, flags=re.M)
+    return "".join(next(filter(None, (blocks(part, "sh") for part in parts if "\ncurl " in part))))
+
+
+START = block(README, "install -q .").rpartition("&&")[2]
+
+
+def test_readme_session_runs_as_written(checkout: Checkout) -> None:
+    with checkout.running(START, "and a worker with"):
+        said = checkout.run(session(README))
+    assert said.startswith("HTTP/1.1 201 Created")
+    assert '"status":"completed","attempts":1,"maxAttempts":3' in said
+    assert '"note":"SMTP_URL is not set"' in said
+    assert '"completed":1,"failed":0,"cancelled":0' in said
+
+
+def test_readme_handler_takes_jobs_as_written(checkout: Checkout) -> None:
+    checkout.declare_charge()
+    with checkout.running(START, "and a worker with"):
+        said = checkout.run(block(README, '"charge"'))
+    right, wrong = map(json.loads, said.replace("}{", "}\n{").splitlines())
+    assert right["status"] == "pending"
+    assert (wrong["status"], wrong["detail"]) == (422, "payload.cents: Expected `int`, got `str`")
+    assert wrong["detail"] in README
+
+
+def test_http_session_runs_as_written(checkout: Checkout) -> None:
+    with checkout.running(START, "and a worker with"):
+        said = checkout.run(session(HTTP))
+    assert re.findall(r'"type":"(urn:tinyqueue:.+?)"', said) == ["urn:tinyqueue:wrong-status"]
+    assert said.count('"jobId"') == 4
+    assert said.endswith('{"retried":0,"skipped":0,"cursor":null}')
+
+
+def test_http_key_lets_in_as_written(checkout: Checkout) -> None:
+    assignment, start = block(HTTP, "export TINYQUEUE_API_KEYS").splitlines()
+    keys = checkout.run(f'{assignment}\nprintf %s "$TINYQUEUE_API_KEYS"')
+    with checkout.running(start, "and a worker with", TINYQUEUE_API_KEYS=keys):
+        assert '"pending":0' in checkout.run(block(HTTP, "Bearer"), TINYQUEUE_API_KEYS=keys)
+        assert "unauthorized" in checkout.run("curl localhost:3000/stats")
+
+
+def test_readme_processes_run_as_written(checkout: Checkout) -> None:
+    start = [text for text in blocks(README, "sh") if text.startswith("REDIS_URL=")]
+    assert [text.split()[2:] for text in start] == [["wsgi.py"], ["worker.py"], ["worker.py", "doctor"]]
+    with checkout.running(start[0], "web server on http"), checkout.running(start[1], "worker starts"):
+        assert "completed" in checkout.run(session(README))
+        assert "ok    workers       1 alive" in checkout.run(start[2])
+
+
+def test_readme_redis_keeps_its_data(checkout: Checkout) -> None:
+    if not shutil.which("redis-server"):
+        pytest.skip("there is no redis-server on PATH")
+    port = free_port()
+    command = block(README, "redis-server").rstrip() + f" --port {port}"
+    with checkout.running(command, "Ready to accept connections"):
+        doctor = checkout.run(".venv/bin/python worker.py doctor", REDIS_URL=f"redis://localhost:{port}/0")
+    assert re.findall(r"^(warn|fail) +(\w+)", doctor, re.M) == [("warn", "workers")]
+    assert (checkout.folder / "redis-data").is_dir()
+
+
+def test_readme_program_submits_as_written(checkout: Checkout) -> None:
+    checkout.declare_charge()
+    (checkout.folder / "submit.py").write_text(checkout.as_here(blocks(README, "python")[1]))
+    checkout.run(".venv/bin/python submit.py")
+    checkout.run(block(DEPLOY, "--burst"))
+    listed = checkout.run(".venv/bin/python worker.py list --json", REDIS_URL=checkout.redis)
+    jobs = [(job["type"], job["status"], job.get("result")) for job in json.loads(listed)]
+    done = ("charge", "completed", {"receipt": "r-17"})
+    assert sorted(jobs, key=str) == [done] * 4 + [("charge", "pending", None)]
+
+
+def test_operations_session_runs_as_written(checkout: Checkout) -> None:
+    said = checkout.run(block(OPERATIONS, "worker.py doctor"))
+    for text in (
+        "permissions",
+        " pending",
+        " cancelled",
+        "completed",
+        "default paused",
+        "default resumed",
+        "1 forgotten",
+    ):
+        assert text in said
+
+
+def test_operations_completion_is_loaded_as_written(checkout: Checkout) -> None:
+    if not shutil.which("bash") or not Path(sys.prefix, "bin", "tinyqueue").exists():
+        pytest.skip("there is no bash, or the program is not installed")
+    said = checkout.run(block(OPERATIONS, "_TINYQUEUE_COMPLETE") + "complete -p tinyqueue", "bash", PYTHONPATH=".")
+    assert "_tinyqueue_completion" in said
+
+
+def test_deploy_honcho_runs_as_written(checkout: Checkout) -> None:
+    [install, *start] = block(DEPLOY, "honcho start").splitlines()
+    assert "install -q '.[dev]'" in install
+    with checkout.running("\n".join(start), "worker starts", "worker.1 stopped"):
+        until(lambda: "web server on http" in "".join(log.read_text() for log in checkout.folder.glob("*.log")))
+        assert "completed" in checkout.run(session(README))
+
+
+def test_deploy_heroku_settings_are_valid_and_let_the_key_in(checkout: Checkout) -> None:
+    """Heroku's own commands cannot be run: what they would set is printed instead."""
+    said = checkout.run('heroku() { echo "$@"; }; git() { :; }\n' + block(DEPLOY, "heroku create"))
+    environ = dict(re.findall(r"^config:set (\w+)=(\S+)$", said, re.M))
+    settings = Settings.read({"DYNO": "web.1", "REDIS_URL": "rediss://:secret@host:6379"} | environ)
+    assert re.fullmatch("ops:admin:[0-9a-f]{32}", settings.api_keys)
+    assert (settings.tls_verify, settings.trusted_proxies) == (False, 1)
+    assert wsgi.API(settings).settings is settings
+
+
+def test_readme_test_command_is_what_ci_runs() -> None:
+    assert block(README, ".[test]").strip() in (REPOSITORY / ".ci" / "run").read_text().splitlines()
 
 
 # Docstrings -----------------------------------------------------------------------------------------------------------
 
 
-def test_tinyqueue_prints_a_table_of_contents_as_it_says(readme: str) -> None:
+def test_tinyqueue_prints_a_table_of_contents_as_it_says() -> None:
     [pattern] = re.findall(r"`grep '(.+)' tinyqueue.py`", str(tinyqueue.__doc__))
-    assert f"`grep '{pattern}' tinyqueue.py`" in readme
+    assert f"`grep '{pattern}' tinyqueue.py`" in README
     printed = subprocess.run(
         ["grep", pattern, "tinyqueue.py"], cwd=REPOSITORY, capture_output=True, text=True, check=True
     ).stdout

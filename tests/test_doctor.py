@@ -179,7 +179,7 @@ def test_doctor_of_no_worker(queue: Queue) -> None:
     assert findings(queue)["workers"].level == "ok"
     lapse(queue, worker)
     found = findings(queue)["workers"]
-    assert (found.level, found.seen, found.advice) == ("warn", "0 alive", "start one: python worker.py")
+    assert (found.level, found.seen, found.advice) == ("warn", "0 alive", "start one: tinyqueue worker")
 
 
 def test_doctor_of_a_queue_that_is_paused(queue: Queue) -> None:
@@ -269,7 +269,7 @@ def test_doctor_prints_a_line_for_each_finding(real: Server) -> None:
     lines = done.stdout.splitlines()
     assert len(lines) == len(examine(real.queue(), NEEDED))
     assert all(line.split()[0] in ("ok", "warn") for line in lines)
-    assert "warn  workers       0 alive -> start one: python worker.py" in lines
+    assert "warn  workers       0 alive -> start one: tinyqueue worker" in lines
 
 
 def test_doctor_prints_json(real: Server) -> None:
@@ -279,7 +279,7 @@ def test_doctor_prints_json(real: Server) -> None:
         "about": "workers",
         "level": "warn",
         "seen": "0 alive",
-        "advice": "start one: python worker.py",
+        "advice": "start one: tinyqueue worker",
     }
 
 

@@ -1,4 +1,4 @@
-"""What /metrics tells, and what deploy/ makes of it."""
+"""Test /metrics, and the alerts and the Grafana dashboard in deploy/ that use it."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ Samples = dict[tuple[str, ...], float]  # (name, label values in the order of th
 
 
 def promtool(*arguments: str, text: str | None = None) -> None:
-    """Run promtool, which must be content. Without it the test is skipped, or with CI=true fails."""
+    """Run promtool, which must succeed. If it is missing, skip the test, or fail it if CI=true."""
     if not PROMTOOL:
-        missing = "there is no promtool on PATH: WHAT PROMETHEUS IS TOLD IS NOT CHECKED"
+        missing = "promtool is not on PATH: METRICS AND ALERTS ARE NOT CHECKED"
         pytest.fail(missing) if os.environ.get("CI") == "true" else pytest.skip(missing)
     done = subprocess.run([PROMTOOL, *arguments], input=text, capture_output=True, text=True, timeout=60, check=False)
     assert (done.returncode, done.stderr) == (0, ""), done.stdout + done.stderr
@@ -45,27 +45,27 @@ def scraped(queue: Queue) -> str:
 def samples(queue: Queue) -> Samples:
     families = list(text_string_to_metric_families(scraped(queue)))
     found = [sample for family in families for sample in family.samples]
-    told = {(s.name, *(s.labels[name] for name in sorted(s.labels))): s.value for s in found}
-    assert len(told) == len(found), "a sample is told twice"
-    return told
+    values = {(s.name, *(s.labels[name] for name in sorted(s.labels))): s.value for s in found}
+    assert len(values) == len(found), "duplicate sample"
+    return values
 
 
 def run(queue: Queue, worker: str, verb: Any = "complete", took: int = 0, **more: Any) -> Job:
-    """Start the next job of the default queue and say, that many milliseconds later, what became of it."""
+    """Start the next job of the default queue and settle it `took` milliseconds later."""
     [job] = queue.dequeue(worker, ["default"])
     queue.clock.ahead += took
     queue.settle(worker, [Outcome(job, verb, **more)])
     return job
 
 
-def buckets(told: Samples, name: str, type: str = "echo") -> dict[str, float]:
-    return {key[1]: value for key, value in told.items() if key[0] == f"tinyqueue_{name}_bucket" and key[3] == type}
+def buckets(values: Samples, name: str, type: str = "echo") -> dict[str, float]:
+    return {key[1]: value for key, value in values.items() if key[0] == f"tinyqueue_{name}_bucket" and key[3] == type}
 
 
-# What is told ---------------------------------------------------------------------------------------------------------
+# Values ---------------------------------------------------------------------------------------------------------------
 
 
-def test_metrics_tell_everything_that_happened_to_jobs(queue: Queue) -> None:
+def test_metrics_count_every_event_of_a_job(queue: Queue) -> None:
     worker = queue.register(["default"], 7)
     for _ in range(6):
         queue.enqueue("echo", {})
@@ -79,9 +79,9 @@ def test_metrics_tell_everything_that_happened_to_jobs(queue: Queue) -> None:
     queue.cancel(revived.id)
     lapse(queue, worker)
     queue.reap(worker)
-    told = samples(queue)
+    values = samples(queue)
     counted = {
-        key[0].removeprefix("tinyqueue_jobs_"): value for key, value in told.items() if key[1:] == ("default", "echo")
+        key[0].removeprefix("tinyqueue_jobs_"): value for key, value in values.items() if key[1:] == ("default", "echo")
     }
     assert {name: value for name, value in counted.items() if name.endswith("_total")} == {
         "enqueued_total": 6,
@@ -94,9 +94,9 @@ def test_metrics_tell_everything_that_happened_to_jobs(queue: Queue) -> None:
         "revived_total": 1,
         "cancelled_total": 1,
     }
-    assert told["tinyqueue_jobs", "default", "pending"] == 4
-    assert told["tinyqueue_jobs", "default", "processing"] == 0
-    assert told["tinyqueue_jobs_delayed",] == 1
+    assert values["tinyqueue_jobs", "default", "pending"] == 4
+    assert values["tinyqueue_jobs", "default", "processing"] == 0
+    assert values["tinyqueue_jobs_delayed",] == 1
     assert lost.id in {job.id for job in newest(queue, "pending")}
 
 
@@ -105,47 +105,47 @@ def test_metrics_agree_with_stats(queue: Queue) -> None:
         put(queue, status, queue=f"q.{status}")
     queue.pause("q.pending")
     queue.clock.ahead += 5000
-    told, stats, workers = samples(queue), queue.stats(), queue.workers()
-    for name, about in stats["queues"].items():
-        assert told["tinyqueue_jobs", name, "pending"] == about["pending"]
-        assert told["tinyqueue_jobs", name, "processing"] == about["processing"]
-        assert told["tinyqueue_queue_paused", name] == about["paused"]
-    assert told["tinyqueue_oldest_waiting_seconds", "q.pending"] == pytest.approx(
+    values, stats, workers = samples(queue), queue.stats(), queue.workers()
+    for name, counts in stats["queues"].items():
+        assert values["tinyqueue_jobs", name, "pending"] == counts["pending"]
+        assert values["tinyqueue_jobs", name, "processing"] == counts["processing"]
+        assert values["tinyqueue_queue_paused", name] == counts["paused"]
+    assert values["tinyqueue_oldest_waiting_seconds", "q.pending"] == pytest.approx(
         stats["oldestWaitingMs"] / 1000, abs=0.5
     )
     for status in ("completed", "failed", "cancelled"):
-        assert told["tinyqueue_jobs_kept", status] == stats[status] == 1
-        ended = sum(value for key, value in told.items() if key[0] == f"tinyqueue_jobs_{status}_total")
+        assert values["tinyqueue_jobs_kept", status] == stats[status] == 1
+        ended = sum(value for key, value in values.items() if key[0] == f"tinyqueue_jobs_{status}_total")
         assert ended == stats["total"][status] == 1
-    assert told["tinyqueue_jobs_delayed",] == stats["delayed"] == 1
-    assert told["tinyqueue_workers",] == stats["workers"] == len(workers) == 1
+    assert values["tinyqueue_jobs_delayed",] == stats["delayed"] == 1
+    assert values["tinyqueue_workers",] == stats["workers"] == len(workers) == 1
 
 
-def test_metrics_tell_of_slots_of_workers_that_are_alive(queue: Queue) -> None:
+def test_metrics_count_slots_of_alive_workers_only(queue: Queue) -> None:
     alive, dead = queue.register(["default"], 5), queue.register(["default"], 3)
     queue.heartbeat(alive, ["a", "b"])
     queue.heartbeat(dead, ["c"])
     lapse(queue, dead)
-    told = samples(queue)
-    assert (told["tinyqueue_workers",], told["tinyqueue_slots",], told["tinyqueue_slots_busy",]) == (1, 5, 2)
+    values = samples(queue)
+    assert (values["tinyqueue_workers",], values["tinyqueue_slots",], values["tinyqueue_slots_busy",]) == (1, 5, 2)
 
 
-def test_metrics_tell_how_long_jobs_waited_and_ran(queue: Queue) -> None:
+def test_metrics_measure_waiting_and_running_times(queue: Queue) -> None:
     worker = queue.register(["default"], 1)
     for waited, ran in ((0, 20_000), (400, 40), (7_200_000, 0)):
         queue.enqueue("echo", {})
         queue.clock.ahead += waited
         run(queue, worker, took=ran)
-    told = samples(queue)
-    waiting, running = buckets(told, "job_waiting_seconds"), buckets(told, "job_running_seconds")
+    values = samples(queue)
+    waiting, running = buckets(values, "job_waiting_seconds"), buckets(values, "job_running_seconds")
     assert [waiting[le] for le in ("0.25", "1.0", "1800.0", "+Inf")] == [1, 2, 2, 3]
     assert [running[le] for le in ("0.01", "0.25", "15.0", "60.0", "+Inf")] == [1, 2, 2, 3, 3]
-    assert told["tinyqueue_job_waiting_seconds_sum", "default", "echo"] == pytest.approx(7200.4, abs=0.5)
-    assert told["tinyqueue_job_running_seconds_sum", "default", "echo"] == pytest.approx(20.04, abs=0.5)
-    assert told["tinyqueue_job_running_seconds_count", "default", "echo"] == 3
+    assert values["tinyqueue_job_waiting_seconds_sum", "default", "echo"] == pytest.approx(7200.4, abs=0.5)
+    assert values["tinyqueue_job_running_seconds_sum", "default", "echo"] == pytest.approx(20.04, abs=0.5)
+    assert values["tinyqueue_job_running_seconds_count", "default", "echo"] == 3
 
 
-def test_waiting_begins_when_a_job_may_start(queue: Queue) -> None:
+def test_waiting_time_starts_when_a_job_is_due(queue: Queue) -> None:
     worker = queue.register(["default"], 1)
     queue.enqueue("echo", {}, delay=600)
     queue.clock.ahead += 600_000
@@ -156,49 +156,50 @@ def test_waiting_begins_when_a_job_may_start(queue: Queue) -> None:
     run(queue, worker, "release", took=90_000)
     queue.clock.ahead += 2_000
     run(queue, worker)
-    told = samples(queue)
-    assert told["tinyqueue_job_waiting_seconds_sum", "default", "echo"] == pytest.approx(2.0, abs=0.5)
-    assert told["tinyqueue_job_running_seconds_sum", "default", "echo"] == pytest.approx(50.0, abs=0.5)
+    values = samples(queue)
+    assert values["tinyqueue_job_waiting_seconds_sum", "default", "echo"] == pytest.approx(2.0, abs=0.5)
+    assert values["tinyqueue_job_running_seconds_sum", "default", "echo"] == pytest.approx(50.0, abs=0.5)
 
 
-def test_a_counter_is_told_before_it_grows(queue: Queue) -> None:
+def test_counter_is_exposed_as_zero_before_its_first_event(queue: Queue) -> None:
     put(queue, "pending")
-    told = samples(queue)
+    values = samples(queue)
     for name in ("failed", "retried", "reaped", "released", "cancelled", "revived", "completed", "started"):
-        assert told[f"tinyqueue_jobs_{name}_total", "default", "echo"] == 0
+        assert values[f"tinyqueue_jobs_{name}_total", "default", "echo"] == 0
 
 
-def test_a_job_that_expires_is_counted_as_failed_and_not_as_started(queue: Queue) -> None:
+def test_expired_job_counts_as_failed_and_not_as_started(queue: Queue) -> None:
     worker = queue.register(["default"], 1)
     queue.enqueue("echo", {}, expires_in=1)
     queue.clock.ahead += 2000
     assert queue.dequeue(worker, ["default"]) == []
-    told = samples(queue)
-    assert told["tinyqueue_jobs_failed_total", "default", "echo"] == 1
-    assert told["tinyqueue_jobs_started_total", "default", "echo"] == 0
+    values = samples(queue)
+    assert values["tinyqueue_jobs_failed_total", "default", "echo"] == 1
+    assert values["tinyqueue_jobs_started_total", "default", "echo"] == 0
 
 
-def test_like_jobs_are_counted_together(near: Queue, far: Queue, proxy: CutProxy) -> None:
+def test_jobs_of_one_type_and_queue_share_their_metrics_writes(near: Queue, far: Queue, proxy: CutProxy) -> None:
     near.enqueue_many("echo", range(10))
     worker = near.register(["default"], 10)
     far.dequeue(worker, ["default"], 1)
-    far.resume("other")  # it knows the names now
+    far.resume("other")  # from now on it knows the names
     proxy.packets.clear()
     jobs = far.dequeue(worker, ["default"], 9)
     far.settle(worker, [Outcome(job, "complete") for job in jobs])
     written = b"".join(proxy.packets)
     assert len(jobs) == 9
-    assert (
-        written.count(b"{queue}:metrics") <= 7
-    )  # two for the start and three for the outcome, were it not for the buckets
+    # Two writes for the start and three for the outcome, plus those of the histogram buckets.
+    assert written.count(b"{queue}:metrics") <= 7
     assert b"{queue}:series" not in written
 
 
-# What is told once ----------------------------------------------------------------------------------------------------
+# Counting once --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("lost", ["reply", "request"])
-def test_what_is_repeated_after_a_lost_packet_counts_once(near: Queue, far: Queue, proxy: CutProxy, lost: str) -> None:
+def test_transaction_repeated_after_a_lost_packet_counts_once(
+    near: Queue, far: Queue, proxy: CutProxy, lost: str
+) -> None:
     cut = proxy.drop_reply if lost == "reply" else proxy.drop_request
     worker = near.register(["default"], 10)
     cut(b"EXEC")
@@ -212,14 +213,14 @@ def test_what_is_repeated_after_a_lost_packet_counts_once(near: Queue, far: Queu
     far.retry(job.id)
     cut(b"EXEC")
     far.cancel(job.id)
-    told = samples(near)
+    values = samples(near)
     for name in ("enqueued", "started", "failed", "revived", "cancelled"):
-        assert told[f"tinyqueue_jobs_{name}_total", "default", "echo"] == 1, name
-    assert told["tinyqueue_job_waiting_seconds_count", "default", "echo"] == 1
-    assert told["tinyqueue_job_running_seconds_count", "default", "echo"] == 1
+        assert values[f"tinyqueue_jobs_{name}_total", "default", "echo"] == 1, name
+    assert values["tinyqueue_job_waiting_seconds_count", "default", "echo"] == 1
+    assert values["tinyqueue_job_running_seconds_count", "default", "echo"] == 1
 
 
-def test_an_idempotency_key_and_a_unique_key_count_once(queue: Queue, api: Client, no_handlers: None) -> None:
+def test_duplicate_submits_count_once(queue: Queue, api: Client, no_handlers: None) -> None:
     tinyqueue.handler("echo")(_echo)
     body = {"type": "echo", "payload": 1, "uniqueKey": "u"}
     for headers in ({"Idempotency-Key": "k"}, {"Idempotency-Key": "k"}, {}):
@@ -241,14 +242,14 @@ def test_names_beyond_the_limit_count_as_other(server: Any, monkeypatch: pytest.
     for number in range(5):
         (queue if number % 2 else another).enqueue("echo", {}, queue=f"q{number}")
     server.queue().enqueue("echo", {}, queue="q9")
-    queue.enqueue("echo", {}, queue="q0")  # known to the other before
-    told = {key[1]: value for key, value in samples(queue).items() if key[0] == "tinyqueue_jobs_enqueued_total"}
-    assert told == {"q0": 2, "q1": 1, "q2": 1, "other": 3}
+    queue.enqueue("echo", {}, queue="q0")  # only the other process has counted this name so far
+    values = {key[1]: value for key, value in samples(queue).items() if key[0] == "tinyqueue_jobs_enqueued_total"}
+    assert values == {"q0": 2, "q1": 1, "q2": 1, "other": 3}
     assert len({key[1] for key in samples(queue) if key[0] == "tinyqueue_jobs"}) == 3
     assert raw(queue).scard(queue.keys.series) == 3
 
 
-def test_a_batch_of_new_names_stays_within_the_limit(server: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_batch_with_many_new_names_stays_within_the_limit(server: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tinyqueue, "SERIES", 10)
     queue = server.queue()
     queue.submit([queue.draft("echo", {}, queue=f"q{number}") for number in range(100)])
@@ -257,10 +258,10 @@ def test_a_batch_of_new_names_stays_within_the_limit(server: Any, monkeypatch: p
     assert samples(queue)["tinyqueue_jobs_enqueued_total", "other", "other"] == 90
 
 
-def test_what_others_write_among_the_metrics_forges_no_line(server: Any) -> None:
+def test_unknown_fields_in_the_metrics_hash_are_ignored(server: Any) -> None:
     queue = server.queue()
     put(queue, "completed")
-    queue.cancel(put(queue, "pending").id)  # so that no job waits, and grows older between two scrapes
+    queue.cancel(put(queue, "pending").id)  # a waiting job would grow older between the two scrapes
     before = samples(queue)
     for field in (
         'completed:a"b\n:q',
@@ -276,28 +277,28 @@ def test_what_others_write_among_the_metrics_forges_no_line(server: Any) -> None
 
 
 @pytest.mark.parametrize("name", ["A", "a.b-c_d", "9", "x" * 100, "le", "inf"])
-def test_every_name_that_a_job_may_have_is_told(queue: Queue, name: str) -> None:
+def test_every_valid_name_is_exposed(queue: Queue, name: str) -> None:
     job = queue.enqueue(name, {}, queue=name)
     worker = queue.register([name], 1)
     [job] = queue.dequeue(worker, [name])
     queue.complete(job)
-    told = samples(queue)
-    assert told["tinyqueue_jobs_completed_total", name, name] == 1
-    assert told["tinyqueue_job_running_seconds_bucket", "+Inf", name, name] == 1
+    values = samples(queue)
+    assert values["tinyqueue_jobs_completed_total", name, name] == 1
+    assert values["tinyqueue_job_running_seconds_bucket", "+Inf", name, name] == 1
     promtool("check", "metrics", text=scraped(queue))
 
 
-# Form -----------------------------------------------------------------------------------------------------------------
+# Format ---------------------------------------------------------------------------------------------------------------
 
 
-def test_metrics_are_what_prometheus_wants(queue: Queue) -> None:
+def test_metrics_pass_promtool(queue: Queue) -> None:
     promtool("check", "metrics", text=scraped(queue))
     for status in ("completed", "failed", "cancelled", "delayed", "processing"):
         put(queue, status, queue=status)
     promtool("check", "metrics", text=scraped(queue))
 
 
-def test_metrics_come_as_openmetrics_to_whoever_asks(queue: Queue, api: Client) -> None:
+def test_metrics_use_openmetrics_when_accepted(queue: Queue, api: Client) -> None:
     put(queue, "completed")
     plain = api.get("/metrics")
     assert plain.headers["content-type"] == "text/plain; version=0.0.4; charset=utf-8"
@@ -307,12 +308,12 @@ def test_metrics_come_as_openmetrics_to_whoever_asks(queue: Queue, api: Client) 
     assert plain.headers["cache-control"] == open.headers["cache-control"] == "no-store"
 
 
-def test_metrics_are_answered_503_without_redis() -> None:
+def test_metrics_return_503_without_redis() -> None:
     answer = Client(API(Settings(), Queue.from_url(f"redis://127.0.0.1:{free_port()}/0"))).get("/metrics")
     assert (answer.status, answer.kind) == (503, "unavailable")
 
 
-def test_metrics_count_the_scrapes_that_failed_once_redis_is_back(start_redis: Any) -> None:
+def test_failed_scrapes_are_counted_once_redis_is_back(start_redis: Any) -> None:
     server = start_redis()
     queue = Queue.from_url(server.url)
     api = Client(API(Settings(), queue))
@@ -332,19 +333,19 @@ def exposed() -> set[str]:
     return {f"tinyqueue_{name}{suffix}" for name, kind, *_ in METRICS for suffix in suffixes[kind]}
 
 
-def test_every_metric_is_told_by_a_queue_that_was_used(queue: Queue) -> None:
+def test_used_queue_exposes_every_metric(queue: Queue) -> None:
     put(queue, "completed")
     assert {key[0] for key in samples(queue)} == exposed()
 
 
 @pytest.mark.parametrize("name", ["alerts.yml", "grafana-dashboard.json"])
-def test_deploy_uses_metrics_that_there_are(name: str) -> None:
+def test_deploy_files_use_existing_metrics(name: str) -> None:
     named = set(re.findall(r"tinyqueue_\w+", (DEPLOY / name).read_text()))
     assert named
     assert named <= exposed()
 
 
-def test_alerts_are_rules_and_each_says_what_to_do() -> None:
+def test_alerts_are_valid_and_documented() -> None:
     promtool("check", "rules", str(DEPLOY / "alerts.yml"))
     text = (DEPLOY / "alerts.yml").read_text()
     alerts = text.split("- alert: ")[1:]
@@ -355,7 +356,7 @@ def test_alerts_are_rules_and_each_says_what_to_do() -> None:
         assert "severity:" in alert
 
 
-def test_alerts_fire_when_they_must_and_only_then() -> None:
+def test_alerts_fire_only_when_they_should() -> None:
     promtool("test", "rules", str(Path(__file__).with_name("alerts_test.yml")))
     tested = set(re.findall(r'alertname="(\w+)"', Path(__file__).with_name("alerts_test.yml").read_text()))
     assert tested == set(re.findall(r"- alert: (\w+)", (DEPLOY / "alerts.yml").read_text()))
@@ -366,16 +367,16 @@ def dashboard() -> Any:
     return json.loads((DEPLOY / "grafana-dashboard.json").read_text())
 
 
-def test_dashboard_asks_in_promql(dashboard: Any, tmp_path: Path) -> None:
-    asked = [target["expr"] for panel in dashboard["panels"] for target in panel["targets"]]
-    plain = [re.sub(r"\$(job|queue)\b", ".*", expr.replace("$__rate_interval", "5m")) for expr in asked]
+def test_dashboard_queries_are_valid_promql(dashboard: Any, tmp_path: Path) -> None:
+    queries = [target["expr"] for panel in dashboard["panels"] for target in panel["targets"]]
+    plain = [re.sub(r"\$(job|queue)\b", ".*", expr.replace("$__rate_interval", "5m")) for expr in queries]
     assert not [expr for expr in plain if "$" in expr]
-    rules = [{"record": f"asked:{number}", "expr": expr} for number, expr in enumerate(plain)]
+    rules = [{"record": f"query:{number}", "expr": expr} for number, expr in enumerate(plain)]
     (tmp_path / "rules.yml").write_text(json.dumps({"groups": [{"name": "dashboard", "rules": rules}]}))  # JSON is YAML
     promtool("check", "rules", str(tmp_path / "rules.yml"))
 
 
-def test_dashboard_can_be_imported_anywhere(dashboard: Any) -> None:
+def test_dashboard_imports_with_any_data_source(dashboard: Any) -> None:
     assert dashboard["id"] is None
     variables = {variable["name"]: variable for variable in dashboard["templating"]["list"]}
     assert variables["datasource"]["query"] == "prometheus"
@@ -387,7 +388,7 @@ def test_dashboard_can_be_imported_anywhere(dashboard: Any) -> None:
     assert len({panel["id"] for panel in dashboard["panels"]}) == len(dashboard["panels"])
 
 
-def test_panels_of_the_dashboard_do_not_overlap(dashboard: Any) -> None:
+def test_dashboard_panels_do_not_overlap(dashboard: Any) -> None:
     places = [panel["gridPos"] for panel in dashboard["panels"]]
     cells = [(x, y) for p in places for x in range(p["x"], p["x"] + p["w"]) for y in range(p["y"], p["y"] + p["h"])]
     assert len(cells) == len(set(cells))

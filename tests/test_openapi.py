@@ -1,4 +1,4 @@
-"""The description of the API: it is OpenAPI 3.1, it describes the routes and the job types that there are, and it is true."""
+"""Test the OpenAPI document: it is valid and complete, and the API conforms to it."""
 
 from __future__ import annotations
 
@@ -39,9 +39,9 @@ class Image:
 
 
 def echo(payload: Any) -> Any:
-    """Give back what comes.
+    """Return the payload.
 
-    And more."""
+    Only the first paragraph is published."""
     return payload
 
 
@@ -66,11 +66,15 @@ def document(near: Queue) -> Any:
 
 
 def operations(document: Any) -> dict[tuple[str, str], Any]:
-    return {(method.upper(), path): about for path, item in document["paths"].items() for method, about in item.items()}
+    return {
+        (method.upper(), path): operation
+        for path, item in document["paths"].items()
+        for method, operation in item.items()
+    }
 
 
 def resolved(document: Any, part: Any) -> Any:
-    """What a reference leads to."""
+    """Follow references to the part that they name."""
     while "$ref" in part:
         target = part["$ref"]
         part = document
@@ -79,59 +83,59 @@ def resolved(document: Any, part: Any) -> Any:
     return part
 
 
-def braced(path: str) -> str:
+def in_braces(path: str) -> str:
     return path.replace("<", "{").replace(">", "}")
 
 
-# Form -----------------------------------------------------------------------------------------------------------------
+# Validity -------------------------------------------------------------------------------------------------------------
 
 
-def test_is_valid_openapi(document: Any) -> None:
+def test_document_is_valid_openapi(document: Any) -> None:
     pytest.importorskip("openapi_spec_validator").validate(document)
 
 
-def test_has_the_form_of_openapi(document: Any) -> None:
+def test_document_has_the_structure_of_openapi(document: Any) -> None:
     assert re.fullmatch(r"3\.1\.\d+", document["openapi"])
     assert document["info"].keys() >= {"title", "version"}
     assert document["info"]["version"] == __version__
     assert document.keys() <= {"openapi", "info", "servers", "tags", "paths", "components", "security", "externalDocs"}
     tags = {tag["name"] for tag in document["tags"]}
-    for about in operations(document).values():
-        assert about["summary"]
-        assert set(about["tags"]) <= tags
-        assert all(re.fullmatch("[1-5][0-9][0-9]", status) for status in about["responses"])
-        assert {"200", "201"} & about["responses"].keys()
-        for response in about["responses"].values():
+    for operation in operations(document).values():
+        assert operation["summary"]
+        assert set(operation["tags"]) <= tags
+        assert all(re.fullmatch("[1-5][0-9][0-9]", status) for status in operation["responses"])
+        assert {"200", "201"} & operation["responses"].keys()
+        for response in operation["responses"].values():
             assert resolved(document, response)["description"]
 
 
-def test_every_reference_leads_somewhere_and_every_part_is_used(document: Any) -> None:
+def test_every_reference_resolves_and_every_component_is_used(document: Any) -> None:
     used = set(re.findall(r'"\$ref": "([^"]+)"', json.dumps(document)))
     for target in used:
         assert target.startswith("#/")
         assert resolved(document, {"$ref": target})
-    there = {
+    defined = {
         f"#/components/{kind}/{name}"
         for kind in ("parameters", "responses", "schemas")
         for name in document["components"][kind]
     }
-    assert there == used
+    assert defined == used
 
 
 @pytest.mark.parametrize("kind", ["parameters", "responses", "schemas", "securitySchemes"])
-def test_names_of_parts_are_what_openapi_allows(document: Any, kind: str) -> None:
+def test_component_names_are_allowed_by_openapi(document: Any, kind: str) -> None:
     assert [name for name in document["components"][kind] if not re.fullmatch(r"[a-zA-Z0-9._-]+", name)] == []
 
 
-def test_every_schema_is_one(document: Any) -> None:
+def test_every_schema_is_valid_json_schema(document: Any) -> None:
     meta = pytest.importorskip("jsonschema_rs").meta
     for schema in document["components"]["schemas"].values():
         meta.validate(schema | {"$schema": "https://json-schema.org/draft/2020-12/schema"})
 
 
-def test_every_parameter_in_a_path_is_described(document: Any) -> None:
-    for (_, path), about in operations(document).items():
-        parameters = [resolved(document, parameter) for parameter in about.get("parameters", [])]
+def test_every_path_parameter_is_described_once(document: Any) -> None:
+    for (_, path), operation in operations(document).items():
+        parameters = [resolved(document, parameter) for parameter in operation.get("parameters", [])]
         assert {p["name"] for p in parameters if p["in"] == "path"} == set(re.findall(r"{(\w+)}", path))
         assert all(p["required"] for p in parameters if p["in"] == "path")
         assert len({(p["in"], p["name"]) for p in parameters}) == len(parameters)
@@ -140,13 +144,13 @@ def test_every_parameter_in_a_path_is_described(document: Any) -> None:
 # Routes ---------------------------------------------------------------------------------------------------------------
 
 
-def test_describes_every_route_and_no_other(document: Any) -> None:
-    assert operations(document).keys() == {(method, braced(path)) for method, path, *_ in ROUTES}
+def test_document_describes_exactly_the_routes(document: Any) -> None:
+    assert operations(document).keys() == {(method, in_braces(path)) for method, path, *_ in ROUTES}
 
 
-def test_names_operations_as_the_methods_of_the_code(document: Any) -> None:
-    named = {route: about["operationId"] for route, about in operations(document).items()}
-    assert named == {(method, braced(path)): name for method, path, name, _ in ROUTES}
+def test_operation_ids_are_the_method_names(document: Any) -> None:
+    named = {route: operation["operationId"] for route, operation in operations(document).items()}
+    assert named == {(method, in_braces(path)): name for method, path, name, _ in ROUTES}
 
 
 BODY = {400, 413, 415, 422}
@@ -169,35 +173,35 @@ STATUSES_OF = {
     ("GET", "/workers"): {200},
     ("GET", "/metrics"): {200},
 }
-EVERYWHERE = {400, 401, 403, 429, 500, 503}  # 400 is for what a proxy forwards
+EVERYWHERE = {400, 401, 403, 429, 500, 503}  # 400: invalid X-Forwarded-For
 
 
 @pytest.mark.parametrize(("method", "path"), STATUSES_OF)
-def test_describes_every_status_that_a_route_answers(document: Any, method: str, path: str) -> None:
-    described = {int(status) for status in operations(document)[method, braced(path)]["responses"]}
+def test_document_describes_every_status_of_a_route(document: Any, method: str, path: str) -> None:
+    described = {int(status) for status in operations(document)[method, in_braces(path)]["responses"]}
     assert described == STATUSES_OF[method, path] | EVERYWHERE
 
 
-def test_describes_the_dashboard_as_a_page_without_a_key(document: Any) -> None:
+def test_dashboard_is_described_as_a_page_without_a_key(document: Any) -> None:
     page = operations(document)["GET", "/"]
     assert {int(status) for status in page["responses"]} == {200} | EVERYWHERE - {401, 429}
     assert page["security"] == [{}]
 
 
-def test_describes_health_as_what_is_always_well(document: Any) -> None:
+def test_health_is_described_as_always_ok_without_a_key(document: Any) -> None:
     health = operations(document)["GET", "/health"]
     assert health["responses"].keys() <= {"200", "500"}
     assert health["security"] == [{}]
 
 
-def test_says_where_a_key_is_wanted(document: Any) -> None:
-    roles = {(method, braced(path)): role for method, path, _, role in ROUTES}
-    wants = {route: {"key": []} in about["security"] for route, about in operations(document).items()}
-    assert wants == {route: role not in ("", "page") for route, role in roles.items()}
+def test_document_says_which_routes_require_a_key(document: Any) -> None:
+    roles = {(method, in_braces(path)): role for method, path, _, role in ROUTES}
+    requires = {route: {"key": []} in operation["security"] for route, operation in operations(document).items()}
+    assert requires == {route: role not in ("", "page") for route, role in roles.items()}
     assert document["components"]["securitySchemes"]["key"]["scheme"] == "bearer"
 
 
-def test_describes_every_field_and_filter(document: Any) -> None:
+def test_document_describes_every_field_and_filter(document: Any) -> None:
     schemas = document["components"]["schemas"]
     for kind in schemas["Job"]["oneOf"]:
         job = resolved(document, kind)
@@ -210,7 +214,7 @@ def test_describes_every_field_and_filter(document: Any) -> None:
     assert listed == {*FILTERS, "limit", "cursor"}
 
 
-def test_gives_the_limits_of_the_code(document: Any) -> None:
+def test_document_contains_the_limits_of_the_code(document: Any) -> None:
     schemas = document["components"]["schemas"]
     job = resolved(document, schemas["Job"]["oneOf"][0])["properties"]
     batch = operations(document)["POST", "/jobs/batch"]["requestBody"]["content"]["application/json"]["schema"]
@@ -225,10 +229,10 @@ def test_gives_the_limits_of_the_code(document: Any) -> None:
 # Job types ------------------------------------------------------------------------------------------------------------
 
 
-def test_has_one_schema_for_each_job_type(document: Any) -> None:
+def test_document_has_one_schema_for_each_job_type(document: Any) -> None:
     kinds = [resolved(document, kind) for kind in document["components"]["schemas"]["Job"]["oneOf"]]
     assert [kind["properties"]["type"]["const"] for kind in kinds] == list(HANDLERS)
-    assert kinds[0]["properties"]["type"]["description"] == "Give back what comes."
+    assert kinds[0]["properties"]["type"]["description"] == "Return the payload."
 
 
 JOBS = {
@@ -238,28 +242,31 @@ JOBS = {
     "options": ({"type": "echo", "payload": 1, "delay": 1.5, "queue": "q", "maxAttempts": 3, "uniqueKey": "u"}, True),
     "nulls": ({"type": "echo", "payload": 1} | dict.fromkeys(FIELDS.keys() - {"type", "payload"}), True),
     "unknown type": ({"type": "nope", "payload": 1}, False),
-    "no payload": ({"type": "echo"}, False),
-    "wrong payload": ({"type": "send-email", "payload": {"to": 1}}, False),
-    "another's payload": ({"type": "scale.image", "payload": {"to": "a"}}, False),
+    "missing payload": ({"type": "echo"}, False),
+    "invalid payload": ({"type": "send-email", "payload": {"to": 1}}, False),
+    "payload of another type": ({"type": "scale.image", "payload": {"to": "a"}}, False),
     "unknown field": ({"type": "echo", "payload": 1, "priority": 1}, False),
-    "wrong queue": ({"type": "echo", "payload": 1, "queue": "a b"}, False),
-    "wrong queue at its end": ({"type": "echo", "payload": 1, "queue": "a\n"}, False),
-    "no attempts": ({"type": "echo", "payload": 1, "maxAttempts": 0}, False),
+    "invalid queue": ({"type": "echo", "payload": 1, "queue": "a b"}, False),
+    "queue ending in a newline": ({"type": "echo", "payload": 1, "queue": "a\n"}, False),
+    "zero maxAttempts": ({"type": "echo", "payload": 1, "maxAttempts": 0}, False),
     "whole floats": (
         {"type": "scale.image", "payload": {"path": "a", "crop": {"width": 7.0}}, "maxAttempts": 3.0},
         True,
     ),
-    "no whole float": ({"type": "scale.image", "payload": {"path": "a", "crop": {"width": 7.5}}}, False),
-    "delay and moment": ({"type": "echo", "payload": 1, "delay": 1, "runAt": 1}, False),
-    "no time": ({"type": "echo", "payload": 1, "expiresIn": 0}, False),
+    "fractional float for an integer": (
+        {"type": "scale.image", "payload": {"path": "a", "crop": {"width": 7.5}}},
+        False,
+    ),
+    "delay and runAt": ({"type": "echo", "payload": 1, "delay": 1, "runAt": 1}, False),
+    "zero expiresIn": ({"type": "echo", "payload": 1, "expiresIn": 0}, False),
 }
 
 
-@pytest.mark.parametrize(("job", "right"), JOBS.values(), ids=JOBS.keys())
-def test_takes_for_a_job_what_the_code_takes(document: Any, near: Queue, job: Any, right: bool) -> None:
+@pytest.mark.parametrize(("job", "valid"), JOBS.values(), ids=JOBS.keys())
+def test_schema_accepts_the_same_jobs_as_the_server(document: Any, near: Queue, job: Any, valid: bool) -> None:
     rs = pytest.importorskip("jsonschema_rs")
-    assert rs.is_valid({"$ref": "#/components/schemas/Job", "components": document["components"]}, job) == right
-    assert (Client(API(Settings(), near)).post("/jobs", job).status == 201) == right
+    assert rs.is_valid({"$ref": "#/components/schemas/Job", "components": document["components"]}, job) == valid
+    assert (Client(API(Settings(), near)).post("/jobs", job).status == 201) == valid
 
 
 class Record(msgspec.Struct):
@@ -277,7 +284,7 @@ class Job:
 
 
 @pytest.mark.parametrize("payload", [Record, Problem, Job], ids=lambda payload: payload.__name__)
-def test_a_payload_type_does_not_take_the_place_of_another_schema(payload: Any) -> None:
+def test_payload_type_does_not_replace_a_schema_of_the_same_name(payload: Any) -> None:
     before = describe()["components"]["schemas"]
 
     def own(payload: Any) -> None: ...
@@ -299,7 +306,7 @@ def same_name() -> Any:
     return SendEmail
 
 
-def test_two_payload_types_of_one_name_keep_each_its_own_schema() -> None:
+def test_payload_types_of_the_same_name_keep_separate_schemas() -> None:
     def own(payload: Any) -> None: ...
 
     own.__annotations__["payload"] = same_name()
@@ -334,7 +341,7 @@ PAYLOADS = [
 
 
 @pytest.mark.parametrize("payload", PAYLOADS, ids=str)
-def test_describes_every_kind_of_payload_that_a_handler_may_take(near: Queue, payload: Any) -> None:
+def test_document_describes_every_supported_payload_type(near: Queue, payload: Any) -> None:
     def own(payload: Any) -> None: ...
 
     own.__annotations__["payload"] = payload
@@ -344,11 +351,11 @@ def test_describes_every_kind_of_payload_that_a_handler_may_take(near: Queue, pa
     assert "Job.own" in answer.json["components"]["schemas"]
 
 
-# It is true -----------------------------------------------------------------------------------------------------------
+# Conformance ----------------------------------------------------------------------------------------------------------
 
 
 def assert_conforms(answer: Answer, document: Any, method: str, path: str) -> None:
-    """Whether an answer is of a status, content type and schema that the document has for it."""
+    """Check that the document describes the status, the content type and the body of an answer."""
     rs = pytest.importorskip("jsonschema_rs")
     response = resolved(document, operations(document)[method, path]["responses"][str(answer.status)])
     content = response["content"][answer.headers["content-type"]]
@@ -356,7 +363,7 @@ def assert_conforms(answer: Answer, document: Any, method: str, path: str) -> No
 
 
 @pytest.mark.parametrize("status", STATUSES)
-def test_records_are_as_described(queue: Queue, api: Client, status: str) -> None:
+def test_answers_conform_to_the_document(queue: Queue, api: Client, status: str) -> None:
     document = describe()
     job = put(queue, status, unique_key="u", expires_in=60)
     assert_conforms(api.get(f"/jobs/{job.id}"), document, "GET", "/jobs/{id}")
@@ -390,14 +397,15 @@ def scale(image: Image) -> None: ...
 """
 
 
-def test_answers_as_described_to_whatever_is_sent(tmp_path: Path) -> None:
-    """Requests made from the document: those that fit it must be taken, those that do not refused, and no answer may surprise."""
+def test_api_conforms_to_the_document_for_generated_requests(tmp_path: Path) -> None:
+    """Send requests generated from the document. The server must accept the valid ones, reject the
+    invalid ones, and send only answers that the document describes."""
     pytest.importorskip("schemathesis")
     (tmp_path / "handlers.py").write_text(HANDLERS_PY)
     options = ["--max-examples", "200", "--generation-deterministic", "--no-color"]
     with running(tmp_path) as server:
         url = f"http://{server.address[0]}:{server.address[1]}/openapi.json"
         command = [sys.executable, "-m", "schemathesis.cli", "--config-file", str(CONFIG), "run", url, *options]
-        played = subprocess.run(command, cwd=CONFIG.parent.parent, capture_output=True, text=True, check=False)
-    assert played.returncode == 0, played.stdout + played.stderr
-    assert f"Tested: {len(ROUTES) - 1}" in played.stdout, "it did not play all of them"
+        done = subprocess.run(command, cwd=CONFIG.parent.parent, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert f"Tested: {len(ROUTES) - 1}" in done.stdout, "schemathesis did not test every operation"

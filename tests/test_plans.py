@@ -29,6 +29,8 @@ from tinyqueue_config import Settings
 from tinyqueue_doctor import COMMANDS, OLDEST, examine
 from wsgi import ROUTES
 
+README = Path(tinyqueue.__file__).parent / "README.md"
+DEPLOY = README.parent / "docs" / "deploy.md"
 HANDLERS = """
 import os, time
 from tinyqueue import Job, handler
@@ -279,16 +281,14 @@ USED = {name: since for since, names in SINCE.items() for name in names.split()}
 
 
 def granted() -> list[str]:
-    """The rules of the one line of the README that makes a user."""
-    [line] = re.findall(
-        r"^ *ACL SETUSER tinyqueue (.+)$", (Path(tinyqueue.__file__).parent / "README.md").read_text(), re.M
-    )
+    """The rules of the one line of docs/deploy.md that makes a user."""
+    [line] = re.findall(r"^ *ACL SETUSER tinyqueue (.+)$", DEPLOY.read_text(), re.M)
     return str(line).split()
 
 
 @pytest.fixture
 def admin(start_redis: Callable[..., RedisServer]) -> Iterator[redis.Redis]:
-    """A client that may do everything, on a server of its own where the README's user is known."""
+    """A client that may do everything, on a server of its own where the documented user is known."""
     client = redis.Redis(port=start_redis().port, protocol=2)
     client.execute_command("ACL", "SETUSER", "tinyqueue", *granted())
     yield client
@@ -367,8 +367,8 @@ def play(queue: Any) -> None:
         getattr(queue, look)()
 
 
-def test_user_of_the_readme_may_do_all_that_the_queue_does(admin: redis.Redis, queue_at: Any, folder: Path) -> None:
-    """And needs every command that is granted: what Redis has counted is what the README says, and what doctor looks for."""
+def test_documented_user_may_do_all_that_the_queue_does(admin: redis.Redis, queue_at: Any, folder: Path) -> None:
+    """And every command that is granted is needed: Redis has counted those that docs/deploy.md and doctor list."""
     url = url_of(admin)
     admin.config_resetstat()
     short = Noted(queue_at(url))
@@ -403,7 +403,7 @@ def test_user_of_the_readme_may_do_all_that_the_queue_does(admin: redis.Redis, q
     assert {name for names in COMMANDS.values() for name in names.split()} == set(USED)
 
 
-def test_user_of_the_readme_may_touch_no_other_key(admin: redis.Redis, queue_at: Any) -> None:
+def test_documented_user_may_touch_no_other_key(admin: redis.Redis, queue_at: Any) -> None:
     client = raw(queue_at(url_of(admin)))
     for words in (
         "GET other",
@@ -428,7 +428,7 @@ def test_submit_that_may_not_ask_for_replicas_tells_that_the_job_is_stored(admin
     assert "refused: WAIT" in [finding.seen for finding in examine(queue, 0)]
 
 
-def test_user_of_the_readme_satisfies_doctor(admin: redis.Redis, queue_at: Any) -> None:
+def test_documented_user_satisfies_doctor(admin: redis.Redis, queue_at: Any) -> None:
     found = examine(queue_at(url_of(admin)), 0)
     assert [finding.about for finding in found if finding.level != "ok"] == ["persistence", "workers"]
 
@@ -438,9 +438,9 @@ def test_commands_are_in_the_oldest_redis_that_will_do(admin: redis.Redis) -> No
         return tuple(map(int, version.split(".")))
 
     assert max(map(number, SINCE)) == OLDEST
-    assert (
-        f"Any Redis from {'.'.join(map(str, OLDEST))} on" in (Path(tinyqueue.__file__).parent / "README.md").read_text()
-    )
+    oldest = ".".join(map(str, OLDEST))
+    assert f"TinyQueue needs Redis {oldest} or newer" in DEPLOY.read_text()
+    assert f"Use Redis {oldest} or newer" in README.read_text()
     if number(admin.info("server")["redis_version"]) < (7,):
         pytest.skip("this Redis does not know in which version its commands came")
     docs = iter(admin.execute_command("COMMAND DOCS", *USED))

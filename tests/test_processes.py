@@ -490,7 +490,7 @@ def test_embedded_ends_with_its_worker(serve: Any) -> None:
 def test_platform_without_redis_url_is_refused(start: Any, script: str) -> None:
     process = start(ROOT / script, DYNO="web.1")
     assert process.end() == 2
-    assert "REDIS_URL is not set, and DYNO tells" in process.said
+    assert "REDIS_URL is required here (DYNO is set): the embedded Redis would lose all jobs" in process.said
     assert "Traceback" not in process.said
 
 
@@ -625,7 +625,7 @@ def test_worker_without_redis_url_says_what_to_do(run: Any) -> None:
     done = run(REDIS_URL="")
     assert done.returncode == 2
     assert b"Error: REDIS_URL is not set" in done.stderr
-    assert b"python wsgi.py" in done.stderr
+    assert b"tinyqueue web" in done.stderr
 
 
 @pytest.mark.parametrize(
@@ -748,7 +748,7 @@ def test_stats_are_a_table(near: Queue, run: Any) -> None:
 
 
 def test_workers_are_a_table(near: Queue, run: Any) -> None:
-    assert lines(run("workers")) == ["no worker: start one with python worker.py"]
+    assert lines(run("workers")) == ["no worker: start one with tinyqueue worker"]
     id, job = near.register(["default", "slow"], 3), near.enqueue("echo", 7)
     near.heartbeat(id, [job.id])
     assert lines(run("workers")) == ["worker alive busy queues runs", f"{id} yes 1/3 default,slow {job.id}"]

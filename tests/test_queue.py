@@ -102,7 +102,7 @@ def test_settings_in_dotenv_give_way_to_the_environment_and_both_to_overrides(
 @pytest.mark.parametrize(
     ("environ", "said"),
     [
-        ({"PORT": "abc"}, "PORT='abc'"),
+        ({"PORT": "abc"}, "PORT='abc' is not valid: Expected `int`, got `str` (port the web process listens on)"),
         ({"PORT": "70000"}, "PORT='70000'"),
         ({"PORT": "-1"}, "PORT='-1'"),
         ({"WORKER_CONCURRENCY": "0"}, "WORKER_CONCURRENCY"),
@@ -120,9 +120,9 @@ def test_settings_in_dotenv_give_way_to_the_environment_and_both_to_overrides(
         ({"TINYQUEUE_KEEP_COMPLETED": "0"}, "TINYQUEUE_KEEP_COMPLETED"),
         ({"TINYQUEUE_KEEP_FAILED": "a"}, "TINYQUEUE_KEEP_FAILED"),
         ({"TINYQUEUE_TLS_VERIFY": "perhaps"}, "TINYQUEUE_TLS_VERIFY"),
-        ({"TINYQUEUE_LEESE": "30"}, "TINYQUEUE_LEESE is not a setting"),
-        ({"DYNO": "web.1"}, "REDIS_URL is not set, and DYNO"),
-        ({"RAILWAY_SERVICE_ID": "1", "REDIS_URL": ""}, "REDIS_URL is not set, and RAILWAY_SERVICE_ID"),
+        ({"TINYQUEUE_LEESE": "30"}, "TINYQUEUE_LEESE is not a setting; use one of HOST, "),
+        ({"DYNO": "web.1"}, "REDIS_URL is required here (DYNO is set)"),
+        ({"RAILWAY_SERVICE_ID": "1", "REDIS_URL": ""}, "REDIS_URL is required here (RAILWAY_SERVICE_ID is set)"),
     ],
 )
 def test_settings_refused(environ: dict[str, str], said: str) -> None:

@@ -1,0 +1,69 @@
+"""The layout of the project: who imports whom, and how long functions and lines of prose are."""
+
+from __future__ import annotations
+
+import ast
+import io
+import tokenize
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).parent.parent
+IMPORTS = {  # each module, and those of ours that it may import
+    "tinyqueue_redis": set(),
+    "tinyqueue": {"tinyqueue_redis"},
+    "tinyqueue_config": {"tinyqueue"},
+    "tinyqueue_doctor": {"tinyqueue", "tinyqueue_redis"},
+    "handlers": {"tinyqueue"},
+    # The two programs start each other, from within a function: `tinyqueue web`, and the workers of an embedded Redis.
+    "worker": {"tinyqueue", "tinyqueue_config", "tinyqueue_doctor", "wsgi"},
+    "wsgi": {"tinyqueue", "tinyqueue_config", "tinyqueue_doctor", "worker"},
+}
+SCREEN = 50  # lines
+PROSE = 100  # columns
+
+
+def source(module: str) -> str:
+    return (REPOSITORY / f"{module}.py").read_text()
+
+
+def imported(module: str) -> Iterator[str]:
+    for node in ast.walk(ast.parse(source(module))):
+        if isinstance(node, ast.ImportFrom):
+            yield str(node.module).removeprefix("tinyqueue.")
+        elif isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+
+
+def test_layout_lists_every_module() -> None:
+    assert {path.stem for path in REPOSITORY.glob("*.py")} - {"setup"} == IMPORTS.keys()
+
+
+@pytest.mark.parametrize("module", IMPORTS)
+def test_imports_run_one_way(module: str) -> None:
+    assert set(imported(module)) & IMPORTS.keys() <= IMPORTS[module]
+
+
+@pytest.mark.parametrize("module", IMPORTS)
+def test_functions_fit_on_a_screen(module: str) -> None:
+    nodes = ast.walk(ast.parse(source(module)))
+    functions = (node for node in nodes if isinstance(node, ast.FunctionDef))
+    assert [node.name for node in functions if (node.end_lineno or 0) - node.lineno >= SCREEN] == []
+
+
+def prose(module: str) -> Iterator[tuple[int, str]]:
+    """The lines of docstrings and of comments that stand alone, except tables and banners."""
+    text = source(module)
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef | ast.ClassDef) and (doc := node.body[0]) and ast.get_docstring(node):
+            yield from ((at, text.splitlines()[at - 1]) for at in range(doc.lineno, (doc.end_lineno or 0) + 1))
+    for token in tokenize.generate_tokens(io.StringIO(text).readline):
+        if token.type == tokenize.COMMENT and token.line.lstrip().startswith("#") and "-----" not in token.string:
+            yield token.start[0], token.line.rstrip("\n")
+
+
+@pytest.mark.parametrize("module", IMPORTS)
+def test_prose_stays_within_100_columns(module: str) -> None:
+    assert [f"{module}.py:{at}" for at, line in prose(module) if len(line) > PROSE] == []
