@@ -1126,7 +1126,7 @@ def test_app_answers_503_without_redis_url(tmp_path: Path) -> None:
     [
         ({"PORT": "abc"}, "PORT"),
         ({"TINYQUEUE_NOPE": "1"}, "TINYQUEUE_NOPE"),
-        ({"DYNO": "web.1"}, "REDIS_URL is not set"),
+        ({"DYNO": "web.1"}, "REDIS_URL is required here (DYNO is set)"),
         ({"REDIS_URL": "redis://127.0.0.1:1/0", "TINYQUEUE_HANDLERS": "jobs"}, "jobs"),
         ({"REDIS_URL": "redis://127.0.0.1:1/0", "TINYQUEUE_HANDLERS": "json"}, "json"),
     ],
