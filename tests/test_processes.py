@@ -455,7 +455,7 @@ def test_worker_waits_for_a_redis_that_is_started_later(kept: RedisServer, start
 def test_embedded_serves_and_works_and_says_that_nothing_is_kept(serve: Any) -> None:
     web = serve()
     assert web.submit_and_wait()["result"] == 7
-    assert "NOTHING IS KEPT" in web.said
+    assert "JOBS ARE NOT PERSISTED" in web.said
     assert web.end(SIGINT, timeout=10) == 0
 
 
@@ -500,7 +500,7 @@ def test_web_processes_share_a_socket_and_are_replaced(near: Queue, real: Server
     first = until(lambda: len(web.children) == 2 and web.children)
     os.kill(min(first), SIGKILL)
     assert web.call("GET", "/ready")[0] == 200
-    web.until_said("it is replaced")
+    web.until_said("; replacing it")
     second = until(lambda: len(web.children) == 2 and web.children)
     assert len(first & second) == 1
     assert web.end(SIGTERM) == 0
@@ -607,12 +607,12 @@ def test_procfile_brings_both_up(near: Queue, real: Server, start: Any, folder: 
 def test_reload_restarts_on_a_change_of_the_code(serve: Any, folder: Path) -> None:
     port = free_port()
     web = serve("--reload", PORT=str(port))
-    web.until_said("NOTHING IS KEPT")
+    web.until_said("JOBS ARE NOT PERSISTED")
     handlers = folder / "handlers.py"
 
     def changed() -> bool:  # again and again, for a change before the first look is none
         handlers.write_text(HANDLERS.replace("return payload", "return payload + 1"))
-        return web.said.count("NOTHING IS KEPT") > 1
+        return web.said.count("JOBS ARE NOT PERSISTED") > 1
 
     until(changed)
     assert web.submit_and_wait()["result"] == 8
