@@ -18,32 +18,33 @@ States
     A job that waits for its delay or backoff is pending with a `runAt`. A job that expires before
     its first start is failed.
 
-Transitions. Each is one WATCH / MULTI / EXEC: two round trips however many jobs it moves, and no Lua.
+Transitions. Each is one WATCH / MULTI / EXEC: two round trips however many jobs it moves, no Lua.
 
-    verb      from -> to                      watches              only if                    writes
-    enqueue   nothing -> pending              once, unique         keys unused                record, list or delayed, keys
-    take      (list to list)                  -                    queue not paused           jobs -> proc, workers
-    start     pending -> processing           worker, records      registered; due            record: attempts + 1, worker
-    expire    pending -> failed               worker, records      registered; expired        record, proc, failed
-    complete  processing -> completed         worker, records      registered; same attempt   record, proc, completed
-    fail      processing -> pending, failed*  worker, records      registered; same attempt   record, proc, delayed or failed
-    release   processing -> pending, failed*  worker, records      registered; same attempt   record, proc, head of list
-    progress  processing -> processing        worker, record       registered; same attempt   record
-    promote   (delayed to list)               records              runAt has come             delayed, list
-    reap      processing -> pending, failed*  worker, lease, proc  lease gone; worker's own   worker, proc, record, head of list
-                                              and the records
-    cancel    pending -> cancelled            record               -                          record, delayed, cancelled
-    request   processing -> processing        record               handler takes a Job        record: cancelRequested
-    retry     failed, cancelled -> pending    record, unique       uniqueKey free             record, its index, list
+    verb      from -> to                      watches              only if                   writes
+    enqueue   nothing -> pending              once, unique         keys unused               record, list/delayed, keys
+    take      (list to list)                  -                    queue not paused          jobs -> proc, workers
+    start     pending -> processing           worker, records      registered; due           record: attempts + 1, worker
+    expire    pending -> failed               worker, records      registered; expired       record, proc, failed
+    complete  processing -> completed         worker, records      registered; same attempt  record, proc, completed
+    fail      processing -> pending, failed*  worker, records      registered; same attempt  record, proc, delayed/failed
+    release   processing -> pending, failed*  worker, records      registered; same attempt  record, proc, head of list
+    progress  processing -> processing        worker, record       registered; same attempt  record
+    promote   (delayed to list)               records              runAt has come            delayed, list
+    reap      processing -> pending, failed*  worker, lease, proc  lease gone; worker's own  worker, lease, proc, record,
+                                              and the records                                head of list
+    cancel    pending -> cancelled            record               -                         record, delayed, cancelled
+    request   processing -> processing        record               handler takes a Job       record: cancelRequested
+    retry     failed, cancelled -> pending    record, unique       uniqueKey free            record, its index, list
 
     * cancelled, if that was requested. Due: runAt has come, and the job has not expired. Expired:
-    expiresAt has passed before the first start. Same attempt: worker, attempts, refunds and startedAt
-    of the record are those that the worker holds. Worker's own: processing under that worker's name.
+    expiresAt has passed before the first start. Same attempt: worker, attempts, refunds and
+    startedAt of the record are those that the worker holds. Worker's own: processing under that
+    worker's name.
 
     dequeue is take, then start or expire. complete, fail and release are written by settle, many in
-    one transaction. cancel makes the request when the job is processing. Every verb that fills a list
-    rings its bell, and every verb keeps the counts and the metrics. Whatever ends a job frees its
-    uniqueKey and leaves a token for those who wait for it.
+    one transaction. cancel makes the request when the job is processing. Every verb that fills a
+    list rings its bell, and every verb keeps the counts and the metrics. Whatever ends a job frees
+    its uniqueKey and leaves a token for those who wait for it.
 
 Keys. All share one hash tag, the namespace, and so one slot of a cluster.
 
