@@ -860,7 +860,6 @@ class Queue(Verbs):
         self.store = Store(pool, check_name("namespace", namespace))
         self.pool = pool
         self.keys = self.store.keys
-        self.clock = self.store.clock
         self.parts = [self]  # the queues that this one consists of: itself
         self.lease = lease
         self.lease_ms = int(lease * 1000)
@@ -871,6 +870,10 @@ class Queue(Verbs):
         self.min_replicas = min_replicas
         self._paused: tuple[float, frozenset[str]] = (-1e9, frozenset())  # when read, and the names
         self._writers = threading.BoundedSemaphore(WRITERS)
+
+    @property
+    def clock(self) -> Clock:
+        return self.store.clock
 
     @classmethod
     def from_url(
