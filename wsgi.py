@@ -912,7 +912,7 @@ def serve(api: API, sock: socket.socket) -> int:
 
 
 def _serve_with_workers(api: API, server: Server) -> int:
-    from tinyqueue.worker import EXIT_BROKEN, Worker, obey_signals  # only here does the web process need it
+    from tinyqueue.worker import EXIT_BROKEN, Worker, handle_signals as obey_signals  # only needed here
 
     worker = Worker(api.queue, api.settings)
     codes: list[int] = [EXIT_BROKEN]

@@ -32,7 +32,7 @@ ID = "01a212e8-0d63-7018-974e-7771d63fb8fa"
 OTHER = "01a212e8-0d63-7019-a567-10510823b04c"
 
 
-def test_lose_nothing_and_run_nothing_twice_without_a_cause(start_redis: Callable[..., Any]) -> None:
+def test_inject_faults_without_losing_or_repeating_jobs(start_redis: Callable[..., Any]) -> None:
     results = list(run_trials(range(1, 51), parallel=4))
     broken = [result for result in results if isinstance(result, str)]
     assert broken == []
@@ -51,7 +51,7 @@ def test_plan_depends_on_the_seed_alone() -> None:
     assert plan(7) != plan(8)
 
 
-def test_plan_leaves_no_kind_of_fault_out() -> None:
+def test_plan_covers_every_kind_of_fault() -> None:
     assert {plan(seed).faults[0].kind for seed in range(len(KINDS))} == set(KINDS)
 
 
@@ -100,42 +100,42 @@ def found(verdict: Verdict) -> dict[str, int]:
     return {name: len(getattr(verdict, name)) for name in ("lost", "unexplained", "wrong") if getattr(verdict, name)}
 
 
-def test_judge_finds_nothing_where_nothing_is() -> None:
+def test_judge_accepts_a_trial_without_faults() -> None:
     assert found(judge(evidence())) == {}
 
 
-def test_judge_finds_an_accepted_job_that_is_gone() -> None:
+def test_judge_reports_an_accepted_job_that_is_gone() -> None:
     assert found(judge(evidence(records=[], runs=[]))) == {"lost": 1}
 
 
-def test_judge_finds_a_job_that_ran_and_is_gone() -> None:
+def test_judge_reports_a_job_that_ran_and_is_gone() -> None:
     assert found(judge(evidence(submits=[submit(ids=[], doubtful=True)], records=[]))) == {"lost": 1}
 
 
-def test_judge_finds_a_job_that_has_not_ended() -> None:
+def test_judge_reports_a_job_that_has_not_ended() -> None:
     assert found(judge(evidence(records=[job(status="pending")]))) == {"lost": 1}
 
 
-def test_judge_finds_a_submit_that_made_two_jobs() -> None:
+def test_judge_reports_a_submit_that_made_two_jobs() -> None:
     assert found(judge(evidence(records=[job(), job(id=OTHER)], runs=[run(), run(id=OTHER)]))) == {"wrong": 1}
 
 
-def test_judge_lets_a_submit_that_was_not_answered_have_made_a_job_or_none() -> None:
+def test_judge_accepts_a_job_or_none_for_an_unanswered_submit() -> None:
     unanswered = [submit(ids=[], doubtful=True)]
     assert found(judge(evidence(submits=unanswered))) == {}
     assert found(judge(evidence(submits=unanswered, records=[], runs=[]))) == {}
 
 
-def test_judge_finds_a_refused_submit_that_was_stored() -> None:
+def test_judge_reports_a_refused_submit_that_was_stored() -> None:
     assert found(judge(evidence(submits=[submit(ids=[])]))) == {"wrong": 1}
 
 
-def test_judge_finds_half_a_batch() -> None:
+def test_judge_reports_a_batch_that_is_not_complete() -> None:
     batch = submit(via="batch", payloads=[{"token": "t.0"}, {"token": "t.1"}], ids=[], doubtful=True)
     assert found(judge(evidence(submits=[batch]))) == {"lost": 1}
 
 
-def test_judge_finds_a_job_that_nobody_submitted() -> None:
+def test_judge_reports_a_job_that_nobody_submitted() -> None:
     assert found(judge(evidence(submits=[]))) == {"wrong": 1}
 
 
@@ -148,24 +148,24 @@ def test_judge_finds_a_job_that_nobody_submitted() -> None:
         {"status": "failed"},
     ],
 )
-def test_judge_finds_a_wrong_end(changes: dict[str, Any]) -> None:
+def test_judge_reports_an_outcome_that_its_handler_does_not_have(changes: dict[str, Any]) -> None:
     assert found(judge(evidence(records=[job(**changes)]))) == {"wrong": 1}
 
 
-def test_judge_finds_a_completed_job_that_never_ran() -> None:
+def test_judge_reports_a_completed_job_that_never_ran() -> None:
     assert found(judge(evidence(runs=[]))) == {"wrong": 1}
 
 
-def test_judge_finds_a_cancelled_job_that_runs() -> None:
+def test_judge_reports_a_cancelled_job_that_ran() -> None:
     cancelled = submit(cancel=True, cancelled_at=0.5)
     assert found(judge(evidence(submits=[cancelled], records=[job(status="cancelled")]))) == {"wrong": 1}
 
 
-def test_judge_finds_a_run_without_a_cause() -> None:
+def test_judge_reports_a_run_without_a_cause() -> None:
     assert found(judge(evidence(runs=[run(), run(2.0, 2.1, attempt=2, pid=200)]))) == {"unexplained": 1}
 
 
-def test_judge_finds_two_runs_at_once() -> None:
+def test_judge_reports_overlapping_runs() -> None:
     runs = [run(1.0, 3.0), run(2.0, 2.1, attempt=2, pid=200)]
     told, cut = [Signal(1.5, 100, SIGTERM)], [Cut(1.5, 4.5, "worker-0")]
     assert found(judge(evidence(runs=runs, cuts=cut))) == {}
@@ -174,7 +174,7 @@ def test_judge_finds_two_runs_at_once() -> None:
     assert found(judge(evidence(runs=late, signals=told))) == {"unexplained": 1}
 
 
-def test_judge_finds_a_job_that_kills_too_many_workers() -> None:
+def test_judge_reports_a_job_that_kills_too_many_workers() -> None:
     dead = job(
         type="poison",
         status="failed",
@@ -189,7 +189,7 @@ def test_judge_finds_a_job_that_kills_too_many_workers() -> None:
     assert found(judge(evidence(runs=runs, deaths=deaths, **changes))) == {"wrong": 1}
 
 
-def test_judge_finds_a_process_that_ended_by_itself() -> None:
+def test_judge_reports_a_process_that_ended_by_itself() -> None:
     death = Death(1.5, "worker-0", 100, 70)
     assert found(judge(evidence(deaths=[death]))) == {"wrong": 1}
     assert found(judge(evidence(deaths=[death], signals=[Signal(1.4, 100, SIGTERM)]))) == {}
@@ -209,11 +209,11 @@ def test_judge_finds_a_process_that_ended_by_itself() -> None:
         ("", run(), {"cuts": [Cut(0.1, 0.9, "worker-0")]}),  # over before it began
     ],
 )
-def test_cause_of_a_second_run(cause: str, earlier: Run, changes: dict[str, Any]) -> None:
+def test_cause_of_explains_a_second_run(cause: str, earlier: Run, changes: dict[str, Any]) -> None:
     assert cause_of(earlier, run(5.0, 5.1, attempt=2, pid=200), evidence(**changes)) == cause
 
 
-def test_read_marks_of_runs_that_ended_and_one_that_did_not() -> None:
+def test_read_marks_of_finished_and_unfinished_runs() -> None:
     lines = [
         "begin a 1 100 w 1.0",
         "begin b 1 100 w 1.1",
@@ -228,5 +228,5 @@ def test_read_marks_of_runs_that_ended_and_one_that_did_not() -> None:
     ]
 
 
-def test_read_marks_passes_over_the_end_of_a_run_of_the_trial_before() -> None:
+def test_read_marks_ignores_a_run_of_an_earlier_trial() -> None:
     assert read_marks([["fail", "a", "1", "100", "w", "1.0"]]) == []

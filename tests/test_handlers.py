@@ -58,7 +58,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 # All three ------------------------------------------------------------------------------------------------------------
 
 
-def test_handlers_run_by_a_worker_complete_at_the_first_attempt(here: Path) -> None:
+def test_run_all_handlers_in_a_worker_completes_their_jobs(here: Path) -> None:
     Path("media").mkdir()
     Image.new("RGB", (8, 8)).save("media/photo.png")
     queue = Queue.embedded()
@@ -81,7 +81,7 @@ def test_handlers_run_by_a_worker_complete_at_the_first_attempt(here: Path) -> N
     assert done[2].progress == 1.0
 
 
-def test_handlers_imported_touch_nothing(here: Path) -> None:
+def test_import_handlers_without_side_effects(here: Path) -> None:
     script = "import sys, handlers; sys.exit('PIL' in sys.modules)"
     subprocess.run([sys.executable, "-c", script], env={**os.environ, "PYTHONPATH": str(ROOT)}, check=True)
     assert files(here) == []
@@ -107,7 +107,7 @@ def test_handlers_imported_touch_nothing(here: Path) -> None:
         ("export-data", {"rows": [], "name": "a\nb"}, "$.name"),
     ],
 )
-def test_handlers_given_what_does_not_fit_refuse_it_when_it_is_submitted(type: str, payload: Any, path: str) -> None:
+def test_submit_an_invalid_payload_is_refused(type: str, payload: Any, path: str) -> None:
     queue = Queue.embedded()
     with pytest.raises(InvalidJob) as refusal:
         queue.enqueue(type, payload)
@@ -262,7 +262,7 @@ def tls_mail(
     yield from serve(server)
 
 
-def test_send_email_without_a_server_logs_it_and_not_its_body(caplog: pytest.LogCaptureFixture) -> None:
+def test_send_email_without_a_server_logs_all_but_the_body(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("DEBUG")
     receipt = send_email(SendEmail("user@example.com", "Hello", "the secret"), job())
     assert not receipt.sent
@@ -272,7 +272,7 @@ def test_send_email_without_a_server_logs_it_and_not_its_body(caplog: pytest.Log
 
 
 @pytest.mark.parametrize("body", ["Hi\n", "Grüße\n", ".\n.. and so on\n\nFrom me\n", "long " * 100 + "\n"])
-def test_send_email_arrives_as_it_was_written(mail: MailServer, body: str) -> None:
+def test_send_email_delivers_the_message_unchanged(mail: MailServer, body: str) -> None:
     receipt = send_email(SendEmail("user+tag@example.com", "Grüße an alle " * 20, body), job())
     (letter,) = mail.letters
     assert receipt.sent
@@ -287,14 +287,14 @@ def test_send_email_arrives_as_it_was_written(mail: MailServer, body: str) -> No
     assert (letter.sender, letter.login) == ("tinyqueue@localhost", "")
 
 
-def test_send_email_repeated_carries_the_same_message_id(mail: MailServer) -> None:
+def test_send_email_repeats_the_same_message_id(mail: MailServer) -> None:
     receipts = [send_email(HELLO, job()), send_email(HELLO, job()), send_email(HELLO, job(ID.replace("1", "2")))]
     first, again, other = [letter.message["Message-ID"] for letter in mail.letters]
     assert first == again != other
     assert [first, again, other] == [receipt.message_id for receipt in receipts]
 
 
-def test_send_email_with_a_sender_uses_it(mail: MailServer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_send_email_with_a_configured_sender_uses_it(mail: MailServer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SMTP_FROM", "The Shop <shop@example.com>")
     send_email(HELLO, job())
     (letter,) = mail.letters
@@ -303,7 +303,7 @@ def test_send_email_with_a_sender_uses_it(mail: MailServer, monkeypatch: pytest.
     assert letter.message["Message-ID"] == f"<{ID}@example.com>"
 
 
-def test_send_email_to_a_server_that_encrypts_logs_in(
+def test_send_email_to_an_encrypted_server_logs_in(
     tls_mail: MailServer, certificate: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
@@ -313,14 +313,14 @@ def test_send_email_to_a_server_that_encrypts_logs_in(
     assert (letter.sender, letter.login) == ("me@example.com", "me@example.com:p/w")
 
 
-def test_send_email_to_a_server_of_unknown_certificate_keeps_its_password(tls_mail: MailServer) -> None:
+def test_send_email_to_an_untrusted_server_sends_no_password(tls_mail: MailServer) -> None:
     with pytest.raises(ssl.SSLCertVerificationError):
         send_email(HELLO, job())
     assert "AUTH" not in tls_mail.verbs
     assert tls_mail.letters == []
 
 
-def test_send_email_to_a_server_that_does_not_encrypt_keeps_its_password(
+def test_send_email_to_an_unencrypted_server_sends_no_password(
     mail: MailServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("SMTP_URL", f"smtp://me:secret@127.1:{mail.port}")  # this machine, but not by a name that tells
@@ -339,13 +339,13 @@ def test_send_email_to_this_machine_logs_in_without_encryption(
     assert mail.letters[0].login == "me:p@ss"
 
 
-def test_send_email_refused_for_good_is_discarded(mail: MailServer) -> None:
+def test_send_email_after_a_permanent_refusal_is_discarded(mail: MailServer) -> None:
     mail.answers["RCPT"] = "550 no such user"
-    with pytest.raises(Discard, match=r"^user@example\.com is refused: 550 no such user$"):
+    with pytest.raises(Discard, match=r"^user@example\.com was refused: 550 no such user$"):
         send_email(HELLO, job())
 
 
-def test_send_email_refused_for_now_is_retried_later(mail: MailServer) -> None:
+def test_send_email_after_a_temporary_refusal_is_retried(mail: MailServer) -> None:
     mail.answers["RCPT"] = "451 come back later"
     with pytest.raises(Retry, match="451 come back later") as retry:
         send_email(HELLO, job())
@@ -356,7 +356,7 @@ def test_send_email_refused_for_now_is_retried_later(mail: MailServer) -> None:
     ("verb", "answer"),
     [("EHLO", ""), ("AUTH", "535 wrong"), ("MAIL", "421 busy"), ("RCPT", ""), ("DATA", "452 full"), ("DATA", "")],
 )
-def test_send_email_when_the_server_fails_is_a_failed_attempt(
+def test_send_email_to_a_failing_server_fails_the_attempt(
     mail: MailServer, monkeypatch: pytest.MonkeyPatch, verb: str, answer: str
 ) -> None:
     monkeypatch.setenv("SMTP_URL", f"smtp://me:secret@127.0.0.1:{mail.port}")
@@ -367,14 +367,14 @@ def test_send_email_when_the_server_fails_is_a_failed_attempt(
     assert mail.letters == []
 
 
-def test_send_email_when_nobody_listens_is_a_failed_attempt(mail: MailServer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_send_email_to_a_closed_port_fails_the_attempt(mail: MailServer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SMTP_URL", "smtp://127.0.0.1:1")
     with pytest.raises(ConnectionRefusedError):
         send_email(HELLO, job())
 
 
 @pytest.mark.parametrize("answer", ["", "500 what?"])
-def test_send_email_taken_and_then_hung_up_on_is_sent(mail: MailServer, answer: str) -> None:
+def test_send_email_with_a_failing_goodbye_succeeds(mail: MailServer, answer: str) -> None:
     mail.answers["QUIT"] = answer
     assert send_email(HELLO, job()).sent
     assert len(mail.letters) == 1
@@ -390,7 +390,7 @@ def test_send_email_taken_and_then_hung_up_on_is_sent(mail: MailServer, answer: 
         "host:25",
     ],
 )
-def test_send_email_with_a_wrong_url_says_so_and_not_the_password(monkeypatch: pytest.MonkeyPatch, url: str) -> None:
+def test_send_email_with_an_invalid_url_does_not_show_the_password(monkeypatch: pytest.MonkeyPatch, url: str) -> None:
     monkeypatch.setenv("SMTP_URL", url)
     with pytest.raises(RuntimeError, match="SMTP_URL must be") as error:
         send_email(HELLO, job())
@@ -398,7 +398,7 @@ def test_send_email_with_a_wrong_url_says_so_and_not_the_password(monkeypatch: p
     assert error.value.__context__ is None
 
 
-def test_send_email_called_with_an_unchecked_payload_writes_no_other_header(mail: MailServer) -> None:
+def test_send_email_with_an_unchecked_payload_adds_no_header(mail: MailServer) -> None:
     with pytest.raises(ValueError, match="linefeed"):
         send_email(SendEmail("user@example.com", "Hello\nBcc: all@example.com", "Hi"), job())
     assert mail.letters == []
@@ -459,7 +459,7 @@ def test_process_image_makes_a_thumbnail_that_fits(
     assert len(files(media)) == 2
 
 
-def test_process_image_turns_a_photo_upright_and_forgets_where_it_was_taken(media: Path) -> None:
+def test_process_image_turns_a_photo_upright_and_removes_its_metadata(media: Path) -> None:
     photo = Image.new("RGB", (400, 200), "blue")
     photo.paste("red", (0, 0, 200, 200))  # the left half, which is the top once it is turned
     exif = Image.Exif()
@@ -482,13 +482,13 @@ def test_process_image_turns_a_photo_upright_and_forgets_where_it_was_taken(medi
     ("mode", "suffix"),
     [("1", "png"), ("L", "png"), ("LA", "png"), ("P", "gif"), ("RGBA", "webp"), ("CMYK", "jpg")],
 )
-def test_process_image_takes_every_kind_of_pixel(media: Path, mode: str, suffix: str, format: str) -> None:
+def test_process_image_accepts_every_pixel_format(media: Path, mode: str, suffix: str, format: str) -> None:
     Image.new(mode, (400, 200)).save(media / f"photo.{suffix}")
     made = process_image(ProcessImage(f"photo.{suffix}", 100, 100, format))  # type: ignore[arg-type]
     assert (made.width, made.height) == (100, 50)
 
 
-def test_process_image_shows_white_where_a_jpeg_cannot_be_transparent(media: Path) -> None:
+def test_process_image_to_jpeg_makes_transparent_pixels_white(media: Path) -> None:
     Image.new("RGBA", (8, 8), (0, 0, 0, 0)).save(media / "photo.png")
     made = process_image(ProcessImage("photo.png"))
     with Image.open(media / made.path) as image:
@@ -496,14 +496,14 @@ def test_process_image_shows_white_where_a_jpeg_cannot_be_transparent(media: Pat
 
 
 @pytest.mark.parametrize("format", ["png", "webp"])
-def test_process_image_keeps_transparency_where_it_can(media: Path, format: str) -> None:
+def test_process_image_to_png_or_webp_keeps_transparency(media: Path, format: str) -> None:
     Image.new("RGBA", (8, 8), (0, 0, 0, 0)).save(media / "photo.png")
     made = process_image(ProcessImage("photo.png", format=format))  # type: ignore[arg-type]
     with Image.open(media / made.path) as image:
         assert image.convert("RGBA").getpixel((4, 4))[3] == 0  # type: ignore[index]
 
 
-def test_process_image_repeated_makes_the_same_file(media: Path) -> None:
+def test_process_image_repeated_writes_the_same_file(media: Path) -> None:
     Image.new("RGB", (8, 8)).save(media / "photo.png")
     assert process_image(ProcessImage("photo.png")) == process_image(ProcessImage("photo.png"))
     assert files(media) == ["photo.png", "photo.png.320x320.jpeg"]
@@ -518,7 +518,7 @@ def test_process_image_follows_a_link_that_stays_inside(media: Path) -> None:
 @pytest.mark.parametrize(
     "path", ["../outside.png", "sub/../../outside.png", "{tmp}/outside.png", "link.png", "folder/outside.png"]
 )
-def test_process_image_of_a_path_that_leads_out_is_discarded(media: Path, tmp_path: Path, path: str) -> None:
+def test_process_image_outside_the_folder_is_discarded(media: Path, tmp_path: Path, path: str) -> None:
     (media / "link.png").symlink_to(tmp_path / "outside.png")
     (media / "folder").symlink_to(tmp_path)
     before = files(tmp_path)
@@ -530,7 +530,7 @@ def test_process_image_of_a_path_that_leads_out_is_discarded(media: Path, tmp_pa
 @pytest.mark.parametrize(
     "path", ["nothing.png", "folder", "pipe.png", "text.png", "half.png", "drawing.eps", "old.bmp"]
 )
-def test_process_image_of_no_image_is_discarded(media: Path, path: str) -> None:
+def test_process_image_of_another_file_is_discarded(media: Path, path: str) -> None:
     (media / "folder").mkdir()
     os.mkfifo(media / "pipe.png")  # reading it would wait for ever
     (media / "text.png").write_text("no image")
@@ -545,7 +545,7 @@ def test_process_image_of_no_image_is_discarded(media: Path, path: str) -> None:
 
 
 @pytest.mark.parametrize("size", [(10_000, 5_001), (12_000, 12_000), (60_000, 60_000)])
-def test_process_image_of_a_bomb_is_discarded(media: Path, size: tuple[int, int]) -> None:
+def test_process_image_of_a_decompression_bomb_is_discarded(media: Path, size: tuple[int, int]) -> None:
     (media / "bomb.png").write_bytes(png_of(*size))
     with pytest.raises(Discard, match="DecompressionBomb"):
         process_image(ProcessImage("bomb.png"))
@@ -557,7 +557,7 @@ def test_process_image_without_pillow_says_what_to_install(media: Path, monkeypa
         process_image(ProcessImage("photo.png"))
 
 
-def test_process_image_that_cannot_write_leaves_nothing_behind(media: Path) -> None:
+def test_process_image_that_cannot_write_leaves_no_file(media: Path) -> None:
     Image.new("RGB", (8, 8)).save(media / "photo.png")
     (media / "photo.png.320x320.jpeg").mkdir()
     with pytest.raises(IsADirectoryError):
@@ -588,7 +588,7 @@ def test_export_data_as_csv_has_a_column_for_each_key(exports: Path) -> None:
     assert table(exports / made.path) == [["b", "a", "c"], ["1", "x,\n'ü", ""], ["-2.5", "", ""], ["", "", ""]]
 
 
-def test_export_data_as_json_lines_reads_back_the_same(exports: Path) -> None:
+def test_export_data_as_json_lines_writes_the_rows_unchanged(exports: Path) -> None:
     rows: list[dict[str, Any]] = [{"a": "=1+1\n\u2028ü", "b": -5}, {"c": None, "d": True, "e": 0.1, "f": 2**70}, {}]
     made = export_data(ExportData(rows, "jsonl"), job())
     assert made.path == f"{ID}.jsonl"
@@ -596,24 +596,24 @@ def test_export_data_as_json_lines_reads_back_the_same(exports: Path) -> None:
 
 
 @pytest.mark.parametrize("format", ["csv", "jsonl"])
-def test_export_data_of_no_rows_makes_an_empty_file(exports: Path, format: str) -> None:
+def test_export_data_without_rows_writes_an_empty_file(exports: Path, format: str) -> None:
     made = export_data(ExportData([], format), job())  # type: ignore[arg-type]
     assert (made.rows, made.bytes) == (0, 0)
     assert (exports / made.path).read_bytes() == b""
 
 
 @pytest.mark.parametrize("text", ['=HYPERLINK("http://evil")', "+1", "-5", "@SUM(A1)", "\t=1", "\r=1"])
-def test_export_data_as_csv_quotes_what_a_spreadsheet_would_run(exports: Path, text: str) -> None:
+def test_export_data_as_csv_quotes_formulas(exports: Path, text: str) -> None:
     made = export_data(ExportData([{text: text, "n": -5, "plain": "1=1"}]), job())
     assert table(exports / made.path) == [["'" + text, "n", "plain"], ["'" + text, "-5", "1=1"]]
 
 
-def test_export_data_repeated_makes_the_same_file(exports: Path) -> None:
+def test_export_data_repeated_writes_the_same_file(exports: Path) -> None:
     assert export_data(ExportData([{"a": 1}]), job()) == export_data(ExportData([{"a": 1}]), job())
     assert files(exports) == [f"{ID}.csv"]
 
 
-def test_export_data_with_a_name_replaces_what_had_it(exports: Path) -> None:
+def test_export_data_with_a_name_replaces_the_existing_file(exports: Path) -> None:
     export_data(ExportData([{"a": 1}, {"a": 2}], name="2026/report.txt"), job())
     made = export_data(ExportData([{"a": 3}], name="2026/report.txt"), job(ID.replace("1", "2")))
     assert made.path == "2026/report.txt"
@@ -621,7 +621,7 @@ def test_export_data_with_a_name_replaces_what_had_it(exports: Path) -> None:
     assert table(exports / made.path) == [["a"], ["3"]]
 
 
-def test_export_data_can_be_read_by_others(exports: Path) -> None:
+def test_export_data_writes_a_file_with_default_permissions(exports: Path) -> None:
     made = export_data(ExportData([]), job())
     umask = os.umask(0)
     os.umask(umask)
@@ -631,7 +631,7 @@ def test_export_data_can_be_read_by_others(exports: Path) -> None:
 @pytest.mark.parametrize(
     "name", ["../out.csv", "a/../../out.csv", "{tmp}/out.csv", "link.csv", "folder/out.csv", ".", "a/.."]
 )
-def test_export_data_to_a_path_that_leads_out_is_discarded(exports: Path, tmp_path: Path, name: str) -> None:
+def test_export_data_outside_the_folder_is_discarded(exports: Path, tmp_path: Path, name: str) -> None:
     exports.mkdir()
     (exports / "link.csv").symlink_to(tmp_path / "out.csv")
     (exports / "folder").symlink_to(tmp_path)
@@ -642,7 +642,7 @@ def test_export_data_to_a_path_that_leads_out_is_discarded(exports: Path, tmp_pa
 
 
 @pytest.mark.parametrize("format", ["csv", "jsonl"])
-def test_export_data_with_a_row_that_fails_leaves_no_file(exports: Path, format: str) -> None:
+def test_export_data_with_an_invalid_row_leaves_no_file(exports: Path, format: str) -> None:
     rows: list[dict[str, Any]] = [{"a": "fine"}, {"a": "\ud800"}]
     with pytest.raises(UnicodeEncodeError):
         export_data(ExportData(rows, format), job())  # type: ignore[arg-type]
@@ -650,7 +650,7 @@ def test_export_data_with_a_row_that_fails_leaves_no_file(exports: Path, format:
 
 
 @pytest.mark.parametrize("error", [TimedOut, RuntimeError])
-def test_export_data_interrupted_leaves_the_file_that_was_there(exports: Path, error: type[BaseException]) -> None:
+def test_export_data_interrupted_keeps_the_existing_file(exports: Path, error: type[BaseException]) -> None:
     class Interrupted(Job):
         def set_progress(self, done: float, of: float = 1.0) -> None:
             if done > 1:
@@ -663,7 +663,7 @@ def test_export_data_interrupted_leaves_the_file_that_was_there(exports: Path, e
     assert table(exports / "report.csv") == [["a"], ["1"]]
 
 
-def test_export_data_run_twice_at_once_makes_one_whole_file(exports: Path) -> None:
+def test_export_data_run_in_parallel_writes_one_whole_file(exports: Path) -> None:
     data = ExportData([{"a": n} for n in range(1000)])
     threads = [threading.Thread(target=export_data, args=(data, job())) for _ in range(4)]
     for thread in threads:
