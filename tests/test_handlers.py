@@ -1,4 +1,4 @@
-"""The examples of handlers.py: e-mail to a real SMTP server, thumbnails of real images, exports read back from the disk."""
+"""The handlers of handlers.py: e-mail to an SMTP server, thumbnails of images, exported files."""
 
 from __future__ import annotations
 
@@ -33,18 +33,18 @@ HELLO = SendEmail("user@example.com", "Hello", "Hi")
 
 
 def job(id: str = ID) -> Job:
-    """A job as a handler gets it, of no queue: progress goes nowhere."""
+    """Make a job as a handler gets it, without a queue, so its progress is not saved."""
     return Job(id, "test", None, "processing", attempts=1)
 
 
 def files(folder: Path) -> list[str]:
-    """Every file in a folder, temporary ones included."""
+    """List all files in a folder, including temporary ones."""
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if not path.is_dir())
 
 
 @pytest.fixture(autouse=True)
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty working directory, nothing set that the handlers read, and the three of them registered."""
+    """Work in an empty directory. Register the three handlers; unset their variables."""
     for declared in (send_email, process_image, export_data):
         monkeypatch.setitem(HANDLERS, declared.type, declared)
     for name in ("SMTP_URL", "SMTP_FROM", "MEDIA_DIR", "EXPORT_DIR"):
@@ -55,7 +55,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
-# All three ------------------------------------------------------------------------------------------------------------
+# All handlers ---------------------------------------------------------------------------------------------------------
 
 
 def test_run_all_handlers_in_a_worker_completes_their_jobs(here: Path) -> None:
@@ -118,7 +118,7 @@ def test_submit_an_invalid_payload_is_refused(type: str, payload: Any, path: str
 # send-email -----------------------------------------------------------------------------------------------------------
 
 
-class Letter(NamedTuple):
+class Delivery(NamedTuple):
     sender: str
     recipients: list[str]
     message: EmailMessage
@@ -127,51 +127,51 @@ class Letter(NamedTuple):
 
 
 class MailServer(socketserver.ThreadingTCPServer):
-    """Speaks just enough SMTP. `answers` says what to answer to a verb instead of taking it; an empty text hangs up."""
+    """Speaks a little SMTP. `answers` maps a verb to a fixed answer; an empty one hangs up."""
 
     daemon_threads = True
 
-    def __init__(self, tls: ssl.SSLContext | None = None, from_the_start: bool = False) -> None:
-        super().__init__(("127.0.0.1", 0), Conversation)
+    def __init__(self, tls: ssl.SSLContext | None = None, implicit_tls: bool = False) -> None:
+        super().__init__(("127.0.0.1", 0), Session)
         self.port = self.server_address[1]
-        self.tls, self.from_the_start = tls, from_the_start
+        self.tls, self.implicit_tls = tls, implicit_tls
         self.answers: dict[str, str] = {}
-        self.letters: list[Letter] = []
+        self.deliveries: list[Delivery] = []
         self.verbs: list[str] = []
-        self.broken: list[BaseException | None] = []
+        self.errors: list[BaseException | None] = []
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        if not isinstance(error := sys.exception(), ConnectionError):  # a client may hang up when it likes
-            self.broken.append(error)
+        if not isinstance(error := sys.exception(), ConnectionError):  # a client may close the connection at any time
+            self.errors.append(error)
 
 
-class Conversation(socketserver.StreamRequestHandler):
+class Session(socketserver.StreamRequestHandler):
     server: MailServer
     login = ""
     encrypted = False
 
     def handle(self) -> None:
-        if self.server.from_the_start:
+        if self.server.implicit_tls:
             self.encrypt()
-        self.say("220 mail.example.com")
+        self.reply("220 mail.example.com")
         while line := self.rfile.readline():
             verb, _, rest = line.decode().strip().partition(" ")
             self.server.verbs.append(verb := verb.upper())
             if verb not in self.server.answers:
                 getattr(self, verb.lower())(rest)
             elif answer := self.server.answers[verb]:
-                self.say(answer)
+                self.reply(answer)
             else:
                 return
 
-    def say(self, *lines: str) -> None:
+    def reply(self, *lines: str) -> None:
         self.wfile.write("".join(f"{line}\r\n" for line in lines).encode())
 
     def encrypt(self) -> None:
         assert self.server.tls
         try:
             self.request = self.connection = self.server.tls.wrap_socket(self.connection, server_side=True)
-        except OSError as error:  # the client does not like the certificate
+        except OSError as error:  # the client does not trust the certificate
             raise ConnectionAbortedError from error
         self.rfile.close()
         self.rfile, self.wfile = self.connection.makefile("rb"), self.connection.makefile("wb", 0)
@@ -183,39 +183,39 @@ class Conversation(socketserver.StreamRequestHandler):
 
     def ehlo(self, rest: str) -> None:
         offers = ["250-STARTTLS"] if self.server.tls and not self.encrypted else []
-        self.say("250-mail.example.com", *offers, "250 AUTH PLAIN")
+        self.reply("250-mail.example.com", *offers, "250 AUTH PLAIN")
 
     def starttls(self, rest: str) -> None:
-        self.say("220 go on")
+        self.reply("220 ready")
         self.encrypt()
 
     def auth(self, rest: str) -> None:
         self.login = base64.b64decode(rest.removeprefix("PLAIN ")).decode().replace("\0", ":").removeprefix(":")
-        self.say("235 welcome")
+        self.reply("235 welcome")
 
     def mail(self, rest: str) -> None:
         self.sender, self.recipients = rest.partition("<")[2].partition(">")[0], list[str]()
-        self.say("250 ok")
+        self.reply("250 ok")
 
     def rcpt(self, rest: str) -> None:
         self.recipients.append(rest.partition("<")[2].partition(">")[0])
-        self.say("250 ok")
+        self.reply("250 ok")
 
     def data(self, rest: str) -> None:
-        self.say("354 go on")
+        self.reply("354 ready")
         text = b""
         while (line := self.rfile.readline()) not in (b".\r\n", b""):
             assert line.isascii()
             text += line.removeprefix(b".")
         message = message_from_bytes(text, EmailMessage, policy=policy.default)
-        self.server.letters.append(Letter(self.sender, self.recipients, message, self.encrypted, self.login))
-        self.say("250 taken")
+        self.server.deliveries.append(Delivery(self.sender, self.recipients, message, self.encrypted, self.login))
+        self.reply("250 accepted")
 
     def rset(self, rest: str) -> None:
-        self.say("250 ok")
+        self.reply("250 ok")
 
     def quit(self, rest: str) -> None:
-        self.say("221 bye")
+        self.reply("221 bye")
 
 
 def serve(server: MailServer) -> Iterator[MailServer]:
@@ -225,12 +225,12 @@ def serve(server: MailServer) -> Iterator[MailServer]:
     server.shutdown()
     thread.join()
     server.server_close()
-    assert server.broken == []
+    assert server.errors == []
 
 
 @pytest.fixture
 def mail(monkeypatch: pytest.MonkeyPatch) -> Iterator[MailServer]:
-    """A mail server without encryption, and SMTP_URL set to it."""
+    """Run a mail server without encryption and set SMTP_URL to it."""
     server = MailServer()
     monkeypatch.setenv("SMTP_URL", f"smtp://127.0.0.1:{server.port}")
     yield from serve(server)
@@ -238,7 +238,7 @@ def mail(monkeypatch: pytest.MonkeyPatch) -> Iterator[MailServer]:
 
 @pytest.fixture(scope="module")
 def certificate(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A file with a key and a certificate for 127.0.0.1, which nobody trusts."""
+    """Make a file with a key and an untrusted certificate for 127.0.0.1."""
     path = tmp_path_factory.mktemp("tls") / "server.pem"
     command = (
         "openssl req -x509 -newkey rsa:2048 -nodes -subj /CN=test -addext subjectAltName=IP:127.0.0.1 -keyout - -out -"
@@ -254,10 +254,10 @@ def certificate(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tls_mail(
     request: pytest.FixtureRequest, certificate: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[MailServer]:
-    """A mail server that encrypts, after STARTTLS or from the start, and SMTP_URL set to it, with a password."""
+    """Run a mail server with STARTTLS or implicit TLS; set SMTP_URL to it, with a password."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(certificate)
-    server = MailServer(context, from_the_start=request.param == "smtps")
+    server = MailServer(context, implicit_tls=request.param == "smtps")
     monkeypatch.setenv("SMTP_URL", f"{request.param}://me%40example.com:p%2Fw@127.0.0.1:{server.port}")
     yield from serve(server)
 
@@ -274,22 +274,21 @@ def test_send_email_without_a_server_logs_all_but_the_body(caplog: pytest.LogCap
 @pytest.mark.parametrize("body", ["Hi\n", "Grüße\n", ".\n.. and so on\n\nFrom me\n", "long " * 100 + "\n"])
 def test_send_email_delivers_the_message_unchanged(mail: MailServer, body: str) -> None:
     receipt = send_email(SendEmail("user+tag@example.com", "Grüße an alle " * 20, body), job())
-    (letter,) = mail.letters
+    (delivery,) = mail.deliveries
     assert receipt.sent
-    assert letter.recipients == ["user+tag@example.com"]
-    assert letter.message["To"] == "user+tag@example.com"
-    assert (
-        letter.message["Subject"].split() == ["Grüße", "an", "alle"] * 20
-    )  # Python 3.13.0 folds a blank too many into it
-    assert letter.message.get_content().replace("\r\n", "\n") == body
-    assert letter.message["Message-ID"] == receipt.message_id
-    assert letter.message["Date"].datetime.tzinfo
-    assert (letter.sender, letter.login) == ("tinyqueue@localhost", "")
+    assert delivery.recipients == ["user+tag@example.com"]
+    assert delivery.message["To"] == "user+tag@example.com"
+    words = delivery.message["Subject"].split()  # because Python 3.13.0 adds a space when it folds the line
+    assert words == ["Grüße", "an", "alle"] * 20
+    assert delivery.message.get_content().replace("\r\n", "\n") == body
+    assert delivery.message["Message-ID"] == receipt.message_id
+    assert delivery.message["Date"].datetime.tzinfo
+    assert (delivery.sender, delivery.login) == ("tinyqueue@localhost", "")
 
 
 def test_send_email_repeats_the_same_message_id(mail: MailServer) -> None:
     receipts = [send_email(HELLO, job()), send_email(HELLO, job()), send_email(HELLO, job(ID.replace("1", "2")))]
-    first, again, other = [letter.message["Message-ID"] for letter in mail.letters]
+    first, again, other = [delivery.message["Message-ID"] for delivery in mail.deliveries]
     assert first == again != other
     assert [first, again, other] == [receipt.message_id for receipt in receipts]
 
@@ -297,10 +296,10 @@ def test_send_email_repeats_the_same_message_id(mail: MailServer) -> None:
 def test_send_email_with_a_configured_sender_uses_it(mail: MailServer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SMTP_FROM", "The Shop <shop@example.com>")
     send_email(HELLO, job())
-    (letter,) = mail.letters
-    assert letter.sender == "shop@example.com"
-    assert letter.message["From"] == "The Shop <shop@example.com>"
-    assert letter.message["Message-ID"] == f"<{ID}@example.com>"
+    (delivery,) = mail.deliveries
+    assert delivery.sender == "shop@example.com"
+    assert delivery.message["From"] == "The Shop <shop@example.com>"
+    assert delivery.message["Message-ID"] == f"<{ID}@example.com>"
 
 
 def test_send_email_to_an_encrypted_server_logs_in(
@@ -308,27 +307,29 @@ def test_send_email_to_an_encrypted_server_logs_in(
 ) -> None:
     monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
     send_email(HELLO, job())
-    (letter,) = tls_mail.letters
-    assert letter.encrypted
-    assert (letter.sender, letter.login) == ("me@example.com", "me@example.com:p/w")
+    (delivery,) = tls_mail.deliveries
+    assert delivery.encrypted
+    assert (delivery.sender, delivery.login) == ("me@example.com", "me@example.com:p/w")
 
 
 def test_send_email_to_an_untrusted_server_sends_no_password(tls_mail: MailServer) -> None:
     with pytest.raises(ssl.SSLCertVerificationError):
         send_email(HELLO, job())
     assert "AUTH" not in tls_mail.verbs
-    assert tls_mail.letters == []
+    assert tls_mail.deliveries == []
 
 
 def test_send_email_to_an_unencrypted_server_sends_no_password(
     mail: MailServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("SMTP_URL", f"smtp://me:secret@127.1:{mail.port}")  # this machine, but not by a name that tells
+    monkeypatch.setenv(
+        "SMTP_URL", f"smtp://me:secret@127.1:{mail.port}"
+    )  # this machine, but not by a name that shows it
     with pytest.raises(RuntimeError, match="no encryption") as error:
         send_email(HELLO, job())
     assert "secret" not in str(error.value)
     assert "AUTH" not in mail.verbs
-    assert mail.letters == []
+    assert mail.deliveries == []
 
 
 def test_send_email_to_this_machine_logs_in_without_encryption(
@@ -336,7 +337,7 @@ def test_send_email_to_this_machine_logs_in_without_encryption(
 ) -> None:
     monkeypatch.setenv("SMTP_URL", f"smtp://me:p%40ss@127.0.0.1:{mail.port}")
     send_email(HELLO, job())
-    assert mail.letters[0].login == "me:p@ss"
+    assert mail.deliveries[0].login == "me:p@ss"
 
 
 def test_send_email_after_a_permanent_refusal_is_discarded(mail: MailServer) -> None:
@@ -364,7 +365,7 @@ def test_send_email_to_a_failing_server_fails_the_attempt(
     with pytest.raises(OSError) as error:  # noqa: PT011 - the base of all errors of smtplib
         send_email(HELLO, job())
     assert "secret" not in str(error.value)
-    assert mail.letters == []
+    assert mail.deliveries == []
 
 
 def test_send_email_to_a_closed_port_fails_the_attempt(mail: MailServer, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -377,7 +378,7 @@ def test_send_email_to_a_closed_port_fails_the_attempt(mail: MailServer, monkeyp
 def test_send_email_with_a_failing_goodbye_succeeds(mail: MailServer, answer: str) -> None:
     mail.answers["QUIT"] = answer
     assert send_email(HELLO, job()).sent
-    assert len(mail.letters) == 1
+    assert len(mail.deliveries) == 1
 
 
 @pytest.mark.parametrize(
@@ -401,7 +402,7 @@ def test_send_email_with_an_invalid_url_does_not_show_the_password(monkeypatch: 
 def test_send_email_with_an_unchecked_payload_adds_no_header(mail: MailServer) -> None:
     with pytest.raises(ValueError, match="linefeed"):
         send_email(SendEmail("user@example.com", "Hello\nBcc: all@example.com", "Hi"), job())
-    assert mail.letters == []
+    assert mail.deliveries == []
 
 
 # process-image --------------------------------------------------------------------------------------------------------
@@ -409,7 +410,7 @@ def test_send_email_with_an_unchecked_payload_adds_no_header(mail: MailServer) -
 
 @pytest.fixture
 def media(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The folder of images. A picture lies outside of it."""
+    """Make the folder of images, and one image outside of it."""
     folder = tmp_path / "media"
     folder.mkdir()
     Image.new("RGB", (8, 8)).save(tmp_path / "outside.png")
@@ -418,7 +419,7 @@ def media(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def png_of(width: int, height: int) -> bytes:
-    """A PNG that claims a size and holds nothing."""
+    """Make a PNG that claims a size and contains no pixels."""
 
     def chunk(name: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
@@ -461,7 +462,7 @@ def test_process_image_makes_a_thumbnail_that_fits(
 
 def test_process_image_turns_a_photo_upright_and_removes_its_metadata(media: Path) -> None:
     photo = Image.new("RGB", (400, 200), "blue")
-    photo.paste("red", (0, 0, 200, 200))  # the left half, which is the top once it is turned
+    photo.paste("red", (0, 0, 200, 200))  # the left half, which becomes the top
     exif = Image.Exif()
     exif[0x0112] = 6
     exif[0x010F] = "a camera"
@@ -532,11 +533,11 @@ def test_process_image_outside_the_folder_is_discarded(media: Path, tmp_path: Pa
 )
 def test_process_image_of_another_file_is_discarded(media: Path, path: str) -> None:
     (media / "folder").mkdir()
-    os.mkfifo(media / "pipe.png")  # reading it would wait for ever
-    (media / "text.png").write_text("no image")
+    os.mkfifo(media / "pipe.png")  # reading it would block forever
+    (media / "text.png").write_text("not an image")
     Image.effect_noise((64, 64), 50).save(media / "half.png")
     (media / "half.png").write_bytes((media / "half.png").read_bytes()[:1000])
-    Image.new("RGB", (8, 8)).save(media / "drawing.eps")  # which Pillow would have Ghostscript execute
+    Image.new("RGB", (8, 8)).save(media / "drawing.eps")  # Pillow would run Ghostscript on it
     Image.new("RGB", (8, 8)).save(media / "old.bmp")
     before = files(media)
     with pytest.raises(Discard, match=path):
@@ -570,7 +571,7 @@ def test_process_image_that_cannot_write_leaves_no_file(media: Path) -> None:
 
 @pytest.fixture
 def exports(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The folder of exports, which is not there yet."""
+    """Set the folder of exports, which does not exist yet."""
     monkeypatch.setenv("EXPORT_DIR", str(tmp_path / "exports"))
     return tmp_path / "exports"
 

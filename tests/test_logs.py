@@ -1,4 +1,4 @@
-"""Log lines: one for each event, that nothing can forge, with the ids that lead from a request to its job."""
+"""Log lines: one for each event, safe against forgery, with the ids that link requests to jobs."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ Lines = Callable[[], list[str]]
 
 @pytest.fixture
 def logged() -> Iterator[Callable[..., Lines]]:
-    """Log as the settings say, into memory: logged(log_format="json") -> a function that gives the lines so far."""
+    """Log into memory: logged(log_format="json") returns a function that returns the lines."""
     root = logging.getLogger()
     before = root.level, list(root.handlers)
 
@@ -67,14 +67,14 @@ def types(no_handlers: None) -> None:
     assert HANDLERS.keys() == {"echo", "nasty", "threads"}
 
 
-def work_off(queue: Queue, slots: int = 1) -> None:
-    """Run all jobs that are due in a worker of this process, which ends then."""
+def run_jobs(queue: Queue, slots: int = 1) -> None:
+    """Run all due jobs in a worker of this process."""
     worker = Worker(queue, Settings(worker_concurrency=slots), burst=True)
     assert worker.run() == 0
 
 
 def events(lines: Lines) -> dict[str, Any]:
-    """The JSON lines by their event; of several the last."""
+    """Map each event to its last JSON line."""
     return {line.get("event", line["message"]): line for line in map(json.loads, lines())}
 
 
@@ -84,58 +84,58 @@ def events(lines: Lines) -> dict[str, Any]:
 def test_log_the_start_and_the_end_of_a_job(queue: Queue, types: None, logged: Any) -> None:
     lines = logged(log_format="json", log_level="debug")
     job = queue.enqueue("echo", {"password": "hunter2"})
-    work_off(queue)
-    told = events(lines)
-    about = {"job": job.id, "type": "echo", "queue": "default", "attempt": 1}
-    worker = told["completed"]["worker"]
+    run_jobs(queue)
+    found = events(lines)
+    expected = {"job": job.id, "type": "echo", "queue": "default", "attempt": 1}
+    worker = found["completed"]["worker"]
     assert worker
     for event, level in (("started", "debug"), ("completed", "info"), ("echo was here", "info")):
-        assert told[event].items() >= {**about, "worker": worker, "level": level}.items()
-    assert 0 <= told["completed"]["durationMs"] < 10_000
-    assert "requestId" not in told["completed"]
+        assert found[event].items() >= {**expected, "worker": worker, "level": level}.items()
+    assert 0 <= found["completed"]["durationMs"] < 10_000
+    assert "requestId" not in found["completed"]
     assert "hunter2" not in "".join(lines())
 
 
 def test_log_no_start_of_a_job_at_level_info(queue: Queue, types: None, logged: Any) -> None:
     lines = logged()
     job = queue.enqueue("echo", 1)
-    work_off(queue)
+    run_jobs(queue)
     assert [line for line in lines() if "started" in line] == []
-    [ended] = [line for line in lines() if "completed" in line]
-    assert re.search(rf" INFO job {job.id} \(echo\) completed in \d+ ms, attempt 1/3$", ended)
-    [own] = [line for line in lines() if "echo was here" in line]
-    assert own.endswith(f" INFO echo was here job={job.id}")
+    [outcome] = [line for line in lines() if "completed" in line]
+    assert re.search(rf" INFO job {job.id} \(echo\) completed in \d+ ms, attempt 1/3$", outcome)
+    [from_handler] = [line for line in lines() if "echo was here" in line]
+    assert from_handler.endswith(f" INFO echo was here job={job.id}")
 
 
 def test_log_in_several_slots_names_the_job_of_each(queue: Queue, types: None, logged: Any) -> None:
     lines = logged(log_format="json")
     jobs = {job.id for job in queue.enqueue_many("threads", range(3))}
-    work_off(queue, slots=3)
-    told = [line for line in map(json.loads, lines()) if line["message"].startswith("mine is ")]
-    assert {line["job"] for line in told} == jobs
-    assert all(line["message"] == f"mine is {line['job']}" for line in told)
+    run_jobs(queue, slots=3)
+    found = [line for line in map(json.loads, lines()) if line["message"].startswith("mine is ")]
+    assert {line["job"] for line in found} == jobs
+    assert all(line["message"] == f"mine is {line['job']}" for line in found)
 
 
 def test_log_of_a_cancelled_running_job_says_so(queue: Queue, types: None, logged: Any) -> None:
-    @handler("obedient")
-    def obedient(payload: object, job: Job) -> None:
+    @handler("stops")
+    def stops(payload: object, job: Job) -> None:
         queue.cancel(job.id)
         until(lambda: job.cancelled)
         raise RuntimeError("stopped")
 
     lines = logged()
-    job = queue.enqueue("obedient", 1)
-    work_off(queue)
-    [ended] = [line for line in lines() if "RuntimeError" in line]
-    assert f" WARNING job {job.id} (obedient) failed in " in ended
-    assert ended.endswith(" ms, attempt 1/3: RuntimeError: stopped; its cancellation was requested")
+    job = queue.enqueue("stops", 1)
+    run_jobs(queue)
+    [outcome] = [line for line in lines() if "RuntimeError" in line]
+    assert f" WARNING job {job.id} (stops) failed in " in outcome
+    assert outcome.endswith(" ms, attempt 1/3: RuntimeError: stopped; its cancellation was requested")
 
 
 @pytest.mark.parametrize("format", ["text", "json"])
 def test_log_of_nasty_text_stays_on_one_line(queue: Queue, types: None, logged: Any, format: str) -> None:
     lines = logged(log_format=format)
     queue.enqueue("nasty", 1)
-    work_off(queue)
+    run_jobs(queue)
     assert len([line for line in lines() if "2026-01-01 00:00:00" in line]) == 2
     for line in lines():
         assert line.isprintable()
@@ -195,9 +195,9 @@ def test_log_a_request_once(  # noqa: PLR0917
     assert line.isprintable()
     assert len(line) < 700
     if format == "json":
-        told = json.loads(line)
-        assert told.items() >= {"level": level, "event": "request", "method": method, "requestId": "r-1"}.items()
-        assert (told["status"], told["durationMs"] >= 0, " " in told["path"]) == (answer.status, True, False)
+        fields = json.loads(line)
+        assert fields.items() >= {"level": level, "event": "request", "method": method, "requestId": "r-1"}.items()
+        assert (fields["status"], fields["durationMs"] >= 0, " " in fields["path"]) == (answer.status, True, False)
     else:
         assert re.search(rf" {level.upper()} {method} \S+ {answer.status} in \d+ ms requestId=r-1$", line)
 
@@ -235,10 +235,10 @@ def test_log_the_request_id_in_web_and_worker(queue: Queue, api: Client, types: 
     lines = logged(log_format="json", log_level="debug")
     headers = {"X-Request-ID": "r-1", "traceparent": TRACE}
     job = api.post("/jobs", {"type": "echo", "payload": 1}, headers).json["jobId"]
-    work_off(queue)
-    told = events(lines)
+    run_jobs(queue)
+    found = events(lines)
     for event in ("request", "started", "echo was here", "completed"):
-        assert told[event].items() >= {"requestId": "r-1", "traceparent": TRACE, "job": job}.items()
+        assert found[event].items() >= {"requestId": "r-1", "traceparent": TRACE, "job": job}.items()
     shown = api.get(f"/jobs/{job}").json
     assert (shown["requestId"], shown["traceparent"]) == ("r-1", TRACE)
 
@@ -276,7 +276,7 @@ def test_refuse_request_ids_in_the_body(api: Client, types: None, field: str) ->
 
 def test_retry_keeps_the_request_id_of_a_job(queue: Queue, api: Client, types: None) -> None:
     job = api.post("/jobs", {"type": "nasty", "payload": 1}, {"X-Request-ID": "r-1"}).json["jobId"]
-    work_off(queue)
+    run_jobs(queue)
     queue.retry(job)
     assert queue.get(job).request_id == "r-1"  # type: ignore[union-attr]
 
@@ -298,6 +298,6 @@ def test_log_a_request_and_its_job_in_a_real_server(tmp_path: Path) -> None:
         answer = wire.answer()
         assert (answer.status, answer.headers["x-request-id"]) == (201, "r-17")
         until(lambda: "(echo) completed" in log.read_text())
-        said = [line for line in log.read_text().splitlines() if "r-17" in line]
-    assert len(said) == 3, said
-    assert all(f"{answer.json['jobId']}" in line for line in said)
+        found = [line for line in log.read_text().splitlines() if "r-17" in line]
+    assert len(found) == 3, found
+    assert all(answer.json["jobId"] in line for line in found)

@@ -1,4 +1,4 @@
-"""Real processes on a real Redis: what signals, kills and outages do to them, and how they answer at the command line."""
+"""Real processes on a real Redis: signals, kills and outages, and the command line."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from tinyqueue import Failure, Job, Queue
 
 ROOT = Path(__file__).resolve().parent.parent
 
-# Each run of a handler leaves lines in the file "runs". A gate runs until a file of its name is there.
+# Handlers write their steps into the file `runs`. A gate runs until a file with its name exists.
 HANDLERS = """
 import os, signal, sys, threading, time
 from tinyqueue import Job, handler
@@ -80,12 +80,12 @@ def until_is(queue: Queue, job: Job, status: str) -> Job:
 
 
 def environment(**more: str) -> dict[str, str]:
-    """What a process finds in its environment: nothing of this one's settings."""
+    """Return the environment of a process, without any settings of this one."""
     return {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT), "PORT": "0"} | more
 
 
 class Process:
-    """A process in a group of its own, with what it says in a file."""
+    """A process in its own process group, with its output in a file."""
 
     def __init__(self, folder: Path, command: list[str], environ: dict[str, str]) -> None:
         self.log = folder / f"{time.monotonic_ns()}.log"
@@ -96,7 +96,7 @@ class Process:
         self.pid = self.popen.pid
 
     @property
-    def said(self) -> str:
+    def output(self) -> str:
         return self.log.read_text()
 
     @property
@@ -107,21 +107,21 @@ class Process:
     def children(self) -> set[int]:
         return {int(pid) for pid in Path(f"/proc/{self.pid}/task/{self.pid}/children").read_text().split()}
 
-    def until_said(self, text: str, times: int = 1) -> None:
-        until(lambda: self.said.count(text) >= times or self.code is not None)
-        assert self.said.count(text) >= times, self.said
+    def until_output(self, text: str, times: int = 1) -> None:
+        until(lambda: self.output.count(text) >= times or self.code is not None)
+        assert self.output.count(text) >= times, self.output
 
     def signal(self, *numbers: signal.Signals) -> None:
         for number in numbers:
             os.kill(self.pid, number)
 
     def end(self, *signals: signal.Signals, timeout: float = 20) -> int:
-        """Send signals and return the exit code, which must come in time."""
+        """Send signals and return the exit code; fails if the process does not exit in time."""
         self.signal(*signals)
         try:
             return self.popen.wait(timeout)
         except subprocess.TimeoutExpired:
-            raise AssertionError(f"it does not end: {self.said}") from None
+            raise AssertionError(f"the process does not exit: {self.output}") from None
 
     def kill(self) -> None:
         with suppress(ProcessLookupError):
@@ -135,8 +135,8 @@ class Web(Process):
 
     @property
     def port(self) -> int:
-        self.until_said("web ")
-        found = re.search(r"http://localhost:(\d+)", self.said)
+        self.until_output("web ")
+        found = re.search(r"http://localhost:(\d+)", self.output)
         assert found
         return int(found[1])
 
@@ -155,27 +155,27 @@ class Web(Process):
         return False
 
     def submit_and_wait(self) -> Any:
-        """Submit an echo and return it when it is completed."""
+        """Submit an echo job and return it once it is completed."""
         status, answer = self.call("POST", "/jobs", {"type": "echo", "payload": 7})
         assert status == 201
         return until(lambda: (job := self.call("GET", f"/jobs/{answer['jobId']}")[1])["status"] == "completed" and job)
 
 
 def registered(queue: Queue, worker: Process) -> str:
-    """Under which id a worker process is registered."""
-    return next((about["id"] for about in queue.workers() if about["pid"] == worker.pid and about["alive"]), "")
+    """Return the id under which a worker process is registered."""
+    return next((entry["id"] for entry in queue.workers() if entry["pid"] == worker.pid and entry["alive"]), "")
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """The working directory of the processes, with the handlers in it."""
+    """Make the working directory of the processes, with their handlers."""
     (tmp_path / "handlers.py").write_text(HANDLERS)
     return tmp_path
 
 
 @pytest.fixture
 def start(folder: Path) -> Iterator[Callable[..., Any]]:
-    """Start a process; at the end it and its children are killed."""
+    """Start processes, and kill them and their children after the test."""
     started: list[Process] = []
 
     def start(*command: str | Path, kind: type[Process] = Process, **environ: str) -> Process:
@@ -189,7 +189,7 @@ def start(folder: Path) -> Iterator[Callable[..., Any]]:
 
 @pytest.fixture
 def work(start: Any, real: Server, queue_at: Any) -> Callable[..., Process]:
-    """Start a worker with a short lease; it is registered when this returns."""
+    """Start a worker with a short lease and wait until it is registered."""
 
     def work(*options: str, url: str = real.url) -> Process:
         worker = start(ROOT / "worker.py", *options, REDIS_URL=url, TINYQUEUE_LEASE="2")
@@ -202,13 +202,13 @@ def work(start: Any, real: Server, queue_at: Any) -> Callable[..., Process]:
 
 @pytest.fixture
 def serve(start: Any) -> Callable[..., Web]:
-    """Start the web process."""
+    """Start a web process."""
     return lambda *options, **environ: start(ROOT / "wsgi.py", *options, kind=Web, **environ)
 
 
 @pytest.fixture
 def run(folder: Path, real: Server) -> Callable[..., subprocess.CompletedProcess[bytes]]:
-    """Run worker.py to its end. It must never show a traceback."""
+    """Run worker.py to its end. Fails if it prints a traceback."""
 
     def run(*options: str | bytes, input: bytes = b"", **environ: str) -> subprocess.CompletedProcess[bytes]:
         environ = environment(**{"REDIS_URL": real.url} | environ)
@@ -223,7 +223,7 @@ def run(folder: Path, real: Server) -> Callable[..., subprocess.CompletedProcess
 
 
 class Runs:
-    """What the handlers have noted."""
+    """The lines that the handlers have written."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -236,7 +236,7 @@ class Runs:
         until(lambda: self().count(line) >= times)
 
     def open(self, name: str) -> None:
-        """Let a gate end."""
+        """Let a gate return."""
         (self.folder / name).touch()
 
 
@@ -245,7 +245,7 @@ def runs(folder: Path) -> Runs:
     return Runs(folder)
 
 
-# Workers that are killed ----------------------------------------------------------------------------------------------
+# Killed workers -------------------------------------------------------------------------------------------------------
 
 
 def test_reap_after_a_kill_lets_another_worker_finish_the_job(near: Queue, work: Any, runs: Runs) -> None:
@@ -261,40 +261,40 @@ def test_reap_after_a_kill_lets_another_worker_finish_the_job(near: Queue, work:
 
 
 def test_reap_of_a_job_that_kills_its_worker_fails_only_that_job(near: Queue, work: Any) -> None:
-    work("--queue", "other")  # runs none of these, but reaps
-    pill = near.enqueue("kill9", 0, max_attempts=2)
-    innocents = near.enqueue_many("echo", range(5))
+    work("--queue", "other")  # serves another queue, but reaps
+    killer = near.enqueue("kill9", 0, max_attempts=2)
+    others = near.enqueue_many("echo", range(5))
 
     def ended() -> bool:
         return near.stats()["pending"] == near.stats()["processing"] == 0
 
     kills = 0
-    while not ended():  # as a platform does that restarts what has ended
+    while not ended():  # like a platform that restarts a process when it exits
         worker = work("--concurrency", "2")
         until(lambda worker=worker: worker.code is not None or ended())
         kills += worker.code == -SIGKILL
-    dead = until_is(near, pill, "failed")
+    dead = until_is(near, killer, "failed")
     assert dead.error == Failure("WorkerLost", "worker lost (attempt 2/2)")
-    assert 2 <= kills <= 4  # with an innocent beside it, the attempt does not count, twice at most
-    for job in innocents:
+    assert 2 <= kills <= 4  # up to twice the attempt does not count, because another job ran too
+    for job in others:
         until_is(near, job, "completed")
 
 
 def test_reap_of_a_job_that_kills_its_worker_refunds_the_other_jobs(near: Queue, work: Any, runs: Runs) -> None:
-    work("--queue", "other")  # runs none of these, but reaps
-    innocents = near.enqueue_many("gate", ["a", "b"], max_attempts=1)
-    pill = near.enqueue("kill9", 0, max_attempts=1)
+    work("--queue", "other")  # serves another queue, but reaps
+    others = near.enqueue_many("gate", ["a", "b"], max_attempts=1)
+    killer = near.enqueue("kill9", 0, max_attempts=1)
     kills = 0
-    while near.get(pill.id).status != "failed":
+    while near.get(killer.id).status != "failed":
         worker = work("--concurrency", "3")
-        until(lambda worker=worker: worker.code is not None or near.get(pill.id).status == "failed")
+        until(lambda worker=worker: worker.code is not None or near.get(killer.id).status == "failed")
         kills += worker.code == -SIGKILL
-        if kills == 2:  # all are suspects now, and the innocents go first, one after the other
+        if kills == 2:  # all are suspects now, and each runs alone, the gates first
             runs.open("a")
             runs.open("b")
     assert kills == 3
-    assert near.get(pill.id).error == Failure("WorkerLost", "worker lost (attempt 1/1)")
-    for job in innocents:
+    assert near.get(killer.id).error == Failure("WorkerLost", "worker lost (attempt 1/1)")
+    for job in others:
         assert until_is(near, job, "completed").attempts == 1
 
 
@@ -308,16 +308,16 @@ def test_reap_after_os_exit_in_a_handler_fails_the_job(near: Queue, work: Any) -
 
 
 def test_reap_of_a_suspended_worker_runs_its_job_elsewhere(near: Queue, work: Any, runs: Runs) -> None:
-    sleeper = work("--concurrency", "1")
-    job, old = near.enqueue("gate", "a"), registered(near, sleeper)
+    suspended = work("--concurrency", "1")
+    job, old = near.enqueue("gate", "a"), registered(near, suspended)
     runs.until("begin a")
-    sleeper.signal(SIGSTOP)
+    suspended.signal(SIGSTOP)
     other = work()
     runs.until("begin a", times=2)
     runs.open("a")
     assert until_is(near, job, "completed").attempts == 2
-    sleeper.signal(SIGCONT)
-    until(lambda: registered(near, sleeper) not in ("", old))
+    suspended.signal(SIGCONT)
+    until(lambda: registered(near, suspended) not in ("", old))
     assert other.end(SIGTERM) == 0
     echo = until_is(near, near.enqueue("echo", 1), "completed")
     assert echo.attempts == 1
@@ -325,7 +325,7 @@ def test_reap_of_a_suspended_worker_runs_its_job_elsewhere(near: Queue, work: An
     assert near.stats()["total"] == {"completed": 2, "failed": 0, "cancelled": 0}
 
 
-# Workers that are told to stop ----------------------------------------------------------------------------------------
+# Stopping -------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("manner", ["once", "three times", "the group"])
@@ -338,8 +338,8 @@ def test_drain_at_sigterm_finishes_the_running_job(near: Queue, work: Any, runs:
     else:
         for _ in range(3 if manner == "three times" else 1):
             worker.signal(SIGTERM)
-            worker.until_said("worker stopping (drain)")
-    worker.until_said("worker stopping (drain)")
+            worker.until_output("worker stopping (drain)")
+    worker.until_output("worker stopping (drain)")
     left = near.enqueue("echo", 1)
     runs.open("a")
     assert worker.end() == 0
@@ -369,7 +369,7 @@ def test_release_at_the_second_sigint_requeues_the_job(near: Queue, work: Any, r
     job, behind = near.enqueue("sleep", 300), near.enqueue("echo", 1)
     runs.until("sleep 300.0")
     worker.signal(SIGINT)
-    worker.until_said("worker stopping (drain)")
+    worker.until_output("worker stopping (drain)")
     assert worker.end(SIGINT, timeout=15) == 0
     assert until_is(near, job, "pending").attempts == 0
     assert raw(near).lrange(near.keys.jobs("default"), 0, -1) == [behind.id.encode(), job.id.encode()]
@@ -385,7 +385,7 @@ def test_drain_without_redis_exits_with_0(start_redis: Callable[..., RedisServer
     redis = start_redis()
     worker = work(url=redis.url)
     redis.kill()
-    worker.until_said("cannot take jobs: Redis is unreachable")
+    worker.until_output("cannot take jobs: Redis is unreachable")
     assert worker.end(SIGTERM, timeout=15) == 0
 
 
@@ -395,7 +395,7 @@ def test_fork_in_a_handler_starts_no_second_worker(near: Queue, work: Any, runs:
     for job in jobs:
         until_is(near, job, "completed")
     assert runs() == ["parent", *(f"echo {n}" for n in range(20))]
-    assert "cannot" not in worker.said
+    assert "cannot" not in worker.output
     assert len(near.workers()) == 1
 
 
@@ -406,44 +406,44 @@ def test_burst_runs_due_jobs_and_exits(near: Queue, run: Any) -> None:
     until_is(near, later, "pending")
 
 
-# Redis that goes away -------------------------------------------------------------------------------------------------
+# Outages of Redis -----------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
-def kept(start_redis: Callable[..., RedisServer]) -> RedisServer:
-    """A Redis that keeps its data when it is killed."""
+def durable(start_redis: Callable[..., RedisServer]) -> RedisServer:
+    """Start a Redis that keeps its data when it is killed."""
     return start_redis("--appendonly", "yes")
 
 
-def test_dequeue_continues_after_a_restart_of_redis(kept: RedisServer, work: Any, queue_at: Any) -> None:
-    worker = work(url=kept.url)
-    waiting = queue_at(kept.url).enqueue("echo", 1, delay=1)
-    kept.kill()
-    worker.until_said("cannot take jobs: Redis is unreachable")
-    kept.start()
-    queue = queue_at(kept.url)
+def test_dequeue_continues_after_a_restart_of_redis(durable: RedisServer, work: Any, queue_at: Any) -> None:
+    worker = work(url=durable.url)
+    waiting = queue_at(durable.url).enqueue("echo", 1, delay=1)
+    durable.kill()
+    worker.until_output("cannot take jobs: Redis is unreachable")
+    durable.start()
+    queue = queue_at(durable.url)
     assert until_is(queue, queue.enqueue("echo", 2), "completed").attempts == 1
     assert until_is(queue, waiting, "completed").attempts == 1
 
 
-def test_settle_waits_for_a_restart_of_redis(kept: RedisServer, work: Any, queue_at: Any, runs: Runs) -> None:
-    worker = work(url=kept.url)
-    job = queue_at(kept.url).enqueue("gate", "a")
+def test_settle_waits_for_a_restart_of_redis(durable: RedisServer, work: Any, queue_at: Any, runs: Runs) -> None:
+    worker = work(url=durable.url)
+    job = queue_at(durable.url).enqueue("gate", "a")
     runs.until("begin a")
-    kept.kill()
+    durable.kill()
     runs.open("a")
-    worker.until_said("cannot save outcomes: Redis is unreachable")
-    kept.start()
-    assert until_is(queue_at(kept.url), job, "completed").attempts == 1
+    worker.until_output("cannot save outcomes: Redis is unreachable")
+    durable.start()
+    assert until_is(queue_at(durable.url), job, "completed").attempts == 1
     assert runs() == ["begin a", "end a"]
 
 
-def test_start_before_redis_waits_for_it(kept: RedisServer, start: Any, queue_at: Any) -> None:
-    kept.kill()
-    worker = start(ROOT / "worker.py", REDIS_URL=kept.url)
-    worker.until_said("cannot take jobs: Redis is unreachable")
-    kept.start()
-    queue = queue_at(kept.url)
+def test_start_before_redis_waits_for_it(durable: RedisServer, start: Any, queue_at: Any) -> None:
+    durable.kill()
+    worker = start(ROOT / "worker.py", REDIS_URL=durable.url)
+    worker.until_output("cannot take jobs: Redis is unreachable")
+    durable.start()
+    queue = queue_at(durable.url)
     until_is(queue, queue.enqueue("echo", 1), "completed")
 
 
@@ -453,7 +453,7 @@ def test_start_before_redis_waits_for_it(kept: RedisServer, start: Any, queue_at
 def test_serve_embedded_runs_jobs_and_warns_that_none_are_persisted(serve: Any) -> None:
     web = serve()
     assert web.submit_and_wait()["result"] == 7
-    assert "NOTHING IS KEPT" in web.said
+    assert "NOTHING IS KEPT" in web.output
     assert web.end(SIGINT, timeout=10) == 0
 
 
@@ -462,7 +462,7 @@ def test_drain_of_embedded_workers_finishes_the_running_job(serve: Any, runs: Ru
     assert web.call("POST", "/jobs", {"type": "gate", "payload": "a"})[0] == 201
     runs.until("begin a")
     web.signal(SIGTERM)
-    web.until_said("worker stopping (drain)")
+    web.until_output("worker stopping (drain)")
     runs.open("a")
     assert web.end() == 0
     assert runs() == ["begin a", "end a"]
@@ -473,13 +473,13 @@ def test_release_of_embedded_workers_at_the_second_sigint_exits_at_once(serve: A
     assert web.call("POST", "/jobs", {"type": "sleep", "payload": 300})[0] == 201
     runs.until("sleep 300.0")
     web.signal(SIGINT)
-    web.until_said("worker stopping (drain)")
+    web.until_output("worker stopping (drain)")
     assert web.end(SIGINT, timeout=8) == 0
 
 
 def test_serve_embedded_exits_with_its_worker(serve: Any) -> None:
     web = serve()
-    with suppress(http.client.HTTPException, ConnectionError):  # the answer may come too late
+    with suppress(http.client.HTTPException, ConnectionError):  # the process may exit before it answers
         web.call("POST", "/jobs", {"type": "exit", "payload": 4})
     assert web.end() == 4
 
@@ -488,8 +488,8 @@ def test_serve_embedded_exits_with_its_worker(serve: Any) -> None:
 def test_start_on_a_platform_without_redis_url_is_refused(start: Any, script: str) -> None:
     process = start(ROOT / script, DYNO="web.1")
     assert process.end() == 2
-    assert "REDIS_URL is required here (DYNO is set): the embedded Redis would lose all jobs" in process.said
-    assert "Traceback" not in process.said
+    assert "REDIS_URL is required here (DYNO is set): the embedded Redis would lose all jobs" in process.output
+    assert "Traceback" not in process.output
 
 
 def test_serve_with_two_processes_replaces_one_that_dies(near: Queue, real: Server, serve: Any) -> None:
@@ -498,7 +498,7 @@ def test_serve_with_two_processes_replaces_one_that_dies(near: Queue, real: Serv
     first = until(lambda: len(web.children) == 2 and web.children)
     os.kill(min(first), SIGKILL)
     assert web.call("GET", "/ready")[0] == 200
-    web.until_said("it is replaced")
+    web.until_output("it is replaced")
     second = until(lambda: len(web.children) == 2 and web.children)
     assert len(first & second) == 1
     assert web.end(SIGTERM) == 0
@@ -506,8 +506,11 @@ def test_serve_with_two_processes_replaces_one_that_dies(near: Queue, real: Serv
 
 
 def test_serve_with_two_processes_handles_no_signal_asynchronously(real: Server, serve: Any) -> None:
-    """It waits for signals and for children at once. Handled, a signal that comes as a wait for children begins is heard too late:
-    of 1,500 that were sent at that moment, 9 were. (What is waited for is not shown as blocked while that goes on.)"""
+    """The parent waits for signals and children in one call, so it must have no signal handlers.
+
+    With a handler, a signal that arrives just before a wait for children is noticed too late: 9 of
+    1,500 signals sent at that moment were. /proc does not show the awaited signals as blocked.
+    """
     web = serve(REDIS_URL=real.url, WEB_CONCURRENCY="2")
     until(lambda: len(web.children) == 2)
     status = Path(f"/proc/{web.pid}/status").read_text()
@@ -528,7 +531,7 @@ def test_stop_while_web_processes_start_ends_them(real: Server, start: Any, fold
         "wsgi.run()\n"
     )
     web = start(folder / "slow.py", REDIS_URL=real.url, WEB_CONCURRENCY="2")
-    web.until_said("begins", times=2)
+    web.until_output("begins", times=2)
     assert web.end(SIGTERM, timeout=8) == 0
 
 
@@ -536,11 +539,11 @@ def test_stop_of_a_web_process_answers_accepted_requests(real: Server, proxy: Cu
     web = serve(REDIS_URL=proxy.url)
     assert web.call("GET", "/ready")[0] == 200
 
-    def meanwhile() -> None:
+    def stop() -> None:
         web.signal(SIGTERM)
         until(web.refuses)
 
-    proxy.before(b"HGETALL", meanwhile)
+    proxy.before(b"HGETALL", stop)
     status, stats = web.call("GET", "/stats")
     assert (status, stats["pending"]) == (200, 0)
     assert web.end() == 0
@@ -560,8 +563,8 @@ def test_serve_on_a_port_in_use_says_so(real: Server, serve: Any) -> None:
         port = taken.getsockname()[1]
         web = serve(REDIS_URL=real.url, PORT=str(port))
         assert web.end() == 2
-    assert f"Error: cannot listen on HOST=* PORT={port}: Address already in use" in web.said
-    assert "Traceback" not in web.said
+    assert f"Error: cannot listen on HOST=* PORT={port}: Address already in use" in web.output
+    assert "Traceback" not in web.output
 
 
 @pytest.mark.parametrize(
@@ -581,16 +584,16 @@ def test_serve_on_a_port_in_use_says_so(real: Server, serve: Any) -> None:
 def test_serve_with_an_invalid_setting_names_it(serve: Any, name: str, value: str) -> None:
     web = serve(**{name: value})
     assert web.end() == 2
-    [line] = [line for line in web.said.splitlines() if line.startswith("Error: ")]
+    [line] = [line for line in web.output.splitlines() if line.startswith("Error: ")]
     assert name in line
-    assert "Traceback" not in web.said
+    assert "Traceback" not in web.output
 
 
 def test_serve_with_handlers_that_exit_at_import_is_refused(start: Any, folder: Path) -> None:
     (folder / "handlers.py").write_text("exit(0)")
     process = start(ROOT / "wsgi.py")
     assert process.end() == 2
-    assert "cannot import handlers: SystemExit: 0" in process.said
+    assert "cannot import handlers: SystemExit: 0" in process.output
 
 
 def test_start_with_the_procfile_runs_both_processes(near: Queue, real: Server, start: Any, folder: Path) -> None:
@@ -605,14 +608,14 @@ def test_start_with_the_procfile_runs_both_processes(near: Queue, real: Server, 
 def test_reload_restarts_when_the_code_changes(serve: Any, folder: Path) -> None:
     port = free_port()
     web = serve("--reload", PORT=str(port))
-    web.until_said("NOTHING IS KEPT")
+    web.until_output("NOTHING IS KEPT")
     handlers = folder / "handlers.py"
 
-    def changed() -> bool:  # again and again, for a change before the first look is none
+    def restarted() -> bool:  # writes each time, because a change before the first check is not noticed
         handlers.write_text(HANDLERS.replace("return payload", "return payload + 1"))
-        return web.said.count("NOTHING IS KEPT") > 1
+        return web.output.count("NOTHING IS KEPT") > 1
 
-    until(changed)
+    until(restarted)
     assert web.submit_and_wait()["result"] == 8
 
 
@@ -682,7 +685,7 @@ def test_enqueue_refuses_an_invalid_job(near: Queue, run: Any, arguments: tuple[
 
 
 def lines(done: subprocess.CompletedProcess[bytes]) -> list[str]:
-    """What a command has printed, its columns parted by one blank."""
+    """Return the lines that a command has printed, with one space between columns."""
     assert done.returncode == 0, done.stderr.decode()
     return [" ".join(line.split()) for line in done.stdout.decode().splitlines()]
 
@@ -765,15 +768,15 @@ def test_list_shows_the_jobs_that_match(near: Queue, run: Any) -> None:
 @pytest.mark.parametrize("command", ["stats", "workers"])
 def test_watch_refreshes_until_it_is_interrupted(near: Queue, start: Any, real: Server, command: str) -> None:
     watching = start(ROOT / "worker.py", command, "--watch", REDIS_URL=real.url)
-    until(lambda: watching.said)
+    until(lambda: watching.output)
     assert watching.end(SIGINT) == 0
 
 
 def test_pause_and_resume_change_the_given_queues(near: Queue, run: Any) -> None:
     assert lines(run("pause", "one", "two")) == ["one paused", "two paused"]
-    assert {name for name, about in near.queues().items() if about["paused"]} == {"one", "two"}
+    assert {name for name, counts in near.queues().items() if counts["paused"]} == {"one", "two"}
     assert lines(run("resume", "one")) == ["one resumed"]
-    assert {name for name, about in near.queues().items() if about["paused"]} == {"two"}
+    assert {name for name, counts in near.queues().items() if counts["paused"]} == {"two"}
     near.resume("two")
 
 
@@ -820,9 +823,9 @@ def test_complete_commands_in_the_shell(folder: Path) -> None:
     script = Path(sys.executable).with_name("tinyqueue")
     if not script.exists():
         pytest.skip("TinyQueue is not installed here, so its script is not")
-    asked = {"_TINYQUEUE_COMPLETE": "bash_complete", "COMP_WORDS": "tinyqueue re", "COMP_CWORD": "1"}
+    request = {"_TINYQUEUE_COMPLETE": "bash_complete", "COMP_WORDS": "tinyqueue re", "COMP_CWORD": "1"}
     done = subprocess.run(
-        [script], cwd=folder, env=environment(**asked), capture_output=True, text=True, timeout=30, check=False
+        [script], cwd=folder, env=environment(**request), capture_output=True, text=True, timeout=30, check=False
     )
     assert set(done.stdout.split()) == {"plain,retry", "plain,resume"}
 
@@ -843,7 +846,7 @@ def test_retry_and_cancel_print_the_new_status(near: Queue, run: Any) -> None:
 
 
 def test_cancel_of_a_running_job_prints_that_it_was_requested(near: Queue, run: Any) -> None:
-    job = near.enqueue("told", None)  # of a type that this process does not know, so that it may be told
+    job = near.enqueue("unknown", None)  # a type unknown here, so the handler may take a Job
     near.dequeue(near.register(["default"], 1), ["default"])
     done = run("cancel", job.id)
     assert (done.returncode, done.stdout.decode()) == (0, f"{job.id} cancellation requested\n")
@@ -899,9 +902,9 @@ def locked(start_redis: Callable[..., RedisServer]) -> RedisServer:
 
 def test_run_with_a_wrong_password_waits_without_showing_it(locked: RedisServer, start: Any) -> None:
     worker = start(ROOT / "worker.py", REDIS_URL=locked.url.replace("//", "//:s3cret@"), LOG_LEVEL="debug")
-    worker.until_said("cannot take jobs: Redis is refused")
+    worker.until_output("cannot take jobs: Redis is refused")
     assert worker.end(SIGTERM) == 0
-    assert "s3cret" not in worker.said
+    assert "s3cret" not in worker.output
 
 
 @pytest.mark.parametrize(

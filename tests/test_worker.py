@@ -1,4 +1,4 @@
-"""The worker, run in a thread: what becomes of a job, how many run at once, how it stops, and what it survives."""
+"""The worker in a thread: outcomes, slots, order, timeouts, stopping, lost leases and faults."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def until_ended(queue: Queue, job: Job, timeout: float = 20.0) -> Job:
 
 
 def found(queue: Queue, job: Job) -> Job:
-    """The job as it is now."""
+    """Read a job that exists."""
     now = queue.get(job.id)
     assert now
     return now
@@ -56,7 +56,7 @@ class Running:
         self.worker.stop(mode)
 
     def end(self, mode: StopMode | None = None) -> int | None:
-        """Wait until the worker has stopped, after requesting it if a mode is given; return the exit code."""
+        """Stop the worker if a mode is given, wait for its end and return its exit code."""
         if mode:
             self.stop(mode)
         self._thread.join(20)
@@ -65,7 +65,7 @@ class Running:
 
 
 class Gate:
-    """A handler that runs until it is let go. Like time.sleep, its wait hears of no exception."""
+    """A handler that runs until it is opened. Like time.sleep, its wait cannot be interrupted."""
 
     def __init__(self, type: str = "gate", **options: Any) -> None:
         self.started: list[Any] = []
@@ -82,7 +82,7 @@ class Gate:
 
 @pytest.fixture(autouse=True)
 def _own_handlers(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """No handlers but the test's own, and a worker that looks more often than it need."""
+    """Start without handlers, and let workers check more often."""
     saved = dict(HANDLERS)
     HANDLERS.clear()
     monkeypatch.setattr(worker, "TICK", 0.02)
@@ -108,7 +108,7 @@ def gates() -> Iterator[Callable[..., Gate]]:
 
 @pytest.fixture
 def work(gates: Any) -> Iterator[Callable[..., Running]]:
-    """Start workers; at the end they stop."""
+    """Start workers, and stop them after the test."""
     started: list[Running] = []
 
     def start(queue: Queue, *names: str, **options: Any) -> Running:
@@ -130,19 +130,19 @@ def echo() -> None:
         return payload
 
 
-def bury(queue: Queue, running: Running) -> None:
-    """Have a living worker taken for dead."""
+def reap_alive(queue: Queue, running: Running) -> None:
+    """Reap a worker that is alive."""
     id = until(lambda: running.worker.id)
 
-    def buried() -> bool:
+    def reaped() -> bool:
         raw(queue).delete(queue.keys.lease(id))
         queue.reap(id)
         return not raw(queue).exists(queue.keys.worker(id))
 
-    until(buried)
+    until(reaped)
 
 
-# What becomes of a job ------------------------------------------------------------------------------------------------
+# Outcomes -------------------------------------------------------------------------------------------------------------
 
 
 def test_complete_stores_the_result(queue: Queue, work: Any, echo: None) -> None:
@@ -163,14 +163,14 @@ def test_complete_without_a_result_stores_null(queue: Queue, work: Any) -> None:
 
 
 def test_complete_keeps_the_result_as_it_was_when_the_handler_returned() -> None:
-    mine = [1]
+    result = [1]
 
-    @handler("mine")
+    @handler("mutable")
     def mutable(payload: Any) -> list[int]:
-        return mine
+        return result
 
-    outcome = run_job(Job("", "mine", None))
-    mine.append(2)
+    outcome = run_job(Job("", "mutable", None))
+    result.append(2)
     assert msgspec.json.decode(outcome.result) == [1]
 
 
@@ -184,7 +184,7 @@ def test_complete_keeps_the_result_as_it_was_when_the_handler_returned() -> None
         ((1, 2), [1, 2]),
         (msgspec.Raw(b'{"a":1}'), {"a": 1}),
     ],
-    ids=["set", "bytes", "date", "whole keys", "tuple", "raw JSON"],
+    ids=["set", "bytes", "date", "integer keys", "tuple", "raw JSON"],
 )
 def test_complete_converts_a_result_to_json(value: Any, stored: Any) -> None:
     @handler("give")
@@ -194,7 +194,7 @@ def test_complete_converts_a_result_to_json(value: Any, stored: Any) -> None:
     assert msgspec.json.decode(run_job(Job("", "give", None)).result) == stored
 
 
-def endless() -> list[Any]:
+def circular() -> list[Any]:
     inner: list[Any] = []
     inner.append(inner)
     return inner
@@ -212,12 +212,12 @@ UNSTORABLE: dict[str, Callable[[], Any]] = {
     "generator": lambda: (x for x in ()),
     "NaN": lambda: [float("nan")],
     "infinity": lambda: {"a": -float("inf")},
-    "pairs for keys": lambda: {(1, 2): 3},
-    "a list in itself": endless,
+    "tuple keys": lambda: {(1, 2): 3},
+    "circular list": circular,
     "nested": lambda: nested(101),
     "long": lambda: "x" * MAX_RESULT,
     "lone surrogate": lambda: "\ud800",
-    "raw but no JSON": lambda: msgspec.Raw(b"}{"),
+    "raw but not JSON": lambda: msgspec.Raw(b"}{"),
     "raw but empty": lambda: msgspec.Raw(b""),
 }
 
@@ -331,49 +331,49 @@ def test_fail_of_a_payload_that_no_longer_matches_names_the_path(queue: Queue, w
     assert ended.error.traceback == ""
 
 
-class Own(BaseException):
+class Custom(BaseException):
     pass
 
 
-class Shy(Exception):
+class TextRaises(Exception):
     def __str__(self) -> str:
         raise ZeroDivisionError
 
 
-class Mute(Exception):
+class TextExits(Exception):
     def __str__(self) -> str:
         raise SystemExit(3)
 
 
-class Hasty(Retry):
+class RetryWithoutInit(Retry):
     def __init__(self) -> None: ...
 
 
 @pytest.mark.parametrize(
-    "error", [SystemExit(0), SystemExit(1), KeyboardInterrupt(), GeneratorExit(), Own("mine"), TimedOut()], ids=repr
+    "error", [SystemExit(0), SystemExit(1), KeyboardInterrupt(), GeneratorExit(), Custom("mine"), TimedOut()], ids=repr
 )
 def test_fail_with_any_base_exception_costs_only_the_attempt(
     near: Queue, work: Any, gates: Any, error: BaseException
 ) -> None:
     gate = gates()
 
-    @handler("leave", max_attempts=1)
-    def leave(payload: Any) -> None:
+    @handler("raise", max_attempts=1)
+    def raise_error(payload: Any) -> None:
         raise error
 
-    jobs = near.enqueue_many("leave", range(4))
+    jobs = near.enqueue_many("raise", range(4))
     near.enqueue_many("gate", range(2))
     running = work(near, slots=2)
     for job in jobs:
         ended = until_ended(near, job)
         assert ended.error
         assert (ended.status, ended.error.type) == ("failed", type(error).__name__)
-    until(lambda: len(gate.started) == 2)  # both slots are alive
+    until(lambda: len(gate.started) == 2)  # both slots still run jobs
     gate.opened.set()
     assert running.end("drain") == 0
 
 
-def nonsense(after: Any) -> Callable[[], BaseException]:
+def retry_after(after: Any) -> Callable[[], BaseException]:
     def make() -> BaseException:
         error = Retry()
         error.after = after
@@ -382,27 +382,27 @@ def nonsense(after: Any) -> Callable[[], BaseException]:
     return make
 
 
-ODD: dict[str, Callable[[], BaseException]] = {
-    "broken text": Shy,
-    "text that exits": Mute,
+BROKEN: dict[str, Callable[[], BaseException]] = {
+    "text that raises": TextRaises,
+    "text that exits": TextExits,
     "surrogates": lambda: ValueError("\ud800"),
     "long": lambda: ValueError("x" * 5000),
-    "group": lambda: BaseExceptionGroup("two", [ValueError("a"), Own("b")]),
-    "retry that skips its init": Hasty,
-    "retry after a word": nonsense("soon"),
-    "retry after NaN": nonsense(float("nan")),
-    "retry after infinity": nonsense(float("inf")),
-    "retry after minus one": nonsense(-1),
+    "group": lambda: BaseExceptionGroup("two", [ValueError("a"), Custom("b")]),
+    "retry that skips its init": RetryWithoutInit,
+    "retry after a text": retry_after("soon"),
+    "retry after NaN": retry_after(float("nan")),
+    "retry after infinity": retry_after(float("inf")),
+    "retry after minus one": retry_after(-1),
 }
 
 
-@pytest.mark.parametrize("kind", ODD)
+@pytest.mark.parametrize("kind", BROKEN)
 def test_fail_with_a_broken_exception_costs_only_the_attempt(near: Queue, work: Any, echo: None, kind: str) -> None:
-    @handler("odd", max_attempts=2, backoff=0.01)
-    def odd(payload: Any) -> None:
-        raise ODD[kind]()
+    @handler("broken", max_attempts=2, backoff=0.01)
+    def broken(payload: Any) -> None:
+        raise BROKEN[kind]()
 
-    job = near.enqueue("odd", None)
+    job = near.enqueue("broken", None)
     running = work(near, slots=1)
     ended = until_ended(near, job, 5)
     assert (ended.status, ended.attempts) == ("failed", 2)
@@ -432,14 +432,15 @@ def test_fail_leaves_no_threads_or_connections_behind(queue: Queue, work: Any) -
 
     work(queue, slots=2)
 
-    def round() -> tuple[int, int]:
+    def run_jobs() -> tuple[int, int]:
         for job in queue.enqueue_many("broken", range(50)):
             until_ended(queue, job)
         return threading.active_count(), len(queue.pool._in_use_connections) + len(queue.pool._available_connections)
 
-    before, after = round(), [round() for _ in range(4)][-1]
+    before = run_jobs()
+    after = [run_jobs() for _ in range(4)][-1]
     assert after[0] == before[0]
-    assert after[1] <= before[1] + 2  # taker, settler, keeper and this thread seldom ask at the same moment
+    assert after[1] <= before[1] + 2  # taker, settler, keeper and this thread rarely use Redis at once
 
 
 def test_retry_with_a_delay_waits_that_long(queue: Queue, work: Any) -> None:
@@ -513,13 +514,13 @@ def test_retry_of_many_jobs_starts_no_attempt_twice(queue: Queue, work: Any) -> 
 def test_discard_fails_the_job_at_once(queue: Queue, work: Any) -> None:
     @handler("discard")
     def discard(payload: Any) -> None:
-        raise Discard("of no use")
+        raise Discard("pointless")
 
     job = queue.enqueue("discard", None)
     work(queue)
     ended = until_ended(queue, job)
     assert ended.error
-    assert (ended.status, ended.attempts, ended.error.message) == ("failed", 1, "of no use")
+    assert (ended.status, ended.attempts, ended.error.message) == ("failed", 1, "pointless")
 
 
 def test_set_progress_is_visible_while_the_handler_runs(queue: Queue, work: Any, gates: Any) -> None:
@@ -538,7 +539,7 @@ def test_set_progress_is_visible_while_the_handler_runs(queue: Queue, work: Any,
     assert until_ended(queue, job).progress == 0.75
 
 
-# How many run, and in which order -------------------------------------------------------------------------------------
+# Slots and order ------------------------------------------------------------------------------------------------------
 
 
 def test_take_never_exceeds_the_free_slots(queue: Queue, work: Any, gates: Any) -> None:
@@ -593,7 +594,7 @@ def test_dequeue_empties_the_first_queue_first(queue: Queue, work: Any, gates: A
     for n in range(3):
         queue.enqueue("note", f"low {n}", queue="low")
         queue.enqueue("note", f"high {n}", queue="high")
-    queue.enqueue("note", "nobody's", queue="third")
+    queue.enqueue("note", "unserved", queue="third")
     gate.opened.set()
     until(lambda: queue.stats()["completed"] == 7)
     assert ran == ["high 0", "high 1", "high 2", "low 0", "low 1", "low 2"]
@@ -604,7 +605,7 @@ def test_dequeue_is_not_slowed_by_cancelled_jobs_at_the_head(queue: Queue, work:
         queue.cancel(job.id)
     last = queue.enqueue("echo", "last")
     work(queue, slots=1)
-    assert until_ended(queue, last, 15).status == "completed"  # a wait for the bell after each would take 50 s
+    assert until_ended(queue, last, 15).status == "completed"  # waiting for the bell after each of them would take 50 s
     assert queue.stats()["completed"] == 1
 
 
@@ -633,7 +634,7 @@ def test_dequeue_of_a_duplicate_id_runs_the_job_once(queue: Queue, work: Any, ga
     raw(queue).lpush(queue.keys.jobs("default"), job.id, job.id)
     work(queue, slots=2)
     until(lambda: gate.started)
-    until_ended(queue, queue.enqueue("echo", 1))  # it came after the second and the third entry
+    until_ended(queue, queue.enqueue("echo", 1))  # it is behind the second and the third entry
     gate.opened.set()
     assert until_ended(queue, job).attempts == 1
     assert len(gate.started) == 1
@@ -700,8 +701,8 @@ def test_heartbeat_that_fails_is_repeated_before_the_next_is_due(
     proxy.drop_request(b'{"at":')
     work(real.queue(proxy.url, lease=120))  # renewed every 40 seconds
     until(lambda: proxy.idle)
-    lost = near.now()
-    until(lambda: near.workers()[0]["lastHeartbeat"] >= lost)
+    dropped_at = near.now()
+    until(lambda: near.workers()[0]["lastHeartbeat"] >= dropped_at)
 
 
 def test_settle_keeps_an_outcome_until_it_can_be_saved(queue: Queue, work: Any, gates: Any) -> None:
@@ -709,7 +710,7 @@ def test_settle_keeps_an_outcome_until_it_can_be_saved(queue: Queue, work: Any, 
     job = queue.enqueue("gate", 0)
     running = work(queue, slots=1)
     until(lambda: gate.started)
-    raw(queue).set(awaited, "no set")
+    raw(queue).set(awaited, "not a set")
     gate.opened.set()
     until(lambda: running.worker.warned)
     assert found(queue, job).status == "processing"
@@ -784,12 +785,12 @@ def test_burst_leaves_jobs_that_are_not_due(queue: Queue, work: Any, echo: None)
 def test_burst_runs_a_job_that_another_worker_is_promoting(queue: Queue, work: Any, echo: None) -> None:
     job = queue.enqueue("echo", 1, delay=0.001)
     until(lambda: queue.now() > job.run_at)
-    raw(queue).set(queue.keys.promoter, "1", px=1000)  # as of one who has the lock and has not moved the job yet
+    raw(queue).set(queue.keys.promoter, "1", px=1000)  # another has the lock and has not moved the job yet
     assert work(queue, burst=True).end() == 0
     assert found(queue, job).status == "completed"
 
 
-# Time-outs ------------------------------------------------------------------------------------------------------------
+# Timeouts -------------------------------------------------------------------------------------------------------------
 
 
 def test_timeout_raises_an_exception_in_the_handler(queue: Queue, work: Any) -> None:
@@ -834,11 +835,11 @@ def test_timeout_that_a_handler_catches_is_no_failure_if_it_returns(queue: Queue
             while True:
                 time.sleep(0.001)
         except TimedOut:
-            return "in the end"
+            return "finished"
 
     job, after = queue.enqueue("stubborn", None), queue.enqueue("echo", 1)
     work(queue, slots=1)
-    assert until_ended(queue, job).result == "in the end"
+    assert until_ended(queue, job).result == "finished"
     assert until_ended(queue, after).status == "completed"
 
 
@@ -846,11 +847,11 @@ def test_timeout_that_a_handler_ignores_abandons_its_thread(
     queue: Queue, work: Any, gates: Any, echo: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(worker, "GRACE", 0.1)
-    let_go = gates("unused").opened
+    stop_now = gates("unused").opened
 
     @handler("deaf", timeout=0.05, max_attempts=1)
     def deaf(payload: Any) -> str:
-        while not let_go.is_set():
+        while not stop_now.is_set():
             try:
                 time.sleep(0.001)
             except TimedOut:
@@ -862,7 +863,7 @@ def test_timeout_that_a_handler_ignores_abandons_its_thread(
     ended = until_ended(queue, job)
     assert ended.error
     assert (ended.status, ended.error.type) == ("failed", "TimedOut")
-    let_go.set()
+    stop_now.set()
     assert until_ended(queue, queue.enqueue("echo", 1)).status == "completed"
     assert until_ended(queue, job).result is None
 
@@ -877,7 +878,7 @@ def test_timeout_of_a_stuck_handler_replaces_its_slot(
     assert until_ended(queue, job).status == "failed"
     queue.enqueue_many("gate", range(3))
     until(lambda: len(gate.started) == 2)
-    stuck.opened.set()  # its thread ends, and is no third slot
+    stuck.opened.set()  # its thread ends and does not become a third slot
     time.sleep(0.05)
     assert len(gate.started) == 2
     gate.opened.set()
@@ -902,15 +903,15 @@ def test_timeout_of_too_many_stuck_handlers_stops_the_worker(
 
 
 def test_timeout_never_interrupts_the_next_job(queue: Queue, work: Any, echo: None) -> None:
-    """Handlers end about when their time-out is raised: it must be their own or nobody's."""
-    monkey = [0.018 + n * 0.0005 for n in range(30)]
+    """Handlers return at about the time at which their timeout is raised."""
+    durations = [0.018 + n * 0.0005 for n in range(30)]
 
     @handler("close", timeout=0.02, max_attempts=1)
     def close(payload: float) -> str:
         time.sleep(payload)
         return "in time"
 
-    jobs = [job for seconds in monkey for job in (queue.enqueue("close", seconds), queue.enqueue("echo", 1))]
+    jobs = [job for seconds in durations for job in (queue.enqueue("close", seconds), queue.enqueue("echo", 1))]
     running = work(queue, slots=2)
     for job in jobs:
         ended = until_ended(queue, job)
@@ -973,7 +974,7 @@ def test_release_restores_the_order_of_the_queue(queue: Queue, work: Any, gates:
     done, *jobs = [queue.enqueue("first", 0), *queue.enqueue_many("gate", range(5))]
     running = work(queue, slots=3)
     until(lambda: len(gate.started) == 2)
-    first.opened.set()  # which makes the slots another order than the jobs
+    first.opened.set()  # then the slots are in another order than the jobs
     until_ended(queue, done)
     until(lambda: len(gate.started) == 3)
     assert running.end("release") == 0
@@ -1025,11 +1026,11 @@ def test_drain_while_a_job_arrives_loses_nothing(queue: Queue, work: Any) -> Non
     assert ran == dict.fromkeys(range(8), 1)
 
 
-# Being taken for dead -------------------------------------------------------------------------------------------------
+# Lost leases ----------------------------------------------------------------------------------------------------------
 
 
-# Here the lease is short: a worker that learns only as it takes that it was reaped has by then moved a job into its old list, and
-# that job comes back by the reaper.
+# The lease is short here. A worker may learn only when it takes a job that it was reaped. It has
+# then moved that job into its old list, and the job is requeued when that list is reaped again.
 
 
 def test_reap_of_a_live_worker_drops_its_outcome_and_it_registers_again(
@@ -1040,7 +1041,7 @@ def test_reap_of_a_live_worker_drops_its_outcome_and_it_registers_again(
     running = work(server.queue(lease=1), slots=1)
     until(lambda: gate.started)
     old = running.worker.id
-    bury(queue, running)
+    reap_alive(queue, running)
     gate.opened.set()
     ended = until_ended(queue, job)
     assert (ended.status, ended.attempts, gate.attempts) == ("completed", 2, [1, 2])
@@ -1057,7 +1058,7 @@ def test_reap_of_a_live_worker_lets_another_complete_its_job(
     job = queue.enqueue("gate", 0)
     first = work(server.queue(lease=2), slots=1)
     until(lambda: gate.started)
-    bury(queue, first)
+    reap_alive(queue, first)
     second = work(server.queue(lease=2), slots=1)
     until(lambda: len(gate.started) == 2)
     gate.opened.set()
@@ -1074,11 +1075,9 @@ def test_reap_of_a_live_worker_logs_its_job_as_lost(
     caplog.set_level(logging.INFO)
     gate = gates()
     job = queue.enqueue("gate", 0)
-    running = work(
-        queue, slots=1
-    )  # no heartbeat for a long time: only as it writes the outcome does it learn the truth
+    running = work(queue, slots=1)  # its heartbeat is rare: it learns only when it saves the outcome
     until(lambda: gate.started)
-    bury(queue, running)
+    reap_alive(queue, running)
     work(server.queue(), slots=1)
     until(lambda: len(gate.started) == 2)
     gate.opened.set()
@@ -1092,7 +1091,7 @@ def test_reap_of_a_live_worker_logs_its_job_as_lost(
 def test_reap_of_an_idle_worker_makes_it_register_again(queue: Queue, server: Server, work: Any, echo: None) -> None:
     running = work(server.queue(lease=1))
     old = until(lambda: running.worker.id)
-    bury(queue, running)
+    reap_alive(queue, running)
     until(lambda: running.worker.id not in ("", old))
     assert until_ended(queue, queue.enqueue("echo", 1)).status == "completed"
 
@@ -1107,19 +1106,20 @@ def test_reap_spares_workers_that_could_not_renew_their_lease_during_a_hang(
     work(far)
     until(lambda: time.monotonic() - far.last_trouble > far.lease)
     proxy.flowing.clear()
-    time.sleep(0.7 * far.lease)  # the time in which it might have been renewed is what this is about
+    time.sleep(0.7 * far.lease)  # the time itself is under test: a lease could have been renewed in it
     lapse(near, worker)
     proxy.packets.clear()
     proxy.flowing.set()
-    looks = near.keys.lease(worker).encode()
-    until(lambda: sum(looks in packet for packet in tuple(proxy.packets)) >= 2 or found(near, job).worker != worker)
+    reads = near.keys.lease(worker).encode()
+    until(lambda: sum(reads in packet for packet in tuple(proxy.packets)) >= 2 or found(near, job).worker != worker)
     assert found(near, job).worker == worker
     near.heartbeat(worker)
     near.complete(found(near, job))
 
 
 def test_reap_of_a_live_worker_raises_in_set_progress(queue: Queue, server: Server, work: Any, gates: Any) -> None:
-    gate, told = gates(), []
+    gate = gates()
+    errors = []
 
     @handler("steps")
     def steps(payload: Any, job: Job) -> None:
@@ -1129,19 +1129,19 @@ def test_reap_of_a_live_worker_raises_in_set_progress(queue: Queue, server: Serv
             try:
                 job.set_progress(0.5)
             except Reaped as error:
-                told.append(error)
+                errors.append(error)
                 raise
 
     job = queue.enqueue("steps", None)
     running = work(server.queue(lease=1), slots=1)
     until(lambda: gate.started)
-    bury(queue, running)
+    reap_alive(queue, running)
     gate.opened.set()
     assert until_ended(queue, job).attempts == 2
-    assert len(told) == 1
+    assert len(errors) == 1
 
 
-# Trouble --------------------------------------------------------------------------------------------------------------
+# Faults ---------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", ["idle", "busy"])
@@ -1159,7 +1159,7 @@ def test_watchdog_does_not_stop_a_healthy_worker(near: Queue, work: Any, gates: 
 
 def test_watchdog_stops_a_worker_that_cannot_take_jobs(server: Server, work: Any) -> None:
     queue = server.queue()
-    raw(queue).set(queue.keys.jobs("default"), "no list")
+    raw(queue).set(queue.keys.jobs("default"), "not a list")
     assert work(queue, watchdog=0.5).end() == EXIT_BROKEN
 
 
@@ -1216,21 +1216,21 @@ def test_wait_on_a_dead_connection_times_out(
 PACKETS = {"take": b"RPOPLPUSH", "start": b"MSET", "settle": b"{queue}:completed"}
 
 
-@pytest.mark.parametrize("deed", ["drop_reply", "drop_request", "hold"])
+@pytest.mark.parametrize("fault", ["drop_reply", "drop_request", "hold"])
 @pytest.mark.parametrize("packet", PACKETS)
 def test_lose_packets_without_losing_or_repeating_jobs(
-    near: Queue, real: Server, proxy: CutProxy, work: Any, *, packet: str, deed: str
+    near: Queue, real: Server, proxy: CutProxy, work: Any, *, packet: str, fault: str
 ) -> None:
     ran: Counter[int] = Counter()
 
     @handler("note")
     def note(payload: int) -> None:
-        ran[payload] += 1  # each number by one thread only, unless there is a defect
+        ran[payload] += 1  # no lock, because each number has one thread unless there is a bug
 
     work(real.queue(proxy.url, lease=3), slots=3)
     jobs = []
     for n in range(5):
-        getattr(proxy, deed)(PACKETS[packet])
+        getattr(proxy, fault)(PACKETS[packet])
         jobs += near.enqueue_many("note", range(20 * n, 20 * n + 20))
         until(lambda: proxy.idle)
         until_ended(near, jobs[-20])
@@ -1263,7 +1263,7 @@ def test_refuse_commands_until_the_worker_repeats_them(
 def test_take_recovers_when_a_corrupted_list_is_deleted(
     queue: Queue, work: Any, echo: None, caplog: pytest.LogCaptureFixture
 ) -> None:
-    raw(queue).set(queue.keys.jobs("default"), "no list")
+    raw(queue).set(queue.keys.jobs("default"), "not a list")
     work(queue)
     until(lambda: "cannot take jobs" in caplog.text)
     raw(queue).delete(queue.keys.jobs("default"))
@@ -1288,7 +1288,7 @@ def test_complete_with_a_corrupted_key_elsewhere_succeeds(server: Server, work: 
 def test_reap_with_a_corrupted_set_of_workers_does_not_stop_the_worker(server: Server, work: Any, echo: None) -> None:
     queue = server.queue()
     raw(queue).sadd(queue.keys.workers, b"\xff\xfe", "no-such-worker")
-    running = work(server.queue(lease=0.1))  # after which it looks for lost workers
+    running = work(server.queue(lease=0.1))  # then it soon checks for dead workers
     until(lambda: running.code is not None or not raw(queue).sismember(queue.keys.workers, "no-such-worker"), 5)
     assert running.code is None
     assert until_ended(queue, queue.enqueue("echo", 1), 5).status == "completed"
