@@ -108,13 +108,13 @@ def run_job(job: Job) -> Outcome:
 
 
 def _encode_result(result: Any) -> msgspec.Raw:
-    """Encode a result now, before its owner changes it. Raises Discard if it cannot be stored."""
+    """Encode a result before the handler can change it. Raises Discard if it cannot be stored."""
     try:
         encoded = to_json(result)
     except ValueError as error:
         raise Discard(f"the result {error}") from None
     if len(encoded) > MAX_RESULT:
-        raise Discard(f"the result is longer than {MAX_RESULT} bytes of JSON; store it elsewhere and return its key")
+        raise Discard(f"the result is longer than {MAX_RESULT} bytes of JSON; store it elsewhere and return its URL")
     return msgspec.Raw(encoded)
 
 
@@ -176,7 +176,7 @@ class Slot:
             return _fail(job, error) if self._finish() else None
 
     def _finish(self) -> bool:
-        """Whether the job was still this slot's. Afterwards, no TimedOut comes to this thread."""
+        """End the job; False if it was abandoned. Afterwards no TimedOut is raised in this thread."""
         with self.lock:
             if self.interrupted:  # TimedOut may not have been raised yet
                 _raise_in_thread(self.thread, None)
@@ -227,10 +227,10 @@ class Worker:
         self.stopping = threading.Event()  # the taker must take no more jobs
         self.closed = threading.Event()  # the settler and the keeper must end
         self.adopt_at = 0.0  # when the taker next looks for jobs whose replies were lost
-        self.all_busy = False
+        self.all_busy = False  # True while the taker waits for slots: that is not a hang
         self.last_take = time.monotonic()  # when the taker last got an answer, even if no job was there
         self.last_reap_check = time.monotonic()
-        self.late_reap_check = time.monotonic()  # the last check that came too long after the one before it
+        self.late_reap_check = time.monotonic()  # the last check that came too late after the one before it
         self.warned: dict[str, float] = {}  # when each warning was last logged
 
     def stop(self, mode: StopMode) -> None:
@@ -552,7 +552,7 @@ class Worker:
             pass
 
     def _pass_on_cancellations(self) -> None:
-        """Let the handlers that take a Job know that its cancellation was requested."""
+        """Tell the handlers that take a Job when its cancellation is requested."""
         with self.lock:
             jobs = {id: job for id, job in self.held.items() if job.type in HANDLERS and HANDLERS[job.type].wants_job}
         for id in self.queue.cancel_requests([id for id, job in jobs.items() if not job.cancel_requested]):
@@ -567,7 +567,7 @@ class Worker:
         expired = self.queue.lost_workers(own=self.id)
         now = time.monotonic()
         lease = self.queue.lease
-        if now - self.last_reap_check > lease / 2:  # renewed at each third of it, a lease lasts longer than that
+        if now - self.last_reap_check > lease / 2:  # the lease of a live worker has at least that much left at any time
             self.late_reap_check = now
         self.last_reap_check = now
         if now - max(self.late_reap_check, self.queue.last_trouble) < lease:

@@ -8,14 +8,15 @@ The second line repeats one trial, because the schedule of a trial depends only 
 A world is a Redis that syncs every write, a web process and two workers. Each process is behind its
 own proxy, and a supervisor restarts it as a platform does. A trial submits jobs over HTTP and from
 Python while one to three faults happen. Then it ends all faults, waits until the world is quiet,
-and judges the evidence. Handlers write the begin and the end of each run to a file, so the evidence
+and judges the evidence. Handlers write the start and the end of each run to a file, so the evidence
 does not depend on Redis. The judge requires:
 
     every accepted job has ended as its handler determines; a submit without an answer has made one
     job or none
     every run of a job except the first has a cause: its handler failed, or its worker was killed,
     was told to stop, or was cut off for longer than its lease
-    runs of a job overlap only if the worker of the first was cut off for longer than its lease
+    runs of a job overlap only if the worker of the first was cut off for longer than its lease, or
+    for up to 1.5 seconds if it was told to stop
     processes exit only because of a fault, and check_consistency finds no error
 
 No fault lasts between SHORT and LONG, because it would then depend on the heartbeat whether a lease
@@ -179,7 +180,7 @@ int clock_gettime(clockid_t id, struct timespec *now) {
 
 
 class Fault(NamedTuple):
-    """A fault that begins `at` seconds after the begin of the trial."""
+    """A fault that begins `at` seconds after the start of the trial."""
 
     kind: str
     at: float
