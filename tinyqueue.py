@@ -1,10 +1,11 @@
-"""TinyQueue: a job queue on Redis. This module holds every rule of the queue, beginning with its contract.
+"""TinyQueue: a job queue on Redis. This module holds all rules of the queue. Its contract:
 
 The promise
-    An accepted job runs at least once, and is never lost while Redis keeps its data. It runs twice
-    only if the worker that held it was cut off for longer than its lease. Jobs of a queue start
-    first in, first out. A job that kills its worker runs out of attempts like any other. Jobs that
-    ran beside it get their attempts back, so they never fail because of it.
+    An accepted job runs at least once. It is never lost while Redis keeps its data. Apart from
+    retries and releases, it runs twice only if its worker died, or was cut off from Redis for
+    longer than its lease. The jobs of a queue start first in, first out. A job that kills its
+    worker runs out of attempts like any other. Jobs that ran beside it get their attempts back, so
+    they never fail because of it.
 
 States
                  enqueue                dequeue                complete
@@ -14,39 +15,40 @@ States
                          v  |  +--- fail: attempts left --+  v
                   cancelled +-------- retry ------------- failed
 
-    A job that waits for its delay or backoff is pending with a `runAt`. One that expires before its
-    first start is failed.
+    A job that waits for its delay or backoff is pending with a `runAt`. A job that expires before
+    its first start is failed.
 
-Transitions. Each is one WATCH / MULTI / EXEC: two round trips however many jobs it moves, and no Lua.
+Transitions. Each is one WATCH / MULTI / EXEC: two round trips however many jobs it moves, no Lua.
 
-    verb      from -> to                      watches              only if                    writes
-    enqueue   nothing -> pending              once, unique         keys unused                record, list or delayed, keys
-    take      (list to list)                  -                    queue not paused           jobs -> proc, workers
-    start     pending -> processing           worker, records      registered; due            record: attempts + 1, worker
-    expire    pending -> failed               worker, records      registered; expired        record, proc, failed
-    complete  processing -> completed         worker, records      registered; same attempt   record, proc, completed
-    fail      processing -> pending, failed*  worker, records      registered; same attempt   record, proc, delayed or failed
-    release   processing -> pending, failed*  worker, records      registered; same attempt   record, proc, head of list
-    progress  processing -> processing        worker, record       registered; same attempt   record
-    promote   (delayed to list)               records              runAt has come             delayed, list
-    reap      processing -> pending, failed*  worker, lease, proc  lease gone; worker's own   worker, proc, record, head of list
-                                              and the records
-    cancel    pending -> cancelled            record               -                          record, delayed, cancelled
-    request   processing -> processing        record               handler takes a Job        record: cancelRequested
-    retry     failed, cancelled -> pending    record, unique       uniqueKey free             record, its index, list
+    verb      from -> to                      watches          only if                   writes
+    enqueue   nothing -> pending              once, unique     keys unused               record, list/delayed, keys
+    take      (list to list)                  -                queue not paused          jobs -> proc, workers
+    start     pending -> processing           worker, records  registered; due           record: attempts + 1, worker
+    expire    pending -> failed               worker, records  registered; expired       record, proc, failed
+    complete  processing -> completed         worker, records  registered; same attempt  record, proc, completed
+    fail      processing -> pending, failed*  worker, records  registered; same attempt  record, proc, delayed/failed
+    release   processing -> pending, failed*  worker, records  registered; same attempt  record, proc, head of list
+    progress  processing -> processing        worker, record   registered; same attempt  record
+    promote   (delayed to list)               records          runAt has come            delayed, list
+    reap      processing -> pending, failed*  worker, lease,   lease gone; worker's own  worker, proc, record,
+                                              proc, records                              head of list
+    cancel    pending -> cancelled            record           -                         record, delayed, cancelled
+    request   processing -> processing        record           handler takes a Job       record: cancelRequested
+    retry     failed, cancelled -> pending    record, unique   uniqueKey free            record, its index, list
 
     * cancelled, if that was requested. Due: runAt has come, and the job has not expired. Expired:
-    expiresAt has passed before the first start. Same attempt: worker, attempts, refunds and startedAt
-    of the record are those that the worker holds. Worker's own: processing under that worker's name.
+    expiresAt has passed before the first start. Same attempt: worker, attempts, refunds and
+    startedAt of the record are those that the worker holds. Worker's own: processing under that
+    worker's name.
 
     dequeue is take, then start or expire. complete, fail and release are written by settle, many in
-    one transaction. cancel makes the request when the job is processing. Every verb that fills a list
-    rings its bell, and every verb keeps the counts and the metrics. Whatever ends a job frees its
-    uniqueKey and leaves a token for those who wait for it.
+    one transaction. cancel makes the request when the job is processing. Every verb that fills a
+    list rings its bell, and every verb keeps the counts and the metrics. Whatever ends a job frees
+    its uniqueKey and leaves a token for those who wait for it.
 
 Keys. All share one hash tag, the namespace, and so one slot of a cluster.
 
-    {queue}:job:<id>          string  the record: the job as JSON, without its id and without default values
+    {queue}:job:<id>          string  the record: the job as JSON, without id and default values
     {queue}:jobs:<name>       list    ids that wait in queue <name>: enter left, leave right
     {queue}:proc:<worker>     list    ids that this worker holds
     {queue}:bell:<name>       list    wake-up tokens, at most 64; holds no work, may be lost
@@ -54,38 +56,38 @@ Keys. All share one hash tag, the namespace, and so one slot of a cluster.
     {queue}:completed         zset    id -> endedAt; likewise {queue}:failed and {queue}:cancelled
     {queue}:workers           set     every worker that may hold a job
     {queue}:worker:<worker>   string  its registration: the fence. Never expires
-    {queue}:lease:<worker>    string  its sign of life and the ids that it runs. Expires
-    {queue}:once:<key>        string  the fingerprint of a submit with an Idempotency-Key and the ids it made. Expires
-    {queue}:unique:<key>      string  the id of the pending or processing job that has this uniqueKey
-    {queue}:paused            set     the names of paused queues
-    {queue}:minute:<n>        hash    started, waitedMs, completed, failed, cancelled in minute n since 1970.
-                                      Expires after two hours
+    {queue}:lease:<worker>    string  its last heartbeat and the ids that it runs. Expires
+    {queue}:once:<key>        string  an Idempotency-Key: request fingerprint and job ids. Expires
+    {queue}:unique:<key>      string  id of the pending or processing job with this uniqueKey
+    {queue}:paused            set     names of the paused queues
+    {queue}:minute:<n>        hash    started, waitedMs, completed, failed, cancelled in minute n
+                                      since 1970. Expires after two hours
     {queue}:rate:<who>:<n>    string  requests of a client in rate window n. Expires
-    {queue}:awaited           set     the ids of jobs for whose end somebody waits
-    {queue}:done:<id>         list    a token for those who waited. Expires after a minute
-    {queue}:counts            hash    pending:<name> and processing:<name> now; completed, failed, cancelled ever
+    {queue}:awaited           set     ids of the jobs whose end a caller waits for
+    {queue}:done:<id>         list    a token for those callers. Expires after a minute
+    {queue}:counts            hash    pending:<name> and processing:<name> now;
+                                      completed, failed and cancelled ever
     {queue}:promoter          string  a lock that saves two promoters the same work. Expires
-    {queue}:mark              string  written to learn when the replicas have all earlier writes. Expires after a second
-    {queue}:metrics           hash    all that ever happened to jobs: <what>:<type>:<queue>, for times with :<bucket>
-    {queue}:series            set     the <type>:<queue> counted there by name, up to 1,000; the rest are other:other
+    {queue}:mark              string  a write that only WAIT needs. Expires after a second
+    {queue}:metrics           hash    events so far: <event>:<type>:<queue>, times with :<bucket>
+    {queue}:series            set     up to 1,000 <type>:<queue> of metrics; others: other:other
 
 Three rules carry everything
-    1. The record decides, lists are hints. A list may hold an id twice, or the id of a job that is
-       cancelled, finished or gone; whoever takes such an id drops it. So promote and reap may
-       repeat themselves, and cancelling costs the same however long the queue is.
-    2. Every write of a worker is fenced. It watches its registration and writes only if that still
-       exists. reap deletes the registration in the transaction that gives the jobs away, so a
-       worker that was declared dead and wakes up can no longer write.
-    3. Waiting never holds work. An idle worker blocks on the bell, never on the jobs, so a lost
-       reply costs nothing.
+    1. The record decides, lists are hints. A list may hold an id twice, or the id of a job that was
+       cancelled, has ended or is gone. Whoever takes such an id drops it. So promote and reap may
+       repeat themselves, and a cancel takes the same time however long the queue is.
+    2. What a worker writes to a record is fenced: it watches its registration, and writes only if
+       that still exists. reap deletes the registration in the transaction that requeues the jobs.
+       So a worker that wakes up after it was reaped can no longer write.
+    3. Waiting never holds work. An idle worker blocks on the bell, never on a list of jobs, so a
+       lost reply loses no job.
 
-The file follows a job's life up to the end of upkeep; reading, shards, handlers and input checks come
-after it. `grep '# [A-Z].* ---' tinyqueue.py` prints the table of contents.
+The file follows a job's life up to the end of upkeep. Reading, shards, handlers and input checks
+come after it. `grep '# [A-Z].* ---' tinyqueue.py` prints the table of contents.
 """
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import importlib
 import inspect
@@ -109,7 +111,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import suppress
 from datetime import datetime
-from functools import partial
+from functools import partial, reduce
 from typing import Annotated, Any, Concatenate, Generic, Literal, NamedTuple, ParamSpec, TypeAlias, TypeVar, cast
 
 import msgspec
@@ -134,8 +136,8 @@ from tinyqueue_redis import (
 )
 
 __version__ = "0.1.0"
-# Makes worker.py and wsgi.py, which lie beside this file, importable as tinyqueue.worker and tinyqueue.wsgi, even where
-# another module is named worker or wsgi.
+# Makes worker.py and wsgi.py beside this file importable as tinyqueue.worker and tinyqueue.wsgi,
+# even if there are other modules named worker and wsgi.
 __path__ = [os.path.dirname(os.path.abspath(__file__))]
 
 log = logging.getLogger("tinyqueue")
@@ -145,18 +147,18 @@ log = logging.getLogger("tinyqueue")
 
 
 class TinyQueueError(Exception):
-    """The base of every error that TinyQueue raises. "Nothing there" is None or empty, never an error."""
+    """The base of all errors of TinyQueue. What does not exist is None or empty, not an error."""
 
 
 class SettingsError(TinyQueueError):
-    """A setting or the handlers module is wrong and the process must not start. The text is one line that says what to do."""
+    """A setting or the handlers module is wrong. The text is one line that says what to do."""
 
 
 class InvalidJob(TinyQueueError):
-    """A job that cannot be accepted; nothing was stored.
+    """The job was refused and nothing was stored.
 
-    `field` names the wrong part as JSON clients know it, `rule` says what it must be, and `path` is
-    the place inside the payload (``$.to``), if it is there.
+    `field` is the wrong field as JSON clients know it, and `rule` says what it must be. `path` is
+    the place inside the payload (``$.to``), or empty.
     """
 
     def __init__(self, field: str, rule: str, path: str = "") -> None:
@@ -180,24 +182,25 @@ class KeyReused(TinyQueueError):
 
 
 class QueueFull(TinyQueueError):
-    """The queue has as many pending jobs as TINYQUEUE_MAX_PENDING allows. Nothing was stored."""
+    """A queue would have more pending jobs than TINYQUEUE_MAX_PENDING. Nothing was stored."""
 
 
 class NotReplicated(TinyQueueError):
-    """The jobs are stored and will run, but fewer replicas have them than TINYQUEUE_MIN_REPLICAS requires.
+    """The jobs are stored and will run, but on fewer replicas than TINYQUEUE_MIN_REPLICAS.
 
-    If the master is lost now, so are they. `jobs` lists them. Submitting again makes new jobs,
-    except under the same Idempotency-Key: that waits for the replicas once more.
+    A failover now may lose them. `jobs` lists them. Submitting again makes new jobs, except under
+    the same Idempotency-Key: that waits for the replicas once more.
     """
 
     def __init__(self, jobs: Sequence[Job], reached: int, wanted: int) -> None:
-        what, them = (f"job {jobs[0].id} is", "it") if len(jobs) == 1 else (f"{len(jobs)} jobs are", "them")
-        super().__init__(f"{what} stored and will run, but only {reached} of {wanted} replicas have {them} so far")
+        stored = f"job {jobs[0].id} is" if len(jobs) == 1 else f"{len(jobs)} jobs are"
+        them = "it" if len(jobs) == 1 else "them"
+        super().__init__(f"{stored} stored and will run, but only {reached} of {wanted} replicas have {them} so far")
         self.jobs = list(jobs)
 
 
 class WrongStatus(TinyQueueError):
-    """The job's status does not allow the verb; nothing was changed. `job` is the job as it stands."""
+    """The job's status does not allow the verb. Nothing was changed. `job` is the current job."""
 
     def __init__(self, verb: str, job: Job, why: str = "") -> None:
         super().__init__(f"cannot {verb} job {job.id}: {why or f'it is {job.status}'}")
@@ -206,9 +209,10 @@ class WrongStatus(TinyQueueError):
 
 
 class Unavailable(TinyQueueError):
-    """Redis did not do it. `reason` is one word: unreachable, timeout, loading, full, read-only, refused or busy.
+    """Redis did not carry out a command.
 
-    `doubtful` means that a write was sent and its reply was lost: it may have been applied.
+    `reason` is unreachable, timeout, loading, full, read-only, refused or busy. `doubtful` means
+    that a write was sent and its reply was lost: the write may have been applied.
     """
 
     def __init__(self, reason: str, detail: str, doubtful: bool = False) -> None:
@@ -218,48 +222,48 @@ class Unavailable(TinyQueueError):
 
 
 class Corrupted(TinyQueueError):
-    """A key of the namespace holds what TinyQueue never writes. `applied`: the rest of the transaction was written."""
+    """A key holds what TinyQueue never writes. `applied`: all other commands were carried out."""
 
     applied = False
 
 
 class Reaped(TinyQueueError):
-    """This worker lost its lease and its jobs were requeued: it must drop what it holds and register again."""
+    """The worker was reaped and its jobs were requeued. It must drop them and register again."""
 
 
 def _translated(error: Exception) -> TinyQueueError:
-    """Turn an error of the Redis client into one of ours."""
+    """Translate an error of the Redis client."""
     reason, text = explain(error)
     return Unavailable(reason, text) if reason else Corrupted(f"Redis answered: {text}")
 
 
 # Bounds: a part of the contract, not tunables -------------------------------------------------------------------------
 
-MAX_JOBS = 1000  # jobs of one batch: some milliseconds of Redis' only thread
+MAX_JOBS = 1000  # jobs of one batch, which take some milliseconds of Redis' only thread
 MAX_ATTEMPTS = 100
 MAX_DELAY = 366 * 86400  # seconds
-MAX_DEPTH = 100  # nested arrays and objects in a payload; a fixed number, because parsers give up at different ones
+MAX_DEPTH = 100  # levels of arrays and objects in a payload: few enough for every JSON parser
 MAX_RESULT = 262144  # bytes of a result's JSON
-SUSPICIOUS = 2  # times that a worker was lost with this job and others running, after which the job runs alone
-MAX_REFUNDS = 10  # times that a release refunds the attempt: a job that never survives a deploy must end some day
+SUSPICIOUS = 2  # times that a job was lost with its worker beside others, after which it runs alone
+MAX_REFUNDS = 10  # times that release refunds an attempt: a job that survives no deploy must end
 KEY_LENGTH = 200  # characters of a uniqueKey
 SCANNED = 1000  # jobs that one page of a listing or one bulk change looks at
-MEMORY_SHARE = 0.95  # of Redis' maxmemory, above which no job is accepted: the jobs it has must still be able to end
+MEMORY_SHARE = 0.95  # of maxmemory, above which submits are refused so that stored jobs can end
 LISTED = 10_000  # entries of a list that a listing looks at
 KEPT = 100_000  # ended jobs that are kept, of each status
-BELLS = 64
+BELLS = 64  # wake-up tokens of a queue
 PROMOTED = 500  # jobs moved by one promote
-TRIES = 50  # of a transaction whose keys others keep changing
-WRITERS = 4  # handlers of a worker that write their progress at the same time; the others wait for their turn
+TRIES = 50  # of a transaction whose watched keys keep changing
+WRITERS = 4  # handlers of a worker that write progress at the same time; the others wait
 BLOCK = 2.0  # seconds of one wait for the bell
 CATCH_UP = 1000  # milliseconds that replicas have to receive a write
 PAUSE_AGE = 0.1  # seconds for which the known set of paused queues is used
 MEMORY_AGE = 2.0  # seconds for which a reading of Redis' memory is used
-SERIES = 1000  # types and queues that the metrics tell apart: each is some thirty lines of a scrape
-BUCKETS = (10, 50, 250, 1000, 5000, 15_000, 60_000, 300_000, 1_800_000, math.inf)  # ms: upper bounds for times
+SERIES = 1000  # pairs of type and queue in the metrics: each adds some thirty lines to a scrape
+BUCKETS = (10, 50, 250, 1000, 5000, 15_000, 60_000, 300_000, 1_800_000, math.inf)  # ms
 
-NAME = re.compile(r"[A-Za-z0-9._-]{1,100}")  # of queues, types, workers: no name can spell another key
-PRINTABLE = re.compile(r"[^\x00-\x1f\x7f-\xa0\xad\u2028\u2029\ud800-\udfff]+")  # as in openapi.json; no lone surrogates
+NAME = re.compile(r"[A-Za-z0-9._-]{1,100}")  # of queues, types, workers: cannot spell another key
+PRINTABLE = re.compile(r"[^\x00-\x1f\x7f-\xa0\xad\u2028\u2029\ud800-\udfff]+")  # as in openapi.json
 ID = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-7[0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9a-f]{12}")
 
 # Keys -----------------------------------------------------------------------------------------------------------------
@@ -282,7 +286,7 @@ class Keys:
         self.ended: dict[str, str] = {status: prefix + status for status in ENDED}
 
         def each(kind: str) -> Callable[[str], str]:
-            return f"{prefix}{kind}:".__add__  # runs no Python: every job needs several of these
+            return f"{prefix}{kind}:".__add__  # faster than a lambda, and every job needs several
 
         self.job = each("job")
         self.done = each("done")
@@ -312,17 +316,7 @@ Status = Literal["pending", "processing", "completed", "failed", "cancelled"]
 STATUSES: tuple[Status, ...] = typing.get_args(Status)
 UNENDED = STATUSES[:2]
 ENDED = STATUSES[2:]
-SHOWN = (
-    "id",
-    "type",
-    "payload",
-    "status",
-    "attempts",
-    "maxAttempts",
-    "queue",
-    "createdAt",
-    "updatedAt",
-)  # of every job
+SHOWN = ("id", "type", "payload", "status", "attempts", "maxAttempts", "queue", "createdAt", "updatedAt")
 SHOWN_IF_SET = (
     *("runAt", "startedAt", "endedAt", "worker", "progress", "expiresAt", "uniqueKey", "cancelRequested", "suspicions"),
     *("requestId", "traceparent", "error"),
@@ -331,7 +325,7 @@ UNREADABLE = "UnreadableRecord"
 
 
 class Failure(msgspec.Struct, rename="camel", omit_defaults=True):
-    """Why an attempt failed. Message and traceback are cut to size."""
+    """Why an attempt failed. `of` shortens message and traceback."""
 
     type: str
     message: str
@@ -339,15 +333,15 @@ class Failure(msgspec.Struct, rename="camel", omit_defaults=True):
 
     @classmethod
     def of(cls, error: BaseException, traceback: str = "") -> Failure:
-        """Describe an exception. Text that JSON cannot hold, such as lone surrogates, is escaped."""
+        """Describe an exception. Escapes text that JSON cannot hold, such as lone surrogates."""
         message, trace = (text.encode("utf-8", "backslashreplace").decode() for text in (_text(error), traceback))
         return cls(type(error).__name__, message[:1000], trace[-4000:])
 
 
 class Job(msgspec.Struct, rename="camel", omit_defaults=True, dict=True):
-    """A job as it stood when it was read. Times are milliseconds of Redis TIME, 0 for never.
+    """A job as it was when it was read. Times are in milliseconds of Redis TIME, 0 for never.
 
-    The fields are the record. It omits default values, so a default is part of the storage format.
+    The fields are the record. It omits default values, so these are part of the storage format.
     """
 
     id: str
@@ -380,45 +374,40 @@ class Job(msgspec.Struct, rename="camel", omit_defaults=True, dict=True):
 
     @property
     def suspect(self) -> bool:
-        """Whether it must run alone in its process: workers were lost while they ran it beside other jobs."""
+        """Whether it must run alone: workers were lost while running it beside other jobs."""
         return self.suspicions >= SUSPICIOUS
 
     @property
     def cancelled(self) -> bool:
-        """Whether somebody asked this running job to stop. A handler that then raises anything leaves it cancelled."""
+        """Whether this running job was asked to stop. If its handler raises, it ends cancelled."""
         return self.cancel_requested
 
     def set_progress(self, done: float, of: float = 1.0) -> None:
-        """Report how far a running handler is, from within it.
+        """Report from within a handler that `done` of `of` is done.
 
-        Written to Redis at most once a second; the last value is stored with the outcome. Raises
-        Reaped if the job is no longer this worker's.
+        Writes to Redis at most once a second; the last value is stored with the outcome. Raises
+        Reaped if the worker has lost the job.
         """
         self.progress = round(min(1.0, max(0.0, done / of)), 4) if of else 1.0
         now = time.monotonic()
         if now - self.__dict__.get("_progress_written", -1.0) >= 1.0 and (queue := self.__dict__.get("_queue")):
             self.__dict__["_progress_written"] = now
-            with suppress(Unavailable):  # no reason to fail an attempt
+            with suppress(Unavailable):  # an attempt must not fail because of its progress
                 queue.write_progress(self)
 
     def place(self) -> tuple[int, str]:
-        """Its place in a listing: by when it ended, or was enqueued if it has not ended."""
+        """Its place in a listing: by when it ended, or was created if it has not ended."""
         return self.ended_at if self.status in ENDED else self.created_at, self.id
 
     def log_fields(self) -> dict[str, Any]:
-        """The fields of every log line about it."""
-        fields = {
-            "job": self.id,
-            "type": self.type,
-            "queue": self.queue,
-            "attempt": self.attempts,
-            "worker": self.worker,
-        }
+        """The fields of every log line about the job."""
+        fields: dict[str, Any] = {"job": self.id, "type": self.type, "queue": self.queue}
+        fields |= {"attempt": self.attempts, "worker": self.worker}
         origin = {"requestId": self.request_id, "traceparent": self.traceparent}
         return fields | {name: value for name, value in origin.items() if value}
 
     def answer(self) -> dict[str, Any]:
-        """The job as clients see it: the record with id, times and defaults, without what has not happened yet."""
+        """The job as clients see it: the fields in SHOWN, and the others if they are set."""
         fields = dict(zip(self.__struct_encode_fields__, msgspec.structs.astuple(self), strict=True))
         fields |= {"createdAt": self.created_at, "updatedAt": self.updated_at or self.created_at}
         set_now = [name for name in SHOWN_IF_SET if fields[name]] + ["result"] * (self.status == "completed")
@@ -426,7 +415,7 @@ class Job(msgspec.Struct, rename="camel", omit_defaults=True, dict=True):
 
 
 class Attempt(msgspec.Struct, rename="camel"):
-    """The part of a record that tells one attempt from all others. Reading only this is cheap."""
+    """The part of a record that tells one attempt from all others. It is cheap to decode."""
 
     status: str = "pending"
     worker: str = ""
@@ -438,7 +427,7 @@ class Attempt(msgspec.Struct, rename="camel"):
 
 _decode_job = msgspec.json.Decoder(Job).decode
 _decode_attempt = msgspec.json.Decoder(Attempt).decode
-_ID_PART = len('{"id":"') + 36 + len('",')  # what every encoded job begins with, and no record holds
+_ID_PART = len('{"id":"') + 36 + len('",')  # how an encoded job begins; a record leaves this out
 
 
 def _record(job: Job) -> bytes:
@@ -446,7 +435,7 @@ def _record(job: Job) -> bytes:
 
 
 def _job(id: str, record: bytes) -> Job:
-    """Read a record. An unreadable one becomes a failed job that shows it, so that no reader crashes or loops."""
+    """Read a record. An unreadable one becomes a failed job that shows it, so no reader crashes."""
     try:
         job = _decode_job(b'{"id":"%b",%b' % (id.encode(), record[1:]))
         if job.id != id:
@@ -466,7 +455,7 @@ def _runs(job: Job, worker: str) -> bool:
 
 
 def created_at(id: str) -> int:
-    """When the job of that id was enqueued: a UUID of version 7 (RFC 9562) begins with that time, in milliseconds."""
+    """When the job of that id was created: a UUIDv7 (RFC 9562) begins with milliseconds."""
     return int(id[:8] + id[9:13], 16)
 
 
@@ -474,7 +463,7 @@ _order = itertools.count()
 
 
 def _new_id(now: int) -> str:
-    """Make a UUID of version 7 from Redis time in ms; a counter keeps ids of the same millisecond in their order."""
+    """Make a UUIDv7 from Redis time in ms. A counter keeps the ids of one millisecond in order."""
     noise = int.from_bytes(os.urandom(8), "big")
     number = now << 80 | 7 << 76 | (next(_order) & 0xFFF) << 64 | 2 << 62 | noise & 0x3FFFFFFFFFFFFFFF
     digits = f"{number:032x}"
@@ -489,9 +478,9 @@ Push = Literal["LPUSH", "RPUSH"]  # behind all other jobs of a queue, or before 
 
 
 class Transaction:
-    """One try of a transition: WATCH and its reads in one round trip, then MULTI, the writes and EXEC in another.
+    """One try of a transition. WATCH and reads take one round trip, MULTI, writes and EXEC another.
 
-    `gather`, `ring` and `count` collect what many jobs do to one key and make one command of it.
+    `gather`, `ring` and `count` merge what many jobs do to one key into one command.
     """
 
     def __init__(self, connection: Any, keys: Keys, clock: Clock, watch: Sequence[str], again: bool) -> None:
@@ -501,9 +490,9 @@ class Transaction:
         self._watch = watch
         self._watches = bool(watch)
         self.now = clock.now()
-        self.again = again  # an earlier try sent its EXEC and lost the reply: look whether it was applied
-        self.replicas = 0  # how many must have the writes
-        self.awaited: set[bytes] | None = None  # jobs for whose end somebody waits; None until it was read
+        self.again = again  # an earlier try lost the reply to EXEC, and may have been applied
+        self.replicas = 0  # how many must receive the writes
+        self.awaited: set[bytes] | None = None  # the ids that callers wait for; None until read
         self.measured: defaultdict[tuple[str, str, str], list[int]] = defaultdict(list)
         self._writes: list[Command] = []
         self._gathered: dict[tuple[str, str], list[Any]] = {}
@@ -512,12 +501,13 @@ class Transaction:
         self._minute: Counter[str] = Counter()
 
     def read(self, *commands: Command) -> list[Any]:
-        """Ask Redis. The first call sends WATCH along, and TIME when the clock is stale."""
+        """Send commands and return their replies. The first call also sends WATCH."""
         ahead: list[Command] = [("WATCH", *self._watch)] if self._watch else []
         self._watch = ()
         if not self._clock.stale:
             return ask(self._connection, [*ahead, *commands])[len(ahead) :]
-        replies = ask(self._connection, [*ahead, *commands, ("TIME",)])  # last: one of the commands may wait for long
+        # TIME comes last, because one of the commands may block.
+        replies = ask(self._connection, [*ahead, *commands, ("TIME",)])
         self._clock.read(replies[-1])
         self.now = self._clock.now()
         return replies[len(ahead) : -1]
@@ -527,21 +517,21 @@ class Transaction:
             ask(self._connection, [("UNWATCH",)])
 
     def execute(self, writes: Sequence[Command]) -> tuple[list[Any] | None, int]:
-        """Apply writes. Return their replies, None if a watched key has changed, and how many replicas have them.
+        """Apply writes. Return the replies, or None if a watched key changed, and replicas reached.
 
-        A refused WAIT proves nothing about any replica, but the writes are applied: it counts as 0.
+        If WAIT is refused, none is reached: the writes are applied, but nothing proves more.
         """
-        wait = [("WAIT", self.replicas, CATCH_UP)] if self.replicas else []
-        send(self._connection, [("MULTI",), *writes, ("EXEC",), *wait])
+        waits = [("WAIT", self.replicas, CATCH_UP)] if self.replicas else []
+        send(self._connection, [("MULTI",), *writes, ("EXEC",), *waits])
         *_, done = [self._connection.read_response() for _ in range(len(writes) + 2)]
-        reached = read_reply(self._connection) if wait else 0
+        reached = read_reply(self._connection) if waits else 0
         return done, reached if isinstance(reached, int) else 0
 
     def write(self, *command: Any) -> None:
         self._writes.append(command)
 
     def gather(self, command: str, key: str, *parts: Any) -> None:
-        """Append to the one command of that name for that key: LPUSH, RPUSH, ZADD, ZREM."""
+        """Add arguments to the one LPUSH, RPUSH, ZADD or ZREM of that key."""
         self._gathered.setdefault((command, key), []).extend(parts)
 
     def push(self, command: Push, job: Job) -> None:
@@ -556,23 +546,23 @@ class Transaction:
         self._counts[field] += by
 
     def started(self, job: Job, waited: int) -> None:
-        """Count a start, in this minute and for the metrics, with the milliseconds that the job had waited."""
+        """Count a start, in this minute and in the metrics. `waited` is in milliseconds."""
         self._minute["started"] += 1
         self._minute["waitedMs"] += waited
         self.measure("waited", job, waited)
 
     def ended(self, job: Job) -> None:
-        """Count an end: ever, in this minute and for the metrics."""
+        """Count an end, in the totals, in this minute and in the metrics."""
         self._counts[job.status] += 1
         self._minute[job.status] += 1
         self.measure(job.status, job)
 
-    def measure(self, what: str, job: Job, ms: int = -1) -> None:
-        """Count for the metrics what happened to a job, and the time it took unless that is -1."""
-        self.measured[what, job.type, job.queue].append(ms)
+    def measure(self, event: str, job: Job, ms: int = -1) -> None:
+        """Count an event in the metrics, and the time that it took unless that is -1."""
+        self.measured[event, job.type, job.queue].append(ms)
 
-    def sealed(self) -> list[Command]:
-        """Return all commands that are to be written."""
+    def commands(self) -> list[Command]:
+        """Return all commands to write, except those of the metrics."""
         commands = self._writes + [(*name, *parts) for name, parts in self._gathered.items()]
         for queue, times in self._bells.items():
             bell = self._keys.bell(queue)
@@ -586,16 +576,16 @@ class Transaction:
 
 
 class Store:
-    """The Redis of one queue: its connections, keys and clock, the transaction loop and what it writes for the metrics."""
+    """The Redis of one queue: connections, keys, clock, the transaction loop and the metrics."""
 
     def __init__(self, pool: Any, namespace: str) -> None:
         self.connections = Connections(pool, harmless=TinyQueueError, translate=_translated)
         self.lend = self.connections.lend
         self.keys = Keys(namespace)
         self.clock = Clock()
-        self._memory: tuple[float, dict[str, str]] = (-1e9, {})  # when it was read, and what INFO said
-        self._series: frozenset[str] = frozenset()  # types and queues that the metrics count by name
-        self._series_known = False  # whether no others were met since those were read
+        self._memory: tuple[float, dict[str, str]] = (-1e9, {})  # when INFO was read, and its reply
+        self._series: frozenset[str] = frozenset()  # the <type>:<queue> that have their own metrics
+        self._series_known = False  # whether these were read and no others have been met since
 
     def read(self, *commands: Command) -> list[Any]:
         return self.transact((), lambda tx: tx.read(*commands), counts=False)
@@ -609,12 +599,12 @@ class Store:
     def transact(
         self, watch: Sequence[str], body: Callable[[Transaction], R], again: bool = False, counts: bool = True
     ) -> R:
-        """Run `body` until its writes are applied while nothing watched has changed, and return what it returned.
+        """Call `body` until its writes are applied with no watched key changed. Return its result.
 
         A body that writes nothing ends the loop. When the reply to EXEC is lost, the body is called
-        again with `again` set. It must check whether its writes are there, and omit them if so:
-        nothing is ever repeated blindly. After a time-out the writes may still arrive. Only a watch
-        makes it safe to send them again; without one this raises Unavailable.
+        again with `tx.again` set. It must check whether its writes were applied, and must not
+        repeat them if so. After a time-out the first EXEC may still arrive. Only a watch makes a
+        second EXEC safe then, so without a watch this raises Unavailable.
         """
         if counts and not self._series_known:
             self._learn_series()
@@ -633,10 +623,9 @@ class Store:
                     sent = True
                     done = self._execute(connection, tx, writes, result)
             except Unavailable as trouble:
-                if isinstance(trouble.__cause__, redis.exceptions.MovedError) and isinstance(
-                    self.connections.pool, Pool
-                ):
-                    continue  # nothing was applied, and the pool now leads to the owner of the slot
+                moved = isinstance(trouble.__cause__, redis.exceptions.MovedError)
+                if moved and isinstance(self.connections.pool, Pool):
+                    continue  # nothing was applied, and the pool now leads to the slot's new owner
                 refused = isinstance(trouble.__cause__, redis.ResponseError)
                 if not sent or refused or trouble.reason not in ("timeout", "unreachable"):
                     trouble.doubtful = again
@@ -652,36 +641,35 @@ class Store:
     def _run(self, tx: Transaction, body: Callable[[Transaction], R]) -> tuple[R, list[Command]]:
         try:
             result = body(tx)
-            return result, tx.sealed() + self._metric_writes(tx)
+            return result, tx.commands() + self._metric_commands(tx)
         except TinyQueueError:
             tx.unwatch()
             raise
 
     def _execute(self, connection: Any, tx: Transaction, writes: list[Command], result: Any) -> list[Any] | None:
-        mark = ("SET", self.keys.mark, "", "PX", 1000)  # WAIT covers only what its own connection has written
+        mark = ("SET", self.keys.mark, "", "PX", 1000)  # WAIT needs a write on its own connection
         done, reached = tx.execute(writes or [mark])
         if done is not None and reached < tx.replicas:
-            connection.disconnect()  # the replicas may have left for a new master, which only a new connection looks for
+            connection.disconnect()  # a new connection finds the new master, if there is one
             raise NotReplicated(result, reached, tx.replicas)
         return done
 
     def _learn_series(self) -> None:
-        self._series_known = True  # before it is true, because the read itself comes by here
+        self._series_known = True  # at once, so that other threads do not read them too
         try:
             found = self.read(("SMEMBERS", self.keys.series))[0]
         except Unavailable as trouble:
             self._series_known = False
-            if trouble.reason == "timeout":  # waiting once is enough; other trouble the transaction will meet itself
+            if trouble.reason == "timeout":  # the transaction would only wait as long again
                 raise
         else:
             self._series |= set(map(text_of, found))
 
-    def _metric_writes(self, tx: Transaction) -> list[Command]:
-        """Sum up for the metrics all jobs of one type and queue to which the same happened.
+    def _metric_commands(self, tx: Transaction) -> list[Command]:
+        """Add up the events of all jobs of one type and queue.
 
-        Beyond SERIES types and queues, new ones count as other, so that whoever makes up names
-        fills neither Redis nor Prometheus. Processes that meet new ones at the same moment may go a
-        little beyond.
+        Above SERIES of them, new ones count as other, so that invented names fill neither Redis nor
+        Prometheus. Processes that meet new ones at the same moment may exceed SERIES a little.
         """
         met = {f"{type}:{queue}" for _, type, queue in tx.measured}
         new = sorted(met - self._series)[: max(0, SERIES - len(self._series))]
@@ -689,19 +677,19 @@ class Store:
             self._series |= set(new)
             self._series_known = False
         sums: Counter[str] = Counter()
-        for (what, type, queue), times in tx.measured.items():
+        for (event, type, queue), times in tx.measured.items():
             name = known if (known := f"{type}:{queue}") in self._series else "other:other"
             if times[0] < 0:
-                sums[f"{what}:{name}"] += len(times)
+                sums[f"{event}:{name}"] += len(times)
             else:
-                sums[f"{what}Ms:{name}"] += sum(times)
+                sums[f"{event}Ms:{name}"] += sum(times)
                 for at, count in Counter([bisect_left(BUCKETS, ms) for ms in times]).items():
-                    sums[f"{what}:{name}:{BUCKETS[at]}"] += count
+                    sums[f"{event}:{name}:{BUCKETS[at]}"] += count
         added: list[Command] = [("SADD", self.keys.series, *new)] if new else []
         return added + [("HINCRBY", self.keys.metrics, field, by) for field, by in sums.items() if by]
 
     def memory(self) -> dict[str, str]:
-        """Return what INFO says about memory, empty if it says nothing. Asks at most every MEMORY_AGE."""
+        """Return INFO memory, up to MEMORY_AGE seconds old; empty if Redis does not give it."""
         read_at, info = self._memory
         if time.monotonic() - read_at > MEMORY_AGE:
             info = {}
@@ -709,14 +697,14 @@ class Store:
                 with self.lend() as connection:
                     info = parse_info(ask_each(connection, [("INFO", "memory")])[0])
             except Unavailable as trouble:
-                if trouble.reason == "timeout":  # the submit itself would wait as long again
+                if trouble.reason == "timeout":  # the submit would only wait as long again
                     raise
             self._memory = (time.monotonic(), info)
         return info
 
 
 def _checked(replies: list[Any]) -> list[Any]:
-    """Return the replies to EXEC, or raise the first that is an error. The other commands were applied anyway."""
+    """Return the replies to EXEC, or raise the first error. The other commands were applied."""
     if errors := [reply for reply in replies if isinstance(reply, Exception)]:
         error = _translated(errors[0])
         if isinstance(error, Corrupted):
@@ -725,7 +713,7 @@ def _checked(replies: list[Any]) -> list[Any]:
     return replies
 
 
-def _count(value: bytes | None) -> int:
+def _read_count(value: bytes | None) -> int:
     """Read a count, which is 0 until something was counted."""
     try:
         return int(value or 0)
@@ -737,7 +725,7 @@ def _count(value: bytes | None) -> int:
 
 
 class Once(msgspec.Struct):
-    """A submit under an Idempotency-Key: the key, the fingerprint of what is sent, and whether it was made before."""
+    """A submit under an Idempotency-Key. submit sets `replayed` if the key made jobs before."""
 
     key: str
     fingerprint: str
@@ -745,14 +733,14 @@ class Once(msgspec.Struct):
 
 
 class Made(msgspec.Struct):
-    """What a submit made, as the once: key holds it."""
+    """What the key once:<key> holds: the fingerprint of the first submit, and the jobs it made."""
 
     fingerprint: str
     ids: list[str]
 
 
 class Outcome(NamedTuple):
-    """How an attempt ended. `after`: seconds until the next attempt of a failed one, None for no further attempt."""
+    """How an attempt ended. `after`: seconds until the next attempt; None: a failure is final."""
 
     job: Job
     verb: Literal["complete", "fail", "release"]
@@ -762,7 +750,7 @@ class Outcome(NamedTuple):
 
 
 class Verbs(ABC):
-    """What `Queue` and `Shards` share: the verbs that are made of other verbs. `parts` are the queues of a namespace each."""
+    """The verbs that are made of other verbs, for `Queue` and `Shards`. `parts` are the shards."""
 
     parts: list[Queue]
 
@@ -787,46 +775,46 @@ class Verbs(ABC):
 
     @property
     def last_contact(self) -> float:
-        """When Redis last did what it was asked, in monotonic time; with shards, any of them."""
+        """When Redis last carried out a command, in monotonic seconds. With shards: any of them."""
         return max(part.store.connections.last_contact for part in self.parts)
 
     @property
     def last_trouble(self) -> float:
-        """When Redis last did not."""
+        """When Redis last failed to carry out a command."""
         return max(part.store.connections.last_trouble for part in self.parts)
 
     def disconnect(self) -> None:
-        """Close all connections, before a fork: each process opens its own."""
+        """Close all connections. Do this before a fork: each process must open its own."""
         for part in self.parts:
             part.store.connections.disconnect()
 
     def draft(self, type: str, payload: Any, **options: Any) -> Job:
-        """Check a job and make it, stored nowhere yet; options as for `make_job`. Asks Redis only for the time."""
+        """Check and make a job without storing it. Options as for `make_job`."""
         return make_job(self.now(), type, payload, **options)
 
     def enqueue(self, type: str, payload: Any, **options: Any) -> Job:
-        """Accept one job; options as for `make_job`. When it returns, the job is stored; after InvalidJob nothing is."""
+        """Check and store one job. Options as for `make_job`, errors as for `submit`."""
         return self.submit([self.draft(type, payload, **options)])[0]
 
     def enqueue_many(self, type: str, payloads: Iterable[Any], **options: Any) -> list[Job]:
-        """Accept up to 1,000 jobs of one type, all or none."""
+        """Check and store up to 1,000 jobs of one type, all or none."""
         return self.submit([self.draft(type, payload, **options) for payload in payloads])
 
     def dequeue(self, worker: str, names: Sequence[str], most: int = 1) -> list[Job]:
-        """Take and start up to `most` jobs. Nothing there: an empty list."""
+        """Take and start up to `most` jobs. Return an empty list if there are none."""
         ids = self.take(worker, names, most)
         return [job for job in self.start(worker, ids) if job.status == "processing"] if ids else []
 
     def complete(self, job: Job, result: Any = None) -> None:
-        """Record that a started job's handler returned `result`. Raises Reaped if the job is no longer this worker's."""
+        """Complete a started job with its result. Raises Reaped if its worker has lost it."""
         self._settle_one(Outcome(job, "complete", result=result))
 
     def fail(self, job: Job, error: Failure, after: float | None = None) -> None:
-        """Record a failed attempt: pending again in `after` seconds if attempts are left; with None failed at once."""
+        """Fail an attempt. The next starts `after` seconds later, if any is left; None: never."""
         self._settle_one(Outcome(job, "fail", error=error, after=after))
 
     def release(self, job: Job) -> None:
-        """Hand a started job back to the head of its queue and refund the attempt, at most MAX_REFUNDS times."""
+        """Requeue a started job at the head of its queue. Refunds up to MAX_REFUNDS attempts."""
         self._settle_one(Outcome(job, "release"))
 
     def _settle_one(self, outcome: Outcome) -> None:
@@ -834,9 +822,9 @@ class Verbs(ABC):
             raise Reaped(f"job {outcome.job.id} is no longer with worker {outcome.job.worker}")
 
     def change_many(self, verb: Literal["cancel", "retry"], filter: Filter, cursor: str = "") -> dict[str, Any]:
-        """Cancel or retry all jobs that match, looking at up to 1,000; `cursor` in the answer says where to go on.
+        """Cancel or retry the matching jobs among up to 1,000. Go on at the `cursor` returned.
 
-        Each job is changed by itself. Those that changed meanwhile are counted as skipped.
+        Each job is changed by itself. Those whose status changed meanwhile are counted as skipped.
         """
         jobs, cursor = self.page(filter, limit=SCANNED, cursor=cursor)
         change = self.cancel if verb == "cancel" else self.retry
@@ -847,7 +835,7 @@ class Verbs(ABC):
         return {"cancelled" if verb == "cancel" else "retried": done, "skipped": len(jobs) - done, "cursor": cursor}
 
     def purge(self, filter: Filter, cursor: str = "") -> dict[str, Any]:
-        """Delete the ended jobs that match, looking at up to 1,000; `cursor` in the answer says where to go on."""
+        """Delete the matching ended jobs among up to 1,000. Go on at the `cursor` returned."""
         if filter.status not in ENDED:
             raise InvalidJob("status", f"must be one of {', '.join(ENDED)}: other jobs have not ended")
         jobs, cursor = self.page(filter, limit=SCANNED, cursor=cursor)
@@ -855,7 +843,7 @@ class Verbs(ABC):
 
 
 class Queue(Verbs):
-    """A queue in one namespace. Safe to share between threads and, unused before the fork, between processes."""
+    """A queue in one namespace. Threads may share it, and forked processes if it was unused."""
 
     def __init__(
         self,
@@ -870,7 +858,9 @@ class Queue(Verbs):
         min_replicas: int = 0,
     ) -> None:
         self.store = Store(pool, check_name("namespace", namespace))
+        self.pool = pool
         self.keys = self.store.keys
+        self.clock = self.store.clock
         self.parts = [self]  # the queues that this one consists of: itself
         self.lease = lease
         self.lease_ms = int(lease * 1000)
@@ -879,14 +869,14 @@ class Queue(Verbs):
         self.keep_once_ms = int(keep_once * 1000)
         self.max_pending = max_pending
         self.min_replicas = min_replicas
-        self._paused: tuple[float, frozenset[str]] = (-1e9, frozenset())  # when they were read, and which
+        self._paused: tuple[float, frozenset[str]] = (-1e9, frozenset())  # when read, and the names
         self._writers = threading.BoundedSemaphore(WRITERS)
 
     @classmethod
     def from_url(
         cls, url: str, *, namespace: str = "queue", connections: int = 100, tls_verify: bool = True, **options: Any
     ) -> Queue:
-        """Make a queue at a redis://, rediss://, unix:// or redis+sentinel:// URL. Connects on first use."""
+        """Make a queue at a redis, rediss, unix or redis+sentinel URL. Connects on first use."""
         try:
             pool = connect(url, tag=namespace, connections=connections, tls_verify=tls_verify)
         except ValueError as error:
@@ -895,18 +885,10 @@ class Queue(Verbs):
 
     @classmethod
     def embedded(cls, **options: Any) -> Queue:
-        """Make a queue on a Redis inside this process, for a first run and for tests. Its jobs end with the process."""
-        import fakeredis  # slow to import, and nobody else needs it
+        """Make a queue on a Redis in this process, for tests and a first run. Persists nothing."""
+        import fakeredis  # slow to import
 
         return cls(fakeredis.FakeRedis(server=fakeredis.FakeServer(), protocol=2).connection_pool, **options)
-
-    @property
-    def pool(self) -> Any:
-        return self.store.connections.pool
-
-    @property
-    def clock(self) -> Clock:
-        return self.store.clock
 
     def now(self) -> int:
         """Redis TIME in milliseconds."""
@@ -915,13 +897,14 @@ class Queue(Verbs):
     # Enqueue ----------------------------------------------------------------------------------------------------------
 
     def submit(self, jobs: Sequence[Job], once: Once | None = None) -> list[Job]:
-        """Store drafted jobs, all or none, and return them; for a uniqueKey that is taken, the job that has it.
+        """Store drafted jobs, all or none, and return them.
 
-        nothing -> pending. `once` makes a second submit with the same key return the jobs of the
-        first. Watches the keys that are given; without any, nothing, because the ids are new. After
-        a lost reply, the ids or the key tell whether all is there. Raises KeyReused, QueueFull, and
-        Unavailable if Redis' memory is nearly used up. Raises NotReplicated if the jobs, or those
-        of the first submit, are stored but not on `min_replicas` replicas within a second.
+        nothing -> pending. In place of a job whose uniqueKey is taken, returns the job that has it.
+        With `once`, a second submit under the same key returns the jobs of the first. Watches the
+        keys of `once` and of uniqueKeys; ids are new and need no watch. After a lost reply, the ids
+        or `once` show whether all is stored. Raises InvalidJob for more than MAX_JOBS, KeyReused,
+        QueueFull, Unavailable if Redis' memory is nearly used up, and NotReplicated if the jobs are
+        stored but fewer than `min_replicas` replicas have them within a second.
         """
         if len(jobs) > MAX_JOBS:
             raise InvalidJob("jobs", f"must be at most {MAX_JOBS} at a time")
@@ -935,17 +918,17 @@ class Queue(Verbs):
             nonlocal accepted
             tx.replicas = self.min_replicas if jobs else 0
             if once and (stored := tx.read(("GET", self.keys.once(once.key)))[0]):
-                return self._made_once(tx, jobs, once, stored)
+                return self._replay(tx, jobs, once, stored)
             if not jobs or (not once and tx.again and tx.read(("EXISTS", *map(self.keys.job, ids)))[0]):
                 return accepted
             accepted = self._without_duplicates(tx, jobs) if unique else list(jobs)
             new = list({job.id: job for job in accepted if job.id in ids}.values())
             if self.max_pending and new:
                 self._check_room(tx, new)
-            if new:  # NX: an EXEC that was given up for lost and arrives late must not reset a job that ran
+            if new:  # NX, because an EXEC that arrives late must not reset a job that ran meanwhile
                 tx.write("MSETNX", *(part for job in new for part in (self.keys.job(job.id), _record(job))))
             for job in new:
-                self._line_up(tx, job)
+                self._add_to_queue(tx, job)
                 tx.measure("enqueued", job)
             if once:
                 made = _encode(Made(once.fingerprint, [job.id for job in accepted]))
@@ -954,8 +937,8 @@ class Queue(Verbs):
 
         return self.store.transact([*([self.keys.once(once.key)] if once else []), *unique], body)
 
-    def _made_once(self, tx: Transaction, jobs: Sequence[Job], once: Once, stored: bytes) -> list[Job]:
-        """Return the jobs of the first submit with this key as they stand; expired ones as they were submitted."""
+    def _replay(self, tx: Transaction, jobs: Sequence[Job], once: Once, stored: bytes) -> list[Job]:
+        """Return the jobs of the first submit as they are now, or as submitted if deleted since."""
         try:
             made = msgspec.json.decode(stored, type=Made)
         except msgspec.DecodeError as error:
@@ -963,7 +946,7 @@ class Queue(Verbs):
         if made.fingerprint != once.fingerprint or len(made.ids) != len(jobs):
             raise KeyReused("this Idempotency-Key was used for another request")
         drafts = {job.id: job for job in jobs}
-        once.replayed = not drafts.keys() & made.ids  # else it was this submit, whose reply was lost
+        once.replayed = not drafts.keys() & made.ids  # else this submit made them, but got no reply
         records = tx.read(("MGET", *map(self.keys.job, made.ids)))[0] if jobs else []
         found = (
             _job(id, record) if record else msgspec.structs.replace(job, id=id)
@@ -972,36 +955,32 @@ class Queue(Verbs):
         return [drafts.get(job.id, job) for job in found]
 
     def _without_duplicates(self, tx: Transaction, jobs: Sequence[Job]) -> list[Job]:
-        """Replace each job whose uniqueKey is taken by the job that has it, and take the keys for the others."""
+        """Replace jobs whose uniqueKey is taken by its holder, and take the keys for the others."""
         keys = list(dict.fromkeys(job.unique_key for job in jobs if job.unique_key))
-        holders = tx.read(("MGET", *map(self.keys.unique, keys)))[0]
-        named = {
-            key: id for key, holder in zip(keys, holders, strict=True) if ID.fullmatch(id := text_of(holder or b""))
-        }
+        ids = map(text_of, (id or b"" for id in tx.read(("MGET", *map(self.keys.unique, keys)))[0]))
+        named = {key: id for key, id in zip(keys, ids, strict=True) if ID.fullmatch(id)}
         records = tx.read(("MGET", *map(self.keys.job, named.values())))[0] if named else []
-        active: dict[str, Job] = {}
+        holders: dict[str, Job] = {}
         for (key, id), record in zip(named.items(), records, strict=True):
             job = _job(id, record) if record else None
             if job and job.status in UNENDED and job.unique_key == key:
-                active[key] = job
-        accepted = [active.setdefault(job.unique_key, job) if job.unique_key else job for job in jobs]
-        for (
-            key,
-            job,
-        ) in active.items():  # also keys that keep their job: a watched key must change, or a late EXEC passes
+                holders[key] = job
+        accepted = [holders.setdefault(job.unique_key, job) if job.unique_key else job for job in jobs]
+        # Write taken keys too: a late EXEC fails only if a watched key has changed since.
+        for key, job in holders.items():
             tx.write("SET", self.keys.unique(key), job.id)
         return accepted
 
     def _check_room(self, tx: Transaction, jobs: Sequence[Job]) -> None:
-        """Refuse jobs for a full queue. Not watched: submits at the same moment may go a little beyond the limit."""
+        """Raise QueueFull. Watches nothing: concurrent submits may exceed the limit a little."""
         wanted = Counter(job.queue for job in jobs)
         counts = tx.read(("HMGET", self.keys.counts, *("pending:" + name for name in wanted)))[0]
-        for (name, more), count in zip(wanted.items(), map(_count, counts), strict=True):
+        for (name, more), count in zip(wanted.items(), map(_read_count, counts), strict=True):
             if count + more > self.max_pending:
                 raise QueueFull(f"queue {name} has {count} pending jobs; the limit is {self.max_pending}")
 
-    def _line_up(self, tx: Transaction, job: Job, push: Push = "LPUSH") -> None:
-        """Put a pending job where it waits: in the list of its queue, or among the delayed."""
+    def _add_to_queue(self, tx: Transaction, job: Job, push: Push = "LPUSH") -> None:
+        """Put a pending job into the list of its queue, or among the delayed jobs."""
         if job.run_at > tx.now:
             tx.gather("ZADD", self.keys.delayed, job.run_at, job.id)
         else:
@@ -1011,7 +990,7 @@ class Queue(Verbs):
     # Dequeue ----------------------------------------------------------------------------------------------------------
 
     def register(self, queues: Sequence[str], concurrency: int, worker: str = "") -> str:
-        """Register a new worker and return its id. From then on it must send a heartbeat within its lease."""
+        """Register a new worker and return its id. It must renew its lease with heartbeats."""
         host = re.sub(r"[^A-Za-z0-9._-]", "-", socket.gethostname())[:60] or "host"
         worker = worker or f"{host}-{os.getpid()}-{os.urandom(4).hex()}"
         about = {"host": host, "pid": os.getpid(), "queues": list(queues), "concurrency": concurrency}
@@ -1026,38 +1005,29 @@ class Queue(Verbs):
         return self.store.transact((), body)
 
     def wait(self, names: Sequence[str], seconds: float = BLOCK) -> bool:
-        """Wait until a job may have come to one of the queues: True; or time is up: False. Takes only a wake-up token."""
+        """Wait for a bell of these queues. Return whether one rang in time. Takes no job."""
         bells = ("BLPOP", *map(self.keys.bell, names), seconds)
         token, paused = self.store.read(bells, ("SMEMBERS", self.keys.paused))
         self._note_paused(paused)
         return token is not None
-
-    def waiting(self, names: Sequence[str], due: bool = False) -> int:
-        """Count cheaply what there may be to take: the entries in the lists of the queues that are not paused.
-
-        With `due` also the delayed jobs whose time has come: somebody is about to promote them.
-        """
-        lists = [("LLEN", self.keys.jobs(name)) for name in self._not_paused(names)]
-        delayed = [("ZCOUNT", self.keys.delayed, "-inf", self.now())] if due else []
-        return sum(self.store.read(*lists, *delayed)) if lists or delayed else 0
 
     def _note_paused(self, members: Iterable[bytes] | Exception) -> None:
         found = () if isinstance(members, Exception) else members
         self._paused = (time.monotonic(), frozenset(map(text_of, found)))
 
     def _not_paused(self, names: Sequence[str]) -> list[str]:
-        """Filter out the paused queues, as known for at most PAUSE_AGE: a pause takes effect within that time."""
+        """Leave out the paused queues as of up to PAUSE_AGE seconds ago."""
         if time.monotonic() - self._paused[0] > PAUSE_AGE:
             with suppress(Corrupted):  # a key of the wrong type pauses nothing
                 self._note_paused(self.store.read(("SMEMBERS", self.keys.paused))[0])
         return [name for name in names if name not in self._paused[1]]
 
     def take(self, worker: str, names: Sequence[str], most: int) -> list[bytes]:
-        """Move up to `most` ids from the queues that are not paused, in strict order, to the worker's own list.
+        """Move up to `most` ids to the worker's own list, from queues that are not paused.
 
-        If the reply is lost the ids are in that list, where `adopt` finds them. The same
-        transaction adds the worker to the set of workers: even one that slept through its own
-        reaping can hide nothing.
+        Earlier queues are emptied first. If the reply is lost, the ids are in the worker's list,
+        where `adopt` finds them. The transaction also adds the worker to the set of workers. So a
+        worker that was reaped, wakes up and takes jobs is found and reaped again.
         """
         taken: list[bytes] = []
         broken: Corrupted | None = None
@@ -1081,38 +1051,34 @@ class Queue(Verbs):
     def start(
         self, worker: str, ids: Sequence[bytes], held: Mapping[str, int] | None = None, others: int = 0
     ) -> list[Job]:
-        """Begin an attempt for every taken id whose job is pending and due; drop the other ids.
+        """Start an attempt for every taken id whose job is pending and due. Drop the other ids.
 
-        pending -> processing. Watches the registration and the records. `held` maps the jobs that
-        this worker has started and not settled to their attempts. An id that is processing under
-        this worker's name but not held was started by a transaction whose reply was lost: it is
-        returned too. A suspect starts only by itself, while nothing is held; otherwise it is
-        returned as it is, pending, and stays in the worker's list. `others` counts the ids that are
-        started at the same time elsewhere. Raises Reaped if the worker is not registered.
+        pending -> processing; an expired job -> failed. Watches the registration and the records.
+        `held` maps the ids of jobs that this worker has started and not settled to their attempts.
+        A job that is processing under this worker's name but not held was started by a transaction
+        whose reply was lost, and is returned too. A suspect starts only alone, while nothing is
+        held. Otherwise it is returned pending and stays in the worker's list. `others` counts the
+        ids started at the same time in other shards. Raises Reaped if the worker is not registered.
         """
         texts = list(map(text_of, ids))
         named = list(dict.fromkeys(id for id in texts if ID.fullmatch(id)))
         if len(named) < len(set(texts)):
             log.warning("dropped %d entries of a queue that are not job ids", len(set(texts)) - len(named))
         record_keys = [self.keys.job(id) for id in named]
-        registration = self.keys.worker(worker)
         company = bool(held) or len(texts) + others > 1
 
         def body(tx: Transaction) -> list[Job]:
-            reads: list[Command] = [("EXISTS", registration)] + ([("MGET", *record_keys)] if named else [])
-            registered, *found = tx.read(*reads)
-            if not registered:
-                raise Reaped(f"worker {worker} was reaped")
-            records = dict(zip(named, found[0], strict=True)) if named else {}
+            [found] = self._read_fenced(tx, worker, record_keys)
+            records = dict(zip(named, found, strict=True))
             started: list[Job] = []
             changed: list[Any] = []
             for id, entry in zip(texts, ids, strict=True):
-                record = records.pop(id, None)  # a second entry of the same id finds nothing and is dropped
+                record = records.pop(id, None)  # a second entry of one id finds none and is dropped
                 job = _job(id, record) if record is not None else None
                 if job and self._stays(job, worker, held, company, tx.again):
                     started.append(job)
                 elif job and job.status == "pending" and not _expired(job, tx.now) and job.run_at <= tx.now:
-                    changed += [self.keys.job(id), _record(self._started(tx, job, worker))]
+                    changed += [self.keys.job(id), _record(self._begin(tx, job, worker))]
                     started.append(job)
                 else:
                     tx.write("LREM", self.keys.proc(worker), 1, entry)
@@ -1121,21 +1087,29 @@ class Queue(Verbs):
                 tx.write("MSET", *changed)
             return started
 
-        started = self.store.transact([registration, *record_keys], body)
+        started = self.store.transact([self.keys.worker(worker), *record_keys], body)
         for job in started:
             job.__dict__["_queue"] = self  # for set_progress
         return started
 
+    def _read_fenced(self, tx: Transaction, worker: str, record_keys: Sequence[str], *more: Command) -> list[Any]:
+        """Return the replies to `more`, and the records. Raises Reaped without a registration."""
+        records = [("MGET", *record_keys)] if record_keys else []
+        registered, *replies = tx.read(("EXISTS", self.keys.worker(worker)), *more, *records)
+        if not registered:
+            raise Reaped(f"worker {worker} was reaped")
+        return replies if records else [*replies, []]
+
     def _stays(self, job: Job, worker: str, held: Mapping[str, int] | None, company: bool, again: bool) -> bool:
-        """Tell whether a taken job stays as it is: a suspect in company, or started by a transaction whose reply was lost."""
+        """Whether to return a taken job as it is: a suspect in company, or one started before."""
         if job.status == "pending":
             return job.suspect and company
-        unheard = again if held is None else held.get(job.id) != job.attempts  # None: by this very transaction
-        return (job.status, job.worker) == ("processing", worker) and unheard
+        reply_lost = again if held is None else held.get(job.id) != job.attempts
+        return _runs(job, worker) and reply_lost
 
-    def _started(self, tx: Transaction, job: Job, worker: str) -> Job:
-        waited = max(0, tx.now - max(job.created_at, job.run_at, job.updated_at))  # updated by release, fail and retry
-        tx.started(job, waited)
+    def _begin(self, tx: Transaction, job: Job, worker: str) -> Job:
+        # The wait began when the job was created, became due, or was last requeued.
+        tx.started(job, max(0, tx.now - max(job.created_at, job.run_at, job.updated_at)))
         job.status = "processing"
         job.worker = worker
         job.attempts += 1
@@ -1147,7 +1121,7 @@ class Queue(Verbs):
         return job
 
     def _drop(self, tx: Transaction, job: Job | None) -> None:
-        """Drop a taken id. An expired job fails; any other is where `_set_aside` puts it."""
+        """Handle the job of a taken id that is dropped: fail it if it has expired."""
         if job and job.status == "pending" and _expired(job, tx.now):
             job.error = Failure("Expired", "expired before it was started")
             tx.count("pending:" + job.queue, -1)
@@ -1156,17 +1130,17 @@ class Queue(Verbs):
             self._set_aside(tx, job)
 
     def _set_aside(self, tx: Transaction, job: Job | None) -> None:
-        """Handle a job whose entry is dropped: if it is not due it is delayed, if it is unreadable it fails as it is."""
+        """Handle a job whose entry is dropped: delay it if it is pending, fail it if unreadable."""
         if job and job.status == "pending":
             tx.gather("ZADD", self.keys.delayed, job.run_at, job.id)
         elif job and job.error and job.error.type == UNREADABLE:
             self._end(tx, msgspec.structs.replace(job), "failed")
 
     def adopt(self, worker: str, held: Collection[str]) -> list[bytes]:
-        """List the ids in the worker's own list that it does not know because a reply was lost: they must be started.
+        """Return the ids in the worker's own list that are not in `held`, to be started.
 
-        `held` must be read before this is called, and only the thread that takes may call it: an id
-        whose reply is on its way to another thread would be started twice.
+        The reply that brought them was lost. Read `held` first, and call this only from the thread
+        that takes: an id whose reply is on its way to another thread would be started twice.
         """
         known = Counter(id.encode() for id in held)
         return list((Counter(self.store.read(("LRANGE", self.keys.proc(worker), 0, -1))[0]) - known).elements())
@@ -1174,43 +1148,39 @@ class Queue(Verbs):
     # Settle -----------------------------------------------------------------------------------------------------------
 
     def settle(self, worker: str, outcomes: Sequence[Outcome], again: bool = False) -> list[Outcome]:
-        """Write the outcomes of many started jobs in one transaction; return those that were no longer this worker's.
+        """Write the outcomes of many started jobs in one transaction. Return those not written.
 
-        processing -> completed, pending, failed or cancelled. Watches the registration and the
-        records, so that an EXEC given up for lost fails if it arrives late. `again` means that an
-        earlier call raised Unavailable with `doubtful`: what that wrote is left alone. Raises
-        Reaped, with nothing written, if the worker is not registered.
+        processing -> completed, pending, failed or cancelled. An outcome is not written if the
+        worker has lost the job. Watches the registration and the records, so an EXEC that arrives
+        late fails. `again` means that an earlier call raised Unavailable with `doubtful`. Then jobs
+        that it settled are left alone, and the list is empty. Raises Reaped, with nothing written,
+        if the worker is not registered.
         """
-        registration = self.keys.worker(worker)
         record_keys = [self.keys.job(outcome.job.id) for outcome in outcomes]
 
         def body(tx: Transaction) -> list[Outcome]:
-            reads: list[Command] = [("EXISTS", registration), ("SMEMBERS", self.keys.awaited)]
-            registered, awaited, *found = tx.read(*reads, *([("MGET", *record_keys)] if outcomes else []))
+            awaited, records = self._read_fenced(tx, worker, record_keys, ("SMEMBERS", self.keys.awaited))
             tx.awaited = set(awaited)
-            if not registered:
-                raise Reaped(f"worker {worker} was reaped")
-            others = []
-            records = found[0] if outcomes else []
-            # Backwards: each released job goes to the head of its queue, so the first must go there last.
+            lost = []
+            # Backwards, because released jobs go to the head of their queue: the first goes last.
             for outcome, record in zip(reversed(outcomes), reversed(records), strict=True):
                 if attempt := self._same_attempt(outcome.job, record):
                     tx.write("LREM", self.keys.proc(worker), 1, outcome.job.id)
                     self._write_outcome(tx, outcome, attempt.cancel_requested)
                 else:
-                    others.append(outcome)
-            return [] if tx.again else others
+                    lost.append(outcome)
+            return [] if tx.again else lost
 
-        return self.store.transact([registration, *record_keys], body, again)
+        return self.store.transact([self.keys.worker(worker), *record_keys], body, again)
 
     def _same_attempt(self, job: Job, record: bytes | None) -> Attempt | None:
-        """Return what the record says, if it is still the very attempt that the worker holds."""
+        """Return the attempt in the record if it is still the one that the worker holds."""
         try:
-            now = _decode_attempt(record or b"{}")
+            stored = _decode_attempt(record or b"{}")
         except msgspec.DecodeError:
             return None
-        ours = Attempt("processing", job.worker, job.attempts, job.refunds, job.started_at, now.cancel_requested)
-        return now if now == ours else None
+        ours = Attempt("processing", job.worker, job.attempts, job.refunds, job.started_at, stored.cancel_requested)
+        return stored if stored == ours else None
 
     def _write_outcome(self, tx: Transaction, outcome: Outcome, cancel_requested: bool) -> None:
         job = msgspec.structs.replace(outcome.job, updated_at=max(tx.now, outcome.job.started_at))
@@ -1233,7 +1203,7 @@ class Queue(Verbs):
             job.refunds += 1
             self._requeue(tx, job, push="RPUSH")
         elif outcome.verb == "release":
-            self._give_back(tx, job, "released too often")
+            self._requeue_or_fail(tx, job, "released too often")
         elif outcome.after is not None and job.attempts < job.max_attempts:
             self._requeue(tx, job, tx.now + round(outcome.after * 1000))
             tx.measure("retried", job)
@@ -1241,7 +1211,7 @@ class Queue(Verbs):
             self._end(tx, job, "failed")
 
     def _end(self, tx: Transaction, job: Job, status: Literal["completed", "failed", "cancelled"]) -> None:
-        """Write a job's last state: the record expires in its time, and the index lists it by when it ended."""
+        """Write the final state of a job: the record, which now expires, and its index entry."""
         job.status = status
         job.worker = ""
         job.ended_at = job.updated_at = max(tx.now, job.updated_at)
@@ -1258,24 +1228,22 @@ class Queue(Verbs):
             tx.write("SREM", self.keys.awaited, job.id)
 
     def _requeue(self, tx: Transaction, job: Job, run_at: int = 0, push: Push = "LPUSH") -> None:
-        """Write a job that is pending again."""
         job.status = "pending"
         job.worker = ""
         job.run_at = run_at
         tx.write("SET", self.keys.job(job.id), _record(job))
-        self._line_up(tx, job, push)
+        self._add_to_queue(tx, job, push)
 
-    def _give_back(self, tx: Transaction, job: Job, reason: str, beside: bool = False) -> None:
-        """End an attempt that nobody will finish: to the head of its queue, or failed if no attempt is left.
+    def _requeue_or_fail(self, tx: Transaction, job: Job, reason: str, beside: bool = False) -> None:
+        """End an attempt without outcome. Requeue the job at the head, or fail it after its last.
 
-        `beside` means that its worker ran other jobs too. Any of them may have killed it, so the
-        attempt does not count. That cannot go on for ever: after SUSPICIOUS such losses the job
-        runs alone, and a job that is lost alone has itself to blame.
+        `beside`: the worker ran other jobs too. Any of them may have killed it, so the attempt does
+        not count. After SUSPICIOUS such losses the job runs alone, and then every loss counts.
         """
-        job.error = Failure("WorkerLost", f"{reason} (attempt {job.attempts}/{job.max_attempts})")
+        attempt = f"attempt {job.attempts}/{job.max_attempts}"
+        job.error = Failure("WorkerLost", f"{reason} ({attempt})")
         if beside:
-            note = f"attempt {job.attempts}/{job.max_attempts}, not counted"
-            job.error.message = f"{reason} while it ran other jobs too ({note})"
+            job.error.message = f"{reason} while it ran other jobs too ({attempt}, not counted)"
             job.attempts -= 1
             job.suspicions += 1
         job.updated_at = max(tx.now, job.updated_at)
@@ -1287,33 +1255,33 @@ class Queue(Verbs):
             self._end(tx, job, "failed")
 
     def write_progress(self, job: Job) -> None:
-        """Write the progress of a running job; raise Reaped if the job is no longer this worker's. Watches both.
+        """Write the progress of a running job. Raises Reaped if the worker has lost the job.
 
-        A few at a time: if each slot opened a connection for it, a worker would need as many as slots.
+        Watches the registration and the record. Only WRITERS threads at a time write, so that a
+        worker does not need a connection for each slot.
         """
         key = self.keys.job(job.id)
-        registration = self.keys.worker(job.worker)
 
         def body(tx: Transaction) -> None:
-            registered, record = tx.read(("EXISTS", registration), ("GET", key))
-            attempt = self._same_attempt(job, record) if registered else None
+            [[record]] = self._read_fenced(tx, job.worker, [key])
+            attempt = self._same_attempt(job, record)
             if attempt is None:
                 raise Reaped(f"job {job.id} is no longer with worker {job.worker}")
             job.cancel_requested = attempt.cancel_requested
             tx.write("SET", key, _record(msgspec.structs.replace(job, updated_at=max(tx.now, job.started_at))))
 
         with self._writers:
-            self.store.transact([registration, key], body)
+            self.store.transact([self.keys.worker(job.worker), key], body)
 
     # Cancel and retry -------------------------------------------------------------------------------------------------
 
     def cancel(self, id: str) -> Job | None:
-        """Cancel a pending job, or request that a running one stops, and return it; None for an unknown id.
+        """Cancel a pending job or request a running one to stop. Return it; None for an unknown id.
 
-        pending -> cancelled; a processing job stays so, and its handler reads `job.cancelled`.
-        Watches the record. The id of a cancelled job stays in the list until somebody takes and
-        drops it: LREM would cost as much as the queue is long. Raises WrongStatus if the job has
-        ended, or if it runs and its handler takes no Job through which to learn of the request.
+        pending -> cancelled. A running job stays processing, and its handler reads `job.cancelled`.
+        Watches the record. The id of a cancelled job stays in its list until a worker takes and
+        drops it, because LREM takes longer the longer the list is. Raises WrongStatus if the job
+        has ended, or if it is running and its handler takes no Job to read the request from.
         """
 
         def body(tx: Transaction, job: Job) -> None:
@@ -1321,9 +1289,8 @@ class Queue(Verbs):
                 return
             if job.status == "processing":
                 if job.type in HANDLERS and not HANDLERS[job.type].wants_job:
-                    raise WrongStatus(
-                        "cancel", job, "it is processing, and its handler takes no Job to read the request"
-                    )
+                    why = "it is processing, and its handler takes no Job to read the request"
+                    raise WrongStatus("cancel", job, why)
                 job.cancel_requested = True
                 tx.write("SET", self.keys.job(id), _record(job))
                 return
@@ -1335,22 +1302,16 @@ class Queue(Verbs):
 
         return self._change(id, body)
 
-    def cancel_requests(self, ids: Sequence[str]) -> list[str]:
-        """Filter the ids of running jobs whose cancellation was requested."""
-        records = self.store.read(("MGET", *map(self.keys.job, ids)))[0] if ids else []
-        found = ((id, record) for id, record in zip(ids, records, strict=True) if record)
-        return [id for id, record in found if b'"cancelRequested":true' in record and _job(id, record).cancelled]
-
     def retry(self, id: str) -> Job | None:
-        """Requeue a failed or cancelled job with its attempts reset and return it; None for an unknown id.
+        """Requeue a failed or cancelled job with attempts reset. Return it; None for an unknown id.
 
-        failed, cancelled -> pending. Watches the record: of two at once one succeeds and the other
-        raises WrongStatus. So does a job whose uniqueKey another job has by now.
+        failed, cancelled -> pending, without expiresAt. Watches the record: of two retries at once
+        one raises WrongStatus. So does the retry of a job whose uniqueKey another has taken since.
         """
 
         def body(tx: Transaction, job: Job) -> None:
             if job.status not in ("failed", "cancelled"):
-                if tx.again:  # requeued by the try whose reply was lost, and possibly started since
+                if tx.again:  # the try whose reply was lost requeued it; it may have started since
                     return
                 raise WrongStatus("retry", job)
             if job.unique_key:
@@ -1367,7 +1328,7 @@ class Queue(Verbs):
         return self._change(id, body)
 
     def _change(self, id: str, body: Callable[[Transaction, Job], None]) -> Job | None:
-        """Change one job under WATCH of its record."""
+        """Read one job and let `body` change it, under WATCH of its record."""
         if not ID.fullmatch(id):
             return None
 
@@ -1384,11 +1345,11 @@ class Queue(Verbs):
     # Pause and resume -------------------------------------------------------------------------------------------------
 
     def pause(self, name: str) -> None:
-        """Start no more jobs of a queue. Running jobs go on and jobs are accepted. Takes effect within PAUSE_AGE."""
+        """Stop starting jobs of a queue within PAUSE_AGE. Running jobs and submits go on."""
         self.store.read(("SADD", self.keys.paused, check_name("queue", name)))
 
     def resume(self, name: str) -> None:
-        """Start jobs of a queue again."""
+        """Start jobs of a paused queue again."""
 
         def body(tx: Transaction) -> None:
             tx.write("SREM", self.keys.paused, check_name("queue", name))
@@ -1401,34 +1362,30 @@ class Queue(Verbs):
     def heartbeat(self, worker: str, jobs: Sequence[str] = ()) -> None:
         """Renew the lease and report which jobs run. Raises Reaped if the registration is gone.
 
-        reap deletes the registration only once the lease is gone, so a lease that still exists
-        proves the registration: one command. An expired lease is set again only under WATCH of the
-        registration.
+        reap deletes the registration only when the lease is gone. So a lease that exists can be
+        renewed with one command. An expired one is set again under WATCH of the registration.
         """
-        lease = self.keys.lease(worker)
-        registration = self.keys.worker(worker)
-        sign = ("SET", lease, _encode({"at": self.now(), "jobs": list(jobs)}), "PX", self.lease_ms)
-        if self.store.read((*sign, "XX"))[0] is not None:
+        beat = _encode({"at": self.now(), "jobs": list(jobs)})
+        renewal = ("SET", self.keys.lease(worker), beat, "PX", self.lease_ms)
+        if self.store.read((*renewal, "XX"))[0] is not None:
             return
 
         def body(tx: Transaction) -> None:
-            if not tx.read(("EXISTS", registration))[0]:
-                raise Reaped(f"worker {worker} was reaped")
-            tx.write(*sign)
+            self._read_fenced(tx, worker, [])
+            tx.write(*renewal)
 
-        self.store.transact([registration], body)
+        self.store.transact([self.keys.worker(worker)], body)
 
     def deregister(self, worker: str) -> None:
-        """Remove a worker that has stopped. The jobs it still holds are requeued, as `reap` does it."""
+        """Remove a worker that has stopped. Requeue the jobs that it still holds, like `reap`."""
         self.store.read(("DEL", self.keys.lease(worker)))
         self.reap(worker)
 
     def promote(self) -> int:
-        """Move up to 500 jobs whose runAt has come to their queues; return how many ids left the delayed ones.
+        """Move up to 500 jobs to their queues when runAt has come. Return how many ids it removed.
 
-        Watches the records: a job that another promoter has moved may have run, failed and be
-        delayed again, and to remove that entry would lose it. The lock only saves two promoters
-        from doing the same work.
+        Watches the records: a job that another promoter moved may have run, failed and be delayed
+        again, and removing that new entry would lose the job. The lock only saves duplicate work.
         """
 
         def body(tx: Transaction) -> int:
@@ -1436,7 +1393,7 @@ class Queue(Verbs):
             if not due or tx.again or not tx.read(("SET", self.keys.promoter, "1", "NX", "PX", 1000))[0]:
                 return 0
             tx.write("ZREM", self.keys.delayed, *due)
-            for job in self._listed(tx, due, watch=True):
+            for job in self._read_jobs(tx, due, watch=True):
                 if job.status == "pending" and job.run_at <= tx.now:
                     tx.push("LPUSH", job)
                 else:
@@ -1446,32 +1403,32 @@ class Queue(Verbs):
 
         return self.store.transact((), body)
 
-    def _listed(self, tx: Transaction, entries: Iterable[bytes], watch: bool = False) -> Iterator[Job]:
-        """Read the jobs that the entries of a list name, each once, and skip what names none. `watch` watches them."""
+    def _read_jobs(self, tx: Transaction, entries: Iterable[bytes], watch: bool = False) -> Iterator[Job]:
+        """Read the jobs that list entries name, each once. Skip entries that name none."""
         ids = list(dict.fromkeys(filter(ID.fullmatch, map(text_of, entries))))
         keys = [self.keys.job(id) for id in ids]
         records = tx.read(*([("WATCH", *keys)] if watch else []), ("MGET", *keys))[-1] if ids else []
         return (_job(id, record) for id, record in zip(ids, records, strict=True) if record is not None)
 
     def _known_workers(self) -> list[str]:
-        """List every worker that may hold a job. What is not a name in that set was not put there by a worker."""
+        """Return every worker that may hold a job. Skip what cannot be the name of a worker."""
         return sorted(filter(NAME.fullmatch, map(text_of, self.store.read(("SMEMBERS", self.keys.workers))[0])))
 
     def lost_workers(self, own: str = "") -> list[str]:
-        """List the workers whose lease is gone, except `own`."""
+        """Return the workers whose lease is gone, except `own`."""
         workers = [worker for worker in self._known_workers() if worker != own]
         leases = self.store.read(("MGET", *map(self.keys.lease, workers)))[0] if workers else []
         return [worker for worker, lease in zip(workers, leases, strict=True) if lease is None]
 
     def reap(self, worker: str, others: int = 0) -> int:
-        """Remove a worker whose lease is gone, requeue what it held, and return how many jobs those are. Alive: 0.
+        """Remove a worker whose lease is gone and requeue its jobs. Return how many; 0 if it lives.
 
-        processing -> pending, or failed with the last attempt. Watches the registration, the lease,
-        the list and the records: a worker that wakes up may just be taking or starting jobs, and
-        deleting the list would delete what it took. An id in the list is requeued only if its job
-        is pending, or processing under this worker's name: without that test a job that was
-        requeued before and runs elsewhere would run twice. For a worker reaped before, this
-        requeues what it took since. `others` counts the jobs that it ran in other shards.
+        processing -> pending, or failed if no attempt is left. Watches the registration, the lease,
+        the list and the records: a worker that wakes up may be taking or starting jobs right now,
+        and deleting the list would lose what it takes. Requeues an id of the list only if its job
+        is pending, or processing under this worker's name. Otherwise a job that was requeued before
+        and runs elsewhere would run twice. A worker that was reaped before may have taken ids
+        since. They are requeued too. `others` counts the jobs that it ran in other shards.
         """
         registration = self.keys.worker(worker)
         lease = self.keys.lease(worker)
@@ -1481,54 +1438,47 @@ class Queue(Verbs):
             alive, entries = tx.read(("EXISTS", lease), ("LRANGE", proc, 0, -1))
             if alive:
                 return 0
-            listed = list(self._listed(tx, entries, watch=True))
-            beside = others + sum(_runs(job, worker) for job in listed) > 1
-            requeued = 0
-            for job in listed:
+            jobs = list(self._read_jobs(tx, entries, watch=True))
+            beside = others + sum(_runs(job, worker) for job in jobs) > 1
+            held = 0
+            for job in jobs:
                 if job.status == "pending":
                     tx.push("RPUSH", job)
                 elif _runs(job, worker):
                     tx.measure("reaped", job)
                     tx.count("processing:" + job.queue, -1)
-                    self._give_back(tx, job, "worker lost", beside)
+                    self._requeue_or_fail(tx, job, "worker lost", beside)
                 else:
                     self._set_aside(tx, job)
                     continue
-                requeued += 1
+                held += 1
             tx.write("DEL", registration, proc)
             tx.write("SREM", self.keys.workers, worker)
-            return requeued
+            return held
 
         return self.store.transact([registration, lease, proc], body)
 
-    def running(self, worker: str) -> int:
-        """Count the jobs that a worker has started and not settled."""
-        entries = ("LRANGE", self.keys.proc(worker), 0, -1)
-        jobs = self.store.transact((), lambda tx: self._listed(tx, tx.read(entries)[0]))
-        return sum(_runs(job, worker) for job in jobs)
-
     def trim(self) -> int:
-        """Delete expired ended jobs and the oldest of each status above KEPT; return how many, up to 1,000 a status.
+        """Delete ended jobs kept long enough, or else the oldest above KEPT. Return how many.
 
-        Records expire by themselves; their entries in the indexes do not.
+        Up to 1,000 of each status. Records expire by themselves, but index entries do not.
         """
         removed = 0
         for status, keep in self.keep_ms.items():
             index = self.keys.ended[status]
             expired = ("ZRANGEBYSCORE", index, "-inf", self.now() - keep, "LIMIT", 0, MAX_JOBS)
-            over, ids = self.store.read(("ZCARD", index), expired)
-            if not ids and over > KEPT:
-                ids = self.store.read(("ZRANGE", index, 0, min(over - KEPT, MAX_JOBS) - 1))[0]
+            size, ids = self.store.read(("ZCARD", index), expired)
+            if not ids and size > KEPT:
+                ids = self.store.read(("ZRANGE", index, 0, min(size - KEPT, MAX_JOBS) - 1))[0]
             if ids:
                 removed += self.forget(status, ids)
         return removed
 
     def forget(self, status: str, ids: Sequence[bytes]) -> int:
-        """Delete records of ended jobs and their entries in the index of that status; return how many were there.
+        """Delete ended jobs and their entries in the index of that status. Return how many.
 
-        Watches the records: one that was requeued meanwhile is not in the index, and is needed.
-        Completed jobs cannot be requeued, and thousands of them may end in a second: no check and
-        no watch for them.
+        Watches the records, because a job that was requeued meanwhile must stay. Completed jobs
+        cannot be requeued, so these need neither a check nor a watch, and may be many.
         """
         index = self.keys.ended[status]
         keys = [self.keys.job(text_of(id)) for id in ids]
@@ -1546,7 +1496,7 @@ class Queue(Verbs):
     # Reading ----------------------------------------------------------------------------------------------------------
 
     def ping(self) -> None:
-        """Raise Unavailable unless Redis accepts a write: one that never stores anything."""
+        """Raise Unavailable unless Redis accepts writes. The write that tries it stores nothing."""
         self.store.read(("SET", self.keys.promoter + ":none", "", "XX"))
 
     def get(self, id: str) -> Job | None:
@@ -1556,65 +1506,85 @@ class Queue(Verbs):
         record = self.store.read(("GET", self.keys.job(id)))[0]
         return _job(id, record) if record is not None else None
 
-    def wait_for(self, id: str, seconds: float) -> Job | None:
-        """Return the job when it has ended, or as it is when time is up; None for an unknown id.
+    def waiting(self, names: Sequence[str], due: bool = False) -> int:
+        """Count the ids to take in queues that are not paused. Cheap, but some may be dropped then.
 
-        Whoever ends an awaited job leaves a token. The job is also read every two seconds, in case
-        the token is missed.
+        `due` adds the delayed jobs whose time has come. They are about to be promoted.
+        """
+        lists = [("LLEN", self.keys.jobs(name)) for name in self._not_paused(names)]
+        delayed = [("ZCOUNT", self.keys.delayed, "-inf", self.now())] if due else []
+        return sum(self.store.read(*lists, *delayed)) if lists or delayed else 0
+
+    def running(self, worker: str) -> int:
+        """Count the jobs that a worker has started and not settled."""
+        entries = ("LRANGE", self.keys.proc(worker), 0, -1)
+        jobs = self.store.transact((), lambda tx: self._read_jobs(tx, tx.read(entries)[0]))
+        return sum(_runs(job, worker) for job in jobs)
+
+    def cancel_requests(self, ids: Sequence[str]) -> list[str]:
+        """Return those of the ids whose jobs were requested to stop."""
+        records = self.store.read(("MGET", *map(self.keys.job, ids)))[0] if ids else []
+        found = ((id, record) for id, record in zip(ids, records, strict=True) if record)
+        return [id for id, record in found if b'"cancelRequested":true' in record and _job(id, record).cancelled]
+
+    def wait_for(self, id: str, seconds: float) -> Job | None:
+        """Return the job once it has ended, or as it is after `seconds`; None for an unknown id.
+
+        Whatever ends an awaited job leaves a token. In case the token is lost, this also reads the
+        job every two seconds.
         """
         until = time.monotonic() + seconds
         job = self.get(id)
         if not job or job.status not in UNENDED:
             return job
         while job and job.status in UNENDED and (left := until - time.monotonic()) > 0:
-            record = self.store.read(("SADD", self.keys.awaited, id), ("GET", self.keys.job(id)))[
-                1
-            ]  # it may just have ended
+            # Read it again, because it may have ended before it was marked as awaited.
+            _, record = self.store.read(("SADD", self.keys.awaited, id), ("GET", self.keys.job(id)))
             job = _job(id, record) if record else None
             if job and job.status in UNENDED:
                 self._wait_for_token(self.keys.done(id), min(left, BLOCK))
                 job = self.get(id)
-        self.store.read(("SREM", self.keys.awaited, id))  # others who wait add it again
+        self.store.read(("SREM", self.keys.awaited, id))  # other callers that wait add it again
         return job
 
     def _wait_for_token(self, key: str, seconds: float) -> None:
         if self.store.read(("BLPOP", key, round(max(seconds, 0.01), 3)))[0]:
-            self.store.read(("LPUSH", key, "1"), ("EXPIRE", key, 60))  # for others who wait for the same job
+            # Put it back for other callers that wait for the same job.
+            self.store.read(("LPUSH", key, "1"), ("EXPIRE", key, 60))
 
     def page(self, filter: Filter | None = None, *, limit: int = 50, cursor: str = "") -> tuple[list[Job], str]:
-        """List the jobs that match, newest first, and a cursor for those that follow: empty when none do.
+        """Return matching jobs, newest first, and the cursor of the next page; "" after the last.
 
-        Sorted by when they ended, or were created if they have not ended. The cursor is a place in
-        that order, so jobs that come or go shift nothing. Looks at up to SCANNED jobs: a page may
-        be short, or empty, and still have a cursor. Of the pending jobs it sees 10,000 entries of
-        each queue around the cursor, and as many delayed ones. Raises InvalidJob for a cursor that
-        no listing returned.
+        Sorted by when jobs ended, or were created if they have not ended. The cursor is a place in
+        that order, so jobs that come or go shift nothing. Looks at up to SCANNED jobs, so a page
+        may be short or even empty and still have a cursor. Sees 10,000 entries of each queue around
+        the cursor, and 10,000 delayed jobs. Raises InvalidJob for a malformed cursor.
         """
         filter = filter or Filter()
         before = _place_of(cursor or "9999999999999999.g")
         entries: set[Entry] = set()
         horizon = NO_HORIZON
         for status in [filter.status] if filter.status else STATUSES:
-            look = self._unended if status in UNENDED else self._ended
-            found_there, horizon_there = look(status, before)
-            entries |= found_there
-            horizon = max(horizon, horizon_there)
+            look = self._find_unended if status in UNENDED else self._find_ended
+            found, nearest = look(status, before)
+            entries |= found
+            horizon = max(horizon, nearest)
         todo = sorted((entry for entry in entries if horizon <= entry[:2] < before), reverse=True)[: SCANNED + 1]
         more = horizon > NO_HORIZON
-        found: list[Job] = []
+        jobs: list[Job] = []
         for at in range(0, min(len(todo), SCANNED), 100):
             part = todo[at : min(at + 100, SCANNED)]
             records = self.store.read(("MGET", *(self.keys.job(id) for _, id, _ in part)))[0]
             for seen, ((_, id, under), record) in enumerate(zip(part, records, strict=True), at + 1):
                 job = _job(id, record) if record else None
                 if job and job.status == under and filter.matches(job):
-                    found.append(job)
-                if len(found) == limit:
-                    return found, _cursor(todo, seen, more)
-        return found, _cursor(todo, SCANNED, more)
+                    jobs.append(job)
+                if len(jobs) == limit:
+                    return jobs, _cursor(todo, seen, more)
+        return jobs, _cursor(todo, SCANNED, more)
 
     def _windows(self, read: Callable[[int], Sequence[Entry]], start: int, before: Place) -> tuple[set[Entry], Place]:
-        """Read LISTED entries at a time from `start` until some lie before the cursor; return how far that reached, too."""
+        """Read LISTED entries at a time until some pass the cursor. Return these and a horizon."""
         while True:
             found = read(start)
             if len(found) < LISTED:
@@ -1623,7 +1593,7 @@ class Queue(Verbs):
                 return set(found), min(older)
             start += LISTED
 
-    def _ended(self, status: str, before: Place) -> tuple[set[Entry], Place]:
+    def _find_ended(self, status: str, before: Place) -> tuple[set[Entry], Place]:
         def read(start: int) -> list[Entry]:
             newest = ("ZREVRANGEBYSCORE", self.keys.ended[status], before[0], "-inf")
             found = self.store.read((*newest, "WITHSCORES", "LIMIT", start, LISTED))[0]
@@ -1631,30 +1601,30 @@ class Queue(Verbs):
 
         return self._windows(read, 0, before)
 
-    def _unended(self, status: str, before: Place) -> tuple[set[Entry], Place]:
-        """Read the newest entries of each list, and as many from the cursor on; thousands may be of cancelled jobs."""
+    def _find_unended(self, status: str, before: Place) -> tuple[set[Entry], Place]:
+        """Read the newest entries of each list, and as many from the cursor on."""
         keys = self._lists(status)
-        found: set[Entry] = set()
+        entries: set[Entry] = set()
         if status == "pending":
-            found |= set(self._read_entries(("ZRANGE", self.keys.delayed, 0, LISTED - 1), status))
+            entries |= set(self._read_entries(("ZRANGE", self.keys.delayed, 0, LISTED - 1), status))
         horizon = NO_HORIZON
         for key in keys:
-            read = partial(self._listed_entries, key, status)
+            read = partial(self._read_list, key, status)
             at = self.store.read(("LPOS", key, before[1]))[0]
             if at:
-                found |= set(read(0))
-            seen, horizon_there = self._windows(read, at or 0, before)
-            found |= seen
-            horizon = max(horizon, horizon_there)
-        return found, horizon
+                entries |= set(read(0))
+            found, nearest = self._windows(read, at or 0, before)
+            entries |= found
+            horizon = max(horizon, nearest)
+        return entries, horizon
 
     def _lists(self, status: str) -> list[str]:
-        """The keys of all lists in which the jobs of a status are."""
+        """Return the keys of all lists that may hold jobs of a status."""
         if status == "pending":
             return [self.keys.jobs(name) for name in self.queues()]
         return [self.keys.proc(worker) for worker in self._known_workers()]
 
-    def _listed_entries(self, key: str, status: str, start: int) -> list[Entry]:
+    def _read_list(self, key: str, status: str, start: int) -> list[Entry]:
         return self._read_entries(("LRANGE", key, start, start + LISTED - 1), status)
 
     def _read_entries(self, command: Command, status: str) -> list[Entry]:
@@ -1662,18 +1632,18 @@ class Queue(Verbs):
         return [(created_at(id) if ID.fullmatch(id) else 1 << 60, id, status) for id in ids]
 
     def queues(self) -> dict[str, dict[str, Any]]:
-        """Every queue that ever had a job or is paused: its counts, the age of its oldest waiting job, whether it is paused."""
-        counts, paused = self.store.read(("HGETALL", self.keys.counts), ("SMEMBERS", self.keys.paused))
+        """Return counts, oldest wait and pause of every queue that ever had a job or is paused."""
+        fields, paused = self.store.read(("HGETALL", self.keys.counts), ("SMEMBERS", self.keys.paused))
         self._note_paused(paused)
-        now = {field: _count(value) for field, value in pairs(counts)}
-        counted = {field.partition(":")[2] for field in now if ":" in field}
+        counts = {field: _read_count(value) for field, value in pairs(fields)}
+        counted = {field.partition(":")[2] for field in counts if ":" in field}
         names = sorted(counted | set(filter(NAME.fullmatch, self._paused[1])))
         heads = self.store.read(*(("LINDEX", self.keys.jobs(name), -1) for name in names))
         return {
             name: {
-                "pending": now.get("pending:" + name, 0),
-                "processing": now.get("processing:" + name, 0),
-                "oldestWaitingMs": self._age(head) if now.get("pending:" + name) else 0,
+                "pending": counts.get("pending:" + name, 0),
+                "processing": counts.get("processing:" + name, 0),
+                "oldestWaitingMs": self._age(head) if counts.get("pending:" + name) else 0,
                 "paused": name in self._paused[1],
             }
             for name, head in zip(names, heads, strict=True)
@@ -1684,18 +1654,18 @@ class Queue(Verbs):
         return max(0, self.now() - created_at(id)) if ID.fullmatch(id) else 0
 
     def count_unended(self) -> tuple[list[int], int]:
-        """Return the counts of pending and processing jobs, and the number of entries that list them, at one moment."""
+        """Count pending and processing jobs, and the entries of their lists, all at one moment."""
         keys = self._lists("pending") + self._lists("processing")
         reads = ("HGETALL", self.keys.counts), ("ZCARD", self.keys.delayed), *(("LLEN", key) for key in keys)
         counts, *sizes = _checked(self.store.read(("MULTI",), *reads, ("EXEC",))[-1])
-        return [_count(value) for field, value in pairs(counts) if ":" in field], sum(sizes)
+        return [_read_count(value) for field, value in pairs(counts) if ":" in field], sum(sizes)
 
     def stats(self, minutes: int = 0) -> dict[str, Any]:
-        """Count the jobs of every status, by queue too, and the live workers. `pending` includes the delayed jobs.
+        """Count the jobs of every status, those of every queue, and the live workers.
 
-        `lastMinute` counts the jobs that ended in the last sixty seconds. `total` counts all that
-        ever ended, also those whose records have expired. With `minutes`, `history` has an entry
-        for each of the last minutes, up to 120.
+        `pending` includes the delayed jobs. `lastMinute` estimates the jobs that ended in the last
+        sixty seconds. `total` counts all that ever ended, even if their records have expired. With
+        `minutes`, `history` has an entry for each of the last minutes. Their counts exist for 120.
         """
         queues = self.queues()
         now = self.now()
@@ -1706,7 +1676,8 @@ class Queue(Verbs):
             ("HMGET", self.keys.minute(now), *ENDED),
             *(("ZCARD", index) for index in indexes.values()),
         )
-        share = 1 - now % 60_000 / 60_000  # of the previous minute that lies within the last sixty seconds
+        share = 1 - now % 60_000 / 60_000  # the part of the previous minute in the last sixty seconds
+        recent = zip(ENDED, last, this, strict=True)
         leases = [self.keys.lease(worker) for worker in self._known_workers()]
         return {
             "pending": sum(queue["pending"] for queue in queues.values()),
@@ -1715,57 +1686,59 @@ class Queue(Verbs):
             "oldestWaitingMs": max((queue["oldestWaitingMs"] for queue in queues.values()), default=0),
             "workers": self.store.read(("EXISTS", *leases))[0] if leases else 0,
             "queues": queues,
-            "lastMinute": {s: round(_count(a) * share) + _count(b) for s, a, b in zip(ENDED, last, this, strict=True)},
-            "total": {status: _count(total) for status, total in zip(ENDED, totals, strict=True)},
+            "lastMinute": {status: round(_read_count(old) * share) + _read_count(new) for status, old, new in recent},
+            "total": {status: _read_count(total) for status, total in zip(ENDED, totals, strict=True)},
             **({"history": self._history(now, minutes)} if minutes else {}),
         }
 
     def _history(self, now: int, minutes: int) -> list[dict[str, int]]:
-        """What started and ended in each minute, oldest first; the last minute is not over."""
+        """Count what started and ended in each minute, oldest first. The last is not over yet."""
         fields = ("started", *ENDED, "waitedMs")
         begun = [(now // 60_000 - back) * 60_000 for back in reversed(range(minutes))]
         found = self.store.read(*(("HMGET", self.keys.minute(at), *fields) for at in begun))
         return [
-            {"at": at, **{field: _count(value) for field, value in zip(fields, values, strict=True)}}
+            {"at": at, **{field: _read_count(value) for field, value in zip(fields, values, strict=True)}}
             for at, values in zip(begun, found, strict=True)
         ]
 
     def workers(self) -> list[dict[str, Any]]:
-        """List the registered workers: id, host, pid, queues, concurrency, startedAt, alive, lastHeartbeat, current jobs."""
+        """Return the registered workers: what each registered, its last heartbeat and its jobs."""
         ids = self._known_workers()
         keys = [key for id in ids for key in (self.keys.worker(id), self.keys.lease(id))]
         found = self.store.read(("MGET", *keys))[0] if keys else []
-        pairs = zip(ids, found[::2], found[1::2], strict=True)
+        rows = zip(ids, found[::2], found[1::2], strict=True)
         try:
-            return [_worker(id, about, lease) for id, about, lease in pairs if about]
+            return [_worker(id, about, lease) for id, about, lease in rows if about]
         except (msgspec.DecodeError, KeyError, AttributeError, TypeError) as error:
             raise Corrupted(f"the registration or the lease of a worker cannot be read: {error}") from None
 
     def metrics(self) -> dict[str, dict[tuple[str, ...], int]]:
-        """Return what ever happened to jobs: by word, then by type and queue.
+        """Return how often each event ever happened: by event, then by type and queue.
 
-        enqueued; completed, failed, cancelled: ended so; retried: an attempt failed and others were
-        left; revived: a failed or cancelled job became pending again; released: handed back by a
-        stopping worker; reaped: lost with its worker. By time in BUCKETS: waited, from when a job
-        could start until it started, for every start; ran, from the start until the outcome was
-        written, for every attempt with an outcome. waitedMs and ranMs are their sums. scrapeErrors
-        is one number.
+        `completed`, `failed` and `cancelled` are ends of jobs. `retried`: an attempt failed and
+        another follows. `revived`: `retry` requeued a job. `released`: a stopping worker requeued a
+        job. `reaped`: an attempt was lost with its worker. By time in BUCKETS: `waited` from when a
+        job could start until it did, and `ran` from a start until its outcome was written.
+        `waitedMs` and `ranMs` are their sums. `scrapeErrors` has neither type nor queue.
         """
         found: dict[str, dict[tuple[str, ...], int]] = {}
         for field, value in pairs(self.store.read(("HGETALL", self.keys.metrics))[0]):
-            what, *labels = parts = field.split(":")
+            event, *labels = parts = field.split(":")
             if len(labels) != 1 and all(map(NAME.fullmatch, parts)):
-                found.setdefault(what, {})[tuple(labels)] = _count(value)
+                found.setdefault(event, {})[tuple(labels)] = _read_count(value)
         return found
 
     # Counting for the web process -------------------------------------------------------------------------------------
 
     def count_scrape_errors(self, times: int) -> None:
-        """Count failed scrapes of the metrics, now that Redis can be reached again."""
+        """Add scrapes of the metrics that failed while Redis was unavailable."""
         self.store.read(("HINCRBY", self.keys.metrics, "scrapeErrors", times))
 
     def spend(self, who: str, limit: int, seconds: int) -> tuple[int, int]:
-        """Count a request of a client in the present window; return how many are left (below 0: none), and for how long."""
+        """Count a request of a client in the current window of `seconds`.
+
+        Returns how many are left, below 0 if none, and in how many seconds the window ends.
+        """
         now = self.now()
         key = self.keys.rate(who, now // (seconds * 1000))
         used = self.store.read(("INCR", key), ("EXPIRE", key, seconds))[0]
@@ -1774,16 +1747,16 @@ class Queue(Verbs):
 
 def _worker(id: str, about: bytes, lease: bytes | None) -> dict[str, Any]:
     known = msgspec.json.decode(about)
-    sign = msgspec.json.decode(lease or b"{}")
-    at = sign.get("at", known["startedAt"] if lease else 0)
-    return {"id": id, **known, "alive": bool(lease), "lastHeartbeat": at, "jobs": sign.get("jobs", [])}
+    beat = msgspec.json.decode(lease or b"{}")
+    at = beat.get("at", known["startedAt"] if lease else 0)
+    return {"id": id, **known, "alive": bool(lease), "lastHeartbeat": at, "jobs": beat.get("jobs", [])}
 
 
 # Filters and cursors --------------------------------------------------------------------------------------------------
 
 
 class Filter(NamedTuple):
-    """Which jobs a listing shows and a bulk change touches: those that match all that is given."""
+    """Which jobs a listing returns or a bulk change touches: those that match all that is given."""
 
     status: Status | None = None
     type: str | None = None
@@ -1791,19 +1764,18 @@ class Filter(NamedTuple):
     error_type: str | None = None
 
     def matches(self, job: Job) -> bool:
-        error = job.error.type if job.error else None
-        pairs = (self.status, job.status), (self.type, job.type), (self.queue, job.queue), (self.error_type, error)
-        return all(wanted is None or wanted == value for wanted, value in pairs)
+        values = (job.status, job.type, job.queue, job.error.type if job.error else None)
+        return all(wanted is None or wanted == value for wanted, value in zip(self, values, strict=True))
 
 
 CURSOR = re.compile(r"([0-9]{1,16})\.([0-9a-g-]{1,36})")
 Entry = tuple[int, str, str]  # of a listing: when, id, and the status under which it was found
 Place = tuple[int, str]  # in the order of a listing
-NO_HORIZON: Place = (0, "")  # everything was seen
+NO_HORIZON: Place = (0, "")  # a horizon is the last place that was seen; here, all were
 
 
 def _cursor(todo: Sequence[Entry], seen: int, more: bool) -> str:
-    """Return the place after the entries that were seen, if others follow."""
+    """Return the place after the entries that were seen, or "" if none follow."""
     if len(todo) > seen or (more and todo):
         at, id, _ = todo[min(seen, len(todo)) - 1]
         return f"{at}.{id}"
@@ -1821,13 +1793,13 @@ def _place_of(cursor: str) -> Place:
 
 
 class Shards(Verbs):
-    """Many queues as one, each in a namespace of its own and so in its own slot: `{queue.0}`, `{queue.1}` and so on.
+    """Many queues as one. Each has its own namespace, such as `{queue.0}`, and so its own slot.
 
-    The last two digits of a job's id name its shard. A submit goes whole into one shard and the
-    next one into the next, so jobs start first in, first out within each shard. A submit with a
-    uniqueKey or an Idempotency-Key goes to the shard of that key. A worker registers in all shards
-    under one id; if one of them reaps it, it starts again in all. While a shard is unreachable the
-    others are served.
+    The last two digits of a job's id name its shard. All jobs of a submit go into one shard, and
+    those of the next into the next shard, so the order is first in, first out only within a shard.
+    A submit with a uniqueKey or an Idempotency-Key goes to the shard of that key. A worker
+    registers in all shards under one id. If it is reaped in one, it must register again in all.
+    While a shard is unreachable, the others are served.
     """
 
     def __init__(self, shards: Sequence[Queue]) -> None:
@@ -1840,53 +1812,57 @@ class Shards(Verbs):
         self._waiters = ThreadPoolExecutor(len(shards), "shard")
         self._waits: dict[int, Future[bool]] = {}
 
-    def _of(self, id: str) -> Queue:
-        """The shard that an id names. An id that names none is as unknown in the first shard as in any other."""
+    def _shard_of(self, id: str) -> Queue:
+        """Return the shard that an id names. If it names none, any shard will find it unknown."""
         at = int(id[-2:], 16) if ID.fullmatch(id) else 0
         return self.parts[at if at < len(self.parts) else 0]
 
-    def _at(self, key: str) -> int:
+    def _index_of(self, key: str) -> int:
         return zlib.crc32(key.encode()) % len(self.parts)
 
-    def _by_shard(self, things: Iterable[T], id: Callable[[T], str]) -> list[tuple[Queue, list[T]]]:
-        """Group what belongs to jobs by the shards of those jobs."""
+    def _by_shard(self, items: Iterable[T], id: Callable[[T], str]) -> list[tuple[Queue, list[T]]]:
+        """Group items by the shard of the job whose id `id` returns."""
         parts: defaultdict[Queue, list[T]] = defaultdict(list)
-        for thing in things:
-            parts[self._of(id(thing))].append(thing)
+        for item in items:
+            parts[self._shard_of(id(item))].append(item)
         return list(parts.items())
 
-    def _try(self, act: Callable[[Queue], T], all: bool = False, order: Sequence[Queue] = ()) -> list[T]:
-        """Do it in every shard; raise the first error if it failed in one, or without `all` only if it failed in each."""
-        done = list[T]()
+    def _try_each(self, call: Callable[[Queue], T], must: bool = False, order: Sequence[Queue] = ()) -> list[T]:
+        """Call it for every shard, even after errors, and return the results.
+
+        Raises the first error, Reaped before others, if all failed. With `must`: if any failed.
+        """
+        results = list[T]()
         errors = list[TinyQueueError]()
         for shard in order or self.parts:
             try:
-                done.append(act(shard))
+                results.append(call(shard))
             except TinyQueueError as error:
                 errors.append(error)
-        if errors and (all or not done):
+        if errors and (must or not results):
             raise next((error for error in errors if isinstance(error, Reaped)), errors[0])
-        return done
+        return results
 
     def now(self) -> int:
         return self.parts[0].now()
 
     def submit(self, jobs: Sequence[Job], once: Once | None = None) -> list[Job]:
-        """As Queue.submit. Jobs whose uniqueKeys belong to different shards cannot be stored together: raises InvalidJob."""
-        places = {self._at(job.unique_key) for job in jobs if job.unique_key}
-        if len(places) > 1:
-            raise InvalidJob(
-                "uniqueKey", "must be the same in all jobs of a batch, because TINYQUEUE_SHARDS is above 1"
-            )
-        if places or once:
-            return self._submit_to(places.pop() if places else self._at(once.key if once else ""), jobs, once)
+        """Like Queue.submit. Raises InvalidJob if the uniqueKeys belong to different shards."""
+        indexes = {self._index_of(job.unique_key) for job in jobs if job.unique_key}
+        if len(indexes) > 1:
+            rule = "must be the same in all jobs of a batch, because TINYQUEUE_SHARDS is above 1"
+            raise InvalidJob("uniqueKey", rule)
+        if once and not indexes:
+            indexes = {self._index_of(once.key)}
+        if indexes:
+            return self._submit_to(indexes.pop(), jobs, once)
         first = next(self._turn)
         for at in range(first, first + len(self.parts)):
             try:
                 return self._submit_to(at % len(self.parts), jobs, once)
             except Unavailable as error:
                 trouble = error
-                if error.doubtful:  # the jobs may be there: in another shard they would be second ones
+                if error.doubtful:  # the jobs may be stored, and must not be stored again elsewhere
                     break
         raise trouble
 
@@ -1901,7 +1877,7 @@ class Shards(Verbs):
         return worker
 
     def wait(self, names: Sequence[str], seconds: float = BLOCK) -> bool:
-        """As Queue.wait, in all shards. Waits that go on when one shard answers are asked again the next time."""
+        """Like Queue.wait, in all shards. Waits that outlast this call go on in the next one."""
         for at, shard in enumerate(self.parts):
             if at not in self._waits:
                 self._waits[at] = self._waiters.submit(self._wait_in, shard, names, seconds)
@@ -1913,15 +1889,15 @@ class Shards(Verbs):
     def _wait_in(self, shard: Queue, names: Sequence[str], seconds: float) -> bool:
         try:
             return shard.wait(names, seconds)
-        except TinyQueueError:  # as if nothing had come: the others must not be kept from waiting
+        except TinyQueueError:  # as if no bell rang: the other shards are still waited for
             time.sleep(seconds)
             return False
 
     def waiting(self, names: Sequence[str], due: bool = False) -> int:
-        return sum(self._try(lambda shard: shard.waiting(names, due)))
+        return sum(self._try_each(lambda shard: shard.waiting(names, due)))
 
     def take(self, worker: str, names: Sequence[str], most: int) -> list[bytes]:
-        """As Queue.take, from the shards in turn. A shard in trouble does not keep the others from being served."""
+        """Like Queue.take, from the shards in turn. Shards that fail are left out."""
         taken: list[bytes] = []
 
         def take(shard: Queue) -> None:
@@ -1929,7 +1905,7 @@ class Shards(Verbs):
                 taken.extend(shard.take(worker, names, most - len(taken)))
 
         first = next(self._turn) % len(self.parts)
-        self._try(take, order=[*self.parts[first:], *self.parts[:first]])
+        self._try_each(take, order=[*self.parts[first:], *self.parts[:first]])
         return taken
 
     def start(self, worker: str, ids: Sequence[bytes], held: Mapping[str, int] | None = None) -> list[Job]:
@@ -1938,74 +1914,76 @@ class Shards(Verbs):
         return [job for jobs in started for job in jobs]
 
     def adopt(self, worker: str, held: Collection[str]) -> list[bytes]:
-        return [id for ids in self._try(lambda shard: shard.adopt(worker, held)) for id in ids]
+        return [id for ids in self._try_each(lambda shard: shard.adopt(worker, held)) for id in ids]
 
     def settle(self, worker: str, outcomes: Sequence[Outcome], again: bool = False) -> list[Outcome]:
-        """As Queue.settle, one transaction a shard. Raises Unavailable after all were tried: then some are written."""
-        others = list[Outcome]()
-        trouble = list[Unavailable]()
+        """Like Queue.settle, one transaction per shard. Tries all before it raises Unavailable."""
+        lost = list[Outcome]()
+        errors = list[Unavailable]()
         for shard, part in self._by_shard(outcomes, lambda outcome: outcome.job.id):
             try:
-                others += shard.settle(worker, part, again)
+                lost += shard.settle(worker, part, again)
             except Unavailable as error:
-                trouble.append(error)
-        if trouble:
-            trouble[0].doubtful = True
-            raise trouble[0]
-        return others
+                errors.append(error)
+        if errors:
+            errors[0].doubtful = True  # the other shards may have written theirs
+            raise errors[0]
+        return lost
 
     def write_progress(self, job: Job) -> None:
-        self._of(job.id).write_progress(job)
+        self._shard_of(job.id).write_progress(job)
 
     def cancel(self, id: str) -> Job | None:
-        return self._of(id).cancel(id)
+        return self._shard_of(id).cancel(id)
 
     def cancel_requests(self, ids: Sequence[str]) -> list[str]:
         return [id for shard, part in self._by_shard(ids, str) for id in shard.cancel_requests(part)]
 
     def retry(self, id: str) -> Job | None:
-        return self._of(id).retry(id)
+        return self._shard_of(id).retry(id)
 
     def pause(self, name: str) -> None:
-        self._try(lambda shard: shard.pause(name), all=True)
+        self._try_each(lambda shard: shard.pause(name), must=True)
 
     def resume(self, name: str) -> None:
-        self._try(lambda shard: shard.resume(name), all=True)
+        self._try_each(lambda shard: shard.resume(name), must=True)
 
     def heartbeat(self, worker: str, jobs: Sequence[str] = ()) -> None:
-        self._try(lambda shard: shard.heartbeat(worker, [id for id in jobs if self._of(id) is shard]), all=True)
+        self._try_each(
+            lambda shard: shard.heartbeat(worker, [id for id in jobs if self._shard_of(id) is shard]), must=True
+        )
 
     def deregister(self, worker: str) -> None:
-        self._try(lambda shard: shard.deregister(worker), all=True)
+        self._try_each(lambda shard: shard.deregister(worker), must=True)
 
     def promote(self) -> int:
-        return sum(self._try(Queue.promote))
+        return sum(self._try_each(Queue.promote))
 
     def lost_workers(self, own: str = "") -> list[str]:
-        return sorted({worker for lost in self._try(lambda shard: shard.lost_workers(own)) for worker in lost})
+        return sorted({worker for lost in self._try_each(lambda shard: shard.lost_workers(own)) for worker in lost})
 
     def reap(self, worker: str) -> int:
-        """As Queue.reap. What it ran in one shard it ran beside what it ran in the others."""
-        ran = dict(self._try(lambda shard: (shard, shard.running(worker))))
-        return sum(self._try(lambda shard: shard.reap(worker, sum(ran.values()) - ran.get(shard, 0))))
+        """Like Queue.reap. Jobs in different shards count as run beside each other."""
+        ran = dict(self._try_each(lambda shard: (shard, shard.running(worker))))
+        return sum(self._try_each(lambda shard: shard.reap(worker, sum(ran.values()) - ran.get(shard, 0))))
 
     def trim(self) -> int:
-        return sum(self._try(Queue.trim))
+        return sum(self._try_each(Queue.trim))
 
     def forget(self, status: str, ids: Sequence[bytes]) -> int:
         return sum(shard.forget(status, part) for shard, part in self._by_shard(ids, text_of))
 
     def ping(self) -> None:
-        self._try(Queue.ping, all=True)
+        self._try_each(Queue.ping, must=True)
 
     def get(self, id: str) -> Job | None:
-        return self._of(id).get(id)
+        return self._shard_of(id).get(id)
 
     def wait_for(self, id: str, seconds: float) -> Job | None:
-        return self._of(id).wait_for(id, seconds)
+        return self._shard_of(id).wait_for(id, seconds)
 
     def page(self, filter: Filter | None = None, *, limit: int = 50, cursor: str = "") -> tuple[list[Job], str]:
-        """As Queue.page: a cursor is a place in the order of all jobs. Merges pages as far as every shard has looked."""
+        """Like Queue.page. Merges the pages of the shards as far as all of them have looked."""
         pages = [shard.page(filter, limit=limit, cursor=cursor) for shard in self.parts]
         horizon = max((_place_of(cursor) for _, cursor in pages if cursor), default=NO_HORIZON)
         found = sorted((job for jobs, _ in pages for job in jobs), key=Job.place, reverse=True)
@@ -2023,13 +2001,13 @@ class Shards(Verbs):
         return dict(sorted(found.items()))
 
     def stats(self, minutes: int = 0) -> dict[str, Any]:
-        """As Queue.stats, added up. A worker serves all shards, so workers are counted in the shard that has most."""
-        all = [shard.stats(minutes) for shard in self.parts]
+        """Like Queue.stats, added up. Each worker is in every shard, so takes the highest count."""
+        each = [shard.stats(minutes) for shard in self.parts]
         history: dict[int, Any] = {}
-        for minute in itertools.chain(*(stats.pop("history", ()) for stats in all)):
-            at = minute["at"]  # not the index: a minute may begin between asking two shards
+        for minute in itertools.chain(*(stats.pop("history", ()) for stats in each)):
+            at = minute["at"]  # not the index: a minute may begin between reading two shards
             history[at] = _added(history[at], minute) | {"at": at} if at in history else minute
-        total = functools.reduce(_added, all) | {"workers": max(stats["workers"] for stats in all)}
+        total = reduce(_added, each) | {"workers": max(stats["workers"] for stats in each)}
         return total | ({"history": [history[at] for at in sorted(history)[-minutes:]]} if minutes else {})
 
     def workers(self) -> list[dict[str, Any]]:
@@ -2043,17 +2021,17 @@ class Shards(Verbs):
         return list(found.values())
 
     def metrics(self) -> dict[str, dict[tuple[str, ...], int]]:
-        return functools.reduce(_added, (shard.metrics() for shard in self.parts))
+        return reduce(_added, (shard.metrics() for shard in self.parts))
 
     def count_scrape_errors(self, times: int) -> None:
         self.parts[0].count_scrape_errors(times)
 
     def spend(self, who: str, limit: int, seconds: int) -> tuple[int, int]:
-        return self.parts[self._at(who)].spend(who, limit, seconds)
+        return self.parts[self._index_of(who)].spend(who, limit, seconds)
 
 
 def _added(one: Any, other: Any) -> Any:
-    """Add up what two shards report: counts are summed, ages are the higher one, and paused is what either has paused."""
+    """Add up the reports of two shards. Of ages, take the higher; paused is what either paused."""
     if not isinstance(one, dict):
         return one or other if isinstance(one, bool) else one + other
     both = {
@@ -2075,7 +2053,7 @@ HANDLERS: dict[str, Handler[Any, Any, Any]] = {}
 
 
 class Handler(Generic[P, A, R]):
-    """A function that runs jobs of one type. It can still be called as it is."""
+    """A function that runs jobs of one type. It can still be called directly."""
 
     def __init__(self, function: Callable[Concatenate[P, A], R], type: str, options: Mapping[str, Any]) -> None:
         self.function = function
@@ -2097,7 +2075,7 @@ class Handler(Generic[P, A, R]):
         return queue.enqueue(self.type, payload, **options)
 
     def parse(self, payload: bytes) -> P:
-        """Turn a payload's JSON into what the handler takes; raises InvalidJob with the path of what does not match."""
+        """Decode a payload as the handler's type. Raises InvalidJob with the path of a mismatch."""
         try:
             return cast(P, self._parse(payload))
         except msgspec.ValidationError as error:
@@ -2126,14 +2104,14 @@ def handler(
 ) -> Callable[[Callable[Concatenate[P, A], R]], Handler[P, A, R]]:
     """Register a function as the handler of jobs of `type`.
 
-    Its first parameter is annotated with the payload's type: a dataclass, TypedDict, msgspec Struct
-    or anything else that msgspec can read from JSON. The payload is checked against it when a job is
-    submitted and again before it runs. A second parameter, annotated `Job`, receives the job. The
-    return value, as JSON, is the job's result.
+    Its first parameter must be annotated with the payload's type: a dataclass, TypedDict, msgspec
+    Struct or anything else that msgspec can read from JSON. Payloads are checked against it when a
+    job is submitted and again before it runs. An optional second parameter, annotated `Job`,
+    receives the job. The return value, as JSON, is the job's result.
 
-    `timeout` is in seconds; None means unlimited. After attempt n the job waits for `backoff` * 2
-    ** (n - 1) seconds and up to half as much again, at most `backoff_cap`. Mistakes raise TypeError
-    or InvalidJob when the module is imported.
+    `timeout` is in seconds; None means unlimited. After failed attempt n the job waits for
+    `backoff` * 2 ** (n - 1) seconds and up to half as much again, but at most `backoff_cap`.
+    Mistakes raise TypeError or InvalidJob when the module is imported.
     """
     check_name("type", type)
     if not all(_is_number(value) for value in (300 if timeout is None else timeout, backoff, backoff_cap)):
@@ -2142,17 +2120,12 @@ def handler(
         raise TypeError(f"handler {type!r}: timeout must be above 0, or None")
     if not 0 < backoff <= backoff_cap <= MAX_DELAY:
         raise TypeError(f"handler {type!r}: backoff must be above 0, backoff_cap at least that and at most {MAX_DELAY}")
-    options = {
-        "max_attempts": max_attempts,
-        "timeout": timeout,
-        "backoff": backoff,
-        "backoff_cap": backoff_cap,
-        "queue": queue,
-    }
+    times: dict[str, Any] = {"timeout": timeout, "backoff": backoff, "backoff_cap": backoff_cap}
+    options = {"max_attempts": max_attempts, "queue": queue, **times}
 
     def register(function: Callable[Concatenate[P, A], R]) -> Handler[P, A, R]:
-        twin = HANDLERS[type].function if type in HANDLERS else function
-        if _place(twin) != _place(function):  # the same place is met again when a module is reloaded
+        known = HANDLERS[type].function if type in HANDLERS else function
+        if _source(known) != _source(function):  # a reload declares the same function again
             raise TypeError(f"two handlers are declared for type {type!r}")
         made = HANDLERS[type] = Handler(function, type, options)
         return made
@@ -2160,18 +2133,17 @@ def handler(
     return register
 
 
-def _place(function: Callable[..., Any]) -> tuple[str, str, int]:
+def _source(function: Callable[..., Any]) -> tuple[str, str, int]:
     return function.__module__, function.__qualname__, function.__code__.co_firstlineno
 
 
 def _signature(function: Callable[..., Any]) -> tuple[Any, bool]:
-    """Return a handler's payload type, and whether it takes the job as well."""
+    """Return the type of a handler's payload, and whether the handler takes the job too."""
     name = f"handler {function.__name__}"
     kinds = inspect.iscoroutinefunction, inspect.isgeneratorfunction, inspect.isasyncgenfunction
     if any(is_kind(function) for is_kind in kinds):
-        raise TypeError(
-            f"{name} must be a plain function, not async and not a generator: a call would not run its body"
-        )
+        why = "a call would not run its body"
+        raise TypeError(f"{name} must be a plain function, not async and not a generator: {why}")
     hints = typing.get_type_hints(function, include_extras=True)
     parameters = list(inspect.signature(function).parameters.values())
     if not 1 <= len(parameters) <= 2 or parameters[0].name not in hints:
@@ -2184,7 +2156,10 @@ def _signature(function: Callable[..., Any]) -> tuple[Any, bool]:
 
 
 def load_handlers(modules: str) -> dict[str, Handler[Any, Any, Any]]:
-    """Import the modules that register handlers. The working directory comes first, so that the user's own files win."""
+    """Import the modules that register handlers, from the working directory first.
+
+    Raises SettingsError if one cannot be imported, or if none registers a handler.
+    """
     if sys.path[:1] != [os.getcwd()]:
         sys.path.insert(0, os.getcwd())
     for module in filter(None, (name.strip() for name in modules.split(","))):
@@ -2193,10 +2168,8 @@ def load_handlers(modules: str) -> dict[str, Handler[Any, Any, Any]]:
         except ModuleNotFoundError as error:
             if error.name != module.partition(".")[0] and error.name != module:
                 raise SettingsError(f"cannot import {module}: {error}") from error
-            text = (
-                f"TINYQUEUE_HANDLERS: there is no module {module} here; create it, or name the module of your handlers"
-            )
-            raise SettingsError(text) from None
+            todo = "create it, or name the module of your handlers"
+            raise SettingsError(f"TINYQUEUE_HANDLERS: there is no module {module} here; {todo}") from None
         except (Exception, SystemExit) as error:
             text = " ".join(_text(error).split())
             raise SettingsError(f"cannot import {module}: {type(error).__name__}: {text}") from error
@@ -2206,7 +2179,7 @@ def load_handlers(modules: str) -> dict[str, Handler[Any, Any, Any]]:
 
 
 class Retry(Exception):
-    """Raised by a handler: this attempt failed; try again in `after` seconds, by default after the usual backoff."""
+    """Raised by a handler to fail this attempt. Retry in `after` seconds, or after the backoff."""
 
     def __init__(self, reason: str = "the handler asked for a retry", *, after: float | None = None) -> None:
         if after is not None and not is_delay(after):
@@ -2216,11 +2189,11 @@ class Retry(Exception):
 
 
 class Discard(Exception):
-    """Raised by a handler: fail the job now, however many attempts are left."""
+    """Raised by a handler to fail the job now, even if attempts are left."""
 
 
 class TimedOut(BaseException):
-    """Raised inside a handler that exceeds its timeout. A BaseException, so that `except Exception` does not swallow it."""
+    """Raised in a handler that exceeds its timeout. `except Exception` does not catch it."""
 
     def __str__(self) -> str:
         return "the handler exceeded its timeout"
@@ -2229,12 +2202,12 @@ class TimedOut(BaseException):
 def _text(error: BaseException) -> str:
     try:
         return str(error)
-    except BaseException as second:  # the handler's own exception class may be broken as well
+    except BaseException as second:  # the exception's own __str__ may be broken
         return f"(its text raised {type(second).__name__})"
 
 
 def backoff(attempts: int, base: float = 1.0, cap: float = 300.0) -> float:
-    """Seconds to wait after that many attempts: doubling from `base` with jitter on top, at most `cap`, at least `base`."""
+    """Return the seconds to wait after that attempt: doubling from `base` to `cap`, with jitter."""
     return float(min(cap, base * 2 ** min(attempts - 1, 60) * random.uniform(1.0, 1.5)))
 
 
@@ -2253,11 +2226,11 @@ def make_job(
     expires_in: float | None = None,
     unique_key: str | None = None,
 ) -> Job:
-    """Check the parts of a job and make it. Raises InvalidJob naming the field and the rule.
+    """Check the parts of a job and make it. Raises InvalidJob with the field and the rule.
 
-    What is left out comes from the handler's declaration, if this process knows one. A job that was
-    not started within `expires_in` seconds fails when its turn comes. While a job with its
-    `unique_key` is pending or processing, a second one is not stored: submit returns the first.
+    Defaults come from the handler's declaration, if this process has it. A job that was not started
+    within `expires_in` seconds fails when its turn comes. While a job with the same `unique_key` is
+    pending or processing, submit returns that job and stores no other.
     """
     known = HANDLERS.get(check_name("type", type))
     try:
@@ -2299,7 +2272,7 @@ def _is_number(value: Any) -> bool:
 
 
 def is_delay(value: Any) -> bool:
-    """Tell whether a job may be delayed by that many seconds."""
+    """Whether a job may be delayed by that many seconds."""
     return _is_number(value) and 0 <= value <= MAX_DELAY
 
 
@@ -2310,12 +2283,12 @@ def _whole(field: str, value: Any, low: int, high: int) -> int:
 
 
 def _first_run(delay: float | None, run_at: Any, now: int) -> int:
-    """When a job with that `delay` or `runAt` may start: 0 for at once."""
+    """Return when a job with that `delay` or `runAt` may start. 0 means now."""
     at = 0
     if delay is not None and run_at is not None:
         raise InvalidJob("delay", "must not be given together with runAt")
     if run_at is not None:
-        at = _moment(run_at, now)
+        at = _parse_run_at(run_at, now)
     if delay is not None:
         if not is_delay(delay):
             raise InvalidJob("delay", f"must be a number of seconds from 0 to {MAX_DELAY}")
@@ -2329,8 +2302,8 @@ def _expiry(seconds: float, now: int) -> int:
     return now + max(1, round(seconds * 1000))
 
 
-def _moment(value: Any, now: int) -> int:
-    """Read `runAt`: milliseconds since 1970, or ISO 8601 with a zone. The past means now."""
+def _parse_run_at(value: Any, now: int) -> int:
+    """Read milliseconds since 1970, or ISO 8601 with a zone."""
     rule = f"must be ISO 8601 with a zone, or milliseconds since 1970, and at most {MAX_DELAY // 86400} days ahead"
     if isinstance(value, str):
         try:
@@ -2348,7 +2321,7 @@ def _moment(value: Any, now: int) -> int:
 
 
 def _plain(value: Any) -> Any:
-    """Encode an instance of a subclass of str, int or float, which libraries like to return, as its base class."""
+    """Encode a subclass of str, int or float, such as libraries return, as its base class."""
     for base in (str, int, float):
         if isinstance(value, base):
             return base.__str__(value) if base is str else base(value)
@@ -2359,14 +2332,14 @@ _encode = msgspec.json.Encoder(enc_hook=_plain).encode
 
 
 def to_json(value: Any) -> bytes:
-    """Encode what a client or a handler gave; raises ValueError for what JSON cannot hold or what is nested too deep.
+    """Encode a payload or a result. Dates, sets, bytes and dataclasses are encoded as by msgspec.
 
-    Dates, sets, bytes and dataclasses become what msgspec makes of them.
+    Raises ValueError for what JSON cannot hold, and for more than MAX_DEPTH levels.
     """
     try:
         encoded = _encode(value)
-        decoded = msgspec.json.decode(encoded)  # msgspec takes what is encoded already, msgspec.Raw, unseen
-        if b"null" in encoded:  # msgspec silently makes null of NaN; only then is a walk through the value worth it
+        decoded = msgspec.json.decode(encoded)  # msgspec does not check what is in a msgspec.Raw
+        if b"null" in encoded:  # msgspec turns NaN into null; json.dumps is slow, but refuses NaN
             json.dumps(msgspec.to_builtins(value, str_keys=True), allow_nan=False)
     except (TypeError, ValueError, OverflowError, RecursionError, msgspec.DecodeError) as error:
         raise ValueError(f"is not JSON: {_text(error) or type(error).__name__}"[:300]) from None
@@ -2376,13 +2349,13 @@ def to_json(value: Any) -> bytes:
 
 
 def from_json(text: bytes, levels: int = MAX_DEPTH) -> Any:
-    """Decode what a client sent, strictly; raises ValueError with the reason.
+    """Decode what a client sent, strictly. Raises ValueError with the reason.
 
-    Refuses encodings other than UTF-8, NaN and numbers too large for a float, a name used twice in
-    one object (parsers differ in which they take), and more levels of nesting than that.
+    Refuses encodings other than UTF-8, NaN, numbers too large for a float, duplicate names in an
+    object (parsers differ in which value they keep), and more than `levels` levels of nesting.
     """
     try:
-        value = json.loads(text.decode(), object_pairs_hook=_object, parse_float=_number, parse_constant=_number)
+        value = json.loads(text.decode(), object_pairs_hook=_object, parse_float=_finite, parse_constant=_finite)
         if text.count(b"[") + text.count(b"{") > levels and _depth(value) > levels:
             raise RecursionError
     except UnicodeDecodeError as error:
@@ -2392,15 +2365,15 @@ def from_json(text: bytes, levels: int = MAX_DEPTH) -> Any:
     return value
 
 
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    made = dict(pairs)
-    if len(made) < len(pairs):
-        twice = next(name for name, count in Counter(name for name, _ in pairs).items() if count > 1)
+def _object(members: list[tuple[str, Any]]) -> dict[str, Any]:
+    made = dict(members)
+    if len(made) < len(members):
+        twice = next(name for name, count in Counter(name for name, _ in members).items() if count > 1)
         raise ValueError(f"duplicate name {ascii(twice)[:100]} in one object")
     return made
 
 
-def _number(text: str) -> float:
+def _finite(text: str) -> float:
     number = float(text)
     if not math.isfinite(number):
         raise ValueError(f"JSON cannot hold the number {text[:100]}")
@@ -2408,7 +2381,7 @@ def _number(text: str) -> float:
 
 
 def _whole_floats(value: Any) -> Any:
-    """Write 1.0 as 1 throughout: to JSON Schema both are integers, to msgspec only one of them is."""
+    """Replace 1.0 by 1 throughout. JSON Schema takes both for integers, msgspec only the second."""
     if isinstance(value, dict):
         return {name: _whole_floats(part) for name, part in value.items()}
     if isinstance(value, list):
@@ -2417,8 +2390,9 @@ def _whole_floats(value: Any) -> Any:
 
 
 def _depth(value: Any) -> int:
-    depth, level = 0, [value]
-    while level := [v for v in level if isinstance(v, dict | list)]:
+    depth = 0
+    level = [value]
+    while level := [node for node in level if isinstance(node, dict | list)]:
         depth += 1
-        level = [child for v in level for child in (v.values() if isinstance(v, dict) else v)]
+        level = [child for node in level for child in (node.values() if isinstance(node, dict) else node)]
     return depth

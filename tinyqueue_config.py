@@ -1,4 +1,4 @@
-"""Configuration: settings from the environment, logging, and opening the queue that the settings name."""
+"""Settings from the environment, logging, and opening the queue that the settings name."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from msgspec import Meta
 from tinyqueue import WRITERS, AnyQueue, Queue, SettingsError, Shards
 
 WEB_THREADS = 8  # threads of a web process that answer requests
-SPARE = 2  # connections of a process beyond those in use: one may be on its way from a thread to the next
+SPARE = 2  # spare connections of a process, because one may be on its way between two threads
 
 
 # Settings -------------------------------------------------------------------------------------------------------------
@@ -33,7 +33,10 @@ def variable(field: str) -> str:
 
 
 class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, rename=variable):
-    """All settings: one table for the environment, `--help` and docs/settings.md. An empty variable counts as unset."""
+    """All settings: one table for the environment, `--help` and docs/settings.md.
+
+    An empty variable counts as unset.
+    """
 
     redis_url: Annotated[
         str, Meta(description="URL of the Redis server; unset: an embedded one that keeps nothing")
@@ -110,12 +113,12 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     def read(cls, environ: Mapping[str, str] | None = None, **overrides: Any) -> Settings:
         """Read settings from the environment and from `.env` in the working directory.
 
-        The environment wins over the file, and `overrides` win over both. Raises SettingsError for an
-        invalid value, for an unknown name that begins with TINYQUEUE_, and on a hosting platform
+        The environment wins over the file, and `overrides` win over both. Raises SettingsError for
+        an invalid value, for an unknown name that begins with TINYQUEUE_, and on a hosting platform
         without REDIS_URL.
         """
         if environ is None:
-            load_dotenv(".env")  # into the environment, for handlers have settings of their own
+            load_dotenv(".env")  # into the environment, because handlers have settings of their own
             environ = os.environ
         names = {field.encode_name for field in msgspec.structs.fields(cls)}
         raw = {k: v for k, v in environ.items() if v and (k in names or k.startswith("TINYQUEUE_"))}
@@ -137,7 +140,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 
     @classmethod
     def table(cls) -> list[tuple[str, str, str]]:
-        """List the settings as (variable, default, meaning): the table of `--help` and of docs/settings.md."""
+        """Return the table of `--help` and docs/settings.md: variables, defaults and meanings."""
         hints = typing.get_type_hints(cls, include_extras=True)
         return [
             (f.encode_name, str(f.default), hints[f.name].__metadata__[0].description)
@@ -154,29 +157,30 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 
     @property
     def web_connections(self) -> int:
-        """How many connections to Redis a web process may open, to each shard: each thread one."""
+        """How many connections a web process may open to each shard: one for each thread."""
         return WEB_THREADS + SPARE
 
     @property
     def worker_connections(self) -> int:
-        """How many a worker process may open, to each shard: taker, settler and keeper one each, and handlers for progress."""
+        """How many a worker may open to each shard: for three threads, and to write progress."""
         return 3 + min(self.worker_concurrency, WRITERS) + SPARE
 
 
 # Logging --------------------------------------------------------------------------------------------------------------
 
-LOG_CONTEXT: ContextVar[Callable[[], dict[str, Any]]] = ContextVar("log_context", default=dict)  # of a job or a request
+# Returns the log fields of the job or request that the thread works on.
+LOG_CONTEXT: ContextVar[Callable[[], dict[str, Any]]] = ContextVar("log_context", default=dict)
 
 
 def _add_context(record: logging.LogRecord) -> bool:
-    """Add the fields of the job or request that this thread works on to the line's own `extra={"fields": {...}}`."""
+    """Add the fields of LOG_CONTEXT to those that the line gave as `extra={"fields": {...}}`."""
     own = getattr(record, "fields", None)
     record.fields = LOG_CONTEXT.get()() | (own if isinstance(own, dict) else {})
     return True
 
 
 class JSONFormatter(logging.Formatter):
-    """Write a log line as one JSON object. Its fields are members, and none replaces time, level or message."""
+    """Write a log line as one JSON object. No field replaces its time, level or message."""
 
     def format(self, record: logging.LogRecord) -> str:
         line = {"time": int(record.created * 1000), "level": record.levelname.lower(), "message": record.getMessage()}
@@ -186,9 +190,9 @@ class JSONFormatter(logging.Formatter):
 
 
 class TextFormatter(logging.Formatter):
-    """Write a log line for people. Control characters are escaped, so that no text can forge a second line.
+    """Write a log line for people. Escapes control characters, so that no text can forge a line.
 
-    The ids to search for stand at the end, unless the message names them. Tracebacks are indented.
+    The ids to search for follow the message, unless it names them. Tracebacks are indented.
     """
 
     def format(self, record: logging.LogRecord) -> str:
@@ -208,7 +212,7 @@ def _one_line(text: str) -> str:
 
 
 def set_up_logging(settings: Settings) -> None:
-    """Send all logging to standard error, in the format and from the level that the settings name."""
+    """Log to standard error, in the format and from the level that the settings name."""
     handler = logging.StreamHandler()
     handler.setFormatter(JSONFormatter() if settings.log_format == "json" else TextFormatter())
     handler.addFilter(_add_context)
@@ -219,9 +223,9 @@ def set_up_logging(settings: Settings) -> None:
 
 
 def open_queue(settings: Settings, connections: int = 100) -> AnyQueue:
-    """Open the queue that the settings name, with one shard or many; without REDIS_URL the embedded one.
+    """Open the queue that the settings name: a Queue, or Shards. Without REDIS_URL it is embedded.
 
-    `connections` is the most that this process may open, to each shard.
+    This process may open up to `connections` connections to each shard.
     """
     names = "lease", "keep_completed", "keep_failed", "keep_once", "max_pending", "min_replicas"
     options: dict[str, Any] = {name: getattr(settings, name) for name in names}

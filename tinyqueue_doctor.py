@@ -1,7 +1,6 @@
-"""The examination of all that the queue depends on: what `doctor` shows, and the warnings of a start.
+"""The checks of `doctor`, which examine what the queue depends on, and the warnings at a start.
 
-`examine` changes nothing, and raises nothing that Redis does. Each check yields what it found: how
-it stands, what was seen, and what to do about it.
+`examine` changes nothing. Errors of Redis become findings.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ from tinyqueue_redis import ask_each, memory_use, parse_info
 OLDEST = (6, 0, 6)  # version of Redis: the first with LPOS
 SLOW = 10.0  # milliseconds to Redis and back; above this a worker spends its time waiting
 SKEW = 2.0  # seconds between two clocks
-COMMANDS = {  # every command that the queue uses, by how many keys can stand for its arguments
+COMMANDS = {  # every command that the queue uses, by how many arguments it needs at least
     0: "EXEC INFO MULTI TIME UNWATCH",
     1: "DEL EXISTS GET HGETALL INCR LLEN MGET SMEMBERS WATCH ZCARD",
     2: "BLPOP EXPIRE HMGET LINDEX LPOS LPUSH MSET MSETNX RPOPLPUSH RPUSH SADD SET SREM WAIT ZREM ZSCORE",
@@ -39,7 +38,7 @@ REMEDIES = {
     "refused": "check the user and the password in REDIS_URL, and the ACL of that user",
     "busy": "check the number of connections",
 }
-NOT_OURS = "check that REDIS_URL names a Redis, and that nothing else writes to the queue's keys"
+OTHER_REMEDY = "check that REDIS_URL names a Redis, and that nothing else writes to the queue's keys"
 
 
 # Findings -------------------------------------------------------------------------------------------------------------
@@ -48,7 +47,7 @@ Level = Literal["ok", "warn", "fail"]
 
 
 class Finding(msgspec.Struct, frozen=True):
-    """One thing that was examined: how it stands, what was seen, and what to do about it."""
+    """The result of one check: its level, what was checked, what was seen and what to do."""
 
     level: Level
     about: str
@@ -57,13 +56,13 @@ class Finding(msgspec.Struct, frozen=True):
 
 
 def _judge(about: str, seen: str, *cases: tuple[bool, Level, str]) -> Finding:
-    """Make the finding of the first case that holds; ok if none does."""
+    """Return a finding with the level and advice of the first case that holds, or ok."""
     level, advice = next(((level, advice) for holds, level, advice in cases if holds), ("ok", ""))
     return Finding(level, about, seen, advice)
 
 
 def warnings(queue: AnyQueue) -> list[str]:
-    """List what endangers jobs although Redis works: of each shard, every text once."""
+    """Return what may lose jobs although Redis works, in any shard, each text once."""
     return list(dict.fromkeys(warning for part in queue.parts for warning in _warnings(part)))
 
 
@@ -75,9 +74,9 @@ def _warnings(queue: Queue) -> list[str]:
 
 
 def examine(queue: AnyQueue, connections: int) -> list[Finding]:
-    """Examine every shard. What several shards have in common is reported once.
+    """Examine every shard. Equal findings of several shards are returned once.
 
-    `connections` is how many the web processes and one worker may open.
+    `connections` is how many the web processes and one worker may open together.
     """
     return list(dict.fromkeys(finding for part in queue.parts for finding in _examine(part, connections)))
 
@@ -97,7 +96,7 @@ def _examine(queue: Queue, connections: int) -> list[Finding]:
             found.extend(check())
         except TinyQueueError as error:
             reason = getattr(error, "reason", "")
-            found.append(Finding("fail", about, str(error), REMEDIES.get(reason, NOT_OURS)))
+            found.append(Finding("fail", about, str(error), REMEDIES.get(reason, OTHER_REMEDY)))
             if reason in ("unreachable", "timeout", "loading"):
                 break
     return found
@@ -116,11 +115,11 @@ def _transport(pool: Any) -> Finding:
     if not host:
         return Finding("ok", "transport", "within this machine")
     advice = "use rediss:// if others can read the traffic of that network"
-    return _judge("transport", "not encrypted", (not _is_near(host), "warn", advice))
+    return _judge("transport", "not encrypted", (not _is_private(host), "warn", advice))
 
 
-def _is_near(host: str) -> bool:
-    """Tell whether that host is this machine, or one in a private network."""
+def _is_private(host: str) -> bool:
+    """Whether the host is this machine, or in a private network, or cannot be resolved."""
     with suppress(OSError, ValueError):
         return all(ipaddress.ip_address(info[4][0]).is_private for info in socket.getaddrinfo(host, None))
     return True
@@ -141,13 +140,12 @@ def _round_trip(queue: Queue) -> Iterator[Finding]:
 
 
 def _permissions(queue: Queue) -> Iterator[Finding]:
-    """Queue every command inside a MULTI that is never executed: Redis refuses there, too, what the user may not do."""
+    """Queue every command in a MULTI that is never executed. Redis checks the permissions then."""
     key = queue.keys.promoter + ":none"
     around = ("WATCH", "UNWATCH", "MULTI", "EXEC")
     unused = around if queue.min_replicas else (*around, "WAIT")
-    tries = [
-        (name, *[key] * count) for count, names in COMMANDS.items() for name in names.split() if name not in unused
-    ]
+    used = [(name, count) for count, names in COMMANDS.items() for name in names.split() if name not in unused]
+    tries = [(name, *[key] * count) for name, count in used]
     with queue.store.lend() as connection:
         first = ask_each(connection, [("WATCH", key), *((name,) for name in around[1:])])
         replies = dict(zip(around, first, strict=True))
@@ -201,50 +199,56 @@ def _version(info: Mapping[str, str]) -> Finding:
 
 
 def _role(info: Mapping[str, str]) -> Finding:
-    role, replicas = info.get("role", "master"), info.get("connected_slaves", "0")
+    role = info.get("role", "master")
+    replicas = info.get("connected_slaves", "0")
     seen = f"primary with {replicas} replicas" if role == "master" else "a replica"
     return _judge("role", seen, (role != "master", "fail", "name its primary in REDIS_URL"))
 
 
 def _eviction(info: Mapping[str, str]) -> Finding:
-    policy, limit = info.get("maxmemory_policy", "noeviction"), int(info.get("maxmemory", 0))
+    policy = info.get("maxmemory_policy", "noeviction")
+    limit = int(info.get("maxmemory", 0))
     advice = "Redis evicts jobs or leases when its memory is full; set it to noeviction"
     return _judge("eviction", f"maxmemory-policy is {policy}", (limit > 0 and policy != "noeviction", "warn", advice))
 
 
 def _memory(info: Mapping[str, str]) -> Finding:
-    used, limit = int(info.get("used_memory", 0)), int(info.get("maxmemory", 0))
+    used = int(info.get("used_memory", 0))
+    limit = int(info.get("maxmemory", 0))
     seen = f"{used / 1e6:.1f} MB" + (f" of {limit / 1e6:.1f} MB" if limit else ", no maxmemory")
-    share, advice = memory_use(info), REMEDIES["full"]
+    share = memory_use(info)
+    advice = REMEDIES["full"]
     return _judge("memory", seen, (share > MEMORY_SHARE, "fail", advice), (share > 0.8, "warn", advice))
 
 
 def _persistence(info: Mapping[str, str]) -> Finding:
-    log, save = info.get("aof_enabled") == "1", info.get("save")
+    aof = info.get("aof_enabled") == "1"
+    save = info.get("save")
     snapshots = "unknown" if save is None else f'"{save}"'
     broken = "err" in (info.get("rdb_last_bgsave_status"), info.get("aof_last_write_status"))
     return _judge(
         "persistence",
-        "appendonly yes" if log else f"appendonly no, save {snapshots}",
+        "appendonly yes" if aof else f"appendonly no, save {snapshots}",
         (broken, "fail", "Redis cannot write to its disk: read its log"),
-        (not log and save == "", "warn", "a restart of Redis loses every job: set appendonly yes"),
-        (not log, "warn", "a crash of Redis loses all changes since its last snapshot: set appendonly yes"),
+        (not aof and save == "", "warn", "a restart of Redis loses every job: set appendonly yes"),
+        (not aof, "warn", "a crash of Redis loses all changes since its last snapshot: set appendonly yes"),
     )
 
 
 def _clients(info: Mapping[str, str], connections: int) -> Finding:
-    most, now = int(info.get("maxclients", 0)), int(info.get("connected_clients", 0))
-    seen = f"{now} of {most or 'unknown'}; the web processes and one worker open up to {connections}"
+    limit = int(info.get("maxclients", 0))
+    now = int(info.get("connected_clients", 0))
+    seen = f"{now} of {limit or 'unknown'}; the web processes and one worker open up to {connections}"
     advice = "run fewer processes (WEB_CONCURRENCY, workers), or raise maxclients"
-    return _judge("connections", seen, (0 < most < max(connections, now / 0.9), "warn", advice))
+    return _judge("connections", seen, (0 < limit < max(connections, now / 0.9), "warn", advice))
 
 
 # The queue ------------------------------------------------------------------------------------------------------------
 
 
 def _counts(queue: Queue) -> Iterator[Finding]:
-    """Check that the lists can hold all jobs that are counted. They may hold more ids, because the record decides."""
-    for _ in range(3):  # a queue or a worker may have come since its name was read
+    """Check that the lists have at least as many entries as there are jobs. They may have more."""
+    for _ in range(3):  # a queue or a worker may be new since the names were read
         unended, listed = queue.count_unended()
         wrong = sum(unended) > listed or min(unended, default=0) < 0
         if not wrong:

@@ -1,7 +1,7 @@
-"""Reaching Redis: one server, sentinels or a cluster; lending connections; what an error means.
+"""Access to Redis: one server, sentinels or a cluster; lending connections; what an error means.
 
-Nothing in here knows what a queue is. `connect` makes a pool from a URL, `Connections` lends what
-the pool holds, and `explain` puts an error of the client into one word and a text.
+This module knows nothing of queues. `connect` makes a pool from a URL, `Connections` lends the
+connections of the pool, and `explain` reduces an error of the client to one word and a text.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ Command = tuple[Any, ...]
 
 SOCKET_TIMEOUT = 4.0  # seconds for a reply; longer than the longest blocking command, which is 2 s
 CONNECT_TIMEOUT = 2.0
-PROBE_TIMEOUT = 0.5  # for asking sentinels and nodes where the keys are: a dead one must not delay the next
+PROBE_TIMEOUT = 0.5  # seconds to ask one sentinel or node; a dead one must not delay the next
 NODES_AGE = 60.0  # seconds for which the known nodes of a cluster are trusted
 CLOCK_AGE = 10.0  # seconds for which a reading of Redis TIME is used
 WARM = 1.0  # seconds after its last use for which a connection is lent again without a check
@@ -56,9 +56,9 @@ REFUSALS = {"MISCONF": "read-only", "NOREPLICAS": "read-only", "TRYAGAIN": "busy
 
 
 def explain(error: Exception) -> tuple[str, str]:
-    """Return why Redis did not do it, in one word, and the text of the error.
+    """Return why Redis was unavailable, in one word, and the text of the error.
 
-    The word is empty when Redis did answer, and refused the command itself.
+    The word is empty if Redis was available and refused the command as wrong.
     """
     text = " ".join(str(error).split())
     if "CERTIFICATE_VERIFY_FAILED" in text:
@@ -79,13 +79,13 @@ def send(connection: Any, commands: Sequence[Command]) -> None:
 
 
 def ask(connection: Any, commands: Sequence[Command]) -> list[Any]:
-    """Send commands in one packet and return their replies; raise the first that is an error."""
+    """Send commands in one packet and return their replies, or raise the first error."""
     send(connection, commands)
     return [connection.read_response() for _ in commands]
 
 
 def ask_each(connection: Any, commands: Sequence[Command]) -> list[Any]:
-    """Send commands and return their replies. A refusal is a reply: an ACL may forbid a command, or the server lack it."""
+    """Send commands and return their replies. An error is a reply, such as that of an ACL."""
     send(connection, commands)
     return [read_reply(connection) for _ in commands]
 
@@ -98,32 +98,32 @@ def read_reply(connection: Any) -> Any:
 
 
 def parse_info(reply: Any) -> dict[str, str]:
-    """Read a reply to INFO. A refusal gives nothing: the embedded server lacks INFO, and an ACL may forbid it."""
+    """Read a reply to INFO. An error gives an empty dict: INFO may be forbidden, or not exist."""
     if not isinstance(reply, bytes):
         return {}
     return dict(line.split(":", 1) for line in reply.decode().split("\r\n") if ":" in line)
 
 
 def text_of(value: bytes) -> str:
-    """Read an id or a name. Anything else becomes a text that is neither."""
+    """Decode an id or a name. Other bytes become a text that is neither."""
     return value.decode("ascii", "replace")
 
 
 def pairs(reply: Sequence[bytes]) -> list[tuple[str, bytes]]:
-    """Pair the reply to HGETALL, or to a range WITHSCORES."""
+    """Return the pairs in a reply to HGETALL, or to a range WITHSCORES."""
     return list(zip(map(text_of, reply[::2]), reply[1::2], strict=True))
 
 
 def memory_use(info: Mapping[str, str]) -> float:
-    """The share of its maxmemory that Redis uses, 0 without a limit."""
+    """Return the share of its maxmemory that Redis uses, 0 without a limit."""
     limit = int(info.get("maxmemory", 0))
     return int(info.get("used_memory", 0)) / limit if limit else 0.0
 
 
 class Clock:
-    """Redis time in milliseconds without asking each time: the monotonic clock advances the last reading.
+    """Redis time in milliseconds: the last reply to TIME, advanced by the monotonic clock.
 
-    `ahead` is added to every reading. Only tests set it.
+    `ahead` is added to it. Only tests set this.
     """
 
     def __init__(self) -> None:
@@ -136,7 +136,7 @@ class Clock:
         return time.monotonic() >= self._good_until
 
     def read(self, reply: Sequence[bytes]) -> None:
-        """Take over a reply to TIME."""
+        """Set the clock by a reply to TIME."""
         self._offset = int(reply[0]) * 1000 + int(reply[1]) / 1000 - time.monotonic() * 1000
         self._good_until = time.monotonic() + CLOCK_AGE
 
@@ -148,16 +148,16 @@ class Clock:
 
 
 class Pool(redis.ConnectionPool):
-    """Connections to one server; in a cluster, to the node that owns `slot`, wherever the slot moves.
+    """Connections to one server. In a cluster, to the node that owns `slot`, even if it moves.
 
-    All keys of a queue are in one slot, so this is all that a cluster takes. The client's own
+    All keys of a queue are in one slot, so a cluster needs no more than this. The client's own
     RedisCluster would send a transaction again after a lost connection, without its WATCH.
     """
 
     slot = 0
-    home = ("", 0)  # the host and port in the URL; in a cluster, possibly a name that stands for any node
-    nodes: frozenset[tuple[str, int]] = frozenset()  # of the cluster, as far as they are known
-    _ask_at = 0.0  # when to ask for them again
+    home = ("", 0)  # the host and port in the URL; a cluster may have a name for any of its nodes
+    nodes: frozenset[tuple[str, int]] = frozenset()  # the known nodes of the cluster
+    _refresh_at = 0.0  # when to read them again
 
     @property
     def place(self) -> tuple[str, int]:
@@ -166,9 +166,9 @@ class Pool(redis.ConnectionPool):
     def get_connection(self, *_: Any, **__: Any) -> Any:
         connection = super().get_connection()
         try:
-            if time.monotonic() >= self._ask_at:
+            if time.monotonic() >= self._refresh_at:
                 self._find_owner(connection)
-                self._ask_at = time.monotonic() + NODES_AGE if self.nodes else math.inf
+                self._refresh_at = time.monotonic() + NODES_AGE if self.nodes else math.inf
         except BaseException:
             connection.disconnect()  # type: ignore[no-untyped-call]
             self.release(connection)
@@ -179,25 +179,26 @@ class Pool(redis.ConnectionPool):
         return bool(super().owns_connection(connection)) and (connection.host, connection.port) == self.place
 
     def move_to(self, host: str, port: int) -> None:
-        """Connect to that node from now on. Connections to another are closed when they come back."""
+        """Connect to that node from now on. Lent connections to others are closed on return."""
         if (host, port) != self.place:
             log.info("the cluster now serves the queue from %s:%d", host, port)
             self.disconnect(inuse_connections=False)
             self.connection_kwargs = {**self.connection_kwargs, "host": host, "port": port}
-            self._ask_at = 0.0
+            self._refresh_at = 0.0
             self.reset()
 
     def follow(self, error: Exception, reason: str) -> None:
-        """Move to the node that the error names; if this node failed, to the one that the others name."""
+        """Move to the node that a MOVED names. If this node failed, to the one that others name."""
         if isinstance(error, redis.exceptions.MovedError):
             self.move_to(error.host or self.place[0], error.port)
         elif self.nodes and reason in ("unreachable", "timeout", "loading"):
             others = sorted((self.nodes | {self.home}) - {self.place})
-            answers = (self._ask_node(*place) for place in random.sample(others, len(others)))
-            if owner := next(filter(None, answers), None):
+            owners = (self._probe(*place) for place in random.sample(others, len(others)))
+            if owner := next(filter(None, owners), None):
                 self.move_to(*owner)
 
-    def _ask_node(self, host: str, port: int) -> tuple[str, int] | None:
+    def _probe(self, host: str, port: int) -> tuple[str, int] | None:
+        """Ask a node, without waiting long, which node owns the slot. Return None if it fails."""
         brief = {"host": host, "port": port, "socket_timeout": PROBE_TIMEOUT, "socket_connect_timeout": PROBE_TIMEOUT}
         connection = self.connection_class(**{**self.connection_kwargs, **brief})
         try:
@@ -209,7 +210,7 @@ class Pool(redis.ConnectionPool):
             connection.disconnect()
 
     def _find_owner(self, connection: Any) -> tuple[str, int] | None:
-        """Ask which node owns the slot, and remember all nodes. None: nobody owns it, or this is not a cluster."""
+        """Ask which node owns the slot, and remember all nodes. Return None if no node owns it."""
         try:
             ranges = ask(connection, [("CLUSTER", "SLOTS")])[0]
         except redis.ResponseError:
@@ -225,12 +226,13 @@ class Pool(redis.ConnectionPool):
 
 
 def connect(url: str, *, tag: str = "queue", connections: int = 100, tls_verify: bool = True) -> redis.ConnectionPool:
-    """Make a pool of connections and open none. Every option that differs between versions of the client is set here.
+    """Make a pool of connections and open none.
 
-    In a cluster the pool leads to the node that has the keys with that hash tag, whichever node
-    the URL names. Behind sentinels each new connection asks them for the master. There are no
-    retries: after a lost reply the client would send a whole transaction again, and every push in
-    it twice. A wrong URL raises ValueError, whose text never shows the URL: it may hold a password.
+    In a cluster the pool connects to the node that has the keys with that hash tag, whichever node
+    the URL names. Behind sentinels each new connection asks them for the master. The client must
+    not retry: after a lost reply it would send a whole transaction again, and push every id twice.
+    Sets every option whose default differs between versions of the client. Raises ValueError for a
+    wrong URL. Its text never shows the URL, which may hold a password.
     """
     options: dict[str, Any] = {
         "max_connections": connections,
@@ -254,9 +256,8 @@ def connect(url: str, *, tag: str = "queue", connections: int = 100, tls_verify:
     except (ValueError, TypeError, redis.RedisError) as error:
         forms = "redis://, rediss://, unix:// or redis+sentinel://host:port,host:port/service"
         hint = "unknown option after ?" if isinstance(error, TypeError) else f"use {forms}"
-        raise _WrongURL(
-            f"REDIS_URL cannot be used: {hint}; percent-encode special characters in the password"
-        ) from None
+        text = f"REDIS_URL cannot be used: {hint}; percent-encode special characters in the password"
+        raise _WrongURL(text) from None
     return watched.pool(pool, options) if watched else pool
 
 
@@ -274,15 +275,14 @@ def _pool(url: str, tag: str, options: Mapping[str, Any]) -> redis.ConnectionPoo
         pool.home = pool.place
     pool.connection_class(**pool.connection_kwargs)  # opens nothing; an unknown option raises here
     changed = [name for name, value in options.items() if pool.connection_kwargs.get(name, value) != value]
-    if changed or pool.connection_kwargs.get("decode_responses"):
-        raise _WrongURL(
-            f"REDIS_URL must not set {(*changed, 'decode_responses')[0]}: the queue relies on its own value"
-        )
+    changed += ["decode_responses"] if pool.connection_kwargs.get("decode_responses") else []
+    if changed:
+        raise _WrongURL(f"REDIS_URL must not set {changed[0]}: the queue relies on its own value")
     return pool
 
 
 class _Watched(NamedTuple):
-    """A redis+sentinel:// URL, which the client does not know. `url` is the rest of it, as for one server."""
+    """The parts of a redis+sentinel:// URL. `url` is the same for one server, named master."""
 
     url: str
     sentinels: list[tuple[str, int]]
@@ -291,7 +291,7 @@ class _Watched(NamedTuple):
 
     @classmethod
     def read(cls, url: str) -> _Watched:
-        """Read redis+sentinel://[user:password@]host:port,host:port/service[/database][?options]."""
+        """Read redis+sentinel://[user:password@]host:port,host:port/service[/database][?option]."""
         parts = urlsplit(url)
         user, at, hosts = parts.netloc.rpartition("@")
         service, _, database = parts.path.strip("/").partition("/")
@@ -305,7 +305,7 @@ class _Watched(NamedTuple):
         return cls(url, sentinels, unquote(service), own)
 
     def pool(self, model: redis.ConnectionPool, options: Mapping[str, Any]) -> redis.ConnectionPool:
-        """Make a pool like that one, of connections to whichever server the sentinels call the master."""
+        """Make a pool like `model`, but of connections to the master that the sentinels name."""
         tls = {name: value for name, value in model.connection_kwargs.items() if name.startswith("ssl_")}
         probe = {"socket_timeout": PROBE_TIMEOUT, "socket_connect_timeout": PROBE_TIMEOUT, "max_connections": None}
         ssl = issubclass(model.connection_class, redis.SSLConnection)
@@ -319,23 +319,23 @@ class _Watched(NamedTuple):
 
 
 class Connections:
-    """Lends the connections of a pool to threads and, unused before the fork, to processes.
+    """Lends the connections of a pool to threads. Forks may use it if it was not used before.
 
-    `harmless` is the kind of error after which a connection holds no unread reply. `translate`
-    turns an error of the client into the one that is raised.
+    After an error of the class `harmless` a connection has no unread reply. `translate` turns an
+    error of the client into the one to raise.
     """
 
     def __init__(self, pool: Any, harmless: type[Exception], translate: Callable[[Exception], Exception]) -> None:
         self.pool = pool
         self.harmless = harmless
         self.translate = translate
-        self.last_contact = time.monotonic()  # when Redis last did what it was asked
-        self.last_trouble = time.monotonic()  # when it last did not; before the first command nobody knows
-        self._warm: list[tuple[Any, int, float]] = []  # connections just used: by which process, and when
+        self.last_contact = time.monotonic()  # when Redis last carried out a command
+        self.last_trouble = time.monotonic()  # when it last failed to; at first, neither is known
+        self._warm: list[tuple[Any, int, float]] = []  # connections just used, by process and time
 
     @contextmanager
     def lend(self) -> Iterator[Any]:
-        """Lend a connection. After an error that is not harmless it is closed: the next user must find no reply on it."""
+        """Lend a connection. Closes it after an error that may have left a reply on it."""
         connection = None
         try:
             connection = self._checked_out()
@@ -352,7 +352,7 @@ class Connections:
         self._warm.append((connection, os.getpid(), self.last_contact))
 
     def disconnect(self) -> None:
-        """Close all connections, before a fork: each process opens its own."""
+        """Close all connections. Do this before a fork: each process must open its own."""
         self.pool.disconnect()
 
     def _follow(self, error: redis.RedisError | OSError) -> None:
@@ -363,7 +363,7 @@ class Connections:
             self.pool.follow(error, reason)
 
     def _checked_out(self) -> Any:
-        """Take a connection: one used within the last second as it is, else one that the pool has checked, which costs."""
+        """Take a connection used within the last second, or else one that the pool must check."""
         with suppress(IndexError):
             while True:
                 connection, process, used = self._warm.pop()
@@ -373,7 +373,7 @@ class Connections:
         return self.pool.get_connection()
 
     def _cool_down(self, connection: Any) -> None:
-        """Give all connections back to the pool: one failed, so others may be broken too."""
+        """Return all connections to the pool, which checks them: others may be broken too."""
         if connection:
             self.pool.release(connection)
         with suppress(IndexError):

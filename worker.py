@@ -176,7 +176,7 @@ class Slot:
             return _fail(job, error) if self._finish() else None
 
     def _finish(self) -> bool:
-        """End the job; False if it was abandoned. Afterwards no TimedOut is raised in this thread."""
+        """End the job; False if it was abandoned. Afterwards no TimedOut can be raised here."""
         with self.lock:
             if self.interrupted:  # TimedOut may not have been raised yet
                 _raise_in_thread(self.thread, None)

@@ -1,5 +1,7 @@
-"""Clients of the HTTP API: `Client` needs no server, each request goes through the WSGI validator straight into the app;
-`Wire` talks to a server byte by byte. `serving` runs a server in this process, `running` in one of its own.
+"""Clients and servers of the HTTP API for tests.
+
+`Client` calls the app directly, through the WSGI validator, without a server. `Wire` sends bytes to
+a server over a socket. `serving` runs a server in this process, `running` in another one.
 """
 
 from __future__ import annotations
@@ -31,7 +33,7 @@ NO_BODY = object()
 
 
 class Answer(NamedTuple):
-    """What came back. Header names are in lower case."""
+    """A response. Header names are in lower case."""
 
     status: int
     headers: dict[str, str]
@@ -43,7 +45,7 @@ class Answer(NamedTuple):
 
     @property
     def problem(self) -> Any:
-        """The body, which must be a problem of this answer's status."""
+        """The body, which must be a problem with the status of this answer."""
         assert self.headers["content-type"] == PROBLEM, self
         about = self.json
         kind = about["type"].removeprefix("urn:tinyqueue:")
@@ -61,17 +63,22 @@ class Answer(NamedTuple):
 
 
 class Client:
-    """Calls a WSGI app, from `peer` and with the secret of a key, if one is given. `log` is what the app wrote to wsgi.errors."""
+    """Calls a WSGI app from the address `peer`, with a key's `secret` if given.
+
+    `log` holds what the app has written to wsgi.errors.
+    """
 
     def __init__(self, app: Any, secret: str = "", peer: str = "127.0.0.1") -> None:
-        self._app, self._peer = validator(app), peer
+        self._app = validator(app)
+        self._peer = peer
         self._headers = {"Authorization": f"Bearer {secret}"} if secret else {}
         self.log = io.StringIO()
 
     def call(self, method: str, path: str, body: Any = NO_BODY, headers: Mapping[str, str] | None = None) -> Answer:
-        """Send a request. A body that is not bytes is sent as JSON; a body is said to be JSON unless a header says otherwise.
+        """Send a request. A body that is not bytes is encoded as JSON.
 
-        Header names are as on the wire, in any case; a value of "" for Content-Type leaves it out.
+        A request with a body has Content-Type: application/json, unless `headers` has another one.
+        Header names are case-insensitive. An empty Content-Type is not sent.
         """
         raw = b"" if body is NO_BODY else body if isinstance(body, bytes) else json.dumps(body).encode()
         environ = self._environ(method, path, raw)
@@ -109,7 +116,7 @@ class Client:
             return head.append
 
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", WSGIWarning)  # of methods that it does not know
+            warnings.simplefilter("ignore", WSGIWarning)  # about unknown methods
             chunks: Iterable[bytes] = self._app(environ, start_response)
         try:
             body = b"".join(chunks)
@@ -117,7 +124,7 @@ class Client:
             chunks.close()  # type: ignore[attr-defined]
         status = int(head[0].split()[0])
         headers = {name.lower(): value for name, value in head[1]}
-        assert len(headers) == len(head[1]), f"a header twice: {head}"
+        assert len(headers) == len(head[1]), f"duplicate header: {head}"
         if environ["REQUEST_METHOD"] == "HEAD" or status == 204:
             assert body == b""
         else:
@@ -126,16 +133,16 @@ class Client:
 
 
 def strict_json(text: bytes) -> Any:
-    """Read JSON as the strictest of clients does: no NaN, no name twice in an object, no lone surrogates."""
+    """Decode JSON like the strictest client: no NaN, no duplicate names, no lone surrogates."""
 
     def refuse(word: str) -> Any:
         raise AssertionError(f"{word} is not JSON")
 
-    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        assert len(dict(pairs)) == len(pairs), f"a name stands twice: {pairs}"
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        assert len(dict(pairs)) == len(pairs), f"duplicate name: {pairs}"
         return dict(pairs)
 
-    value = json.loads(text.decode(), parse_constant=refuse, object_pairs_hook=once)
+    value = json.loads(text.decode(), parse_constant=refuse, object_pairs_hook=unique)
     json.dumps(value, ensure_ascii=False).encode()
     return value
 
@@ -144,7 +151,7 @@ def strict_json(text: bytes) -> Any:
 
 
 class Wire:
-    """A connection on which requests are written byte by byte, and answers read one after the other."""
+    """A connection that sends raw bytes and reads one answer after the other."""
 
     def __init__(self, address: tuple[str, int]) -> None:
         self._socket = socket.create_connection(address, timeout=10)
@@ -164,7 +171,7 @@ class Wire:
         self._socket.shutdown(socket.SHUT_WR)
 
     def answer(self, bodiless: bool = False) -> Answer:
-        """Read one answer. `bodiless` is that of a HEAD: its length is told and no body follows."""
+        """Read one answer. An answer to HEAD is `bodiless`: no body follows its Content-Length."""
         status = int(self._file.readline().split()[1])
         headers = {}
         while line := self._file.readline().strip():
@@ -174,20 +181,20 @@ class Wire:
         return Answer(status, headers, self._file.read(length))
 
     def rest(self) -> bytes:
-        """Read until the server closes, or breaks off."""
+        """Read until the server closes or resets the connection."""
         try:
             return self._file.read()
         except ConnectionResetError:
             return b""
 
     def ended(self) -> bool:
-        """Wait until the server closes; tell whether it sent nothing more."""
+        """Wait until the server closes. Returns whether it sent nothing more."""
         return self.rest() == b""
 
 
 @contextmanager
 def serving(api: API) -> Iterator[tuple[Server, tuple[str, int]]]:
-    """Serve an API on a socket of this process, from a thread."""
+    """Serve an API on a socket from a thread of this process."""
     sock = socket.create_server(("127.0.0.1", 0))
     address = sock.getsockname()
     server = Server(api, sock)
@@ -198,11 +205,11 @@ def serving(api: API) -> Iterator[tuple[Server, tuple[str, int]]]:
     finally:
         server.stop()
         thread.join(20)
-        assert not thread.is_alive(), "the server has not ended"
+        assert not thread.is_alive(), "the server did not stop"
 
 
 class Process(NamedTuple):
-    """A server in a process of its own: where it listens, and the file that its log goes to."""
+    """A server in another process: the address that it listens on, and its log file."""
 
     address: tuple[str, int]
     log: Path
@@ -210,9 +217,10 @@ class Process(NamedTuple):
 
 @contextmanager
 def running(folder: Path, *command: str, **environ: str) -> Iterator[Process]:
-    """Run `python wsgi.py`, or another command that serves, on a free port of 127.0.0.1, until the block ends.
+    """Run `python wsgi.py`, or another command that serves, until the block ends.
 
-    Its working directory is the folder. It sees nothing of our environment.
+    It runs in the folder, listens on a free port of 127.0.0.1, and inherits only PATH from this
+    process' environment.
     """
     log = folder / "wsgi.log"
     environ = {"PATH": os.environ["PATH"], "HOST": "127.0.0.1", "PORT": "0", "PYTHONPATH": str(folder)} | environ
@@ -225,7 +233,7 @@ def running(folder: Path, *command: str, **environ: str) -> Iterator[Process]:
             assert process.poll() is None, log.read_text()
             threading.Event().wait(0.01)
         else:
-            raise AssertionError("the server does not say where it listens")
+            raise AssertionError("the server did not log where it listens")
         yield Process(("127.0.0.1", int(found[1])), log)
     finally:
         process.send_signal(signal.SIGTERM)
@@ -236,7 +244,7 @@ def running(folder: Path, *command: str, **environ: str) -> Iterator[Process]:
 
 
 def spell(method: str, path: str, body: bytes | None = None, *headers: str) -> bytes:
-    """Spell a request as HTTP/1.1 does; with a body it is JSON of that length."""
+    """Return a request as the bytes of HTTP/1.1. A body is declared as JSON, with its length."""
     lines = [f"{method} {path} HTTP/1.1", "Host: localhost", *headers]
     if body is not None:
         lines += ["Content-Type: application/json", f"Content-Length: {len(body)}"]

@@ -1,8 +1,8 @@
-"""What all tests share: queues on both kinds of server, the check of the books, and ways to look and reach behind the queue.
+"""Fixtures and helpers that all tests share.
 
-A test that asks for `queue` runs twice, on the embedded server and on a real one, and its books are checked when it ends. A test
-that asks for `real` or `proxy` runs on the real server only. From here you may import `until`, `put`, `raw`, `lapse`, `dump`,
-`check_consistency` and `free_port`.
+A test that requests `queue` runs twice, on the embedded server and on a real one. When it ends, the
+consistency of its data is checked. A test that requests `real`, `near`, `far` or `proxy` runs only
+on the real server.
 """
 
 from __future__ import annotations
@@ -33,16 +33,18 @@ from wsgi import API
 
 
 def free_port() -> int:
-    """A TCP port of 127.0.0.1 that nobody listens on at the moment."""
+    """Return a TCP port of 127.0.0.1 on which nothing listens at the moment."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         return int(server.getsockname()[1])
 
 
 class RedisServer:
-    """A redis-server of our own at `url`. Port, folder and options stay the same over a restart, and so do data on disk."""
+    """A redis-server at `url`. A restart keeps its port, folder, options and data on disk."""
 
     def __init__(self, folder: Path, *options: str) -> None:
-        self.folder, self.options, self.port = folder, options, free_port()
+        self.folder = folder
+        self.options = options
+        self.port = free_port()
         self.url = f"redis://127.0.0.1:{self.port}/0"
         self.process: subprocess.Popen[bytes] | None = None
 
@@ -52,7 +54,7 @@ class RedisServer:
         return [*where, "--logfile", "redis.log", "--save", "", "--appendonly", "no", *self.options]
 
     def start(self) -> None:
-        """Start it and return when it answers."""
+        """Start the server and return when it answers."""
         self.process = subprocess.Popen(self.command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         with redis.Redis(port=self.port, retry=None) as client:
             for _ in range(1000):
@@ -64,13 +66,13 @@ class RedisServer:
                 except redis.ConnectionError:
                     assert self.process.poll() is None, (self.folder / "redis.log").read_text()
                     time.sleep(0.01)
-        raise AssertionError("redis-server does not answer")
+        raise AssertionError("redis-server did not answer")
 
     def stop(self) -> None:
-        """End it in good order."""
+        """Stop the server with SIGTERM, and kill it if that takes too long."""
         if self.process:
             self.process.terminate()
-            self.process.send_signal(signal.SIGCONT)  # a test may have stopped it
+            self.process.send_signal(signal.SIGCONT)  # a test may have paused it
             try:
                 self.process.wait(10)
             except subprocess.TimeoutExpired:
@@ -78,15 +80,15 @@ class RedisServer:
             self.process = None
 
     def kill(self) -> None:
-        """kill -9"""
+        """Kill the server with SIGKILL."""
         if self.process:
             self.process.kill()
             self.process.wait()
             self.process = None
 
 
-REDIS = shutil.which(os.environ.get("REDIS_SERVER", "redis-server"))  # a path, to test with another one
-NO_REDIS = "there is no redis-server on PATH: THE TESTS ON A REAL SERVER DO NOT RUN"
+REDIS = shutil.which(os.environ.get("REDIS_SERVER", "redis-server"))  # REDIS_SERVER selects another program
+NO_REDIS = "no redis-server on PATH: TESTS ON A REAL SERVER ARE SKIPPED"
 
 
 def pytest_report_header() -> str:
@@ -95,7 +97,7 @@ def pytest_report_header() -> str:
 
 @pytest.fixture(scope="session")
 def start_redis(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., RedisServer]]:
-    """Start a real server for this test alone: start_redis("--appendonly", "yes") -> RedisServer. Stopped at the end."""
+    """Start another real server: start_redis("--appendonly", "yes") -> RedisServer."""
     if not REDIS and os.environ.get("CI") == "true":
         pytest.fail(NO_REDIS)
     if not REDIS:
@@ -115,15 +117,15 @@ def start_redis(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[.
 
 @pytest.fixture(scope="session")
 def shared_redis(start_redis: Callable[..., RedisServer]) -> RedisServer:
-    """The real server that all tests share, one after the other."""
+    """The real server that all tests use in turn."""
     return start_redis()
 
 
-# Where the queues of a test are ---------------------------------------------------------------------------------------
+# Queues ---------------------------------------------------------------------------------------------------------------
 
 
 class Server:
-    """Makes queues that share their data: embedded in this process, or on the Redis at `url`."""
+    """Makes queues that share their data: on an embedded server, or on the Redis at `url`."""
 
     def __init__(self, url: str = "") -> None:
         self.url = url
@@ -131,7 +133,7 @@ class Server:
         self.clear()
 
     def queue(self, url: str = "", **options: Any) -> Queue:
-        """Another queue on the same data, with a clock of its own; `url` leads through a proxy."""
+        """Make another queue on the same data, with its own clock. `url` may name a proxy."""
         if not self.url:
             return Queue(self._pools[0], **options)
         queue = Queue.from_url(url or self.url, **options)
@@ -156,7 +158,7 @@ def real(shared_redis: RedisServer) -> Iterator[Server]:
 
 @pytest.fixture(params=["embedded", "redis"])
 def server(request: pytest.FixtureRequest) -> Iterator[Server]:
-    """One server after the other, emptied: embedded, then real."""
+    """Each server in turn, emptied: first the embedded one, then the real one."""
     if request.param == "redis":
         yield request.getfixturevalue("real")
     else:
@@ -167,7 +169,7 @@ def server(request: pytest.FixtureRequest) -> Iterator[Server]:
 
 @pytest.fixture
 def queue(server: Server) -> Iterator[Queue]:
-    """An empty queue on either server. When the test is over, the books must be right."""
+    """An empty queue on each server. Its data is checked for consistency at the end."""
     queue = server.queue()
     yield queue
     check_consistency(queue)
@@ -175,7 +177,7 @@ def queue(server: Server) -> Iterator[Queue]:
 
 @pytest.fixture
 def near(real: Server) -> Iterator[Queue]:
-    """An empty queue on the real server. When the test is over, the books must be right."""
+    """An empty queue on the real server. Its data is checked for consistency at the end."""
     queue = real.queue()
     yield queue
     check_consistency(queue)
@@ -183,15 +185,18 @@ def near(real: Server) -> Iterator[Queue]:
 
 @pytest.fixture
 def proxy(shared_redis: RedisServer) -> Iterator[CutProxy]:
-    """A proxy in front of the real server, which cuts, delays or splits packets. All that was asked of it must have happened."""
+    """A proxy in front of the real server that cuts, delays or splits packets.
+
+    Everything that the test has asked it to do must have happened at the end.
+    """
     with CutProxy(shared_redis.port) as proxy:
         yield proxy
-        assert proxy.idle, "the packet that was waited for never came"
+        assert proxy.idle, "a packet that the proxy waits for never came"
 
 
 @pytest.fixture
 def far(real: Server, near: Queue, proxy: CutProxy) -> Queue:
-    """A queue on the data of `near`, but through `proxy`. It knows the time already."""
+    """A queue on the data of `near`, but through `proxy`. It has already read the time."""
     queue = real.queue(proxy.url)
     queue.now()
     return queue
@@ -199,7 +204,7 @@ def far(real: Server, near: Queue, proxy: CutProxy) -> Queue:
 
 @pytest.fixture
 def queue_at() -> Iterator[Callable[..., Queue]]:
-    """Make a queue on the Redis at a URL."""
+    """Make queues on the Redis at a URL."""
     made: list[Queue] = []
 
     def queue_at(url: str, **options: Any) -> Queue:
@@ -213,13 +218,13 @@ def queue_at() -> Iterator[Callable[..., Queue]]:
 
 @pytest.fixture
 def api(queue: Queue) -> Client:
-    """A client of the HTTP API of `queue`, with the settings that hold unless told otherwise."""
+    """A client of the HTTP API of `queue`, with default settings."""
     return Client(API(Settings(), queue))
 
 
 @pytest.fixture
 def no_handlers() -> Iterator[None]:
-    """No handlers but the test's own, whatever other tests have imported."""
+    """Hide the handlers that other tests have registered."""
     saved = dict(HANDLERS)
     HANDLERS.clear()
     yield
@@ -227,33 +232,33 @@ def no_handlers() -> Iterator[None]:
     HANDLERS.update(saved)
 
 
-# Waiting, and reaching behind the queue -------------------------------------------------------------------------------
+# Waiting, and access to the data behind the queue ---------------------------------------------------------------------
 
 
 def until(condition: Callable[[], Any], timeout: float = 20.0) -> Any:
-    """Wait for a condition and return what it returned."""
+    """Wait until a condition returns something true, and return that."""
     deadline = time.monotonic() + timeout
     while not (value := condition()):
-        assert time.monotonic() < deadline, "it did not come to be"
+        assert time.monotonic() < deadline, "the condition did not become true in time"
         time.sleep(0.005)
     return value
 
 
 def raw(queue: Queue) -> redis.Redis:
-    """A plain client on the data of the queue."""
+    """Return a plain Redis client on the data of the queue."""
     return redis.Redis(connection_pool=queue.pool)
 
 
 def lapse(queue: Queue, worker: str) -> None:
-    """Let the lease of a worker end now."""
+    """Make the lease of a worker expire now."""
     assert raw(queue).delete(queue.keys.lease(worker)), "the worker had no lease"
 
 
 def put(queue: Queue, status: str, /, **options: Any) -> Job:
-    """Bring a new job to a status, or to "delayed", by public verbs only, and return it.
+    """Make a job of that status, or a delayed one, with public methods only, and return it.
 
-    No other job may wait in its queue. A worker made for a job that has ended is deregistered; that of a processing one, which is
-    `job.worker`, stays.
+    No other job may wait in its queue. The worker of a processing job, `job.worker`, stays
+    registered. Any other worker made on the way is deregistered.
     """
     delay = {"delay": 60} if status == "delayed" else {}
     job = queue.enqueue("echo", {"to": "you"}, **delay, **options)
@@ -264,7 +269,7 @@ def put(queue: Queue, status: str, /, **options: Any) -> Job:
     else:
         worker = queue.register([job.queue], 1)
         [started] = queue.dequeue(worker, [job.queue])
-        assert started.id == job.id, f"another job waits in {job.queue}"
+        assert started.id == job.id, f"another job was waiting in {job.queue}"
         if status == "processing":
             return started
         if status == "completed":
@@ -278,16 +283,16 @@ def put(queue: Queue, status: str, /, **options: Any) -> Job:
     return made
 
 
-# The books ------------------------------------------------------------------------------------------------------------
+# Consistency ----------------------------------------------------------------------------------------------------------
 
 
 def newest(queue: Any, status: Status, limit: int = 50) -> list[Job]:
-    """The newest jobs of a status, as one page of a listing has them."""
+    """Return the newest jobs of a status, as the first page of a listing shows them."""
     return queue.page(Filter(status), limit=limit)[0] if limit else []
 
 
 class Entry(NamedTuple):
-    """What a key holds, and whether it has a time to live."""
+    """The type and the value of a key, and whether it has a time to live."""
 
     type: str
     value: Any
@@ -295,7 +300,7 @@ class Entry(NamedTuple):
 
 
 def dump(queue: Queue) -> dict[str, Entry]:
-    """Everything in the database of the queue, to be compared or looked at."""
+    """Return everything in the database of the queue."""
     client = raw(queue)
     readers = {
         "string": client.get,
@@ -307,7 +312,7 @@ def dump(queue: Queue) -> dict[str, Entry]:
     found = {}
     for key in sorted(client.keys()):
         type = client.type(key).decode()
-        if type != "none":  # it has expired since
+        if type != "none":  # it has expired meanwhile
             found[key.decode()] = Entry(type, readers[type](key), client.pttl(key) > 0)
     return found
 
@@ -342,7 +347,10 @@ ENDED = ("completed", "failed", "cancelled")
 
 
 def check_consistency(queue: Queue) -> None:
-    """Read all keys and check that every job is exactly where its status says. Lists may hold more; the record decides."""
+    """Check that every job is where its status says, and nowhere else except in lists.
+
+    Lists may hold more ids, because the record decides.
+    """
     tag = queue.keys.counts.removesuffix("counts")
     keys = {key.removeprefix(tag): entry for key, entry in dump(queue).items() if key.startswith(tag)}
     for key, entry in keys.items():
@@ -361,7 +369,7 @@ def check_consistency(queue: Queue) -> None:
     held = {worker: set(ids) for worker, ids in family("proc:").items()}
     indexes = {name: keys[name].value if name in keys else {} for name in ("delayed", *ENDED)}
     workers = {worker.decode() for worker in keys["workers"].value} if "workers" in keys else set()
-    assert held.keys() <= workers, "a list is held by a worker that no reap will find"
+    assert held.keys() <= workers, "a list belongs to a worker that is not in the set of workers"
     assert family("worker:").keys() <= workers
     assert family("lease:").keys() <= workers
     assert all(len(bells) <= 64 for bells in family("bell:").values())
@@ -371,45 +379,50 @@ def check_consistency(queue: Queue) -> None:
             held={worker for worker, listed in held.items() if id.encode() in listed},
             index={status: index[id.encode()] for status, index in indexes.items() if id.encode() in index},
         )
-        _assert_place(id, record, keys["job:" + id].expires, places)
+        _check_place(id, record, keys["job:" + id].expires, places)
     now = queue.now()
     for status in ENDED:
         for id, ended in indexes[status].items():
             record = records.get(id.decode())
             assert record or ended + queue.keep_ms[status] <= now, (
-                f"{status} lists {id!r}, which is gone before its time"
+                f"{status} lists {id!r}, whose record is missing but should not have expired yet"
             )
-    _assert_counts(keys["counts"].value if "counts" in keys else {}, records, indexes)
-    _assert_metrics(queue.metrics(), records)
-    _assert_unique({key: id.decode() for key, id in family("unique:").items()}, records)
+    _check_counts(keys["counts"].value if "counts" in keys else {}, records, indexes)
+    _check_metrics(queue.metrics(), records)
+    _check_unique_keys({key: id.decode() for key, id in family("unique:").items()}, records)
     for id in (id for made in family("once:").values() for id in json.loads(made)["ids"]):
-        assert ID.fullmatch(id), f"an Idempotency-Key names {id}"
+        assert ID.fullmatch(id), f"an Idempotency-Key names {id}, which is not a job id"
     for minute in family("minute:").values():
         assert {field.decode() for field in minute} <= {"started", "waitedMs", *ENDED}
         assert int(minute.get(b"waitedMs", 0)) == 0 or int(minute[b"started"]) > 0
 
 
-def _assert_metrics(told: dict[str, dict[tuple[str, ...], int]], records: dict[str, dict[str, Any]]) -> None:
-    """Every job that was accepted has ended or is there, and every attempt that began has ended or goes on: each counts once."""
-    jobs, attempts = Counter[tuple[str, ...]](), Counter[tuple[str, ...]]()
-    for word, sign in {"enqueued": 1, "revived": 1, "completed": -1, "failed": -1, "cancelled": -1}.items():
-        jobs.update({labels: sign * count for labels, count in told.get(word, {}).items()})
-    for word, sign in {"waited": 1, "ran": -1, "released": -1, "reaped": -1}.items():
-        for labels, count in told.get(word, {}).items():
+def _check_metrics(counters: dict[str, dict[tuple[str, ...], int]], records: dict[str, dict[str, Any]]) -> None:
+    """Check that the counters balance: each start counts once, and each end.
+
+    The jobs accepted minus those that ended are the unended ones. The attempts started minus those
+    that ended are the running ones.
+    """
+    jobs = Counter[tuple[str, ...]]()
+    attempts = Counter[tuple[str, ...]]()
+    for name, sign in {"enqueued": 1, "revived": 1, "completed": -1, "failed": -1, "cancelled": -1}.items():
+        jobs.update({labels: sign * count for labels, count in counters.get(name, {}).items()})
+    for name, sign in {"waited": 1, "ran": -1, "released": -1, "reaped": -1}.items():
+        for labels, count in counters.get(name, {}).items():
             attempts[labels[:2]] += sign * count
-    there = [(record["type"], record.get("queue", "default")) for record in records.values() if _unended(record)]
+    unended = [(record["type"], record.get("queue", "default")) for record in records.values() if _unended(record)]
     running = [(r["type"], r.get("queue", "default")) for r in records.values() if r.get("status") == "processing"]
-    # A record that cannot be read was accepted under another type, or not at all.
-    assert {labels: count for labels, count in jobs.items() if count and labels[0] != "unreadable"} == Counter(there)
+    # A record that cannot be read was accepted under another type, or was never accepted.
+    assert {labels: count for labels, count in jobs.items() if count and labels[0] != "unreadable"} == Counter(unended)
     assert {labels: count for labels, count in attempts.items() if count} == Counter(running)
 
 
-def _assert_unique(keys: dict[str, str], records: dict[str, dict[str, Any]]) -> None:
-    """Each uniqueKey names the one job that has not ended and has it."""
-    has = Counter(record["uniqueKey"] for record in records.values() if _unended(record) and "uniqueKey" in record)
-    assert all(times == 1 for times in has.values()), f"two jobs have the same uniqueKey: {has}"
-    held = {record["uniqueKey"]: id for id, record in records.items() if _unended(record) and "uniqueKey" in record}
-    assert keys == held, "a uniqueKey is held by no job, or a job lacks its own"
+def _check_unique_keys(keys: dict[str, str], records: dict[str, dict[str, Any]]) -> None:
+    """Check that each uniqueKey names the only unended job that has it."""
+    uses = Counter(record["uniqueKey"] for record in records.values() if _unended(record) and "uniqueKey" in record)
+    assert all(count == 1 for count in uses.values()), f"two jobs have the same uniqueKey: {uses}"
+    owners = {record["uniqueKey"]: id for id, record in records.items() if _unended(record) and "uniqueKey" in record}
+    assert keys == owners, "a uniqueKey names no unended job, or a job's uniqueKey is missing"
 
 
 def _unended(record: dict[str, Any]) -> bool:
@@ -417,29 +430,30 @@ def _unended(record: dict[str, Any]) -> bool:
 
 
 class Places(NamedTuple):
-    """Where an id stands: in which queues, in the lists of which workers, and under which number in which index."""
+    """Where an id is: the queues and workers whose lists have it, and its score in each index."""
 
     queue: set[str]
     held: set[str]
     index: dict[str, float]
 
 
-def _assert_place(id: str, record: dict[str, Any], expires: bool, places: Places) -> None:
-    status, worker = record.get("status", "pending"), record.get("worker", "")
-    told = f"{id} is at {places} and says {record}"
-    assert expires == (status in ENDED), f"it must have a time to live if, and only if, it has ended: {told}"
-    assert bool(worker) == (status == "processing"), told
-    assert places.index.keys() - {"delayed"} == {status} & set(ENDED), told
+def _check_place(id: str, record: dict[str, Any], expires: bool, places: Places) -> None:
+    status = record.get("status", "pending")
+    worker = record.get("worker", "")
+    details = f"{id} is in {places}, and its record is {record}"
+    assert expires == (status in ENDED), f"only an ended job may have a time to live, and it must: {details}"
+    assert bool(worker) == (status == "processing"), details
+    assert places.index.keys() - {"delayed"} == {status} & set(ENDED), details
     if status == "pending":
-        waits = record.get("queue", "default") in places.queue or places.held
-        assert waits or places.index.get("delayed") == record.get("runAt", 0), f"it is lost: {told}"
+        listed = record.get("queue", "default") in places.queue or places.held
+        assert listed or places.index.get("delayed") == record.get("runAt", 0), f"lost job: {details}"
     elif status == "processing":
-        assert worker in places.held, f"it is lost: {told}"
+        assert worker in places.held, f"lost job: {details}"
     else:
-        assert places.index[status] == record["endedAt"], told
+        assert places.index[status] == record["endedAt"], details
 
 
-def _assert_counts(
+def _check_counts(
     counts: dict[bytes, bytes], records: dict[str, dict[str, Any]], indexes: dict[str, dict[bytes, float]]
 ) -> None:
     unended = Counter(
@@ -447,8 +461,8 @@ def _assert_counts(
         for record in records.values()
         if (status := record.get("status", "pending")) not in ENDED
     )
-    told = {field.decode(): int(value) for field, value in counts.items()}
-    assert {field: value for field, value in told.items() if ":" in field and value} == unended
+    counted = {field.decode(): int(value) for field, value in counts.items()}
+    assert {field: value for field, value in counted.items() if ":" in field and value} == unended
     for status in ENDED:
-        assert told.get(status, 0) >= len(indexes[status])
-    assert {field for field in told if ":" not in field} <= set(ENDED)
+        assert counted.get(status, 0) >= len(indexes[status])
+    assert {field for field in counted if ":" not in field} <= set(ENDED)

@@ -1,12 +1,13 @@
-"""A TCP proxy in front of Redis that does something unkind to a packet: it cuts, delays, swallows or splits it. Or to all of them.
+"""A TCP proxy in front of Redis that injects faults: it cuts, delays, swallows or splits packets.
 
     with CutProxy(server.port) as proxy:
         far = Queue.from_url(proxy.url)
         proxy.drop_reply(b"EXEC")
         far.enqueue("echo", {})  # is applied, but its reply is lost
 
-Each deed waits for the next packet from a client that holds its trigger, and is done once. What several packets shall suffer is
-asked for several times. A packet is what one send of the client brings: up to 16 KB, which Redis reads and runs in one go.
+Each fault waits for the next packet of a client that contains its trigger, and happens once. To hit
+several packets, request the fault several times. A packet is what one send of the client delivers:
+up to 16 KB, which Redis reads and runs at once.
 """
 
 from __future__ import annotations
@@ -19,9 +20,8 @@ from contextlib import suppress
 from select import select
 from typing import NamedTuple
 
-Deed = Callable[
-    [socket.socket, socket.socket, bytes], bool
-]  # (client, server, packet) -> whether the connection goes on
+# (client, server, packet) -> whether to keep the connection open
+Fault = Callable[[socket.socket, socket.socket, bytes], bool]
 SIZE = 1 << 16
 
 
@@ -31,22 +31,20 @@ def nothing() -> None:
 
 class Rule(NamedTuple):
     trigger: bytes
-    deed: Deed
+    fault: Fault
 
 
 class CutProxy:
-    """Listens on `port`, forwards to a Redis on 127.0.0.1. `packets` are all that clients have sent."""
+    """Forwards from `port` to a Redis. `packets` holds everything that clients have sent."""
 
     def __init__(self, redis_port: int) -> None:
         self.redis_port = redis_port
         self.packets: list[bytes] = []
-        self.delay = 0.0  # seconds that each packet is late, either way
-        self.flowing = (
-            threading.Event()
-        )  # cleared: nothing passes, and nothing is lost; what was sent meanwhile comes late
+        self.delay = 0.0  # seconds by which each packet is delayed, in both directions
+        self.flowing = threading.Event()  # while cleared, packets wait; none is lost
         self.flowing.set()
         self._rules: list[Rule] = []
-        self._lock = threading.Lock()  # of two packets that fit one rule, one gets it
+        self._lock = threading.Lock()  # two packets must not trigger the same rule
         self._late: list[tuple[socket.socket, bytes]] = []
         self._open: set[socket.socket] = set()
         self._threads: list[threading.Thread] = []
@@ -55,74 +53,78 @@ class CutProxy:
         self.url = f"redis://127.0.0.1:{self.port}/0"
         self._run(self._accept)
 
-    # What can be done to a packet -------------------------------------------------------------------------------------
+    # Faults -----------------------------------------------------------------------------------------------------------
 
     def drop_reply(self, trigger: bytes, meanwhile: Callable[[], object] = nothing) -> None:
-        """Forward the packet; when Redis has answered, run `meanwhile`, and cut the client off without the answer."""
+        """Forward the packet. After its reply, run `meanwhile` and close the connection."""
 
-        def deed(client: socket.socket, server: socket.socket, packet: bytes) -> bool:
+        def fault(client: socket.socket, server: socket.socket, packet: bytes) -> bool:
             server.sendall(packet)
             server.recv(SIZE)
             meanwhile()
             return False
 
-        self._rules.append(Rule(trigger, deed))
+        self._rules.append(Rule(trigger, fault))
 
     def drop_request(self, trigger: bytes, meanwhile: Callable[[], object] = nothing) -> None:
-        """Run `meanwhile` and cut the client off; Redis never sees the packet."""
+        """Run `meanwhile` and close the client's connection. Redis never sees the packet."""
 
-        def deed(client: socket.socket, server: socket.socket, packet: bytes) -> bool:
+        def fault(client: socket.socket, server: socket.socket, packet: bytes) -> bool:
             meanwhile()
             return False
 
-        self._rules.append(Rule(trigger, deed))
+        self._rules.append(Rule(trigger, fault))
 
     def hold(self, trigger: bytes, cut: bool = True) -> None:
-        """Keep the packet, for Redis to receive at `deliver`; cut the client off, or let it wait until its own timeout."""
+        """Hold the packet back until `deliver`.
 
-        def deed(client: socket.socket, server: socket.socket, packet: bytes) -> bool:
+        Closes the client's connection, or with cut=False, leaves it waiting for its own timeout.
+        """
+
+        def fault(client: socket.socket, server: socket.socket, packet: bytes) -> bool:
             self._late.append((server.dup(), packet))
             return not cut
 
-        self._rules.append(Rule(trigger, deed))
+        self._rules.append(Rule(trigger, fault))
 
     def deliver(self) -> list[bytes]:
-        """Let the packets that are held arrive, and return what Redis answers."""
+        """Send the packets that were held back to Redis, and return its replies."""
         answers = []
-        late, self._late = self._late, []
+        late = self._late
+        self._late = []
         for server, packet in late:
-            with server, suppress(ConnectionError):  # Redis itself may have been killed since
+            with server, suppress(ConnectionError):  # Redis may have been killed meanwhile
                 server.sendall(packet)
                 answers.append(server.recv(SIZE))
         return answers
 
     def swallow(self, trigger: bytes) -> None:
-        """Forward nothing and answer nothing: the client waits until its own timeout."""
+        """Discard the packet. The client waits until its own timeout."""
         self._rules.append(Rule(trigger, lambda client, server, packet: True))
 
     def answer(self, trigger: bytes, reply: bytes) -> None:
-        """Answer in the place of Redis, which does not see the packet, and end the connection."""
+        """Reply in place of Redis, which never sees the packet, and close the connection."""
 
-        def deed(client: socket.socket, server: socket.socket, packet: bytes) -> bool:
+        def fault(client: socket.socket, server: socket.socket, packet: bytes) -> bool:
             client.sendall(reply)
             return False
 
-        self._rules.append(Rule(trigger, deed))
+        self._rules.append(Rule(trigger, fault))
 
     def before(self, trigger: bytes, meanwhile: Callable[[], object]) -> None:
         """Run `meanwhile` before the packet is forwarded."""
 
-        def deed(client: socket.socket, server: socket.socket, packet: bytes) -> bool:
+        def fault(client: socket.socket, server: socket.socket, packet: bytes) -> bool:
             meanwhile()
             server.sendall(packet)
             return True
 
-        self._rules.append(Rule(trigger, deed))
+        self._rules.append(Rule(trigger, fault))
 
     def split(self, trigger: bytes, meanwhile: Callable[[], object]) -> None:
-        """Forward what stands before the trigger; when Redis has answered that, run `meanwhile`; then forward the rest."""
+        """Forward what precedes the trigger, run `meanwhile` after its reply, forward the rest."""
 
-        def deed(client: socket.socket, server: socket.socket, packet: bytes) -> bool:
+        def fault(client: socket.socket, server: socket.socket, packet: bytes) -> bool:
             at = packet.index(trigger)
             server.sendall(packet[:at])
             client.sendall(server.recv(SIZE))
@@ -130,16 +132,16 @@ class CutProxy:
             server.sendall(packet[at:])
             return True
 
-        self._rules.append(Rule(trigger, deed))
+        self._rules.append(Rule(trigger, fault))
 
     def cut(self) -> None:
-        """End all connections that are there."""
+        """Close all present connections."""
         for client in tuple(self._open):
             with suppress(OSError):
                 client.shutdown(socket.SHUT_RDWR)
 
     def heal(self) -> None:
-        """Ask for nothing more, let everything flow, and forget what has passed. What is held arrives."""
+        """Remove all faults, deliver what was held back, and clear `packets`."""
         self._rules.clear()
         self.delay = 0.0
         self.flowing.set()
@@ -149,7 +151,7 @@ class CutProxy:
 
     @property
     def idle(self) -> bool:
-        """Whether everything that was asked for has been done."""
+        """Whether all requested faults have happened."""
         return not self._rules
 
     # The proxy itself -------------------------------------------------------------------------------------------------
@@ -161,7 +163,7 @@ class CutProxy:
         self.close()
 
     def close(self) -> None:
-        """Cut all connections and end all threads."""
+        """Close all connections and end all threads."""
         self.flowing.set()
         with suppress(OSError):
             self._listener.shutdown(socket.SHUT_RDWR)
@@ -177,7 +179,7 @@ class CutProxy:
         thread.start()
 
     def _accept(self) -> None:
-        with suppress(OSError):  # the listener was closed
+        with suppress(OSError):  # the listener has been closed
             while True:
                 client, _ = self._listener.accept()
                 self._open.add(client)
@@ -192,7 +194,7 @@ class CutProxy:
         self._open.discard(client)
 
     def _pass(self, client: socket.socket, server: socket.socket) -> bool:
-        """Wait for a packet and pass it on; tell whether the connection goes on."""
+        """Wait for a packet and pass it on. Returns whether to keep the connection open."""
         ready, _, _ = select([client, server], [], [])
         if self.delay:
             time.sleep(self.delay)
@@ -203,15 +205,15 @@ class CutProxy:
             return bool(reply)
         if packet := client.recv(SIZE):
             self.packets.append(packet)
-            return self._deed(packet)(client, server, packet)
+            return self._fault(packet)(client, server, packet)
         return False
 
-    def _deed(self, packet: bytes) -> Deed:
+    def _fault(self, packet: bytes) -> Fault:
         with self._lock:
             for rule in self._rules:
                 if rule.trigger in packet:
                     self._rules.remove(rule)
-                    return rule.deed
+                    return rule.fault
         return _forward
 
 

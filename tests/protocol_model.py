@@ -1,10 +1,11 @@
-"""Check the protocol in every interleaving of a small world, and show that each of its guards is needed.
+"""Check the protocol in every interleaving of a small world, and that it needs each of its guards.
 
     python tests/protocol_model.py [--jobs 1] [--workers 3] [--pill] [--without GUARD]
 
-A step is one transaction of tinyqueue.py's table, or what befalls a worker: a crash, a lost reply, the lapse of its lease. With
---pill the first job kills whatever worker runs it, nothing else does, and a worker that was buried is replaced: no other job may
-fail, and the pill must come to its end. Without a guard the search finds what that is there for, and prints how it came about.
+A step is a transition of the table in tinyqueue.py or a failure of a worker: a crash, a lost
+reply, an expired lease. With --pill, the first job kills every worker that runs it, nothing else
+fails, and a worker that was reaped is replaced. Then no other job may fail, and the pill must end.
+Without one of the guards the search finds a wrong state, and prints the steps to it.
 """
 
 from __future__ import annotations
@@ -17,15 +18,15 @@ from typing import NamedTuple
 import click
 
 MAX_ATTEMPTS = 2
-SUSPICIOUS = 1  # losses in company after which a job runs alone; two in the code, one is the smaller world
+SUSPICIOUS = 1  # in the code it is 2, but 1 makes the world smaller
 GUARDS = {
     "fence": "a worker writes only while it is registered",
-    "owner": "reap gives back only what is processing under the dead worker's name",
-    "again": "a buried worker's list is looked at again",
-    "adopt": "a worker looks for ids in its list that it does not know",
-    "once": "an id that is taken twice is started once: only a pending job is",
-    "beside": "an attempt lost beside others does not count",
-    "alone": "a job that was lost so often runs alone",
+    "owner": "reap requeues a processing job only if it is under the lost worker's name",
+    "again": "the list of a reaped worker is read again",
+    "adopt": "a worker adopts the ids in its list that it does not know",
+    "once": "only a pending job starts, so an id that is taken twice starts once",
+    "beside": "an attempt that was lost beside others does not count",
+    "alone": "a job that was lost beside others too often runs alone",
 }
 
 
@@ -37,7 +38,7 @@ class Record(NamedTuple):
 
 
 class Worker(NamedTuple):
-    """What Redis has of a worker, and what it knows itself: ids that it took, and jobs that it runs."""
+    """What Redis stores of a worker, and what it knows itself: ids taken, and jobs it runs."""
 
     proc: tuple[int, ...] = ()
     registered: bool = True
@@ -52,7 +53,7 @@ class State(NamedTuple):
     workers: tuple[Worker, ...]
     list: tuple[int, ...]  # enter left, leave right
     delayed: frozenset[int] = frozenset()
-    completed: tuple[int, ...] = ()  # how often each was
+    completed: tuple[int, ...] = ()  # how often each job was
     kills: int = 0
 
     def record(self, job: int, **changes: object) -> State:
@@ -69,7 +70,9 @@ Step = tuple[str, State]
 
 class World:
     def __init__(self, jobs: int, workers: int, pill: bool = False, without: str = "") -> None:
-        self.jobs, self.pill, self.without = range(jobs), pill, without
+        self.jobs = range(jobs)
+        self.pill = pill
+        self.without = without
         self.first = State((Record(),) * jobs, (Worker(),) * workers, tuple(self.jobs), completed=(0,) * jobs)
 
     def guarded(self, guard: str) -> bool:
@@ -109,7 +112,8 @@ class World:
     def starts(self, state: State, at: int) -> Iterator[Step]:
         worker = state.workers[at]
         for job in worker.taken:
-            record, known = state.records[job], state.worker(at, taken=worker.taken - {job})
+            record = state.records[job]
+            known = state.worker(at, taken=worker.taken - {job})
             if self.guarded("fence") and not worker.registered:
                 yield f"{at} finds itself reaped with {job}", known
             elif record.status == "pending" and self.must_wait(state, at, job):
@@ -124,7 +128,7 @@ class World:
                 yield f"{at} drops {job}", known.worker(at, proc=less(worker.proc, job))
 
     def must_wait(self, state: State, at: int, job: int) -> bool:
-        """A suspect waits for an empty worker, and everybody for a suspect that runs."""
+        """A suspect waits for an idle worker, and all jobs wait for a suspect that runs."""
         if not self.guarded("alone"):
             return False
         ours = [j for j in self.jobs if (state.records[j].status, state.records[j].worker) == ("processing", at)]
@@ -138,9 +142,10 @@ class World:
                 continue
             over = state.worker(at, runs=worker.runs - {job})
             if self.guarded("fence") and not worker.registered:
-                yield f"{at} may not write what became of {job}", over
+                yield f"{at} may not write the outcome of {job}", over
                 continue
-            over, attempts = over.worker(at, proc=less(worker.proc, job)), state.records[job].attempts
+            over = over.worker(at, proc=less(worker.proc, job))
+            attempts = state.records[job].attempts
             completed = tuple(times + (j == job) for j, times in enumerate(state.completed))
             yield (
                 f"{at} completes {job}",
@@ -160,10 +165,10 @@ class World:
 
     def sleeps(self, state: State, at: int) -> Iterator[Step]:
         worker = state.workers[at]
-        if self.pill:  # nothing befalls a worker there but the pill
+        if self.pill:  # only the pill may harm a worker
             return
         if worker.leased:
-            yield f"the lease of {at} lapses", state.worker(at, leased=False)
+            yield f"the lease of {at} expires", state.worker(at, leased=False)
         elif worker.registered:
             yield f"{at} renews its lease", state.worker(at, leased=True)
         yield f"{at} crashes", lost(state, at)
@@ -171,10 +176,10 @@ class World:
     def is_reaped(self, state: State, at: int) -> Iterator[Step]:
         worker = state.workers[at]
         if worker.registered or (worker.proc and self.guarded("again")):
-            given = self.given_back(state, at).worker(at, proc=(), registered=False)
+            given = self.requeued(state, at).worker(at, proc=(), registered=False)
             yield f"{at} is reaped", given.worker(at, registered=True, leased=True, alive=True) if self.pill else given
 
-    def given_back(self, state: State, at: int) -> State:
+    def requeued(self, state: State, at: int) -> State:
         proc = dict.fromkeys(state.workers[at].proc)
         running = [job for job in proc if (state.records[job].status, state.records[job].worker) == ("processing", at)]
         beside = len(running) > 1 and self.guarded("beside")
@@ -192,7 +197,7 @@ class World:
                 state = state._replace(list=(*state.list, job))
         return state
 
-    # What must never be
+    # States that must never occur
 
     def wrong(self, state: State) -> str:
         found = (self.wrong_with(job, record, state) for job, record in enumerate(state.records))
@@ -206,26 +211,26 @@ class World:
         ]
         lost = record.status == "pending" and job not in state.list and job not in state.delayed and not finders
         rules = {
-            f"job {job} is pending, and nobody can find it": lost,
+            f"job {job} is pending, and no worker can find it": lost,
             f"job {job} is processing, and will never end": record.status == "processing"
             and record.worker not in finders,
             f"job {job} runs on two registered workers": len(runners) > 1,
             f"job {job} is {record.status} while a registered worker runs it": bool(runners)
             and record.status != "processing",
             f"job {job} was completed twice": state.completed[job] > 1,
-            f"job {job} has failed for the sake of another": self.pill and job > 0 and record.status == "failed",
+            f"job {job} failed because of another": self.pill and job > 0 and record.status == "failed",
         }
         return next((rule for rule, broken in rules.items() if broken), "")
 
     def will_find(self, worker: Worker, job: int) -> bool:
-        """Whether somebody looks at that worker's list, and will see the job there."""
+        """Whether the job is in that worker's list and will be found there."""
         if job not in worker.proc or not (worker.registered or self.guarded("again")):
             return False
         return self.guarded("adopt") or not worker.alive or job in worker.taken | worker.runs
 
 
 def less(proc: tuple[int, ...], job: int) -> tuple[int, ...]:
-    """LREM key 1 job"""
+    """Return the list without the first entry of the job, like LREM key 1 job."""
     at = proc.index(job) if job in proc else len(proc)
     return proc[:at] + proc[at + 1 :]
 
@@ -235,7 +240,10 @@ def lost(state: State, at: int) -> State:
 
 
 def search(world: World) -> tuple[int, str, list[str]]:
-    """Visit all states, the nearest first; tell how many there are, what is wrong with one of them, and the steps to it."""
+    """Visit all states, nearest first, up to a wrong one.
+
+    Returns how many were visited, what is wrong, and the steps to it.
+    """
     came: dict[State, tuple[str, State] | None] = {world.first: None}
     todo = deque([world.first])
     while todo:
@@ -259,9 +267,9 @@ def search(world: World) -> tuple[int, str, list[str]]:
 @click.option("--pill", is_flag=True, help="The first job kills its worker; nothing else goes wrong.")
 @click.option("--without", type=click.Choice(list(GUARDS)), help="Leave a guard out.")
 def main(jobs: int, workers: int, pill: bool, without: str | None) -> None:
-    """Search all states of a world with so many jobs and workers."""
+    """Search all states of a world of these jobs and workers."""
     states, why, path = search(World(jobs, workers, pill, without or ""))
-    click.echo("\n".join([*path, f"{states} states: {why or 'nothing is ever wrong'}"]))
+    click.echo("\n".join([*path, f"{states} states: {why or 'no state is wrong'}"]))
     sys.exit(bool(why))
 
 

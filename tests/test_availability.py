@@ -1,4 +1,4 @@
-"""What happens when the master dies: behind sentinels, and with replicas that must have a job before it is accepted."""
+"""Failover: Redis behind sentinels, and replicas that must have a job before it is accepted."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ pytestmark = pytest.mark.usefixtures("no_handlers")
 
 
 class SentinelServer(RedisServer):
-    """A sentinel, which keeps what it knows in a file of its own."""
+    """A sentinel, which stores its state in a configuration file."""
 
     @property
     def command(self) -> list[str]:
         return [str(REDIS), str(self.folder / "sentinel.conf"), "--sentinel"]
 
     def watch(self, master: RedisServer, *more: str) -> None:
-        """Start to watch a master, and call it dead after a second."""
+        """Start monitoring a master. It counts as down after a second without an answer."""
         lines = [f"port {self.port}", "bind 127.0.0.1", f"dir {self.folder}", "logfile redis.log", *more]
         lines += [
             f"sentinel monitor {SERVICE} 127.0.0.1 {master.port} 2",
@@ -48,8 +48,8 @@ class SentinelServer(RedisServer):
         self.start()
 
 
-class Watched(NamedTuple):
-    """A master with replicas, under the eyes of three sentinels, and the URL of it all."""
+class Monitored(NamedTuple):
+    """A master with replicas, three sentinels that monitor them, and the URL for clients."""
 
     master: RedisServer
     replicas: list[RedisServer]
@@ -58,7 +58,7 @@ class Watched(NamedTuple):
 
     @property
     def named(self) -> int:
-        """The port of the master that the sentinels name."""
+        """The port of the present master according to a sentinel."""
         with redis.Redis(port=self.sentinels[0].port, protocol=2) as client:
             return int(client.sentinel_get_master_addr_by_name(SERVICE)[1])
 
@@ -69,7 +69,7 @@ class Watched(NamedTuple):
 
 @pytest.fixture
 def replicated(start_redis: Callable[..., RedisServer]) -> Callable[[int], tuple[RedisServer, list[RedisServer]]]:
-    """Start a master with replicas that have caught up with it."""
+    """Start a master with replicas that are in sync with it."""
 
     def start(count: int) -> tuple[RedisServer, list[RedisServer]]:
         options = ["--repl-diskless-sync-delay", "0", "--repl-ping-replica-period", "1"]
@@ -92,9 +92,9 @@ def count_online(master: RedisServer) -> int:
 
 
 @pytest.fixture
-def watched(
+def monitored(
     replicated: Callable[[int], tuple[RedisServer, list[RedisServer]]], tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Watched]:
+) -> Iterator[Monitored]:
     """A master with two replicas and three sentinels that know all of them."""
     master, replicas = replicated(2)
     sentinels = [SentinelServer(tmp_path_factory.mktemp("sentinel")) for _ in range(3)]
@@ -103,7 +103,7 @@ def watched(
             sentinel.watch(master)
         until(lambda: all(knows_all(sentinel) for sentinel in sentinels), timeout=60)
         hosts = ",".join(f"127.0.0.1:{sentinel.port}" for sentinel in sentinels)
-        yield Watched(master, replicas, sentinels, f"redis+sentinel://{hosts}/{SERVICE}/0")
+        yield Monitored(master, replicas, sentinels, f"redis+sentinel://{hosts}/{SERVICE}/0")
     finally:
         for sentinel in sentinels:
             sentinel.kill()
@@ -123,7 +123,7 @@ class Service(NamedTuple):
     folder: Path
 
     def runs(self) -> set[int]:
-        """The payloads of the jobs that were run."""
+        """Return the payloads of the jobs that have run."""
         file = self.folder / "runs"
         return {int(line.removeprefix("echo ")) for line in file.read_text().splitlines()} if file.exists() else set()
 
@@ -142,12 +142,13 @@ def service(folder: Path, **environ: str) -> Iterator[Service]:
 
 
 class Load:
-    """Submits jobs one after the other from threads, and remembers the payloads of those that were accepted, and when."""
+    """Submits jobs from threads, and records the payload and the time of each accepted job."""
 
     def __init__(self, web: Web, threads: int = 3) -> None:
         self.accepted: list[tuple[float, int]] = []
         self.refused: list[tuple[int, Any]] = []
-        self._web, self._over = web, threading.Event()
+        self._web = web
+        self._over = threading.Event()
         self._threads = [threading.Thread(target=self._submit, args=(n,)) for n in range(threads)]
 
     def __enter__(self) -> Load:
@@ -164,24 +165,21 @@ class Load:
         payload = thread * 1_000_000
         while not self._over.wait(0.01):
             payload += 1
-            body = {
-                "type": "echo",
-                "payload": payload,
-                "delay": 3 if payload % 2 else 0,
-            }  # so that jobs wait when it happens
+            delay = 3 if payload % 2 else 0  # so that some jobs are delayed when the failure happens
+            body = {"type": "echo", "payload": payload, "delay": delay}
             status, answer = self._web.call("POST", "/jobs", body)
             if status == 201:
                 self.accepted.append((time.monotonic(), payload))
             else:
                 self.refused.append((status, answer))
 
-    def until_accepted(self, more: int) -> None:
+    def wait_for_accepted(self, more: int) -> None:
         before = len(self.accepted)
         until(lambda: len(self.accepted) >= before + more, timeout=60)
 
     @property
     def longest_pause(self) -> float:
-        """Seconds between two jobs that were accepted."""
+        """The longest time in seconds between two accepted jobs."""
         times = [at for at, _ in self.accepted]
         return max(b - a for a, b in itertools.pairwise(times))
 
@@ -198,7 +196,7 @@ ECHO = {"type": "echo", "payload": 1}
 
 @contextmanager
 def stopped(server: RedisServer) -> Iterator[None]:
-    """Stop a server, and let it go on after the block."""
+    """Pause a server process for the duration of the block."""
     assert server.process
     server.process.send_signal(signal.SIGSTOP)
     try:
@@ -218,7 +216,7 @@ def test_submit_returns_when_enough_replicas_have_the_jobs(replicated: Replicate
     check_consistency(queue)
 
 
-def test_submit_that_too_few_replicas_have_is_stored_and_says_so(replicated: Replicated, queue_at: Any) -> None:
+def test_submit_raises_but_stores_the_job_when_too_few_replicas_have_it(replicated: Replicated, queue_at: Any) -> None:
     queue = queue_at(replicated(1)[0].url, min_replicas=2)
     with pytest.raises(NotReplicated, match="stored and will run, but only 1 of 2 replicas") as caught:
         queue.enqueue("echo", 1)
@@ -228,19 +226,20 @@ def test_submit_that_too_few_replicas_have_is_stored_and_says_so(replicated: Rep
     check_consistency(queue)
 
 
-def test_submit_that_too_few_replicas_have_is_answered_503(replicated: Replicated, queue_at: Any) -> None:
+def test_submit_answers_503_when_too_few_replicas_have_the_job(replicated: Replicated, queue_at: Any) -> None:
     queue = queue_at(replicated(1)[0].url, min_replicas=2)
     api = Client(API(Settings(), queue))
     handler("echo")(echo)
-    one, many = api.post("/jobs", ECHO), api.post("/jobs/batch", [ECHO, ECHO])
+    one = api.post("/jobs", ECHO)
+    many = api.post("/jobs/batch", [ECHO, ECHO])
     for answer in (one, many):
         assert (answer.status, answer.kind, answer.headers["retry-after"]) == (503, "not-replicated", "5")
-    told = [*one.problem["jobIds"], *many.problem["jobIds"]]
-    assert one.problem["jobId"] == told[0]
-    assert sorted(told) == sorted(job.id for job in newest(queue, "pending"))
+    reported = [*one.problem["jobIds"], *many.problem["jobIds"]]
+    assert one.problem["jobId"] == reported[0]
+    assert sorted(reported) == sorted(job.id for job in newest(queue, "pending"))
 
 
-def test_submit_again_under_the_same_key_waits_for_the_replicas_again(replicated: Replicated, queue_at: Any) -> None:
+def test_submit_again_with_the_same_key_waits_for_the_replicas_again(replicated: Replicated, queue_at: Any) -> None:
     master, [replica] = replicated(1)
     queue = queue_at(master.url, min_replicas=1)
     api = Client(API(Settings(), queue))
@@ -255,7 +254,7 @@ def test_submit_again_under_the_same_key_waits_for_the_replicas_again(replicated
 
 
 @pytest.mark.parametrize("lost", ["drop_reply", "drop_request"])
-def test_submit_whose_reply_is_lost_is_stored_once_and_waits_for_the_replicas(
+def test_submit_stores_a_job_once_and_waits_for_replicas_when_a_reply_is_lost(
     replicated: Replicated, queue_at: Any, lost: str
 ) -> None:
     master, [replica] = replicated(1)
@@ -271,11 +270,11 @@ def test_submit_whose_reply_is_lost_is_stored_once_and_waits_for_the_replicas(
     check_consistency(near)
 
 
-def test_submit_of_nothing_waits_for_nobody(replicated: Replicated, queue_at: Any) -> None:
+def test_submit_without_jobs_does_not_wait_for_replicas(replicated: Replicated, queue_at: Any) -> None:
     assert queue_at(replicated(0)[0].url, min_replicas=1).enqueue_many("echo", []) == []
 
 
-def test_min_replicas_without_redis_url_is_refused() -> None:
+def test_refuse_min_replicas_without_redis_url() -> None:
     with pytest.raises(SettingsError, match="TINYQUEUE_MIN_REPLICAS"):
         open_queue(Settings(min_replicas=1))
 
@@ -284,7 +283,7 @@ def test_min_replicas_without_redis_url_is_refused() -> None:
 
 
 @pytest.mark.parametrize("scheme", ["redis", "rediss"])
-def test_connect_understands_every_part_of_a_url_of_sentinels(scheme: str) -> None:
+def test_connect_reads_every_part_of_a_sentinel_url(scheme: str) -> None:
     url = f"{scheme}+sentinel://me:p%40ss%2C@one:1,[::1]:2,three/my%2Fjobs/4?sentinel_username=s&sentinel_password=t%26"
     pool: Any = connect(url, connections=7)
     assert (pool.service_name, pool.max_connections, pool.is_master) == ("my/jobs", 7, True)
@@ -299,8 +298,9 @@ def test_connect_understands_every_part_of_a_url_of_sentinels(scheme: str) -> No
     assert tls == [scheme == "rediss"] * 2
 
 
-def test_sentinels_that_want_a_password_get_it(start_redis: Any, tmp_path: Path, queue_at: Any) -> None:
-    master, sentinel = start_redis("--requirepass", "m@ster"), SentinelServer(tmp_path)
+def test_connect_sends_the_password_of_the_sentinels(start_redis: Any, tmp_path: Path, queue_at: Any) -> None:
+    master = start_redis("--requirepass", "m@ster")
+    sentinel = SentinelServer(tmp_path)
     sentinel.watch(master, "requirepass s3ntinel")
     try:
         url = f"redis+sentinel://:m%40ster@127.0.0.1:{sentinel.port}/{SERVICE}"
@@ -311,52 +311,50 @@ def test_sentinels_that_want_a_password_get_it(start_redis: Any, tmp_path: Path,
         sentinel.kill()
 
 
-def test_sentinels_that_know_no_master_are_unreachable(watched: Watched, queue_at: Any) -> None:
+def test_report_unreachable_when_the_sentinels_know_no_master(monitored: Monitored, queue_at: Any) -> None:
     with pytest.raises(Unavailable) as caught:
-        queue_at(watched.url.replace(SERVICE, "others")).ping()
+        queue_at(monitored.url.replace(SERVICE, "others")).ping()
     assert caught.value.reason == "unreachable"
 
 
-def test_sentinels_of_which_some_are_dead_are_enough(watched: Watched, queue_at: Any) -> None:
-    for sentinel in watched.sentinels[:2]:
+def test_connect_when_only_one_sentinel_is_alive(monitored: Monitored, queue_at: Any) -> None:
+    for sentinel in monitored.sentinels[:2]:
         sentinel.kill()
-    assert queue_at(watched.url).enqueue("echo", 1)
+    assert queue_at(monitored.url).enqueue("echo", 1)
 
 
-def kill(watched: Watched) -> None:
-    watched.master.kill()
+def kill(monitored: Monitored) -> None:
+    monitored.master.kill()
 
 
-def hang(watched: Watched) -> None:
-    assert watched.master.process
-    watched.master.process.send_signal(signal.SIGSTOP)
+def hang(monitored: Monitored) -> None:
+    assert monitored.master.process
+    monitored.master.process.send_signal(signal.SIGSTOP)
 
 
-@pytest.mark.parametrize("befall", [kill, hang])
-def test_failover_of_sentinels_is_followed_and_loses_nothing(
-    watched: Watched, tmp_path: Path, befall: Callable[[Watched], None]
+@pytest.mark.parametrize("fail", [kill, hang])
+def test_lose_no_job_when_sentinels_replace_a_failed_master(
+    monitored: Monitored, tmp_path: Path, fail: Callable[[Monitored], None]
 ) -> None:
-    with service(tmp_path, REDIS_URL=watched.url, TINYQUEUE_MIN_REPLICAS="1") as service_:
+    with service(tmp_path, REDIS_URL=monitored.url, TINYQUEUE_MIN_REPLICAS="1") as service_:
         with Load(service_.web) as load:
-            load.until_accepted(50)
-            befall(watched)
-            until(lambda: watched.replaced)
-            load.until_accepted(50)
+            load.wait_for_accepted(50)
+            fail(monitored)
+            until(lambda: monitored.replaced)
+            load.wait_for_accepted(50)
         assert load.longest_pause < 15
         load.assert_all_run(service_)
 
 
-def test_master_that_hands_over_is_left_and_nothing_is_lost_that_all_replicas_have(
-    watched: Watched, tmp_path: Path
-) -> None:
-    """The sentinels do not wait for clients: what these write meanwhile, and another replica has, is lost."""
-    with service(tmp_path, REDIS_URL=watched.url, TINYQUEUE_MIN_REPLICAS="2") as service_:
+def test_lose_no_fully_replicated_job_in_a_requested_failover(monitored: Monitored, tmp_path: Path) -> None:
+    """Sentinels do not wait for clients: a job that only the other replica has would be lost."""
+    with service(tmp_path, REDIS_URL=monitored.url, TINYQUEUE_MIN_REPLICAS="2") as service_:
         with Load(service_.web) as load:
-            load.until_accepted(50)
-            with redis.Redis(port=watched.sentinels[0].port) as client:
+            load.wait_for_accepted(50)
+            with redis.Redis(port=monitored.sentinels[0].port) as client:
                 client.sentinel_failover(SERVICE)
-            until(lambda: watched.replaced)
-            with redis.Redis(port=watched.master.port) as client:
-                client.replicaof("127.0.0.1", watched.named)  # which the sentinels do as well, but take their time
-            load.until_accepted(50)
+            until(lambda: monitored.replaced)
+            with redis.Redis(port=monitored.master.port) as client:
+                client.replicaof("127.0.0.1", monitored.named)  # the sentinels do this as well, but later
+            load.wait_for_accepted(50)
         load.assert_all_run(service_)

@@ -1,4 +1,4 @@
-"""A queue in a Redis Cluster: all its keys are on one node, which may be another from one moment to the next."""
+"""A queue in a Redis Cluster. All its keys are on one node, which may change at any moment."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SLOTS = 16384
 
 
 def cluster_port() -> int:
-    """A free port whose bus port, which is higher by 10,000, is one, too."""
+    """Return a free port low enough for its bus port, which is 10,000 higher."""
     while (port := free_port()) > 55_000:
         pass
     return port
@@ -55,7 +55,8 @@ class Cluster:
             node.start()
             node.ask("CLUSTER SET-CONFIG-EPOCH", epoch)
             node.ask("CLUSTER MEET", "127.0.0.1", self.nodes[0].port)
-        masters, replicas = self.nodes[:3], self.nodes[3:]
+        masters = self.nodes[:3]
+        replicas = self.nodes[3:]
         for at, master in enumerate(masters):
             master.ask("CLUSTER ADDSLOTS", *range(SLOTS * at // 3, SLOTS * (at + 1) // 3))
         until(lambda: all(self._known(node) == len(self.nodes) for node in self.nodes))
@@ -65,8 +66,8 @@ class Cluster:
         until(lambda: all(node.ask("CLUSTER INFO")["cluster_state"] == "ok" for node in self.nodes))
         until(lambda: all(len(row) == 4 for node in self.nodes for row in self._slots(node)))
 
-    def mend(self) -> None:
-        """Start the nodes that are dead, wait until each master has its replica again, and empty them."""
+    def repair(self) -> None:
+        """Start the dead nodes, wait until each master has a replica again, and delete all data."""
         for node in self.nodes:
             if not node.process:
                 node.start()
@@ -80,7 +81,7 @@ class Cluster:
         return [node for node in self.nodes if node.process and node.ask("ROLE")[0] == b"master"]
 
     def move(self, source: Node, target: Node, tag: str = "queue") -> None:
-        """Move the slot of a namespace, key by key."""
+        """Move the slot of a namespace and its keys to another node."""
         slot = key_slot(tag.encode())
         target.ask("CLUSTER SETSLOT", slot, "IMPORTING", source.id)
         source.ask("CLUSTER SETSLOT", slot, "MIGRATING", target.id)
@@ -104,15 +105,18 @@ class Cluster:
         return found
 
     def owner(self, tag: str = "queue", but: Node | None = None) -> Node:
-        """Who owns the slot of a namespace, as the nodes that live agree; one that cannot answer is not asked."""
+        """Wait until the live nodes agree who owns the slot of a namespace, and return that node.
+
+        `but` is not asked, because it cannot answer.
+        """
 
         def agreed() -> Node | None:
-            told = {self._owner_as_told_by(node, tag) for node in self.nodes if node.process and node is not but}
-            return next((node for node in self.nodes if {node.port} == told), None)
+            named = {self._owner_according_to(node, tag) for node in self.nodes if node.process and node is not but}
+            return next((node for node in self.nodes if {node.port} == named), None)
 
         return until(agreed)
 
-    def _owner_as_told_by(self, node: Node, tag: str) -> int:
+    def _owner_according_to(self, node: Node, tag: str) -> int:
         slot = key_slot(tag.encode())
         return next((row[2][1] for row in self._slots(node) if row[0] <= slot <= row[1]), 0)
 
@@ -123,7 +127,7 @@ class Cluster:
 
 @pytest.fixture(scope="module")
 def built(start_redis: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    """A cluster for all tests here: `start_redis` skips them where there is no server."""
+    """A cluster for all tests of this module. `start_redis` skips them without a redis-server."""
     cluster = Cluster([Node(tmp_path_factory.mktemp("node")) for _ in range(6)])
     try:
         cluster.build()
@@ -135,12 +139,12 @@ def built(start_redis: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterato
 
 @pytest.fixture
 def cluster(built: Cluster) -> Cluster:
-    """The cluster, whole and empty."""
-    built.mend()
+    """The cluster, complete and empty."""
+    built.repair()
     return built
 
 
-def test_every_verb_by_way_of_any_node(cluster: Cluster, queue_at: Any) -> None:
+def test_every_verb_works_through_every_node(cluster: Cluster, queue_at: Any) -> None:
     for node in cluster.nodes:
         queue = queue_at(node.url)
         for status in ("pending", "processing", "completed", "failed", "cancelled"):
@@ -153,7 +157,7 @@ def test_every_verb_by_way_of_any_node(cluster: Cluster, queue_at: Any) -> None:
 
 
 @pytest.mark.parametrize("shard", range(4))
-def test_every_namespace_is_on_its_own_node(cluster: Cluster, queue_at: Any, shard: int) -> None:
+def test_namespace_is_stored_on_the_owner_of_its_slot(cluster: Cluster, queue_at: Any, shard: int) -> None:
     namespace = f"queue.{shard}"
     queue = queue_at(cluster.nodes[0].url, namespace=namespace)
     job = queue.enqueue("echo", 1)
@@ -161,22 +165,25 @@ def test_every_namespace_is_on_its_own_node(cluster: Cluster, queue_at: Any, sha
     assert cluster.owner(namespace).ask("EXISTS", queue.keys.job(job.id)) == 1
 
 
-def test_slot_that_has_moved_is_followed_within_a_call(cluster: Cluster, queue_at: Any) -> None:
-    source, target = cluster.owner(), cluster.others()[0]
+def test_follow_a_moved_slot_within_one_call(cluster: Cluster, queue_at: Any) -> None:
+    source = cluster.owner()
+    target = cluster.others()[0]
     queue = queue_at(source.url)
     first = queue.enqueue("echo", 1)
-    trouble = queue.last_trouble
+    before = queue.last_trouble
     cluster.move(source, target)
     second = queue.enqueue("echo", 2)
-    assert queue.last_trouble > trouble, "whoever reaps must know"
+    assert queue.last_trouble > before, "the reaper must know about the interruption"
     assert [job.id for job in queue.dequeue(queue.register(DEFAULT, 1), DEFAULT, 9)] == [first.id, second.id]
     assert queue.pool.place == ("127.0.0.1", target.port)
     check_consistency(queue)
 
 
-def test_slot_that_is_being_moved_is_busy_and_nothing_is_stored(cluster: Cluster, queue_at: Any) -> None:
-    source, target = cluster.owner(), cluster.others()[0]
-    queue, slot = queue_at(source.url), key_slot(b"queue")
+def test_report_busy_and_store_nothing_while_the_slot_is_moving(cluster: Cluster, queue_at: Any) -> None:
+    source = cluster.owner()
+    target = cluster.others()[0]
+    queue = queue_at(source.url)
+    slot = key_slot(b"queue")
     job = queue.enqueue("echo", 1)
     target.ask("CLUSTER SETSLOT", slot, "IMPORTING", source.id)
     source.ask("CLUSTER SETSLOT", slot, "MIGRATING", target.id)
@@ -192,22 +199,22 @@ def test_slot_that_is_being_moved_is_busy_and_nothing_is_stored(cluster: Cluster
     check_consistency(queue)
 
 
-def test_slot_that_moves_under_load_loses_nothing(cluster: Cluster, queue_at: Any, tmp_path: Path) -> None:
+def test_lose_no_job_when_the_slot_moves_under_load(cluster: Cluster, queue_at: Any, tmp_path: Path) -> None:
     with service(tmp_path, REDIS_URL=cluster.nodes[0].url) as service_:
         with Load(service_.web) as load:
             for target in (cluster.others()[0], cluster.others()[1]):
-                load.until_accepted(50)
+                load.wait_for_accepted(50)
                 cluster.move(cluster.owner(), target)
-            load.until_accepted(50)
+            load.wait_for_accepted(50)
         load.assert_all_run(service_)
     queue = queue_at(cluster.nodes[0].url)
     until(lambda: queue.stats()["pending"] == queue.stats()["processing"] == 0)
     check_consistency(queue)
 
 
-def test_node_of_the_url_is_asked_when_all_that_were_known_are_gone(cluster: Cluster, queue_at: Any) -> None:
+def test_ask_the_node_of_the_url_when_all_known_nodes_are_gone(cluster: Cluster, queue_at: Any) -> None:
     queue = queue_at(cluster.others()[0].url)
-    queue.pool.nodes = frozenset({("127.0.0.1", free_port())})  # the others were replaced while nobody looked
+    queue.pool.nodes = frozenset({("127.0.0.1", free_port())})  # as if all others had been replaced
     queue.pool.move_to(*next(iter(queue.pool.nodes)))
     with suppress(Unavailable):
         queue.ping()
@@ -217,22 +224,22 @@ def test_node_of_the_url_is_asked_when_all_that_were_known_are_gone(cluster: Clu
 
 @contextmanager
 def dead(node: RedisServer) -> Iterator[None]:
-    """Kill a node, and start it again after the block."""
+    """Kill a node, and restart it after the block."""
     node.kill()
     yield
     node.start()
 
 
-@pytest.mark.parametrize("befall", [dead, stopped])
-def test_owner_that_dies_is_replaced_and_nothing_is_lost(cluster: Cluster, tmp_path: Path, befall: Any) -> None:
+@pytest.mark.parametrize("fail", [dead, stopped])
+def test_lose_no_job_when_a_failed_owner_is_replaced(cluster: Cluster, tmp_path: Path, fail: Any) -> None:
     owner = cluster.owner()
     with service(tmp_path, REDIS_URL=owner.url, TINYQUEUE_MIN_REPLICAS="1") as service_:
         with Load(service_.web) as load:
-            load.until_accepted(50)
-            with befall(owner):
+            load.wait_for_accepted(50)
+            with fail(owner):
                 until(lambda: cluster.owner(but=owner) is not owner)
                 until(lambda: "not-replicated" in str(load.refused[-1:]))  # the new owner has no replica yet
-            load.until_accepted(50)
+            load.wait_for_accepted(50)
         assert load.longest_pause < 20
         load.assert_all_run(service_)
 
@@ -241,27 +248,27 @@ def calls(node: Node) -> int:
     return int(node.ask("INFO", "stats")["total_commands_processed"])
 
 
-def test_shards_share_the_work_among_the_masters(cluster: Cluster, tmp_path: Path) -> None:
+def test_shards_spread_the_load_over_the_masters(cluster: Cluster, tmp_path: Path) -> None:
     before = {master: calls(master) for master in cluster.masters}
     with (
         service(tmp_path, REDIS_URL=cluster.nodes[0].url, TINYQUEUE_SHARDS="12") as service_,
         Load(service_.web) as load,
     ):
-        load.until_accepted(100)
+        load.wait_for_accepted(100)
         until(lambda: load.accepted[-1][1] in service_.runs())
     done = [calls(master) - before[master] for master in before]
     assert min(done) > max(done) / 10, f"commands of each master: {done}"
 
 
-def test_shards_go_on_while_one_master_is_dead_and_lose_nothing(cluster: Cluster, tmp_path: Path) -> None:
+def test_shards_keep_working_and_lose_no_job_while_one_master_is_dead(cluster: Cluster, tmp_path: Path) -> None:
     owner = cluster.owner("queue.0")
     settings = {"TINYQUEUE_SHARDS": "6", "TINYQUEUE_MIN_REPLICAS": "1"}
     with service(tmp_path, REDIS_URL=cluster.nodes[0].url, **settings) as service_:
         with Load(service_.web) as load:
-            load.until_accepted(50)
+            load.wait_for_accepted(50)
             with dead(owner):
-                load.until_accepted(50)
+                load.wait_for_accepted(50)
                 until(lambda: cluster.owner("queue.0", but=owner) is not owner)
-            load.until_accepted(100)
+            load.wait_for_accepted(100)
         assert load.longest_pause < 20
         load.assert_all_run(service_)

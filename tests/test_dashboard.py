@@ -790,7 +790,7 @@ def test_page_opens_during_a_redis_outage(open: Open, start_redis: Callable[...,
 
 
 def test_rate_limit_is_shown(open: Open, near: Queue) -> None:
-    shows(open(rate_limit="2/hour"), "more than 2 requests in 3600 seconds. Retrying…")
+    shows(open(rate_limit="2/hour"), "more than 2 requests in 3600 seconds; try again in", "Retrying…")
 
 
 # Data is never markup -------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Declaring handlers and loading them: mistakes stop the process before it takes a job, with a text that says what to do."""
+"""Declaring and loading handlers. A mistake is an error that says what to do about it."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_handler_stays_callable_and_registered() -> None:
     assert {"greet": greet} == HANDLERS
 
 
-def test_handler_that_wants_the_job_receives_it() -> None:
+def test_handler_with_a_second_parameter_receives_the_job() -> None:
     @handler("greet")
     def greet(payload: Greet, job: Job) -> str:
         return f"Hello {payload.name}, {job.attempts}"
@@ -47,7 +47,7 @@ def test_handler_that_wants_the_job_receives_it() -> None:
     assert greet.run(Job("", "greet", {"name": "you"}, attempts=2)) == "Hello you, 2"
 
 
-def test_handler_enqueues_by_what_it_declares() -> None:
+def test_handler_enqueues_with_its_declared_options() -> None:
     @handler("greet", max_attempts=7, queue="polite")
     def greet(payload: Greet) -> None: ...
 
@@ -65,7 +65,7 @@ def test_handler_enqueues_by_what_it_declares() -> None:
     assert found.payload == {"name": "you"}
 
 
-def test_handler_enqueueing_what_is_no_payload_of_its_is_refused() -> None:
+def test_handler_refuses_to_enqueue_a_payload_of_another_type() -> None:
     @handler("greet")
     def greet(payload: Greet) -> None: ...
 
@@ -74,7 +74,7 @@ def test_handler_enqueueing_what_is_no_payload_of_its_is_refused() -> None:
     assert (refusal.value.field, refusal.value.path) == ("payload", "$.name")
 
 
-def test_handler_of_a_taken_type_is_refused() -> None:
+def test_handler_of_a_type_that_is_taken_is_refused() -> None:
     @handler("greet")
     def greet(payload: Greet) -> None: ...
 
@@ -117,14 +117,14 @@ def with_unreadable_payload(payload: list[Greet] | set[Greet]) -> None: ...
         (with_unreadable_payload, "more than one array-like"),
     ],
 )
-def test_handler_of_another_shape_is_refused(function: Callable[..., Any], rule: str) -> None:
+def test_handler_with_an_invalid_signature_is_refused(function: Callable[..., Any], rule: str) -> None:
     with pytest.raises(TypeError, match=rule):
         handler("greet")(function)
     assert HANDLERS == {}
 
 
 @pytest.mark.parametrize("timeout", [0, -1, float("nan")])
-def test_handler_with_a_bad_timeout_is_refused(timeout: float) -> None:
+def test_handler_with_an_invalid_timeout_is_refused(timeout: float) -> None:
     with pytest.raises(TypeError, match="handler 'greet': timeout must be above 0, or None"):
         handler("greet", timeout=timeout)
 
@@ -132,7 +132,7 @@ def test_handler_with_a_bad_timeout_is_refused(timeout: float) -> None:
 @pytest.mark.parametrize(
     ("backoff", "cap"), [(0, 300), (-1, 300), (301, 300), (float("nan"), 300), (1, float("nan")), (float("inf"), 300)]
 )
-def test_handler_with_a_bad_backoff_is_refused(backoff: float, cap: float) -> None:
+def test_handler_with_an_invalid_backoff_is_refused(backoff: float, cap: float) -> None:
     with pytest.raises(TypeError, match="handler 'greet': backoff must be above 0"):
         handler("greet", backoff=backoff, backoff_cap=cap)
 
@@ -150,7 +150,7 @@ def test_handler_with_a_bad_backoff_is_refused(backoff: float, cap: float) -> No
         ({"max_attempts": True}, "maxAttempts"),
     ],
 )
-def test_handler_with_another_bad_option_is_refused(options: dict[str, Any], field: str) -> None:
+def test_handler_with_an_invalid_option_is_refused(options: dict[str, Any], field: str) -> None:
     def greet(payload: Greet) -> None: ...
 
     with pytest.raises(InvalidJob) as refusal:
@@ -161,12 +161,18 @@ def test_handler_with_another_bad_option_is_refused(options: dict[str, Any], fie
 
 # Loading --------------------------------------------------------------------------------------------------------------
 
-GREET = "from tinyqueue import handler\n\n@handler({type!r})\ndef greet(payload: str) -> str:\n    return {text!r} + payload\n"
+GREET = """\
+from tinyqueue import handler
+
+@handler({type!r})
+def greet(payload: str) -> str:
+    return {text!r} + payload
+"""
 
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """An empty working directory. What is imported from it is forgotten when the test is over."""
+    """An empty working directory. What is imported from it is forgotten afterwards."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [entry for entry in sys.path if entry not in ("", str(ROOT))])
     monkeypatch.delitem(sys.modules, "handlers", raising=False)
@@ -186,7 +192,7 @@ def test_load_handlers_finds_modules_in_the_working_directory(folder: Path) -> N
     assert sys.path[0] == str(folder)
 
 
-def test_load_handlers_twice_is_the_same_as_once(folder: Path) -> None:
+def test_load_handlers_twice_changes_nothing(folder: Path) -> None:
     (folder / "handlers.py").write_text(GREET.format(type="greet", text="Hello "))
     once = dict(load_handlers("handlers"))
     path = list(sys.path)
@@ -195,10 +201,10 @@ def test_load_handlers_twice_is_the_same_as_once(folder: Path) -> None:
 
 
 def test_load_handlers_prefers_the_users_own_file(tmp_path: Path) -> None:
-    """As the console script runs it: from a directory of the user's, with the example of this repository importable as well."""
+    """The console script runs like this, and could also import this repository's handlers."""
     (tmp_path / "handlers.py").write_text(GREET.format(type="greet", text="Hello "))
     script = "import json, tinyqueue; print(json.dumps(sorted(tinyqueue.load_handlers('handlers'))))"
-    run = [sys.executable, "-P", "-c", script]  # -P: Python itself does not look into the working directory
+    run = [sys.executable, "-P", "-c", script]  # -P: not from the working directory by itself
     done = subprocess.run(
         run, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, check=True
     )
@@ -224,7 +230,7 @@ def test_load_handlers_prefers_the_users_own_file(tmp_path: Path) -> None:
         ),
     ],
 )
-def test_load_handlers_of_a_module_that_is_wrong_says_what_to_do(folder: Path, text: str | None, rule: str) -> None:
+def test_load_handlers_of_a_broken_module_says_what_to_do(folder: Path, text: str | None, rule: str) -> None:
     if text is not None:
         (folder / "handlers.py").write_text(text)
     with pytest.raises(SettingsError, match=rule) as error:
@@ -232,7 +238,7 @@ def test_load_handlers_of_a_module_that_is_wrong_says_what_to_do(folder: Path, t
     assert "\n" not in str(error.value)
 
 
-def test_load_handlers_interrupted_from_the_keyboard_is_interrupted(folder: Path) -> None:
+def test_load_handlers_lets_a_keyboard_interrupt_through(folder: Path) -> None:
     (folder / "handlers.py").write_text("raise KeyboardInterrupt")
     with pytest.raises(KeyboardInterrupt):
         load_handlers("handlers")

@@ -211,7 +211,7 @@ NUMBERS = {
     "MAX_RESULT": (README, r"at most ([\d,]+) bytes of JSON", tinyqueue.MAX_RESULT),
     "MAX_REFUNDS": (README, r"attempt refunded, at most (ten) times", tinyqueue.MAX_REFUNDS),
     "SCANNED": (HTTP, r"looks at up to ([\d,]+) jobs", tinyqueue.SCANNED),
-    "CUT": (HTTP, r"longer than ([\d,]+) bytes are cut", wsgi.CUT),
+    "PREVIEW_BYTES": (HTTP, r"longer than ([\d,]+) bytes are cut", wsgi.PREVIEW_BYTES),
     "LONGEST_WAIT": (HTTP, r"has ended, after at most (\d+) seconds", wsgi.LONGEST_WAIT),
     "CONNECTIONS": (HTTP, r"serves ([\d,]+) connections at a time", wsgi.CONNECTIONS),
     "KEPT": (OPERATIONS, r"at most ([\d,]+) of each", tinyqueue.KEPT),
@@ -419,7 +419,7 @@ START = block(README, "install -q .").rpartition("&&")[2]
 
 
 def test_readme_session_runs_as_written(checkout: Checkout) -> None:
-    with checkout.running(START, "web and a worker"):
+    with checkout.running(START, "and a worker with"):
         said = checkout.run(session(README))
     assert said.startswith("HTTP/1.1 201 Created")
     assert '"status":"completed","attempts":1,"maxAttempts":3' in said
@@ -429,7 +429,7 @@ def test_readme_session_runs_as_written(checkout: Checkout) -> None:
 
 def test_readme_handler_takes_jobs_as_written(checkout: Checkout) -> None:
     checkout.declare_charge()
-    with checkout.running(START, "web and a worker"):
+    with checkout.running(START, "and a worker with"):
         said = checkout.run(block(README, '"charge"'))
     right, wrong = map(json.loads, said.replace("}{", "}\n{").splitlines())
     assert right["status"] == "pending"
@@ -438,7 +438,7 @@ def test_readme_handler_takes_jobs_as_written(checkout: Checkout) -> None:
 
 
 def test_http_session_runs_as_written(checkout: Checkout) -> None:
-    with checkout.running(START, "web and a worker"):
+    with checkout.running(START, "and a worker with"):
         said = checkout.run(session(HTTP))
     assert re.findall(r'"type":"(urn:tinyqueue:.+?)"', said) == ["urn:tinyqueue:wrong-status"]
     assert said.count('"jobId"') == 4
@@ -448,7 +448,7 @@ def test_http_session_runs_as_written(checkout: Checkout) -> None:
 def test_http_key_lets_in_as_written(checkout: Checkout) -> None:
     assignment, start = block(HTTP, "export TINYQUEUE_API_KEYS").splitlines()
     keys = checkout.run(f'{assignment}\nprintf %s "$TINYQUEUE_API_KEYS"')
-    with checkout.running(start, "web and a worker", TINYQUEUE_API_KEYS=keys):
+    with checkout.running(start, "and a worker with", TINYQUEUE_API_KEYS=keys):
         assert '"pending":0' in checkout.run(block(HTTP, "Bearer"), TINYQUEUE_API_KEYS=keys)
         assert "unauthorized" in checkout.run("curl localhost:3000/stats")
 
@@ -456,7 +456,7 @@ def test_http_key_lets_in_as_written(checkout: Checkout) -> None:
 def test_readme_processes_run_as_written(checkout: Checkout) -> None:
     start = [text for text in blocks(README, "sh") if text.startswith("REDIS_URL=")]
     assert [text.split()[2:] for text in start] == [["wsgi.py"], ["worker.py"], ["worker.py", "doctor"]]
-    with checkout.running(start[0], "web on http"), checkout.running(start[1], "worker started"):
+    with checkout.running(start[0], "web server on http"), checkout.running(start[1], "worker started"):
         assert "completed" in checkout.run(session(README))
         assert "ok    workers       1 alive" in checkout.run(start[2])
 
@@ -508,7 +508,7 @@ def test_deploy_honcho_runs_as_written(checkout: Checkout) -> None:
     [install, *start] = block(DEPLOY, "honcho start").splitlines()
     assert "install -q '.[dev]'" in install
     with checkout.running("\n".join(start), "worker started", "worker.1 stopped"):
-        until(lambda: "web on http" in "".join(log.read_text() for log in checkout.folder.glob("*.log")))
+        until(lambda: "web server on http" in "".join(log.read_text() for log in checkout.folder.glob("*.log")))
         assert "completed" in checkout.run(session(README))
 
 

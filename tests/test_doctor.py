@@ -1,4 +1,4 @@
-"""What doctor finds: each thing in good order, each thing wrong, on real servers; and how it is shown at the command line."""
+"""The checks of doctor on healthy and broken servers, and its output on the command line."""
 
 from __future__ import annotations
 
@@ -28,22 +28,22 @@ def findings(queue: Queue, connections: int = NEEDED) -> dict[str, Finding]:
 
 @pytest.fixture
 def own(start_redis: Callable[..., RedisServer]) -> Iterator[Queue]:
-    """A queue on a real server of its own, with everything in order."""
+    """A queue on a healthy real server that no other test uses."""
     queue = Queue.from_url(start_redis("--appendonly", "yes").url)
     yield queue
     queue.pool.disconnect()
 
 
 def as_user(queue: Queue, *rules: str) -> Queue:
-    """The same queue as a user with these rules."""
+    """Return the same queue, opened by a user with these ACL rules."""
     raw(queue).execute_command("ACL", "SETUSER", "app", "reset", "on", ">secret", *rules)
     return Queue.from_url(f"redis://app:secret@127.0.0.1:{queue.pool.connection_kwargs['port']}/0")
 
 
-# In good order --------------------------------------------------------------------------------------------------------
+# Healthy --------------------------------------------------------------------------------------------------------------
 
 
-def test_doctor_finds_nothing_where_all_is_well(own: Queue) -> None:
+def test_doctor_finds_nothing_wrong_with_a_healthy_server(own: Queue) -> None:
     own.register(["default"], 1)
     found = findings(own)
     assert [finding for finding in found.values() if (finding.level, finding.advice) != ("ok", "")] == []
@@ -60,13 +60,13 @@ def test_doctor_changes_nothing(queue: Queue) -> None:
     assert findings(queue)["counts"].level == "ok"
     after = dump(queue)
     assert after == before
-    queue.enqueue("echo", 1)  # nor is a connection left inside the transaction that was never executed
+    queue.enqueue("echo", 1)  # no connection was left inside a MULTI
 
 
-# Out of order ---------------------------------------------------------------------------------------------------------
+# Broken ---------------------------------------------------------------------------------------------------------------
 
 
-def test_doctor_of_a_server_that_is_away() -> None:
+def test_doctor_reports_an_unreachable_server() -> None:
     [transport, away] = examine(Queue.from_url(f"redis://:s3cret@127.0.0.1:{free_port()}/0"), NEEDED)
     assert transport.level == "ok"
     assert (away.level, away.about) == ("fail", "reachable")
@@ -74,7 +74,7 @@ def test_doctor_of_a_server_that_is_away() -> None:
     assert "s3cret" not in f"{away}"
 
 
-def test_doctor_of_a_wrong_password(own: Queue) -> None:
+def test_doctor_reports_a_wrong_password(own: Queue) -> None:
     raw(own).config_set("requirepass", "another")
     queue = Queue.from_url(f"redis://:s3cret@127.0.0.1:{own.pool.connection_kwargs['port']}/0")
     found = findings(queue)["reachable"]
@@ -95,7 +95,7 @@ def test_doctor_of_a_wrong_password(own: Queue) -> None:
         ({"timeout": "300"}, "idle timeout", "ok"),
     ],
 )
-def test_doctor_of_a_setting(own: Queue, settings: dict[str, str], about: str, level: str) -> None:
+def test_doctor_judges_a_setting_of_redis(own: Queue, settings: dict[str, str], about: str, level: str) -> None:
     for name, value in settings.items():
         raw(own).config_set(name, value)
     found = findings(own)[about]
@@ -104,33 +104,33 @@ def test_doctor_of_a_setting(own: Queue, settings: dict[str, str], about: str, l
 
 
 @pytest.mark.parametrize(("share", "level"), [(0.5, "ok"), (0.85, "warn"), (0.97, "fail")])
-def test_doctor_of_memory_in_use(own: Queue, share: float, level: str) -> None:
-    raw(own).setrange("ballast", 50_000_000, "x")  # beside it, what a connection takes is little
+def test_doctor_judges_the_memory_in_use(own: Queue, share: float, level: str) -> None:
+    raw(own).setrange("ballast", 50_000_000, "x")  # much more than a connection takes
     raw(own).config_set("maxmemory", int(raw(own).info("memory")["used_memory"] / share))
     assert findings(own)["memory"].level == level
 
 
-def test_doctor_of_a_disk_that_takes_nothing(start_redis: Callable[..., RedisServer]) -> None:
+def test_doctor_reports_a_disk_that_cannot_be_written(start_redis: Callable[..., RedisServer]) -> None:
     server = start_redis("--dbfilename", "snapshot")
     queue = Queue.from_url(server.url)
-    (server.folder / "snapshot").mkdir()  # in the place of the file: also root cannot write that
+    (server.folder / "snapshot").mkdir()  # instead of the file, so that even root cannot write it
     raw(queue).config_set("save", "60 1")
     raw(queue).bgsave()
     until(lambda: raw(queue).info("persistence")["rdb_last_bgsave_status"] == "err")
     found = findings(queue)
     assert (found["persistence"].level, found["writes"].level) == ("fail", "fail")
-    raw(queue).config_set("save", "")  # else it would not end before it has saved
+    raw(queue).config_set("save", "")  # or it would save before it ends
     queue.pool.disconnect()
 
 
-def test_doctor_of_a_replica(own: Queue) -> None:
+def test_doctor_reports_a_replica(own: Queue) -> None:
     raw(own).execute_command("REPLICAOF", "127.0.0.1", free_port())
     found = findings(own)
     assert found["role"].level == "fail"
     assert (found["writes"].level, "replica" in found["writes"].advice) == ("fail", True)
 
 
-def test_doctor_of_a_user_who_lacks_commands(own: Queue) -> None:
+def test_doctor_reports_missing_permissions_of_commands(own: Queue) -> None:
     app = as_user(own, "~{queue}:*", "+@all", "-lpos", "-blpop")
     found = findings(app)["permissions"]
     assert (found.level, found.seen) == ("fail", "refused: BLPOP, LPOS")
@@ -140,11 +140,12 @@ def test_doctor_of_a_user_who_lacks_commands(own: Queue) -> None:
 
 
 @pytest.mark.parametrize("rules", [["~{queue}:*"], ["+@all"]], ids=["no commands", "no keys"])
-def test_doctor_gives_a_user_without_rights_what_is_needed(own: Queue, rules: list[str]) -> None:
+def test_doctor_advises_the_rules_that_a_user_needs(own: Queue, rules: list[str]) -> None:
     app = as_user(own, *rules)
     found = findings(app)["permissions"]
     assert found.level == "fail"
-    while (found := findings(app)["permissions"]).level == "fail":  # without MULTI the others cannot be tried
+    # More than once, because without MULTI the other commands cannot be tried.
+    while (found := findings(app)["permissions"]).level == "fail":
         before = found
         raw(own).execute_command(*found.advice.split())
         assert findings(app)["permissions"] != before
@@ -152,21 +153,21 @@ def test_doctor_gives_a_user_without_rights_what_is_needed(own: Queue, rules: li
     app.pool.disconnect()
 
 
-def test_doctor_of_a_user_without_info(own: Queue) -> None:
+def test_doctor_warns_of_a_user_without_info(own: Queue) -> None:
     app = as_user(own, "~{queue}:*", "+@all", "-info")
     found = findings(app)
     assert (found["permissions"].level, found["server"].level, found["counts"].level) == ("warn", "warn", "ok")
     app.pool.disconnect()
 
 
-def test_doctor_of_keys_that_were_lost(own: Queue) -> None:
+def test_doctor_reports_lost_keys(own: Queue) -> None:
     own.enqueue("echo", 1)
     assert findings(own)["counts"].level == "ok"
     raw(own).delete(own.keys.jobs("default"))
     assert findings(own)["counts"].level == "fail"
 
 
-def test_doctor_of_a_key_of_the_wrong_type(own: Queue) -> None:
+def test_doctor_reports_a_key_of_the_wrong_type(own: Queue) -> None:
     own.enqueue("echo", 1)
     raw(own).delete(own.keys.jobs("default"))
     raw(own).set(own.keys.jobs("default"), "1")
@@ -174,7 +175,7 @@ def test_doctor_of_a_key_of_the_wrong_type(own: Queue) -> None:
     assert (found["counts"].level, found["workers"].about) == ("fail", "workers")
 
 
-def test_doctor_of_no_worker(queue: Queue) -> None:
+def test_doctor_warns_when_no_worker_is_alive(queue: Queue) -> None:
     worker = queue.register(["default"], 1)
     assert findings(queue)["workers"].level == "ok"
     lapse(queue, worker)
@@ -182,15 +183,15 @@ def test_doctor_of_no_worker(queue: Queue) -> None:
     assert (found.level, found.seen, found.advice) == ("warn", "0 alive", "start one: tinyqueue worker")
 
 
-def test_doctor_of_a_queue_that_is_paused(queue: Queue) -> None:
+def test_doctor_warns_of_a_paused_queue(queue: Queue) -> None:
     queue.pause("mail")
     found = findings(queue)["queue"]
     assert (found.level, found.seen, found.advice) == ("warn", "mail is paused", "POST /queues/mail/resume")
 
 
-def test_doctor_of_a_queue_that_nobody_serves(queue: Queue) -> None:
+def test_doctor_warns_of_a_queue_without_a_worker(queue: Queue) -> None:
     queue.enqueue("echo", 1, queue="mail")
-    assert "queue" not in findings(queue)  # there is no worker at all, which is told
+    assert "queue" not in findings(queue)  # there is no worker at all, which has its own finding
     queue.register(["default"], 1)
     found = findings(queue)["queue"]
     assert (found.level, found.seen) == ("warn", "mail: 1 pending, no worker serves it")
@@ -201,7 +202,7 @@ def test_doctor_of_a_queue_that_nobody_serves(queue: Queue) -> None:
 # Warnings -------------------------------------------------------------------------------------------------------------
 
 
-def test_warnings_of_an_eviction_policy(own: Queue) -> None:
+def test_warnings_name_an_eviction_policy(own: Queue) -> None:
     assert warnings(own) == []
     raw(own).config_set("maxmemory", "100mb")
     raw(own).config_set("maxmemory-policy", "allkeys-lru")
@@ -210,7 +211,7 @@ def test_warnings_of_an_eviction_policy(own: Queue) -> None:
     assert "noeviction" in warning
 
 
-def test_warnings_are_none_where_redis_does_not_tell(own: Queue) -> None:
+def test_warnings_are_empty_without_info(own: Queue) -> None:
     raw(own).config_set("maxmemory", "100mb")
     raw(own).config_set("maxmemory-policy", "allkeys-lru")
     app = as_user(own, "~{queue}:*", "+@all", "-info", "-config")
@@ -219,8 +220,8 @@ def test_warnings_are_none_where_redis_does_not_tell(own: Queue) -> None:
     app.pool.disconnect()
 
 
-def test_memory_that_may_not_be_looked_at_is_no_trouble(own: Queue) -> None:
-    """A worker reaps nobody within a lease of trouble: a user without INFO must not look like trouble each time."""
+def test_enqueue_without_info_does_not_count_as_trouble(own: Queue) -> None:
+    """A missing INFO must not be trouble, after which workers do not reap for one lease."""
     app = as_user(own, "~{queue}:*", "+@all", "-info")
     before = app.last_trouble
     app.enqueue("echo", 1)
@@ -228,7 +229,7 @@ def test_memory_that_may_not_be_looked_at_is_no_trouble(own: Queue) -> None:
     app.pool.disconnect()
 
 
-def test_ready_says_the_warnings(own: Queue) -> None:
+def test_ready_returns_the_warnings(own: Queue) -> None:
     assert Client(API(Settings(), own)).get("/ready").json == {"status": "ok", "warnings": []}
     raw(own).config_set("maxmemory", "100mb")
     raw(own).config_set("maxmemory-policy", "allkeys-lru")
@@ -239,16 +240,16 @@ def test_ready_says_the_warnings(own: Queue) -> None:
 
 @pytest.fixture
 def evicting(start_redis: Callable[..., RedisServer]) -> str:
-    """The URL of a Redis that may throw jobs away."""
+    """The URL of a Redis that may evict jobs."""
     return start_redis("--maxmemory", "100mb", "--maxmemory-policy", "allkeys-lru").url
 
 
-def test_web_starts_with_the_warnings(evicting: str, tmp_path: Path) -> None:
+def test_web_logs_the_warnings_at_its_start(evicting: str, tmp_path: Path) -> None:
     with running(tmp_path, REDIS_URL=evicting) as process:
         assert process.log.read_text().count("maxmemory-policy is allkeys-lru") == 1
 
 
-def test_worker_starts_with_the_warnings(evicting: str) -> None:
+def test_worker_logs_the_warnings_at_its_start(evicting: str) -> None:
     done = run_worker(evicting, "--burst")
     assert done.returncode == 0
     assert done.stderr.count("maxmemory-policy is allkeys-lru") == 1

@@ -1,4 +1,4 @@
-"""Malformed requests by the thousand, made from seeds: none may be accepted, none may break anything, none may store anything."""
+"""Thousands of malformed requests, made from seeds. None may be stored or break anything."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from tinyqueue_config import Settings
 from wsgi import API, ROUTES
 
 SEEDS = range(8)
-REQUESTS = 500  # of each seed, on each server
-PACKETS = 60  # of each seed, over a socket
+REQUESTS = 500  # for each seed, on each server
+PACKETS = 60  # for each seed, over a socket
 MAX_BODY = 8192
 
 
 def echo(payload: dict[str, Any]) -> None:
-    """Nobody runs it here."""
+    """Never runs in these tests."""
 
 
 @pytest.fixture(autouse=True)
@@ -30,11 +30,11 @@ def handlers(no_handlers: None) -> None:
     handler("echo")(echo)
 
 
-# What is sent ---------------------------------------------------------------------------------------------------------
+# Requests -------------------------------------------------------------------------------------------------------------
 
 
 class Request(NamedTuple):
-    """`lowest` and `highest` bound the status that must come back."""
+    """A request. Its status must be from `lowest` to `highest`."""
 
     method: str
     path: str
@@ -119,35 +119,35 @@ METHODS = [
     "!",
 ]
 NO_JOB = "01900000-0000-7000-8000-000000000000"
-FILLED = [(method, path.replace("<id>", NO_JOB).replace("<name>", "default")) for method, path, *_ in ROUTES]
-PATHS = ["/", "/jobs/", "/jobs/x", "/nope", "/queues/", "/queues/default", *sorted({path for _, path in FILLED})]
-SERVED = {
+FILLED_ROUTES = [(method, path.replace("<id>", NO_JOB).replace("<name>", "default")) for method, path, *_ in ROUTES]
+PATHS = ["/", "/jobs/", "/jobs/x", "/nope", "/queues/", "/queues/default", *sorted({path for _, path in FILLED_ROUTES})]
+SUPPORTED = {
     (spelled, path)
-    for method, path in FILLED
+    for method, path in FILLED_ROUTES
     for spelled in (method, method.lower(), "HEAD" if method == "GET" else method)
 }
 
 
-def wrong_field(rng: random.Random) -> Request:
-    return Request("POST", "/jobs", wrong(rng))
+def job_with_a_wrong_field(rng: random.Random) -> Request:
+    return Request("POST", "/jobs", wrong_job(rng))
 
 
-def wrong(rng: random.Random) -> Any:
+def wrong_job(rng: random.Random) -> Any:
     name = rng.choice(list(WRONG))
     return VALID | {name: rng.choice(WRONG[name])}
 
 
 def wrong_batch(rng: random.Random) -> Request:
-    """Some right jobs, and at least one that is not."""
+    """A batch of valid jobs and at least one invalid job."""
     items = [VALID] * rng.randint(0, 5)
-    items.insert(rng.randint(0, len(items)), rng.choice([wrong(rng), [VALID], None, {}, "x"]))
+    items.insert(rng.randint(0, len(items)), rng.choice([wrong_job(rng), [VALID], None, {}, "x"]))
     if rng.random() < 0.5:
-        return Request("POST", "/jobs/batch", items, odd_key(rng))
+        return Request("POST", "/jobs/batch", items, maybe_odd_idempotency_key(rng))
     body = b"\n".join(json.dumps(item).encode() for item in items)
     return Request("POST", "/jobs/batch", body, {"Content-Type": "application/x-ndjson"})
 
 
-def no_batch(rng: random.Random) -> Request:
+def not_a_batch(rng: random.Random) -> Request:
     return Request(
         "POST",
         "/jobs/batch",
@@ -156,13 +156,13 @@ def no_batch(rng: random.Random) -> Request:
 
 
 def wrong_partial_batch(rng: random.Random) -> Request:
-    """Not one that is right: each is told of, and none is stored."""
-    items = [rng.choice([wrong(rng), [VALID], None, {}, "x"]) for _ in range(rng.randint(1, 5))]
+    """A batch of invalid jobs. Each must be reported and none stored."""
+    items = [rng.choice([wrong_job(rng), [VALID], None, {}, "x"]) for _ in range(rng.randint(1, 5))]
     return Request("POST", "/jobs/batch?partial=true", items, lowest=200, highest=200)
 
 
-def bent_lines(rng: random.Random) -> Request:
-    """One line of which is not JSON."""
+def broken_lines(rng: random.Random) -> Request:
+    """JSON lines of which one is not JSON."""
     lines = [JOB] * rng.randint(0, 5)
     lines.insert(
         rng.randint(0, len(lines)),
@@ -174,11 +174,11 @@ def bent_lines(rng: random.Random) -> Request:
     )
 
 
-def odd_key(rng: random.Random) -> dict[str, str]:
+def maybe_odd_idempotency_key(rng: random.Random) -> dict[str, str]:
     return rng.choice([{}, {"Idempotency-Key": "".join(rng.choice('ab" ~') for _ in range(rng.randint(1, 255)))}])
 
 
-def no_key(rng: random.Random) -> Request:
+def invalid_idempotency_key(rng: random.Random) -> Request:
     key = rng.choice(["", '""', "a" * 256, "\0", "a\tb", "\x7f", "\xc3\xa9", "\xff", "\xff" * 300])
     path, body = rng.choice([("/jobs", VALID), ("/jobs/batch", [VALID]), ("/jobs/batch?partial=true", [VALID])])
     return Request("POST", path, body, {"Idempotency-Key": key})
@@ -222,7 +222,7 @@ def wrong_query(rng: random.Random) -> Request:
 
 
 def wrong_change(rng: random.Random) -> Request:
-    """Of many jobs at once, by a filter that is none."""
+    """A bulk change with an invalid filter."""
     fields = rng.choice(
         [
             {
@@ -240,7 +240,7 @@ def wrong_change(rng: random.Random) -> Request:
     return Request("POST", rng.choice(["/jobs/cancel", "/jobs/retry"]), fields)
 
 
-def name_that_is_none(rng: random.Random) -> Request:
+def invalid_queue_name(rng: random.Random) -> Request:
     name = rng.choice(
         [
             "",
@@ -275,7 +275,7 @@ def missing_field(rng: random.Random) -> Request:
     return Request("POST", "/jobs", dict.fromkeys(names, 1))
 
 
-def no_object(rng: random.Random) -> Request:
+def not_an_object(rng: random.Random) -> Request:
     return Request(
         "POST",
         "/jobs",
@@ -283,7 +283,7 @@ def no_object(rng: random.Random) -> Request:
     )
 
 
-def cut(rng: random.Random) -> Request:
+def truncated(rng: random.Random) -> Request:
     return Request("POST", "/jobs", JOB[: rng.randrange(len(JOB))])
 
 
@@ -293,12 +293,12 @@ def trailing(rng: random.Random) -> Request:
     )
 
 
-def noise(rng: random.Random) -> Request:
+def random_bytes(rng: random.Random) -> Request:
     return Request("POST", "/jobs", rng.randbytes(rng.choice([1, 2, 10, 100, 1000])))
 
 
-def bent_bytes(rng: random.Random) -> Request:
-    """Bytes that never stand in UTF-8, somewhere in a job."""
+def invalid_bytes(rng: random.Random) -> Request:
+    """A job that contains bytes which never occur in UTF-8."""
     body = bytearray(JOB)
     for _ in range(rng.randint(1, 5)):
         body.insert(rng.randrange(len(body)), rng.choice(b"\xff\xfe\xc0\xc1\xf5"))
@@ -310,7 +310,7 @@ def another_encoding(rng: random.Random) -> Request:
     return Request("POST", "/jobs", JOB.decode().encode(name))
 
 
-def no_number(rng: random.Random) -> Request:
+def invalid_number(rng: random.Random) -> Request:
     word = rng.choice(
         [
             b"NaN",
@@ -330,7 +330,7 @@ def no_number(rng: random.Random) -> Request:
     return Request("POST", "/jobs", b'{"type":"echo","payload":{"a":[1,%b]}}' % word)
 
 
-def deep(rng: random.Random) -> Request:
+def too_deep(rng: random.Random) -> Request:
     levels = rng.choice([MAX_DEPTH + 1, 500, 1500, 4000])
     left, right = rng.choice([(b"[", b"]"), (b'{"":', b"}")])
     closed = rng.choice([0, levels // 2, levels])
@@ -338,7 +338,7 @@ def deep(rng: random.Random) -> Request:
     return Request("POST", "/jobs", body[:MAX_BODY])
 
 
-def twice(rng: random.Random) -> Request:
+def duplicate_name(rng: random.Random) -> Request:
     name = rng.choice([b"type", b"payload", b"\\u0074ype", b"", b"\\ud800", b"id"])
     pair = b'"%b":1' % name
     inner = rng.choice([b"{%b,%b}", b'{"x":{%b,"y":2,%b}}', b"[[{%b , %b}]]"]) % (pair, pair)
@@ -350,12 +350,12 @@ def too_large(rng: random.Random) -> Request:
     return Request("POST", "/jobs", rng.choice([b" ", b"[", b'"', b"\xff"]) * size)
 
 
-def content_type(rng: random.Random) -> Request:
+def wrong_content_type(rng: random.Random) -> Request:
     return Request("POST", "/jobs", JOB, {"Content-Type": rng.choice(CONTENT_TYPES)})
 
 
-def bent_chunks(rng: random.Random) -> Request:
-    """What a host that passes chunks on as they are might hand over."""
+def broken_chunks(rng: random.Random) -> Request:
+    """A broken chunked body, as a host that does not decode chunks would pass it on."""
     body = rng.choice(
         [
             b"",
@@ -373,7 +373,7 @@ def bent_chunks(rng: random.Random) -> Request:
 
 
 def odd_headers(rng: random.Random) -> Request:
-    """A truncated job among headers of which none may matter."""
+    """A truncated job with odd headers, which must not matter."""
     names = [
         "Accept",
         "Cookie",
@@ -393,7 +393,7 @@ def odd_headers(rng: random.Random) -> Request:
     return Request("POST", "/jobs", JOB[:-1], {rng.choice(names): rng.choice(values) for _ in range(rng.randint(1, 5))})
 
 
-def id_that_is_none(rng: random.Random) -> Request:
+def invalid_id(rng: random.Random) -> Request:
     id = list(NO_JOB)
     for _ in range(rng.randint(1, 3)):
         id[rng.randrange(len(id))] = rng.choice(
@@ -427,14 +427,15 @@ def unknown_path(rng: random.Random) -> Request:
 
 
 def wrong_method(rng: random.Random) -> Request:
-    method, path = rng.choice(METHODS), rng.choice(PATHS)
-    if (method, path) in SERVED:
+    method = rng.choice(METHODS)
+    path = rng.choice(PATHS)
+    if (method, path) in SUPPORTED:
         method = "PUT"
     return Request(method, path, rng.choice([NO_BODY, JOB, rng.randbytes(20)]))
 
 
-def query(rng: random.Random) -> Request:
-    """A path that is right with a query that must not matter."""
+def ignored_query(rng: random.Random) -> Request:
+    """A valid path with a random query, which must not matter."""
     noise = "".join(rng.choice("%=&;+?#/\\\x01\xff0aé") for _ in range(rng.randint(1, 40)))
     return Request(
         rng.choice(["GET", "HEAD"]),
@@ -445,42 +446,42 @@ def query(rng: random.Random) -> Request:
 
 
 MAKERS: list[Callable[[random.Random], Request]] = [
-    wrong_field,
+    job_with_a_wrong_field,
     wrong_batch,
-    no_batch,
+    not_a_batch,
     wrong_partial_batch,
-    bent_lines,
-    no_key,
+    broken_lines,
+    invalid_idempotency_key,
     wrong_query,
     wrong_change,
-    name_that_is_none,
+    invalid_queue_name,
     unknown_field,
     missing_field,
-    no_object,
-    cut,
+    not_an_object,
+    truncated,
     trailing,
-    noise,
-    bent_bytes,
+    random_bytes,
+    invalid_bytes,
     another_encoding,
-    no_number,
-    deep,
-    twice,
+    invalid_number,
+    too_deep,
+    duplicate_name,
     too_large,
-    content_type,
-    bent_chunks,
+    wrong_content_type,
+    broken_chunks,
     odd_headers,
-    id_that_is_none,
+    invalid_id,
     unknown_path,
     wrong_method,
-    query,
+    ignored_query,
 ]
 
 
-# What must come back --------------------------------------------------------------------------------------------------
+# Tests ----------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("seed", SEEDS)
-def test_refuse_whatever_is_malformed(queue: Queue, seed: int) -> None:
+def test_refuse_every_malformed_request(queue: Queue, seed: int) -> None:
     rng = random.Random(seed)
     api = Client(API(Settings(max_body=MAX_BODY), queue))
     put(queue, "failed")
@@ -505,7 +506,7 @@ NO_PATH = "/jobs/" + NO_JOB
 
 
 def packet(rng: random.Random) -> bytes:
-    """A request that holds no whole job, with bytes changed, left out, doubled, or put where they do not belong."""
+    """Make a request without a complete job, with bytes changed, cut, repeated or inserted."""
     raw = bytearray(
         rng.choice(
             [REQUEST, REQUEST, *map(spell, ["GET", "HEAD", "DELETE"], ["/jobs", "/stats", NO_PATH]), rng.randbytes(200)]
@@ -533,7 +534,7 @@ def packet(rng: random.Random) -> bytes:
 
 
 @pytest.mark.parametrize("seed", SEEDS)
-def test_serve_on_after_whatever_comes_over_a_socket(queue: Queue, seed: int) -> None:
+def test_keep_serving_after_malformed_bytes_on_a_socket(queue: Queue, seed: int) -> None:
     rng = random.Random(seed)
     with serving(API(Settings(max_body=MAX_BODY), queue)) as (_, address):
         before = dump(queue)

@@ -1,4 +1,4 @@
-"""The HTTP API: what it answers, what it refuses with nothing stored, and how its server treats connections."""
+"""The HTTP API: submitting and reading jobs, errors, and how the server handles connections."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def echo(payload: object) -> object:
 
 
 def send_email(email: SendEmail) -> None:
-    """Nobody runs it here."""
+    """Never runs in these tests."""
 
 
 @pytest.fixture(autouse=True)
@@ -56,7 +56,7 @@ Refuse = Callable[..., dict[str, Any]]
 
 @pytest.fixture
 def refuse(api: Client, queue: Queue) -> Refuse:
-    """Send a request that must be refused with that status and kind and store nothing; returns the problem."""
+    """Send a request, check that it is refused and stores nothing, and return the problem."""
     queue.enqueue("echo", "stored before")
 
     def refuse(
@@ -73,8 +73,8 @@ def refuse(api: Client, queue: Queue) -> Refuse:
     return refuse
 
 
-def job_of(answer: Answer, api: Client) -> Any:
-    """The record of the job that an answer says was accepted."""
+def accepted_job(answer: Answer, api: Client) -> Any:
+    """Return the record of the job that an answer reports as accepted."""
     assert answer.status == 201, answer
     return api.get(answer.headers["location"]).json
 
@@ -86,7 +86,7 @@ def echo_with(**fields: Any) -> dict[str, Any]:
 # Submit and show ------------------------------------------------------------------------------------------------------
 
 
-def test_submit_answers_201_with_the_id_and_where_the_job_is(api: Client) -> None:
+def test_submit_answers_201_with_id_and_location(api: Client) -> None:
     answer = api.post("/jobs", {"type": "echo", "payload": {"n": 1}})
     assert answer.status == 201
     assert answer.headers["content-type"] == "application/json"
@@ -96,7 +96,7 @@ def test_submit_answers_201_with_the_id_and_where_the_job_is(api: Client) -> Non
     assert answer.headers["location"] == f"/jobs/{answer.json['jobId']}"
 
 
-def test_show_answers_the_whole_record_of_a_new_job(api: Client) -> None:
+def test_show_returns_the_whole_record_of_a_new_job(api: Client) -> None:
     answer = api.post("/jobs", {"type": "send-email", "payload": {"to": "ann@example.org"}})
     id = answer.json["jobId"]
     created = int(id[:8] + id[9:13], 16)
@@ -113,8 +113,8 @@ def test_show_answers_the_whole_record_of_a_new_job(api: Client) -> None:
     }
 
 
-def test_submit_takes_every_field(api: Client) -> None:
-    job = job_of(api.post("/jobs", echo_with(maxAttempts=7, queue="slow", delay=60)), api)
+def test_submit_accepts_every_field(api: Client) -> None:
+    job = accepted_job(api.post("/jobs", echo_with(maxAttempts=7, queue="slow", delay=60)), api)
     assert (job["maxAttempts"], job["queue"], job["runAt"]) == (7, "slow", job["createdAt"] + 60_000)
 
 
@@ -135,14 +135,14 @@ SHOWN = {
 
 
 @pytest.mark.parametrize("status", STATUSES)
-def test_show_tells_what_has_happened_to_a_job_and_nothing_else(api: Client, queue: Queue, status: str) -> None:
+def test_show_returns_exactly_the_fields_of_each_status(api: Client, queue: Queue, status: str) -> None:
     job = api.get(f"/jobs/{put(queue, status).id}").json
     assert job["status"] == status
     assert job.keys() == SHOWN[status]
 
 
 @pytest.mark.parametrize("status", STATUSES)
-def test_show_gives_times_as_whole_milliseconds(api: Client, queue: Queue, status: str) -> None:
+def test_show_returns_times_in_whole_milliseconds(api: Client, queue: Queue, status: str) -> None:
     job = api.get(f"/jobs/{put(queue, status).id}").json
     times = [job[name] for name in ("createdAt", "startedAt", "endedAt") if name in job]
     assert {type(time) for time in times} == {int}
@@ -155,13 +155,13 @@ def test_show_gives_times_as_whole_milliseconds(api: Client, queue: Queue, statu
     )
 
 
-def test_show_gives_a_failed_jobs_error(api: Client, queue: Queue) -> None:
+def test_show_returns_the_error_of_a_failed_job(api: Client, queue: Queue) -> None:
     error = api.get(f"/jobs/{put(queue, 'failed').id}").json["error"]
     assert {"type", "message"} <= error.keys() <= {"type", "message", "traceback"}
     assert all(isinstance(text, str) and text for text in error.values())
 
 
-def test_show_gives_a_null_result(api: Client, queue: Queue) -> None:
+def test_show_returns_a_null_result(api: Client, queue: Queue) -> None:
     id = queue.enqueue("echo", 1).id
     [job] = queue.dequeue(queue.register(["default"], 1), ["default"])
     queue.complete(job, None)
@@ -171,9 +171,9 @@ def test_show_gives_a_null_result(api: Client, queue: Queue) -> None:
 PAYLOADS = {
     "null": "null",
     "true": "true",
-    "empty text": '""',
+    "empty string": '""',
     "NUL": '{"\\u0000": "a\\u0000b"}',
-    "text": '"\\ud83d\\ude00 \\u00e9 \\u2028 \\" \\\\ </script>"',
+    "string": '"\\ud83d\\ude00 \\u00e9 \\u2028 \\" \\\\ </script>"',
     "minus zero": "-0.0",
     "small": "5e-324",
     "large": "1.7976931348623157e308",
@@ -184,8 +184,8 @@ PAYLOADS = {
     "30 digits": "123456789012345678901234567890",
     "-10**100": str(-(10**100)),
     "4000 digits": "7" * 4000,
-    "nothing": "{}",
-    "names": '{"": {"type": "x"}, "id": 1, "status": "failed", "$": [[], {}]}',
+    "empty object": "{}",
+    "odd names": '{"": {"type": "x"}, "id": 1, "status": "failed", "$": [[], {}]}',
     "null among others": f'[null, {10**40}, "null"]',
     "deep arrays": "[" * MAX_DEPTH + "]" * MAX_DEPTH,
     "deep objects": '{"a":' * MAX_DEPTH + "1" + "}" * MAX_DEPTH,
@@ -194,32 +194,32 @@ PAYLOADS = {
 
 
 @pytest.mark.parametrize("payload", PAYLOADS.values(), ids=PAYLOADS.keys())
-def test_submit_keeps_a_payload_exactly(api: Client, payload: str) -> None:
+def test_submit_stores_a_payload_exactly(api: Client, payload: str) -> None:
     answer = api.post("/jobs", b'{"type":"echo","payload":%b}' % payload.encode())
-    assert repr(job_of(answer, api)["payload"]) == repr(json.loads(payload))
+    assert repr(accepted_job(answer, api)["payload"]) == repr(json.loads(payload))
 
 
-def test_submit_keeps_a_payload_of_raw_utf8(api: Client) -> None:
+def test_submit_stores_a_payload_of_raw_utf8(api: Client) -> None:
     body = '{"type":"echo","payload":"é😀\u2028"}'.encode()
-    assert job_of(api.post("/jobs", body), api)["payload"] == "é😀\u2028"
+    assert accepted_job(api.post("/jobs", body), api)["payload"] == "é😀\u2028"
 
 
 @pytest.mark.parametrize("value", [1, 2, 3.0, 1e1, MAX_ATTEMPTS])
-def test_submit_takes_whole_numbers_of_attempts(api: Client, value: float) -> None:
-    attempts = job_of(api.post("/jobs", echo_with(maxAttempts=value)), api)["maxAttempts"]
+def test_submit_accepts_whole_numbers_of_attempts(api: Client, value: float) -> None:
+    attempts = accepted_job(api.post("/jobs", echo_with(maxAttempts=value)), api)["maxAttempts"]
     assert (attempts, type(attempts)) == (value, int)
 
 
 @pytest.mark.parametrize("name", ["maxAttempts", "queue", "delay", "runAt"])
-def test_submit_takes_null_for_what_is_left_out(api: Client, name: str) -> None:
-    job = job_of(api.post("/jobs", {"type": "send-email", "payload": {"to": "a"}, name: None}), api)
+def test_submit_treats_a_null_field_as_absent(api: Client, name: str) -> None:
+    job = accepted_job(api.post("/jobs", {"type": "send-email", "payload": {"to": "a"}, name: None}), api)
     assert job.keys() == BASE
     assert (job["maxAttempts"], job["queue"]) == (5, "mail")
 
 
 @pytest.mark.parametrize("delay", [0.4, 1, 1.5, 3600, MAX_DELAY])
-def test_submit_takes_a_delay_in_seconds(api: Client, delay: float) -> None:
-    job = job_of(api.post("/jobs", echo_with(delay=delay)), api)
+def test_submit_accepts_a_delay_in_seconds(api: Client, delay: float) -> None:
+    job = accepted_job(api.post("/jobs", echo_with(delay=delay)), api)
     assert (job["status"], job["runAt"]) == ("pending", job["createdAt"] + round(delay * 1000))
 
 
@@ -230,8 +230,8 @@ def test_submit_takes_a_delay_in_seconds(api: Client, delay: float) -> None:
     + [{"runAt": at} for at in ("1970-01-01T00:00:00Z", "1969-12-31T23:59:59-01:00", "0001-01-01T00:00:00+14:00")],
     ids=str,
 )
-def test_submit_runs_at_once_what_is_due_already(api: Client, queue: Queue, when: dict[str, Any]) -> None:
-    job = job_of(api.post("/jobs", echo_with(**when)), api)
+def test_submit_queues_a_job_at_once_when_it_is_already_due(api: Client, queue: Queue, when: dict[str, Any]) -> None:
+    job = accepted_job(api.post("/jobs", echo_with(**when)), api)
     assert "runAt" not in job
     assert queue.waiting(["default"]) == 1
 
@@ -240,20 +240,20 @@ def test_submit_runs_at_once_what_is_due_already(api: Client, queue: Queue, when
     ("spelled", "hours"),
     [("%FT%TZ", 0), ("%FT%T+00:00", 0), ("%FT%T.250+05:00", 5), ("%F %T-11:00", -11)],
 )
-def test_submit_takes_a_moment_with_its_zone(api: Client, spelled: str, hours: int) -> None:
-    moment = datetime.now(timezone(timedelta(hours=hours))).replace(microsecond=0) + timedelta(days=2)
-    job = job_of(api.post("/jobs", echo_with(runAt=moment.strftime(spelled))), api)
-    assert job["runAt"] == moment.timestamp() * 1000 + (250 if ".250" in spelled else 0)
+def test_submit_accepts_a_run_time_with_a_zone(api: Client, spelled: str, hours: int) -> None:
+    run_at = datetime.now(timezone(timedelta(hours=hours))).replace(microsecond=0) + timedelta(days=2)
+    job = accepted_job(api.post("/jobs", echo_with(runAt=run_at.strftime(spelled))), api)
+    assert job["runAt"] == run_at.timestamp() * 1000 + (250 if ".250" in spelled else 0)
 
 
-def test_submit_takes_a_moment_in_milliseconds(api: Client, queue: Queue) -> None:
-    moment = queue.now() + 86_400_000
-    assert job_of(api.post("/jobs", echo_with(runAt=moment)), api)["runAt"] == moment
+def test_submit_accepts_a_run_time_in_milliseconds(api: Client, queue: Queue) -> None:
+    run_at = queue.now() + 86_400_000
+    assert accepted_job(api.post("/jobs", echo_with(runAt=run_at)), api)["runAt"] == run_at
 
 
 @pytest.mark.parametrize("name", ["default", "a" * 100, "A.b_c-1", "0", "..", "dead", "failed"])
-def test_submit_takes_any_name_of_a_queue(api: Client, queue: Queue, name: str) -> None:
-    assert job_of(api.post("/jobs", echo_with(queue=name)), api)["queue"] == name
+def test_submit_accepts_any_valid_queue_name(api: Client, queue: Queue, name: str) -> None:
+    assert accepted_job(api.post("/jobs", echo_with(queue=name)), api)["queue"] == name
     assert queue.waiting([name]) == 1
 
 
@@ -267,22 +267,22 @@ def test_submit_takes_any_name_of_a_queue(api: Client, queue: Queue, name: str) 
         " application/json ",
     ],
 )
-def test_submit_takes_every_spelling_of_the_content_type(api: Client, content_type: str) -> None:
+def test_submit_accepts_every_spelling_of_the_content_type(api: Client, content_type: str) -> None:
     assert api.post("/jobs", echo_with(), {"Content-Type": content_type}).status == 201
 
 
-def test_submit_does_not_look_at_accept(api: Client) -> None:
+def test_submit_ignores_the_accept_header(api: Client) -> None:
     assert api.post("/jobs", echo_with(), {"Accept": "text/html"}).status == 201
 
 
-# Refuse: what is not JSON ---------------------------------------------------------------------------------------------
+# Refuse invalid JSON --------------------------------------------------------------------------------------------------
 
 VALID = b'{"type":"echo","payload":1}'
 NOT_JSON = {
     "empty": b"",
-    "blank": b" \n",
+    "white space": b" \n",
     "truncated": VALID[:-1],
-    "truncated text": b'{"type":"ech',
+    "truncated string": b'{"type":"ech',
     "trailing text": VALID + b" x",
     "trailing bracket": VALID + b"}",
     "trailing NUL": VALID + b"\0",
@@ -313,19 +313,19 @@ NOT_JSON = {
     "UTF-32BE": VALID.decode().encode("utf-32-be"),
     "BOM": b"\xef\xbb\xbf" + VALID,
     "raw control character": b'{"type":"echo","payload":"\x01"}',
-    "raw newline in text": b'{"type":"echo","payload":"a\nb"}',
+    "raw newline in a string": b'{"type":"echo","payload":"a\nb"}',
     "bad escape": b'{"type":"echo","payload":"\\x41"}',
-    "half an escape": b'{"type":"echo","payload":"\\u00"}',
-    "name twice": b'{"type":"echo","payload":1,"type":"echo"}',
-    "name twice inside": b'{"type":"echo","payload":{"a":1,"b":2,"a":1}}',
-    "name twice deep": b'{"type":"echo","payload":[[{"x":{"a":1,"\\u0061":2}}]]}',
-    "name twice as surrogates": b'{"type":"echo","payload":{"\\ud800":1,"\\ud800":2}}',
-    "name without text": b'{1:2,"type":"echo","payload":1}',
+    "incomplete escape": b'{"type":"echo","payload":"\\u00"}',
+    "duplicate name": b'{"type":"echo","payload":1,"type":"echo"}',
+    "duplicate name inside": b'{"type":"echo","payload":{"a":1,"b":2,"a":1}}',
+    "duplicate name deep inside": b'{"type":"echo","payload":[[{"x":{"a":1,"\\u0061":2}}]]}',
+    "duplicate name of surrogates": b'{"type":"echo","payload":{"\\ud800":1,"\\ud800":2}}',
+    "name that is not a string": b'{1:2,"type":"echo","payload":1}',
 }
 
 
 @pytest.mark.parametrize("body", NOT_JSON.values(), ids=NOT_JSON.keys())
-def test_refuse_what_is_not_json(refuse: Refuse, body: bytes) -> None:
+def test_refuse_a_body_that_is_not_json(refuse: Refuse, body: bytes) -> None:
     assert refuse(400, "not-json", body)["detail"].startswith("the body is not JSON: ")
 
 
@@ -334,22 +334,22 @@ DEEP = {"arrays": (b"[", b"]"), "objects": (b'{"":', b"}"), "both": (b'[{"":', b
 
 @pytest.mark.parametrize("levels", [MAX_DEPTH + 1, MAX_DEPTH + 2, 900, 5000, 20000, 45000])
 @pytest.mark.parametrize("shape", DEEP)
-def test_refuse_what_is_nested_too_deep(refuse: Refuse, shape: str, levels: int) -> None:
+def test_refuse_a_body_that_is_nested_too_deep(refuse: Refuse, shape: str, levels: int) -> None:
     left, right = DEEP[shape]
-    levels = -(-levels // len(right))  # the third shape has two levels a time
+    levels = -(-levels // len(right))  # "both" nests two levels at a time
     payload = left * levels + b"1" + right * levels
     assert "nested deeper than" in refuse(400, "not-json", b'{"type":"echo","payload":%b}' % payload)["detail"]
 
 
 @pytest.mark.parametrize("levels", [900, 5000, 20000, 45000])
-def test_refuse_what_is_nested_too_deep_and_never_ends(refuse: Refuse, levels: int) -> None:
+def test_refuse_a_body_that_is_nested_too_deep_and_unclosed(refuse: Refuse, levels: int) -> None:
     refuse(400, "not-json", b'{"type":"echo","payload":' + b"[" * levels)
 
 
-def test_accept_a_payload_of_the_greatest_depth_in_every_place(api: Client) -> None:
+def test_accept_a_payload_of_the_greatest_depth_in_every_element(api: Client) -> None:
     deep = json.loads("[" * (MAX_DEPTH - 1) + "]" * (MAX_DEPTH - 1))
     wide = [deep] * 20
-    assert job_of(api.post("/jobs", echo_with(payload=wide)), api)["payload"] == wide
+    assert accepted_job(api.post("/jobs", echo_with(payload=wide)), api)["payload"] == wide
 
 
 @pytest.mark.parametrize(
@@ -391,11 +391,11 @@ def test_refuse_a_body_that_is_too_large(queue: Queue, size: int) -> None:
     assert dump(queue) == {}
 
 
-# Refuse: what is no job -----------------------------------------------------------------------------------------------
+# Refuse invalid jobs --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("body", [[], ["echo"], "echo", 1, 1.5, True, None], ids=str)
-def test_refuse_what_is_no_object(refuse: Refuse, body: Any) -> None:
+def test_refuse_a_job_that_is_not_an_object(refuse: Refuse, body: Any) -> None:
     assert refuse(422, "invalid-job", body)["field"] == "job"
 
 
@@ -409,15 +409,15 @@ def test_refuse_what_is_no_object(refuse: Refuse, body: Any) -> None:
     ],
     ids=str,
 )
-def test_refuse_a_job_without_what_it_must_have(refuse: Refuse, body: Any, field: str) -> None:
+def test_refuse_a_job_without_a_required_field(refuse: Refuse, body: Any, field: str) -> None:
     about = refuse(422, "invalid-job", body)
-    assert (about["field"], about["detail"]) == (field, f"{field}: is missing")
+    assert (about["field"], about["detail"]) == (field, f"{field}: is required")
 
 
 @pytest.mark.parametrize(
     "name", ["typ", "Type", "max_attempts", "maxattempts", "priority", "id", "status", "jobId", "", " type"]
 )
-def test_refuse_an_unknown_field_and_name_those_that_are(refuse: Refuse, name: str) -> None:
+def test_refuse_an_unknown_field_and_list_the_known_ones(refuse: Refuse, name: str) -> None:
     about = refuse(422, "invalid-job", echo_with(**{name: 1}))
     assert about["field"] == name
     assert all(field in about["detail"] for field in FIELDS)
@@ -431,7 +431,7 @@ def test_refuse_an_unknown_field_of_any_name(refuse: Refuse, name: str) -> None:
 @pytest.mark.parametrize(
     "type", ["nope", "", "Echo", "echo ", "ec\0ho", "\ud800", "é", "x" * 5000, "send_email"], ids=ascii
 )
-def test_refuse_an_unknown_type_and_name_those_that_are(refuse: Refuse, type: str) -> None:
+def test_refuse_an_unknown_type_and_list_the_known_ones(refuse: Refuse, type: str) -> None:
     about = refuse(422, "unknown-type", {"type": type, "payload": 1})
     assert (about["field"], about["known"]) == ("type", ["echo", "send-email"])
     assert "echo, send-email" in about["detail"]
@@ -439,7 +439,7 @@ def test_refuse_an_unknown_type_and_name_those_that_are(refuse: Refuse, type: st
 
 
 @pytest.mark.parametrize("type", [None, 1, 1.5, True, [], {}, ["echo"]], ids=str)
-def test_refuse_a_type_that_is_no_text(refuse: Refuse, type: Any) -> None:
+def test_refuse_a_type_that_is_not_a_string(refuse: Refuse, type: Any) -> None:
     assert refuse(422, "invalid-job", {"type": type, "payload": 1})["field"] == "type"
 
 
@@ -460,7 +460,7 @@ def test_refuse_a_type_that_is_no_text(refuse: Refuse, type: Any) -> None:
     ],
     ids=str,
 )
-def test_refuse_a_payload_that_the_handler_cannot_take(refuse: Refuse, payload: Any, path: str) -> None:
+def test_refuse_a_payload_that_does_not_fit_the_handler(refuse: Refuse, payload: Any, path: str) -> None:
     about = refuse(422, "invalid-job", {"type": "send-email", "payload": payload})
     assert (about["field"], about["path"]) == ("payload", path)
     assert about["detail"].startswith(f"payload{path[1:]}: ")
@@ -475,9 +475,25 @@ def test_refuse_lone_surrogates_in_a_payload(refuse: Refuse, payload: bytes) -> 
     assert refuse(422, "invalid-job", b'{"type":"echo","payload":%b}' % payload)["field"] == "payload"
 
 
-NO_ATTEMPTS = [0, -1, 1.5, 100.5, MAX_ATTEMPTS + 1, 10**9, 2**63, 10**400, 1e300, "3", "", True, False, [], [3], {}]
-NO_DELAYS = [-1, -0.001, MAX_DELAY + 1, MAX_DELAY + 0.5, 1e12, 2**63, 10**400, 1e308, "5", "", True, False, [], [1], {}]
-NO_MOMENTS = [
+WRONG_ATTEMPTS = [0, -1, 1.5, 100.5, MAX_ATTEMPTS + 1, 10**9, 2**63, 10**400, 1e300, "3", "", True, False, [], [3], {}]
+WRONG_DELAYS = [
+    -1,
+    -0.001,
+    MAX_DELAY + 1,
+    MAX_DELAY + 0.5,
+    1e12,
+    2**63,
+    10**400,
+    1e308,
+    "5",
+    "",
+    True,
+    False,
+    [],
+    [1],
+    {},
+]
+WRONG_RUN_TIMES = [
     1.5,
     1e15,
     10**14,
@@ -506,15 +522,15 @@ NO_MOMENTS = [
     "2026-01-01T00:00:00\udfff",
     "9" * 5000,
 ]
-NO_NAMES = [*" *?\n\0é٣\ud800/:", "", "a b", "a:b", "{x}", "../q", "a/b", "a\n", "a\0", "a" * 101, 1, True, [], {}]
+WRONG_NAMES = [*" *?\n\0é٣\ud800/:", "", "a b", "a:b", "{x}", "../q", "a/b", "a\n", "a\0", "a" * 101, 1, True, [], {}]
 
 
 def brief(value: Any) -> str:
     return ascii(value)[:30]
 
 
-@pytest.mark.parametrize("value", NO_ATTEMPTS, ids=brief)
-def test_refuse_what_is_no_number_of_attempts(refuse: Refuse, value: Any) -> None:
+@pytest.mark.parametrize("value", WRONG_ATTEMPTS, ids=brief)
+def test_refuse_an_invalid_number_of_attempts(refuse: Refuse, value: Any) -> None:
     about = refuse(422, "invalid-job", echo_with(maxAttempts=value))
     assert (about["field"], about["detail"]) == (
         "maxAttempts",
@@ -522,36 +538,36 @@ def test_refuse_what_is_no_number_of_attempts(refuse: Refuse, value: Any) -> Non
     )
 
 
-@pytest.mark.parametrize("value", NO_DELAYS, ids=brief)
-def test_refuse_what_is_no_delay(refuse: Refuse, value: Any) -> None:
+@pytest.mark.parametrize("value", WRONG_DELAYS, ids=brief)
+def test_refuse_an_invalid_delay(refuse: Refuse, value: Any) -> None:
     about = refuse(422, "invalid-job", echo_with(delay=value))
     assert about["field"] == "delay"
     assert str(MAX_DELAY) in about["detail"]
 
 
-@pytest.mark.parametrize("value", NO_MOMENTS, ids=brief)
-def test_refuse_what_is_no_moment(refuse: Refuse, value: Any) -> None:
+@pytest.mark.parametrize("value", WRONG_RUN_TIMES, ids=brief)
+def test_refuse_an_invalid_run_time(refuse: Refuse, value: Any) -> None:
     about = refuse(422, "invalid-job", echo_with(runAt=value))
     assert about["field"] == "runAt"
     assert "ISO 8601 with a zone" in about["detail"]
 
 
-def test_refuse_a_moment_that_is_too_far_ahead_by_a_minute(refuse: Refuse, queue: Queue) -> None:
+def test_refuse_a_run_time_a_minute_too_far_ahead(refuse: Refuse, queue: Queue) -> None:
     assert refuse(422, "invalid-job", echo_with(runAt=queue.now() + MAX_DELAY * 1000 + 60_000))["field"] == "runAt"
 
 
-def test_refuse_delay_and_moment_together(refuse: Refuse) -> None:
+def test_refuse_delay_and_run_time_together(refuse: Refuse) -> None:
     assert refuse(422, "invalid-job", echo_with(delay=1, runAt="2026-01-01T00:00:00Z"))["field"] in ("delay", "runAt")
 
 
-@pytest.mark.parametrize("value", NO_NAMES, ids=brief)
-def test_refuse_what_is_no_name_of_a_queue(refuse: Refuse, value: Any) -> None:
+@pytest.mark.parametrize("value", WRONG_NAMES, ids=brief)
+def test_refuse_an_invalid_queue_name(refuse: Refuse, value: Any) -> None:
     assert refuse(422, "invalid-job", echo_with(queue=value))["field"] == "queue"
 
 
 # Paths and methods ----------------------------------------------------------------------------------------------------
 
-NO_IDS = {
+WRONG_IDS = {
     "word": "nope",
     "dots": "..",
     "encoded dots": "%2e%2e",
@@ -566,26 +582,26 @@ NO_IDS = {
     "cut escape": "%",
     "long": "x" * 10_000,
     "id and newline": "{id}%0a",
-    "id and blank": "{id}%20",
-    "blank and id": "%20{id}",
+    "id and space": "{id}%20",
+    "space and id": "%20{id}",
     "id and NUL": "{id}%00",
     "id and letter": "{id}0",
-    "id less a digit": "{cut}",
+    "id without its last digit": "{cut}",
     "upper case": "{upper}",
-    "without dashes": "{plain}",
+    "without hyphens": "{plain}",
     "in braces": "%7b{id}%7d",
     "as URN": "urn:uuid:{id}",
     "full-width digits": "{wide}",
     "another version": "{version4}",
-    "nobody's": "01900000-0000-7000-8000-000000000000",
+    "unknown": "01900000-0000-7000-8000-000000000000",
     "slash": "{id}/",
     "two slashes": "/{id}",
     "below": "{id}/result",
 }
 
 
-@pytest.mark.parametrize("path", NO_IDS.values(), ids=NO_IDS.keys())
-def test_show_answers_404_to_what_is_no_id(refuse: Refuse, queue: Queue, path: str) -> None:
+@pytest.mark.parametrize("path", WRONG_IDS.values(), ids=WRONG_IDS.keys())
+def test_show_answers_404_to_an_invalid_or_unknown_id(refuse: Refuse, queue: Queue, path: str) -> None:
     id = queue.enqueue("echo", 1).id
     spelled = path.format(
         id=id,
@@ -598,7 +614,7 @@ def test_show_answers_404_to_what_is_no_id(refuse: Refuse, queue: Queue, path: s
     refuse(404, "not-found", path=f"/jobs/{spelled}", method="GET")
 
 
-def test_show_answers_404_when_a_job_has_been_forgotten(api: Client, queue: Queue) -> None:
+def test_show_answers_404_when_a_job_has_been_trimmed(api: Client, queue: Queue) -> None:
     job = put(queue, "completed")
     queue.clock.ahead = queue.keep_ms["completed"] + 1
     assert queue.trim() == 1
@@ -641,44 +657,44 @@ def test_answer_404_to_an_unknown_path(refuse: Refuse, method: str, path: str) -
     refuse(404, "not-found", echo_with() if method == "POST" else NO_BODY, path=path, method=method)
 
 
-def test_ignore_the_query_of_a_route_that_takes_none(api: Client) -> None:
+def test_ignore_the_query_of_a_route_without_parameters(api: Client) -> None:
     assert api.get("/queues?state=%ff&a=1&a=2&&=%00;%").status == 200
 
 
-ALLOWED = {path: {method for method, at, *_ in ROUTES if at == path} for _, path, *_ in ROUTES}
+METHODS_OF = {path: {method for method, at, *_ in ROUTES if at == path} for _, path, *_ in ROUTES}
 METHODS = {"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "TRACE", "CONNECT", "FOO", "PROPFIND"}
 NO_JOB = "01900000-0000-7000-8000-000000000000"
 
 
-def filled(path: str) -> str:
+def fill_in(path: str) -> str:
     return path.replace("<id>", NO_JOB).replace("<name>", "default")
 
 
-def served_by(path: str) -> set[str]:
-    """The methods of a path; HEAD is served wherever GET is."""
-    return ALLOWED[path] | ({"HEAD"} if "GET" in ALLOWED[path] else set())
+def supported_methods(path: str) -> set[str]:
+    """Return the methods of a path. HEAD is supported wherever GET is."""
+    return METHODS_OF[path] | ({"HEAD"} if "GET" in METHODS_OF[path] else set())
 
 
 def assert_allow(answer: Answer, path: str) -> None:
-    assert ALLOWED[path] <= set(answer.headers["allow"].split(",")) <= served_by(path)
+    assert METHODS_OF[path] <= set(answer.headers["allow"].split(",")) <= supported_methods(path)
 
 
 @pytest.mark.parametrize(
-    ("path", "method"), [(path, method) for path in ALLOWED for method in sorted(METHODS - served_by(path))]
+    ("path", "method"), [(path, method) for path in METHODS_OF for method in sorted(METHODS - supported_methods(path))]
 )
-def test_answer_405_to_another_method_and_name_those_that_are(
+def test_answer_405_to_an_unsupported_method_and_list_the_supported_ones(
     api: Client, queue: Queue, path: str, method: str
 ) -> None:
-    answer = api.call(method, filled(path), NO_BODY if method == "HEAD" else echo_with())
+    answer = api.call(method, fill_in(path), NO_BODY if method == "HEAD" else echo_with())
     assert answer.status == 405
     assert_allow(answer, path)
     assert method == "HEAD" or answer.kind == "method-not-allowed"
     assert dump(queue) == {}
 
 
-@pytest.mark.parametrize("path", ALLOWED)
-def test_options_names_the_methods_that_are(api: Client, path: str) -> None:
-    answer = api.call("OPTIONS", filled(path))
+@pytest.mark.parametrize("path", METHODS_OF)
+def test_options_lists_the_supported_methods(api: Client, path: str) -> None:
+    answer = api.call("OPTIONS", fill_in(path))
     assert (answer.status, answer.body) == (204, b"")
     assert_allow(answer, path)
 
@@ -688,7 +704,7 @@ def test_options_answers_404_to_an_unknown_path(refuse: Refuse) -> None:
 
 
 @pytest.mark.parametrize("path", ["/", "/health", "/ready", "/stats", "/jobs/{id}", f"/jobs/{NO_JOB}", "/nope"])
-def test_head_answers_as_get_without_the_body(api: Client, queue: Queue, path: str) -> None:
+def test_head_answers_like_get_without_the_body(api: Client, queue: Queue, path: str) -> None:
     path = path.format(id=queue.enqueue("echo", 1).id)
     get, head = (api.call(method, path, headers={"X-Request-ID": "r"}) for method in ("GET", "HEAD"))
     assert (head.status, head.headers) == (get.status, get.headers)
@@ -706,7 +722,7 @@ def test_health_and_ready_are_ok(api: Client, path: str) -> None:
     assert answer.headers["cache-control"] == "no-store"
 
 
-def test_stats_of_nothing_are_zero(api: Client) -> None:
+def test_stats_are_zero_without_jobs(api: Client) -> None:
     assert api.get("/stats").json == {
         "pending": 0,
         "processing": 0,
@@ -734,7 +750,7 @@ def test_stats_count_a_job_of_each_status(api: Client, queue: Queue, status: str
     assert stats["total"] == stats["lastMinute"] == {name: int(name == status) for name in STATUSES[2:]}
 
 
-def test_stats_count_delayed_jobs_as_pending_too_and_tell_queues_apart(api: Client) -> None:
+def test_stats_count_delayed_jobs_as_pending_in_each_queue(api: Client) -> None:
     api.post("/jobs", echo_with(queue="slow", delay=60))
     api.post("/jobs", echo_with())
     stats = api.get("/stats").json
@@ -743,7 +759,7 @@ def test_stats_count_delayed_jobs_as_pending_too_and_tell_queues_apart(api: Clie
     assert found == {"default": (1, 0, False), "slow": (1, 0, False)}
 
 
-# Redis out of order ---------------------------------------------------------------------------------------------------
+# Redis errors ---------------------------------------------------------------------------------------------------------
 
 
 def assert_unavailable(answer: Answer, reason: str) -> None:
@@ -772,7 +788,7 @@ NAMED = [f"{method} {path}".replace(NO_JOB, "id") for method, path, _ in REQUEST
 
 @contextmanager
 def answering(reply: bytes) -> Iterator[str]:
-    """Be a Redis that gives one reply to every command, or with an empty reply none; yields its URL."""
+    """Act as a Redis that gives the same reply to every command; an empty reply sends nothing."""
 
     def converse(connection: socket.socket) -> None:
         with suppress(OSError), connection, connection.makefile("rb") as commands:
@@ -787,7 +803,7 @@ def answering(reply: bytes) -> Iterator[str]:
                 threads.append(threading.Thread(target=converse, args=[server.accept()[0]]))
                 threads[-1].start()
         except OSError:
-            return  # closed
+            return  # the server has been closed
 
     threads = [threading.Thread(target=accept)]
     with socket.create_server(("127.0.0.1", 0)) as server:
@@ -795,13 +811,13 @@ def answering(reply: bytes) -> Iterator[str]:
         try:
             yield f"redis://127.0.0.1:{server.getsockname()[1]}/0"
         finally:
-            server.shutdown(socket.SHUT_RDWR)  # which wakes the thread that accepts
+            server.shutdown(socket.SHUT_RDWR)  # wakes the thread that accepts
             for thread in threads:
                 thread.join(5)
 
 
 @contextmanager
-def client_of(url: str) -> Iterator[Client]:
+def client_for(url: str) -> Iterator[Client]:
     queue = Queue.from_url(url)
     try:
         yield Client(API(Settings(), queue))
@@ -811,7 +827,7 @@ def client_of(url: str) -> Iterator[Client]:
 
 @pytest.mark.parametrize(("method", "path", "body"), REQUESTS, ids=NAMED)
 def test_answer_503_when_redis_cannot_be_reached(method: str, path: str, body: Any) -> None:
-    with client_of(f"redis://127.0.0.1:{free_port()}/0") as api:
+    with client_for(f"redis://127.0.0.1:{free_port()}/0") as api:
         assert_unavailable(api.call(method, path, body), "unreachable")
         assert api.get("/health").status == 200
 
@@ -834,24 +850,26 @@ ERRORS = {
 
 @pytest.mark.parametrize(("error", "reason"), ERRORS.items(), ids=ERRORS.values())
 @pytest.mark.parametrize(("method", "path", "body"), REQUESTS, ids=NAMED)
-def test_answer_503_when_redis_refuses(method: str, path: str, body: Any, error: bytes, reason: str) -> None:
-    with answering(error + b"\r\n") as url, client_of(url) as api:
+def test_answer_503_when_redis_replies_with_an_error(
+    method: str, path: str, body: Any, error: bytes, reason: str
+) -> None:
+    with answering(error + b"\r\n") as url, client_for(url) as api:
         assert_unavailable(api.call(method, path, body), reason)
         assert api.get("/health").status == 200
 
 
-def test_answer_503_when_redis_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_answer_503_when_redis_does_not_reply(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tinyqueue_redis, "SOCKET_TIMEOUT", 0.1)
-    with answering(b"") as url, client_of(url) as api:
+    with answering(b"") as url, client_for(url) as api:
         assert_unavailable(api.get("/ready"), "timeout")
         assert api.get("/health").status == 200
 
 
 @pytest.mark.parametrize(("method", "path", "body"), REQUESTS, ids=NAMED)
-def test_answer_a_problem_when_it_is_not_redis(
+def test_answer_a_problem_when_the_server_is_not_redis(
     caplog: pytest.LogCaptureFixture, method: str, path: str, body: Any
 ) -> None:
-    with answering(b"HTTP/1.1 400 Bad Request\r\n\r\n") as url, client_of(url) as api:
+    with answering(b"HTTP/1.1 400 Bad Request\r\n\r\n") as url, client_for(url) as api:
         answer = api.call(method, path, body)
         assert answer.problem["status"] in (500, 503)
         assert_no_trace(answer, api, caplog)
@@ -859,7 +877,7 @@ def test_answer_a_problem_when_it_is_not_redis(
 
 @contextmanager
 def configured(queue: Queue, name: str, value: str, before: str) -> Iterator[None]:
-    """A Redis with another setting, for a while."""
+    """Change a setting of Redis for the duration of the block."""
     client = raw(queue)
     client.config_set(name, value)
     try:
@@ -870,7 +888,7 @@ def configured(queue: Queue, name: str, value: str, before: str) -> Iterator[Non
 
 @contextmanager
 def replica(queue: Queue) -> Iterator[None]:
-    """A Redis that is the replica of one that is not there, for a while."""
+    """Make Redis the replica of a missing server for the duration of the block."""
     client = raw(queue)
     client.execute_command("REPLICAOF", "127.0.0.1", "1")
     try:
@@ -884,7 +902,7 @@ def test_submit_answers_503_while_redis_is_full(near: Queue) -> None:
     with configured(near, "maxmemory", "1", "0"):
         assert_unavailable(api.post("/jobs", echo_with()), "full")
         assert dump(near) == {}
-    until(lambda: api.post("/jobs", echo_with()).status == 201)  # it looks at the memory every two seconds
+    until(lambda: api.post("/jobs", echo_with()).status == 201)  # the queue checks the memory every two seconds
 
 
 def test_submit_answers_503_while_redis_is_read_only(near: Queue) -> None:
@@ -913,7 +931,7 @@ def test_ready_stores_nothing(api: Client, queue: Queue) -> None:
     assert dump(queue) == before
 
 
-def test_show_and_stats_go_on_while_redis_is_full(near: Queue) -> None:
+def test_show_and_stats_work_while_redis_is_full(near: Queue) -> None:
     api = Client(API(Settings(), near))
     id = near.enqueue("echo", 1).id
     with configured(near, "maxmemory", "1", "0"):
@@ -929,11 +947,11 @@ def test_submit_works_after_redis_has_closed_every_connection(near: Queue) -> No
 
 @pytest.fixture
 def broken(server: Server) -> Queue:
-    """A queue whose books need not be right when the test is over."""
+    """A queue that is not checked for consistency at the end."""
     return server.queue()
 
 
-def test_show_answers_500_when_a_record_is_no_text(broken: Queue, caplog: pytest.LogCaptureFixture) -> None:
+def test_show_answers_500_when_a_record_is_not_a_string(broken: Queue, caplog: pytest.LogCaptureFixture) -> None:
     api = Client(API(Settings(), broken))
     raw(broken).rpush(broken.keys.job(NO_JOB), "x")
     answer = api.get(f"/jobs/{NO_JOB}")
@@ -943,20 +961,20 @@ def test_show_answers_500_when_a_record_is_no_text(broken: Queue, caplog: pytest
 
 
 @pytest.mark.parametrize("name", ["abc", "a:b", "*", "01900000", NO_JOB.upper() + "\n", ""])
-def test_show_answers_404_to_a_record_whose_name_is_no_id(broken: Queue, name: str) -> None:
+def test_show_answers_404_to_a_key_that_is_not_a_job_id(broken: Queue, name: str) -> None:
     api = Client(API(Settings(), broken))
     raw(broken).set(broken.keys.job(name), '{"type":"echo","payload":1}')
     assert api.get(f"/jobs/{quote(name)}").kind == "not-found"
 
 
-def test_show_answers_what_can_be_read_of_a_broken_record(broken: Queue) -> None:
+def test_show_returns_the_readable_part_of_a_broken_record(broken: Queue) -> None:
     api = Client(API(Settings(), broken))
     raw(broken).set(broken.keys.job(NO_JOB), b'{"type":')
     job = api.get(f"/jobs/{NO_JOB}").json
     assert (job["id"], job["status"], job["error"]["type"]) == (NO_JOB, "failed", "UnreadableRecord")
 
 
-def test_stats_answers_500_when_the_counts_are_no_hash(broken: Queue, caplog: pytest.LogCaptureFixture) -> None:
+def test_stats_answers_500_when_the_counts_are_not_a_hash(broken: Queue, caplog: pytest.LogCaptureFixture) -> None:
     api = Client(API(Settings(), broken))
     raw(broken).set(broken.keys.counts, "x")
     answer = api.get("/stats")
@@ -964,7 +982,7 @@ def test_stats_answers_500_when_the_counts_are_no_hash(broken: Queue, caplog: py
     assert_no_trace(answer, api, caplog)
 
 
-def test_stats_answers_500_when_a_count_is_no_number(broken: Queue, caplog: pytest.LogCaptureFixture) -> None:
+def test_stats_answers_500_when_a_count_is_not_a_number(broken: Queue, caplog: pytest.LogCaptureFixture) -> None:
     api = Client(API(Settings(), broken))
     raw(broken).hset(broken.keys.counts, "pending:default", "many")
     answer = api.get("/stats")
@@ -972,7 +990,7 @@ def test_stats_answers_500_when_a_count_is_no_number(broken: Queue, caplog: pyte
     assert_no_trace(answer, api, caplog)
 
 
-def test_submit_answers_500_when_a_queue_is_no_list(broken: Queue, caplog: pytest.LogCaptureFixture) -> None:
+def test_submit_answers_500_when_a_queue_is_not_a_list(broken: Queue, caplog: pytest.LogCaptureFixture) -> None:
     api = Client(API(Settings(), broken))
     raw(broken).set(broken.keys.jobs("default"), "x")
     answer = api.post("/jobs", echo_with())
@@ -994,7 +1012,7 @@ def assert_no_trace(answer: Answer, api: Client, caplog: pytest.LogCaptureFixtur
 def test_hide_the_password_when_redis_cannot_be_reached(
     caplog: pytest.LogCaptureFixture, method: str, path: str, body: Any
 ) -> None:
-    with client_of(f"redis://u:{SECRET}@127.0.0.1:{free_port()}/0") as api:
+    with client_for(f"redis://u:{SECRET}@127.0.0.1:{free_port()}/0") as api:
         answer = api.call(method, path, body)
         assert_unavailable(answer, "unreachable")
         assert SECRET not in answer.body.decode() + api.log.getvalue() + caplog.text
@@ -1002,7 +1020,7 @@ def test_hide_the_password_when_redis_cannot_be_reached(
 
 def test_hide_the_password_when_redis_refuses_it(near: Queue, caplog: pytest.LogCaptureFixture) -> None:
     port = near.pool.connection_kwargs["port"]
-    with client_of(f"redis://u:{SECRET}@127.0.0.1:{port}/0") as api:
+    with client_for(f"redis://u:{SECRET}@127.0.0.1:{port}/0") as api:
         answer = api.get("/stats")
         assert_unavailable(answer, "refused")
         assert SECRET not in answer.body.decode() + api.log.getvalue() + caplog.text
@@ -1011,9 +1029,9 @@ def test_hide_the_password_when_redis_refuses_it(near: Queue, caplog: pytest.Log
 @pytest.mark.parametrize(
     "url", [f"http://u:{SECRET}@h", f"redis://u:{SECRET}@h:{SECRET}/0", f"redis://u:{SECRET}@h/{SECRET}", SECRET]
 )
-def test_hide_the_password_of_a_url_that_cannot_be_used(tmp_path: Path, url: str) -> None:
+def test_hide_the_password_of_an_invalid_url(tmp_path: Path, url: str) -> None:
     (tmp_path / "handlers.py").write_text(HANDLERS_PY)
-    [[status, about, _]], log = answers_of_app(tmp_path, [["GET", "/stats"]], REDIS_URL=url)
+    [[status, about, _]], log = call_app(tmp_path, [["GET", "/stats"]], REDIS_URL=url)
     assert (status, about["type"]) == (503, "urn:tinyqueue:misconfigured")
     assert "REDIS_URL" in about["detail"]
     assert SECRET not in json.dumps(about) + log
@@ -1021,7 +1039,7 @@ def test_hide_the_password_of_a_url_that_cannot_be_used(tmp_path: Path, url: str
 
 def test_log_no_credentials_and_no_payload(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.DEBUG)
-    with client_of(f"redis://127.0.0.1:{free_port()}/0") as api:
+    with client_for(f"redis://127.0.0.1:{free_port()}/0") as api:
         body = echo_with(payload={"password": "hunter2"})
         assert api.post("/jobs?token=tok123", body, {"Authorization": "Bearer tok123"}).status == 503
         assert api.get("/stats?token=tok123", {"Authorization": "Bearer tok123"}).status == 503
@@ -1063,20 +1081,23 @@ sys.stderr.write(client.log.getvalue())
 
 
 def python(script: str, *args: str, cwd: Path, **environ: str) -> subprocess.CompletedProcess[str]:
-    """Run a script in a fresh process whose environment holds nothing of ours."""
+    """Run a script in a new process that inherits only PATH."""
     path = os.pathsep.join([str(REPOSITORY), str(REPOSITORY / "tests")])
     environ = {"PATH": os.environ["PATH"], "PYTHONPATH": path} | environ
     command = [sys.executable, "-W", "error", "-c", script, *args]
     return subprocess.run(command, cwd=cwd, env=environ, capture_output=True, text=True, timeout=30, check=True)
 
 
-def answers_of_app(cwd: Path, calls: list[list[Any]], **environ: str) -> tuple[Any, str]:
-    """Call wsgi:app in a fresh process; returns status, body and connections opened so far of each call, and what was logged."""
+def call_app(cwd: Path, calls: list[list[Any]], **environ: str) -> tuple[Any, str]:
+    """Call wsgi:app in a new process. Returns a list with an entry for each call, and the log.
+
+    An entry holds the status, the body, and the number of connections opened so far.
+    """
     done = python(CALL, json.dumps(calls), cwd=cwd, **environ)
     return json.loads(done.stdout), done.stderr
 
 
-def test_import_opens_nothing_and_reads_no_setting(tmp_path: Path) -> None:
+def test_import_opens_nothing_and_reads_no_settings(tmp_path: Path) -> None:
     (tmp_path / "handlers.py").write_text("raise SystemExit('imported')")
     (tmp_path / ".env").write_text("PORT=garbage\n")
     environ = {"PORT": "abc", "TINYQUEUE_NOPE": "1", "REDIS_URL": "garbage", "DYNO": "web.1", "WEB_CONCURRENCY": "-1"}
@@ -1092,7 +1113,7 @@ def test_app_answers_503_without_redis_url(tmp_path: Path) -> None:
         ["GET", "/stats"],
         ["GET", f"/jobs/{NO_JOB}"],
     ]
-    [health, *others], log = answers_of_app(tmp_path, calls)
+    [health, *others], log = call_app(tmp_path, calls)
     assert health[0] == 200
     for status, about, _ in others:
         assert (status, about["type"]) == (503, "urn:tinyqueue:misconfigured")
@@ -1101,28 +1122,28 @@ def test_app_answers_503_without_redis_url(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("environ", "told"),
+    ("environ", "expected"),
     [
         ({"PORT": "abc"}, "PORT"),
         ({"TINYQUEUE_NOPE": "1"}, "TINYQUEUE_NOPE"),
-        ({"DYNO": "web.1"}, "REDIS_URL is not set"),
+        ({"DYNO": "web.1"}, "REDIS_URL is required here (DYNO is set)"),
         ({"REDIS_URL": "redis://127.0.0.1:1/0", "TINYQUEUE_HANDLERS": "jobs"}, "jobs"),
         ({"REDIS_URL": "redis://127.0.0.1:1/0", "TINYQUEUE_HANDLERS": "json"}, "json"),
     ],
     ids=str,
 )
-def test_app_answers_503_when_a_setting_is_wrong(tmp_path: Path, environ: dict[str, str], told: str) -> None:
-    [health, [status, about, _]], log = answers_of_app(tmp_path, [["GET", "/health"], ["GET", "/stats"]], **environ)
+def test_app_answers_503_when_a_setting_is_wrong(tmp_path: Path, environ: dict[str, str], expected: str) -> None:
+    [health, [status, about, _]], log = call_app(tmp_path, [["GET", "/health"], ["GET", "/stats"]], **environ)
     assert (health[0], status, about["type"]) == (200, 503, "urn:tinyqueue:misconfigured")
-    assert told in about["detail"]
+    assert expected in about["detail"]
     assert "Traceback" not in log
 
 
-def test_app_connects_at_its_first_use(tmp_path: Path, near: Queue) -> None:
+def test_app_connects_at_the_first_request_that_needs_redis(tmp_path: Path, near: Queue) -> None:
     (tmp_path / "handlers.py").write_text(HANDLERS_PY)
     url = f"redis://127.0.0.1:{near.pool.connection_kwargs['port']}/0"
     calls = [["GET", "/health"], ["GET", "/nope"], ["POST", "/jobs", echo_with()], ["GET", "/stats"]]
-    [health, nope, posted, stats], log = answers_of_app(tmp_path, calls, REDIS_URL=url)
+    [health, nope, posted, stats], log = call_app(tmp_path, calls, REDIS_URL=url)
     assert [answer[0] for answer in (health, nope, posted, stats)] == [200, 404, 201, 200]
     assert [answer[2] for answer in (health, nope, posted, stats)] == [0, 0, 1, 1]
     assert near.waiting(["default"]) == 1
@@ -1137,7 +1158,7 @@ CHUNKED = POST + b"Transfer-Encoding: chunked\r\n\r\n"
 
 @pytest.fixture
 def served(queue: Queue) -> Iterator[tuple[str, int]]:
-    """The address of a server that takes bodies up to 4096 bytes."""
+    """The address of a server that accepts bodies of up to 4096 bytes."""
     with serving(API(Settings(max_body=4096), queue)) as (_, address):
         yield address
 
@@ -1151,14 +1172,14 @@ def test_serve_many_requests_on_one_connection(served: tuple[str, int]) -> None:
             assert wire.answer().json["payload"] == 1
 
 
-def test_serve_requests_that_come_all_at_once_in_their_order(served: tuple[str, int]) -> None:
+def test_answer_pipelined_requests_in_order(served: tuple[str, int]) -> None:
     with Wire(served) as wire:
         paths = ["/health", "/nope", "/stats", "/jobs/batch", "/ready"] * 4
         wire.send(b"".join(spell("GET", path) for path in paths))
         assert [wire.answer().status for _ in paths] == [200, 404, 200, 405, 200] * 4
 
 
-def test_serve_requests_that_come_byte_by_byte(served: tuple[str, int]) -> None:
+def test_serve_a_request_that_arrives_byte_by_byte(served: tuple[str, int]) -> None:
     with Wire(served) as wire:
         for byte in spell("POST", "/jobs", VALID):
             wire.send(bytes([byte]))
@@ -1199,7 +1220,9 @@ def test_serve_a_client_that_waits_for_100_continue(served: tuple[str, int]) -> 
         assert wire.answer().status == 201
 
 
-def test_refuse_a_body_a_little_too_large_in_json_and_serve_on(served: tuple[str, int], queue: Queue) -> None:
+def test_refuse_a_slightly_too_large_body_with_a_problem_and_keep_serving(
+    served: tuple[str, int], queue: Queue
+) -> None:
     with Wire(served) as wire:
         wire.send(spell("POST", "/jobs", sized(5000)))
         answer = wire.answer()
@@ -1209,7 +1232,7 @@ def test_refuse_a_body_a_little_too_large_in_json_and_serve_on(served: tuple[str
     assert dump(queue) == {}
 
 
-def test_refuse_a_body_far_too_large_before_it_comes(served: tuple[str, int], queue: Queue) -> None:
+def test_refuse_a_far_too_large_body_before_it_arrives(served: tuple[str, int], queue: Queue) -> None:
     with Wire(served) as wire:
         wire.send(POST + b"Content-Length: 10000000000\r\n\r\n")
         assert wire.answer().status == 413
@@ -1218,7 +1241,7 @@ def test_refuse_a_body_far_too_large_before_it_comes(served: tuple[str, int], qu
 
 
 @pytest.mark.parametrize("length", ["abc", "-1", "1.5", "+5", "0x5", " ", "5, 5", "٣"], ids=ascii)
-def test_refuse_a_wrong_content_length(served: tuple[str, int], queue: Queue, length: str) -> None:
+def test_refuse_an_invalid_content_length(served: tuple[str, int], queue: Queue, length: str) -> None:
     with Wire(served) as wire:
         wire.send(POST + f"Content-Length: {length}\r\n\r\n".encode())
         assert wire.answer().status == 400
@@ -1239,7 +1262,7 @@ def test_refuse_headers_that_are_too_large(served: tuple[str, int]) -> None:
         assert wire.answer().status == 431
 
 
-def test_refuse_what_is_no_request(served: tuple[str, int]) -> None:
+def test_refuse_bytes_that_are_not_http(served: tuple[str, int]) -> None:
     with Wire(served) as wire:
         wire.send(b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03\r\n\r\n")
         assert wire.answer().status == 400
@@ -1284,7 +1307,7 @@ def test_serve_http_1_0_and_close(served: tuple[str, int]) -> None:
         assert wire.ended()
 
 
-def test_tell_no_name_of_the_server(served: tuple[str, int]) -> None:
+def test_answer_without_a_server_header(served: tuple[str, int]) -> None:
     with Wire(served) as wire:
         wire.send(spell("GET", "/health"))
         assert "server" not in wire.answer().headers
@@ -1296,7 +1319,7 @@ def test_serve_deep_json_in_a_thread(served: tuple[str, int]) -> None:
         assert wire.answer().kind == "not-json"
 
 
-def test_stop_closes_what_is_idle_and_refuses_what_is_new(queue: Queue) -> None:
+def test_stop_closes_idle_connections_and_refuses_new_ones(queue: Queue) -> None:
     with serving(API(Settings(), queue)) as (server, address), Wire(address) as idle, Wire(address) as half:
         half.send(b"POST /jobs HTT")
         idle.send(spell("GET", "/health"))
@@ -1308,7 +1331,7 @@ def test_stop_closes_what_is_idle_and_refuses_what_is_new(queue: Queue) -> None:
             Wire(address)
 
 
-def test_stop_answers_what_was_accepted(near: Queue) -> None:
+def test_stop_answers_accepted_requests(near: Queue) -> None:
     admin = raw(near)
     with serving(API(Settings(), near)) as (server, address):
         wires = [Wire(address) for _ in range(60)]  # more than there are threads
@@ -1328,7 +1351,7 @@ def test_stop_answers_what_was_accepted(near: Queue) -> None:
     assert near.waiting(["default"]) == 60
 
 
-def test_stop_ends_after_its_time_and_closes_what_is_not_answered(near: Queue) -> None:
+def test_stop_closes_unanswered_connections_after_its_timeout(near: Queue) -> None:
     admin = raw(near)
     admin.execute_command("CLIENT", "PAUSE", "20000", "WRITE")
     try:
@@ -1346,6 +1369,6 @@ def test_stop_ends_after_its_time_and_closes_what_is_not_answered(near: Queue) -
 def refused(address: tuple[str, int]) -> bool:
     try:
         Wire(address).__exit__()
-    except (ConnectionRefusedError, ConnectionResetError):  # the latter while the socket is just being closed
+    except (ConnectionRefusedError, ConnectionResetError):  # reset while the socket is being closed
         return True
     return False

@@ -1,4 +1,4 @@
-"""The queue against a plain model: whatever order of verbs, crashes, sleeping workers and clocks, nothing is lost."""
+"""The queue against a simple model: no order of verbs, crashes and clocks loses a job."""
 
 from __future__ import annotations
 
@@ -27,28 +27,31 @@ NAMES = ["high", "low"]
 
 
 class Known:
-    """What the model knows of a job."""
+    """What the model knows about a job."""
 
     def __init__(self, job: Job) -> None:
-        self.status, self.attempts, self.max_attempts, self.due, self.worker = (
-            "pending",
-            0,
-            job.max_attempts,
-            job.run_at,
-            "",
-        )
-        self.expires, self.unique_key, self.asked, self.suspicions = job.expires_at, job.unique_key, False, 0
+        self.status = "pending"
+        self.attempts = 0
+        self.max_attempts = job.max_attempts
+        self.due = job.run_at
+        self.worker = ""
+        self.expires = job.expires_at
+        self.unique_key = job.unique_key
+        self.cancel_requested = False
+        self.suspicions = 0
 
     @property
     def active(self) -> bool:
         return self.status in ("pending", "processing")
 
-    def give_back(self, beside: bool) -> None:
-        self.status, self.due, self.worker = "pending", 0, ""
+    def lose(self, beside: bool) -> None:
+        self.status = "pending"
+        self.due = 0
+        self.worker = ""
         if beside:
             self.attempts -= 1
             self.suspicions += 1
-        if self.asked:
+        if self.cancel_requested:
             self.status = "cancelled"
         elif self.attempts >= self.max_attempts:
             self.status = "failed"
@@ -58,14 +61,16 @@ class Known:
 
 
 class Worker:
-    """A worker process: what it believes to hold, and whether, in truth, it has been reaped."""
+    """A worker process: the jobs that it believes to hold, and whether it was reaped."""
 
     def __init__(self, id: str) -> None:
-        self.id, self.held, self.reaped = id, {}, False
+        self.id = id
+        self.held = {}
+        self.reaped = False
 
 
 class Machine(RuleBasedStateMachine):
-    """Rules are what can happen, one at a time; a transaction has no middle."""
+    """Each rule is one event. Events never overlap, because transactions are atomic."""
 
     jobs = Bundle("jobs")
     queue: Queue  # set by the test
@@ -81,13 +86,13 @@ class Machine(RuleBasedStateMachine):
         self.paused: set[str] = set()
 
     def _has(self, unique_key: str) -> list[str]:
-        """Who has that uniqueKey at the moment."""
+        """Return the ids of the unended jobs that have that uniqueKey."""
         return [
             id for id, known in self.model.items() if unique_key and known.unique_key == unique_key and known.active
         ]
 
     def _new(self, drafts: list[Job], jobs: list[Job]) -> Any:
-        """Take note of what a submit has returned: a draft, or the job that has its uniqueKey."""
+        """Record what a submit returned: each draft, or the job that has its uniqueKey."""
         made = []
         for draft, job in zip(drafts, jobs, strict=True):
             assert [job.id] == (self._has(draft.unique_key) or [draft.id])
@@ -156,7 +161,7 @@ class Machine(RuleBasedStateMachine):
             known.status = "cancelled"
         elif known.status == "processing":
             assert self.queue.cancel(id).cancelled
-            known.asked = True
+            known.cancel_requested = True
         else:
             with pytest.raises(WrongStatus):
                 self.queue.cancel(id)
@@ -166,7 +171,11 @@ class Machine(RuleBasedStateMachine):
         known = self.model[id]
         if known.status in ("failed", "cancelled") and not self._has(known.unique_key):
             assert self.queue.retry(id)
-            known.status, known.attempts, known.due, known.expires, known.asked = "pending", 0, 0, 0, False
+            known.status = "pending"
+            known.attempts = 0
+            known.due = 0
+            known.expires = 0
+            known.cancel_requested = False
         else:
             with pytest.raises(WrongStatus):
                 self.queue.retry(id)
@@ -188,7 +197,7 @@ class Machine(RuleBasedStateMachine):
     @precondition(lambda self: self.workers)
     @rule(data=st.data(), most=st.integers(1, 3))
     def adopt(self, data: st.DataObject, most: int) -> None:
-        """Start what was left in the list for being a suspect in company."""
+        """Start what was left in the list, such as a suspect beside other jobs."""
         worker = data.draw(st.sampled_from(self.workers))
         self._start(worker, self.queue.adopt(worker.id, worker.held)[:most])
 
@@ -214,8 +223,10 @@ class Machine(RuleBasedStateMachine):
             assert known.status == "pending"
             assert known.due <= self.queue.now()
             assert job.queue not in self.paused
-            known.expires = 0  # a job that was started once does not expire
-            known.status, known.attempts, known.worker = "processing", known.attempts + 1, worker.id
+            known.expires = 0  # a job that has started never expires
+            known.status = "processing"
+            known.attempts = known.attempts + 1
+            known.worker = worker.id
             assert job.attempts == known.attempts
             worker.held[job.id] = job
 
@@ -245,14 +256,17 @@ class Machine(RuleBasedStateMachine):
     def _settled(self, known: Known, job: Job, verb: str) -> None:
         known.worker = ""
         if verb == "complete":
-            known.status, known.asked = "completed", False
-        elif known.asked:
+            known.status = "completed"
+            known.cancel_requested = False
+        elif known.cancel_requested:
             known.status = "cancelled"
         elif verb == "release":
-            known.status, known.due = "pending", 0
+            known.status = "pending"
+            known.due = 0
             known.attempts -= 1
         elif verb == "fail" and known.attempts < known.max_attempts:
-            known.status, known.due = "pending", job.run_at
+            known.status = "pending"
+            known.due = job.run_at
             assert job.run_at > self.queue.now()
         else:
             known.status = "failed"
@@ -271,7 +285,7 @@ class Machine(RuleBasedStateMachine):
     @precondition(lambda self: self.workers)
     @rule(data=st.data())
     def oversleep(self, data: st.DataObject) -> None:
-        """Let a worker sleep past its lease. Whatever it does next, it does not know."""
+        """Let the lease of a worker expire without the worker noticing."""
         worker = data.draw(st.sampled_from(self.workers))
         if not worker.reaped and worker.id not in self.queue.lost_workers():
             lapse(self.queue, worker.id)
@@ -299,7 +313,7 @@ class Machine(RuleBasedStateMachine):
 
     @rule()
     def reap_everybody(self) -> None:
-        """Reap the living and the long dead as well: it does nothing to those, and it may be done twice."""
+        """Reap live workers, which changes nothing, and lost workers twice."""
         lost = self._lost()
         for worker in list(self.workers):
             if worker.id not in lost and not worker.reaped:
@@ -308,15 +322,15 @@ class Machine(RuleBasedStateMachine):
             self._reap(id)
 
     def _lost(self) -> list[str]:
-        """The workers without a lease, in an order that does not hang on their random names: so a failure can be replayed."""
+        """Return the workers without a lease by age, so that a failure can be replayed."""
         return sorted(self.queue.lost_workers(), key=self.names.index)
 
     def _reap(self, id: str) -> None:
-        given = self.queue.reap(id)
+        held = self.queue.reap(id)
         running = [known for known in self.model.values() if known.worker == id]
-        assert given >= len(running)  # what it had taken and not started is given back too
+        assert held >= len(running)  # it also held the jobs that it took and did not start
         for known in running:
-            known.give_back(beside=len(running) > 1)
+            known.lose(beside=len(running) > 1)
         for worker in self.workers:
             worker.reaped = worker.reaped or worker.id == id
 
@@ -326,7 +340,7 @@ class Machine(RuleBasedStateMachine):
 
     @rule()
     def promote_twice(self) -> None:
-        """Two processes promote at once: each due id is in its queue twice."""
+        """Promote as two processes do at the same moment: each due id is in its queue twice."""
         due = raw(self.queue).zrangebyscore(self.queue.keys.delayed, 0, self.queue.now(), withscores=True)
         assert self.queue.promote() == len(due)
         if due:
@@ -337,12 +351,12 @@ class Machine(RuleBasedStateMachine):
     def advance(self, seconds: int) -> None:
         self.queue.clock.ahead += seconds * 1000
 
-    # What must always be true
+    # Invariants
 
     @invariant()
-    def books(self) -> None:
+    def consistency(self) -> None:
         check_consistency(self.queue)
-        self.queue.clock.ahead += 1  # no two things happen in one millisecond, where random ids would order them
+        self.queue.clock.ahead += 1  # events of one millisecond would be ordered by random ids
 
     @invariant()
     def model_agrees(self) -> None:
@@ -350,10 +364,10 @@ class Machine(RuleBasedStateMachine):
             job = self.queue.get(id)
             assert (job.status, job.attempts, job.worker) == (known.status, known.attempts, known.worker)
             assert job.suspicions == known.suspicions
-            assert job.cancelled == known.asked
+            assert job.cancelled == known.cancel_requested
 
     def teardown(self) -> None:
-        """Everybody dies; one new worker must be able to end every job that has not ended."""
+        """All workers are lost. One new worker must be able to end every job that has not ended."""
         for id in self._lost() + [worker.id for worker in self.workers]:
             raw(self.queue).delete(self.queue.keys.lease(id))
             self._reap(id)
@@ -376,9 +390,11 @@ class Machine(RuleBasedStateMachine):
         check_consistency(self.queue)
 
 
-def test_machine(server: Server, queue: Queue, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_queue_agrees_with_the_model_in_any_order_of_events(
+    server: Server, queue: Queue, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(tinyqueue, "PAUSE_AGE", -1.0)  # a pause takes effect at once
-    monkeypatch.setattr(tinyqueue, "SUSPICIOUS", 1)  # else few would come so far
+    monkeypatch.setattr(tinyqueue, "SUSPICIOUS", 1)  # or few jobs would become suspects
     examples, steps = (40, 40) if not server.url else (15, 30)
     limits = settings(
         max_examples=examples,

@@ -1,4 +1,4 @@
-"""The protocol in every interleaving of small worlds; and without any one of its guards something goes wrong."""
+"""The protocol holds in every interleaving of small worlds, and fails without any of its guards."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from protocol_model import GUARDS, World, search
 @pytest.mark.parametrize(
     ("jobs", "workers", "pill"), [(1, 2, False), (1, 3, False), (2, 1, False), (2, 2, True), (3, 2, True)]
 )
-def test_protocol_is_right_in_every_interleaving(jobs: int, workers: int, pill: bool) -> None:
+def test_protocol_holds_in_every_interleaving(jobs: int, workers: int, pill: bool) -> None:
     states, why, path = search(World(jobs, workers, pill))
     assert not why, f"{why}: {path}"
-    assert states > 300, "it went nowhere"
+    assert states > 300, "the search visited too few states"
 
 
 @pytest.mark.parametrize("guard", GUARDS)
-def test_protocol_needs_each_of_its_guards(guard: str) -> None:
+def test_protocol_fails_without_any_of_its_guards(guard: str) -> None:
     pill = guard in ("beside", "alone")
     assert search(World(2, 1, pill, guard) if pill else World(1, 2, pill, guard))[1], GUARDS[guard]

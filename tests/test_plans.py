@@ -1,4 +1,4 @@
-"""Redis as it is sold: few connections, idle ones closed, TLS with a certificate of one's own, and users who may do little."""
+"""Redis as hosts offer it: few connections, idle time-outs, own certificates, ACL users."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def folder(tmp_path: Path) -> Path:
 
 @contextmanager
 def working(folder: Path, url: str, *options: str, **environ: str) -> Iterator[Path]:
-    """Run a worker until the block ends, and it must end well. Yields the file that its log goes to."""
+    """Run a worker until the block ends, and check its exit code. Yields the path of its log."""
     log = folder / "worker.log"
     environ = {"PATH": os.environ["PATH"], "PYTHONPATH": str(folder), "REDIS_URL": url} | environ
     with log.open("wb") as stderr:
@@ -93,7 +93,7 @@ def post(web: Process, payload: int) -> tuple[int, Any]:
 
 
 def clients(queue: Queue) -> set[str]:
-    """The connections that Redis has but for the one that asks."""
+    """Return the ids of all connections of Redis, except the one that asks."""
     client = raw(queue)
     own = client.client_id()
     return {about["id"] for about in client.client_list() if about["id"] != str(own)}
@@ -106,16 +106,18 @@ def complaints(log: Path) -> list[str]:
 # Few connections ------------------------------------------------------------------------------------------------------
 
 
-def test_a_plan_of_20_connections_carries_web_and_worker(
+def test_web_and_worker_need_no_more_than_20_connections(
     start_redis: Callable[..., RedisServer], queue_at: Any, folder: Path
 ) -> None:
     server = start_redis("--maxclients", "20")
     queue = queue_at(server.url)
-    settings, most, over = Settings(worker_concurrency=10), [0], threading.Event()
+    settings = Settings(worker_concurrency=10)
+    highest = [0]
+    over = threading.Event()
 
     def watch() -> None:
         while not over.is_set():
-            most[0] = max(most[0], raw(queue).info("clients")["connected_clients"])
+            highest[0] = max(highest[0], raw(queue).info("clients")["connected_clients"])
 
     with running(folder, REDIS_URL=server.url) as web, working(folder, server.url, "--concurrency", "10") as log:
         with ThreadPoolExecutor(51) as pool:
@@ -126,24 +128,24 @@ def test_a_plan_of_20_connections_carries_web_and_worker(
         assert {status for status, _ in answers} == {201}
         until(lambda: queue.stats()["completed"] == 1000)
         assert (complaints(web.log), complaints(log)) == ([], [])
-    assert most[0] - 1 <= settings.web_connections + settings.worker_connections <= 19
+    assert highest[0] - 1 <= settings.web_connections + settings.worker_connections <= 19
     assert raw(queue).info("stats")["rejected_connections"] == 0
 
 
-def test_processes_say_how_many_connections_they_may_open(
+def test_processes_log_how_many_connections_they_may_open(
     start_redis: Callable[..., RedisServer], folder: Path
 ) -> None:
-    url, settings = start_redis().url, Settings(worker_concurrency=2)
+    url = start_redis().url
+    settings = Settings(worker_concurrency=2)
     with running(folder, REDIS_URL=url) as web, working(folder, url, "--concurrency", "2") as log:
         assert f"up to {settings.web_connections} connections" in web.log.read_text()
         assert f"up to {settings.worker_connections} connections" in log.read_text()
 
 
-def test_connections_that_are_refused_lose_nothing(
-    start_redis: Callable[..., RedisServer], folder: Path, queue_at: Any
-) -> None:
+def test_refused_connections_lose_no_job(start_redis: Callable[..., RedisServer], folder: Path, queue_at: Any) -> None:
     server = start_redis()
-    admin, job = redis.Redis(port=server.port), queue_at(server.url).enqueue("gate", "a")
+    admin = redis.Redis(port=server.port)
+    job = queue_at(server.url).enqueue("gate", "a")
     with running(folder, REDIS_URL=server.url) as web, working(folder, server.url) as log:
         until((folder / "a.begun").exists)
         admin.config_set("maxclients", 1)
@@ -166,7 +168,7 @@ def test_connections_that_are_refused_lose_nothing(
 # Idle connections -----------------------------------------------------------------------------------------------------
 
 
-def test_idle_connections_that_redis_closes_are_replaced_quietly(
+def test_idle_connections_closed_by_redis_are_replaced_quietly(
     start_redis: Callable[..., RedisServer], queue_at: Any, folder: Path
 ) -> None:
     server = start_redis("--timeout", "1")
@@ -194,10 +196,10 @@ TRUSTED = {
 
 @pytest.fixture(scope="module")
 def authority(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the certificate of an authority that nobody knows, and a key with the certificate that it gave to 127.0.0.1."""
+    """A folder with the certificate of an unknown authority, and that of 127.0.0.1 with its key."""
     folder = tmp_path_factory.mktemp("tls")
     new = "openssl req -x509 -newkey rsa:2048 -nodes -subj /CN={} -keyout {}.key -out {}.pem "
-    issuer = "-addext keyUsage=critical,keyCertSign,cRLSign"  # without which Python 3.13 takes it for none
+    issuer = "-addext keyUsage=critical,keyCertSign,cRLSign"  # which Python 3.13 requires
     chain = "-CA ca.pem -CAkey ca.key -addext subjectAltName=IP:127.0.0.1 -addext basicConstraints=critical,CA:FALSE"
     try:
         for line in (new.format("authority", "ca", "ca") + issuer, new.format("redis", "redis", "redis") + chain):
@@ -225,15 +227,15 @@ def test_tls_serves_web_worker_and_commands(encrypted: str, authority: Path, fol
         status, answer = post(web, 7)
         assert status == 201
         until(lambda: '"completed"' in command(folder, url, "get", "--json", answer["jobId"], **environ).stdout)
-        told = [said.count("TINYQUEUE_TLS_VERIFY=0") for said in (web.log.read_text(), log.read_text())]
-    assert told == [len(environ)] * 2  # said once, and only where it was set
+        warnings = [text.count("TINYQUEUE_TLS_VERIFY=0") for text in (web.log.read_text(), log.read_text())]
+    assert warnings == [len(environ)] * 2  # once in each log, and only if it is set
     examined = command(folder, url, "doctor", **environ)
     assert examined.returncode == 0
     level, seen = ("ok", "verified") if "ca_certs" in query else ("warn", "not verified")
     assert f"{level:<5} transport     TLS, certificate {seen}" in examined.stdout
 
 
-def test_tls_with_an_unknown_authority_fails_and_names_the_switch(encrypted: str, folder: Path) -> None:
+def test_tls_with_an_unknown_authority_fails_and_names_the_setting(encrypted: str, folder: Path) -> None:
     failed = command(folder, encrypted, "stats")
     assert failed.returncode == 1
     [line] = failed.stderr.splitlines()
@@ -249,24 +251,22 @@ def test_tls_with_an_unknown_authority_fails_and_names_the_switch(encrypted: str
     assert command(folder, encrypted, "doctor").returncode == 1
 
 
-def test_tls_for_another_host_than_the_certificate_names_is_refused(
-    encrypted: str, authority: Path, folder: Path
-) -> None:
+def test_tls_refuses_a_host_that_the_certificate_does_not_name(encrypted: str, authority: Path, folder: Path) -> None:
     url = encrypted.replace("127.0.0.1", "localhost") + f"?ssl_ca_certs={authority / 'ca.pem'}"
     failed = command(folder, url, "stats")
     assert failed.returncode == 1
     assert "TINYQUEUE_TLS_VERIFY=0" in failed.stderr
 
 
-def test_tls_that_the_url_does_not_ask_for_is_guessed_by_doctor(encrypted: str, folder: Path) -> None:
+def test_doctor_suggests_rediss_for_a_tls_server(encrypted: str, folder: Path) -> None:
     examined = command(folder, encrypted.replace("rediss:", "redis:"), "doctor")
     assert examined.returncode == 1
     assert "whether it needs rediss://" in examined.stdout
 
 
-# Users who may do little ----------------------------------------------------------------------------------------------
+# Users with few permissions -------------------------------------------------------------------------------------------
 
-SINCE = {  # in which version of Redis each command came that the queue uses
+SINCE = {  # the version of Redis that introduced each command the queue uses
     "1.0.0": "DEL EXISTS EXPIRE GET INCR INFO LINDEX LLEN LPUSH LRANGE LREM LTRIM MGET RPUSH SADD SET SMEMBERS SREM",
     "1.0.1": "MSET MSETNX",
     "1.0.5": "ZRANGEBYSCORE",
@@ -281,14 +281,14 @@ USED = {name: since for since, names in SINCE.items() for name in names.split()}
 
 
 def granted() -> list[str]:
-    """The rules of the one line of docs/deploy.md that makes a user."""
+    """Return the ACL rules in docs/deploy.md."""
     [line] = re.findall(r"^ *ACL SETUSER tinyqueue (.+)$", DEPLOY.read_text(), re.M)
     return str(line).split()
 
 
 @pytest.fixture
 def admin(start_redis: Callable[..., RedisServer]) -> Iterator[redis.Redis]:
-    """A client that may do everything, on a server of its own where the documented user is known."""
+    """A client that may do everything, on a server of its own that has the documented user."""
     client = redis.Redis(port=start_redis().port, protocol=2)
     client.execute_command("ACL", "SETUSER", "tinyqueue", *granted())
     yield client
@@ -301,10 +301,11 @@ def url_of(admin: redis.Redis) -> str:
 
 
 class Noted:
-    """A queue that notes which of its verbs were asked for."""
+    """A queue that records the names of the verbs that are called."""
 
     def __init__(self, queue: Queue) -> None:
-        self.queue, self.names = queue, set[str]()
+        self.queue = queue
+        self.names = set[str]()
 
     def __getattr__(self, name: str) -> Any:
         self.names.add(name)
@@ -319,7 +320,7 @@ VERBS = {
 
 
 def play(queue: Any) -> None:
-    """Do with a queue all that can be done, each verb in the cases in which it writes something else."""
+    """Call every verb of a queue, in each of the cases in which it writes something else."""
     queue.enqueue("echo", 0, max_attempts=1)
     queue.enqueue_many("echo", [1, 2, 3, 4], max_attempts=1)
     queue.submit([queue.draft("echo", 5, unique_key="u", delay=60)], once := Once("k", "f"))
@@ -368,7 +369,7 @@ def play(queue: Any) -> None:
 
 
 def test_documented_user_may_do_all_that_the_queue_does(admin: redis.Redis, queue_at: Any, folder: Path) -> None:
-    """And every command that is granted is needed: Redis has counted those that docs/deploy.md and doctor list."""
+    """Nor has it more permissions than needed: Redis counts the commands that are used."""
     url = url_of(admin)
     admin.config_resetstat()
     short = Noted(queue_at(url))
@@ -379,7 +380,7 @@ def test_documented_user_may_do_all_that_the_queue_does(admin: redis.Redis, queu
         "forget",
         "running",
         "count_unended",
-    }  # the last three are parts of others
+    }  # the last three are called by other verbs
     short.trim()
     with pytest.raises(NotReplicated):
         queue_at(url, min_replicas=1).enqueue("echo", 8)
@@ -396,8 +397,8 @@ def test_documented_user_may_do_all_that_the_queue_does(admin: redis.Redis, queu
         name.removeprefix("cmdstat_").upper() for name, stats in admin.info("commandstats").items() if stats["calls"]
     }
     refused = {name for name, stats in admin.info("commandstats").items() if stats.get("rejected_calls")}
-    own = {"AUTH", "CONFIG|RESETSTAT"}  # what anybody may send, and what this test has sent itself
-    assert refused <= {"cmdstat_client|setinfo", "cmdstat_cluster|slots"}  # which are tried, and do without
+    own = {"AUTH", "CONFIG|RESETSTAT"}  # what every user may send, and what this test sends
+    assert refused <= {"cmdstat_client|setinfo", "cmdstat_cluster|slots"}  # both are optional
     assert used - own == set(USED)
     assert {rule[1:].upper() for rule in granted() if rule.startswith("+")} == set(USED)
     assert {name for names in COMMANDS.values() for name in names.split()} == set(USED)
@@ -419,7 +420,7 @@ def test_documented_user_may_touch_no_other_key(admin: redis.Redis, queue_at: An
             client.execute_command(*words.split())
 
 
-def test_submit_that_may_not_ask_for_replicas_tells_that_the_job_is_stored(admin: redis.Redis, queue_at: Any) -> None:
+def test_submit_without_permission_to_wait_raises_not_replicated(admin: redis.Redis, queue_at: Any) -> None:
     admin.execute_command("ACL", "SETUSER", "tinyqueue", "-wait")
     queue = queue_at(url_of(admin), min_replicas=1)
     with pytest.raises(NotReplicated) as caught:
@@ -433,7 +434,7 @@ def test_documented_user_satisfies_doctor(admin: redis.Redis, queue_at: Any) -> 
     assert [finding.about for finding in found if finding.level != "ok"] == ["persistence", "workers"]
 
 
-def test_commands_are_in_the_oldest_redis_that_will_do(admin: redis.Redis) -> None:
+def test_commands_exist_in_the_oldest_supported_redis(admin: redis.Redis) -> None:
     def number(version: str) -> tuple[int, ...]:
         return tuple(map(int, version.split(".")))
 
@@ -442,9 +443,9 @@ def test_commands_are_in_the_oldest_redis_that_will_do(admin: redis.Redis) -> No
     assert f"TinyQueue needs Redis {oldest} or newer" in DEPLOY.read_text()
     assert f"Use Redis {oldest} or newer" in README.read_text()
     if number(admin.info("server")["redis_version"]) < (7,):
-        pytest.skip("this Redis does not know in which version its commands came")
+        pytest.skip("this Redis has no COMMAND DOCS")
     docs = iter(admin.execute_command("COMMAND DOCS", *USED))
-    told = {
+    versions = {
         name.decode().upper(): about[about.index(b"since") + 1].decode() for name, about in zip(docs, docs, strict=True)
     }
-    assert told == USED
+    assert versions == USED

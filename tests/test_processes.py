@@ -453,7 +453,7 @@ def test_start_before_redis_waits_for_it(durable: RedisServer, start: Any, queue
 def test_serve_embedded_runs_jobs_and_warns_that_none_are_persisted(serve: Any) -> None:
     web = serve()
     assert web.submit_and_wait()["result"] == 7
-    assert "NOTHING IS KEPT" in web.output
+    assert "JOBS ARE NOT PERSISTED" in web.output
     assert web.end(SIGINT, timeout=10) == 0
 
 
@@ -498,7 +498,7 @@ def test_serve_with_two_processes_replaces_one_that_dies(near: Queue, real: Serv
     first = until(lambda: len(web.children) == 2 and web.children)
     os.kill(min(first), SIGKILL)
     assert web.call("GET", "/ready")[0] == 200
-    web.until_output("it is replaced")
+    web.until_output("; replacing it")
     second = until(lambda: len(web.children) == 2 and web.children)
     assert len(first & second) == 1
     assert web.end(SIGTERM) == 0
@@ -608,12 +608,12 @@ def test_start_with_the_procfile_runs_both_processes(near: Queue, real: Server, 
 def test_reload_restarts_when_the_code_changes(serve: Any, folder: Path) -> None:
     port = free_port()
     web = serve("--reload", PORT=str(port))
-    web.until_output("NOTHING IS KEPT")
+    web.until_output("JOBS ARE NOT PERSISTED")
     handlers = folder / "handlers.py"
 
     def restarted() -> bool:  # writes each time, because a change before the first check is not noticed
         handlers.write_text(HANDLERS.replace("return payload", "return payload + 1"))
-        return web.output.count("NOTHING IS KEPT") > 1
+        return web.output.count("JOBS ARE NOT PERSISTED") > 1
 
     until(restarted)
     assert web.submit_and_wait()["result"] == 8

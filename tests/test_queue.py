@@ -1,7 +1,8 @@
-"""The verbs of the queue, each in its circumstances, on the embedded and on a real server.
+"""The verbs of the queue in all circumstances, on the embedded server and on a real one.
 
-In the order of tinyqueue.py: settings, enqueue, dequeue, settle, cancel and retry, upkeep, reading; then what Redis and the network
-can do to them. Which verb is for which status is in test_matrix.py.
+The order is that of tinyqueue.py: settings, enqueue, dequeue, settle, cancel and retry, upkeep,
+reading. Then come the failures of Redis and of the network. test_matrix.py tests which verb is
+allowed in which status.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ def ids(jobs: list[Job]) -> list[str]:
 
 
 def nested(depth: int) -> list[Any]:
-    """An array of that depth."""
+    """Return an array of that depth."""
     value: list[Any] = []
     for _ in range(depth - 1):
         value = [value]
@@ -69,11 +70,11 @@ def worker(queue: Queue) -> str:
 # Settings -------------------------------------------------------------------------------------------------------------
 
 
-def test_settings_without_any_are_the_defaults() -> None:
+def test_read_settings_of_an_empty_environment_returns_the_defaults() -> None:
     assert Settings.read({}) == Settings()
 
 
-def test_settings_come_from_the_environment() -> None:
+def test_read_settings_from_the_environment() -> None:
     environ = {
         "REDIS_URL": "redis://h",
         "PORT": "5005",
@@ -84,11 +85,11 @@ def test_settings_come_from_the_environment() -> None:
     assert Settings.read(environ) == Settings(redis_url="redis://h", port=5005, lease=9, tls_verify=False)
 
 
-def test_settings_that_are_empty_count_as_unset() -> None:
+def test_read_settings_treats_an_empty_variable_as_unset() -> None:
     assert Settings.read({"PORT": "", "REDIS_URL": "", "TINYQUEUE_LEASE": ""}) == Settings()
 
 
-def test_settings_in_dotenv_give_way_to_the_environment_and_both_to_overrides(
+def test_read_settings_prefers_overrides_then_the_environment_then_dotenv(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / ".env").write_text("PORT=1\nHOST=dotenv\nTINYQUEUE_LEASE=11\n")
@@ -125,14 +126,14 @@ def test_settings_in_dotenv_give_way_to_the_environment_and_both_to_overrides(
         ({"RAILWAY_SERVICE_ID": "1", "REDIS_URL": ""}, "REDIS_URL is required here (RAILWAY_SERVICE_ID is set)"),
     ],
 )
-def test_settings_refused(environ: dict[str, str], said: str) -> None:
+def test_read_settings_refuses_an_invalid_value(environ: dict[str, str], said: str) -> None:
     with pytest.raises(SettingsError) as caught:
         Settings.read(environ)
     assert said in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
-def test_settings_with_redis_url_are_fine_on_a_platform() -> None:
+def test_read_settings_accepts_a_platform_with_redis_url() -> None:
     assert Settings.read({"DYNO": "web.1", "REDIS_URL": "redis://h"}).redis_url == "redis://h"
 
 
@@ -175,26 +176,26 @@ def test_connect_opens_nothing() -> None:
     connect(f"redis://127.0.0.1:{free_port()}/0")
 
 
-def test_open_queue_without_redis_url_is_embedded() -> None:
+def test_open_queue_without_redis_url_makes_an_embedded_queue() -> None:
     queue = open_queue(Settings(namespace="mine", lease=7))
     job = queue.enqueue("echo", {})
     assert (queue.keys.job(job.id), queue.lease_ms) == ("{mine}:job:" + job.id, 7000)
     assert queue.get(job.id) == job
 
 
-def test_open_queue_with_redis_url_connects_there(real: Server) -> None:
+def test_open_queue_with_redis_url_connects_to_it(real: Server) -> None:
     job = real.queue().enqueue("echo", {})
     queue = open_queue(Settings(redis_url=real.url))
     assert queue.get(job.id) == job
     queue.pool.disconnect()
 
 
-def test_namespace_that_could_spell_another_is_refused(server: Server) -> None:
+def test_make_queue_refuses_a_namespace_that_could_spell_another_key(server: Server) -> None:
     with pytest.raises(InvalidJob):
         server.queue(namespace="a}:b")
 
 
-def test_namespaces_share_nothing(server: Server, queue: Queue) -> None:
+def test_queues_of_two_namespaces_share_nothing(server: Server, queue: Queue) -> None:
     other = server.queue(namespace="other")
     job = queue.enqueue("echo", {})
     assert other.get(job.id) is None
@@ -224,16 +225,16 @@ def test_enqueue_stores_every_option(queue: Queue) -> None:
 
 
 @pytest.mark.parametrize("name", ["a", "A-Z_0.9", "x" * 100])
-def test_enqueue_takes_names_of_its_alphabet(queue: Queue, name: str) -> None:
+def test_enqueue_accepts_a_valid_name(queue: Queue, name: str) -> None:
     job = queue.enqueue(name, {}, queue=name)
     assert queue.get(job.id).queue == queue.get(job.id).type == name
 
 
 @pytest.mark.parametrize("name", ["", "a b", "x" * 101, "ä", "a:b", "{a}", "a\n", "\ud800", 5, None, b"a"])
 @pytest.mark.parametrize("field", ["type", "queue"])
-def test_enqueue_refuses_a_name(queue: Queue, field: str, name: Any) -> None:
+def test_enqueue_refuses_an_invalid_name(queue: Queue, field: str, name: Any) -> None:
     if field == "queue" and name is None:
-        name = ["default"]  # None is the default
+        name = ["default"]  # because None means the default
     options = {"type": "echo", "payload": {}} | {field: name}
     with pytest.raises(InvalidJob) as caught:
         queue.enqueue(**options)
@@ -255,7 +256,7 @@ def test_enqueue_refuses_a_name(queue: Queue, field: str, name: Any) -> None:
         ("delay", {"delay": 1, "run_at": 1}),
     ],
 )
-def test_enqueue_refuses_an_option(queue: Queue, field: str, options: dict[str, Any]) -> None:
+def test_enqueue_refuses_an_invalid_option(queue: Queue, field: str, options: dict[str, Any]) -> None:
     with pytest.raises(InvalidJob) as caught:
         queue.enqueue("echo", {}, **options)
     assert caught.value.field == field
@@ -282,7 +283,7 @@ CIRCLE.append(CIRCLE)
     ],
     ids=["nan", "inf", "minus-inf", "big", "surrogate", "surrogate-name", "object", "deep", "circle"],
 )
-def test_enqueue_refuses_a_payload(queue: Queue, payload: Any) -> None:
+def test_enqueue_refuses_a_payload_that_is_not_json(queue: Queue, payload: Any) -> None:
     with pytest.raises(InvalidJob) as caught:
         queue.enqueue("echo", payload)
     assert caught.value.field == "payload"
@@ -305,12 +306,12 @@ def test_enqueue_keeps_any_json(payload: Any) -> None:
     assert EMBEDDED.get(EMBEDDED.enqueue("echo", payload).id).payload == payload
 
 
-def test_enqueue_keeps_a_payload_of_the_greatest_depth(queue: Queue) -> None:
+def test_enqueue_keeps_a_payload_of_the_maximum_depth(queue: Queue) -> None:
     assert queue.get(queue.enqueue("echo", nested(100)).id).payload == nested(100)
 
 
 @pytest.mark.parametrize("form", ["milliseconds", "datetime", "text"])
-def test_enqueue_takes_run_at_in_three_forms(queue: Queue, form: str) -> None:
+def test_enqueue_accepts_run_at_in_three_forms(queue: Queue, form: str) -> None:
     at = (queue.now() // 1000 + 3600) * 1000
     moment = datetime.fromtimestamp(at / 1000, UTC)
     forms = {"milliseconds": at, "datetime": moment, "text": moment.isoformat()}
@@ -318,7 +319,7 @@ def test_enqueue_takes_run_at_in_three_forms(queue: Queue, form: str) -> None:
 
 
 @pytest.mark.parametrize("options", [{"run_at": 5}, {"run_at": -5}, {"run_at": "1990-01-01T00:00:00Z"}, {"delay": 0}])
-def test_enqueue_for_the_past_is_for_now(queue: Queue, worker: str, options: dict[str, Any]) -> None:
+def test_enqueue_with_a_past_run_at_makes_the_job_due_now(queue: Queue, worker: str, options: dict[str, Any]) -> None:
     job = queue.enqueue("echo", {}, **options)
     assert job.run_at == 0
     assert ids(queue.dequeue(worker, DEFAULT)) == [job.id]
@@ -336,20 +337,20 @@ def test_enqueue_many_stores_none_if_one_is_wrong(queue: Queue) -> None:
     assert dump(queue) == {}
 
 
-def test_enqueue_many_takes_a_thousand(queue: Queue) -> None:
+def test_enqueue_many_accepts_a_thousand_jobs(queue: Queue) -> None:
     assert len(queue.enqueue_many("echo", range(1000))) == 1000
     assert queue.stats()["pending"] == queue.waiting(DEFAULT) == 1000
-    queue.enqueue("echo", {})  # one more ring of the bell, which the books limit
+    queue.enqueue("echo", {})  # one more token for the bell, whose number check_consistency limits
 
 
-def test_enqueue_many_refuses_more_than_a_thousand(queue: Queue) -> None:
+def test_enqueue_many_refuses_more_than_a_thousand_jobs(queue: Queue) -> None:
     with pytest.raises(InvalidJob) as caught:
         queue.enqueue_many("echo", range(1001))
     assert caught.value.field == "jobs"
     assert dump(queue) == {}
 
 
-def test_enqueue_many_of_none_does_nothing(queue: Queue) -> None:
+def test_enqueue_many_of_no_payloads_does_nothing(queue: Queue) -> None:
     assert queue.enqueue_many("echo", []) == []
     assert dump(queue) == {}
 
@@ -374,31 +375,31 @@ def test_dequeue_starts_an_attempt(queue: Queue, worker: str) -> None:
     assert queue.get(job.id) == started
 
 
-def test_dequeue_finds_nothing(queue: Queue, worker: str) -> None:
+def test_dequeue_from_empty_queues_returns_nothing(queue: Queue, worker: str) -> None:
     before = dump(queue)
     assert queue.dequeue(worker, ["default", "other"], 5) == []
     assert dump(queue) == before
 
 
-def test_dequeue_is_first_in_first_out(queue: Queue, worker: str) -> None:
+def test_dequeue_starts_jobs_first_in_first_out(queue: Queue, worker: str) -> None:
     jobs = [queue.enqueue("echo", n) for n in range(5)]
     assert ids(queue.dequeue(worker, DEFAULT, 2) + queue.dequeue(worker, DEFAULT, 9)) == ids(jobs)
 
 
-def test_dequeue_keeps_to_the_order_of_queues(queue: Queue, worker: str) -> None:
+def test_dequeue_empties_the_first_queue_first(queue: Queue, worker: str) -> None:
     low = queue.enqueue_many("echo", [1, 2], queue="low")
     high = queue.enqueue_many("echo", [3, 4], queue="high")
     assert ids(queue.dequeue(worker, ["high", "low"], 3)) == ids([*high, low[0]])
 
 
-def test_dequeue_drops_what_was_cancelled(queue: Queue, worker: str) -> None:
+def test_dequeue_drops_the_id_of_a_cancelled_job(queue: Queue, worker: str) -> None:
     cancelled, job = queue.enqueue_many("echo", [1, 2])
     queue.cancel(cancelled.id)
     assert ids(queue.dequeue(worker, DEFAULT, 2)) == [job.id]
     assert queue.adopt(worker, [job.id]) == []
 
 
-def test_dequeue_starts_an_id_that_is_listed_twice_once(queue: Queue, worker: str) -> None:
+def test_dequeue_starts_a_job_once_though_its_id_is_listed_twice(queue: Queue, worker: str) -> None:
     job = queue.enqueue("echo", {})
     raw(queue).lpush(queue.keys.jobs("default"), job.id)
     assert ids(queue.dequeue(worker, DEFAULT, 2)) == [job.id]
@@ -406,14 +407,14 @@ def test_dequeue_starts_an_id_that_is_listed_twice_once(queue: Queue, worker: st
 
 
 @pytest.mark.parametrize("same", [True, False], ids=["by-the-same-worker", "by-another"])
-def test_dequeue_drops_an_id_whose_job_runs(queue: Queue, worker: str, same: bool) -> None:
+def test_dequeue_drops_the_id_of_a_running_job(queue: Queue, worker: str, same: bool) -> None:
     job = put(queue, "processing")
     raw(queue).lpush(queue.keys.jobs("default"), job.id)
     assert queue.dequeue(job.worker if same else worker, DEFAULT) == []
     assert raw(queue).lrange(queue.keys.proc(job.worker), 0, -1) == [job.id.encode()]
 
 
-def test_dequeue_shares_jobs_between_workers(queue: Queue) -> None:
+def test_dequeue_gives_each_job_to_one_of_several_workers(queue: Queue) -> None:
     jobs = queue.enqueue_many("echo", range(100))
 
     def drain(worker: str) -> list[str]:
@@ -424,7 +425,7 @@ def test_dequeue_shares_jobs_between_workers(queue: Queue) -> None:
     assert sorted(id for share in shares for id in share) == sorted(ids(jobs))
 
 
-def test_dequeue_by_a_worker_that_is_not_registered_loses_nothing(queue: Queue, worker: str) -> None:
+def test_dequeue_by_an_unregistered_worker_loses_no_job(queue: Queue, worker: str) -> None:
     job = queue.enqueue("echo", {})
     with pytest.raises(Reaped):
         queue.dequeue("nobody", DEFAULT)
@@ -433,31 +434,31 @@ def test_dequeue_by_a_worker_that_is_not_registered_loses_nothing(queue: Queue, 
     assert ids(queue.dequeue(worker, DEFAULT)) == [job.id]
 
 
-def test_wait_ends_when_a_job_comes(queue: Queue) -> None:
+def test_wait_returns_when_a_job_is_enqueued(queue: Queue) -> None:
     with ThreadPoolExecutor(1) as pool:
         waiting = pool.submit(queue.wait, ["other", "default"], 3.5)
         queue.enqueue("echo", {})
         assert waiting.result(10)
 
 
-def test_wait_ends_when_the_time_is_up(queue: Queue) -> None:
+def test_wait_returns_when_time_is_up(queue: Queue) -> None:
     assert not queue.wait(DEFAULT, 0.01)
 
 
-def test_wait_takes_no_work(queue: Queue, worker: str) -> None:
+def test_wait_takes_no_job(queue: Queue, worker: str) -> None:
     job = queue.enqueue("echo", {})
     assert queue.wait(DEFAULT)
     assert not queue.wait(DEFAULT, 0.01)
     assert ids(queue.dequeue(worker, DEFAULT)) == [job.id]
 
 
-def test_waiting_counts_entries(queue: Queue) -> None:
+def test_waiting_counts_the_entries_of_the_named_queues(queue: Queue) -> None:
     queue.enqueue_many("echo", [1, 2])
     queue.enqueue("echo", 3, queue="other")
     assert (queue.waiting(["default", "other"]), queue.waiting(["other", "none"])) == (3, 1)
 
 
-def test_adopt_finds_what_was_taken_and_forgotten(queue: Queue, worker: str) -> None:
+def test_adopt_returns_ids_whose_take_lost_its_reply(queue: Queue, worker: str) -> None:
     job = put(queue, "processing")
     forgotten = queue.enqueue("echo", {})
     taken = queue.take(job.worker, DEFAULT, 5)
@@ -465,7 +466,7 @@ def test_adopt_finds_what_was_taken_and_forgotten(queue: Queue, worker: str) -> 
     assert ids(queue.start(job.worker, taken, {job.id: 1})) == [forgotten.id]
 
 
-def test_adopt_finds_what_was_started_and_forgotten(queue: Queue) -> None:
+def test_adopt_returns_jobs_whose_start_lost_its_reply(queue: Queue) -> None:
     job = put(queue, "processing")
     assert queue.start(job.worker, queue.adopt(job.worker, []), {}) == [job]
 
@@ -484,7 +485,7 @@ def test_complete_stores_the_result(queue: Queue, result: Any) -> None:
     assert stored.answer()["result"] == result
 
 
-def test_complete_forgets_the_error_of_an_earlier_attempt(queue: Queue, worker: str) -> None:
+def test_complete_removes_the_error_of_an_earlier_attempt(queue: Queue, worker: str) -> None:
     queue.fail(put(queue, "processing"), BOOM, 0)
     queue.clock.ahead += 1
     queue.promote()
@@ -494,7 +495,7 @@ def test_complete_forgets_the_error_of_an_earlier_attempt(queue: Queue, worker: 
     assert queue.get(job.id).error is None
 
 
-def test_complete_twice_is_refused(queue: Queue) -> None:
+def test_complete_a_second_time_raises_reaped(queue: Queue) -> None:
     job = put(queue, "processing")
     queue.complete(job)
     before = dump(queue)
@@ -503,7 +504,7 @@ def test_complete_twice_is_refused(queue: Queue) -> None:
     assert dump(queue) == before
 
 
-def test_fail_waits_for_the_backoff(queue: Queue, worker: str) -> None:
+def test_fail_delays_the_next_attempt_by_the_backoff(queue: Queue, worker: str) -> None:
     job = put(queue, "processing")
     queue.fail(job, BOOM, 10)
     stored = queue.get(job.id)
@@ -517,7 +518,7 @@ def test_fail_waits_for_the_backoff(queue: Queue, worker: str) -> None:
 
 
 @pytest.mark.parametrize(("most", "after"), [(1, 10), (1, None), (3, None)])
-def test_fail_without_another_attempt_is_final(queue: Queue, most: int, after: float | None) -> None:
+def test_fail_without_another_attempt_ends_the_job(queue: Queue, most: int, after: float | None) -> None:
     job = put(queue, "processing", max_attempts=most)
     queue.fail(job, BOOM, after)
     stored = queue.get(job.id)
@@ -525,7 +526,7 @@ def test_fail_without_another_attempt_is_final(queue: Queue, most: int, after: f
     assert stored.ended_at >= job.started_at
 
 
-def test_fail_stores_message_and_traceback_cut_to_size(queue: Queue) -> None:
+def test_fail_shortens_message_and_traceback(queue: Queue) -> None:
     job = put(queue, "processing")
     queue.fail(job, Failure.of(ValueError("m" * 999 + "xy"), "ab" + "t" * 3999), None)
     assert queue.get(job.id).error == Failure("ValueError", "m" * 999 + "x", "b" + "t" * 3999)
@@ -539,14 +540,14 @@ class Mute(Exception):
 @pytest.mark.parametrize(
     ("error", "message"), [(ValueError("a\ud800"), "a\\ud800"), (Mute(), "(its text raised KeyError)")]
 )
-def test_fail_stores_an_error_whatever_its_text(queue: Queue, error: Exception, message: str) -> None:
+def test_fail_stores_an_error_whose_text_is_not_json_or_raises(queue: Queue, error: Exception, message: str) -> None:
     queue.fail(job := put(queue, "processing"), Failure.of(error))
     assert queue.get(job.id).error == Failure(type(error).__name__, message)
 
 
 @given(st.integers(1, 6) | st.integers(1, 200), st.floats(0.001, 100), st.floats(100, 10_000))
 @settings(derandomize=True, database=None)
-def test_backoff_doubles_with_jitter_up_to_its_cap(attempts: int, base: float, cap: float) -> None:
+def test_backoff_doubles_with_jitter_up_to_the_cap(attempts: int, base: float, cap: float) -> None:
     plain = base * 2.0 ** (attempts - 1)
     waits = [backoff(attempts, base, cap) for _ in range(20)]
     assert min(cap, plain) <= min(waits)
@@ -561,7 +562,7 @@ def test_release_refunds_the_attempt(queue: Queue, worker: str) -> None:
     assert queue.dequeue(worker, DEFAULT)[0].attempts == 1
 
 
-def test_release_goes_to_the_head_of_its_queue(queue: Queue, worker: str) -> None:
+def test_release_requeues_the_job_at_the_head(queue: Queue, worker: str) -> None:
     job = put(queue, "processing")
     later = queue.enqueue("echo", {})
     queue.release(job)
@@ -574,7 +575,7 @@ def test_release_of_several_keeps_their_order(queue: Queue, worker: str) -> None
     assert ids(queue.dequeue(worker, DEFAULT, 3)) == ids(jobs)
 
 
-def test_release_refunds_ten_times_at_most(queue: Queue, worker: str) -> None:
+def test_release_refunds_an_attempt_up_to_ten_times(queue: Queue, worker: str) -> None:
     queue.release(job := put(queue, "processing", max_attempts=2))
     for _ in range(9):
         queue.release(queue.dequeue(worker, DEFAULT)[0])
@@ -586,25 +587,26 @@ def test_release_refunds_ten_times_at_most(queue: Queue, worker: str) -> None:
     assert (stored.status, stored.error) == ("failed", Failure("WorkerLost", "released too often (attempt 2/2)"))
 
 
-def test_settle_writes_a_mixed_batch(queue: Queue, worker: str) -> None:
+def test_settle_writes_different_outcomes_in_one_batch(queue: Queue, worker: str) -> None:
     queue.enqueue_many("echo", range(4))
     a, b, c, d = queue.dequeue(worker, DEFAULT, 4)
     batch = [Outcome(a, "complete", 7), Outcome(b, "fail", error=BOOM), Outcome(c, "fail", error=BOOM, after=5)]
     queue.settle(worker, [*batch, Outcome(d, "release")])
     assert [queue.get(job.id).status for job in (a, b, c, d)] == ["completed", "failed", "pending", "pending"]
     assert queue.adopt(worker, []) == []
-    told = queue.stats()
-    assert (told["queues"]["default"]["pending"], told["queues"]["default"]["processing"]) == (2, 0)
-    assert told["total"] == {"completed": 1, "failed": 1, "cancelled": 0}
+    stats = queue.stats()
+    counts = stats["queues"]["default"]
+    assert (counts["pending"], counts["processing"]) == (2, 0)
+    assert stats["total"] == {"completed": 1, "failed": 1, "cancelled": 0}
 
 
-def test_settle_of_none_does_nothing(queue: Queue, worker: str) -> None:
+def test_settle_without_outcomes_does_nothing(queue: Queue, worker: str) -> None:
     before = dump(queue)
     queue.settle(worker, [])
     assert dump(queue) == before
 
 
-def test_progress_is_shown_while_running_and_kept_with_the_outcome(queue: Queue) -> None:
+def test_set_progress_is_stored_while_running_and_with_the_outcome(queue: Queue) -> None:
     job = put(queue, "processing")
     job.set_progress(1, of=3)
     assert queue.get(job.id).progress == 0.3333
@@ -613,7 +615,7 @@ def test_progress_is_shown_while_running_and_kept_with_the_outcome(queue: Queue)
     assert queue.get(job.id).progress == 1.0
 
 
-def test_progress_of_a_job_that_was_settled_is_refused(queue: Queue) -> None:
+def test_set_progress_of_a_settled_job_raises_reaped(queue: Queue) -> None:
     job = put(queue, "processing")
     queue.release(job)
     before = dump(queue)
@@ -622,7 +624,7 @@ def test_progress_of_a_job_that_was_settled_is_refused(queue: Queue) -> None:
     assert dump(queue) == before
 
 
-def test_progress_starts_anew_with_an_attempt(queue: Queue, worker: str) -> None:
+def test_start_resets_the_progress(queue: Queue, worker: str) -> None:
     job = put(queue, "processing")
     job.set_progress(0.5)
     queue.release(job)
@@ -646,7 +648,7 @@ WRITES: dict[str, Callable[[Queue, Job], object]] = {
 
 @pytest.mark.parametrize("write", WRITES.values(), ids=WRITES)
 @pytest.mark.parametrize("given_to", ["nobody", "another"])
-def test_worker_that_was_reaped_writes_nothing(
+def test_write_by_a_reaped_worker_raises_reaped_and_changes_nothing(
     queue: Queue, worker: str, write: Callable[..., object], given_to: str
 ) -> None:
     job = put(queue, "processing")
@@ -660,7 +662,7 @@ def test_worker_that_was_reaped_writes_nothing(
     assert dump(queue) == before
 
 
-def test_heartbeat_renews_the_lease_and_tells_what_runs(queue: Queue, worker: str) -> None:
+def test_heartbeat_renews_the_lease_and_reports_the_running_jobs(queue: Queue, worker: str) -> None:
     raw(queue).pexpire(queue.keys.lease(worker), 5000)
     queue.heartbeat(worker, ["a", "b"])
     assert 5000 < raw(queue).pttl(queue.keys.lease(worker)) <= queue.lease_ms
@@ -668,7 +670,7 @@ def test_heartbeat_renews_the_lease_and_tells_what_runs(queue: Queue, worker: st
     assert (about["jobs"], about["alive"]) == (["a", "b"], True)
 
 
-def test_heartbeat_of_one_that_overslept_and_was_not_reaped_saves_it(queue: Queue) -> None:
+def test_heartbeat_after_the_lease_but_before_the_reaper_saves_the_worker(queue: Queue) -> None:
     job = put(queue, "processing")
     lapse(queue, job.worker)
     queue.heartbeat(job.worker)
@@ -681,11 +683,11 @@ def test_heartbeat_of_one_that_overslept_and_was_not_reaped_saves_it(queue: Queu
 
 
 @pytest.mark.parametrize("id", ["", "nonsense", "*", "01890000-0000-7000-8000-000000000000", "default\n"])
-def test_cancel_retry_and_get_of_no_job_are_none(queue: Queue, id: str) -> None:
+def test_cancel_retry_and_get_of_an_unknown_id_return_none(queue: Queue, id: str) -> None:
     assert (queue.cancel(id), queue.retry(id), queue.get(id)) == (None, None, None)
 
 
-def test_cancel_returns_the_job_as_stored(queue: Queue) -> None:
+def test_cancel_returns_the_stored_job(queue: Queue) -> None:
     job = put(queue, "delayed")
     cancelled = queue.cancel(job.id)
     assert cancelled == queue.get(job.id)
@@ -693,7 +695,7 @@ def test_cancel_returns_the_job_as_stored(queue: Queue) -> None:
     assert queue.stats()["delayed"] == 0
 
 
-def test_cancel_of_a_job_that_was_taken_and_not_started(queue: Queue, worker: str) -> None:
+def test_cancel_of_a_taken_job_prevents_its_start(queue: Queue, worker: str) -> None:
     job = put(queue, "pending")
     taken = queue.take(worker, DEFAULT, 1)
     queue.cancel(job.id)
@@ -701,22 +703,23 @@ def test_cancel_of_a_job_that_was_taken_and_not_started(queue: Queue, worker: st
 
 
 @pytest.mark.parametrize("status", ["failed", "cancelled"])
-def test_retry_gives_all_attempts_back_and_queues_last(queue: Queue, worker: str, status: str) -> None:
+def test_retry_resets_the_attempts_and_requeues_at_the_end(queue: Queue, worker: str, status: str) -> None:
     job = put(queue, status, max_attempts=1)
     other = queue.enqueue("echo", {})
     assert queue.retry(job.id) == queue.get(job.id)
     started = {job.id: job for job in queue.dequeue(worker, DEFAULT, 5)}
     assert started[job.id].attempts == 1
-    if status == "failed":  # the id of a cancelled one may still stand where it was
+    if status == "failed":  # the id of a cancelled job may still be in its old place
         assert list(started) == [other.id, job.id]
 
 
 @pytest.mark.parametrize(("verb", "status", "total"), [("cancel", "pending", 0), ("retry", "failed", 1)])
-def test_cancel_or_retry_by_several_at_once_succeeds_once(queue: Queue, verb: str, status: str, total: int) -> None:
-    job, line = put(queue, status), threading.Barrier(4)
+def test_cancel_or_retry_by_several_at_once_succeeds_for_one(queue: Queue, verb: str, status: str, total: int) -> None:
+    job = put(queue, status)
+    barrier = threading.Barrier(4)
 
     def change(_: int) -> bool:
-        line.wait()
+        barrier.wait()
         try:
             return bool(getattr(queue, verb)(job.id))
         except WrongStatus:
@@ -730,7 +733,7 @@ def test_cancel_or_retry_by_several_at_once_succeeds_once(queue: Queue, verb: st
 # Promote --------------------------------------------------------------------------------------------------------------
 
 
-def test_promote_moves_jobs_when_their_time_has_come(queue: Queue, worker: str) -> None:
+def test_promote_moves_jobs_whose_run_at_has_come(queue: Queue, worker: str) -> None:
     job = queue.enqueue("echo", {}, delay=60)
     assert (queue.promote(), queue.stats()["delayed"]) == (0, 1)
     queue.clock.ahead += 60_000
@@ -739,21 +742,22 @@ def test_promote_moves_jobs_when_their_time_has_come(queue: Queue, worker: str) 
     assert ids(queue.dequeue(worker, DEFAULT)) == [job.id]
 
 
-def test_promote_keeps_the_order_of_times(queue: Queue, worker: str) -> None:
-    late, early = queue.enqueue("echo", {}, delay=20), queue.enqueue("echo", {}, delay=10)
+def test_promote_keeps_the_order_of_run_at(queue: Queue, worker: str) -> None:
+    late = queue.enqueue("echo", {}, delay=20)
+    early = queue.enqueue("echo", {}, delay=10)
     queue.clock.ahead += 30_000
     queue.promote()
     assert ids(queue.dequeue(worker, DEFAULT, 2)) == [early.id, late.id]
 
 
-def test_promote_moves_a_limited_number(queue: Queue, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_promote_moves_up_to_its_limit(queue: Queue, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tinyqueue, "PROMOTED", 2)
     queue.enqueue_many("echo", range(3), delay=1)
     queue.clock.ahead += 1000
     assert [queue.promote(), queue.promote(), queue.promote()] == [2, 1, 0]
 
 
-def test_promote_leaves_it_to_another_who_is_at_it(queue: Queue) -> None:
+def test_promote_does_nothing_while_another_promotes(queue: Queue) -> None:
     queue.enqueue("echo", {}, delay=1)
     queue.clock.ahead += 1000
     raw(queue).set(queue.keys.promoter, "1", px=1000)
@@ -774,14 +778,14 @@ def test_promote_twice_runs_a_job_once(queue: Queue, worker: str) -> None:
     queue.complete(started)
 
 
-def test_promote_drops_what_is_not_pending(queue: Queue) -> None:
+def test_promote_drops_ids_whose_job_is_not_pending(queue: Queue) -> None:
     done = put(queue, "completed")
     raw(queue).zadd(queue.keys.delayed, {done.id: 1, "01890000-0000-7000-8000-000000000000": 2})
     assert queue.promote() == 2
     assert queue.waiting(DEFAULT) == queue.stats()["delayed"] == 0
 
 
-def test_job_that_comes_before_its_time_is_put_back(queue: Queue, worker: str) -> None:
+def test_dequeue_delays_a_job_that_is_not_due_again(queue: Queue, worker: str) -> None:
     job = queue.enqueue("echo", {}, delay=60)
     raw(queue).zrem(queue.keys.delayed, job.id)
     raw(queue).lpush(queue.keys.jobs("default"), job.id)
@@ -792,14 +796,14 @@ def test_job_that_comes_before_its_time_is_put_back(queue: Queue, worker: str) -
 # Reap -----------------------------------------------------------------------------------------------------------------
 
 
-def test_reap_of_the_living_does_nothing(queue: Queue) -> None:
+def test_reap_of_a_live_worker_does_nothing(queue: Queue) -> None:
     job = put(queue, "processing")
     assert queue.lost_workers() == []
     assert queue.reap(job.worker) == 0
     queue.complete(job)
 
 
-def test_reap_gives_a_job_back_and_its_attempt_is_spent(queue: Queue, worker: str) -> None:
+def test_reap_requeues_the_job_and_spends_the_attempt(queue: Queue, worker: str) -> None:
     job = put(queue, "processing")
     later = queue.enqueue("echo", {})
     lapse(queue, job.worker)
@@ -812,17 +816,17 @@ def test_reap_gives_a_job_back_and_its_attempt_is_spent(queue: Queue, worker: st
     assert [(job.id, job.attempts) for job in queue.dequeue(worker, DEFAULT, 2)] == [(job.id, 2), (later.id, 1)]
 
 
-def test_reap_gives_several_back_in_their_order(queue: Queue, worker: str) -> None:
+def test_reap_requeues_several_jobs_in_their_order(queue: Queue, worker: str) -> None:
     jobs = queue.enqueue_many("echo", range(3))
-    dead = queue.register(DEFAULT, 3)
-    queue.dequeue(dead, DEFAULT, 3)
-    lapse(queue, dead)
-    assert queue.reap(dead) == 3
+    lost = queue.register(DEFAULT, 3)
+    queue.dequeue(lost, DEFAULT, 3)
+    lapse(queue, lost)
+    assert queue.reap(lost) == 3
     assert ids(queue.dequeue(worker, DEFAULT, 3)) == ids(jobs)
 
 
 def lose(queue: Queue, most: int) -> list[Job]:
-    """Start up to that many jobs on one worker, and let it be lost."""
+    """Start up to that many jobs on one worker, and let the worker be lost."""
     worker = queue.register(DEFAULT, most)
     jobs = queue.dequeue(worker, DEFAULT, most)
     lapse(queue, worker)
@@ -830,7 +834,7 @@ def lose(queue: Queue, most: int) -> list[Job]:
     return jobs
 
 
-def test_reap_counts_no_attempt_of_jobs_that_ran_beside_others(queue: Queue) -> None:
+def test_reap_does_not_count_the_attempts_of_jobs_that_ran_beside_others(queue: Queue) -> None:
     jobs = queue.enqueue_many("echo", range(3), max_attempts=1)
     assert ids(lose(queue, 3)) == ids(jobs)
     for job in jobs:
@@ -841,7 +845,7 @@ def test_reap_counts_no_attempt_of_jobs_that_ran_beside_others(queue: Queue) -> 
         )
 
 
-def test_reap_counts_the_attempt_of_a_job_beside_which_others_were_only_taken(queue: Queue) -> None:
+def test_reap_counts_the_attempt_of_a_job_that_ran_beside_jobs_only_taken(queue: Queue) -> None:
     job, taken = queue.enqueue_many("echo", range(2))
     worker = queue.register(DEFAULT, 2)
     queue.dequeue(worker, DEFAULT)
@@ -852,7 +856,7 @@ def test_reap_counts_the_attempt_of_a_job_beside_which_others_were_only_taken(qu
     assert (queue.get(taken.id).attempts, queue.get(taken.id).suspicions) == (0, 0)
 
 
-def test_start_leaves_a_suspect_in_company_to_wait(queue: Queue, worker: str) -> None:
+def test_start_leaves_a_suspect_pending_beside_other_jobs(queue: Queue, worker: str) -> None:
     suspects = queue.enqueue_many("echo", range(2), max_attempts=1)
     lose(queue, 2)
     lose(queue, 2)
@@ -874,7 +878,7 @@ def test_start_leaves_a_suspect_in_company_to_wait(queue: Queue, worker: str) ->
     assert queue.get(suspects[1].id).status == "pending"
 
 
-def test_reap_fails_a_suspect_that_was_lost_alone_with_its_last_attempt(queue: Queue) -> None:
+def test_reap_fails_a_suspect_lost_alone_in_its_last_attempt(queue: Queue) -> None:
     pill, other = queue.enqueue_many("echo", range(2), max_attempts=1)
     lose(queue, 2)
     lose(queue, 2)
@@ -883,7 +887,7 @@ def test_reap_fails_a_suspect_that_was_lost_alone_with_its_last_attempt(queue: Q
     assert queue.get(other.id).status == "pending"
 
 
-def test_retry_of_a_suspect_leaves_it_one(queue: Queue) -> None:
+def test_retry_of_a_suspect_keeps_it_a_suspect(queue: Queue) -> None:
     pill, _ = queue.enqueue_many("echo", range(2), max_attempts=1)
     lose(queue, 2)
     lose(queue, 2)
@@ -891,7 +895,7 @@ def test_retry_of_a_suspect_leaves_it_one(queue: Queue) -> None:
     assert queue.retry(pill.id).suspect
 
 
-def test_reap_fails_a_job_that_has_killed_its_last_worker(queue: Queue) -> None:
+def test_reap_fails_a_job_whose_attempts_are_used_up(queue: Queue) -> None:
     job = queue.enqueue("kill", {})
     for attempt in (1, 2, 3):
         worker = queue.register(DEFAULT, 1)
@@ -904,24 +908,24 @@ def test_reap_fails_a_job_that_has_killed_its_last_worker(queue: Queue) -> None:
     assert queue.waiting(DEFAULT) == 0
 
 
-def test_reap_gives_back_what_was_taken_and_never_started(queue: Queue, worker: str) -> None:
+def test_reap_requeues_a_job_that_was_taken_but_not_started(queue: Queue, worker: str) -> None:
     job = put(queue, "pending")
-    dead = queue.register(DEFAULT, 1)
-    queue.take(dead, DEFAULT, 1)
+    lost = queue.register(DEFAULT, 1)
+    queue.take(lost, DEFAULT, 1)
     assert queue.get(job.id).status == "pending"
-    lapse(queue, dead)
-    assert queue.reap(dead) == 1
+    lapse(queue, lost)
+    assert queue.reap(lost) == 1
     assert queue.dequeue(worker, DEFAULT)[0].attempts == 1
 
 
-def test_reap_twice_gives_back_once(queue: Queue) -> None:
+def test_reap_twice_requeues_a_job_once(queue: Queue) -> None:
     job = put(queue, "processing")
     lapse(queue, job.worker)
     assert (queue.reap(job.worker), queue.reap(job.worker)) == (1, 0)
     assert queue.waiting(DEFAULT) == 1
 
 
-def test_reap_leaves_a_job_alone_that_runs_elsewhere(queue: Queue, worker: str) -> None:
+def test_reap_ignores_a_job_that_runs_on_another_worker(queue: Queue, worker: str) -> None:
     job = put(queue, "processing")
     lapse(queue, job.worker)
     queue.reap(job.worker)
@@ -933,24 +937,24 @@ def test_reap_leaves_a_job_alone_that_runs_elsewhere(queue: Queue, worker: str) 
     queue.complete(again)
 
 
-def test_reap_finds_what_a_sleeper_took_after_its_funeral(queue: Queue, worker: str) -> None:
-    sleeper = queue.register(DEFAULT, 1)
-    lapse(queue, sleeper)
-    assert queue.reap(sleeper) == 0
+def test_reap_again_requeues_what_a_reaped_worker_took(queue: Queue, worker: str) -> None:
+    reaped = queue.register(DEFAULT, 1)
+    lapse(queue, reaped)
+    assert queue.reap(reaped) == 0
     job = queue.enqueue("echo", {})
     with pytest.raises(Reaped):
-        queue.dequeue(sleeper, DEFAULT)
-    assert queue.lost_workers() == [sleeper]
-    assert queue.reap(sleeper) == 1
+        queue.dequeue(reaped, DEFAULT)
+    assert queue.lost_workers() == [reaped]
+    assert queue.reap(reaped) == 1
     assert [(job.id, job.attempts) for job in queue.dequeue(worker, DEFAULT)] == [(job.id, 1)]
 
 
-def test_deregister_takes_an_idle_worker_out_of_the_books(queue: Queue, worker: str) -> None:
+def test_deregister_of_an_idle_worker_removes_all_its_keys(queue: Queue, worker: str) -> None:
     queue.deregister(worker)
     assert dump(queue) == {}
 
 
-def test_deregister_of_one_that_holds_jobs_gives_them_back(queue: Queue) -> None:
+def test_deregister_requeues_the_jobs_that_the_worker_holds(queue: Queue) -> None:
     job = put(queue, "processing")
     queue.deregister(job.worker)
     assert queue.lost_workers() == []
@@ -961,7 +965,7 @@ def test_deregister_of_one_that_holds_jobs_gives_them_back(queue: Queue) -> None
 
 
 @pytest.mark.parametrize(("status", "days"), [("completed", 1), ("failed", 7), ("cancelled", 7)])
-def test_trim_forgets_what_has_been_kept_long_enough(queue: Queue, status: str, days: int) -> None:
+def test_trim_deletes_jobs_that_were_kept_long_enough(queue: Queue, status: str, days: int) -> None:
     job = put(queue, status)
     queue.clock.ahead += days * DAY - 10_000
     assert queue.trim() == 0
@@ -973,7 +977,7 @@ def test_trim_forgets_what_has_been_kept_long_enough(queue: Queue, status: str, 
 
 
 @pytest.mark.parametrize("status", ["completed", "failed", "cancelled"])
-def test_trim_forgets_the_entry_of_a_record_that_has_expired(server: Server, status: str) -> None:
+def test_trim_deletes_the_entry_of_an_expired_record(server: Server, status: str) -> None:
     queue = server.queue(keep_completed=5, keep_failed=5)
     job = put(queue, status)
     assert 0 < raw(queue).pttl(queue.keys.job(job.id)) <= 5000
@@ -985,9 +989,9 @@ def test_trim_forgets_the_entry_of_a_record_that_has_expired(server: Server, sta
 
 
 @pytest.mark.parametrize("status", ["completed", "failed", "cancelled"])
-def test_trim_forgets_the_oldest_above_the_cap(queue: Queue, monkeypatch: pytest.MonkeyPatch, status: str) -> None:
+def test_trim_deletes_the_oldest_jobs_above_the_cap(queue: Queue, monkeypatch: pytest.MonkeyPatch, status: str) -> None:
     monkeypatch.setattr(tinyqueue, "KEPT", 2)
-    monkeypatch.setattr(tinyqueue, "MAX_JOBS", 2)  # ... a limited number at a time
+    monkeypatch.setattr(tinyqueue, "MAX_JOBS", 2)  # that many at a time
     jobs = []
     for name in ("a", "b", "c", "d", "e"):
         jobs.append(put(queue, status, queue=name))
@@ -998,19 +1002,19 @@ def test_trim_forgets_the_oldest_above_the_cap(queue: Queue, monkeypatch: pytest
 
 
 @pytest.mark.parametrize("status", ["pending", "delayed", "processing"])
-def test_trim_never_forgets_a_job_that_has_not_ended(queue: Queue, status: str) -> None:
+def test_trim_never_deletes_a_job_that_has_not_ended(queue: Queue, status: str) -> None:
     job = put(queue, status)
     queue.clock.ahead += 3650 * DAY
     assert queue.trim() == 0
     assert raw(queue).pttl(queue.keys.job(job.id)) == -1
 
 
-def test_ended_jobs_leave_nothing_behind(server: Server) -> None:
+def test_trim_of_ended_jobs_leaves_nothing_but_counts(server: Server) -> None:
     queue = server.queue(keep_completed=1, keep_failed=1)
     for status in ("completed", "failed", "cancelled"):
         put(queue, status, queue=status)
     worker = queue.register(["cancelled"], 1)
-    queue.dequeue(worker, ["cancelled"])  # drops what the cancelled one has left
+    queue.dequeue(worker, ["cancelled"])  # drops the id of the cancelled job
     queue.deregister(worker)
     queue.clock.ahead += 1001
     assert queue.trim() == 3
@@ -1022,7 +1026,7 @@ def test_ended_jobs_leave_nothing_behind(server: Server) -> None:
 
 
 @pytest.mark.parametrize("status", ["pending", "processing", "completed", "failed", "cancelled"])
-def test_jobs_lists_a_status_newest_first(queue: Queue, status: str) -> None:
+def test_page_lists_jobs_of_a_status_newest_first(queue: Queue, status: str) -> None:
     listed = []
     for name in ("a", "b", "c"):
         listed.insert(0, put(queue, status, queue=name))
@@ -1033,7 +1037,7 @@ def test_jobs_lists_a_status_newest_first(queue: Queue, status: str) -> None:
     assert newest(queue, status, limit=2) == listed[:2]
 
 
-def test_jobs_lists_pending_ones_by_when_they_were_created(queue: Queue) -> None:
+def test_page_sorts_pending_jobs_by_creation(queue: Queue) -> None:
     jobs = []
     for delay in (30, 0, 20, 10):
         jobs.insert(0, queue.enqueue("echo", {}, delay=delay))
@@ -1043,12 +1047,12 @@ def test_jobs_lists_pending_ones_by_when_they_were_created(queue: Queue) -> None
 
 
 @pytest.mark.parametrize("status", ["pending", "processing", "completed", "failed", "cancelled"])
-def test_jobs_of_limit_zero_are_none(queue: Queue, status: str) -> None:
+def test_newest_with_limit_zero_returns_nothing(queue: Queue, status: str) -> None:
     put(queue, status)
     assert newest(queue, status, limit=0) == []
 
 
-def test_stats_counts_every_status(queue: Queue) -> None:
+def test_stats_counts_jobs_of_every_status(queue: Queue) -> None:
     assert queue.stats()["queues"] == {}
     for status in ("pending", "delayed", "processing", "completed", "failed", "cancelled"):
         put(queue, status, queue=status)
@@ -1067,9 +1071,10 @@ def test_stats_counts_every_status(queue: Queue) -> None:
     assert list(queue.queues()) == sorted(["pending", "delayed", "processing", "completed", "failed", "cancelled"])
 
 
-def test_workers_tells_who_is_there(queue: Queue) -> None:
+def test_workers_lists_the_registered_workers(queue: Queue) -> None:
     before = queue.now()
-    worker, lost = queue.register(["a", "b"], 5), queue.register(DEFAULT, 1)
+    worker = queue.register(["a", "b"], 5)
+    lost = queue.register(DEFAULT, 1)
     lapse(queue, lost)
     about = {each["id"]: each for each in queue.workers()}
     assert (about[worker]["queues"], about[worker]["concurrency"], about[worker]["alive"]) == (["a", "b"], 5, True)
@@ -1120,8 +1125,8 @@ def test_promote_and_reap_drop_an_entry_that_names_no_job(queue: Queue, worker: 
 
 
 @pytest.mark.parametrize("record", RECORDS, ids=range(len(RECORDS)))
-@pytest.mark.parametrize("place", ["queue", "delayed", "list of the dead"])
-def test_unreadable_record_becomes_a_failed_job(queue: Queue, worker: str, place: str, record: bytes) -> None:
+@pytest.mark.parametrize("place", ["queue", "delayed", "list of a lost worker"])
+def test_read_of_an_unreadable_record_makes_a_failed_job(queue: Queue, worker: str, place: str, record: bytes) -> None:
     raw(queue).set(queue.keys.job(ID), record)
     assert queue.get(ID).status == "failed"
     if place == "queue":
@@ -1162,7 +1167,9 @@ JOB = "job:" + ID
         (JOB, lambda queue: queue.retry(ID)),
     ],
 )
-def test_key_of_the_wrong_type_is_told_as_corrupted(server: Server, key: str, verb: Callable[[Queue], object]) -> None:
+def test_verbs_raise_corrupted_for_a_key_of_the_wrong_type(
+    server: Server, key: str, verb: Callable[[Queue], object]
+) -> None:
     queue = server.queue()
     key = queue.keys.counts.replace("counts", key)
     if JOB in key:
@@ -1171,11 +1178,11 @@ def test_key_of_the_wrong_type_is_told_as_corrupted(server: Server, key: str, ve
         raw(queue).set(key, "a string")
     with pytest.raises(Corrupted, match="WRONGTYPE"):
         verb(queue)
-    queue.ping()  # nothing was left on the connection
+    queue.ping()  # no reply was left on the connection
 
 
 @pytest.mark.parametrize("key", ["worker:somebody", "lease:somebody"])
-def test_workers_that_cannot_be_read_are_told_as_corrupted(server: Server, key: str) -> None:
+def test_workers_raises_corrupted_for_an_unreadable_record(server: Server, key: str) -> None:
     queue = server.queue()
     raw(queue).sadd(queue.keys.workers, "somebody")
     raw(queue).mset(
@@ -1192,27 +1199,29 @@ def unavailable(reason: str, doubtful: bool = False) -> Iterator[None]:
     assert (caught.value.reason, caught.value.doubtful) == (reason, doubtful)
 
 
-# Others at the same moment --------------------------------------------------------------------------------------------
-# `far` has read and is about to write when `near` changes what it has read.
+# Concurrent changes ---------------------------------------------------------------------------------------------------
+# `far` has read something, and `near` changes it before `far` writes.
 
 
-def test_cancel_of_a_job_that_is_started_meanwhile(near: Queue, far: Queue, proxy: CutProxy) -> None:
-    job, worker = put(near, "pending"), near.register(DEFAULT, 1)
+def test_cancel_of_a_job_that_starts_meanwhile_requests_a_stop(near: Queue, far: Queue, proxy: CutProxy) -> None:
+    job = put(near, "pending")
+    worker = near.register(DEFAULT, 1)
     proxy.before(b"EXEC", lambda: near.dequeue(worker, DEFAULT))
-    asked = far.cancel(job.id)
-    assert (asked.status, asked.cancelled) == ("processing", True)
+    requested = far.cancel(job.id)
+    assert (requested.status, requested.cancelled) == ("processing", True)
     assert near.cancel_requests([job.id]) == [job.id]
     assert near.stats()["cancelled"] == 0
 
 
-def test_start_of_a_job_that_is_cancelled_meanwhile(near: Queue, far: Queue, proxy: CutProxy) -> None:
-    job, worker = put(near, "pending"), near.register(DEFAULT, 1)
+def test_start_drops_a_job_that_is_cancelled_meanwhile(near: Queue, far: Queue, proxy: CutProxy) -> None:
+    job = put(near, "pending")
+    worker = near.register(DEFAULT, 1)
     proxy.before(b"MSET", lambda: near.cancel(job.id))
     assert far.dequeue(worker, DEFAULT) == []
     assert near.get(job.id).status == "cancelled"
 
 
-def test_retry_of_a_job_that_is_retried_meanwhile(near: Queue, far: Queue, proxy: CutProxy) -> None:
+def test_retry_of_a_job_that_is_retried_meanwhile_raises_wrong_status(near: Queue, far: Queue, proxy: CutProxy) -> None:
     job = put(near, "failed")
     proxy.before(b"EXEC", lambda: near.retry(job.id))
     with pytest.raises(WrongStatus, match="pending"):
@@ -1220,7 +1229,7 @@ def test_retry_of_a_job_that_is_retried_meanwhile(near: Queue, far: Queue, proxy
     assert near.waiting(DEFAULT) == 1
 
 
-def test_trim_of_a_job_that_is_retried_meanwhile(near: Queue, far: Queue, proxy: CutProxy) -> None:
+def test_trim_keeps_a_job_that_is_retried_meanwhile(near: Queue, far: Queue, proxy: CutProxy) -> None:
     job = put(near, "failed")
     far.clock.ahead += 8 * DAY
     proxy.before(b"EXEC", lambda: near.retry(job.id))
@@ -1229,7 +1238,9 @@ def test_trim_of_a_job_that_is_retried_meanwhile(near: Queue, far: Queue, proxy:
 
 
 @pytest.mark.parametrize("write", [*(name for name in WRITES if name not in ("settle-none", "settle-again", "start"))])
-def test_worker_that_is_reaped_just_before_it_writes(near: Queue, far: Queue, proxy: CutProxy, write: str) -> None:
+def test_write_by_a_worker_reaped_just_before_raises_reaped(
+    near: Queue, far: Queue, proxy: CutProxy, write: str
+) -> None:
     job = put(near, "processing")
     job.__dict__["_queue"] = far
     lapse(near, job.worker)
@@ -1239,8 +1250,9 @@ def test_worker_that_is_reaped_just_before_it_writes(near: Queue, far: Queue, pr
     assert (near.get(job.id).status, near.waiting(DEFAULT)) == ("pending", 1)
 
 
-def test_worker_that_is_reaped_just_before_it_starts(near: Queue, far: Queue, proxy: CutProxy) -> None:
-    job, worker = put(near, "pending"), near.register(DEFAULT, 1)
+def test_start_by_a_worker_reaped_just_before_raises_reaped(near: Queue, far: Queue, proxy: CutProxy) -> None:
+    job = put(near, "pending")
+    worker = near.register(DEFAULT, 1)
     lapse(near, worker)
     proxy.before(b"MSET", lambda: near.reap(worker))
     with pytest.raises(Reaped):
@@ -1248,8 +1260,9 @@ def test_worker_that_is_reaped_just_before_it_starts(near: Queue, far: Queue, pr
     assert near.dequeue(near.register(DEFAULT, 1), DEFAULT)[0].id == job.id
 
 
-def test_worker_that_is_reaped_in_the_middle_of_a_take(near: Queue, far: Queue, proxy: CutProxy) -> None:
-    job, worker = put(near, "pending"), near.register(DEFAULT, 1)
+def test_take_by_a_worker_reaped_in_its_middle_loses_no_job(near: Queue, far: Queue, proxy: CutProxy) -> None:
+    job = put(near, "pending")
+    worker = near.register(DEFAULT, 1)
     lapse(near, worker)
     proxy.split(b"RPOPLPUSH", lambda: near.reap(worker))
     assert far.take(worker, DEFAULT, 1) == [job.id.encode()]
@@ -1257,7 +1270,7 @@ def test_worker_that_is_reaped_in_the_middle_of_a_take(near: Queue, far: Queue, 
     assert near.reap(worker) == 1
 
 
-def test_reap_of_a_worker_that_wakes_up_meanwhile(near: Queue, far: Queue, proxy: CutProxy) -> None:
+def test_reap_of_a_worker_that_wakes_up_meanwhile_does_nothing(near: Queue, far: Queue, proxy: CutProxy) -> None:
     job = put(near, "processing")
     lapse(near, job.worker)
     proxy.before(b"EXEC", lambda: near.heartbeat(job.worker))
@@ -1265,8 +1278,9 @@ def test_reap_of_a_worker_that_wakes_up_meanwhile(near: Queue, far: Queue, proxy
     near.complete(job)
 
 
-def test_reap_of_a_worker_that_starts_meanwhile(near: Queue, far: Queue, proxy: CutProxy) -> None:
-    job, worker = put(near, "pending"), near.register(DEFAULT, 1)
+def test_reap_requeues_a_job_that_starts_meanwhile(near: Queue, far: Queue, proxy: CutProxy) -> None:
+    job = put(near, "pending")
+    worker = near.register(DEFAULT, 1)
     taken = near.take(worker, DEFAULT, 1)
     lapse(near, worker)
     proxy.before(b"EXEC", lambda: near.start(worker, taken))
@@ -1274,7 +1288,7 @@ def test_reap_of_a_worker_that_starts_meanwhile(near: Queue, far: Queue, proxy: 
     assert (near.get(job.id).status, near.waiting(DEFAULT)) == ("pending", 1)
 
 
-def test_reap_of_a_worker_that_takes_meanwhile(near: Queue, far: Queue, proxy: CutProxy) -> None:
+def test_reap_requeues_a_job_that_is_taken_meanwhile(near: Queue, far: Queue, proxy: CutProxy) -> None:
     job = put(near, "processing")
     near.enqueue("echo", {})
     lapse(near, job.worker)
@@ -1282,7 +1296,7 @@ def test_reap_of_a_worker_that_takes_meanwhile(near: Queue, far: Queue, proxy: C
     assert far.reap(job.worker) == 2
 
 
-def test_reap_of_a_worker_that_settles_meanwhile(near: Queue, far: Queue, proxy: CutProxy) -> None:
+def test_reap_ignores_a_job_that_is_settled_meanwhile(near: Queue, far: Queue, proxy: CutProxy) -> None:
     job = put(near, "processing")
     lapse(near, job.worker)
     proxy.before(b"EXEC", lambda: near.complete(job))
@@ -1290,7 +1304,7 @@ def test_reap_of_a_worker_that_settles_meanwhile(near: Queue, far: Queue, proxy:
     assert near.get(job.id).status == "completed"
 
 
-def test_deregister_of_a_worker_that_takes_meanwhile(near: Queue, far: Queue, proxy: CutProxy) -> None:
+def test_deregister_requeues_a_job_that_is_taken_meanwhile(near: Queue, far: Queue, proxy: CutProxy) -> None:
     put(near, "pending")
     worker = near.register(DEFAULT, 1)
     proxy.before(b"EXEC", lambda: near.take(worker, DEFAULT, 1))
@@ -1299,7 +1313,7 @@ def test_deregister_of_a_worker_that_takes_meanwhile(near: Queue, far: Queue, pr
     assert near.waiting(DEFAULT) == 1
 
 
-def test_transaction_that_others_keep_breaking_gives_up(
+def test_transact_gives_up_when_watched_keys_keep_changing(
     near: Queue, far: Queue, proxy: CutProxy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tinyqueue, "TRIES", 3)
@@ -1311,9 +1325,9 @@ def test_transaction_that_others_keep_breaking_gives_up(
     assert near.get(job.id).progress == 0.3
 
 
-# Packets that get lost ------------------------------------------------------------------------------------------------
+# Lost packets ---------------------------------------------------------------------------------------------------------
 
-# verb: the status before, the call, the status after, and how often the id then stands in its queue
+# The status before, the call, the status after, and how often the id is in its queue then.
 LOST: dict[str, tuple[str, Callable[[Queue, Job], Any], str, int]] = {
     "complete": ("processing", lambda far, job: far.complete(job), "completed", 0),
     "fail": ("processing", lambda far, job: far.fail(job, BOOM), "failed", 0),
@@ -1327,14 +1341,14 @@ LOST: dict[str, tuple[str, Callable[[Queue, Job], Any], str, int]] = {
 
 @pytest.mark.parametrize("cut", ["drop_reply", "drop_request", "hold"])
 @pytest.mark.parametrize("verb", LOST)
-def test_transition_whose_packet_is_lost_is_applied_once(
+def test_transition_is_applied_once_if_a_packet_is_lost(
     near: Queue, far: Queue, proxy: CutProxy, verb: str, cut: str
 ) -> None:
     before, call, after, listed = LOST[verb]
     job = put(near, before)
     getattr(proxy, cut)(b"EXEC")
     call(far, job)
-    proxy.deliver()  # a packet that was on its way for longer than anybody waited arrives after all
+    proxy.deliver()  # a packet that was late arrives after all
     assert near.get(job.id).status == after
     assert near.get(job.id).attempts == (0 if verb in ("release", "cancel", "retry") else 1)
     assert near.waiting(DEFAULT) == listed
@@ -1343,7 +1357,7 @@ def test_transition_whose_packet_is_lost_is_applied_once(
 
 @pytest.mark.parametrize("cut", ["drop_reply", "drop_request"])
 @pytest.mark.parametrize("count", [1, 3])
-def test_enqueue_whose_packet_is_lost_is_applied_once(
+def test_enqueue_stores_jobs_once_if_a_packet_is_lost(
     near: Queue, far: Queue, proxy: CutProxy, count: int, cut: str
 ) -> None:
     getattr(proxy, cut)(b"EXEC")
@@ -1352,17 +1366,19 @@ def test_enqueue_whose_packet_is_lost_is_applied_once(
     assert (near.stats()["pending"], near.waiting(DEFAULT)) == (count, count)
 
 
-def test_enqueue_whose_packet_arrives_late_resets_nothing(real: Server, proxy: CutProxy) -> None:
-    near, far = real.queue(), real.queue(proxy.url)
+def test_enqueue_that_arrives_late_resets_no_job(real: Server, proxy: CutProxy) -> None:
+    near = real.queue()
+    far = real.queue(proxy.url)
     proxy.hold(b"EXEC")
-    job, worker = far.enqueue("echo", {}), near.register(DEFAULT, 1)
+    job = far.enqueue("echo", {})
+    worker = near.register(DEFAULT, 1)
     near.complete(near.dequeue(worker, DEFAULT)[0])
     proxy.deliver()
     assert near.get(job.id).status == "completed"
     assert near.dequeue(worker, DEFAULT) == []
 
 
-def test_enqueue_that_is_not_answered_in_time_is_not_sent_again(
+def test_enqueue_without_a_reply_in_time_is_not_sent_again(
     near: Queue, real: Server, proxy: CutProxy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tinyqueue_redis, "SOCKET_TIMEOUT", 0.05)
@@ -1376,29 +1392,32 @@ def test_enqueue_that_is_not_answered_in_time_is_not_sent_again(
     assert (near.stats()["pending"], near.waiting(DEFAULT)) == (1, 1)
 
 
-def test_enqueue_that_is_in_doubt_says_so(near: Queue, far: Queue, proxy: CutProxy) -> None:
+def test_enqueue_with_an_unknown_outcome_is_doubtful(near: Queue, far: Queue, proxy: CutProxy) -> None:
     proxy.drop_reply(b"EXEC")
-    proxy.drop_request(b"EXISTS")  # the look whether it was applied
+    proxy.drop_request(b"EXISTS")  # the check whether it was applied
     with unavailable("unreachable", doubtful=True):
         far.enqueue("echo", {})
     assert len(newest(near, "pending")) == 1
 
 
-def test_enqueue_whose_reply_is_lost_while_the_job_runs(near: Queue, far: Queue, proxy: CutProxy) -> None:
+def test_enqueue_whose_reply_is_lost_does_not_repeat_a_job_that_ran(near: Queue, far: Queue, proxy: CutProxy) -> None:
     worker = near.register(DEFAULT, 1)
     proxy.drop_reply(b"EXEC", lambda: near.complete(near.dequeue(worker, DEFAULT)[0]))
     job = far.enqueue("echo", {})
     assert near.get(job.id).status == "completed"
 
 
-def test_retry_whose_reply_is_lost_while_the_job_is_started(near: Queue, far: Queue, proxy: CutProxy) -> None:
-    job, worker = put(near, "failed"), near.register(DEFAULT, 1)
+def test_retry_whose_reply_is_lost_does_not_repeat_a_job_that_started(near: Queue, far: Queue, proxy: CutProxy) -> None:
+    job = put(near, "failed")
+    worker = near.register(DEFAULT, 1)
     proxy.drop_reply(b"EXEC", lambda: near.dequeue(worker, DEFAULT))
     assert far.retry(job.id).id == job.id
     assert near.get(job.id).status == "processing"
 
 
-def test_release_whose_reply_is_lost_while_the_job_is_started_again(near: Queue, far: Queue, proxy: CutProxy) -> None:
+def test_release_whose_reply_is_lost_does_not_repeat_a_job_that_started(
+    near: Queue, far: Queue, proxy: CutProxy
+) -> None:
     job = put(near, "processing")
     proxy.drop_reply(b"EXEC", lambda: near.dequeue(job.worker, DEFAULT))
     far.release(job)
@@ -1406,10 +1425,9 @@ def test_release_whose_reply_is_lost_while_the_job_is_started_again(near: Queue,
 
 
 @pytest.mark.parametrize(("cut", "found"), [("drop_reply", 1), ("drop_request", 0), ("hold", 1)])
-def test_take_whose_packet_is_lost_hides_nothing(
-    near: Queue, far: Queue, proxy: CutProxy, cut: str, found: int
-) -> None:
-    job, worker = put(near, "pending"), near.register(DEFAULT, 1)
+def test_take_loses_no_job_if_a_packet_is_lost(near: Queue, far: Queue, proxy: CutProxy, cut: str, found: int) -> None:
+    job = put(near, "pending")
+    worker = near.register(DEFAULT, 1)
     getattr(proxy, cut)(b"RPOPLPUSH")
     with unavailable("unreachable"):
         far.take(worker, DEFAULT, 1)
@@ -1419,7 +1437,7 @@ def test_take_whose_packet_is_lost_hides_nothing(
     assert ids(far.start(worker, taken or far.take(worker, DEFAULT, 1))) == [job.id]
 
 
-def test_take_that_arrives_after_the_funeral_hides_nothing(near: Queue, far: Queue, proxy: CutProxy) -> None:
+def test_take_that_arrives_after_the_reaper_loses_no_job(near: Queue, far: Queue, proxy: CutProxy) -> None:
     put(near, "pending")
     worker = near.register(DEFAULT, 1)
     proxy.hold(b"RPOPLPUSH")
@@ -1433,8 +1451,9 @@ def test_take_that_arrives_after_the_funeral_hides_nothing(near: Queue, far: Que
 
 
 @pytest.mark.parametrize("cut", ["drop_reply", "drop_request", "hold"])
-def test_start_whose_packet_is_lost_starts_one_attempt(near: Queue, far: Queue, proxy: CutProxy, cut: str) -> None:
-    job, worker = put(near, "pending"), near.register(DEFAULT, 1)
+def test_start_begins_one_attempt_if_a_packet_is_lost(near: Queue, far: Queue, proxy: CutProxy, cut: str) -> None:
+    job = put(near, "pending")
+    worker = near.register(DEFAULT, 1)
     getattr(proxy, cut)(b"MSET")
     [started] = far.dequeue(worker, DEFAULT)
     proxy.deliver()
@@ -1443,7 +1462,7 @@ def test_start_whose_packet_is_lost_starts_one_attempt(near: Queue, far: Queue, 
 
 
 @pytest.mark.parametrize("cut", ["drop_reply", "drop_request"])
-def test_reap_whose_packet_is_lost_gives_back_once(near: Queue, far: Queue, proxy: CutProxy, cut: str) -> None:
+def test_reap_requeues_once_if_a_packet_is_lost(near: Queue, far: Queue, proxy: CutProxy, cut: str) -> None:
     job = put(near, "processing")
     lapse(near, job.worker)
     getattr(proxy, cut)(b"EXEC")
@@ -1452,17 +1471,18 @@ def test_reap_whose_packet_is_lost_gives_back_once(near: Queue, far: Queue, prox
 
 
 @pytest.mark.parametrize("cut", ["drop_reply", "drop_request"])
-def test_promote_whose_packet_is_lost_loses_nothing(near: Queue, far: Queue, proxy: CutProxy, cut: str) -> None:
+def test_promote_loses_no_job_if_a_packet_is_lost(near: Queue, far: Queue, proxy: CutProxy, cut: str) -> None:
     job = put(near, "delayed")
-    far.clock.ahead = near.clock.ahead = 61_000  # a second more: the two do not read the time at the same moment
+    # A second more than needed, because the two do not read the time at the same moment.
+    far.clock.ahead = near.clock.ahead = 61_000
     getattr(proxy, cut)(b"EXEC")
     far.promote()
-    raw(near).delete(near.keys.promoter)  # whose second may still run
+    raw(near).delete(near.keys.promoter)  # its second may not be over
     near.promote()
     assert ids(near.dequeue(near.register(DEFAULT, 1), DEFAULT)) == [job.id]
 
 
-def test_promote_spares_a_job_that_became_delayed_again_meanwhile(near: Queue, far: Queue, proxy: CutProxy) -> None:
+def test_promote_keeps_a_job_that_is_delayed_again_meanwhile(near: Queue, far: Queue, proxy: CutProxy) -> None:
     near.enqueue("echo", 1, delay=1)
     near.clock.ahead = far.clock.ahead = 2000
     worker = near.register(["default"], 1)
@@ -1472,22 +1492,20 @@ def test_promote_spares_a_job_that_became_delayed_again_meanwhile(near: Queue, f
         near.promote()
         started.extend(near.dequeue(worker, ["default"]))
 
-    proxy.before(b"NX", overtake)  # it has read which jobs are due, and does not have the lock yet
+    proxy.before(b"NX", overtake)  # it has read the due ids, but not locked
     proxy.before(
         b"ZREM", lambda: near.fail(started[0], Failure("Boom", "it broke"), after=60)
-    )  # it saw the job processing
+    )  # it has read the job, which is processing
     far.promote()
     assert near.stats()["delayed"] == near.stats()["pending"] == 1
 
 
-def test_promote_that_arrives_late_spares_a_job_that_became_delayed_again(
-    near: Queue, far: Queue, proxy: CutProxy
-) -> None:
+def test_promote_that_arrives_late_keeps_a_job_delayed_again(near: Queue, far: Queue, proxy: CutProxy) -> None:
     near.enqueue("echo", 1, delay=1)
     near.clock.ahead = far.clock.ahead = 2000
     proxy.hold(b"ZREM")
     far.promote()
-    raw(near).delete(near.keys.promoter)  # its time to live is over
+    raw(near).delete(near.keys.promoter)  # as if it had expired
     near.promote()
     [started] = near.dequeue(near.register(["default"], 1), ["default"])
     near.fail(started, Failure("Boom", "it broke"), after=60)
@@ -1496,10 +1514,12 @@ def test_promote_that_arrives_late_spares_a_job_that_became_delayed_again(
 
 
 @pytest.mark.parametrize("applied", [True, False])
-def test_settle_that_is_in_doubt_can_be_repeated(near: Queue, far: Queue, proxy: CutProxy, applied: bool) -> None:
+def test_settle_with_an_unknown_outcome_can_be_repeated(
+    near: Queue, far: Queue, proxy: CutProxy, applied: bool
+) -> None:
     job = put(near, "processing")
     cut = proxy.drop_reply if applied else proxy.drop_request
-    cut(b"EXEC", lambda: proxy.drop_request(b"WATCH"))  # and then the look whether it was applied
+    cut(b"EXEC", lambda: proxy.drop_request(b"WATCH"))  # and then the check whether it was applied
     with unavailable("unreachable", doubtful=True):
         far.settle(job.worker, [Outcome(job, "complete", 7)])
     far.settle(job.worker, [Outcome(job, "complete", 7)], again=True)
@@ -1509,9 +1529,9 @@ def test_settle_that_is_in_doubt_can_be_repeated(near: Queue, far: Queue, proxy:
 
 def test_transitions_take_two_round_trips(near: Queue, far: Queue, proxy: CutProxy) -> None:
     worker = near.register(DEFAULT, 10)
-    far.store.memory()  # read again only after two seconds
+    far.store.memory()  # is read again only after two seconds
     for _ in range(2):
-        far.enqueue("echo", 0)  # and at the names that the metrics know after it has met another
+        far.enqueue("echo", 0)  # the first adds to the series of the metrics, the second reads them
 
     def round_trips(verb: Callable[[], object]) -> int:
         proxy.packets.clear()
@@ -1526,12 +1546,12 @@ def test_transitions_take_two_round_trips(near: Queue, far: Queue, proxy: CutPro
     assert round_trips(lambda: far.heartbeat(worker)) == 1
 
 
-# Trouble with Redis ---------------------------------------------------------------------------------------------------
+# Failures of Redis ---------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def own(start_redis: Callable[..., RedisServer]) -> Iterator[Queue]:
-    """A queue with one pending job, on a real server of its own."""
+    """A queue with one pending job, on a real server that no other test uses."""
     queue = Queue.from_url(start_redis().url)
     put(queue, "pending")
     yield queue
@@ -1539,7 +1559,7 @@ def own(start_redis: Callable[..., RedisServer]) -> Iterator[Queue]:
     queue.pool.disconnect()
 
 
-def refuses_writes_and_stores_nothing(queue: Queue, reason: str) -> None:
+def assert_refuses_writes(queue: Queue, reason: str) -> None:
     before = dump(queue)
     for write in (lambda: queue.enqueue("echo", {}), lambda: queue.take("somebody", DEFAULT, 1)):
         with unavailable(reason):
@@ -1548,22 +1568,22 @@ def refuses_writes_and_stores_nothing(queue: Queue, reason: str) -> None:
     assert len(newest(queue, "pending")) == 1
 
 
-def test_redis_that_is_full_takes_nothing_and_answers(own: Queue) -> None:
+def test_write_to_a_full_redis_raises_unavailable_and_stores_nothing(own: Queue) -> None:
     raw(own).config_set("maxmemory", 1)
-    refuses_writes_and_stores_nothing(own, "full")
+    assert_refuses_writes(own, "full")
     raw(own).config_set("maxmemory", 0)
     own.enqueue("echo", {})
 
 
-def test_redis_that_is_read_only_takes_nothing_and_answers(own: Queue) -> None:
+def test_write_to_a_read_only_redis_raises_unavailable_and_stores_nothing(own: Queue) -> None:
     raw(own).replicaof("127.0.0.1", free_port())
-    refuses_writes_and_stores_nothing(own, "read-only")
+    assert_refuses_writes(own, "read-only")
     raw(own).replicaof("no", "one")
     own.enqueue("echo", {})
 
 
 @pytest.mark.parametrize("user", ["", ":wrong@", "nobody:right@"])
-def test_redis_that_wants_another_password_refuses(start_redis: Callable[..., RedisServer], user: str) -> None:
+def test_ping_with_a_wrong_password_is_refused(start_redis: Callable[..., RedisServer], user: str) -> None:
     server = start_redis("--requirepass", "right")
     queue = Queue.from_url(f"redis://{user}127.0.0.1:{server.port}/0")
     with unavailable("refused"):
@@ -1571,15 +1591,13 @@ def test_redis_that_wants_another_password_refuses(start_redis: Callable[..., Re
     queue.pool.disconnect()
 
 
-def test_redis_that_is_not_there_is_unreachable() -> None:
+def test_enqueue_without_a_redis_is_unreachable() -> None:
     queue = Queue.from_url(f"redis://127.0.0.1:{free_port()}/0")
     with unavailable("unreachable"):
         queue.enqueue("echo", {})
 
 
-def test_redis_that_does_not_answer_is_a_timeout(
-    real: Server, proxy: CutProxy, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_ping_without_a_reply_is_a_timeout(real: Server, proxy: CutProxy, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tinyqueue_redis, "SOCKET_TIMEOUT", 0.05)
     far = real.queue(proxy.url)
     proxy.swallow(b":none")
@@ -1588,13 +1606,13 @@ def test_redis_that_does_not_answer_is_a_timeout(
     far.ping()
 
 
-def test_transition_that_is_not_answered_waits_for_one_timeout(
+def test_transition_without_a_reply_waits_for_one_timeout(
     near: Queue, real: Server, proxy: CutProxy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     job = put(near, "pending")
     monkeypatch.setattr(tinyqueue_redis, "SOCKET_TIMEOUT", 0.05)
     far = real.queue(proxy.url)
-    far.resume("other")  # its first transaction looks at the names that the metrics know
+    far.resume("other")  # its first transaction reads the series of the metrics
     proxy.packets.clear()
     proxy.swallow(b"WATCH")
     with unavailable("timeout"):
@@ -1602,27 +1620,27 @@ def test_transition_that_is_not_answered_waits_for_one_timeout(
     assert len(proxy.packets) == 1
 
 
-def test_wait_does_not_set_the_clock_back(queue: Queue, server: Server) -> None:
-    fresh = server.queue()  # which takes the time along with its wait
+def test_wait_that_blocks_does_not_set_the_clock_back(queue: Queue, server: Server) -> None:
+    fresh = server.queue()  # which reads the time together with its wait
     fresh.wait(DEFAULT, 0.3)
     assert abs(fresh.now() - queue.now()) < 200
 
 
-def test_submit_that_is_not_answered_waits_for_one_timeout(
+def test_submit_without_a_reply_waits_for_one_timeout(
     real: Server, proxy: CutProxy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tinyqueue_redis, "SOCKET_TIMEOUT", 0.05)
     far = real.queue(proxy.url)
     far.ping()
     proxy.packets.clear()
-    proxy.swallow(b"INFO")  # the look at the memory comes first
+    proxy.swallow(b"INFO")  # the memory is read first
     with unavailable("timeout"):
         far.enqueue("echo", {})
     assert len(proxy.packets) == 1
     far.enqueue("echo", {})
 
 
-def test_redis_that_was_killed_has_kept_what_was_accepted(start_redis: Callable[..., RedisServer]) -> None:
+def test_restart_of_a_killed_redis_keeps_the_accepted_job(start_redis: Callable[..., RedisServer]) -> None:
     server = start_redis("--appendonly", "yes")
     queue = Queue.from_url(server.url)
     job = queue.enqueue("echo", {})
@@ -1635,17 +1653,18 @@ def test_redis_that_was_killed_has_kept_what_was_accepted(start_redis: Callable[
     queue.pool.disconnect()
 
 
-def test_connections_that_are_all_lent_are_busy(real: Server, proxy: CutProxy) -> None:
-    far, told = real.queue(proxy.url, connections=1), []
+def test_ping_without_a_free_connection_is_busy(real: Server, proxy: CutProxy) -> None:
+    far = real.queue(proxy.url, connections=1)
+    raised = []
 
     def meanwhile() -> None:
         with unavailable("busy"):
             far.ping()
-        told.append("busy")
+        raised.append("busy")
 
     proxy.before(b":none", meanwhile)
     far.ping()
-    assert told == ["busy"]
+    assert raised == ["busy"]
 
 
 @pytest.mark.parametrize(
@@ -1662,7 +1681,7 @@ def test_connections_that_are_all_lent_are_busy(real: Server, proxy: CutProxy) -
         ("CLUSTERDOWN The cluster is down", "unreachable"),
     ],
 )
-def test_redis_that_refuses_is_understood(far: Queue, proxy: CutProxy, answer: str, reason: str) -> None:
+def test_ping_translates_the_errors_of_redis(far: Queue, proxy: CutProxy, answer: str, reason: str) -> None:
     trouble = far.last_trouble
     proxy.answer(b":none", f"-{answer}\r\n".encode())
     with unavailable(reason):
@@ -1672,7 +1691,7 @@ def test_redis_that_refuses_is_understood(far: Queue, proxy: CutProxy, answer: s
     assert far.last_contact > far.last_trouble
 
 
-def test_redis_that_answers_what_nobody_knows_is_corrupted_and_no_outage(far: Queue, proxy: CutProxy) -> None:
+def test_ping_raises_corrupted_for_an_unknown_error(far: Queue, proxy: CutProxy) -> None:
     trouble = far.last_trouble
     proxy.answer(b":none", b"-ERR nobody knows\r\n")
     with pytest.raises(Corrupted, match="nobody knows"):

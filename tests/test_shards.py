@@ -1,4 +1,4 @@
-"""Many shards as one queue: a job's id names its shard, workers serve all of them, and what is told of them adds up."""
+"""Many shards as one queue: ids name their shard, workers serve all shards, and reports add up."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ from wsgi import API
 DEFAULT = ["default"]
 COUNT = 3
 CONSTRUCTORS = {"from_url", "embedded"}
-ONE_BY_ONE = {"running", "count_unended"}  # asked of each shard, by reap and by doctor
+ONE_BY_ONE = {"running", "count_unended"}  # called for each shard, by reap and by doctor
 
 
 @pytest.fixture
 def queue(server: Server) -> Iterator[Shards]:
-    """An empty queue of three shards on either server. When the test is over, the books of each must be right."""
+    """An empty queue of three shards on either server. Checks each for consistency at the end."""
     shards = Shards([server.queue(namespace=f"queue.{at}") for at in range(COUNT)])
     yield shards
-    shards._waiters.shutdown()  # those that still wait for a bell must not see their connections closed
+    shards._waiters.shutdown()  # before the connections are closed on which they wait for a bell
     for shard in shards.parts:
         check_consistency(shard)
 
@@ -56,17 +56,17 @@ def test_submit_spreads_jobs_over_all_shards(queue: Shards) -> None:
     assert [queue.get(job.id) for job in jobs] == jobs
 
 
-def test_submit_puts_a_batch_whole_into_one_shard(queue: Shards) -> None:
+def test_submit_puts_a_batch_into_one_shard(queue: Shards) -> None:
     assert len({shard_of(job) for job in queue.enqueue_many("echo", range(50))}) == 1
 
 
-def test_get_of_an_id_that_names_no_shard_finds_nothing(queue: Shards) -> None:
+def test_get_of_an_id_without_a_shard_returns_none(queue: Shards) -> None:
     id = queue.enqueue("echo", 1).id[:-2] + "2a"
     assert [queue.get(id), queue.cancel(id), queue.retry(id), queue.wait_for(id, 1)] == [None] * 4
     assert queue.get("nonsense") is None
 
 
-def test_dequeue_starts_jobs_of_a_shard_first_in_first_out(queue: Shards, worker: str) -> None:
+def test_dequeue_starts_the_jobs_of_a_shard_first_in_first_out(queue: Shards, worker: str) -> None:
     jobs = [queue.enqueue("echo", at) for at in range(12)]
     started = [job for _ in range(6) for job in queue.dequeue(worker, DEFAULT, 2)]
     assert sorted(started, key=lambda job: job.id) == sorted(started, key=lambda job: job.payload)
@@ -85,7 +85,7 @@ def test_take_serves_every_shard_in_turn(queue: Shards, worker: str) -> None:
     assert [shard.stats()["pending"] for shard in queue.parts] == [20, 20, 20]
 
 
-def test_take_goes_on_while_one_shard_is_broken(queue: Shards, worker: str) -> None:
+def test_take_succeeds_while_one_shard_is_broken(queue: Shards, worker: str) -> None:
     jobs = [queue.enqueue("echo", at) for at in range(COUNT)]
     broken = queue.parts[1].keys.jobs("default")
     entries = raw(queue.parts[1]).lrange(broken, 0, -1)
@@ -98,12 +98,12 @@ def test_take_goes_on_while_one_shard_is_broken(queue: Shards, worker: str) -> N
     assert [job.id for job in queue.dequeue(worker, DEFAULT)] == [job.id for job in jobs if shard_of(job) == 1]
 
 
-def test_submit_once_with_one_key_makes_one_job(queue: Shards) -> None:
+def test_submit_repeatedly_with_one_key_makes_one_job(queue: Shards) -> None:
     made = {queue.submit([queue.draft("echo", 1)], once)[0].id for once in (Once("k", "same") for _ in range(7))}
     assert len(made) == 1
 
 
-def test_submit_with_a_unique_key_answers_the_first_until_it_ends(queue: Shards, worker: str) -> None:
+def test_submit_with_a_taken_unique_key_returns_its_job(queue: Shards, worker: str) -> None:
     first = queue.enqueue("echo", 1, unique_key="u")
     assert {queue.enqueue("echo", 2, unique_key="u").id for _ in range(5)} == {first.id}
     [job] = queue.dequeue(worker, DEFAULT)
@@ -111,7 +111,7 @@ def test_submit_with_a_unique_key_answers_the_first_until_it_ends(queue: Shards,
     assert queue.enqueue("echo", 3, unique_key="u").id != first.id
 
 
-def test_submit_together_with_unique_keys_of_different_shards_is_refused(queue: Shards) -> None:
+def test_submit_refuses_unique_keys_of_different_shards(queue: Shards) -> None:
     drafts = [queue.draft("echo", 1, unique_key=f"user {at}") for at in range(10)]
     with pytest.raises(InvalidJob, match="TINYQUEUE_SHARDS"):
         queue.submit(drafts)
@@ -119,8 +119,9 @@ def test_submit_together_with_unique_keys_of_different_shards_is_refused(queue: 
     assert len(queue.submit([queue.draft("echo", 1, unique_key="u") for _ in range(2)])) == 2
 
 
-def test_start_of_a_suspect_waits_for_the_jobs_of_other_shards(queue: Shards, worker: str) -> None:
-    suspect, innocent = queue.enqueue("echo", "suspect"), queue.enqueue("echo", "innocent")
+def test_start_leaves_a_suspect_pending_beside_jobs_of_other_shards(queue: Shards, worker: str) -> None:
+    suspect = queue.enqueue("echo", "suspect")
+    innocent = queue.enqueue("echo", "innocent")
     shard = queue.parts[shard_of(suspect)]
     record = raw(shard).get(shard.keys.job(suspect.id))
     raw(shard).set(shard.keys.job(suspect.id), record[:-1] + b',"suspicions":2}')
@@ -133,7 +134,7 @@ def test_start_of_a_suspect_waits_for_the_jobs_of_other_shards(queue: Shards, wo
     queue.deregister(worker)
 
 
-def test_reap_in_one_shard_tells_the_worker(queue: Shards, worker: str) -> None:
+def test_heartbeat_raises_reaped_if_one_shard_reaped_the_worker(queue: Shards, worker: str) -> None:
     lapse(queue.parts[2], worker)
     assert queue.lost_workers() == [worker]
     assert queue.reap(worker) == 0
@@ -143,7 +144,7 @@ def test_reap_in_one_shard_tells_the_worker(queue: Shards, worker: str) -> None:
     assert queue.workers() == []
 
 
-def test_reap_counts_no_attempt_of_jobs_that_ran_beside_others_of_another_shard(queue: Shards, worker: str) -> None:
+def test_reap_does_not_count_attempts_of_jobs_that_ran_beside_other_shards(queue: Shards, worker: str) -> None:
     jobs = [queue.enqueue("echo", at, max_attempts=1) for at in range(COUNT)]
     assert len(queue.dequeue(worker, DEFAULT, COUNT)) == COUNT
     for shard in queue.parts:
@@ -159,7 +160,9 @@ def test_page_lists_jobs_of_all_shards_newest_first(queue: Shards) -> None:
         jobs.append(queue.enqueue("echo", at))
         for shard in queue.parts:
             shard.clock.ahead += 1
-    listed, cursor, pages = [], "", 0
+    listed = []
+    cursor = ""
+    pages = 0
     while pages == 0 or cursor:
         page, cursor = queue.page(Filter("pending"), limit=4, cursor=cursor)
         listed += [job.payload for job in page]
@@ -167,7 +170,7 @@ def test_page_lists_jobs_of_all_shards_newest_first(queue: Shards) -> None:
     assert listed == [job.payload for job in reversed(jobs)]
 
 
-def test_change_many_reaches_all_shards(queue: Shards) -> None:
+def test_change_many_changes_jobs_of_all_shards(queue: Shards) -> None:
     for at in range(7):
         queue.enqueue("echo", at)
     assert queue.change_many("cancel", Filter("pending"))["cancelled"] == 7
@@ -175,7 +178,7 @@ def test_change_many_reaches_all_shards(queue: Shards) -> None:
     assert queue.stats()["pending"] == 7
 
 
-def test_stats_add_up(queue: Shards, worker: str) -> None:
+def test_stats_adds_up_all_shards(queue: Shards, worker: str) -> None:
     for name in ("default", "default", "slow", "default"):
         queue.enqueue("echo", 1, queue=name)
     [job] = queue.dequeue(worker, DEFAULT)
@@ -189,7 +192,7 @@ def test_stats_add_up(queue: Shards, worker: str) -> None:
     assert queue.metrics()["enqueued"] == {("echo", "default"): 3, ("echo", "slow"): 1}
 
 
-def test_history_adds_up_by_the_minute_though_one_shard_has_begun_the_next(queue: Shards, worker: str) -> None:
+def test_history_adds_up_minutes_when_one_shard_is_ahead(queue: Shards, worker: str) -> None:
     for at in range(6):
         queue.enqueue("echo", at)
     for job in queue.dequeue(worker, DEFAULT, 6):
@@ -202,7 +205,7 @@ def test_history_adds_up_by_the_minute_though_one_shard_has_begun_the_next(queue
     assert "history" not in queue.stats()
 
 
-def test_history_and_metrics_add_up(queue: Shards, worker: str) -> None:
+def test_history_and_metrics_add_up_all_shards(queue: Shards, worker: str) -> None:
     for _ in range(6):
         queue.enqueue("echo", {})
     jobs = queue.dequeue(worker, ["default"], 6)
@@ -211,12 +214,12 @@ def test_history_and_metrics_add_up(queue: Shards, worker: str) -> None:
     assert len(history) == 2
     assert history[1]["at"] - history[0]["at"] == 60_000
     assert sum(minute["started"] for minute in history) == sum(minute["completed"] for minute in history) == 6
-    told = queue.metrics()
-    assert told["enqueued"]["echo", "default"] == told["completed"]["echo", "default"] == 6
-    assert sum(told["ran"].values()) == 6
+    metrics = queue.metrics()
+    assert metrics["enqueued"]["echo", "default"] == metrics["completed"]["echo", "default"] == 6
+    assert sum(metrics["ran"].values()) == 6
 
 
-def test_workers_are_told_once_with_the_jobs_of_all_shards(queue: Shards, worker: str) -> None:
+def test_workers_lists_a_worker_once_with_the_jobs_of_all_shards(queue: Shards, worker: str) -> None:
     for at in range(4):
         queue.enqueue("echo", at)
     jobs = queue.dequeue(worker, DEFAULT, 4)
@@ -226,7 +229,7 @@ def test_workers_are_told_once_with_the_jobs_of_all_shards(queue: Shards, worker
     queue.settle(worker, [Outcome(job, "release") for job in jobs])
 
 
-def test_pause_holds_for_all_shards(queue: Shards, worker: str) -> None:
+def test_pause_stops_all_shards(queue: Shards, worker: str) -> None:
     for at in range(COUNT):
         queue.enqueue("echo", at)
     queue.pause("default")
@@ -238,14 +241,14 @@ def test_pause_holds_for_all_shards(queue: Shards, worker: str) -> None:
     queue.settle(worker, [Outcome(job, "release") for job in jobs])
 
 
-def test_examine_tells_once_what_holds_for_all_shards(queue: Shards) -> None:
+def test_examine_reports_once_what_all_shards_share(queue: Shards) -> None:
     found = examine(queue, 19)
     assert [finding.about for finding in found].count("writes") == 1
     assert {"transport", "reachable", "permissions", "counts", "workers"} <= {finding.about for finding in found}
     assert warnings(queue) == []
 
 
-def test_spend_counts_the_requests_of_one_client_together(queue: Shards) -> None:
+def test_spend_counts_the_requests_of_a_client_in_one_shard(queue: Shards) -> None:
     assert [queue.spend("one", 5, 3600)[0] for _ in range(3)] == [4, 3, 2]
     assert queue.spend("another", 5, 3600)[0] == 4
 
@@ -268,7 +271,7 @@ def echo(payload: object, job: Job) -> object:
 
 
 @pytest.mark.usefixtures("no_handlers")
-def test_http_serves_all_shards(queue: Shards) -> None:
+def test_http_api_serves_all_shards(queue: Shards) -> None:
     handler("echo")(echo)
     api = Client(API(Settings(), queue))
     ids = [api.post("/jobs", {"type": "echo", "payload": at}).json["jobId"] for at in range(6)]
@@ -280,7 +283,7 @@ def test_http_serves_all_shards(queue: Shards) -> None:
     assert api.get("/stats").json["pending"] == 6
 
 
-def test_settings_make_shards(real: Server) -> None:
+def test_open_queue_makes_the_shards_of_the_settings(real: Server) -> None:
     queue = open_queue(Settings(redis_url=real.url, shards=4, namespace="shop"))
     assert isinstance(queue, Shards)
     assert [shard.keys.counts for shard in queue.parts] == [f"{{shop.{at}}}:counts" for at in range(4)]
@@ -289,14 +292,15 @@ def test_settings_make_shards(real: Server) -> None:
     assert not isinstance(open_queue(Settings(redis_url=real.url)), Shards)
 
 
-def test_settle_writes_the_outcomes_of_the_shards_that_are_there(real: Server) -> None:
+def test_settle_writes_the_outcomes_of_the_reachable_shards(real: Server) -> None:
     shards = Shards([real.queue(namespace=f"queue.{at}") for at in range(2)])
     worker = shards.register(DEFAULT, 2)
     jobs = [shards.enqueue("echo", at) for at in range(2)]
     started = shards.dequeue(worker, DEFAULT, 2)
     assert len(started) == 2
     dead = Queue(tinyqueue.connect("redis://127.0.0.1:1"), namespace="queue.1")
-    alive, shards.parts[1] = shards.parts[1], dead
+    alive = shards.parts[1]
+    shards.parts[1] = dead
     outcomes = [Outcome(job, "complete") for job in started]
     with pytest.raises(Unavailable) as trouble:
         shards.settle(worker, outcomes)

@@ -1,4 +1,4 @@
-"""Clients that are slow, idle or patient, against a server process: none of them keeps the others from being answered."""
+"""Slow, idle and waiting clients of a server process. None may block the answers to others."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def sleep(seconds: float) -> None:
     time.sleep(seconds)
 """
 VALID = b'{"type":"echo","payload":{}}'
-SOON = 5.0  # seconds in which a slow machine answers, too
+SOON = 5.0  # seconds; long enough for a slow machine
 
 
 @pytest.fixture
@@ -41,7 +41,7 @@ def assert_answers_soon(server: Process) -> None:
     assert time.monotonic() - begin < SOON
 
 
-def test_answer_while_others_have_sent_half_a_request(server: Process) -> None:
+def test_answer_while_other_requests_are_incomplete(server: Process) -> None:
     request = spell("POST", "/jobs", VALID)
     with ExitStack() as stack:
         wires = [stack.enter_context(Wire(server.address)) for _ in range(100)]
@@ -53,7 +53,7 @@ def test_answer_while_others_have_sent_half_a_request(server: Process) -> None:
         assert {wire.answer().status for wire in wires} == {201}
 
 
-def test_answer_while_a_request_trickles_in(server: Process) -> None:
+def test_answer_while_other_requests_arrive_byte_by_byte(server: Process) -> None:
     request = spell("POST", "/jobs", VALID)
     with ExitStack() as stack:
         wires = [stack.enter_context(Wire(server.address)) for _ in range(20)]
@@ -75,7 +75,7 @@ def test_answer_while_hundreds_of_connections_are_idle(server: Process) -> None:
     assert_answers_soon(server)
 
 
-def test_answer_while_others_do_not_read_what_they_asked_for(server: Process) -> None:
+def test_answer_while_other_clients_do_not_read_their_answers(server: Process) -> None:
     with ExitStack() as stack:
         wires = [stack.enter_context(Wire(server.address)) for _ in range(20)]
         for wire in wires:
@@ -83,7 +83,7 @@ def test_answer_while_others_do_not_read_what_they_asked_for(server: Process) ->
         assert_answers_soon(server)
 
 
-def test_answer_while_others_wait_for_a_jobs_end(server: Process) -> None:
+def test_answer_while_other_clients_wait_for_a_job(server: Process) -> None:
     with ExitStack() as stack:
         first = stack.enter_context(Wire(server.address))
         first.send(spell("POST", "/jobs", b'{"type":"echo","payload":{},"delay":60}'))

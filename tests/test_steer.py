@@ -1,4 +1,4 @@
-"""What clients steer jobs by: keys that make a submit happen once, expiry, pausing, stopping what runs, pages, waiting, limits."""
+"""Job control: idempotent submits, unique keys, expiry, pause, cancel, lists, waiting, limits."""
 
 from __future__ import annotations
 
@@ -51,14 +51,14 @@ def ids(jobs: list[Job]) -> list[str]:
 
 
 def found(queue: Queue, job: Job) -> Job:
-    """The job as it is now."""
+    """Return the job as it is now."""
     now = queue.get(job.id)
     assert now
     return now
 
 
-class Still(Clock):
-    """A clock that stands still."""
+class FixedClock(Clock):
+    """A clock that moves only with `ahead`."""
 
     def now(self) -> int:
         return 1_800_000_000_000 + self.ahead
@@ -66,13 +66,13 @@ class Still(Clock):
 
 @pytest.fixture
 def worker(queue: Queue) -> str:
-    """A registered worker."""
+    """The id of a registered worker."""
     return queue.register(DEFAULT, 5)
 
 
 @pytest.fixture
 def work(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Worker]]:
-    """Start workers in threads; at the end they stop. `thread` of each ends when it ends."""
+    """Start workers in threads. They are stopped at the end of the test."""
     monkeypatch.setattr(process, "TICK", 0.02)
     monkeypatch.setattr(process, "PROMOTE_EVERY", 0.02)
     started: list[Worker] = []
@@ -90,23 +90,23 @@ def work(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Worker]]:
         each.stop("release")
     for each in started:
         each.thread.join(20)
-        assert not each.thread.is_alive(), "the worker does not end"
+        assert not each.thread.is_alive(), "the worker did not stop"
 
 
 def stop(worker: Worker) -> None:
     worker.stop("drain")
     worker.thread.join(20)
-    assert not worker.thread.is_alive(), "the worker does not end"
+    assert not worker.thread.is_alive(), "the worker did not stop"
 
 
-# Once -----------------------------------------------------------------------------------------------------------------
+# Idempotent submits ---------------------------------------------------------------------------------------------------
 
 
 def submit_once(queue: Queue, count: int = 1, once: Once = ONCE, **options: Any) -> list[Job]:
     return queue.submit([queue.draft("echo", {"n": n}, **options) for n in range(count)], once)
 
 
-def test_once_makes_the_jobs_of_one_submit(queue: Queue, worker: str) -> None:
+def test_once_returns_the_first_jobs_when_a_submit_is_repeated(queue: Queue, worker: str) -> None:
     first = submit_once(queue, 3)
     before = dump(queue)
     assert submit_once(queue, 3) == first
@@ -114,13 +114,13 @@ def test_once_makes_the_jobs_of_one_submit(queue: Queue, worker: str) -> None:
     assert ids(queue.dequeue(worker, DEFAULT, 9)) == ids(first)
 
 
-def test_once_returns_the_jobs_as_they_stand(queue: Queue) -> None:
+def test_once_returns_the_jobs_in_their_present_state(queue: Queue) -> None:
     [job] = submit_once(queue)
     queue.cancel(job.id)
     assert submit_once(queue) == [found(queue, job)]
 
 
-def test_once_returns_forgotten_jobs_as_they_were(queue: Queue) -> None:
+def test_once_returns_trimmed_jobs_as_they_were_submitted(queue: Queue) -> None:
     first = submit_once(queue, 2)
     queue.cancel(first[0].id)
     queue.clock.ahead += 8 * 86400_000
@@ -131,7 +131,7 @@ def test_once_returns_forgotten_jobs_as_they_were(queue: Queue) -> None:
 
 
 @pytest.mark.parametrize(("fingerprint", "count"), [("another", 1), (ONCE.fingerprint, 2)])
-def test_once_refuses_the_key_for_another_request(queue: Queue, fingerprint: str, count: int) -> None:
+def test_once_refuses_the_key_for_a_different_request(queue: Queue, fingerprint: str, count: int) -> None:
     submit_once(queue)
     before = dump(queue)
     with pytest.raises(KeyReused):
@@ -139,12 +139,12 @@ def test_once_refuses_the_key_for_another_request(queue: Queue, fingerprint: str
     assert dump(queue) == before
 
 
-def test_once_with_another_key_makes_other_jobs(queue: Queue) -> None:
+def test_once_makes_new_jobs_for_another_key(queue: Queue) -> None:
     assert ids(submit_once(queue)) != ids(submit_once(queue, once=Once("another", ONCE.fingerprint)))
     assert queue.waiting(DEFAULT) == 2
 
 
-def test_once_by_many_at_once_makes_one_job(server: Server, queue: Queue) -> None:
+def test_once_makes_one_job_when_many_submit_at_the_same_time(server: Server, queue: Queue) -> None:
     queues = [server.queue() for _ in range(20)]
     together = threading.Barrier(20)
 
@@ -159,7 +159,7 @@ def test_once_by_many_at_once_makes_one_job(server: Server, queue: Queue) -> Non
 
 @pytest.mark.parametrize("options", [{}, {"unique_key": "u"}, {"delay": 60}], ids=["plain", "unique", "delayed"])
 @pytest.mark.parametrize("cut", ["drop_reply", "drop_request", "hold"])
-def test_once_whose_packet_is_lost_is_applied_once(
+def test_once_is_applied_once_when_a_packet_is_lost(
     near: Queue, far: Queue, proxy: CutProxy, cut: str, options: dict[str, Any]
 ) -> None:
     getattr(proxy, cut)(b"EXEC")
@@ -171,7 +171,7 @@ def test_once_whose_packet_is_lost_is_applied_once(
     assert ids(submit_once(near, **options)) == [job.id]
 
 
-def test_once_that_is_not_answered_in_time_is_sent_again(
+def test_once_is_sent_again_after_a_timeout(
     real: Server, near: Queue, proxy: CutProxy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tinyqueue_redis, "SOCKET_TIMEOUT", 0.2)
@@ -183,7 +183,9 @@ def test_once_that_is_not_answered_in_time_is_sent_again(
     assert ids(submit_once(near)) == [job.id]
 
 
-def test_once_whose_reply_is_lost_while_the_job_ends(near: Queue, far: Queue, proxy: CutProxy) -> None:
+def test_once_makes_no_second_job_when_the_first_ends_before_the_resend(
+    near: Queue, far: Queue, proxy: CutProxy
+) -> None:
     worker = near.register(DEFAULT, 1)
     proxy.drop_reply(b"EXEC", lambda: near.complete(near.dequeue(worker, DEFAULT)[0]))
     [job] = submit_once(far)
@@ -191,31 +193,31 @@ def test_once_whose_reply_is_lost_while_the_job_ends(near: Queue, far: Queue, pr
     assert near.waiting(DEFAULT) == 0
 
 
-def test_once_of_another_who_was_faster_returns_its_jobs(near: Queue, far: Queue, proxy: CutProxy) -> None:
+def test_once_returns_the_jobs_of_a_faster_client(near: Queue, far: Queue, proxy: CutProxy) -> None:
     theirs: list[Job] = []
     proxy.before(b"EXEC", lambda: theirs.extend(submit_once(near)))
     assert ids(submit_once(far)) == ids(theirs)
     assert near.waiting(DEFAULT) == 1
 
 
-def test_once_is_remembered_for_its_time(server: Server) -> None:
+def test_once_is_remembered_until_its_key_expires(server: Server) -> None:
     queue = server.queue(keep_once=60)
     [first] = submit_once(queue)
     [key] = [key for key in dump(queue) if key.startswith(queue.keys.prefix + "once:")]
     assert 0 < raw(queue).pttl(key) <= 60_000
-    raw(queue).delete(key)  # its time is up
+    raw(queue).delete(key)  # as if it had expired
     assert ids(submit_once(queue)) != [first.id]
     check_consistency(queue)
 
 
-def test_once_of_none_stores_nothing(queue: Queue) -> None:
+def test_once_stores_nothing_without_jobs(queue: Queue) -> None:
     before = dump(queue)
     assert queue.submit([], ONCE) == []
     assert dump(queue) == before
 
 
 @pytest.mark.parametrize("garbage", [b"", b"\xff", b"null", b"[]", b"{}", b'{"fingerprint":"what it sent","ids":1}'])
-def test_once_whose_key_holds_garbage_is_told_as_corrupted(server: Server, garbage: bytes) -> None:
+def test_once_raises_corrupted_when_its_key_holds_garbage(server: Server, garbage: bytes) -> None:
     queue = server.queue()
     submit_once(queue)
     [key] = [key for key in dump(queue) if key.startswith(queue.keys.prefix + "once:")]
@@ -242,28 +244,28 @@ def test_unique_returns_the_job_that_has_the_key(queue: Queue, worker: str) -> N
     assert queue.waiting([*DEFAULT, "other"]) == 0
 
 
-def test_unique_holds_for_a_delayed_job(queue: Queue) -> None:
+def test_unique_key_is_held_by_a_delayed_job(queue: Queue) -> None:
     first = unique(queue, delay=60)
     assert unique(queue) == first
     assert queue.waiting(DEFAULT) == 0
 
 
 @pytest.mark.parametrize("status", ENDED)
-def test_unique_key_is_released_when_its_job_has_ended(queue: Queue, status: str) -> None:
+def test_unique_key_is_free_when_its_job_has_ended(queue: Queue, status: str) -> None:
     first = put(queue, status, unique_key="k")
     second = unique(queue)
     assert second.id != first.id
     assert unique(queue).id == second.id
 
 
-def test_unique_key_is_released_when_its_worker_is_lost_for_good(queue: Queue) -> None:
+def test_unique_key_is_free_when_its_last_attempt_is_reaped(queue: Queue) -> None:
     job = put(queue, "processing", unique_key="k", max_attempts=1)
     lapse(queue, job.worker)
     queue.reap(job.worker)
     assert unique(queue).id != job.id
 
 
-def test_unique_holds_when_its_job_was_given_back(queue: Queue) -> None:
+def test_unique_key_is_held_when_its_job_is_requeued(queue: Queue) -> None:
     job = put(queue, "processing", unique_key="k")
     lapse(queue, job.worker)
     queue.reap(job.worker)
@@ -271,7 +273,7 @@ def test_unique_holds_when_its_job_was_given_back(queue: Queue) -> None:
     assert queue.waiting(DEFAULT) == 1
 
 
-def test_unique_key_is_released_when_its_job_has_expired(queue: Queue, worker: str) -> None:
+def test_unique_key_is_free_when_its_job_has_expired(queue: Queue, worker: str) -> None:
     first = unique(queue, expires_in=5)
     queue.clock.ahead += 5001
     assert unique(queue).id == first.id
@@ -279,7 +281,7 @@ def test_unique_key_is_released_when_its_job_has_expired(queue: Queue, worker: s
     assert unique(queue).id != first.id
 
 
-def test_unique_within_one_batch_makes_one_job(queue: Queue) -> None:
+def test_unique_makes_one_job_for_a_key_repeated_in_a_batch(queue: Queue) -> None:
     drafts = [queue.draft("echo", n, unique_key=key) for n, key in enumerate(["a", None, "a", "b", "a"])]
     made = queue.submit(drafts)
     assert ids(made) == ids([drafts[0], drafts[1], drafts[0], drafts[3], drafts[0]])
@@ -287,14 +289,14 @@ def test_unique_within_one_batch_makes_one_job(queue: Queue) -> None:
     assert queue.stats()["pending"] == 3
 
 
-def test_unique_of_a_batch_whose_keys_are_taken_stores_the_others(queue: Queue, worker: str) -> None:
+def test_unique_stores_the_other_jobs_of_a_batch_when_a_key_is_taken(queue: Queue, worker: str) -> None:
     first = unique(queue)
     drafts = [queue.draft("echo", 1, unique_key="k"), queue.draft("echo", 2)]
     assert ids(queue.submit(drafts)) == [first.id, drafts[1].id]
     assert ids(queue.dequeue(worker, DEFAULT, 9)) == [first.id, drafts[1].id]
 
 
-def test_unique_by_many_at_once_makes_one_job(server: Server, queue: Queue) -> None:
+def test_unique_makes_one_job_when_many_submit_at_the_same_time(server: Server, queue: Queue) -> None:
     queues = [server.queue() for _ in range(20)]
     together = threading.Barrier(20)
 
@@ -307,17 +309,19 @@ def test_unique_by_many_at_once_makes_one_job(server: Server, queue: Queue) -> N
     assert queue.stats()["pending"] == queue.waiting(DEFAULT) == 1
 
 
-def test_unique_while_the_job_that_has_the_key_ends(near: Queue, far: Queue, proxy: CutProxy) -> None:
-    first, last = put(near, "processing", unique_key="k"), unique(near)
-    assert first.id == last.id
+def test_unique_makes_a_new_job_when_the_key_is_freed_during_the_submit(
+    near: Queue, far: Queue, proxy: CutProxy
+) -> None:
+    first = put(near, "processing", unique_key="k")
+    assert unique(near).id == first.id
     proxy.before(b"EXEC", lambda: near.complete(first))
-    made = far.submit([far.draft("echo", {}, unique_key="k"), far.draft("echo", {})])  # the second makes it write
+    made = far.submit([far.draft("echo", {}, unique_key="k"), far.draft("echo", {})])  # the second job requires a write
     assert first.id not in ids(made)
     assert near.waiting(DEFAULT) == 2
 
 
 @pytest.mark.parametrize("cut", ["drop_reply", "drop_request", "hold"])
-def test_unique_whose_packet_is_lost_is_applied_once(near: Queue, far: Queue, proxy: CutProxy, cut: str) -> None:
+def test_unique_is_applied_once_when_a_packet_is_lost(near: Queue, far: Queue, proxy: CutProxy, cut: str) -> None:
     getattr(proxy, cut)(b"EXEC")
     job = unique(far)
     proxy.deliver()
@@ -325,7 +329,7 @@ def test_unique_whose_packet_is_lost_is_applied_once(near: Queue, far: Queue, pr
     assert unique(near).id == job.id
 
 
-def test_unique_batch_that_arrives_late_counts_nothing_twice(
+def test_unique_batch_counts_nothing_twice_when_it_arrives_late(
     real: Server, near: Queue, proxy: CutProxy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tinyqueue_redis, "SOCKET_TIMEOUT", 0.2)
@@ -339,14 +343,14 @@ def test_unique_batch_that_arrives_late_counts_nothing_twice(
 
 
 @pytest.mark.parametrize("status", ["failed", "cancelled"])
-def test_retry_takes_the_unique_key_again(queue: Queue, status: str) -> None:
+def test_retry_takes_its_unique_key_again(queue: Queue, status: str) -> None:
     job = put(queue, status, unique_key="k")
     assert queue.retry(job.id)
     assert unique(queue).id == job.id
 
 
 @pytest.mark.parametrize("status", ["failed", "cancelled"])
-def test_retry_of_a_job_whose_unique_key_another_has_is_refused(queue: Queue, status: str) -> None:
+def test_retry_is_refused_when_another_job_has_the_unique_key(queue: Queue, status: str) -> None:
     job = put(queue, status, unique_key="k")
     other = unique(queue)
     before = dump(queue)
@@ -357,7 +361,7 @@ def test_retry_of_a_job_whose_unique_key_another_has_is_refused(queue: Queue, st
     assert queue.retry(job.id)
 
 
-def test_retry_of_a_job_whose_unique_key_is_taken_meanwhile(near: Queue, far: Queue, proxy: CutProxy) -> None:
+def test_retry_is_refused_when_its_unique_key_is_taken_meanwhile(near: Queue, far: Queue, proxy: CutProxy) -> None:
     job = put(near, "failed", unique_key="k")
     proxy.before(b"EXEC", lambda: unique(near))
     with pytest.raises(WrongStatus, match="uniqueKey"):
@@ -366,7 +370,7 @@ def test_retry_of_a_job_whose_unique_key_is_taken_meanwhile(near: Queue, far: Qu
 
 
 @pytest.mark.parametrize("cut", ["drop_reply", "drop_request", "hold"])
-def test_retry_with_a_unique_key_whose_packet_is_lost_is_applied_once(
+def test_retry_with_a_unique_key_is_applied_once_when_a_packet_is_lost(
     near: Queue, far: Queue, proxy: CutProxy, cut: str
 ) -> None:
     job = put(near, "failed", unique_key="k")
@@ -377,19 +381,19 @@ def test_retry_with_a_unique_key_whose_packet_is_lost_is_applied_once(
 
 
 @pytest.mark.parametrize("holder", ["01890000-0000-7000-8000-000000000000", "garbage", b"\xff"])
-def test_unique_key_that_names_no_job_is_taken(queue: Queue, holder: Any) -> None:
+def test_unique_takes_over_a_key_that_names_no_job(queue: Queue, holder: Any) -> None:
     raw(queue).set(queue.keys.unique("k"), holder)
     job = unique(queue)
     assert unique(queue).id == job.id
 
 
-def test_unique_key_that_names_a_job_with_another_key_is_taken(queue: Queue) -> None:
+def test_unique_takes_over_a_key_that_names_a_job_with_another_key(queue: Queue) -> None:
     other = unique(queue, "other")
     raw(queue).set(queue.keys.unique("k"), other.id)
     assert unique(queue).id != other.id
 
 
-def test_unique_together_with_once_returns_the_jobs_of_the_first(queue: Queue) -> None:
+def test_once_returns_the_first_job_when_another_now_has_its_unique_key(queue: Queue) -> None:
     first = unique(queue)
     assert ids(submit_once(queue, 2, unique_key="k")) == [first.id] * 2
     queue.cancel(first.id)
@@ -399,14 +403,14 @@ def test_unique_together_with_once_returns_the_jobs_of_the_first(queue: Queue) -
 
 
 @pytest.mark.parametrize("key", ["", "x" * 201, "a\nb", "a\x00", "\ud800", 7, ["k"], True, b"k"])
-def test_unique_refuses_a_key(queue: Queue, key: Any) -> None:
+def test_unique_refuses_an_invalid_key(queue: Queue, key: Any) -> None:
     with pytest.raises(InvalidJob) as caught:
         queue.draft("echo", {}, unique_key=key)
     assert caught.value.field == "uniqueKey"
 
 
 @pytest.mark.parametrize("key", ["x", "x" * 200, "with spaces", "ünïcødé", "{other}:job:1", "*"])
-def test_unique_takes_any_printable_key(queue: Queue, key: str) -> None:
+def test_unique_accepts_any_printable_key(queue: Queue, key: str) -> None:
     assert unique(queue, key) == unique(queue, key)
     assert unique(queue, "other" + key[:9]).id != unique(queue, key).id
 
@@ -414,8 +418,9 @@ def test_unique_takes_any_printable_key(queue: Queue, key: str) -> None:
 # Expiry ---------------------------------------------------------------------------------------------------------------
 
 
-def test_expired_job_fails_when_its_turn_comes(queue: Queue, worker: str) -> None:
-    late, other = queue.enqueue("echo", 1, expires_in=5), queue.enqueue("echo", 2)
+def test_expired_job_fails_when_it_would_start(queue: Queue, worker: str) -> None:
+    late = queue.enqueue("echo", 1, expires_in=5)
+    other = queue.enqueue("echo", 2)
     queue.clock.ahead += 5000
     assert ids(queue.dequeue(worker, DEFAULT, 2)) == [other.id]
     ended = found(queue, late)
@@ -432,7 +437,7 @@ def test_expired_job_fails_when_its_delay_is_over(queue: Queue, worker: str) -> 
     assert found(queue, job).status == "failed"
 
 
-def test_expiry_in_time_changes_nothing(queue: Queue, worker: str) -> None:
+def test_job_starts_when_it_has_not_expired(queue: Queue, worker: str) -> None:
     queue.clock.ahead += 1
     job = queue.enqueue("echo", 1, expires_in=60)
     queue.clock.ahead += 50_000
@@ -440,7 +445,7 @@ def test_expiry_in_time_changes_nothing(queue: Queue, worker: str) -> None:
 
 
 @pytest.mark.parametrize("how", ["fail", "release", "reap"])
-def test_expiry_does_not_end_a_job_that_was_started_once(queue: Queue, how: str) -> None:
+def test_expiry_does_not_end_a_job_that_has_started_before(queue: Queue, how: str) -> None:
     job = put(queue, "processing", expires_in=5)
     if how == "fail":
         queue.fail(job, BOOM, after=10)
@@ -454,7 +459,7 @@ def test_expiry_does_not_end_a_job_that_was_started_once(queue: Queue, how: str)
     assert ids(queue.dequeue(queue.register(DEFAULT, 1), DEFAULT)) == [job.id]
 
 
-def test_retry_of_an_expired_job_runs_it(queue: Queue, worker: str) -> None:
+def test_retry_runs_an_expired_job(queue: Queue, worker: str) -> None:
     job = queue.enqueue("echo", 1, expires_in=5)
     queue.clock.ahead += 6000
     queue.dequeue(worker, DEFAULT)
@@ -463,7 +468,7 @@ def test_retry_of_an_expired_job_runs_it(queue: Queue, worker: str) -> None:
 
 
 @pytest.mark.parametrize("cut", ["drop_reply", "drop_request", "hold"])
-def test_expiry_whose_packet_is_lost_is_applied_once(near: Queue, far: Queue, proxy: CutProxy, cut: str) -> None:
+def test_expiry_is_applied_once_when_a_packet_is_lost(near: Queue, far: Queue, proxy: CutProxy, cut: str) -> None:
     worker = near.register(DEFAULT, 1)
     job = near.enqueue("echo", 1, expires_in=5)
     far.clock.ahead += 6000
@@ -476,7 +481,7 @@ def test_expiry_whose_packet_is_lost_is_applied_once(near: Queue, far: Queue, pr
 
 
 @pytest.mark.parametrize("seconds", [0, -1, MAX_DELAY + 1, float("nan"), float("inf"), "5", True, [5]])
-def test_expiry_refuses_a_time(queue: Queue, seconds: Any) -> None:
+def test_expiry_refuses_an_invalid_time(queue: Queue, seconds: Any) -> None:
     with pytest.raises(InvalidJob) as caught:
         queue.draft("echo", {}, expires_in=seconds)
     assert caught.value.field == "expiresIn"
@@ -486,26 +491,27 @@ def test_expiry_refuses_a_time(queue: Queue, seconds: Any) -> None:
 
 
 @pytest.fixture
-def prompt(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A pause takes effect at once."""
+def immediate_pause(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make a pause take effect at once."""
     monkeypatch.setattr(tinyqueue, "PAUSE_AGE", -1.0)
 
 
-def test_pause_starts_nothing_and_accepts_jobs(queue: Queue, worker: str, prompt: None) -> None:
-    before, other = queue.enqueue("echo", 1), queue.enqueue("echo", 1, queue="other")
+def test_pause_starts_no_jobs_but_accepts_them(queue: Queue, worker: str, immediate_pause: None) -> None:
+    before = queue.enqueue("echo", 1)
+    other = queue.enqueue("echo", 1, queue="other")
     queue.pause("default")
     after = queue.enqueue("echo", 2)
     names = ["default", "other"]
     assert (queue.waiting(DEFAULT), queue.waiting(names)) == (0, 1)
     assert queue.take(worker, DEFAULT, 5) == []
     assert ids(queue.dequeue(worker, names, 5)) == [other.id]
-    assert {name: told["paused"] for name, told in queue.queues().items()} == {"default": True, "other": False}
+    assert {name: about["paused"] for name, about in queue.queues().items()} == {"default": True, "other": False}
     queue.resume("default")
     assert queue.waiting(DEFAULT) == 2
     assert ids(queue.dequeue(worker, DEFAULT, 5)) == [before.id, after.id]
 
 
-def test_pause_lets_go_on_what_runs(queue: Queue, prompt: None) -> None:
+def test_pause_does_not_affect_running_jobs(queue: Queue, immediate_pause: None) -> None:
     job = put(queue, "processing")
     queue.pause("default")
     job.set_progress(0.5)
@@ -513,7 +519,7 @@ def test_pause_lets_go_on_what_runs(queue: Queue, prompt: None) -> None:
     assert found(queue, job).status == "completed"
 
 
-def test_pause_takes_effect_in_other_processes_within_its_time(server: Server, queue: Queue, worker: str) -> None:
+def test_pause_takes_effect_in_other_processes(server: Server, queue: Queue, worker: str) -> None:
     other = server.queue()
     other.waiting(DEFAULT)
     queue.pause("default")
@@ -522,7 +528,7 @@ def test_pause_takes_effect_in_other_processes_within_its_time(server: Server, q
     assert other.take(worker, DEFAULT, 1) == []
 
 
-def test_pause_and_resume_twice_are_as_once(queue: Queue, worker: str, prompt: None) -> None:
+def test_pause_and_resume_are_idempotent(queue: Queue, worker: str, immediate_pause: None) -> None:
     queue.pause("default")
     queue.pause("default")
     job = queue.enqueue("echo", 1)
@@ -533,17 +539,17 @@ def test_pause_and_resume_twice_are_as_once(queue: Queue, worker: str, prompt: N
 
 @pytest.mark.parametrize("name", ["", "a b", "{x}", 7, "x" * 101])
 @pytest.mark.parametrize("verb", ["pause", "resume"])
-def test_pause_and_resume_refuse_a_name(queue: Queue, verb: str, name: Any) -> None:
+def test_pause_and_resume_refuse_an_invalid_name(queue: Queue, verb: str, name: Any) -> None:
     with pytest.raises(InvalidJob):
         getattr(queue, verb)(name)
 
 
-def test_pause_of_a_queue_that_never_had_a_job_is_shown(queue: Queue) -> None:
+def test_pause_shows_a_queue_that_never_had_a_job(queue: Queue) -> None:
     queue.pause("new")
     assert queue.queues() == {"new": {"pending": 0, "processing": 0, "oldestWaitingMs": 0, "paused": True}}
 
 
-def test_promote_and_release_fill_a_paused_queue(queue: Queue, worker: str, prompt: None) -> None:
+def test_promote_and_release_fill_a_paused_queue(queue: Queue, worker: str, immediate_pause: None) -> None:
     job = put(queue, "processing")
     delayed = put(queue, "delayed")
     queue.pause("default")
@@ -555,8 +561,8 @@ def test_promote_and_release_fill_a_paused_queue(queue: Queue, worker: str, prom
     assert ids(queue.dequeue(worker, DEFAULT, 5)) == [job.id, delayed.id]
 
 
-def test_resume_wakes_a_worker_that_waits(server: Server, queue: Queue, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tinyqueue, "PAUSE_AGE", 3600.0)  # it learns of the end of the pause from its wait, or never
+def test_resume_wakes_a_waiting_worker(server: Server, queue: Queue, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tinyqueue, "PAUSE_AGE", 3600.0)  # only the wait can end the pause for it
     queue.pause("default")
     other = server.queue()
     assert other.waiting(DEFAULT) == 0
@@ -568,7 +574,7 @@ def test_resume_wakes_a_worker_that_waits(server: Server, queue: Queue, monkeypa
     assert other.waiting(DEFAULT) == 1
 
 
-def test_resume_lets_a_running_worker_go_on(queue: Queue, work: Any) -> None:
+def test_resume_makes_a_running_worker_take_the_jobs(queue: Queue, work: Any) -> None:
     ran: list[Any] = []
 
     @handler("echo")
@@ -585,7 +591,7 @@ def test_resume_lets_a_running_worker_go_on(queue: Queue, work: Any) -> None:
     assert queue.wait_for(job.id, 20).status == "completed"
 
 
-def test_pause_outlives_a_worker(queue: Queue, work: Any) -> None:
+def test_pause_outlives_the_workers(queue: Queue, work: Any) -> None:
     @handler("echo")
     def echo(payload: Any) -> None: ...
 
@@ -600,7 +606,7 @@ def test_pause_outlives_a_worker(queue: Queue, work: Any) -> None:
     assert found(queue, job).status == "pending"
 
 
-def test_burst_ends_with_a_paused_backlog(queue: Queue, work: Any) -> None:
+def test_burst_ends_although_a_paused_queue_has_jobs(queue: Queue, work: Any) -> None:
     @handler("echo")
     def echo(payload: Any) -> None: ...
 
@@ -614,10 +620,10 @@ def test_burst_ends_with_a_paused_backlog(queue: Queue, work: Any) -> None:
     assert found(queue, other).status == "completed"
 
 
-# Cancelling what runs -------------------------------------------------------------------------------------------------
+# Cancelling running jobs ----------------------------------------------------------------------------------------------
 
 
-def test_cancel_of_a_running_job_asks_it_to_stop(queue: Queue) -> None:
+def test_cancel_asks_a_running_job_to_stop(queue: Queue) -> None:
     job = put(queue, "processing")
     asked = queue.cancel(job.id)
     assert (asked.status, asked.cancelled, asked.answer()["cancelRequested"]) == ("processing", True, True)
@@ -626,7 +632,7 @@ def test_cancel_of_a_running_job_asks_it_to_stop(queue: Queue) -> None:
     assert queue.stats()["total"]["cancelled"] == 0
 
 
-def test_cancel_of_a_running_job_twice_is_as_once(queue: Queue) -> None:
+def test_cancel_of_a_running_job_is_idempotent(queue: Queue) -> None:
     job = put(queue, "processing")
     queue.cancel(job.id)
     before = dump(queue)
@@ -634,7 +640,7 @@ def test_cancel_of_a_running_job_twice_is_as_once(queue: Queue) -> None:
     assert dump(queue) == before
 
 
-def test_cancel_of_a_running_job_whose_handler_takes_no_job_is_refused(queue: Queue) -> None:
+def test_cancel_is_refused_when_the_running_handler_takes_no_job(queue: Queue) -> None:
     @handler("echo")
     def echo(payload: Any) -> None: ...
 
@@ -645,7 +651,7 @@ def test_cancel_of_a_running_job_whose_handler_takes_no_job_is_refused(queue: Qu
     assert dump(queue) == before
 
 
-@pytest.mark.parametrize("how", ["fail to be tried again", "fail for good", "release", "reap"])
+@pytest.mark.parametrize("how", ["fail and retry", "fail for good", "release", "reap"])
 def test_job_that_was_asked_to_stop_ends_cancelled(queue: Queue, how: str) -> None:
     job = put(queue, "processing", unique_key="k")
     queue.cancel(job.id)
@@ -662,7 +668,7 @@ def test_job_that_was_asked_to_stop_ends_cancelled(queue: Queue, how: str) -> No
     assert queue.stats()["total"] == {"completed": 0, "failed": 0, "cancelled": 1}
 
 
-def test_job_that_was_asked_to_stop_and_returns_is_completed(queue: Queue) -> None:
+def test_job_that_was_asked_to_stop_but_returns_ends_completed(queue: Queue) -> None:
     job = put(queue, "processing")
     queue.cancel(job.id)
     queue.complete(job, 7)
@@ -670,7 +676,7 @@ def test_job_that_was_asked_to_stop_and_returns_is_completed(queue: Queue) -> No
     assert (ended.status, ended.result, ended.cancelled) == ("completed", 7, False)
 
 
-def test_retry_of_a_job_that_was_stopped_forgets_the_request(queue: Queue, worker: str) -> None:
+def test_retry_of_a_stopped_job_removes_the_request_to_stop(queue: Queue, worker: str) -> None:
     job = put(queue, "processing")
     queue.cancel(job.id)
     queue.release(job)
@@ -681,7 +687,7 @@ def test_retry_of_a_job_that_was_stopped_forgets_the_request(queue: Queue, worke
     assert found(queue, job).status == "pending"
 
 
-def test_progress_keeps_the_request_to_stop_and_tells_it(queue: Queue) -> None:
+def test_progress_keeps_the_request_to_stop_and_shows_it_to_the_handler(queue: Queue) -> None:
     job = put(queue, "processing")
     queue.cancel(job.id)
     assert not job.cancelled
@@ -691,7 +697,7 @@ def test_progress_keeps_the_request_to_stop_and_tells_it(queue: Queue) -> None:
 
 
 @pytest.mark.parametrize("verb", ["progress", "complete", "fail", "release"])
-def test_cancel_just_before_the_worker_writes(near: Queue, far: Queue, proxy: CutProxy, verb: str) -> None:
+def test_worker_write_respects_a_cancel_just_before_it(near: Queue, far: Queue, proxy: CutProxy, verb: str) -> None:
     job = put(near, "processing")
     proxy.before(b"EXEC", lambda: near.cancel(job.id))
     if verb == "progress":
@@ -706,7 +712,7 @@ def test_cancel_just_before_the_worker_writes(near: Queue, far: Queue, proxy: Cu
     assert (now.status, now.cancelled) == (expected[verb], verb != "complete")
 
 
-def test_cancel_while_the_worker_ends_the_job(near: Queue, far: Queue, proxy: CutProxy) -> None:
+def test_cancel_is_refused_when_the_job_ends_meanwhile(near: Queue, far: Queue, proxy: CutProxy) -> None:
     job = put(near, "processing")
     proxy.before(b"EXEC", lambda: near.complete(job))
     with pytest.raises(WrongStatus, match="completed"):
@@ -714,7 +720,9 @@ def test_cancel_while_the_worker_ends_the_job(near: Queue, far: Queue, proxy: Cu
 
 
 @pytest.mark.parametrize("cut", ["drop_reply", "drop_request", "hold"])
-def test_cancel_of_a_running_job_whose_packet_is_lost(near: Queue, far: Queue, proxy: CutProxy, cut: str) -> None:
+def test_cancel_of_a_running_job_is_applied_when_a_packet_is_lost(
+    near: Queue, far: Queue, proxy: CutProxy, cut: str
+) -> None:
     job = put(near, "processing")
     getattr(proxy, cut)(b"EXEC")
     assert far.cancel(job.id).cancelled
@@ -722,7 +730,7 @@ def test_cancel_of_a_running_job_whose_packet_is_lost(near: Queue, far: Queue, p
     assert (found(near, job).status, found(near, job).cancelled) == ("processing", True)
 
 
-def test_handler_that_sees_it_is_cancelled_and_raises_leaves_its_job_cancelled(queue: Queue, work: Any) -> None:
+def test_job_ends_cancelled_when_its_handler_sees_the_request_and_raises(queue: Queue, work: Any) -> None:
     runs: list[int] = []
 
     @handler("echo", timeout=30)
@@ -740,7 +748,7 @@ def test_handler_that_sees_it_is_cancelled_and_raises_leaves_its_job_cancelled(q
     assert queue.stats()["delayed"] == 0
 
 
-def test_handler_that_sees_it_is_cancelled_and_returns_completes_its_job(queue: Queue, work: Any) -> None:
+def test_job_ends_completed_when_its_handler_sees_the_request_and_returns(queue: Queue, work: Any) -> None:
     running = threading.Event()
 
     @handler("echo", timeout=30)
@@ -757,7 +765,7 @@ def test_handler_that_sees_it_is_cancelled_and_returns_completes_its_job(queue: 
     assert (ended.status, ended.result, ended.cancelled) == ("completed", "as far as I came", False)
 
 
-def test_handler_that_is_not_meant_goes_on(queue: Queue, work: Any) -> None:
+def test_cancel_does_not_affect_another_running_job(queue: Queue, work: Any) -> None:
     seen: dict[str, Job] = {}
     go_on = threading.Event()
 
@@ -770,7 +778,8 @@ def test_handler_that_is_not_meant_goes_on(queue: Queue, work: Any) -> None:
             go_on.wait(20)
         return job.cancelled
 
-    a, b = queue.enqueue("echo", "a"), queue.enqueue("echo", "b")
+    a = queue.enqueue("echo", "a")
+    b = queue.enqueue("echo", "b")
     work(queue, slots=2)
     until(lambda: len(seen) == 2)
     queue.cancel(a.id)
@@ -779,7 +788,7 @@ def test_handler_that_is_not_meant_goes_on(queue: Queue, work: Any) -> None:
     assert queue.wait_for(b.id, 20).result is False
 
 
-def test_job_that_was_stopped_is_not_logged_as_to_be_tried_again(
+def test_stopped_job_is_not_logged_as_about_to_be_retried(
     queue: Queue, work: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
     running = threading.Event()
@@ -799,11 +808,11 @@ def test_job_that_was_stopped_is_not_logged_as_to_be_tried_again(
     assert not [line for line in caplog.messages if "again in" in line]
 
 
-# Pages ----------------------------------------------------------------------------------------------------------------
+# Listings -------------------------------------------------------------------------------------------------------------
 
 
 def pages(queue: Queue, filter: Filter = Filter(), limit: int = 2) -> list[list[str]]:  # noqa: B008
-    """All pages of a listing."""
+    """Return the ids of all pages of a listing."""
     found, cursor = queue.page(filter, limit=limit)
     all = [ids(found)]
     while cursor:
@@ -846,7 +855,7 @@ def test_page_lists_one_status_newest_first(queue: Queue, status: str, limit: in
     assert all(len(page) <= limit for page in pages(queue, Filter(status), limit))
 
 
-def test_page_filters_by_all_that_is_given(queue: Queue, worker: str) -> None:
+def test_page_lists_only_jobs_that_match_all_filters(queue: Queue, worker: str) -> None:
     a = queue.enqueue("mail", 1)
     queue.clock.ahead += 5
     b = queue.enqueue("mail", 2, queue="other")
@@ -865,14 +874,14 @@ def test_page_filters_by_all_that_is_given(queue: Queue, worker: str) -> None:
     assert everything(queue, Filter("processing")) == [a.id]
 
 
-def test_page_goes_on_where_it_was_while_jobs_come_and_go(queue: Queue) -> None:
+def test_page_continues_at_its_cursor_while_jobs_come_and_go(queue: Queue) -> None:
     made = []
     for name in "abcdefgh":
         made.insert(0, put(queue, "failed", queue=name).id)
         queue.clock.ahead += 5
     first, cursor = queue.page(Filter("failed"), limit=3)
     assert ids(first) == made[:3]
-    queue.retry(made[2])  # the last of the page is gone
+    queue.retry(made[2])  # the last job of the page leaves the listing
     queue.retry(made[4])
     put(queue, "failed", queue="new")
     second, cursor = queue.page(Filter("failed"), limit=3, cursor=cursor)
@@ -881,8 +890,8 @@ def test_page_goes_on_where_it_was_while_jobs_come_and_go(queue: Queue) -> None:
     assert (ids(third), cursor) == ([made[7]], "")
 
 
-def test_page_of_many_that_ended_in_one_millisecond_leaves_none_out(near: Queue) -> None:
-    near.store.clock = Still()
+def test_page_lists_every_job_of_many_that_ended_in_the_same_millisecond(near: Queue) -> None:
+    near.store.clock = FixedClock()
     made: list[str] = []
     for _ in range(3):
         worker = near.register(DEFAULT, 500)
@@ -894,7 +903,7 @@ def test_page_of_many_that_ended_in_one_millisecond_leaves_none_out(near: Queue)
     assert sorted(everything(near, Filter("completed"), 500)) == sorted(made)
 
 
-def test_page_looks_at_a_limited_number_and_may_be_empty(queue: Queue, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_page_examines_a_limited_number_and_may_be_empty(queue: Queue, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tinyqueue, "SCANNED", 3)
     first = queue.enqueue("rare", {})
     queue.clock.ahead += 5
@@ -904,11 +913,11 @@ def test_page_looks_at_a_limited_number_and_may_be_empty(queue: Queue, monkeypat
     assert [id for page in found for id in page] == [first.id]
 
 
-def test_page_of_nothing_has_no_cursor(queue: Queue) -> None:
+def test_page_has_no_cursor_without_jobs(queue: Queue) -> None:
     assert queue.page() == ([], "")
 
 
-def test_page_that_is_just_full_has_no_cursor(queue: Queue) -> None:
+def test_page_has_no_cursor_when_it_is_full_and_the_last(queue: Queue) -> None:
     jobs = queue.enqueue_many("echo", range(2))
     found, cursor = queue.page(limit=2)
     assert (set(ids(found)), cursor) == (set(ids(jobs)), "")
@@ -918,13 +927,17 @@ def test_page_that_is_just_full_has_no_cursor(queue: Queue) -> None:
     "cursor", ["x", "1", "1.", ".a", "1.x", "-1.a", "1.a\n", "99999999999999999.a", "1.a 1.a", "\u0661.a"]
 )
 @pytest.mark.parametrize("call", ["page", "change_many"])
-def test_page_refuses_a_cursor_that_is_none(queue: Queue, cursor: str, call: str) -> None:
+def test_page_refuses_an_invalid_cursor(queue: Queue, cursor: str, call: str) -> None:
+    calls = {
+        "page": lambda: queue.page(cursor=cursor),
+        "change_many": lambda: queue.change_many("cancel", Filter(), cursor),
+    }
     with pytest.raises(InvalidJob) as caught:
-        queue.page(cursor=cursor) if call == "page" else queue.change_many("cancel", Filter(), cursor)
+        calls[call]()
     assert caught.value.field == "cursor"
 
 
-def test_page_passes_over_entries_of_records_that_are_gone(queue: Queue) -> None:
+def test_page_skips_entries_whose_records_are_missing(queue: Queue) -> None:
     gone = put(queue, "failed", queue="a")
     kept = put(queue, "failed", queue="b")
     raw(queue).delete(queue.keys.job(gone.id))
@@ -932,31 +945,32 @@ def test_page_passes_over_entries_of_records_that_are_gone(queue: Queue) -> None
     raw(queue).zrem(queue.keys.ended["failed"], gone.id)
 
 
-# Changing many --------------------------------------------------------------------------------------------------------
+# Bulk changes ---------------------------------------------------------------------------------------------------------
 
 
-def test_cancel_many_cancels_what_fits(queue: Queue) -> None:
+def test_cancel_many_cancels_matching_jobs(queue: Queue) -> None:
     fitting = queue.enqueue_many("mail", range(3)) + queue.enqueue_many("mail", range(2), delay=60)
-    other, ended = queue.enqueue("sum", 1), put(queue, "completed", queue="q")
+    other = queue.enqueue("sum", 1)
+    ended = put(queue, "completed", queue="q")
     assert queue.change_many("cancel", Filter("pending", "mail")) == {"cancelled": 5, "skipped": 0, "cursor": ""}
     assert {found(queue, job).status for job in fitting} == {"cancelled"}
     assert (found(queue, other).status, found(queue, ended).status) == ("pending", "completed")
     assert queue.change_many("cancel", Filter("pending", "mail")) == {"cancelled": 0, "skipped": 0, "cursor": ""}
 
 
-def test_retry_many_revives_what_fits(queue: Queue) -> None:
+def test_retry_many_revives_matching_jobs(queue: Queue) -> None:
     jobs = [put(queue, status, queue=status) for status in ("failed", "cancelled", "completed", "pending")]
     assert queue.change_many("retry", Filter("failed")) == {"retried": 1, "skipped": 0, "cursor": ""}
     assert [found(queue, job).status for job in jobs] == ["pending", "cancelled", "completed", "pending"]
 
 
-def test_retry_many_skips_what_cannot_be_retried(queue: Queue) -> None:
+def test_retry_many_skips_jobs_that_cannot_be_retried(queue: Queue) -> None:
     for status in ("failed", "completed", "pending"):
         put(queue, status, queue=status)
     assert queue.change_many("retry", Filter()) == {"retried": 1, "skipped": 2, "cursor": ""}
 
 
-def test_retry_many_with_one_unique_key_revives_one(queue: Queue) -> None:
+def test_retry_many_revives_one_job_for_each_unique_key(queue: Queue) -> None:
     for _ in range(3):
         put(queue, "failed", unique_key="k")
     assert queue.change_many("retry", Filter("failed")) == {"retried": 1, "skipped": 2, "cursor": ""}
@@ -965,13 +979,14 @@ def test_retry_many_with_one_unique_key_revives_one(queue: Queue) -> None:
 @pytest.mark.parametrize(
     ("verb", "word", "status"), [("cancel", "cancelled", "pending"), ("retry", "retried", "failed")]
 )
-def test_change_many_goes_on_at_its_cursor(
+def test_change_many_continues_at_its_cursor(
     queue: Queue, monkeypatch: pytest.MonkeyPatch, verb: Any, word: str, status: str
 ) -> None:
     monkeypatch.setattr(tinyqueue, "SCANNED", 2)
     for name in "abcde":
         put(queue, status, queue=name)
-    counts, cursor = [], ""
+    counts = []
+    cursor = ""
     while not counts or cursor:
         answer = queue.change_many(verb, Filter(status), cursor)
         counts.append((answer[word], answer["skipped"]))
@@ -980,7 +995,7 @@ def test_change_many_goes_on_at_its_cursor(
     assert newest(queue, status) == []
 
 
-def test_cancel_many_counts_what_changes_meanwhile_as_skipped(near: Queue, far: Queue, proxy: CutProxy) -> None:
+def test_cancel_many_skips_jobs_that_change_meanwhile(near: Queue, far: Queue, proxy: CutProxy) -> None:
     near.enqueue_many("echo", range(3))
 
     def cancel_all() -> None:
@@ -991,7 +1006,7 @@ def test_cancel_many_counts_what_changes_meanwhile_as_skipped(near: Queue, far: 
     assert far.change_many("cancel", Filter("pending")) == {"cancelled": 0, "skipped": 3, "cursor": ""}
 
 
-def test_cancel_many_reaches_all_of_a_long_queue(queue: Queue, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cancel_many_reaches_every_job_of_a_long_queue(queue: Queue, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tinyqueue, "LISTED", 5)
     jobs = queue.enqueue_many("echo", range(12))
     cursor = queue.change_many("cancel", Filter("pending"))["cursor"]
@@ -1011,11 +1026,11 @@ def test_cancel_many_asks_running_jobs_to_stop_or_skips_them(queue: Queue) -> No
     assert found(queue, job).cancelled
 
 
-# Waiting for the end --------------------------------------------------------------------------------------------------
+# Waiting for the end of a job -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("how", ["complete", "fail", "cancel", "reap", "expire"])
-def test_wait_for_wakes_when_the_job_ends(server: Server, queue: Queue, how: str) -> None:
+def test_wait_for_returns_when_the_job_ends(server: Server, queue: Queue, how: str) -> None:
     job = put(
         queue, "processing" if how in ("complete", "fail", "reap") else "pending", max_attempts=1, expires_in=3600
     )
@@ -1038,19 +1053,21 @@ def test_wait_for_wakes_when_the_job_ends(server: Server, queue: Queue, how: str
             queue.dequeue(queue.register(DEFAULT, 1), DEFAULT)
 
     with ThreadPoolExecutor(2) as pool:
-        ending, waiting = pool.submit(end), pool.submit(other.wait_for, job.id, 60)
+        ending = pool.submit(end)
+        waiting = pool.submit(other.wait_for, job.id, 60)
         until(lambda: raw(queue).sismember(queue.keys.awaited, job.id))
         begun = time.monotonic()
         subscribed.set()
         ended = waiting.result(30)
         ending.result(30)
-        assert time.monotonic() - begun < 4, "it heard nothing and looked again"
+        assert time.monotonic() - begun < 4, "it was not woken, but looked again after a timeout"
     assert ended == found(queue, job)
     assert ended.status in ENDED
 
 
-def test_wait_for_asks_for_the_job_three_times(near: Queue, far: Queue, proxy: CutProxy) -> None:
-    job, other = put(near, "processing"), put(near, "processing", queue="other")
+def test_wait_for_reads_the_job_three_times(near: Queue, far: Queue, proxy: CutProxy) -> None:
+    job = put(near, "processing")
+    other = put(near, "processing", queue="other")
     far.get(job.id)
     proxy.packets.clear()
     with ThreadPoolExecutor(1) as pool:
@@ -1063,7 +1080,7 @@ def test_wait_for_asks_for_the_job_three_times(near: Queue, far: Queue, proxy: C
     assert sum(b"BLPOP" in packet for packet in proxy.packets) == 1
 
 
-def test_wait_for_a_job_that_ends_before_it_is_awaited(near: Queue, far: Queue, proxy: CutProxy) -> None:
+def test_wait_for_returns_when_the_job_ends_just_before_the_wait(near: Queue, far: Queue, proxy: CutProxy) -> None:
     job = put(near, "processing")
     proxy.before(b"SADD", lambda: near.complete(job))
     assert far.wait_for(job.id, 60).status == "completed"
@@ -1071,24 +1088,24 @@ def test_wait_for_a_job_that_ends_before_it_is_awaited(near: Queue, far: Queue, 
 
 
 @pytest.mark.parametrize("status", ENDED)
-def test_wait_for_a_job_that_has_ended_returns_at_once(queue: Queue, status: str) -> None:
+def test_wait_for_returns_at_once_when_the_job_has_ended(queue: Queue, status: str) -> None:
     job = put(queue, status)
     assert queue.wait_for(job.id, 60) == job
 
 
 @pytest.mark.parametrize("id", ["01890000-0000-7000-8000-000000000000", "", "no id"])
-def test_wait_for_no_job_is_none(queue: Queue, id: str) -> None:
+def test_wait_for_returns_none_for_an_unknown_job(queue: Queue, id: str) -> None:
     assert queue.wait_for(id, 60) is None
 
 
 @pytest.mark.parametrize("seconds", [0, -1, 0.05])
-def test_wait_for_ends_when_the_time_is_up(queue: Queue, seconds: float) -> None:
+def test_wait_for_returns_the_unchanged_job_when_the_time_is_up(queue: Queue, seconds: float) -> None:
     job = put(queue, "pending")
     assert queue.wait_for(job.id, seconds) == job
-    assert queue.get(job.id) == job  # the connection is fit for use
+    assert queue.get(job.id) == job  # the connection is still usable
 
 
-def test_wait_for_by_many_at_once_wakes_all(server: Server, queue: Queue) -> None:
+def test_wait_for_wakes_all_who_wait_for_the_same_job(server: Server, queue: Queue) -> None:
     job = put(queue, "processing")
     other = server.queue()
     with ThreadPoolExecutor(20) as pool:
@@ -1106,20 +1123,20 @@ def test_wait_for_by_many_at_once_wakes_all(server: Server, queue: Queue) -> Non
 
 @pytest.mark.parametrize("packet", [b"GET", b"SADD", b"BLPOP"])
 @pytest.mark.parametrize("cut", ["drop_reply", "drop_request"])
-def test_wait_for_on_a_connection_that_is_cut_says_so(
+def test_wait_for_raises_unavailable_when_its_connection_is_cut(
     near: Queue, far: Queue, proxy: CutProxy, cut: str, packet: bytes
 ) -> None:
     job = put(near, "processing")
     getattr(proxy, cut)(packet)
     if (cut, packet) == ("drop_reply", b"BLPOP"):
         proxy.packets.clear()
-        threading.Timer(0.1, near.complete, [job]).start()  # for there is no reply before
+        threading.Timer(0.1, near.complete, [job]).start()  # until then there is no reply to drop
     with pytest.raises(Unavailable):
         far.wait_for(job.id, 60)
     assert far.get(job.id) == found(near, job)
 
 
-def test_wait_for_leaves_nothing_behind(queue: Queue) -> None:
+def test_wait_for_leaves_no_keys_behind(queue: Queue) -> None:
     job = put(queue, "processing")
     assert queue.wait_for(job.id, 0.05) == job
     assert not raw(queue).exists(queue.keys.awaited)
@@ -1130,30 +1147,30 @@ def test_wait_for_leaves_nothing_behind(queue: Queue) -> None:
 # Counts and limits ----------------------------------------------------------------------------------------------------
 
 
-def test_queues_tells_how_long_the_oldest_waits(queue: Queue, worker: str) -> None:
+def test_queues_report_how_long_the_oldest_job_has_waited(queue: Queue, worker: str) -> None:
     queue.enqueue("echo", 1)
     queue.clock.ahead += 5000
     queue.enqueue("echo", 2)
     queue.enqueue("echo", 3, queue="other")
     queue.clock.ahead += 2000
-    told = queue.queues()
-    assert 7000 <= told["default"]["oldestWaitingMs"] < 20_000
-    assert 2000 <= told["other"]["oldestWaitingMs"] < 7000
+    queues = queue.queues()
+    assert 7000 <= queues["default"]["oldestWaitingMs"] < 20_000
+    assert 2000 <= queues["other"]["oldestWaitingMs"] < 7000
     assert 7000 <= queue.stats()["oldestWaitingMs"] < 20_000
     queue.dequeue(worker, DEFAULT)
     assert 2000 <= queue.stats()["oldestWaitingMs"] < 7000
 
 
-def test_queues_in_which_nothing_waits_tell_no_waiting_time(queue: Queue) -> None:
+def test_queues_report_no_waiting_time_when_nothing_waits(queue: Queue) -> None:
     put(queue, "delayed", queue="a")
     put(queue, "processing", queue="b")
     put(queue, "cancelled", queue="c")
     queue.clock.ahead += 5000
-    assert {told["oldestWaitingMs"] for told in queue.queues().values()} == {0}
+    assert {about["oldestWaitingMs"] for about in queue.queues().values()} == {0}
 
 
-def test_stats_tells_what_ended_within_the_last_minute(queue: Queue) -> None:
-    queue.store.clock = Still()  # at the beginning of a minute
+def test_stats_count_jobs_that_ended_in_the_last_minute(queue: Queue) -> None:
+    queue.store.clock = FixedClock()  # stands at the beginning of a minute
     for status in ENDED:
         put(queue, status, queue=status)
     put(queue, "completed", queue="another")
@@ -1171,8 +1188,8 @@ def test_stats_tells_what_ended_within_the_last_minute(queue: Queue) -> None:
     assert 0 < raw(queue).ttl(minute) <= 7200
 
 
-def test_history_tells_what_started_and_ended_in_each_minute_and_how_long_it_had_waited(queue: Queue) -> None:
-    queue.store.clock = Still()
+def test_history_counts_starts_ends_and_waiting_time_of_each_minute(queue: Queue) -> None:
+    queue.store.clock = FixedClock()
     begun = queue.now()
     for delay in (0, 5):
         queue.enqueue("echo", 1, delay=delay)
@@ -1191,8 +1208,8 @@ def test_history_tells_what_started_and_ended_in_each_minute_and_how_long_it_had
 
 
 @pytest.mark.parametrize("verb", ["fail", "release", "retry"])
-def test_history_counts_the_waiting_of_a_later_attempt_from_when_it_was_back(queue: Queue, verb: str) -> None:
-    queue.store.clock = Still()
+def test_history_counts_waiting_time_of_a_later_attempt_from_its_requeue(queue: Queue, verb: str) -> None:
+    queue.store.clock = FixedClock()
     queue.enqueue("echo", 1)
     worker = queue.register(DEFAULT, 1)
     queue.clock.ahead += 10_000
@@ -1213,7 +1230,7 @@ def test_history_counts_the_waiting_of_a_later_attempt_from_when_it_was_back(que
 
 
 def test_spend_counts_down_within_a_window(queue: Queue) -> None:
-    queue.store.clock = Still()
+    queue.store.clock = FixedClock()
     assert [queue.spend("me", 2, 60) for _ in range(3)] == [(1, 60), (0, 60), (-1, 60)]
     assert queue.spend("2001:db8::1", 2, 60) == (1, 60)
     queue.clock.ahead += 59_000
@@ -1223,14 +1240,14 @@ def test_spend_counts_down_within_a_window(queue: Queue) -> None:
     assert all(0 < raw(queue).ttl(key) <= 60 for key in dump(queue) if key.startswith(queue.keys.prefix + "rate:"))
 
 
-def test_spend_by_many_at_once_counts_each(queue: Queue) -> None:
-    queue.store.clock = Still()
+def test_spend_counts_every_request_of_many_at_the_same_time(queue: Queue) -> None:
+    queue.store.clock = FixedClock()
     with ThreadPoolExecutor(8) as pool:
         left = [left for left, _ in pool.map(lambda _: queue.spend("me", 10, 3600), range(40))]
     assert sorted(left, reverse=True) == list(range(9, -31, -1))
 
 
-def test_max_pending_refuses_more(server: Server) -> None:
+def test_max_pending_refuses_further_jobs(server: Server) -> None:
     queue = server.queue(max_pending=2)
     worker = queue.register(DEFAULT, 1)
     queue.enqueue("echo", 1)
@@ -1249,15 +1266,16 @@ def test_max_pending_refuses_more(server: Server) -> None:
     check_consistency(queue)
 
 
-def test_max_pending_lets_through_what_stores_nothing(server: Server) -> None:
+def test_max_pending_accepts_submits_that_store_nothing(server: Server) -> None:
     queue = server.queue(max_pending=2)
-    first, second = submit_once(queue, unique_key="k"), unique(queue, "other")
+    first = submit_once(queue, unique_key="k")
+    second = unique(queue, "other")
     assert submit_once(queue, unique_key="k") == first
     assert unique(queue, "other") == second
     check_consistency(queue)
 
 
-def test_max_pending_is_not_for_what_comes_back(server: Server) -> None:
+def test_max_pending_does_not_apply_to_requeued_jobs(server: Server) -> None:
     queue = server.queue(max_pending=1)
     job = put(queue, "processing")
     failed = put(queue, "failed")
@@ -1269,38 +1287,40 @@ def test_max_pending_is_not_for_what_comes_back(server: Server) -> None:
 
 
 @pytest.fixture
-def own(start_redis: Callable[..., RedisServer]) -> Iterator[Queue]:
-    """A queue on a real server of its own."""
+def own_redis(start_redis: Callable[..., RedisServer]) -> Iterator[Queue]:
+    """A queue on a real server that no other test uses."""
     queue = Queue.from_url(start_redis("--maxmemory-policy", "noeviction").url)
     yield queue
     check_consistency(queue)
     queue.pool.disconnect()
 
 
-def test_memory_that_is_short_refuses_jobs_and_lets_others_end(own: Queue) -> None:
-    job = put(own, "processing")
-    used = raw(own).info("memory")["used_memory"]
-    raw(own).config_set("maxmemory", int(used / 0.97))
-    fresh = Queue(own.pool)
+def test_refuse_new_jobs_but_let_others_end_when_memory_is_short(own_redis: Queue) -> None:
+    job = put(own_redis, "processing")
+    used = raw(own_redis).info("memory")["used_memory"]
+    raw(own_redis).config_set("maxmemory", int(used / 0.97))
+    fresh = Queue(own_redis.pool)
     assert memory_is_short(fresh)
     for submit in (lambda: fresh.enqueue("echo", 1), lambda: submit_once(fresh), lambda: unique(fresh)):
         with pytest.raises(Unavailable) as caught:
             submit()
         assert (caught.value.reason, caught.value.doubtful) == ("full", False)
-    raw(own).config_set("maxmemory", used * 2)
+    raw(own_redis).config_set("maxmemory", used * 2)
     fresh.complete(job)
     until(lambda: not memory_is_short(fresh))
     fresh.enqueue("echo", 1)
 
 
 @pytest.mark.parametrize("rules", [["&*"], ["&*", "-@dangerous"], []], ids=["all", "no INFO", "no channels"])
-def test_user_with_the_usual_rights_can_submit_and_end_jobs(own: Queue, rules: list[str]) -> None:
-    raw(own).execute_command("ACL", "SETUSER", "app", "on", ">secret", "~{queue}*", "resetchannels", "+@all", *rules)
-    queue = Queue.from_url(f"redis://app:secret@127.0.0.1:{own.pool.connection_kwargs['port']}/0")
+def test_user_with_usual_permissions_can_submit_and_end_jobs(own_redis: Queue, rules: list[str]) -> None:
+    raw(own_redis).execute_command(
+        "ACL", "SETUSER", "app", "on", ">secret", "~{queue}*", "resetchannels", "+@all", *rules
+    )
+    queue = Queue.from_url(f"redis://app:secret@127.0.0.1:{own_redis.pool.connection_kwargs['port']}/0")
     queue.submit([queue.draft("echo", 1)])
     [job] = queue.dequeue(queue.register(DEFAULT, 1), DEFAULT)
     queue.complete(job)
-    assert found(own, job).status == "completed"
+    assert found(own_redis, job).status == "completed"
     queue.pool.disconnect()
 
 
@@ -1308,13 +1328,14 @@ def memory_is_short(queue: Queue) -> bool:
     return memory_use(queue.store.memory()) > MEMORY_SHARE
 
 
-def test_memory_without_a_limit_is_never_short(queue: Queue) -> None:
+def test_memory_is_never_short_without_a_limit(queue: Queue) -> None:
     assert not memory_is_short(queue)
 
 
-def test_everything_at_once_keeps_the_books(server: Server, queue: Queue) -> None:
+def test_data_stays_consistent_when_everything_happens_at_once(server: Server, queue: Queue) -> None:
     def client(seed: int) -> None:
-        mine, chance = server.queue(), random.Random(seed)
+        mine = server.queue()
+        chance = random.Random(seed)
         for n in range(200):
             key = chance.choice(["a", "b", "c"])
             with suppress(WrongStatus, KeyReused, Unavailable):
@@ -1335,7 +1356,8 @@ def test_everything_at_once_keeps_the_books(server: Server, queue: Queue) -> Non
                         mine.page(limit=5)
 
     def work(seed: int) -> None:
-        mine, chance = server.queue(), random.Random(seed)
+        mine = server.queue()
+        chance = random.Random(seed)
         id = mine.register(DEFAULT, 5)
         for _ in range(200):
             jobs = mine.dequeue(id, DEFAULT, 5)

@@ -1,4 +1,4 @@
-"""Submitting so that nothing is made twice, many at once, with an end to waiting, and not more than there is room for."""
+"""Submits with an Idempotency-Key or a uniqueKey, in batches, with an expiry, to full queues."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def echo(payload: Any) -> Any:
 
 
 def send_email(email: SendEmail) -> None:
-    """Nobody runs it here."""
+    """Never runs in these tests."""
 
 
 @pytest.fixture(autouse=True)
@@ -46,7 +46,7 @@ def once(key: str = "order-1") -> dict[str, str]:
 
 
 def count(queue: Queue) -> int:
-    """How many jobs there are."""
+    """Count the jobs."""
     return len(raw(queue).keys(queue.keys.job("*")))
 
 
@@ -74,13 +74,13 @@ def test_submit_with_two_keys_makes_two_jobs(api: Client, queue: Queue) -> None:
     assert count(queue) == 3
 
 
-def test_take_a_key_quoted_and_bare_for_the_same(api: Client) -> None:
+def test_submit_treats_a_quoted_key_like_a_bare_one(api: Client) -> None:
     first = api.post("/jobs", echo_with(), once('"order-1"'))
     assert_replays(api.post("/jobs", echo_with(), once("order-1")), first)
     assert_replays(api.post("/jobs", echo_with(), once('"order-1"')), first)
 
 
-def test_take_the_same_job_spelled_in_another_way_for_the_same(api: Client) -> None:
+def test_submit_replays_the_same_job_in_another_spelling(api: Client) -> None:
     first = api.post("/jobs", b'{"type":"echo","payload":{"a":1,"b":[2]},"delay":60}', once())
     assert_replays(api.post("/jobs", b' {"delay":60, "payload":{"b":[2],"a":1},\n"type":"ech\\u006f"}', once()), first)
 
@@ -98,7 +98,7 @@ def test_take_the_same_job_spelled_in_another_way_for_the_same(api: Client) -> N
     ],
     ids=str,
 )
-def test_refuse_a_key_that_was_used_for_another_job(api: Client, queue: Queue, fields: dict[str, Any]) -> None:
+def test_submit_refuses_a_key_that_was_used_for_another_job(api: Client, queue: Queue, fields: dict[str, Any]) -> None:
     api.post("/jobs", echo_with(), once())
     before = dump(queue)
     answer = api.post("/jobs", echo_with(**fields), once())
@@ -106,7 +106,7 @@ def test_refuse_a_key_that_was_used_for_another_job(api: Client, queue: Queue, f
     assert dump(queue) == before
 
 
-def test_refuse_a_key_that_was_used_on_another_route(api: Client, queue: Queue) -> None:
+def test_submit_refuses_a_key_that_was_used_on_another_route(api: Client, queue: Queue) -> None:
     api.post("/jobs", echo_with(), once())
     before = dump(queue)
     assert api.post("/jobs/batch", [echo_with()], once()).kind == "idempotency-key-reused"
@@ -116,7 +116,7 @@ def test_refuse_a_key_that_was_used_on_another_route(api: Client, queue: Queue) 
 @pytest.mark.parametrize(
     "key", ["a", "~" * 255, '"' + "~" * 255 + '"', '"', 'say "hi"', "{queue}:counts", "a,b;c=d", "%00"]
 )
-def test_take_any_printable_key(api: Client, queue: Queue, key: str) -> None:
+def test_submit_accepts_any_printable_key(api: Client, queue: Queue, key: str) -> None:
     first = api.post("/jobs", echo_with(), once(key))
     assert first.status == 201
     assert_replays(api.post("/jobs", echo_with(), once(key)), first)
@@ -130,15 +130,16 @@ def test_take_any_printable_key(api: Client, queue: Queue, key: str) -> None:
 @pytest.mark.parametrize(
     ("path", "body"), [("/jobs", echo_with()), ("/jobs/batch", [echo_with()])], ids=["job", "batch"]
 )
-def test_refuse_what_is_no_key(api: Client, queue: Queue, path: str, body: Any, key: str) -> None:
+def test_submit_refuses_an_invalid_key(api: Client, queue: Queue, path: str, body: Any, key: str) -> None:
     answer = api.post(path, body, once(key))
     assert (answer.status, answer.kind) == (400, "invalid-idempotency-key")
     assert dump(queue) == {}
 
 
-def test_keys_of_two_callers_are_not_the_same(queue: Queue) -> None:
+def test_submit_keeps_the_keys_of_two_callers_apart(queue: Queue) -> None:
     api = API(Settings(api_keys="ann:submit:0123456789-ann-x,bob:submit:0123456789-bob-x"), queue)
-    ann, bob = Client(api, "0123456789-ann-x"), Client(api, "0123456789-bob-x")
+    ann = Client(api, "0123456789-ann-x")
+    bob = Client(api, "0123456789-bob-x")
     first = ann.post("/jobs", echo_with(), once())
     other = bob.post("/jobs", echo_with(payload="mine"), once())
     assert (first.status, other.status) == (201, 201)
@@ -146,14 +147,14 @@ def test_keys_of_two_callers_are_not_the_same(queue: Queue) -> None:
     assert_replays(bob.post("/jobs", echo_with(payload="mine"), once()), other)
 
 
-def test_a_key_cannot_spell_another_callers(queue: Queue) -> None:
+def test_submit_accepts_a_key_that_resembles_another_callers(queue: Queue) -> None:
     api = API(Settings(api_keys="a:submit:0123456789-ann-x,a.b:submit:0123456789-bob-x"), queue)
     assert Client(api, "0123456789-ann-x").post("/jobs", echo_with(), once(".b c")).status == 201
     assert Client(api, "0123456789-bob-x").post("/jobs", echo_with(payload=1), once("c")).status == 201
 
 
 @pytest.mark.parametrize("status", ["processing", "completed", "failed", "cancelled"])
-def test_replay_tells_what_became_of_the_job(api: Client, queue: Queue, status: str) -> None:
+def test_replay_returns_the_current_status_of_the_job(api: Client, queue: Queue, status: str) -> None:
     first = api.post("/jobs", echo_with(), once())
     if status == "cancelled":
         queue.cancel(first.json["jobId"])
@@ -169,7 +170,7 @@ def test_replay_tells_what_became_of_the_job(api: Client, queue: Queue, status: 
     assert count(queue) == 1
 
 
-def test_replay_makes_no_job_when_the_first_has_been_forgotten(api: Client, queue: Queue) -> None:
+def test_replay_makes_no_job_when_the_first_was_deleted(api: Client, queue: Queue) -> None:
     first = api.post("/jobs", echo_with(), once())
     queue.cancel(first.json["jobId"])
     queue.clock.ahead = queue.keep_ms["cancelled"] + 1
@@ -178,7 +179,7 @@ def test_replay_makes_no_job_when_the_first_has_been_forgotten(api: Client, queu
     assert count(queue) == 0
 
 
-def test_remember_a_key_for_as_long_as_the_setting_says(server: Server) -> None:
+def test_submit_remembers_a_key_for_the_time_of_the_setting(server: Server) -> None:
     queue = server.queue(keep_once=60)
     api = Client(API(Settings(), queue))
     api.post("/jobs", echo_with(), once())
@@ -188,13 +189,13 @@ def test_remember_a_key_for_as_long_as_the_setting_says(server: Server) -> None:
     assert api.post("/jobs", echo_with(), once()).status == 201
 
 
-def test_store_neither_key_nor_job_when_it_is_refused(api: Client, queue: Queue) -> None:
+def test_submit_stores_neither_key_nor_job_when_refused(api: Client, queue: Queue) -> None:
     assert api.post("/jobs", {"type": "nope", "payload": 1}, once()).status == 422
     assert dump(queue) == {}
     assert api.post("/jobs", echo_with(), once()).status == 201
 
 
-def test_submit_at_once_with_one_key_makes_one_job(near: Queue) -> None:
+def test_submit_concurrently_with_one_key_makes_one_job(near: Queue) -> None:
     request = spell("POST", "/jobs", json.dumps(echo_with()).encode(), "Idempotency-Key: order-1")
     with serving(API(Settings(), near)) as (_, address):
         answers = at_once(address, [request] * 20)
@@ -204,7 +205,7 @@ def test_submit_at_once_with_one_key_makes_one_job(near: Queue) -> None:
     assert count(near) == near.waiting(["default"]) == 1
 
 
-def test_submit_at_once_with_one_key_and_other_jobs_stores_one(near: Queue) -> None:
+def test_submit_concurrently_with_one_key_and_different_jobs_stores_one(near: Queue) -> None:
     requests = [
         spell("POST", "/jobs", json.dumps(echo_with(payload=n)).encode(), "Idempotency-Key: order-1") for n in range(20)
     ]
@@ -215,7 +216,7 @@ def test_submit_at_once_with_one_key_and_other_jobs_stores_one(near: Queue) -> N
 
 
 def at_once(address: tuple[str, int], requests: list[bytes]) -> list[Answer]:
-    """Send each on a connection of its own, all before the first answer is read."""
+    """Send each request on its own connection, all before the first answer is read."""
     wires = [Wire(address) for _ in requests]
     try:
         with ThreadPoolExecutor(len(wires)) as pool:
@@ -237,14 +238,14 @@ def test_submit_a_batch_twice_with_one_key_makes_its_jobs_once(api: Client, queu
 
 
 @pytest.mark.parametrize("jobs", [[echo_with()], [echo_with()] * 3, [echo_with(), echo_with(payload=1)]], ids=len)
-def test_refuse_a_key_that_was_used_for_another_batch(api: Client, queue: Queue, jobs: Any) -> None:
+def test_batch_refuses_a_key_that_was_used_for_another_batch(api: Client, queue: Queue, jobs: Any) -> None:
     api.post("/jobs/batch", [echo_with()] * 2, once())
     before = dump(queue)
     assert api.post("/jobs/batch", jobs, once()).kind == "idempotency-key-reused"
     assert dump(queue) == before
 
 
-def test_refuse_a_key_that_was_used_for_the_batch_whole(api: Client) -> None:
+def test_batch_refuses_a_key_that_was_used_without_partial(api: Client) -> None:
     api.post("/jobs/batch", [echo_with()], once())
     assert api.post("/jobs/batch?partial=true", [echo_with()], once()).kind == "idempotency-key-reused"
 
@@ -261,7 +262,7 @@ def test_submit_a_partial_batch_twice_with_one_key_makes_its_jobs_once(api: Clie
 # uniqueKey ------------------------------------------------------------------------------------------------------------
 
 
-def test_submit_a_second_job_of_one_unique_key_answers_the_first(api: Client, queue: Queue) -> None:
+def test_submit_with_a_taken_unique_key_returns_its_job(api: Client, queue: Queue) -> None:
     first = api.post("/jobs", echo_with(uniqueKey="user 7 § é"))
     again = api.post("/jobs", echo_with(uniqueKey="user 7 § é", payload="other", queue="slow", delay=60))
     assert (first.status, again.status) == (201, 200)
@@ -273,29 +274,29 @@ def test_submit_a_second_job_of_one_unique_key_answers_the_first(api: Client, qu
 
 
 @pytest.mark.parametrize("status", ["pending", "delayed", "processing"])
-def test_hold_a_unique_key_until_the_job_ends(api: Client, queue: Queue, status: str) -> None:
+def test_unique_key_is_taken_until_the_job_ends(api: Client, queue: Queue, status: str) -> None:
     id = put(queue, status, unique_key="u").id
     assert api.post("/jobs", echo_with(uniqueKey="u")).json["jobId"] == id
 
 
 @pytest.mark.parametrize("status", ["completed", "failed", "cancelled"])
-def test_free_a_unique_key_when_the_job_has_ended(api: Client, queue: Queue, status: str) -> None:
+def test_unique_key_is_free_when_the_job_has_ended(api: Client, queue: Queue, status: str) -> None:
     put(queue, status, unique_key="u")
     assert api.post("/jobs", echo_with(uniqueKey="u")).status == 201
 
 
 @pytest.mark.parametrize("key", ["", "a" * (KEY_LENGTH + 1), "a\n", "\0", "\ud800", 1, True, [], {}, ["a"]], ids=ascii)
-def test_refuse_what_is_no_unique_key(api: Client, queue: Queue, key: Any) -> None:
+def test_submit_refuses_an_invalid_unique_key(api: Client, queue: Queue, key: Any) -> None:
     answer = api.post("/jobs", echo_with(uniqueKey=key))
     assert (answer.status, answer.kind, answer.problem["field"]) == (422, "invalid-job", "uniqueKey")
     assert dump(queue) == {}
 
 
-def test_take_null_for_no_unique_key(api: Client) -> None:
+def test_submit_treats_null_as_no_unique_key(api: Client) -> None:
     assert [api.post("/jobs", echo_with(uniqueKey=None)).status for _ in range(2)] == [201, 201]
 
 
-def test_submit_at_once_with_one_unique_key_makes_one_job(near: Queue) -> None:
+def test_submit_concurrently_with_one_unique_key_makes_one_job(near: Queue) -> None:
     request = spell("POST", "/jobs", json.dumps(echo_with(uniqueKey="u")).encode())
     with serving(API(Settings(), near)) as (_, address):
         answers = at_once(address, [request] * 20)
@@ -304,14 +305,14 @@ def test_submit_at_once_with_one_unique_key_makes_one_job(near: Queue) -> None:
     assert count(near) == 1
 
 
-def test_say_replayed_only_of_a_key_that_was_used_before(api: Client) -> None:
+def test_submit_marks_as_replayed_only_a_key_used_before(api: Client) -> None:
     api.post("/jobs", echo_with(uniqueKey="u"))
     answer = api.post("/jobs", echo_with(uniqueKey="u"), once())
     assert answer.status == 200
     assert "idempotency-replayed" not in answer.headers
 
 
-def test_batch_makes_one_job_of_a_unique_key_that_stands_twice_in_it(api: Client, queue: Queue) -> None:
+def test_batch_makes_one_job_of_a_duplicate_unique_key(api: Client, queue: Queue) -> None:
     jobs = api.post("/jobs/batch", [echo_with(uniqueKey=key) for key in ("a", "b", "a")]).json["jobs"]
     assert jobs[0] == jobs[2] != jobs[1]
     assert count(queue) == 2
@@ -333,7 +334,7 @@ def test_batch_answers_201_with_every_id_in_order(api: Client, queue: Queue) -> 
     assert [job.id for job in started] == ids(answer)
 
 
-def test_batch_takes_jobs_of_several_types_and_queues(api: Client, queue: Queue) -> None:
+def test_batch_accepts_jobs_of_several_types_and_queues(api: Client, queue: Queue) -> None:
     jobs = [echo_with(queue="slow", delay=60), {"type": "send-email", "payload": {"to": "a"}}, echo_with(maxAttempts=9)]
     records = [api.get(f"/jobs/{id}").json for id in ids(api.post("/jobs/batch", jobs))]
     assert [record["queue"] for record in records] == ["slow", "mail", "default"]
@@ -341,7 +342,7 @@ def test_batch_takes_jobs_of_several_types_and_queues(api: Client, queue: Queue)
     assert queue.waiting(["mail", "default"]) == 2
 
 
-def test_batch_takes_the_greatest_number(api: Client, queue: Queue) -> None:
+def test_batch_accepts_the_maximum_number_of_jobs(api: Client, queue: Queue) -> None:
     assert len(set(ids(api.post("/jobs/batch", [echo_with()] * MAX_JOBS)))) == MAX_JOBS == count(queue)
 
 
@@ -349,7 +350,7 @@ def test_batch_takes_the_greatest_number(api: Client, queue: Queue) -> None:
     "body", [[], [echo_with()] * (MAX_JOBS + 1), {}, echo_with(), "x", 1, None, True], ids=lambda b: str(b)[:20]
 )
 @pytest.mark.parametrize("path", ["/jobs/batch", "/jobs/batch?partial=true"])
-def test_refuse_what_is_no_batch(api: Client, queue: Queue, path: str, body: Any) -> None:
+def test_batch_refuses_what_is_not_a_list_of_jobs(api: Client, queue: Queue, path: str, body: Any) -> None:
     answer = api.post(path, body)
     assert (answer.status, answer.kind, answer.problem["field"]) == (422, "invalid-job", "jobs")
     assert str(MAX_JOBS) in answer.problem["detail"]
@@ -371,7 +372,7 @@ WRONG = {
 
 @pytest.mark.parametrize("case", WRONG.values(), ids=WRONG.keys())
 @pytest.mark.parametrize("at", [0, 1, 4])
-def test_batch_stores_nothing_when_one_is_wrong_and_tells_which(
+def test_batch_with_an_invalid_job_stores_nothing_and_names_it(
     api: Client, queue: Queue, at: int, case: tuple[Any, str, str]
 ) -> None:
     wrong, kind, field = case
@@ -385,7 +386,7 @@ def test_batch_stores_nothing_when_one_is_wrong_and_tells_which(
 
 @pytest.mark.parametrize("headers", [{}, once()], ids=["without a key", "with a key"])
 @pytest.mark.parametrize("case", WRONG.values(), ids=WRONG.keys())
-def test_partial_batch_stores_what_is_right_and_tells_of_each(
+def test_partial_batch_stores_the_valid_jobs_and_reports_on_each(
     api: Client, queue: Queue, case: tuple[Any, str, str], headers: dict[str, str]
 ) -> None:
     wrong, kind, field = case
@@ -398,23 +399,23 @@ def test_partial_batch_stores_what_is_right_and_tells_of_each(
     assert count(queue) == 2
 
 
-def test_partial_batch_of_wrong_ones_stores_nothing(api: Client, queue: Queue) -> None:
+def test_partial_batch_of_invalid_jobs_stores_nothing(api: Client, queue: Queue) -> None:
     answer = api.post("/jobs/batch?partial=true", [1, 2, {}])
     assert answer.status == 200
     assert [entry["error"]["index"] for entry in answer.json["jobs"]] == [0, 1, 2]
     assert dump(queue) == {}
 
 
-def test_partial_batch_of_right_ones_answers_201(api: Client) -> None:
+def test_partial_batch_of_valid_jobs_answers_201(api: Client) -> None:
     assert api.post("/jobs/batch?partial=true", [echo_with()] * 2).status == 201
 
 
-def test_batch_is_whole_when_it_is_not_partial(api: Client) -> None:
+def test_batch_with_partial_false_stores_all_or_none(api: Client) -> None:
     assert api.post("/jobs/batch?partial=false", [echo_with(), 1]).status == 422
 
 
 @pytest.mark.parametrize("value", ["", "1", "yes", "True", "true ", "true%00"])
-def test_refuse_what_is_neither_whole_nor_partial(api: Client, queue: Queue, value: str) -> None:
+def test_batch_refuses_an_invalid_value_of_partial(api: Client, queue: Queue, value: str) -> None:
     answer = api.post(f"/jobs/batch?partial={value}", [echo_with()])
     assert (answer.status, answer.kind, answer.problem["field"]) == (400, "invalid-query", "partial")
     assert dump(queue) == {}
@@ -436,7 +437,7 @@ def lines(*jobs: Any, end: str = "\n") -> bytes:
     ids=["lines", "no newline at the end", "CRLF", "blank lines", "blank line first"],
 )
 @pytest.mark.parametrize("content_type", ["application/x-ndjson", "Application/X-NDJSON; charset=utf-8"])
-def test_batch_takes_a_job_on_each_line(api: Client, queue: Queue, body: bytes, content_type: str) -> None:
+def test_batch_accepts_a_job_on_each_line(api: Client, queue: Queue, body: bytes, content_type: str) -> None:
     answer = api.post("/jobs/batch", body, {"Content-Type": content_type})
     assert answer.status == 201
     assert [api.get(f"/jobs/{id}").json["payload"] for id in ids(answer)] == [0, 1]
@@ -453,7 +454,7 @@ def test_batch_keeps_line_separators_inside_texts(api: Client) -> None:
     [b"{", b"x", b'{"type":"echo","payload":NaN}', b'{"a":1,"a":1}', b"\xff", b'{"type":\n"echo"}', b"{}{}"],
     ids=ascii,
 )
-def test_refuse_lines_of_which_one_is_not_json(api: Client, queue: Queue, line: bytes) -> None:
+def test_batch_refuses_lines_of_which_one_is_not_json(api: Client, queue: Queue, line: bytes) -> None:
     for path in ("/jobs/batch", "/jobs/batch?partial=true"):
         answer = api.post(path, lines(echo_with()) + line + b"\n" + lines(echo_with()), NDJSON)
         assert (answer.status, answer.kind) == (400, "not-json")
@@ -461,11 +462,11 @@ def test_refuse_lines_of_which_one_is_not_json(api: Client, queue: Queue, line: 
 
 
 @pytest.mark.parametrize("body", [b"", b"\n\n", b" \r\n"], ids=ascii)
-def test_refuse_a_batch_without_lines(api: Client, body: bytes) -> None:
+def test_batch_refuses_a_body_without_lines(api: Client, body: bytes) -> None:
     assert api.post("/jobs/batch", body, NDJSON).kind == "invalid-job"
 
 
-def test_tell_the_place_of_a_wrong_line(api: Client) -> None:
+def test_batch_reports_the_index_of_an_invalid_line(api: Client) -> None:
     answer = api.post("/jobs/batch", lines(echo_with(), echo_with(), {"type": "nope", "payload": 1}), NDJSON)
     assert (answer.status, answer.problem["index"]) == (422, 2)
 
@@ -473,15 +474,15 @@ def test_tell_the_place_of_a_wrong_line(api: Client) -> None:
 @pytest.mark.parametrize(
     "content_type", ["", "text/plain", "application/ndjson", "application/jsonl", "application/x-ndjsonx"]
 )
-def test_refuse_a_batch_of_another_content_type(api: Client, content_type: str) -> None:
+def test_batch_refuses_another_content_type(api: Client, content_type: str) -> None:
     assert api.post("/jobs/batch", lines(echo_with()), {"Content-Type": content_type}).kind == "unsupported-media-type"
 
 
-def test_refuse_lines_where_one_job_is_expected(api: Client) -> None:
+def test_submit_refuses_lines_where_one_job_is_expected(api: Client) -> None:
     assert api.post("/jobs", lines(echo_with()), NDJSON).status == 415
 
 
-def test_take_a_parameter_that_names_lines_for_what_it_is(api: Client) -> None:
+def test_batch_ignores_a_content_type_parameter_that_names_lines(api: Client) -> None:
     answer = api.post(
         "/jobs/batch", json.dumps([echo_with()], indent=1).encode(), {"Content-Type": 'application/json; x="ndjson"'}
     )
@@ -489,13 +490,13 @@ def test_take_a_parameter_that_names_lines_for_what_it_is(api: Client) -> None:
 
 
 @pytest.mark.parametrize(("levels", "status"), [(MAX_DEPTH, 201), (MAX_DEPTH + 1, 400), (40_000, 400)])
-def test_batch_takes_payloads_of_the_greatest_depth_and_no_deeper(api: Client, levels: int, status: int) -> None:
+def test_batch_accepts_payloads_up_to_the_maximum_depth(api: Client, levels: int, status: int) -> None:
     job = b'{"type":"echo","payload":' + b"[" * levels + b"]" * levels + b"}"
     assert api.post("/jobs/batch", b"[" + job + b"]").status == status
     assert api.post("/jobs/batch", job + b"\n", NDJSON).status == status
 
 
-def test_refuse_a_batch_that_is_too_large(queue: Queue) -> None:
+def test_batch_refuses_a_body_that_is_too_large(queue: Queue) -> None:
     api = Client(API(Settings(max_body=1024), queue))
     for headers in ({}, NDJSON):
         assert api.post("/jobs/batch", b" " * 1025, headers).kind == "too-large"
@@ -505,25 +506,25 @@ def test_refuse_a_batch_that_is_too_large(queue: Queue) -> None:
 
 
 @pytest.mark.parametrize("seconds", [0.001, 1, 1.5, 3600, MAX_DELAY])
-def test_submit_takes_the_seconds_after_which_a_job_expires(api: Client, seconds: float) -> None:
+def test_submit_accepts_the_seconds_after_which_a_job_expires(api: Client, seconds: float) -> None:
     job = api.get(api.post("/jobs", echo_with(expiresIn=seconds)).headers["location"]).json
     assert job["expiresAt"] == job["createdAt"] + round(seconds * 1000)
 
 
-def test_submit_takes_null_for_no_end(api: Client) -> None:
+def test_submit_treats_null_as_no_expiry(api: Client) -> None:
     assert "expiresAt" not in api.get(api.post("/jobs", echo_with(expiresIn=None)).headers["location"]).json
 
 
 @pytest.mark.parametrize(
     "value", [0, 0.0, -1, MAX_DELAY + 1, 1e300, 10**400, "5", True, [], {}], ids=lambda v: str(v)[:20]
 )
-def test_refuse_what_is_no_end(api: Client, queue: Queue, value: Any) -> None:
+def test_submit_refuses_an_invalid_expiry(api: Client, queue: Queue, value: Any) -> None:
     answer = api.post("/jobs", echo_with(expiresIn=value))
     assert (answer.status, answer.kind, answer.problem["field"]) == (422, "invalid-job", "expiresIn")
     assert dump(queue) == {}
 
 
-def test_fail_a_job_whose_turn_comes_too_late(api: Client, queue: Queue) -> None:
+def test_dequeue_fails_an_expired_job(api: Client, queue: Queue) -> None:
     location = api.post("/jobs", echo_with(expiresIn=60)).headers["location"]
     queue.clock.ahead = 61_000
     assert queue.dequeue(queue.register(["default"], 1), ["default"]) == []
@@ -531,7 +532,7 @@ def test_fail_a_job_whose_turn_comes_too_late(api: Client, queue: Queue) -> None
     assert (job["status"], job["error"]["type"], job["attempts"]) == ("failed", "Expired", 0)
 
 
-# No room --------------------------------------------------------------------------------------------------------------
+# Full queues ----------------------------------------------------------------------------------------------------------
 
 
 def assert_full(answer: Answer, kind: str = "queue-full") -> None:
@@ -541,7 +542,7 @@ def assert_full(answer: Answer, kind: str = "queue-full") -> None:
 
 @pytest.fixture
 def small(server: Server) -> Queue:
-    """A queue of which each may hold three pending jobs."""
+    """A namespace whose queues may have three pending jobs each."""
     return server.queue(max_pending=3)
 
 
@@ -556,13 +557,13 @@ def test_submit_answers_503_when_the_queue_is_full(small: Queue) -> None:
     assert dump(small) == before
 
 
-def test_submit_to_a_queue_beside_a_full_one(small: Queue) -> None:
+def test_submit_to_another_queue_than_the_full_one_succeeds(small: Queue) -> None:
     api = Client(API(Settings(), small))
     api.post("/jobs/batch", [echo_with()] * 3)
     assert api.post("/jobs", echo_with(queue="other")).status == 201
 
 
-def test_submit_again_when_there_is_room(small: Queue) -> None:
+def test_submit_succeeds_again_when_there_is_room(small: Queue) -> None:
     api = Client(API(Settings(), small))
     [first, *_] = ids(api.post("/jobs/batch", [echo_with()] * 3))
     assert_full(api.post("/jobs", echo_with()))
@@ -570,7 +571,7 @@ def test_submit_again_when_there_is_room(small: Queue) -> None:
     assert api.post("/jobs", echo_with()).status == 201
 
 
-def test_batch_stores_nothing_when_there_is_no_room_for_all(small: Queue) -> None:
+def test_batch_without_room_for_all_stores_nothing(small: Queue) -> None:
     api = Client(API(Settings(), small))
     assert_full(api.post("/jobs/batch", [echo_with()] * 4))
     assert_full(api.post("/jobs/batch?partial=true", [echo_with()] * 4 + [1]))
@@ -579,15 +580,15 @@ def test_batch_stores_nothing_when_there_is_no_room_for_all(small: Queue) -> Non
     assert api.post("/jobs/batch", [echo_with()] * 3).status == 201
 
 
-def test_replay_when_the_queue_is_full(small: Queue) -> None:
+def test_replay_succeeds_when_the_queue_is_full(small: Queue) -> None:
     api = Client(API(Settings(), small))
     first = api.post("/jobs", echo_with(), once())
     api.post("/jobs/batch", [echo_with()] * 2)
     assert_replays(api.post("/jobs", echo_with(), once()), first)
 
 
-def test_find_the_job_of_a_unique_key_when_the_queue_is_full(small: Queue) -> None:
-    """It would store nothing."""
+def test_submit_with_a_taken_unique_key_succeeds_when_the_queue_is_full(small: Queue) -> None:
+    """It stores nothing."""
     api = Client(API(Settings(), small))
     first = api.post("/jobs", echo_with(uniqueKey="u"))
     api.post("/jobs/batch", [echo_with()] * 2)
@@ -595,7 +596,7 @@ def test_find_the_job_of_a_unique_key_when_the_queue_is_full(small: Queue) -> No
     assert (again.status, again.body) == (200, first.body)
 
 
-def test_a_key_refused_for_want_of_room_may_be_used_again(small: Queue) -> None:
+def test_submit_accepts_a_key_that_was_refused_for_a_full_queue(small: Queue) -> None:
     api = Client(API(Settings(), small))
     [first, *_] = ids(api.post("/jobs/batch", [echo_with()] * 3))
     assert_full(api.post("/jobs", echo_with(), once()))
@@ -605,7 +606,7 @@ def test_a_key_refused_for_want_of_room_may_be_used_again(small: Queue) -> None:
 
 @pytest.fixture
 def tight(near: Queue) -> Iterator[Queue]:
-    """A queue on a real Redis whose memory is nearly used up, so that jobs there can end but none are accepted."""
+    """A queue on a real Redis whose memory is nearly used up. Jobs can end; submits fail."""
     client = raw(near)
     near.enqueue("echo", "accepted before")
     client.config_set("maxmemory", int(client.info("memory")["used_memory"] * 1.02) + 65536)
@@ -616,7 +617,8 @@ def tight(near: Queue) -> Iterator[Queue]:
 
 def test_submit_answers_503_before_redis_is_full(tight: Queue, real: Server) -> None:
     queue = real.queue()
-    api, before = Client(API(Settings(), queue)), dump(queue)
+    api = Client(API(Settings(), queue))
+    before = dump(queue)
     for path, body in (
         ("/jobs", echo_with()),
         ("/jobs/batch", [echo_with()] * 2),
@@ -628,7 +630,7 @@ def test_submit_answers_503_before_redis_is_full(tight: Queue, real: Server) -> 
     assert dump(queue) == before
 
 
-def test_jobs_end_while_none_are_accepted(tight: Queue, real: Server) -> None:
+def test_complete_succeeds_while_no_job_is_accepted(tight: Queue, real: Server) -> None:
     queue = real.queue()
     api = Client(API(Settings(), queue))
     assert api.post("/jobs", echo_with()).status == 503

@@ -1,4 +1,4 @@
-"""A payload of the wrong type is refused by mypy, before anything runs."""
+"""mypy refuses a payload of the wrong type before anything runs."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 
-# Each comment says what mypy must find in its line; in all other lines it must find nothing.
+# A comment in a line says what mypy must report there. It must report nothing in other lines.
 PROGRAM = """
 from dataclasses import dataclass
 
@@ -60,7 +60,7 @@ def nothing() -> None: ...
 """
 
 
-def test_typing_of_handlers_is_what_mypy_makes_of_them(tmp_path: Path) -> None:
+def test_mypy_checks_handlers_and_their_payloads(tmp_path: Path) -> None:
     program = tmp_path / "program.py"
     program.write_text(PROGRAM)
     command = [

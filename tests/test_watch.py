@@ -1,4 +1,4 @@
-"""Watching and steering over HTTP: listings and their pages, waiting for a job's end, cancel, retry, bulk, queues and workers."""
+"""Reading and changing jobs over HTTP: lists, waiting, cancel, retry, bulk, queues and workers."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from conftest import dump, lapse, put, raw, until
 
 from tinyqueue import STATUSES, Failure, Job, Queue, handler
 from tinyqueue_config import WEB_THREADS
-from wsgi import CUT
+from wsgi import PREVIEW_BYTES
 
 NO_JOB = "01900000-0000-7000-8000-000000000000"
 ENDED = ("completed", "failed", "cancelled")
@@ -39,8 +39,9 @@ def ids(answer: Answer) -> list[str]:
 
 
 def pages(api: Client, path: str) -> list[list[str]]:
-    """All pages of a listing, by following its cursors."""
-    found, cursor = [], ""
+    """Return all pages of a listing by following its cursors."""
+    found = []
+    cursor = ""
     while cursor is not None:
         answer = api.get(path + f"&cursor={cursor}")
         found.append(ids(answer))
@@ -51,11 +52,11 @@ def pages(api: Client, path: str) -> list[list[str]]:
 # List -----------------------------------------------------------------------------------------------------------------
 
 
-def test_list_nothing(api: Client) -> None:
+def test_list_is_empty_without_jobs(api: Client) -> None:
     assert api.get("/jobs").json == {"jobs": [], "cursor": None}
 
 
-def test_list_jobs_newest_first_as_show_gives_them(api: Client, queue: Queue) -> None:
+def test_list_returns_jobs_newest_first_with_the_fields_of_show(api: Client, queue: Queue) -> None:
     made = [put(queue, status, queue=status).id for status in STATUSES]
     answer = api.get("/jobs")
     assert sorted(ids(answer)) == sorted(made)
@@ -64,12 +65,12 @@ def test_list_jobs_newest_first_as_show_gives_them(api: Client, queue: Queue) ->
         whole = api.get(f"/jobs/{job['id']}").json
         whole.get("error", {}).pop("traceback", None)
         assert job == whole
-    moments = [job.get("endedAt", job["createdAt"]) for job in answer.json["jobs"]]
-    assert moments == sorted(moments, reverse=True)
+    times = [job.get("endedAt", job["createdAt"]) for job in answer.json["jobs"]]
+    assert times == sorted(times, reverse=True)
 
 
-def test_list_a_job_once_whose_entry_is_still_in_its_queue(api: Client, queue: Queue) -> None:
-    """That of a cancelled job stays there until a worker drops it."""
+def test_list_returns_a_cancelled_job_once(api: Client, queue: Queue) -> None:
+    """Its id stays in the list of its queue until a worker drops it."""
     id = queue.enqueue("echo", 1).id
     queue.clock.ahead = 1000
     queue.cancel(id)
@@ -78,12 +79,12 @@ def test_list_a_job_once_whose_entry_is_still_in_its_queue(api: Client, queue: Q
 
 
 @pytest.mark.parametrize("status", STATUSES)
-def test_list_jobs_of_one_status(api: Client, queue: Queue, status: str) -> None:
+def test_list_returns_only_jobs_of_the_given_status(api: Client, queue: Queue, status: str) -> None:
     made = {each: put(queue, each, queue=each).id for each in STATUSES}
     assert ids(api.get(f"/jobs?status={status}")) == [made[status]]
 
 
-def test_list_jobs_that_wait_for_their_time_as_pending(api: Client, queue: Queue) -> None:
+def test_list_returns_delayed_jobs_as_pending(api: Client, queue: Queue) -> None:
     id = put(queue, "delayed").id
     assert ids(api.get("/jobs?status=pending")) == [id]
 
@@ -109,7 +110,7 @@ FILTERED = {
 
 
 @pytest.mark.parametrize(("query", "count"), FILTERED.items())
-def test_list_jobs_that_fit_all_filters(api: Client, queue: Queue, query: str, count: int) -> None:
+def test_list_returns_only_jobs_that_match_all_filters(api: Client, queue: Queue, query: str, count: int) -> None:
     put(queue, "failed")
     put(queue, "pending")
     queue.enqueue("echo", 1, queue="slow")
@@ -119,7 +120,7 @@ def test_list_jobs_that_fit_all_filters(api: Client, queue: Queue, query: str, c
 
 @pytest.mark.parametrize("status", ["pending", "completed", "cancelled"])
 @pytest.mark.parametrize("limit", [1, 2, 3, 7, 8, 500])
-def test_list_every_job_once_over_all_pages(api: Client, queue: Queue, status: str, limit: int) -> None:
+def test_list_returns_every_job_once_over_all_pages(api: Client, queue: Queue, status: str, limit: int) -> None:
     made = {put(queue, status).id if status != "pending" else queue.enqueue("echo", 1).id for _ in range(7)}
     found = pages(api, f"/jobs?status={status}&limit={limit}")
     assert {len(page) for page in found[:-1]} <= {limit}
@@ -128,9 +129,10 @@ def test_list_every_job_once_over_all_pages(api: Client, queue: Queue, status: s
     assert (len(listed), set(listed)) == (7, made)
 
 
-def test_list_neither_twice_nor_never_what_stays_while_others_come_and_go(api: Client, queue: Queue) -> None:
+def test_list_returns_unchanged_jobs_once_while_others_come_and_go(api: Client, queue: Queue) -> None:
     queue.enqueue_many("echo", range(9))
-    whole, first = ids(api.get("/jobs")), api.get("/jobs?limit=3")
+    whole = ids(api.get("/jobs"))
+    first = api.get("/jobs?limit=3")
     queue.enqueue("echo", "new")
     queue.cancel(whole[4])
     rest = ids(api.get(f"/jobs?status=pending&limit=100&cursor={first.json['cursor']}"))
@@ -138,7 +140,7 @@ def test_list_neither_twice_nor_never_what_stays_while_others_come_and_go(api: C
     assert [id for id in rest if id in whole] == [whole[3], *whole[5:]]
 
 
-def test_list_fifty_jobs_unless_another_number_is_asked_for(api: Client, queue: Queue) -> None:
+def test_list_returns_fifty_jobs_unless_a_limit_is_given(api: Client, queue: Queue) -> None:
     queue.enqueue_many("echo", range(60))
     assert [len(ids(api.get("/jobs" + query))) for query in ("", "?limit=1", "?limit=0059", "?limit=500")] == [
         50,
@@ -149,13 +151,13 @@ def test_list_fifty_jobs_unless_another_number_is_asked_for(api: Client, queue: 
 
 
 @pytest.mark.parametrize("minutes", ["", "121", "-1", "1.0", "x"])
-def test_refuse_what_is_no_number_of_minutes(api: Client, minutes: str) -> None:
+def test_refuse_an_invalid_number_of_minutes(api: Client, minutes: str) -> None:
     answer = api.get(f"/stats?minutes={minutes}")
     assert (answer.status, answer.kind, answer.problem["field"]) == (400, "invalid-query", "minutes")
 
 
 @pytest.mark.parametrize("minutes", [2, 60, 120])
-def test_stats_have_as_many_minutes_of_history_as_are_asked_for(api: Client, queue: Queue, minutes: int) -> None:
+def test_stats_return_history_for_the_requested_minutes(api: Client, queue: Queue, minutes: int) -> None:
     put(queue, "completed")
     history = api.get(f"/stats?minutes={minutes}").json["history"]
     assert len(history) == minutes
@@ -165,7 +167,7 @@ def test_stats_have_as_many_minutes_of_history_as_are_asked_for(api: Client, que
 
 
 @pytest.mark.parametrize("limit", ["", "0", "501", "-1", "1.0", "1e1", " 1", "x", "%D9%A3", "9" * 5000, "1%00"])
-def test_refuse_what_is_no_limit(api: Client, limit: str) -> None:
+def test_refuse_an_invalid_limit(api: Client, limit: str) -> None:
     answer = api.get(f"/jobs?limit={limit}")
     assert (answer.status, answer.kind, answer.problem["field"]) == (400, "invalid-query", "limit")
 
@@ -174,13 +176,13 @@ def test_refuse_what_is_no_limit(api: Client, limit: str) -> None:
     "cursor",
     ["x", "1", "1.", ".1", "1.x", "-1.a", "1.a.b", "1." + "a" * 37, "9" * 17 + ".a", "1.a%0a", "%D9%A3.a", NO_JOB],
 )
-def test_refuse_what_is_no_cursor(api: Client, queue: Queue, cursor: str) -> None:
+def test_refuse_an_invalid_cursor(api: Client, queue: Queue, cursor: str) -> None:
     for answer in (api.get(f"/jobs?cursor={cursor}"), api.post("/jobs/cancel", {"cursor": cursor})):
         assert (answer.status, answer.kind, answer.problem["field"]) == (422, "invalid-job", "cursor")
 
 
 @pytest.mark.parametrize("status", ["delayed", "Pending", "pending ", "x", "%00", "pending,failed"])
-def test_refuse_what_is_no_status(api: Client, status: str) -> None:
+def test_refuse_an_invalid_status_and_list_the_valid_ones(api: Client, status: str) -> None:
     answer = api.get(f"/jobs?status={status}")
     assert (answer.status, answer.problem["field"]) == (422, "status")
     assert all(each in answer.problem["detail"] for each in STATUSES)
@@ -189,7 +191,7 @@ def test_refuse_what_is_no_status(api: Client, status: str) -> None:
 @pytest.mark.parametrize(
     "query", ["state=failed", "Status=failed", "error_type=x", "%00=x", "%C3%A9=x", "=x", "limit[]=1"]
 )
-def test_refuse_an_unknown_filter_and_name_those_that_are(api: Client, query: str) -> None:
+def test_refuse_an_unknown_filter_and_list_the_known_ones(api: Client, query: str) -> None:
     answer = api.get(f"/jobs?{query}")
     assert (answer.status, answer.kind) == (422, "invalid-job")
     assert "status, type, queue, errorType" in answer.problem["detail"]
@@ -198,15 +200,15 @@ def test_refuse_an_unknown_filter_and_name_those_that_are(api: Client, query: st
 @pytest.mark.parametrize(
     "query", ["type=%ff", "queue=%fe%ff", "errorType=%c3", "status=%ff", "limit=%ff", "cursor=%ff", "%ff=x"]
 )
-def test_refuse_a_query_that_is_no_utf8(api: Client, query: str) -> None:
+def test_refuse_a_query_that_is_not_utf8(api: Client, query: str) -> None:
     answer = api.get(f"/jobs?{query}")
     assert answer.status in (400, 422)
     assert answer.problem
     assert api.log.getvalue() == ""
 
 
-def test_list_cuts_long_payloads_and_results(api: Client, queue: Queue) -> None:
-    long = "é" * CUT
+def test_list_shortens_long_payloads_and_results(api: Client, queue: Queue) -> None:
+    long = "é" * PREVIEW_BYTES
     queue.enqueue("echo", long)
     [job] = queue.dequeue(queue.register(["default"], 1), ["default"])
     queue.complete(job, {"a": long})
@@ -214,18 +216,20 @@ def test_list_cuts_long_payloads_and_results(api: Client, queue: Queue) -> None:
     assert not {"payload", "result"} & listed.keys()
     assert ('"' + long).startswith(listed["payloadPreview"])
     assert ('{"a":"' + long).startswith(listed["resultPreview"])
-    assert all(CUT - 4 < len(listed[name].encode()) <= CUT for name in ("payloadPreview", "resultPreview"))
+    assert all(
+        PREVIEW_BYTES - 4 < len(listed[name].encode()) <= PREVIEW_BYTES for name in ("payloadPreview", "resultPreview")
+    )
     assert api.get(f"/jobs/{job.id}").json["result"] == {"a": long}
 
 
-@pytest.mark.parametrize("size", [CUT - 2, CUT - 1])
+@pytest.mark.parametrize("size", [PREVIEW_BYTES - 2, PREVIEW_BYTES - 1])
 def test_list_keeps_a_payload_that_is_just_short_enough(api: Client, queue: Queue, size: int) -> None:
     queue.enqueue("echo", "x" * size)
     [listed] = api.get("/jobs").json["jobs"]
-    assert ("payload" in listed) == (size == CUT - 2)
+    assert ("payload" in listed) == (size == PREVIEW_BYTES - 2)
 
 
-def test_list_leaves_out_tracebacks(api: Client, queue: Queue) -> None:
+def test_list_omits_tracebacks(api: Client, queue: Queue) -> None:
     queue.enqueue("echo", 1, max_attempts=1)
     [job] = queue.dequeue(queue.register(["default"], 1), ["default"])
     queue.fail(job, Failure("Boom", "it broke", "Traceback: ..."))
@@ -237,7 +241,7 @@ def test_list_leaves_out_tracebacks(api: Client, queue: Queue) -> None:
 
 
 def awaited(queue: Queue) -> int:
-    """How many jobs somebody waits for."""
+    """Return the number of jobs that somebody waits for."""
     return int(raw(queue).scard(queue.keys.awaited))
 
 
@@ -252,7 +256,7 @@ def wait_for(api: Client, pool: ThreadPoolExecutor, id: str, times: int = 1) -> 
 
 
 @pytest.mark.parametrize("status", ENDED)
-def test_wait_ends_when_the_job_does(api: Client, queue: Queue, pool: ThreadPoolExecutor, status: str) -> None:
+def test_wait_returns_when_the_job_ends(api: Client, queue: Queue, pool: ThreadPoolExecutor, status: str) -> None:
     id = queue.enqueue("echo", 1).id
     [waiting] = wait_for(api, pool, id)
     until(lambda: awaited(queue) == 1)
@@ -268,7 +272,7 @@ def test_wait_ends_when_the_job_does(api: Client, queue: Queue, pool: ThreadPool
     assert waiting.result(timeout=20).json["status"] == status
 
 
-def test_wait_goes_on_while_others_end(api: Client, queue: Queue, pool: ThreadPoolExecutor) -> None:
+def test_wait_continues_while_other_jobs_end(api: Client, queue: Queue, pool: ThreadPoolExecutor) -> None:
     id = queue.enqueue("echo", 1).id
     [waiting] = wait_for(api, pool, id)
     until(lambda: awaited(queue) == 1)
@@ -279,22 +283,22 @@ def test_wait_goes_on_while_others_end(api: Client, queue: Queue, pool: ThreadPo
 
 
 @pytest.mark.parametrize("status", ENDED)
-def test_wait_for_a_job_that_has_ended_answers_at_once(api: Client, queue: Queue, status: str) -> None:
+def test_wait_returns_at_once_for_a_job_that_has_ended(api: Client, queue: Queue, status: str) -> None:
     assert api.get(f"/jobs/{put(queue, status).id}?wait=25").json["status"] == status
 
 
-def test_wait_for_no_job_answers_404_at_once(api: Client) -> None:
+def test_wait_answers_404_at_once_for_an_unknown_job(api: Client) -> None:
     assert api.get(f"/jobs/{NO_JOB}?wait=25").status == 404
 
 
-def test_wait_answers_the_present_state_when_the_time_is_up(api: Client, queue: Queue) -> None:
+def test_wait_returns_the_unchanged_job_when_the_time_is_up(api: Client, queue: Queue) -> None:
     id = queue.enqueue("echo", 1).id
     assert api.get(f"/jobs/{id}?wait=1").json["status"] == "pending"
     assert api.get(f"/jobs/{id}?wait=0").json["status"] == "pending"
     assert awaited(queue) == 0
 
 
-def test_wait_ends_for_all_who_wait_for_the_same_job(api: Client, queue: Queue, pool: ThreadPoolExecutor) -> None:
+def test_wait_returns_to_all_who_wait_for_the_same_job(api: Client, queue: Queue, pool: ThreadPoolExecutor) -> None:
     id = queue.enqueue("echo", 1).id
     waiting = wait_for(api, pool, id, WEB_THREADS // 2)
     until(lambda: awaited(queue) == 1)
@@ -302,7 +306,7 @@ def test_wait_ends_for_all_who_wait_for_the_same_job(api: Client, queue: Queue, 
     assert [each.result(timeout=20).json["status"] for each in waiting] == ["cancelled"] * (WEB_THREADS // 2)
 
 
-def test_wait_holds_half_of_the_threads_at_most(api: Client, queue: Queue, pool: ThreadPoolExecutor) -> None:
+def test_wait_occupies_at_most_half_of_the_threads(api: Client, queue: Queue, pool: ThreadPoolExecutor) -> None:
     held = [queue.enqueue("echo", n).id for n in range(WEB_THREADS // 2)]
     waiting = [wait_for(api, pool, id)[0] for id in held]
     until(lambda: awaited(queue) == WEB_THREADS // 2)
@@ -321,7 +325,7 @@ def test_wait_holds_half_of_the_threads_at_most(api: Client, queue: Queue, pool:
 
 
 @pytest.mark.parametrize("value", ["", "-1", "3601", "1.5", "1e1", "x", "true", "%D9%A3", " 1", "1%0a", "9" * 5000])
-def test_refuse_what_is_no_time_to_wait(api: Client, queue: Queue, value: str) -> None:
+def test_refuse_an_invalid_wait_time(api: Client, queue: Queue, value: str) -> None:
     answer = api.get(f"/jobs/{put(queue, 'completed').id}?wait={value}")
     assert (answer.status, answer.kind, answer.problem["field"]) == (400, "invalid-query", "wait")
 
@@ -330,7 +334,7 @@ def test_refuse_what_is_no_time_to_wait(api: Client, queue: Queue, value: str) -
 
 
 @pytest.mark.parametrize("status", ["pending", "delayed"])
-def test_cancel_a_job_that_waits(api: Client, queue: Queue, status: str) -> None:
+def test_cancel_cancels_a_pending_job(api: Client, queue: Queue, status: str) -> None:
     id = put(queue, status).id
     answer = api.call("DELETE", f"/jobs/{id}")
     assert (answer.status, answer.json) == (200, {"jobId": id, "status": "cancelled"})
@@ -347,7 +351,7 @@ def test_cancel_asks_a_running_job_to_stop(api: Client, queue: Queue) -> None:
     assert queue.cancel_requests([id]) == [id]
 
 
-def test_cancel_answers_409_to_a_running_job_that_cannot_be_told(api: Client, queue: Queue) -> None:
+def test_cancel_answers_409_when_the_running_handler_takes_no_job(api: Client, queue: Queue) -> None:
     id = queue.enqueue("deaf", 1).id
     assert queue.dequeue(queue.register(["deaf"], 1), ["deaf"])
     answer = api.call("DELETE", f"/jobs/{id}")
@@ -356,8 +360,9 @@ def test_cancel_answers_409_to_a_running_job_that_cannot_be_told(api: Client, qu
 
 
 @pytest.mark.parametrize("status", ENDED)
-def test_cancel_answers_409_to_a_job_that_has_ended(api: Client, queue: Queue, status: str) -> None:
-    id, before = put(queue, status).id, dump(queue)
+def test_cancel_answers_409_when_the_job_has_ended(api: Client, queue: Queue, status: str) -> None:
+    id = put(queue, status).id
+    before = dump(queue)
     answer = api.call("DELETE", f"/jobs/{id}")
     assert (answer.status, answer.kind, answer.problem["jobStatus"]) == (409, "wrong-status", status)
     assert dump(queue) == before
@@ -365,7 +370,9 @@ def test_cancel_answers_409_to_a_job_that_has_ended(api: Client, queue: Queue, s
 
 @pytest.mark.parametrize(("method", "suffix"), [("DELETE", ""), ("POST", "/retry")])
 @pytest.mark.parametrize("id", [NO_JOB, "x", NO_JOB.upper()[:-1] + "A", NO_JOB + "0", "%00", "..", "*"])
-def test_change_answers_404_to_what_is_no_job(api: Client, queue: Queue, id: str, method: str, suffix: str) -> None:
+def test_cancel_and_retry_answer_404_to_an_invalid_or_unknown_id(
+    api: Client, queue: Queue, id: str, method: str, suffix: str
+) -> None:
     queue.enqueue("echo", 1)
     before = dump(queue)
     assert api.call(method, f"/jobs/{id}{suffix}").kind == "not-found"
@@ -376,7 +383,7 @@ def test_change_answers_404_to_what_is_no_job(api: Client, queue: Queue, id: str
 
 
 @pytest.mark.parametrize("status", ["failed", "cancelled"])
-def test_retry_a_job_that_failed_or_was_cancelled(api: Client, queue: Queue, status: str) -> None:
+def test_retry_makes_a_failed_or_cancelled_job_pending(api: Client, queue: Queue, status: str) -> None:
     id = put(queue, status).id
     answer = api.call("POST", f"/jobs/{id}/retry")
     assert (answer.status, answer.json) == (200, {"jobId": id, "status": "pending"})
@@ -385,15 +392,16 @@ def test_retry_a_job_that_failed_or_was_cancelled(api: Client, queue: Queue, sta
 
 
 @pytest.mark.parametrize("status", ["pending", "delayed", "processing", "completed"])
-def test_retry_answers_409_to_a_job_that_has_not_failed(api: Client, queue: Queue, status: str) -> None:
-    id, before = put(queue, status).id, dump(queue)
+def test_retry_answers_409_when_the_job_has_not_failed(api: Client, queue: Queue, status: str) -> None:
+    id = put(queue, status).id
+    before = dump(queue)
     answer = api.call("POST", f"/jobs/{id}/retry")
     assert (answer.status, answer.kind) == (409, "wrong-status")
     assert answer.problem["jobStatus"] == ("pending" if status == "delayed" else status)
     assert dump(queue) == before
 
 
-def test_retry_at_once_revives_a_job_once(api: Client, queue: Queue, pool: ThreadPoolExecutor) -> None:
+def test_retry_revives_a_job_once_when_many_request_it(api: Client, queue: Queue, pool: ThreadPoolExecutor) -> None:
     id = put(queue, "failed").id
     answers = [
         done.result(timeout=20) for done in [pool.submit(api.call, "POST", f"/jobs/{id}/retry") for _ in range(10)]
@@ -414,7 +422,7 @@ def test_retry_answers_409_when_another_job_has_the_unique_key(api: Client, queu
 
 
 def fill(queue: Queue) -> dict[str, list[str]]:
-    """Some jobs of each kind, by kind."""
+    """Make some jobs of each kind and return their ids by kind."""
     made = {status: [put(queue, status).id for _ in range(2)] for status in ("failed", "completed", "cancelled")}
     made["processing"] = [put(queue, "processing", queue="other").id]
     made["slow"] = [queue.enqueue("echo", n, queue="slow").id for n in range(3)]
@@ -438,7 +446,9 @@ def statuses(api: Client, ids: list[str]) -> set[str]:
     ],
     ids=str,
 )
-def test_cancel_all_that_fit_and_no_other(api: Client, queue: Queue, fields: dict[str, str], kinds: list[str]) -> None:
+def test_cancel_many_cancels_exactly_the_matching_jobs(
+    api: Client, queue: Queue, fields: dict[str, str], kinds: list[str]
+) -> None:
     made = fill(queue)
     before = {kind: statuses(api, made[kind]) for kind in made}
     answer = api.post("/jobs/cancel", fields)
@@ -459,7 +469,9 @@ def test_cancel_all_that_fit_and_no_other(api: Client, queue: Queue, fields: dic
     ],
     ids=str,
 )
-def test_retry_all_that_fit_and_no_other(api: Client, queue: Queue, fields: dict[str, str], kind: str) -> None:
+def test_retry_many_retries_exactly_the_matching_jobs(
+    api: Client, queue: Queue, fields: dict[str, str], kind: str
+) -> None:
     made = fill(queue)
     before = {each: statuses(api, made[each]) for each in made}
     answer = api.post("/jobs/retry", fields)
@@ -467,7 +479,7 @@ def test_retry_all_that_fit_and_no_other(api: Client, queue: Queue, fields: dict
     assert {each: statuses(api, made[each]) for each in made} == before | {kind: {"pending"}}
 
 
-def test_retry_all_skips_those_that_cannot_be(api: Client, queue: Queue) -> None:
+def test_retry_many_skips_jobs_that_cannot_be_retried(api: Client, queue: Queue) -> None:
     put(queue, "failed", unique_key="u")
     put(queue, "failed")
     queue.enqueue("echo", 1, unique_key="u")
@@ -475,14 +487,15 @@ def test_retry_all_skips_those_that_cannot_be(api: Client, queue: Queue) -> None
 
 
 @pytest.mark.parametrize("verb", ["cancel", "retry"])
-def test_change_more_than_one_page_by_following_the_cursor(api: Client, queue: Queue, verb: str) -> None:
+def test_change_many_continues_at_its_cursor(api: Client, queue: Queue, verb: str) -> None:
     for at in range(0, 1200, 600):
         made = queue.enqueue_many("echo", range(at, at + 600))
     if verb == "retry":
         for job in made:
             queue.cancel(job.id)
     fields = {"status": "cancelled"} if verb == "retry" else {}
-    done, cursor = [], ""
+    done = []
+    cursor = ""
     while cursor is not None:
         answer = api.post(f"/jobs/{verb}", fields | {"cursor": cursor}).json
         done.append(answer["retried" if verb == "retry" else "cancelled"])
@@ -490,17 +503,17 @@ def test_change_more_than_one_page_by_following_the_cursor(api: Client, queue: Q
     assert done == ([600] if verb == "retry" else [1000, 200])
 
 
-BULK = {
-    "no object": [],
-    "text": "x",
+WRONG_BULK_CHANGES = {
+    "not an object": [],
+    "string": "x",
     "null": None,
     "number": {"type": 1},
-    "null field": {"status": None},
-    "list": {"status": ["failed"]},
-    "unknown": {"state": "failed"},
+    "null value": {"status": None},
+    "array": {"status": ["failed"]},
+    "unknown filter": {"state": "failed"},
     "limit": {"limit": "1"},
     "ids": {"ids": "x"},
-    "no status": {"status": "x"},
+    "unknown status": {"status": "x"},
     "empty status": {"status": ""},
     "completed": {"status": "completed"},
     "processing": {"status": "processing"},
@@ -509,9 +522,9 @@ BULK = {
 }
 
 
-@pytest.mark.parametrize("body", BULK.values(), ids=BULK.keys())
+@pytest.mark.parametrize("body", WRONG_BULK_CHANGES.values(), ids=WRONG_BULK_CHANGES.keys())
 @pytest.mark.parametrize("verb", ["cancel", "retry"])
-def test_refuse_what_is_no_bulk_change_and_change_nothing(api: Client, queue: Queue, verb: str, body: Any) -> None:
+def test_refuse_an_invalid_bulk_change_and_change_nothing(api: Client, queue: Queue, verb: str, body: Any) -> None:
     fill(queue)
     before = dump(queue)
     answer = api.post(f"/jobs/{verb}", body)
@@ -520,13 +533,13 @@ def test_refuse_what_is_no_bulk_change_and_change_nothing(api: Client, queue: Qu
 
 
 @pytest.mark.parametrize(("verb", "status"), [("cancel", "failed"), ("cancel", "cancelled"), ("retry", "pending")])
-def test_refuse_a_bulk_change_of_a_status_that_it_is_not_for(api: Client, verb: str, status: str) -> None:
+def test_refuse_a_bulk_change_of_a_status_that_it_does_not_apply_to(api: Client, verb: str, status: str) -> None:
     assert api.post(f"/jobs/{verb}", {"status": status}).problem["field"] == "status"
 
 
 @pytest.mark.parametrize("verb", ["cancel", "retry"])
 def test_refuse_a_bulk_change_without_a_filter(api: Client, queue: Queue, verb: str) -> None:
-    """An empty object is one; nothing at all is a mistake."""
+    """An empty object is a filter. A missing body is a mistake."""
     fill(queue)
     before = dump(queue)
     assert api.call("POST", f"/jobs/{verb}").status == 415
@@ -537,11 +550,11 @@ def test_refuse_a_bulk_change_without_a_filter(api: Client, queue: Queue, verb: 
 # Queues and workers ---------------------------------------------------------------------------------------------------
 
 
-def test_queues_of_nothing_are_none(api: Client) -> None:
+def test_queues_are_empty_without_jobs(api: Client) -> None:
     assert api.get("/queues").json == {"queues": {}}
 
 
-def test_queues_count_what_waits_and_runs(api: Client, queue: Queue) -> None:
+def test_queues_count_pending_and_processing_jobs(api: Client, queue: Queue) -> None:
     put(queue, "processing")
     queue.enqueue("echo", 1, queue="slow", delay=60)
     queue.enqueue("deaf", 1)
@@ -556,7 +569,7 @@ def test_queues_count_what_waits_and_runs(api: Client, queue: Queue) -> None:
     assert api.get("/stats").json["queues"].keys() == found.keys()
 
 
-def test_pause_and_resume_a_queue(api: Client, queue: Queue) -> None:
+def test_pause_stops_a_queue_until_it_is_resumed(api: Client, queue: Queue) -> None:
     id = queue.enqueue("echo", 1).id
     for _ in range(2):
         answer = api.call("POST", "/queues/default/pause")
@@ -571,13 +584,13 @@ def test_pause_and_resume_a_queue(api: Client, queue: Queue) -> None:
     assert [job.id for job in queue.dequeue(worker, ["default"])] == [id]
 
 
-def test_submit_to_a_paused_queue(api: Client, queue: Queue) -> None:
+def test_submit_to_a_paused_queue_is_accepted(api: Client, queue: Queue) -> None:
     api.call("POST", "/queues/default/pause")
     assert api.post("/jobs", {"type": "echo", "payload": 1}).status == 201
     assert api.get("/queues").json["queues"]["default"]["pending"] == 1
 
 
-def test_pause_a_queue_that_had_no_job_yet(api: Client) -> None:
+def test_pause_shows_a_queue_that_never_had_a_job(api: Client) -> None:
     api.call("POST", "/queues/later/pause")
     assert api.get("/queues").json["queues"] == {
         "later": {"pending": 0, "processing": 0, "oldestWaitingMs": 0, "paused": True}
@@ -588,21 +601,21 @@ def test_pause_a_queue_that_had_no_job_yet(api: Client) -> None:
     "name", ["a" * 101, "a%20b", "%C3%A9", "%ff", "%00", "a%0a", "a:b", "*", "", "a/b", "%7Bqueue%7D"]
 )
 @pytest.mark.parametrize("verb", ["pause", "resume"])
-def test_pause_answers_404_to_what_is_no_name(api: Client, queue: Queue, name: str, verb: str) -> None:
+def test_pause_answers_404_to_an_invalid_name(api: Client, queue: Queue, name: str, verb: str) -> None:
     assert api.call("POST", f"/queues/{name}/{verb}").kind == "not-found"
     assert dump(queue) == {}
 
 
 @pytest.mark.parametrize("name", ["a" * 100, "A.b_c-1", ".", "retry"])
-def test_pause_takes_any_name(api: Client, name: str) -> None:
+def test_pause_accepts_any_valid_name(api: Client, name: str) -> None:
     assert api.call("POST", f"/queues/{name}/pause").json["queue"] == name
 
 
-def test_workers_of_nothing_are_none(api: Client) -> None:
+def test_workers_are_empty_without_workers(api: Client) -> None:
     assert api.get("/workers").json == {"workers": []}
 
 
-def test_workers_tell_what_they_are_and_run(api: Client, queue: Queue) -> None:
+def test_workers_report_their_settings_and_jobs(api: Client, queue: Queue) -> None:
     id = put(queue, "processing").id
     [worker] = [job["worker"] for job in api.get("/jobs").json["jobs"]]
     queue.heartbeat(worker, [id])
@@ -613,7 +626,7 @@ def test_workers_tell_what_they_are_and_run(api: Client, queue: Queue) -> None:
     assert api.get("/stats").json["workers"] == 1
 
 
-def test_workers_tell_whose_lease_is_over(api: Client, queue: Queue) -> None:
+def test_workers_report_whose_lease_has_expired(api: Client, queue: Queue) -> None:
     worker = queue.register(["default"], 1)
     lapse(queue, worker)
     [shown] = api.get("/workers").json["workers"]
@@ -625,7 +638,7 @@ def test_workers_tell_whose_lease_is_over(api: Client, queue: Queue) -> None:
 
 
 @pytest.mark.parametrize("path", ["/jobs", "/jobs?status=failed&limit=1", "/queues", "/workers", "/openapi.json"])
-def test_head_answers_as_get_without_the_body(api: Client, path: str) -> None:
+def test_head_answers_like_get_without_the_body(api: Client, path: str) -> None:
     get, head = (api.call(method, path, headers={"X-Request-ID": "one"}) for method in ("GET", "HEAD"))
     assert (head.status, head.headers, head.body) == (200, get.headers, b"")
 
@@ -645,7 +658,7 @@ def test_head_answers_as_get_without_the_body(api: Client, path: str) -> None:
         *[(method, f"/jobs/{NO_JOB}") for method in ("POST", "PUT", "PATCH")],
     ],
 )
-def test_answer_405_to_another_method(api: Client, queue: Queue, method: str, path: str) -> None:
+def test_answer_405_to_an_unsupported_method(api: Client, queue: Queue, method: str, path: str) -> None:
     put(queue, "failed")
     before = dump(queue)
     answer = api.call(method, path, {} if method in ("POST", "PUT", "PATCH") else NO_BODY)

@@ -1,4 +1,7 @@
-"""Who is let in: keys and their roles, this machine without keys, limits, proxies, pages of other sites; and what nobody sees."""
+"""Access control: keys and roles, local access without keys, rate limits, proxies and other sites.
+
+Also that answers have security headers and that secrets appear nowhere.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,7 @@ from conftest import dump, free_port, put, raw
 import wsgi
 from tinyqueue import Queue, SettingsError, handler
 from tinyqueue_config import Settings
-from wsgi import API, ROUTES, Door
+from wsgi import API, ROUTES, Access
 
 SECRETS = {"submit": "submit-0123456789", "read": "read-0123456789ab", "admin": "admin:0123456789ab"}
 KEYS = ",".join(f"{role}-key:{role}:{secret}" for role, secret in SECRETS.items())
@@ -41,18 +44,18 @@ def handlers(no_handlers: None) -> None:
     handler("echo")(echo)
 
 
-def locked(queue: Queue, secret: str = "", **settings: Any) -> Client:
-    """A client of an API that wants keys."""
+def with_keys(queue: Queue, secret: str = "", **settings: Any) -> Client:
+    """A client of an API with keys."""
     return Client(API(Settings(api_keys=KEYS, **settings), queue), secret)
 
 
-def opened(queue: Queue, peer: str = "198.51.100.7", **settings: Any) -> Client:
-    """A client from elsewhere, of an API that lets everybody in."""
+def open_to_all(queue: Queue, peer: str = "198.51.100.7", **settings: Any) -> Client:
+    """A remote client of an API that serves everyone."""
     return Client(API(Settings(open=True, **settings), queue), peer=peer)
 
 
 def send(api: Client, method: str, path: str, **headers: str) -> Answer:
-    """Call a route; what is posted is an empty object."""
+    """Call a route. The body of a POST is an empty object."""
     spelled = path.replace("<id>", NO_JOB).replace("<name>", "default")
     return api.call(
         method, spelled, {} if method == "POST" else NO_BODY, {n.replace("_", "-"): v for n, v in headers.items()}
@@ -61,7 +64,7 @@ def send(api: Client, method: str, path: str, **headers: str) -> Answer:
 
 # Roles ----------------------------------------------------------------------------------------------------------------
 
-TAKES = {
+NEEDED_ROLES = {
     ("GET", "/health"): None,
     ("GET", "/ready"): "read",
     ("GET", "/"): None,
@@ -82,63 +85,65 @@ TAKES = {
     ("GET", "/workers"): "read",
     ("GET", "/metrics"): "read",
 }
-GUARDED = [route for route, role in TAKES.items() if role]
+GUARDED = [route for route, role in NEEDED_ROLES.items() if role]
 CHANGING = [route for route in GUARDED if route[0] != "GET"]
-READING = [route for route in TAKES if route[0] == "GET"]
+READING = [route for route in NEEDED_ROLES if route[0] == "GET"]
 
 
-def test_know_the_role_of_every_route() -> None:
-    assert {(method, path) for method, path, *_ in ROUTES} == TAKES.keys()
+def test_roles_are_listed_for_every_route() -> None:
+    assert {(method, path) for method, path, *_ in ROUTES} == NEEDED_ROLES.keys()
 
 
 @pytest.mark.parametrize("role", SECRETS)
-@pytest.mark.parametrize(("method", "path"), TAKES)
-def test_let_a_key_do_what_its_role_includes_and_nothing_else(near: Queue, role: str, method: str, path: str) -> None:
+@pytest.mark.parametrize(("method", "path"), NEEDED_ROLES)
+def test_key_may_use_exactly_the_routes_of_its_role(near: Queue, role: str, method: str, path: str) -> None:
     before = dump(near)
-    answer = send(locked(near, SECRETS[role]), method, path)
-    if TAKES[method, path] in (None, "any", role) or role == "admin":
+    answer = send(with_keys(near, SECRETS[role]), method, path)
+    if NEEDED_ROLES[method, path] in (None, "any", role) or role == "admin":
         assert answer.status not in (401, 403)
     else:
         assert (answer.status, answer.kind) == (403, "forbidden")
-        assert TAKES[method, path] in answer.problem["detail"]
+        assert NEEDED_ROLES[method, path] in answer.problem["detail"]
         assert dump(near) == before
 
 
 @pytest.mark.parametrize("secret", ["", "wrong-0123456789ab"])
 @pytest.mark.parametrize(("method", "path"), GUARDED)
-def test_ask_for_a_key_on_every_route_but_health(near: Queue, method: str, path: str, secret: str) -> None:
-    answer = send(locked(near, secret), method, path)
+def test_refuse_missing_and_unknown_keys_on_every_protected_route(
+    near: Queue, method: str, path: str, secret: str
+) -> None:
+    answer = send(with_keys(near, secret), method, path)
     assert (answer.status, answer.kind) == (401, "unauthorized")
     assert answer.headers["www-authenticate"].startswith("Bearer ")
     assert dump(near) == {}
 
 
-def test_serve_head_to_a_key_that_may_read_and_to_no_other(near: Queue) -> None:
-    found = {role: locked(near, secret).call("HEAD", "/stats").status for role, secret in SECRETS.items()}
+def test_head_requires_the_role_of_get(near: Queue) -> None:
+    found = {role: with_keys(near, secret).call("HEAD", "/stats").status for role, secret in SECRETS.items()}
     assert found == {"submit": 403, "read": 200, "admin": 200}
 
 
 @pytest.mark.parametrize("path", ["/health", "/"])
-def test_serve_health_and_the_dashboard_without_a_key(near: Queue, path: str) -> None:
-    assert locked(near).get(path).status == 200
+def test_serve_health_and_dashboard_without_a_key(near: Queue, path: str) -> None:
+    assert with_keys(near).get(path).status == 200
 
 
 @pytest.mark.parametrize("role", SECRETS)
-def test_tell_who_somebody_is_and_may_do(near: Queue, role: str) -> None:
+def test_whoami_returns_name_and_roles_of_the_key(near: Queue, role: str) -> None:
     included = {"submit": ["submit"], "read": ["read"], "admin": ["submit", "read", "admin"]}
-    told = locked(near, SECRETS[role]).get("/whoami").json
-    assert told["roles"] == included[role]
-    assert f"{told['name']}:{role}:{SECRETS[role]}" in KEYS.split(",")
+    caller = with_keys(near, SECRETS[role]).get("/whoami").json
+    assert caller["roles"] == included[role]
+    assert f"{caller['name']}:{role}:{SECRETS[role]}" in KEYS.split(",")
 
 
-def test_tell_who_comes_without_keys_that_all_is_allowed(near: Queue) -> None:
-    told = opened(near).get("/whoami").json
-    assert told == {"name": "", "roles": ["submit", "read", "admin"], "embedded": True}
-    told = opened(near, redis_url="redis://localhost").get("/whoami").json
-    assert not told["embedded"]
+def test_whoami_returns_all_roles_when_no_keys_are_set(near: Queue) -> None:
+    caller = open_to_all(near).get("/whoami").json
+    assert caller == {"name": "", "roles": ["submit", "read", "admin"], "embedded": True}
+    caller = open_to_all(near, redis_url="redis://localhost").get("/whoami").json
+    assert not caller["embedded"]
 
 
-def test_let_a_key_in_from_anywhere_through_any_proxy_and_under_any_name(near: Queue) -> None:
+def test_accept_a_key_from_any_address_proxy_and_host_name(near: Queue) -> None:
     api = Client(API(Settings(api_keys=KEYS), near), SECRETS["read"], peer="198.51.100.7")
     assert (
         api.get("/stats", {"Host": "jobs.example.org", "X-Forwarded-For": "nonsense", "Forwarded": "for=x"}).status
@@ -147,22 +152,22 @@ def test_let_a_key_in_from_anywhere_through_any_proxy_and_under_any_name(near: Q
 
 
 @pytest.mark.parametrize("spelled", ["Bearer {}", "bearer {}", "BEARER {}", "Bearer   {}", "Bearer {} "])
-def test_take_every_spelling_of_the_scheme(near: Queue, spelled: str) -> None:
-    assert locked(near).get("/stats", {"Authorization": spelled.format(SECRETS["read"])}).status == 200
+def test_accept_every_spelling_of_the_bearer_scheme(near: Queue, spelled: str) -> None:
+    assert with_keys(near).get("/stats", {"Authorization": spelled.format(SECRETS["read"])}).status == 200
 
 
 READ = SECRETS["read"]
-NO_KEYS = {
+WRONG_KEYS = {
     "empty": "",
     "scheme alone": "Bearer",
     "no secret": "Bearer ",
-    "blanks": "Bearer    ",
+    "spaces": "Bearer    ",
     "secret alone": READ,
     "another scheme": f"Basic {READ}",
     "token": f"Token {READ}",
     "colon": f"Bearer: {READ}",
-    "less": f"Bearer {READ[:-1]}",
-    "more": f"Bearer {READ}x",
+    "one character less": f"Bearer {READ[:-1]}",
+    "one character more": f"Bearer {READ}x",
     "upper case": f"Bearer {READ.upper()}",
     "quoted": f'Bearer "{READ}"',
     "twice": f"Bearer {READ}, Bearer {READ}",
@@ -172,15 +177,15 @@ NO_KEYS = {
     "all keys": f"Bearer {KEYS}",
     "NUL": f"Bearer {READ}\0",
     "UTF-8": "Bearer " + "é😀".encode().decode("latin-1"),
-    "no UTF-8": "Bearer \xff\xfe",
-    "scheme no UTF-8": f"\xff {READ}",
+    "not UTF-8": "Bearer \xff\xfe",
+    "scheme that is not UTF-8": f"\xff {READ}",
     "long": "Bearer " + "a" * 20_000,
 }
 
 
-@pytest.mark.parametrize("value", NO_KEYS.values(), ids=NO_KEYS.keys())
-def test_answer_the_same_whatever_is_wrong_with_a_key(near: Queue, value: str) -> None:
-    api = locked(near)
+@pytest.mark.parametrize("value", WRONG_KEYS.values(), ids=WRONG_KEYS.keys())
+def test_give_the_same_answer_to_every_wrong_key(near: Queue, value: str) -> None:
+    api = with_keys(near)
     missing = api.get("/stats", {"X-Request-ID": "r"})
     answer = api.get("/stats", {"X-Request-ID": "r", "Authorization": value})
     assert answer == missing
@@ -188,72 +193,72 @@ def test_answer_the_same_whatever_is_wrong_with_a_key(near: Queue, value: str) -
     assert api.log.getvalue() == ""
 
 
-def test_take_no_key_from_the_query_or_a_cookie(near: Queue) -> None:
+def test_ignore_a_key_in_the_query_or_a_cookie(near: Queue) -> None:
     path = f"/stats?token={READ}&api_key={READ}&access_token={READ}"
-    assert locked(near).get(path, {"Cookie": f"token={READ}", "X-Api-Key": READ}).status == 401
+    assert with_keys(near).get(path, {"Cookie": f"token={READ}", "X-Api-Key": READ}).status == 401
 
 
-# Settings that are refused --------------------------------------------------------------------------------------------
+# Wrong settings -------------------------------------------------------------------------------------------------------
 
-GOOD = "S3cr3tPw-0123456789"
-REFUSED = {
-    "blank": " ",
-    "secret alone": GOOD,
-    "no role": f"ann:{GOOD}",
-    "unknown role": f"ann:root:{GOOD}",
-    "role in upper case": f"ann:ADMIN:{GOOD}",
-    "empty role": f"ann::{GOOD}",
-    "empty name": f":admin:{GOOD}",
-    "blank in the name": f"an n:admin:{GOOD}",
+SECRET = "S3cr3tPw-0123456789"
+WRONG_SETTINGS = {
+    "space": " ",
+    "secret alone": SECRET,
+    "no role": f"ann:{SECRET}",
+    "unknown role": f"ann:root:{SECRET}",
+    "role in upper case": f"ann:ADMIN:{SECRET}",
+    "empty role": f"ann::{SECRET}",
+    "empty name": f":admin:{SECRET}",
+    "space in the name": f"an n:admin:{SECRET}",
     "no secret": "ann:admin",
     "empty secret": "ann:admin:",
-    "blank secret": "ann:admin:" + " " * 20,
-    "short secret": f"ann:admin:{GOOD[:15]}",
-    "blank in the secret": f"ann:admin:{GOOD} x",
-    "tab in the secret": f"ann:admin:{GOOD}\tx",
-    "DEL in the secret": f"ann:admin:{GOOD}\x7f",
-    "secret not ASCII": f"ann:admin:{GOOD}é",
-    "comma at the end": f"ann:admin:{GOOD},",
-    "comma at the beginning": f",ann:admin:{GOOD}",
-    "two commas": f"ann:admin:{GOOD},,bob:read:{GOOD}x",
-    "name twice": f"ann:admin:{GOOD},ann:read:{GOOD}x",
-    "secret twice": f"ann:read:{GOOD},bob:admin:{GOOD}",
-    "second entry": f"ann:read:{GOOD},bob:admin:{GOOD[:15]}",
+    "secret of spaces": "ann:admin:" + " " * 20,
+    "short secret": f"ann:admin:{SECRET[:15]}",
+    "space in the secret": f"ann:admin:{SECRET} x",
+    "tab in the secret": f"ann:admin:{SECRET}\tx",
+    "DEL in the secret": f"ann:admin:{SECRET}\x7f",
+    "secret that is not ASCII": f"ann:admin:{SECRET}é",
+    "comma at the end": f"ann:admin:{SECRET},",
+    "comma at the beginning": f",ann:admin:{SECRET}",
+    "two commas": f"ann:admin:{SECRET},,bob:read:{SECRET}x",
+    "name twice": f"ann:admin:{SECRET},ann:read:{SECRET}x",
+    "secret twice": f"ann:read:{SECRET},bob:admin:{SECRET}",
+    "second entry": f"ann:read:{SECRET},bob:admin:{SECRET[:15]}",
 }
 
 
-@pytest.mark.parametrize("keys", REFUSED.values(), ids=REFUSED.keys())
-def test_refuse_keys_that_could_let_the_wrong_one_in_and_show_no_secret(keys: str) -> None:
+@pytest.mark.parametrize("keys", WRONG_SETTINGS.values(), ids=WRONG_SETTINGS.keys())
+def test_refuse_ambiguous_keys_without_showing_a_secret(keys: str) -> None:
     with pytest.raises(SettingsError) as refused:
-        Door(Settings(api_keys=keys))
-    said = str(refused.value)
-    assert said.startswith("TINYQUEUE_API_KEYS: entry ")
-    assert "\n" not in said
-    assert GOOD[:15] not in said
+        Access(Settings(api_keys=keys))
+    message = str(refused.value)
+    assert message.startswith("TINYQUEUE_API_KEYS: entry ")
+    assert "\n" not in message
+    assert SECRET[:15] not in message
 
 
-def test_take_keys_with_blanks_around_and_secrets_with_colons(near: Queue) -> None:
-    door = Door(Settings(api_keys=f" ann:admin:{GOOD}:x , bob:read:{GOOD}:y"))
-    assert [(key.name, key.secret.decode()) for key in door.keys] == [("ann", f"{GOOD}:x"), ("bob", f"{GOOD}:y")]
+def test_accept_spaces_around_keys_and_colons_in_secrets(near: Queue) -> None:
+    access = Access(Settings(api_keys=f" ann:admin:{SECRET}:x , bob:read:{SECRET}:y"))
+    assert [(key.name, key.secret.decode()) for key in access.keys] == [("ann", f"{SECRET}:x"), ("bob", f"{SECRET}:y")]
 
 
-def test_refuse_to_be_open_with_keys() -> None:
+def test_refuse_open_together_with_keys() -> None:
     with pytest.raises(
         SettingsError, match=r"TINYQUEUE_OPEN=1 and TINYQUEUE_API_KEYS contradict each other"
     ) as refused:
-        Door(Settings(api_keys=f"ann:admin:{GOOD}", open=True))
-    assert GOOD not in str(refused.value)
+        Access(Settings(api_keys=f"ann:admin:{SECRET}", open=True))
+    assert SECRET not in str(refused.value)
 
 
 def test_warn_once_when_open(near: Queue, caplog: pytest.LogCaptureFixture) -> None:
-    api = opened(near)
+    api = open_to_all(near)
     assert [api.get("/stats").status for _ in range(2)] == [200, 200]
     assert [(record.levelno, "TINYQUEUE_OPEN" in record.message) for record in caplog.records] == [
         (logging.WARNING, True)
     ]
 
 
-def test_take_empty_keys_for_none_and_protect_the_server(near: Queue) -> None:
+def test_treat_empty_keys_as_no_keys(near: Queue) -> None:
     settings = Settings.read({"TINYQUEUE_API_KEYS": "", "TINYQUEUE_OPEN": ""})
     assert Client(API(settings, near), peer="198.51.100.7").get("/stats").kind == "protected"
 
@@ -261,16 +266,16 @@ def test_take_empty_keys_for_none_and_protect_the_server(near: Queue) -> None:
 @pytest.mark.parametrize(
     "environ",
     [
-        {"TINYQUEUE_API_KEYS": f"ann:root:{GOOD}"},
-        {"TINYQUEUE_API_KEYS": f"ann:admin:{GOOD},"},
-        {"TINYQUEUE_API_KEYS": f"ann:admin:{GOOD}", "TINYQUEUE_OPEN": "1"},
+        {"TINYQUEUE_API_KEYS": f"ann:root:{SECRET}"},
+        {"TINYQUEUE_API_KEYS": f"ann:admin:{SECRET},"},
+        {"TINYQUEUE_API_KEYS": f"ann:admin:{SECRET}", "TINYQUEUE_OPEN": "1"},
         {"TINYQUEUE_RATE_LIMIT": "600"},
         {"TINYQUEUE_RATE_LIMIT": "0/minute"},
         {"TINYQUEUE_TRUSTED_PROXIES": "-1"},
     ],
     ids="+".join,
 )
-def test_end_at_once_when_a_setting_of_the_door_is_refused(tmp_path: Path, environ: dict[str, str]) -> None:
+def test_exit_at_once_when_an_access_setting_is_wrong(tmp_path: Path, environ: dict[str, str]) -> None:
     (tmp_path / "handlers.py").write_text(HANDLERS_PY)
     paths = {"PORT": "0", "HOST": "127.0.0.1", "PYTHONPATH": str(tmp_path)}
     command = [sys.executable, wsgi.__file__]
@@ -280,14 +285,14 @@ def test_end_at_once_when_a_setting_of_the_door_is_refused(tmp_path: Path, envir
     assert done.returncode == 2
     assert next(iter(environ)) in done.stderr.splitlines()[-1]
     assert "Traceback" not in done.stderr
-    assert GOOD not in done.stdout + done.stderr
+    assert SECRET not in done.stdout + done.stderr
 
 
 # Without keys ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("peer", ["127.0.0.1", "127.9.8.7", "::1", "::ffff:127.0.0.1"])
-def test_let_this_machine_in_without_keys(near: Queue, peer: str) -> None:
+def test_serve_this_machine_when_no_keys_are_set(near: Queue, peer: str) -> None:
     api = Client(API(Settings(), near), peer=peer)
     assert api.post("/jobs", JOB).status == 201
     assert api.get("/stats").status == 200
@@ -296,11 +301,11 @@ def test_let_this_machine_in_without_keys(near: Queue, peer: str) -> None:
 @pytest.mark.parametrize(
     "host", ["localhost", "LOCALHOST", "localhost:3000", "127.0.0.1", "127.0.0.1:80", "[::1]", "[::1]:3000"]
 )
-def test_let_this_machine_in_under_each_of_its_names(near: Queue, host: str) -> None:
+def test_serve_this_machine_under_each_local_name(near: Queue, host: str) -> None:
     assert Client(API(Settings(), near)).get("/stats", {"Host": host}).status == 200
 
 
-STRANGERS: dict[str, tuple[str, dict[str, str]]] = {
+NOT_LOCAL: dict[str, tuple[str, dict[str, str]]] = {
     "another machine": ("198.51.100.7", {}),
     "private network": ("192.168.0.7", {}),
     "mapped": ("::ffff:198.51.100.7", {}),
@@ -310,22 +315,22 @@ STRANGERS: dict[str, tuple[str, dict[str, str]]] = {
     "socket": ("localhost", {}),
     "rebound name": ("127.0.0.1", {"Host": "evil.example.org"}),
     "rebound name and port": ("127.0.0.1", {"Host": "evil.example.org:3000"}),
-    "name that begins so": ("127.0.0.1", {"Host": "localhost.evil.example.org"}),
-    "name that ends so": ("127.0.0.1", {"Host": "evil-localhost"}),
+    "name with a local prefix": ("127.0.0.1", {"Host": "localhost.evil.example.org"}),
+    "name with a local suffix": ("127.0.0.1", {"Host": "evil-localhost"}),
     "address in a name": ("127.0.0.1", {"Host": "127.0.0.1.nip.io"}),
     "local name in front": ("127.0.0.1", {"Host": "localhost@evil.example.org"}),
     "unclosed bracket": ("127.0.0.1", {"Host": "[::1"}),
     "empty name": ("127.0.0.1", {"Host": ""}),
-    "name no UTF-8": ("127.0.0.1", {"Host": "\xff"}),
+    "name that is not UTF-8": ("127.0.0.1", {"Host": "\xff"}),
     "proxy": ("127.0.0.1", {"X-Forwarded-For": "127.0.0.1"}),
-    "proxy that tells nothing": ("127.0.0.1", {"X-Forwarded-For": ""}),
-    "proxy that tells garbage": ("127.0.0.1", {"X-Forwarded-For": "\xff"}),
-    "modern proxy": ("127.0.0.1", {"Forwarded": "for=127.0.0.1"}),
+    "proxy with an empty header": ("127.0.0.1", {"X-Forwarded-For": ""}),
+    "proxy with a malformed header": ("127.0.0.1", {"X-Forwarded-For": "\xff"}),
+    "proxy with Forwarded": ("127.0.0.1", {"Forwarded": "for=127.0.0.1"}),
 }
 
 
-@pytest.mark.parametrize(("peer", "headers"), STRANGERS.values(), ids=STRANGERS.keys())
-def test_refuse_strangers_without_keys(near: Queue, peer: str, headers: dict[str, str]) -> None:
+@pytest.mark.parametrize(("peer", "headers"), NOT_LOCAL.values(), ids=NOT_LOCAL.keys())
+def test_refuse_remote_clients_when_no_keys_are_set(near: Queue, peer: str, headers: dict[str, str]) -> None:
     api = Client(API(Settings(), near), peer=peer)
     for answer in (api.get("/stats", headers), api.post("/jobs", JOB, headers)):
         assert (answer.status, answer.kind) == (403, "protected")
@@ -335,18 +340,18 @@ def test_refuse_strangers_without_keys(near: Queue, peer: str, headers: dict[str
 
 
 @pytest.mark.parametrize("value", ["127.0.0.1", "::1"])
-def test_refuse_a_stranger_who_claims_to_be_this_machine_behind_a_trusted_proxy(near: Queue, value: str) -> None:
+def test_refuse_a_remote_client_that_claims_a_local_address_behind_a_trusted_proxy(near: Queue, value: str) -> None:
     api = Client(API(Settings(trusted_proxies=1), near), peer="198.51.100.7")
     assert api.get("/stats", {"X-Forwarded-For": value}).kind == "protected"
 
 
 @pytest.mark.parametrize(("method", "path"), GUARDED)
-def test_protect_every_route_but_health_without_keys(near: Queue, method: str, path: str) -> None:
+def test_refuse_remote_clients_on_every_protected_route(near: Queue, method: str, path: str) -> None:
     assert send(Client(API(Settings(), near), peer="198.51.100.7"), method, path).kind == "protected"
 
 
 @pytest.mark.skipif(not socket.has_dualstack_ipv6(), reason="this machine has no IPv6")
-def test_a_process_without_keys_lets_this_machine_in_over_both_families(tmp_path: Path) -> None:
+def test_serve_this_machine_over_ipv4_and_ipv6_when_no_keys_are_set(tmp_path: Path) -> None:
     (tmp_path / "handlers.py").write_text(HANDLERS_PY)
     with running(tmp_path, HOST="") as ((_, port), log):
         for address in ("127.0.0.1", "::1"):
@@ -360,14 +365,14 @@ def test_a_process_without_keys_lets_this_machine_in_over_both_families(tmp_path
     assert "Traceback" not in log.read_text()
 
 
-def test_protect_the_dashboard_as_the_data_it_shows(near: Queue) -> None:
+def test_protect_the_dashboard_like_its_data(near: Queue) -> None:
     assert Client(API(Settings(), near)).get("/").status == 200
     assert Client(API(Settings(), near), peer="198.51.100.7").get("/").kind == "protected"
-    assert opened(near).get("/").status == 200
+    assert open_to_all(near).get("/").status == 200
 
 
-def test_let_everybody_in_when_open(near: Queue) -> None:
-    api = opened(near)
+def test_serve_everyone_when_open(near: Queue) -> None:
+    api = open_to_all(near)
     headers = {"Host": "jobs.example.org", "X-Forwarded-For": "1.2.3.4", "Forwarded": "for=1.2.3.4"}
     id = api.post("/jobs", JOB, headers).json["jobId"]
     assert api.call("DELETE", f"/jobs/{id}", headers=headers).status == 200
@@ -377,14 +382,14 @@ def test_let_everybody_in_when_open(near: Queue) -> None:
 
 
 def limits(answer: Answer) -> tuple[str, int, int]:
-    """The policy, how many requests are left, and for how many seconds."""
-    left = re.fullmatch(r'"default";r=(\d+);t=(\d+)', answer.headers["ratelimit"])
-    assert left
-    return answer.headers["ratelimit-policy"], int(left[1]), int(left[2])
+    """Return the policy, how many requests are left, and for how many seconds."""
+    match = re.fullmatch(r'"default";r=(\d+);t=(\d+)', answer.headers["ratelimit"])
+    assert match
+    return answer.headers["ratelimit-policy"], int(match[1]), int(match[2])
 
 
-def test_limit_requests_and_tell_how_many_are_left(queue: Queue) -> None:
-    api = opened(queue, rate_limit="3/hour")
+def test_limit_refuses_further_requests_and_reports_how_many_are_left(queue: Queue) -> None:
+    api = open_to_all(queue, rate_limit="3/hour")
     answers = [api.get("/stats") for _ in range(5)]
     assert [answer.status for answer in answers] == [200, 200, 200, 429, 429]
     assert [limits(answer)[:2] for answer in answers] == [('"default";q=3;w=3600', left) for left in (2, 1, 0, 0, 0)]
@@ -395,78 +400,78 @@ def test_limit_requests_and_tell_how_many_are_left(queue: Queue) -> None:
 
 
 @pytest.mark.parametrize(("limit", "seconds"), [("5/second", 1), ("5/minute", 60), ("5/hour", 3600)])
-def test_limit_requests_in_each_unit(queue: Queue, limit: str, seconds: int) -> None:
-    policy, _, left = limits(opened(queue, rate_limit=limit).get("/stats"))
+def test_limit_accepts_each_unit(queue: Queue, limit: str, seconds: int) -> None:
+    policy, _, left = limits(open_to_all(queue, rate_limit=limit).get("/stats"))
     assert policy == f'"default";q=5;w={seconds}'
     assert 1 <= left <= seconds
 
 
-def test_let_in_again_when_the_window_is_over(queue: Queue) -> None:
-    api = opened(queue, rate_limit="1/hour")
+def test_limit_starts_again_in_the_next_window(queue: Queue) -> None:
+    api = open_to_all(queue, rate_limit="1/hour")
     assert [api.get("/stats").status for _ in range(2)] == [200, 429]
     queue.clock.ahead += 3600_000
     assert [api.get("/stats").status for _ in range(2)] == [200, 429]
 
 
-def test_limit_stores_nothing_of_what_it_refuses(queue: Queue) -> None:
-    api = opened(queue, rate_limit="1/hour")
+def test_limit_stores_no_job_of_a_refused_request(queue: Queue) -> None:
+    api = open_to_all(queue, rate_limit="1/hour")
     assert [api.post("/jobs", JOB).status for _ in range(3)] == [201, 429, 429]
     assert queue.waiting(["default"]) == 1
 
 
-def test_limit_each_key_by_itself_wherever_it_comes_from(queue: Queue) -> None:
+def test_limit_counts_each_key_separately_whatever_its_address(queue: Queue) -> None:
     api = API(Settings(api_keys=KEYS, rate_limit="2/hour"), queue)
     first, second = (Client(api, SECRETS["read"], peer) for peer in ("198.51.100.7", "198.51.100.8"))
     assert [client.get("/stats").status for client in (first, second, first)] == [200, 200, 429]
     assert Client(api, SECRETS["admin"], "198.51.100.7").get("/stats").status == 200
 
 
-def test_limit_each_address_by_itself(queue: Queue) -> None:
+def test_limit_counts_each_address_separately(queue: Queue) -> None:
     api = API(Settings(open=True, rate_limit="1/hour"), queue)
     peers = ["198.51.100.7", "198.51.100.8", "2001:db8::1", "198.51.100.7", "::ffff:198.51.100.7"]
     assert [Client(api, peer=peer).get("/stats").status for peer in peers] == [200, 200, 200, 429, 429]
 
 
-def test_limit_is_shared_by_all_processes_on_one_redis(queue: Queue) -> None:
-    apis = [opened(queue, rate_limit="2/hour") for _ in range(2)]
+def test_limit_is_shared_by_all_processes_of_one_redis(queue: Queue) -> None:
+    apis = [open_to_all(queue, rate_limit="2/hour") for _ in range(2)]
     assert [api.get("/stats").status for api in apis * 2] == [200, 200, 429, 429]
 
 
 @pytest.mark.parametrize("secret", ["", "wrong-0123456789ab", SECRETS["submit"]])
-def test_limit_counts_nobody_who_is_not_let_in(queue: Queue, secret: str) -> None:
-    api = locked(queue, secret, rate_limit="1/hour")
+def test_limit_does_not_count_refused_clients(queue: Queue, secret: str) -> None:
+    api = with_keys(queue, secret, rate_limit="1/hour")
     assert {api.get("/stats").status for _ in range(3)} <= {401, 403}
-    assert counted(queue) == set()
+    assert counted_clients(queue) == set()
 
 
-def test_limit_never_touches_health(queue: Queue) -> None:
-    api = opened(queue, rate_limit="1/hour")
+def test_limit_does_not_apply_to_health(queue: Queue) -> None:
+    api = open_to_all(queue, rate_limit="1/hour")
     assert [api.get("/health").status for _ in range(5)] == [200] * 5
     assert "ratelimit" not in api.get("/health").headers
 
 
 @pytest.mark.parametrize("path", ["/jobs?limit=x", f"/jobs/{NO_JOB}"])
-def test_tell_the_limits_with_what_is_refused(queue: Queue, path: str) -> None:
-    assert limits(opened(queue, rate_limit="5/hour").get(path))[1] == 4
+def test_limit_is_reported_with_errors(queue: Queue, path: str) -> None:
+    assert limits(open_to_all(queue, rate_limit="5/hour").get(path))[1] == 4
 
 
-def test_limit_keeps_its_counts_no_longer_than_the_window(queue: Queue) -> None:
-    api = opened(queue, rate_limit="5/minute")
+def test_limit_counts_expire_with_the_window(queue: Queue) -> None:
+    api = open_to_all(queue, rate_limit="5/minute")
     for _ in range(7):
         api.get("/stats")
     [key] = [key for key in raw(queue).keys("*") if b":rate:" in key]
     assert 0 < raw(queue).ttl(key) <= 60
 
 
-def test_announce_no_limit_when_there_is_none(queue: Queue) -> None:
-    assert not opened(queue).get("/stats").headers.keys() & {"ratelimit", "ratelimit-policy"}
+def test_report_no_limit_when_none_is_set(queue: Queue) -> None:
+    assert not open_to_all(queue).get("/stats").headers.keys() & {"ratelimit", "ratelimit-policy"}
 
 
 # Proxies --------------------------------------------------------------------------------------------------------------
 
 
-def counted(queue: Queue) -> set[str]:
-    """Who has been counted."""
+def counted_clients(queue: Queue) -> set[str]:
+    """Return the clients whose requests have been counted."""
     return {match[1].decode() for key in raw(queue).keys("*") if (match := re.search(rb":rate:(.+):\d+$", key))}
 
 
@@ -485,17 +490,17 @@ def counted(queue: Queue) -> set[str]:
         (3, "9.9.9.9, 1.2.3.4, nonsense, 5.6.7.8", "1.2.3.4"),
     ],
 )
-def test_take_the_address_that_the_outermost_trusted_proxy_has_seen(
+def test_use_the_address_seen_by_the_outermost_trusted_proxy(
     queue: Queue, proxies: int, header: str, address: str
 ) -> None:
-    api = opened(queue, rate_limit="9/hour", trusted_proxies=proxies)
+    api = open_to_all(queue, rate_limit="9/hour", trusted_proxies=proxies)
     assert api.get("/stats", {"X-Forwarded-For": header}).status == 200
-    assert counted(queue) == {f"address-{address}"}
+    assert counted_clients(queue) == {f"address-{address}"}
 
 
-def test_take_the_peer_when_no_proxy_tells(queue: Queue) -> None:
-    assert opened(queue, rate_limit="9/hour", trusted_proxies=1).get("/stats").status == 200
-    assert counted(queue) == {"address-198.51.100.7"}
+def test_use_the_address_of_the_peer_without_a_forwarded_header(queue: Queue) -> None:
+    assert open_to_all(queue, rate_limit="9/hour", trusted_proxies=1).get("/stats").status == 200
+    assert counted_clients(queue) == {"address-198.51.100.7"}
 
 
 @pytest.mark.parametrize(
@@ -514,59 +519,57 @@ def test_take_the_peer_when_no_proxy_tells(queue: Queue) -> None:
         (3, "1.2.3.4, 5.6.7.8"),
     ],
 )
-def test_refuse_what_no_trusted_proxy_would_send(queue: Queue, proxies: int, header: str) -> None:
-    answer = opened(queue, rate_limit="9/hour", trusted_proxies=proxies).get("/stats", {"X-Forwarded-For": header})
+def test_refuse_a_malformed_forwarded_header(queue: Queue, proxies: int, header: str) -> None:
+    answer = open_to_all(queue, rate_limit="9/hour", trusted_proxies=proxies).get("/stats", {"X-Forwarded-For": header})
     assert (answer.status, answer.kind) == (400, "bad-forwarded-for")
-    assert counted(queue) == set()
+    assert counted_clients(queue) == set()
 
 
-def test_evade_no_limit_by_inventing_addresses(queue: Queue) -> None:
-    api = opened(queue, rate_limit="3/hour")
+def test_limit_cannot_be_evaded_by_inventing_addresses(queue: Queue) -> None:
+    api = open_to_all(queue, rate_limit="3/hour")
     statuses = [
         api.get("/stats", {"X-Forwarded-For": f"10.0.0.{n}", "Forwarded": f"for=10.0.0.{n}"}).status for n in range(50)
     ]
     assert statuses == [200] * 3 + [429] * 47
-    assert len(counted(queue)) == 1
+    assert len(counted_clients(queue)) == 1
 
 
-def test_evade_no_limit_by_inventing_addresses_before_a_trusted_proxy(queue: Queue) -> None:
-    api = opened(queue, rate_limit="3/hour", trusted_proxies=1)
+def test_limit_cannot_be_evaded_by_inventing_addresses_before_a_trusted_proxy(queue: Queue) -> None:
+    api = open_to_all(queue, rate_limit="3/hour", trusted_proxies=1)
     statuses = [api.get("/stats", {"X-Forwarded-For": f"10.0.0.{n}, 203.0.113.9"}).status for n in range(50)]
     assert statuses == [200] * 3 + [429] * 47
-    assert counted(queue) == {"address-203.0.113.9"}
+    assert counted_clients(queue) == {"address-203.0.113.9"}
 
 
 # Pages of other sites -------------------------------------------------------------------------------------------------
 
-FOREIGN = {
+CROSS_SITE = {
     "cross-site": {"Sec-Fetch-Site": "cross-site"},
     "same-site": {"Sec-Fetch-Site": "same-site"},
     "unknown": {"Sec-Fetch-Site": "x"},
     "empty": {"Sec-Fetch-Site": ""},
-    "no UTF-8": {"Sec-Fetch-Site": "\xff"},
+    "not UTF-8": {"Sec-Fetch-Site": "\xff"},
     "another origin": {"Origin": "https://evil.example.org"},
     "null": {"Origin": "null"},
     "empty origin": {"Origin": ""},
-    "origin no UTF-8": {"Origin": "\xff"},
+    "origin that is not UTF-8": {"Origin": "\xff"},
     "another port": {"Origin": "http://127.0.0.1:8000"},
-    "origin that begins so": {"Origin": "http://127.0.0.1.evil.example.org"},
+    "origin with the same prefix": {"Origin": "http://127.0.0.1.evil.example.org"},
     "same-origin of another origin": {"Sec-Fetch-Site": "same-origin", "Origin": "https://evil.example.org"},
     "cross-site of this origin": {"Sec-Fetch-Site": "cross-site", "Origin": "http://127.0.0.1"},
 }
 
 
-@pytest.mark.parametrize("headers", FOREIGN.values(), ids=FOREIGN.keys())
-def test_refuse_a_page_of_another_site(near: Queue, headers: dict[str, str]) -> None:
-    for api in (Client(API(Settings(), near)), locked(near, SECRETS["admin"]), opened(near)):
+@pytest.mark.parametrize("headers", CROSS_SITE.values(), ids=CROSS_SITE.keys())
+def test_refuse_requests_of_a_page_of_another_site(near: Queue, headers: dict[str, str]) -> None:
+    for api in (Client(API(Settings(), near)), with_keys(near, SECRETS["admin"]), open_to_all(near)):
         answer = api.post("/jobs", JOB, headers)
         assert (answer.status, answer.kind) == (403, "cross-site")
     assert dump(near) == {}
 
 
 @pytest.mark.parametrize(("method", "path"), CHANGING)
-def test_refuse_a_page_of_another_site_on_every_route_that_changes_something(
-    near: Queue, method: str, path: str
-) -> None:
+def test_refuse_cross_site_requests_on_every_changing_route(near: Queue, method: str, path: str) -> None:
     before = dump(near)
     assert send(Client(API(Settings(), near)), method, path, Sec_Fetch_Site="cross-site").kind == "cross-site"
     assert dump(near) == before
@@ -575,7 +578,7 @@ def test_refuse_a_page_of_another_site_on_every_route_that_changes_something(
 @pytest.mark.parametrize(
     "content_type", ["text/plain", "application/x-www-form-urlencoded", "multipart/form-data; boundary=x"]
 )
-def test_refuse_what_a_form_can_send(near: Queue, content_type: str) -> None:
+def test_refuse_content_types_that_a_form_can_send(near: Queue, content_type: str) -> None:
     api = Client(API(Settings(), near))
     for path in ("/jobs", "/jobs/batch", "/jobs/retry", "/jobs/cancel"):
         assert api.post(path, JOB, {"Content-Type": content_type}).status == 415
@@ -592,21 +595,22 @@ def test_refuse_what_a_form_can_send(near: Queue, content_type: str) -> None:
     ],
     ids=str,
 )
-def test_let_a_page_of_this_server_do_what_it_wants(near: Queue, headers: dict[str, str]) -> None:
+def test_accept_requests_of_a_page_of_this_server(near: Queue, headers: dict[str, str]) -> None:
     assert Client(API(Settings(), near)).post("/jobs", JOB, headers).status == 201
 
 
 @pytest.mark.parametrize(("method", "path"), READING)
 def test_get_changes_nothing(queue: Queue, method: str, path: str) -> None:
     job = put(queue, "failed")
-    api, before = Client(API(Settings(), queue)), dump(queue)
+    api = Client(API(Settings(), queue))
+    before = dump(queue)
     for suffix in ("", "?action=retry&_method=DELETE"):
         answer = api.get(path.replace("<id>", job.id) + suffix, {"X-Http-Method-Override": "DELETE"})
         assert answer.status in (200, 422)
     assert dump(queue) == before
 
 
-# What every answer has ------------------------------------------------------------------------------------------------
+# Security headers -----------------------------------------------------------------------------------------------------
 
 ANSWERS = [
     (200, "GET", "/health", NO_BODY, {}),
@@ -641,22 +645,22 @@ def assert_secured(answer: Answer) -> None:
 
 
 @pytest.mark.parametrize("case", ANSWERS, ids=lambda case: f"{case[0]} {case[1]} {case[2]}")
-def test_secure_every_answer(near: Queue, case: tuple[int, str, str, Any, dict[str, str]]) -> None:
+def test_every_answer_has_security_headers(near: Queue, case: tuple[int, str, str, Any, dict[str, str]]) -> None:
     status, method, path, body, headers = case
-    answer = locked(near, SECRETS["admin"], max_body=1024).call(method, path, body, headers)
+    answer = with_keys(near, SECRETS["admin"], max_body=1024).call(method, path, body, headers)
     assert answer.status == status
     assert_secured(answer)
 
 
-def test_secure_the_answer_to_whom_the_limit_refuses(near: Queue) -> None:
-    api = opened(near, rate_limit="1/hour")
+def test_rate_limited_answer_has_security_headers(near: Queue) -> None:
+    api = open_to_all(near, rate_limit="1/hour")
     assert_secured(api.get("/stats"))
     refused = api.get("/stats")
     assert refused.status == 429
     assert_secured(refused)
 
 
-def test_secure_the_answer_when_redis_is_away() -> None:
+def test_answer_without_redis_has_security_headers() -> None:
     answer = Client(API(Settings(), Queue.from_url(f"redis://127.0.0.1:{free_port()}/0"))).get("/stats")
     assert answer.status == 503
     assert_secured(answer)
@@ -668,13 +672,13 @@ HIDDEN = re.compile("hunter2|tok123|" + "|".join(map(re.escape, SECRETS.values()
 
 
 @pytest.mark.parametrize("up", [True, False], ids=["redis", "no redis"])
-def test_tell_no_secret_and_no_payload_to_a_log_or_in_another_answer(
+def test_logs_and_other_answers_contain_no_secret_and_no_payload(
     near: Queue, caplog: pytest.LogCaptureFixture, up: bool
 ) -> None:
     caplog.set_level(logging.DEBUG)
     queue = near if up else Queue.from_url(f"redis://u:hunter2@127.0.0.1:{free_port()}/0")
-    api = locked(queue, SECRETS["admin"])
-    told = []
+    api = with_keys(queue, SECRETS["admin"])
+    answers = []
     for body in (
         JOB | {"payload": {"password": "hunter2"}},
         {"type": "hunter", "payload": "hunter2"},
@@ -688,16 +692,16 @@ def test_tell_no_secret_and_no_payload_to_a_log_or_in_another_answer(
             {"Authorization": "tok123"},
         ):
             for path in ("/jobs?token=tok123", "/jobs/batch?token=tok123", "/jobs/cancel?token=tok123"):
-                told.append(api.post(path, body, headers))
-    told += [
+                answers.append(api.post(path, body, headers))
+    answers += [
         api.get(path) for path in ("/stats", "/queues", "/workers", "/ready", "/openapi.json", "/health?token=tok123")
     ]
-    for answer in told:
+    for answer in answers:
         assert not HIDDEN.search(f"{answer.headers} {answer.body!r}"), answer
     assert not HIDDEN.search(api.log.getvalue() + caplog.text)
 
 
-def test_a_process_tells_no_secret_and_no_payload(tmp_path: Path) -> None:
+def test_process_log_contains_no_secret_and_no_payload(tmp_path: Path) -> None:
     (tmp_path / "handlers.py").write_text(HANDLERS_PY)
     with running(tmp_path, TINYQUEUE_API_KEYS=KEYS, LOG_LEVEL="debug") as (address, log), Wire(address) as wire:
         body = b'{"type":"fails","payload":{"password":"hunter2"}}'
