@@ -449,6 +449,16 @@ def _expired(job: Job, now: int) -> bool:
     return bool(job.expires_at) and not job.started_at and job.expires_at <= now
 
 
+def _waited(job: Job, now: int) -> int:
+    """Milliseconds since a pending job could start; release, fail and retry have updated it."""
+    return max(0, now - max(job.created_at, job.run_at, job.updated_at))
+
+
+def _attempt(job: Job) -> tuple[str, int, int, int]:
+    """What tells one attempt from all others; a retry resets the number of attempts."""
+    return job.worker, job.attempts, job.refunds, job.started_at
+
+
 def _runs(job: Job, worker: str) -> bool:
     return job.status == "processing" and job.worker == worker
 
@@ -760,6 +770,8 @@ class Verbs(ABC):
     @abstractmethod
     def take(self, worker: str, names: Sequence[str], most: int) -> list[bytes]: ...
     @abstractmethod
+    def adopt(self, worker: str, held: Collection[str]) -> list[bytes]: ...
+    @abstractmethod
     def start(self, worker: str, ids: Sequence[bytes]) -> list[Job]: ...
     @abstractmethod
     def settle(self, worker: str, outcomes: Sequence[Outcome]) -> list[Outcome]: ...
@@ -802,7 +814,10 @@ class Verbs(ABC):
     def dequeue(self, worker: str, names: Sequence[str], most: int = 1) -> list[Job]:
         """Take and start up to `most` jobs. Return an empty list if there are none."""
         ids = self.take(worker, names, most)
-        return [job for job in self.start(worker, ids) if job.status == "processing"] if ids else []
+        jobs = self.start(worker, ids) if ids else []
+        if left := {job.id.encode() for job in jobs if job.status == "pending" and not job.suspect}:
+            jobs += self.start(worker, [id for id in self.adopt(worker, ()) if id in left])
+        return [job for job in jobs if job.status == "processing"]
 
     def complete(self, job: Job, result: Any = None) -> None:
         """Complete a started job with its result. Raises Reaped if its worker has lost it."""
@@ -868,6 +883,8 @@ class Queue(Verbs):
         self.max_pending = max_pending
         self.min_replicas = min_replicas
         self._paused: tuple[float, frozenset[str]] = (-1e9, frozenset())  # when read, and the names
+        self._leases: dict[str, tuple[bytes | None, float]] = {}  # as last seen, and since when
+        self._lost: dict[str, bytes | None] = {}  # those that were seen unchanged for too long
         self._writers = threading.BoundedSemaphore(WRITERS)
 
     @property
@@ -1051,16 +1068,18 @@ class Queue(Verbs):
         return taken
 
     def start(
-        self, worker: str, ids: Sequence[bytes], held: Mapping[str, int] | None = None, others: int = 0
+        self, worker: str, ids: Sequence[bytes], held: Mapping[str, Job] | None = None, others: int = 0
     ) -> list[Job]:
         """Start an attempt for every taken id whose job is pending and due. Drop the other ids.
 
         pending -> processing; an expired job -> failed. Watches the registration and the records.
-        `held` maps the ids of jobs that this worker has started and not settled to their attempts.
-        A job that is processing under this worker's name but not held was started by a transaction
-        whose reply was lost, and is returned too. A suspect starts only alone, while nothing is
-        held. Otherwise it is returned pending and stays in the worker's list. `others` counts the
-        ids started at the same time in other shards. Raises Reaped if the worker is not registered.
+        `held` has the jobs that this worker has started and not settled. A job that is processing
+        under this worker's name in an attempt that is not held was started by a transaction whose
+        reply was lost, and is returned too. A suspect starts only alone, while nothing is held.
+        Otherwise it is returned pending and stays in the worker's list. After a lost reply no id is
+        started or dropped: that may have been done. Pending jobs are returned as they are, and
+        `adopt` finds what is still in the list. `others` counts the ids started at the same time in
+        other shards. Raises Reaped if the worker is not registered.
         """
         texts = list(map(text_of, ids))
         named = list(dict.fromkeys(id for id in texts if ID.fullmatch(id)))
@@ -1079,6 +1098,8 @@ class Queue(Verbs):
                 job = _job(id, record) if record is not None else None
                 if job and self._stays(job, worker, held, company, tx.again):
                     started.append(job)
+                elif tx.again:
+                    continue
                 elif job and job.status == "pending" and not _expired(job, tx.now) and job.run_at <= tx.now:
                     changed += [self.keys.job(id), _record(self._begin(tx, job, worker))]
                     started.append(job)
@@ -1102,16 +1123,16 @@ class Queue(Verbs):
             raise Reaped(f"worker {worker} was reaped")
         return replies if records else [*replies, []]
 
-    def _stays(self, job: Job, worker: str, held: Mapping[str, int] | None, company: bool, again: bool) -> bool:
+    def _stays(self, job: Job, worker: str, held: Mapping[str, Job] | None, company: bool, again: bool) -> bool:
         """Whether to return a taken job as it is: a suspect in company, or one started before."""
         if job.status == "pending":
-            return job.suspect and company
-        reply_lost = again if held is None else held.get(job.id) != job.attempts
+            return again or (job.suspect and company)
+        ours = held.get(job.id) if held else None
+        reply_lost = again if held is None else ours is None or _attempt(ours) != _attempt(job)
         return _runs(job, worker) and reply_lost
 
     def _begin(self, tx: Transaction, job: Job, worker: str) -> Job:
-        # The wait began when the job was created, became due, or was last requeued.
-        tx.started(job, max(0, tx.now - max(job.created_at, job.run_at, job.updated_at)))
+        tx.started(job, _waited(job, tx.now))
         job.status = "processing"
         job.worker = worker
         job.attempts += 1
@@ -1364,12 +1385,15 @@ class Queue(Verbs):
     def heartbeat(self, worker: str, jobs: Sequence[str] = ()) -> None:
         """Renew the lease and report which jobs run. Raises Reaped if the registration is gone.
 
-        reap deletes the registration only when the lease is gone. So a lease that exists can be
-        renewed with one command. An expired one is set again under WATCH of the registration.
+        reap deletes the registration only when the lease is gone or unchanged for too long. So a
+        lease that exists can be renewed with one command. An expired one is set again under WATCH
+        of the registration.
         """
-        beat = _encode({"at": self.now(), "jobs": list(jobs)})
+        beat = _encode({"at": self.now(), "jobs": list(jobs), "beat": next(_order)})  # each one differs
         renewal = ("SET", self.keys.lease(worker), beat, "PX", self.lease_ms)
         if self.store.read((*renewal, "XX"))[0] is not None:
+            if jobs:  # if the set of workers was lost, reap must still find this one
+                self.store.read(("SADD", self.keys.workers, worker))
             return
 
         def body(tx: Transaction) -> None:
@@ -1416,14 +1440,28 @@ class Queue(Verbs):
         """Return every worker that may hold a job. Skip what cannot be the name of a worker."""
         return sorted(filter(NAME.fullmatch, map(text_of, self.store.read(("SMEMBERS", self.keys.workers))[0])))
 
-    def lost_workers(self, own: str = "") -> list[str]:
-        """Return the workers whose lease is gone, except `own`."""
+    def lost_workers(self, own: str = "", now: float | None = None) -> list[str]:
+        """Return the workers, except `own`, whose lease was seen missing or unchanged for a lease.
+
+        This goes by the monotonic clock of this process (`now`, in seconds). Leases expire by the
+        wall clock of Redis, which may be set: ahead, and living workers would seem lost; back, and
+        lost workers would seem alive. Call it several times within a lease.
+        """
+        now = time.monotonic() if now is None else now
         workers = [worker for worker in self._known_workers() if worker != own]
         leases = self.store.read(("MGET", *map(self.keys.lease, workers)))[0] if workers else []
-        return [worker for worker, lease in zip(workers, leases, strict=True) if lease is None]
+        seen = {}
+        for worker, lease in zip(workers, leases, strict=True):
+            before, since = self._leases.get(worker, (lease, now))
+            seen[worker] = (lease, since if before == lease else now)
+        self._leases = seen
+        self._lost = {worker: lease for worker, (lease, since) in seen.items() if now - since >= self.lease}
+        return list(self._lost)
 
     def reap(self, worker: str, others: int = 0) -> int:
-        """Remove a worker whose lease is gone and requeue its jobs. Return how many; 0 if it lives.
+        """Remove a lost worker and requeue its jobs. Return how many; 0 if it lives.
+
+        It lives if its lease exists, unless `lost_workers` has seen that very lease for too long.
 
         processing -> pending, or failed if no attempt is left. Watches the registration, the lease,
         the list and the records: a worker that wakes up may be taking or starting jobs right now,
@@ -1435,10 +1473,11 @@ class Queue(Verbs):
         registration = self.keys.worker(worker)
         lease = self.keys.lease(worker)
         proc = self.keys.proc(worker)
+        stale = self._lost.get(worker)
 
         def body(tx: Transaction) -> int:
-            alive, entries = tx.read(("EXISTS", lease), ("LRANGE", proc, 0, -1))
-            if alive:
+            sign, entries = tx.read(("GET", lease), ("LRANGE", proc, 0, -1))
+            if sign is not None and sign != stale:
                 return 0
             jobs = list(self._read_jobs(tx, entries, watch=True))
             beside = others + sum(_runs(job, worker) for job in jobs) > 1
@@ -1454,7 +1493,7 @@ class Queue(Verbs):
                     self._set_aside(tx, job)
                     continue
                 held += 1
-            tx.write("DEL", registration, proc)
+            tx.write("DEL", registration, lease, proc)
             tx.write("SREM", self.keys.workers, worker)
             return held
 
@@ -1641,19 +1680,20 @@ class Queue(Verbs):
         counted = {field.partition(":")[2] for field in counts if ":" in field}
         names = sorted(counted | set(filter(NAME.fullmatch, self._paused[1])))
         heads = self.store.read(*(("LINDEX", self.keys.jobs(name), -1) for name in names))
+        ids = [text_of(head or b"") for head in heads]
+        records = self.store.read(("MGET", *map(self.keys.job, ids)))[0] if ids else []
         return {
             name: {
                 "pending": counts.get("pending:" + name, 0),
                 "processing": counts.get("processing:" + name, 0),
-                "oldestWaitingMs": self._age(head) if counts.get("pending:" + name) else 0,
+                "oldestWaitingMs": self._age(id, record) if counts.get("pending:" + name) else 0,
                 "paused": name in self._paused[1],
             }
-            for name, head in zip(names, heads, strict=True)
+            for name, id, record in zip(names, ids, records, strict=True)
         }
 
-    def _age(self, head: bytes | None) -> int:
-        id = text_of(head or b"")
-        return max(0, self.now() - created_at(id)) if ID.fullmatch(id) else 0
+    def _age(self, id: str, record: bytes | None) -> int:
+        return _waited(_job(id, record), self.now()) if record and ID.fullmatch(id) else 0
 
     def count_unended(self) -> tuple[list[int], int]:
         """Count pending and processing jobs, and the entries of their lists, all at one moment."""
@@ -1910,7 +1950,7 @@ class Shards(Verbs):
         self._try_each(take, order=[*self.parts[first:], *self.parts[:first]])
         return taken
 
-    def start(self, worker: str, ids: Sequence[bytes], held: Mapping[str, int] | None = None) -> list[Job]:
+    def start(self, worker: str, ids: Sequence[bytes], held: Mapping[str, Job] | None = None) -> list[Job]:
         parts = self._by_shard(ids, text_of)
         started = (shard.start(worker, entries, held, len(ids) - len(entries)) for shard, entries in parts)
         return [job for jobs in started for job in jobs]
@@ -1961,8 +2001,10 @@ class Shards(Verbs):
     def promote(self) -> int:
         return sum(self._try_each(Queue.promote))
 
-    def lost_workers(self, own: str = "") -> list[str]:
-        return sorted({worker for lost in self._try_each(lambda shard: shard.lost_workers(own)) for worker in lost})
+    def lost_workers(self, own: str = "", now: float | None = None) -> list[str]:
+        return sorted(
+            {worker for lost in self._try_each(lambda shard: shard.lost_workers(own, now)) for worker in lost}
+        )
 
     def reap(self, worker: str) -> int:
         """Like Queue.reap. Jobs in different shards count as run beside each other."""
@@ -2112,7 +2154,8 @@ def handler(
     receives the job. The return value, as JSON, is the job's result.
 
     `timeout` is in seconds; None means unlimited. After failed attempt n the job waits for
-    `backoff` * 2 ** (n - 1) seconds and up to half as much again, but at most `backoff_cap`.
+    `backoff` * 2 ** (n - 1) seconds and up to half as much again, but at most `backoff_cap`; once
+    it has reached the cap, for two thirds of it or more.
     Mistakes raise TypeError or InvalidJob when the module is imported.
     """
     check_name("type", type)
@@ -2209,8 +2252,13 @@ def _text(error: BaseException) -> str:
 
 
 def backoff(attempts: int, base: float = 1.0, cap: float = 300.0) -> float:
-    """Return the seconds to wait after that attempt: doubling from `base` to `cap`, with jitter."""
-    return float(min(cap, base * 2 ** min(attempts - 1, 60) * random.uniform(1.0, 1.5)))
+    """Return the seconds to wait after that attempt: doubling from `base` to `cap`, with jitter.
+
+    The jitter is a third of the wait, at the cap too: jobs that failed together must not come back
+    together.
+    """
+    longest = min(cap, base * 2 ** min(attempts - 1, 60) * 1.5)
+    return random.uniform(max(min(base, cap), longest / 1.5), longest)
 
 
 # Checking a job -------------------------------------------------------------------------------------------------------

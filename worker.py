@@ -364,8 +364,11 @@ class Worker:
                 free -= self._dispatch(jobs)
                 self.last_take = time.monotonic()
                 failures = 0
-                for suspect in (job for job in jobs if job.status == "pending"):
-                    free -= self._dispatch_alone(worker, suspect)
+                for job in (job for job in jobs if job.status == "pending"):
+                    if job.suspect:
+                        free -= self._dispatch_alone(worker, job)
+                    else:  # a reply was lost: adopt finds what is still in the list
+                        self.adopt_at = 0.0
                 if emptied:
                     self._wait_for_bell(worker)
             except Reaped:
@@ -402,7 +405,7 @@ class Worker:
     def _next_jobs(self, worker: str, free: int) -> tuple[int, list[Job]]:
         """Take and start jobs for the free slots. Returns how many ids were taken, and the jobs."""
         with self.lock:  # before `adopt` reads the list: then a job that is settled meanwhile is still known here
-            held = {id: job.attempts for id, job in self.held.items()}
+            held = dict(self.held)
         ids: list[bytes] = []
         if time.monotonic() >= self.adopt_at:
             ids = self.queue.adopt(worker, held)[:free]

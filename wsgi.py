@@ -758,7 +758,7 @@ METRICS = (
     ("jobs", "gauge", "queue status", "pending and processing jobs; pending ones include delayed ones"),
     ("jobs_delayed", "gauge", "", "pending jobs that wait for their runAt"),
     ("jobs_kept", "gauge", "status", "jobs that have ended and are still stored"),
-    ("oldest_waiting_seconds", "gauge", "queue", "time since the next job to start was submitted"),
+    ("oldest_waiting_seconds", "gauge", "queue", "time that the next job has waited since it could start"),
     ("queue_paused", "gauge", "queue", "1 if the queue is paused, else 0"),
     ("workers", "gauge", "", "live workers"),
     ("slots", "gauge", "", "jobs that the live workers can run at a time"),
