@@ -27,7 +27,6 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import suppress
 from functools import cache, cached_property, lru_cache, partial
 from http import HTTPStatus
 from itertools import accumulate
@@ -43,6 +42,7 @@ from bottle import request
 from waitress import wasyncore
 from waitress.channel import HTTPChannel
 
+import tinyqueue_openapi
 from tinyqueue import (
     BUCKETS,
     ENDED,
@@ -68,7 +68,6 @@ from tinyqueue import (
     Unavailable,
     UnknownType,
     WrongStatus,
-    __version__,
     from_json,
     load_handlers,
 )
@@ -860,22 +859,9 @@ def _dashboard() -> tuple[bytes, str]:
 
 
 def describe() -> dict[str, Any]:
-    """Make the OpenAPI document: openapi.json, with a schema for the payload of each job type."""
+    """Make the OpenAPI document of this API and of all job types that have a handler."""
     document: dict[str, Any] = msgspec.json.decode(_file("openapi.json"))
-    schemas = document["components"]["schemas"]
-    document["info"]["version"] = __version__
-    jobs = []
-    for type, handler in HANDLERS.items():
-        payload: dict[str, Any] = {}
-        with suppress(TypeError):  # msgspec has no schema for some types, such as object
-            template = f"#/components/schemas/{type}.{{name}}"
-            (payload,), parts = msgspec.json.schema_components([handler.payload_type], ref_template=template)
-            schemas |= {f"{type}.{name}": part for name, part in parts.items()}
-        own = {"type": {"const": type, "description": (handler.__doc__ or type).partition("\n")[0]}, "payload": payload}
-        schemas["Job." + type] = {**schemas["Job"], "properties": {**schemas["Job"]["properties"], **own}}
-        jobs.append({"$ref": f"#/components/schemas/Job.{type}"})
-    schemas["Job"] = {"oneOf": jobs}
-    return document
+    return tinyqueue_openapi.describe(document)
 
 
 app = API()
