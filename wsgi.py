@@ -70,6 +70,7 @@ from tinyqueue import (
     WrongStatus,
     from_json,
     load_handlers,
+    looks_like_name,
 )
 from tinyqueue_config import LOG_CONTEXT, WEB_THREADS, Settings, open_queue, set_up_logging
 from tinyqueue_doctor import warnings
@@ -81,6 +82,7 @@ RETRY_AFTER = 5  # seconds
 LONGEST_WAIT = 25  # seconds that GET /jobs/<id>?wait= may take: routers time out after 30
 PREVIEW_BYTES = 500  # length at which a listing cuts off a payload or a result
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
+IPV6 = re.compile("[0-9a-fA-F:.]{2,45}")
 REQUEST_ID = re.compile("[!-~]{1,128}")
 # As in W3C Trace Context.
 TRACEPARENT = re.compile("(?!ff)[0-9a-f]{2}-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}")
@@ -881,8 +883,20 @@ def listen(settings: Settings) -> socket.socket:
         # The kernel may support IPv6 on a machine that has no IPv6 address.
         if both and error.errno in (errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL):
             return socket.create_server(("", settings.port), backlog=1024)
-        where = f"HOST={host or '*'} PORT={settings.port}"
-        raise SettingsError(f"cannot listen on {where}: {error.strerror or error}; change one of them") from None
+        raise SettingsError(_explain_listen(settings, error)) from None
+
+
+def _explain_listen(settings: Settings, error: OSError) -> str:
+    """Say why a port cannot be opened, without a HOST that may be a secret."""
+    host = settings.host or "*"
+    is_host = host == "*" or looks_like_name(host) or IPV6.fullmatch(host)
+    shown = f"HOST={host}" if is_host else "HOST (value not shown; it may be a secret)"
+    # Python adds the address to the system's text.
+    reason = str(error.strerror or error).partition(" (while attempting")[0]
+    todo = "change HOST or PORT"
+    if error.errno == errno.EADDRINUSE:
+        todo = "stop the process that uses this port, or set PORT to another one"
+    return f"cannot listen on {shown} PORT={settings.port}: {reason}; {todo}"
 
 
 class Channel(HTTPChannel):  # type: ignore[misc]
