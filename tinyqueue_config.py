@@ -204,7 +204,7 @@ def _read_dotenv() -> str:
     except OSError as error:
         raise SettingsError(f"cannot read .env: {error.strerror}; change its permissions or delete it") from None
     encoding = next((name for mark, name in ENCODINGS if data.startswith(mark)), "utf-8")
-    if encoding == "utf-8" and b"\0" in data:
+    if encoding.startswith("utf-8") and b"\0" in data:
         raise SettingsError(".env contains null characters, as UTF-16 without a mark does; save it as UTF-8")
     try:
         return data.decode(encoding)

@@ -26,7 +26,7 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache, cached_property, lru_cache, partial
 from http import HTTPStatus
 from itertools import accumulate
@@ -434,7 +434,7 @@ class API(bottle.Bottle):  # type: ignore[misc]
 
     # Submitting jobs --------------------------------------------------------------------------------------------------
 
-    def submit(self) -> dict[str, str]:
+    def submit(self) -> dict[str, Any]:
         """Accept a job. The status is 201 if it is new, 200 if it was stored before."""
         fields = _read_json(self.settings.max_body)
         draft = self._draft_job(fields)
@@ -442,13 +442,13 @@ class API(bottle.Bottle):  # type: ignore[misc]
         job = self.queue.submit([draft], once)[0]
         request.environ["tinyqueue.job"] = job.id
         bottle.response.set_header("Location", f"/jobs/{job.id}")
-        self._set_submit_status(job is draft, once)
-        return _summary(job)
+        return self._answer_submit([draft], [job], once)[0]
 
     def submit_batch(self) -> dict[str, Any]:
         """Accept up to 1,000 jobs, all or none.
 
-        With ?partial=true, accept the valid ones and return an error for each of the others.
+        With ?partial=true, accept the valid ones and return an error for each of the others. The
+        status is 201 if at least one job is new, and 200 if none is.
         """
         items = _read_batch(self.settings.max_body)
         allow_partial = _query_flag(_query(), "partial")
@@ -466,15 +466,21 @@ class API(bottle.Bottle):  # type: ignore[misc]
         valid = [draft for draft in drafts if isinstance(draft, Job)]
         once = _idempotency_key(items)
         jobs = self.queue.submit(valid, once) if valid else []
-        self._set_submit_status(jobs == drafts, once)
-        left = iter(jobs)
-        results = [_summary(next(left)) if isinstance(draft, Job) else {"error": draft.body()} for draft in drafts]
-        return {"jobs": results}
+        answers = iter(self._answer_submit(valid, jobs, once))
+        return {"jobs": [next(answers) if isinstance(draft, Job) else {"error": draft.body()} for draft in drafts]}
 
-    def _set_submit_status(self, all_new: bool, once: Once | None) -> None:
-        bottle.response.status = 201 if all_new else 200
-        if once and once.replayed:
+    def _answer_submit(self, drafts: Sequence[Job], jobs: Sequence[Job], once: Once | None) -> list[dict[str, Any]]:
+        """Return the answer for each job, and set the status: 201 if at least one is new, else 200."""
+        replayed = once is not None and once.replayed
+        is_new = [job is draft for job, draft in zip(jobs, drafts, strict=True)]
+        bottle.response.status = 201 if any(is_new) else 200
+        if replayed:
             bottle.response.set_header("Idempotency-Replayed", "true")
+        # A replay repeats the first answer. Otherwise the job in place of a draft has its uniqueKey.
+        return [
+            _summary(job) | ({} if new or replayed else {"duplicate": True})
+            for job, new in zip(jobs, is_new, strict=True)
+        ]
 
     def _draft_job(self, fields: Any) -> Job:
         """Make a job from a client's fields. Unlike Queue.draft, refuse types without a handler."""
