@@ -2208,19 +2208,30 @@ def load_handlers(modules: str) -> dict[str, Handler[Any, Any, Any]]:
     if sys.path[:1] != [os.getcwd()]:
         sys.path.insert(0, os.getcwd())
     for module in filter(None, (name.strip() for name in modules.split(","))):
+        if not all(part.isidentifier() for part in module.split(".")):
+            raise SettingsError(f"TINYQUEUE_HANDLERS: {_missing_module(module)}")
         try:
             importlib.import_module(module)
         except ModuleNotFoundError as error:
             if error.name != module.partition(".")[0] and error.name != module:
                 raise SettingsError(f"cannot import {module}: {error}") from error
-            todo = "create it, or name the module of your handlers"
-            raise SettingsError(f"TINYQUEUE_HANDLERS: there is no module {module} here; {todo}") from None
+            raise SettingsError(f"TINYQUEUE_HANDLERS: {_missing_module(module)}") from None
         except (Exception, SystemExit) as error:
             text = " ".join(_text(error).split())
             raise SettingsError(f"cannot import {module}: {type(error).__name__}: {text}") from error
     if not HANDLERS:
         raise SettingsError(f"{modules} registers no handler: decorate a function with @handler('type')")
     return HANDLERS
+
+
+def _missing_module(module: str) -> str:
+    name = f"module {module}" if looks_like_name(module) else "such module (name not shown; it may be a secret)"
+    return f"there is no {name} here; create it, or name the module of your handlers"
+
+
+def looks_like_name(text: str) -> bool:
+    """Check that a text is a dotted name, rather than a URL or a random secret."""
+    return all(re.fullmatch(r"(?:[^\W\d]|-){1,24}[0-9]{0,2}|[\w-]{1,12}", part) for part in text.split("."))
 
 
 class Retry(Exception):

@@ -559,12 +559,21 @@ def test_stop_of_a_web_process_does_not_wait_for_idle_connections(real: Server, 
             assert web.end(SIGTERM, timeout=10) == 0
 
 
+@pytest.mark.parametrize("host", ["redis://:S3cr3tPw@h/0", "9f86d081884c7d659a2feS3cr3tPwaa0"])
+def test_serve_prints_no_secret_pasted_into_host(real: Server, serve: Any, host: str) -> None:
+    web = serve(REDIS_URL=real.url, HOST=host)
+    assert web.end() == 2
+    assert "cannot listen on HOST (value not shown; it may be a secret) PORT=" in web.output
+    assert "S3cr3tPw" not in web.output
+
+
 def test_serve_on_a_port_in_use_says_so(real: Server, serve: Any) -> None:
     with socket.create_server(("", 0)) as taken:
         port = taken.getsockname()[1]
         web = serve(REDIS_URL=real.url, PORT=str(port))
         assert web.end() == 2
-    assert f"Error: cannot listen on HOST=* PORT={port}: Address already in use" in web.output
+    said = "Address already in use; stop the process that uses this port, or set PORT to another one"
+    assert f"Error: cannot listen on HOST=* PORT={port}: {said}" in web.output
     assert "Traceback" not in web.output
 
 

@@ -8,6 +8,7 @@ allowed in which status.
 from __future__ import annotations
 
 import math
+import os
 import threading
 import uuid
 from collections.abc import Callable, Iterator
@@ -131,6 +132,72 @@ def test_read_settings_refuses_an_invalid_value(environ: dict[str, str], said: s
         Settings.read(environ)
     assert said in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+NUMBERS = ("PORT", "WORKER_CONCURRENCY", "TINYQUEUE_LEASE", "TINYQUEUE_OPEN", "TINYQUEUE_TLS_VERIFY")
+TEXTS = ("LOG_LEVEL", "LOG_FORMAT", "TINYQUEUE_RATE_LIMIT", "TINYQUEUE_NAMESPACE")
+SECRETS = ("redis://:S3cr3tPw@h/0", "9f86d081884c7d659a2+S3cr3tPw/aa0c55ad015=", "hunter S3cr3tPw", "\nS3cr3tPw" * 20)
+
+
+@pytest.mark.parametrize("name", NUMBERS + TEXTS)
+@pytest.mark.parametrize("secret", SECRETS)
+def test_read_settings_prints_no_secret_pasted_into_the_wrong_variable(name: str, secret: str) -> None:
+    with pytest.raises(SettingsError) as caught:
+        Settings.read({name: secret})
+    assert "S3cr3tPw" not in str(caught.value)
+    assert str(caught.value).startswith(f"{name} (value not shown; it may be a secret) is not valid: ")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_read_settings_explains_a_malformed_text_without_its_regular_expression(name: str) -> None:
+    with pytest.raises(SettingsError) as caught:
+        Settings.read({name: "10 per hour"})
+    assert "regex" not in str(caught.value)
+    assert "\\Z" not in str(caught.value)
+
+
+DOTENV = "PORT=1\r\nLOG_LEVEL=debug\r\nGREETING=Grüße\r\n"
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-be", "utf-32"])
+def test_read_settings_reads_dotenv_as_editors_write_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, encoding: str
+) -> None:
+    text = "\ufeff" + DOTENV if encoding == "utf-16-be" else DOTENV
+    (tmp_path / ".env").write_bytes(text.encode(encoding))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(os, "environ", {})
+    read = Settings.read()
+    assert (read.port, read.log_level, os.environ["GREETING"]) == (1, "debug", "Grüße")
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (DOTENV.encode("latin-1"), ".env is not valid UTF-8 at line 3; save it as UTF-8"),
+        (DOTENV.encode("utf-16-le"), ".env contains null characters, as UTF-16 without a mark does; save it as UTF-8"),
+        (b"\xff\xfeP", ".env is not valid UTF-16 at line 1; save it as UTF-8"),
+        (b"PORT=1\nX=a\0b\n", ".env contains null characters"),
+    ],
+)
+def test_read_settings_refuses_dotenv_in_another_encoding_in_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: bytes, said: str
+) -> None:
+    (tmp_path / ".env").write_bytes(content)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(os, "environ", {})
+    with pytest.raises(SettingsError) as caught:
+        Settings.read()
+    assert str(caught.value).startswith(said)
+
+
+def test_read_settings_ignores_a_virtual_environment_named_dotenv(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / ".env").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert Settings.read().port == Settings().port
 
 
 def test_read_settings_accepts_a_platform_with_redis_url() -> None:
