@@ -58,6 +58,7 @@ from tinyqueue import (
     InvalidJob,
     Job,
     Outcome,
+    Queue,
     Reaped,
     Retry,
     SettingsError,
@@ -75,7 +76,7 @@ from tinyqueue import (
     to_json,
 )
 from tinyqueue_config import LOG_CONTEXT, Settings, open_queue, set_up_logging, variable
-from tinyqueue_doctor import Finding, examine, warnings
+from tinyqueue_doctor import Finding, examine, find_broken, repair, warnings
 
 log = logging.getLogger("tinyqueue.worker")
 
@@ -577,6 +578,15 @@ class Worker:
     def _trim(self) -> None:
         while self.queue.trim() >= MAX_JOBS and not self.over.is_set():
             pass
+        if broken := find_broken(self.queue):  # by a thread of its own, because the lease must be renewed meanwhile
+            threading.Thread(target=self._repair, args=(broken,), daemon=True).start()
+
+    def _repair(self, broken: Sequence[Queue]) -> None:
+        try:
+            for finding in repair(broken):
+                log.warning("repaired after keys were lost: %s", finding.seen)
+        except TinyQueueError as trouble:
+            self._complain("repair", trouble)
 
     def _complain(self, doing: str, trouble: TinyQueueError) -> None:
         """Log trouble, the same at most every ten seconds (all threads)."""
@@ -984,13 +994,16 @@ def purge(queue: AnyQueue, filter: Filter, yes: bool) -> None:
 
 
 @cli.command()
+@click.option("--repair", "repairs", is_flag=True, help="First restore what lost keys have broken.")
 @as_json
 @click.pass_context
-def doctor(ctx: click.Context, as_json: bool) -> None:
-    """Examine Redis and all that the queue needs of it, and say what to change. Exits with 1 if something fails."""
+def doctor(ctx: click.Context, repairs: bool, as_json: bool) -> None:
+    """Check Redis, permissions, settings and workers. Exits with 1 if a check fails."""
     settings: Settings = ctx.obj
     connections = settings.shards * (settings.web_concurrency * settings.web_connections + settings.worker_connections)
-    findings = examine(_queue(settings), connections)
+    queue = _queue(settings)
+    repaired = (repair(queue.parts) or [Finding("ok", "repair", "nothing to repair")]) if repairs else []
+    findings = repaired + examine(queue, connections)
     _print(findings) if as_json else _show_findings(findings)
     ctx.exit(int(any(finding.level == "fail" for finding in findings)))
 

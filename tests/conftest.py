@@ -331,6 +331,7 @@ FAMILIES = {
     "workers": "set",
     "counts": "hash",
     "promoter": "string",
+    "repairer": "string",
     "mark": "string",
     "metrics": "hash",
     "series": "set",
@@ -342,7 +343,7 @@ FAMILIES = {
     "awaited": "set",
     "done:": "list",
 }
-EXPIRING = ("lease:", "promoter", "mark", "once:", "minute:", "rate:", "done:")
+EXPIRING = ("lease:", "promoter", "repairer", "mark", "once:", "minute:", "rate:", "done:")
 ENDED = ("completed", "failed", "cancelled")
 
 
