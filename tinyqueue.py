@@ -20,22 +20,22 @@ States
 
 Transitions. Each is one WATCH / MULTI / EXEC: two round trips however many jobs it moves, no Lua.
 
-    verb      from -> to                     watches              only if                   writes
-    enqueue   nothing -> pending             once, unique         keys unused               record, list/delayed, keys
-    take      (list to list)                 -                    queue not paused          jobs -> proc, workers
-    start     pending -> processing          worker, records      registered; due           record: attempts + 1, worker
-    expire    pending -> failed              worker, records      registered; expired       record, proc, failed
-    complete  processing -> completed        worker, records      registered; same attempt  record, proc, completed
-    fail      processing -> pending, failed* worker, records      registered; same attempt  record, proc, delayed/failed
-    release   processing -> pending, failed* worker, records      registered; same attempt  record, proc, head of list
-    progress  processing -> processing       worker, record       registered; same attempt  record
-    promote   (delayed to list)              records              runAt has come            delayed, list
-    reap      processing -> pending, failed* worker, lease, proc  lease gone; worker's own  worker, lease, proc, record,
-                                             and the records                                head of list
-    restore   (none to list)                 record               unended; in no list        delayed, or proc, workers
-    cancel    pending -> cancelled           record               -                         record, delayed, cancelled
-    request   processing -> processing       record               handler takes a Job       record: cancelRequested
-    retry     failed, cancelled -> pending   record, unique       uniqueKey free            record, its index, list
+    verb      from -> to                      watches          only if                   writes
+    enqueue   nothing -> pending              once, unique     keys unused               record, list/delayed, keys
+    take      (list to list)                  -                queue not paused          jobs -> proc, workers
+    start     pending -> processing           worker, records  registered; due           record: attempts + 1, worker
+    expire    pending -> failed               worker, records  registered; expired       record, proc, failed
+    complete  processing -> completed         worker, records  registered; same attempt  record, proc, completed
+    fail      processing -> pending, failed*  worker, records  registered; same attempt  record, proc, delayed/failed
+    release   processing -> pending, failed*  worker, records  registered; same attempt  record, proc, head of list
+    progress  processing -> processing        worker, record   registered; same attempt  record
+    promote   (delayed to list)               records          runAt has come            delayed, list
+    reap      processing -> pending, failed*  worker, lease,   lease gone; worker's own  worker, proc, record,
+                                              proc, records                              head of list
+    restore   (none to list)                  record           unended; in no list       delayed, or proc and workers
+    cancel    pending -> cancelled            record           -                         record, delayed, cancelled
+    request   processing -> processing        record           handler takes a Job       record: cancelRequested
+    retry     failed, cancelled -> pending    record, unique   uniqueKey free            record, its index, list
 
     * cancelled, if that was requested. Due: runAt has come, and the job has not expired. Expired:
     expiresAt has passed before the first start. Same attempt: worker, attempts, refunds and
@@ -899,7 +899,6 @@ class Queue(Verbs):
         self.store = Store(pool, check_name("namespace", namespace))
         self.pool = pool
         self.keys = self.store.keys
-        self.clock = self.store.clock
         self.parts = [self]  # the queues that this one consists of: itself
         self.lease = lease
         self.lease_ms = int(lease * 1000)
@@ -910,6 +909,10 @@ class Queue(Verbs):
         self.min_replicas = min_replicas
         self._paused: tuple[float, frozenset[str]] = (-1e9, frozenset())  # when read, and the names
         self._writers = threading.BoundedSemaphore(WRITERS)
+
+    @property
+    def clock(self) -> Clock:
+        return self.store.clock
 
     @classmethod
     def from_url(
@@ -1676,7 +1679,7 @@ class Queue(Verbs):
         return entries
 
     def _find_unended(self, filter: Filter, before: Place) -> list[Entry]:
-        """Compare ids as bytes, of which a list may have a million: they sort by time of creation."""
+        """Compare ids as bytes, because there may be a million: they sort by time of creation."""
         start = f"{min(before[0], (1 << 48) - 1):012x}"
         start = f"{start[:8]}-{start[8:]}"
         bound = min(max(before[1], start), start + "~").encode()

@@ -282,6 +282,7 @@ def _workers(queue: Queue) -> Iterator[Finding]:
 # Repair ---------------------------------------------------------------------------------------------------------------
 
 STEP = 1000  # keys or entries of one step
+OTHERS = "*"  # any queue, as it may be in the metrics that are counted as other
 REPAIR_EVERY = 600  # seconds between two repairs that no operator asked for
 
 
@@ -296,7 +297,7 @@ def repair(parts: Iterable[Queue]) -> list[Finding]:
 
 
 def find_broken(queue: AnyQueue) -> list[Queue]:
-    """Return the shards in which more jobs are counted than listed, each at most every 10 minutes."""
+    """Return the shards in which more jobs are counted than listed, each every 10 minutes."""
     wrong = [part for part in queue.parts if _compare_counts(part)[2]]
     return [part for part in wrong if part.store.read(("SET", part.keys.repairer, "1", "NX", "EX", REPAIR_EVERY))[0]]
 
@@ -337,7 +338,7 @@ def _scan(queue: Queue) -> Iterator[str]:
     prefix = queue.keys.prefix
     cursor = b"0"
     while True:
-        # Of the characters in a prefix none but these braces is special in a pattern, and they are not.
+        # No character of a prefix is special in a pattern.
         cursor, keys = queue.store.read(("SCAN", cursor, "MATCH", prefix + "*", "COUNT", STEP))[0]
         yield from (key.removeprefix(prefix) for key in map(text_of, keys))
         if cursor == b"0":
@@ -374,7 +375,7 @@ def _recount(queue: Queue, actual: Mapping[str, int], before: Mapping[str, bytes
         counts, metrics = tx.read(("HGETALL", queue.keys.counts), ("HGETALL", queue.keys.metrics))
         now = dict(pairs(counts) + pairs(metrics))
         changed = {_queue_in(field) for field in now.keys() | before.keys() if now.get(field) != before.get(field)}
-        quiet = sorted(field for field in wrong if not {_queue_in(field), "other"} & changed)
+        quiet = sorted(field for field in wrong if not {_queue_in(field), OTHERS} & changed)
         for field in quiet:
             tx.write("HDEL", queue.keys.counts, field)
             tx.count(field, actual.get(field, 0))
@@ -391,4 +392,5 @@ def _recount(queue: Queue, actual: Mapping[str, int], before: Mapping[str, bytes
 
 def _queue_in(field: str) -> str:
     """Return the queue in pending:<queue> or <event>:<type>:<queue>, with or without a bucket."""
-    return (field.split(":")[1:3] or [""])[-1]
+    labels = field.split(":")[1:3]
+    return OTHERS if labels == ["other", "other"] else (labels or [""])[-1]
