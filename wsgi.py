@@ -62,6 +62,7 @@ from tinyqueue import (
     KeyReused,
     NotReplicated,
     Once,
+    Preview,
     QueueFull,
     SettingsError,
     TinyQueueError,
@@ -506,7 +507,7 @@ class API(bottle.Bottle):  # type: ignore[misc]
         query = _query()
         limit = _query_int(query, "limit", 50, 1, 500)
         cursor = query.pop("cursor", "")
-        jobs, cursor = self.queue.page(_filter(query), limit=limit, cursor=cursor)
+        jobs, cursor = self.queue.page(_filter(query), limit=limit, cursor=cursor, cut=PREVIEW_BYTES)
         return {"jobs": [_shorten(job.answer()) for job in jobs], "cursor": cursor or None}
 
     def show(self, id: str) -> dict[str, Any]:
@@ -733,12 +734,10 @@ def _summary(job: Job) -> dict[str, str]:
 
 
 def _shorten(fields: dict[str, Any]) -> dict[str, Any]:
-    """Replace a long payload or result by the beginning of its JSON, and remove the traceback."""
+    """Name a payload or result that was cut a preview, and remove the traceback."""
     for name in ("payload", "result"):
-        text = msgspec.json.encode(fields.get(name))
-        if len(text) > PREVIEW_BYTES:
-            del fields[name]
-            fields[name + "Preview"] = text[:PREVIEW_BYTES].decode("utf-8", "ignore")
+        if isinstance(fields.get(name), Preview):
+            fields[name + "Preview"] = str(fields.pop(name))
     if "error" in fields:
         fields["error"] = {"type": fields["error"].type, "message": fields["error"].message}
     return fields

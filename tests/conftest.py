@@ -343,6 +343,7 @@ FAMILIES = {
     "workers": "set",
     "counts": "hash",
     "promoter": "string",
+    "repairer": "string",
     "mark": "string",
     "metrics": "hash",
     "series": "set",
@@ -354,7 +355,7 @@ FAMILIES = {
     "awaited": "set",
     "done:": "list",
 }
-EXPIRING = ("lease:", "promoter", "mark", "once:", "minute:", "rate:", "done:")
+EXPIRING = ("lease:", "promoter", "repairer", "mark", "once:", "minute:", "rate:", "done:")
 ENDED = ("completed", "failed", "cancelled")
 
 

@@ -869,6 +869,34 @@ def test_refuse_commands_on_an_unknown_job(run: Any, command: str) -> None:
     assert (done.returncode, done.stdout, done.stderr) == (1, b"", b"Error: no such job: no-such-job\n")
 
 
+@pytest.mark.parametrize(
+    ("command", "fitting", "result"), [("cancel", "pending", "cancelled"), ("retry", "failed", "pending")]
+)
+def test_retry_and_cancel_go_on_after_jobs_that_cannot_be_changed(
+    near: Queue, run: Any, command: str, fitting: str, result: str
+) -> None:
+    [a, b] = [put(near, fitting, queue=name).id for name in "ab"]
+    ended = put(near, "completed", queue="c").id
+    done = run(command, a, ended, "no-such-job", b)
+    assert (done.returncode, done.stdout.decode()) == (1, f"{a} {result}\n{b} {result}\n")
+    refused = f"Error: cannot {command} job {ended}: it is completed\n"
+    assert done.stderr.decode() == refused + "Error: no such job: no-such-job\n"
+
+
+@pytest.mark.parametrize("command", ["cancel", "retry"])
+def test_retry_and_cancel_without_redis_name_the_jobs_not_tried(run: Any, command: str) -> None:
+    first, *others = (f"01a21209-ff58-7622-86d1-f71be07e4d0{at}" for at in range(3))
+    done = run(command, first, *others, REDIS_URL=f"redis://127.0.0.1:{free_port()}/0")
+    assert (done.returncode, done.stdout) == (1, b"")
+    assert done.stderr.decode().endswith(f"; stopped at {first}, not tried: {' '.join(others)}\n")
+
+
+def test_pause_with_an_invalid_name_pauses_nothing(near: Queue, run: Any) -> None:
+    done = run("pause", "mail", "no name")
+    assert done.returncode == 2
+    assert near.queues() == {}
+
+
 def test_retry_of_a_pending_job_is_refused(near: Queue, run: Any) -> None:
     job = near.enqueue("echo", 1)
     done = run("retry", job.id)

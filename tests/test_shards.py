@@ -20,7 +20,13 @@ from wsgi import API
 DEFAULT = ["default"]
 COUNT = 3
 CONSTRUCTORS = {"from_url", "embedded"}
-ONE_BY_ONE = {"running", "count_unended"}  # called for each shard, by reap and by doctor
+ONE_BY_ONE = {
+    "running",
+    "count_unended",
+    "read_entries",
+    "read_jobs",
+    "restore",
+}  # called for each shard, by reap and by doctor
 
 
 @pytest.fixture
