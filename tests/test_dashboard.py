@@ -777,16 +777,16 @@ def test_redis_outage_is_shown_and_the_page_recovers_when_redis_is_back(
     shows(page, "No jobs yet")
     server.stop()
     page.clock.run_for(2500)
-    shows(page, "Redis is unreachable", "Showing data from")
+    shows(page, "Redis is unavailable (unreachable)", "Showing data from")
     server.start()
     page.clock.run_for(6000)
-    lacks(page, "#banner >> text=Redis is unreachable")
+    lacks(page, "#banner >> text=Redis is unavailable (unreachable)")
 
 
 def test_page_opens_during_a_redis_outage(open: Open, start_redis: Callable[..., RedisServer]) -> None:
     server = start_redis()
     server.stop()
-    shows(open(queue=Queue.from_url(server.url)), "Redis is unreachable")
+    shows(open(queue=Queue.from_url(server.url)), "Redis is unavailable (unreachable)")
 
 
 def test_rate_limit_is_shown(open: Open, near: Queue) -> None:
