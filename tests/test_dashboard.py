@@ -468,7 +468,7 @@ def test_notice_does_not_move_the_page_and_closes_by_itself(open: Open, near: Qu
     button = page.get_by_role("button", name="queue reports")
     before = button.bounding_box()
     button.click()
-    shows(page, "Queue reports paused. It accepts jobs but does not start them.")
+    shows(page, "Queue reports paused. It still accepts jobs, but workers start none of them.")
     playwright.expect(button).to_have_text("Resume")
     assert button.bounding_box()["y"] == before["y"]
     page.clock.run_for(6500)
