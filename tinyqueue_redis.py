@@ -10,6 +10,7 @@ import logging
 import math
 import os
 import random
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -33,6 +34,7 @@ PROBE_TIMEOUT = 0.5  # seconds to ask one sentinel or node; a dead one must not 
 NODES_AGE = 60.0  # seconds for which the known nodes of a cluster are trusted
 CLOCK_AGE = 10.0  # seconds for which a reading of Redis TIME is used
 WARM = 1.0  # seconds after its last use for which a connection is lent again without a check
+ASK_AGAIN = 0.25  # seconds until a server that did not answer is asked again
 
 
 # What an error means --------------------------------------------------------------------------------------------------
@@ -322,7 +324,9 @@ class Connections:
     """Lends the connections of a pool to threads. Forks may use it if it was not used before.
 
     After an error of the class `harmless` a connection has no unread reply. `translate` turns an
-    error of the client into the one to raise.
+    error of the client into the one to raise. After `guard`, nobody waits for a server that is
+    known to be away: `lend` raises the last error at once until the server answers a thread that
+    asks it.
     """
 
     def __init__(self, pool: Any, harmless: type[Exception], translate: Callable[[Exception], Exception]) -> None:
@@ -332,10 +336,19 @@ class Connections:
         self.last_contact = time.monotonic()  # when Redis last carried out a command
         self.last_trouble = time.monotonic()  # when it last failed to; at first, neither is known
         self._warm: list[tuple[Any, int, float]] = []  # connections just used, by process and time
+        self._guarded = ""  # the name of the server in log lines; empty: callers wait for it
+        self._away: tuple[int, Exception] | None = None  # the process that found it away, and how
+        self._lock = threading.Lock()
+
+    def guard(self, name: str) -> None:
+        """Let nobody wait for this server while it is away. `name` is for the log."""
+        self._guarded = name
 
     @contextmanager
-    def lend(self) -> Iterator[Any]:
+    def lend(self, asking: bool = False) -> Iterator[Any]:
         """Lend a connection. Closes it after an error that may have left a reply on it."""
+        if self._away and not asking:
+            self._refuse(*self._away)
         connection = None
         try:
             connection = self._checked_out()
@@ -346,6 +359,8 @@ class Connections:
             self._cool_down(connection)
             if isinstance(error, redis.RedisError | OSError):
                 self._follow(error)
+                if self._guarded and not asking:
+                    self._note_away(error, connected=connection is not None)
                 raise self.translate(error) from error
             raise
         self.last_contact = time.monotonic()
@@ -354,6 +369,41 @@ class Connections:
     def disconnect(self) -> None:
         """Close all connections. Do this before a fork: each process must open its own."""
         self.pool.disconnect()
+
+    def _refuse(self, process: int, error: Exception) -> None:
+        if process == os.getpid():
+            raise self.translate(error) from error
+        self._away = None  # the thread that asks the server has not survived the fork
+
+    def _note_away(self, error: Exception, connected: bool) -> None:
+        """Start asking a server that did not answer. A connection that was only cut is no sign."""
+        reason, text = explain(error)
+        if reason != "timeout" and (reason != "unreachable" or connected):
+            return
+        with self._lock:
+            if self._away and self._away[0] == os.getpid():
+                return
+            self._away = os.getpid(), error
+        log.warning("%s does not answer and is left out until it does: %s", self._guarded, text)
+        threading.Thread(target=self._ask_until_it_answers, name="asks " + self._guarded, daemon=True).start()
+
+    def _ask_until_it_answers(self) -> None:
+        try:
+            while not self._answers():
+                time.sleep(ASK_AGAIN)
+        finally:
+            self._away = None
+        log.warning("%s answers again", self._guarded)
+
+    def _answers(self) -> bool:
+        """Whether the server answers, be it that it refuses the command."""
+        try:
+            with self.lend(asking=True) as connection:
+                ask(connection, [("TIME",)])
+        except self.harmless as error:
+            cause = error.__cause__
+            return not (isinstance(cause, Exception) and explain(cause)[0] in ("timeout", "unreachable"))
+        return True
 
     def _follow(self, error: redis.RedisError | OSError) -> None:
         reason, _ = explain(error)
