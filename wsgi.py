@@ -991,7 +991,8 @@ def serve(api: API, sock: socket.socket) -> int:
 
 
 def _serve_with_worker(api: API, server: Server) -> int:
-    from tinyqueue.worker import EXIT_BROKEN, Worker, obey_signals  # the web process needs it only here
+    from tinyqueue.worker import EXIT_BROKEN, Worker  # needed only here
+    from tinyqueue.worker import handle_signals as obey_signals
 
     worker = Worker(api.queue, api.settings)
     exit_code: int = EXIT_BROKEN

@@ -64,7 +64,7 @@ def working(folder: Path, url: str, *options: str, **environ: str) -> Iterator[P
     with log.open("wb") as stderr:
         process = subprocess.Popen([sys.executable, worker.__file__, *options], cwd=folder, env=environ, stderr=stderr)
     try:
-        until(lambda: "worker starts" in log.read_text())
+        until(lambda: "worker started" in log.read_text())
         yield log
         process.send_signal(signal.SIGTERM)
         assert process.wait(20) == 0, log.read_text()
@@ -154,7 +154,7 @@ def test_refused_connections_lose_no_job(start_redis: Callable[..., RedisServer]
         status, problem = post(web, 1)
         assert (status, problem["reason"]) == (503, "unreachable")
         assert "max number of clients" in problem["detail"]
-        until(lambda: "cannot write outcomes" in log.read_text())
+        until(lambda: "cannot save outcomes" in log.read_text())
         admin.config_set("maxclients", 20)
         assert post(web, 1)[0] == 201
         queue = queue_at(server.url)

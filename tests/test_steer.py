@@ -87,14 +87,14 @@ def work(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Worker]]:
 
     yield start
     for each in started:
-        each.orders.put("release")
+        each.stop("release")
     for each in started:
         each.thread.join(20)
         assert not each.thread.is_alive(), "the worker did not stop"
 
 
 def stop(worker: Worker) -> None:
-    worker.orders.put("drain")
+    worker.stop("drain")
     worker.thread.join(20)
     assert not worker.thread.is_alive(), "the worker did not stop"
 
