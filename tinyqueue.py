@@ -827,6 +827,19 @@ class Verbs(ABC):
         """Requeue a started job at the head of its queue. Refunds up to MAX_REFUNDS attempts."""
         self._settle_one(Outcome(job, "release"))
 
+    def reap_in(self, parts: Sequence[Queue], worker: str) -> int:
+        """Reap a worker in some of the shards. Returns how many of its jobs were requeued.
+
+        Jobs in different shards count as run beside each other. So does whatever it may have run in
+        a shard that is away. The other shards are reaped even if one fails.
+        """
+        ran: dict[Queue, int] = {}
+        for part in self.parts:
+            with suppress(Unavailable):
+                ran[part] = part.running(worker)
+        beside = sum(ran.values()) + len(self.parts) - len(ran)
+        return sum(_try_each(parts, lambda part: part.reap(worker, beside - ran.get(part, 1))))
+
     def _settle_one(self, outcome: Outcome) -> None:
         if self.settle(outcome.job.worker, [outcome]):
             raise Reaped(f"job {outcome.job.id} is no longer with worker {outcome.job.worker}")
@@ -1891,16 +1904,8 @@ class Shards(Verbs):
                 trouble = error
         raise trouble
 
-    def _try_each(self, call: Callable[[Queue], T], must: bool = False, order: Sequence[Queue] = ()) -> list[T]:
-        """Call it for every shard, even after errors, and return the results.
-
-        Raises Reaped if any call did. Raises the first error if all failed, or with `must` if any
-        did.
-        """
-        return _results([_try_call(call, shard) for shard in order or self.parts], must)
-
     def _call_all(self, call: Callable[[Queue], T], must: bool = False) -> list[T]:
-        """Like _try_each, at the same time in all shards: one that hangs holds up no other."""
+        """Like _try_each, in all shards at the same time: one that hangs holds up no other."""
         return _results(list(self._callers.map(partial(_try_call, call), self.parts)), must)
 
     def now(self) -> int:
@@ -1985,7 +1990,7 @@ class Shards(Verbs):
             return False
 
     def waiting(self, names: Sequence[str], due: bool = False) -> int:
-        return sum(self._try_each(lambda shard: shard.waiting(names, due)))
+        return sum(_try_each(self.parts, lambda shard: shard.waiting(names, due)))
 
     def take(self, worker: str, names: Sequence[str], most: int) -> list[bytes]:
         """Like Queue.take, from the shards in turn. Shards that fail are left out."""
@@ -1996,7 +2001,7 @@ class Shards(Verbs):
             if len(taken) < most and shard not in absent:
                 taken.extend(shard.take(worker, names, most - len(taken)))
 
-        self._try_each(take, order=self._from(next(self._turn)))
+        _try_each(self._from(next(self._turn)), take)
         return taken
 
     def start(self, worker: str, ids: Sequence[bytes], held: Mapping[str, int] | None = None) -> list[Job]:
@@ -2008,10 +2013,10 @@ class Shards(Verbs):
         start = self._fenced(
             worker, lambda shard: shard.start(worker, parts[shard], held, len(ids) - len(parts[shard]))
         )
-        return [job for jobs in self._try_each(start, must=True, order=list(parts)) for job in jobs] if parts else []
+        return [job for jobs in _try_each(list(parts), start, must=True) for job in jobs]
 
     def adopt(self, worker: str, held: Collection[str]) -> list[bytes]:
-        return [id for ids in self._try_each(lambda shard: shard.adopt(worker, held)) for id in ids]
+        return [id for ids in _try_each(self.parts, lambda shard: shard.adopt(worker, held)) for id in ids]
 
     def settle(self, worker: str, outcomes: Sequence[Outcome], again: bool = False) -> list[Outcome]:
         """Like Queue.settle, one transaction per shard. Tries all before it raises.
@@ -2022,7 +2027,7 @@ class Shards(Verbs):
         parts = dict(self._by_shard(outcomes, lambda outcome: outcome.job.id))
         settle = self._fenced(worker, lambda shard: shard.settle(worker, parts[shard], again))
         try:
-            return [outcome for lost in self._try_each(settle, must=True, order=list(parts)) for outcome in lost]
+            return [outcome for lost in _try_each(list(parts), settle, must=True) for outcome in lost]
         except Unavailable as error:
             error.doubtful = error.doubtful or len(parts) > 1  # the other shards may have written theirs
             raise
@@ -2035,7 +2040,7 @@ class Shards(Verbs):
 
     def cancel_requests(self, ids: Sequence[str]) -> list[str]:
         parts = dict(self._by_shard(ids, str))
-        found = self._try_each(lambda shard: shard.cancel_requests(parts[shard]), order=list(parts)) if parts else []
+        found = _try_each(list(parts), lambda shard: shard.cancel_requests(parts[shard]))
         return [id for part in found for id in part]
 
     def retry(self, id: str) -> Job | None:
@@ -2075,14 +2080,8 @@ class Shards(Verbs):
         return sorted({worker for lost in self._call_all(lambda shard: shard.lost_workers(own)) for worker in lost})
 
     def reap(self, worker: str) -> int:
-        """Like Queue.reap, in every shard that answers.
-
-        Jobs in different shards count as run beside each other. So does whatever a worker may have
-        run in a shard that does not answer.
-        """
-        ran = dict(self._try_each(lambda shard: (shard, shard.running(worker))))
-        beside = sum(ran.values()) + len(self.parts) - len(ran)
-        return sum(self._try_each(lambda shard: shard.reap(worker, beside - ran.get(shard, 1))))
+        """Like Queue.reap, in every shard that answers."""
+        return self.reap_in(self.parts, worker)
 
     def trim(self) -> int:
         return sum(self._call_all(Queue.trim))
@@ -2156,8 +2155,16 @@ def _try_call(call: Callable[[Queue], T], shard: Queue) -> T | TinyQueueError:
         return error
 
 
+def _try_each(parts: Sequence[Queue], call: Callable[[Queue], T], must: bool = False) -> list[T]:
+    """Call it for each of these shards, even after errors, and return the results.
+
+    Raises Reaped if any call did. Raises the first error if all failed, or with `must` if any did.
+    """
+    return _results([_try_call(call, part) for part in parts], must)
+
+
 def _results(replies: Sequence[T | TinyQueueError], must: bool) -> list[T]:
-    """Return the results, or raise an error among them as _try_each says."""
+    """Return the results, or raise an error among them, as _try_each says."""
     errors = [reply for reply in replies if isinstance(reply, TinyQueueError)]
     reaped = [error for error in errors if isinstance(error, Reaped)]
     if reaped:

@@ -340,6 +340,11 @@ class Connections:
         self._away: tuple[int, Exception] | None = None  # the process that found it away, and how
         self._lock = threading.Lock()
 
+    @property
+    def away(self) -> bool:
+        """Whether a guarded server is known not to answer."""
+        return self._away is not None
+
     def guard(self, name: str) -> None:
         """Let nobody wait for this server while it is away. `name` is for the log."""
         self._guarded = name
