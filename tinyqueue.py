@@ -269,7 +269,6 @@ PAUSE_AGE = 0.1  # seconds for which the known set of paused queues is used
 MEMORY_AGE = 2.0  # seconds for which a reading of Redis' memory is used
 SERIES = 1000  # pairs of type and queue in the metrics: each adds some thirty lines to a scrape
 BUCKETS = (10, 50, 250, 1000, 5000, 15_000, 60_000, 300_000, 1_800_000, math.inf)  # ms
-
 NAME = re.compile(r"[A-Za-z0-9._-]{1,100}")  # of queues, types, workers: cannot spell another key
 PRINTABLE = re.compile(r"[^\x00-\x1f\x7f-\xa0\xad\u2028\u2029\ud800-\udfff]+")  # as in openapi.json
 ID = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-7[0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9a-f]{12}")

@@ -991,8 +991,7 @@ def serve(api: API, sock: socket.socket) -> int:
 
 
 def _serve_with_worker(api: API, server: Server) -> int:
-    from tinyqueue.worker import EXIT_BROKEN, Worker  # needed only here
-    from tinyqueue.worker import handle_signals as obey_signals
+    from tinyqueue.worker import EXIT_BROKEN, Worker, handle_signals  # needed only here
 
     worker = Worker(api.queue, api.settings)
     exit_code: int = EXIT_BROKEN
@@ -1006,7 +1005,7 @@ def _serve_with_worker(api: API, server: Server) -> int:
 
     thread = threading.Thread(target=work, name="worker")
     thread.start()
-    obey_signals(worker, server.stop)
+    handle_signals(worker, server.stop)
     server.run()
     thread.join()
     return exit_code

@@ -311,7 +311,8 @@ def test_reap_after_os_exit_in_a_handler_fails_the_job(near: Queue, work: Any) -
 
 def test_reap_of_a_suspended_worker_runs_its_job_elsewhere(near: Queue, work: Any, runs: Runs) -> None:
     suspended = work("--concurrency", "1")
-    job, old = near.enqueue("gate", "a"), registered(near, suspended)
+    job = near.enqueue("gate", "a")
+    old = registered(near, suspended)
     runs.until("begin a")
     suspended.signal(SIGSTOP)
     other = work()
@@ -754,7 +755,8 @@ def test_stats_prints_a_table(near: Queue, run: Any) -> None:
 
 def test_workers_prints_a_table(near: Queue, run: Any) -> None:
     assert lines(run("workers")) == ["no workers; start one with: tinyqueue worker"]
-    id, job = near.register(["default", "slow"], 3), near.enqueue("echo", 7)
+    id = near.register(["default", "slow"], 3)
+    job = near.enqueue("echo", 7)
     near.heartbeat(id, [job.id])
     assert lines(run("workers")) == ["worker alive busy queues jobs", f"{id} yes 1/3 default,slow {job.id}"]
     near.deregister(id)
