@@ -1085,6 +1085,8 @@ def main(reload: bool) -> None:
         run()
     except SettingsError as error:
         raise click.UsageError(str(error)) from None
+    except TinyQueueError as error:
+        raise click.ClickException(str(error)) from None
     except ModuleNotFoundError as error:
         if error.name != "hupper":
             raise
