@@ -2097,7 +2097,7 @@ class Shards(Verbs):
         return known.absent if known else set()
 
     def _fenced(self, worker: str, call: Callable[[Queue], T]) -> Callable[[Queue], T]:
-        """Note in which shard a worker was reaped: it takes nothing there until it registers again."""
+        """Note where a worker was reaped: it takes nothing there until it registers again."""
 
         def fenced(shard: Queue) -> T:
             try:
@@ -2206,7 +2206,7 @@ class Shards(Verbs):
         self._call_all(self._fenced(worker, beat))
 
     def deregister(self, worker: str) -> None:
-        """Like Queue.deregister, in all shards. A worker stays in those that fail until it is reaped."""
+        """Like Queue.deregister, in all shards. In those that fail the worker will be reaped."""
         self._call_all(lambda shard: shard.deregister(worker), must=True)
         self._registrations.pop(worker, None)
 
@@ -2228,7 +2228,7 @@ class Shards(Verbs):
         return sum(shard.forget(status, part) for shard, part in self._by_shard(ids, text_of))
 
     def ping(self) -> None:
-        """Raise Unavailable unless a shard accepts writes. `warnings` names the shards that do not."""
+        """Raise Unavailable unless a shard accepts writes. `warnings` names those that do not."""
         self._call_all(Queue.ping)
 
     def get(self, id: str) -> Job | None:

@@ -69,7 +69,7 @@ def warnings(queue: AnyQueue) -> list[str]:
 
 
 def _warnings(queue: Queue, one_of_many: bool) -> list[str]:
-    """Return the warnings about one Redis. That it is away is one only if there are other shards."""
+    """Return the warnings about one Redis. If it is the only one, that it is away is none."""
     try:
         if one_of_many:
             queue.ping()

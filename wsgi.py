@@ -471,13 +471,13 @@ class API(bottle.Bottle):  # type: ignore[misc]
         return {"jobs": [next(answers) if isinstance(draft, Job) else {"error": draft.body()} for draft in drafts]}
 
     def _answer_submit(self, drafts: Sequence[Job], jobs: Sequence[Job], once: Once | None) -> list[dict[str, Any]]:
-        """Return the answer for each job, and set the status: 201 if at least one is new, else 200."""
+        """Return the answer for each job, and set the status: 201 if any is new, else 200."""
         replayed = once is not None and once.replayed
         is_new = [job is draft for job, draft in zip(jobs, drafts, strict=True)]
         bottle.response.status = 201 if any(is_new) else 200
         if replayed:
             bottle.response.set_header("Idempotency-Replayed", "true")
-        # A replay repeats the first answer. Otherwise the job in place of a draft has its uniqueKey.
+        # A replay repeats the first answer. Else a job in place of a draft has its uniqueKey.
         return [
             _summary(job) | ({} if new or replayed else {"duplicate": True})
             for job, new in zip(jobs, is_new, strict=True)
