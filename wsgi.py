@@ -62,6 +62,7 @@ from tinyqueue import (
     KeyReused,
     NotReplicated,
     Once,
+    Preview,
     QueueFull,
     SettingsError,
     TinyQueueError,
@@ -506,7 +507,7 @@ class API(bottle.Bottle):  # type: ignore[misc]
         query = _query()
         limit = _query_int(query, "limit", 50, 1, 500)
         cursor = query.pop("cursor", "")
-        jobs, cursor = self.queue.page(_filter(query), limit=limit, cursor=cursor)
+        jobs, cursor = self.queue.page(_filter(query), limit=limit, cursor=cursor, cut=PREVIEW_BYTES)
         return {"jobs": [_shorten(job.answer()) for job in jobs], "cursor": cursor or None}
 
     def show(self, id: str) -> dict[str, Any]:
@@ -733,12 +734,10 @@ def _summary(job: Job) -> dict[str, str]:
 
 
 def _shorten(fields: dict[str, Any]) -> dict[str, Any]:
-    """Replace a long payload or result by the beginning of its JSON, and remove the traceback."""
+    """Name a payload or result that was cut a preview, and remove the traceback."""
     for name in ("payload", "result"):
-        text = msgspec.json.encode(fields.get(name))
-        if len(text) > PREVIEW_BYTES:
-            del fields[name]
-            fields[name + "Preview"] = text[:PREVIEW_BYTES].decode("utf-8", "ignore")
+        if isinstance(fields.get(name), Preview):
+            fields[name + "Preview"] = str(fields.pop(name))
     if "error" in fields:
         fields["error"] = {"type": fields["error"].type, "message": fields["error"].message}
     return fields
@@ -765,7 +764,7 @@ METRICS = (
     ("jobs", "gauge", "queue status", "pending and processing jobs; pending ones include delayed ones"),
     ("jobs_delayed", "gauge", "", "pending jobs that wait for their runAt"),
     ("jobs_kept", "gauge", "status", "jobs that have ended and are still stored"),
-    ("oldest_waiting_seconds", "gauge", "queue", "time since the next job to start was submitted"),
+    ("oldest_waiting_seconds", "gauge", "queue", "time that the next job has waited since it could start"),
     ("queue_paused", "gauge", "queue", "1 if the queue is paused, else 0"),
     ("workers", "gauge", "", "live workers"),
     ("slots", "gauge", "", "jobs that the live workers can run at a time"),
@@ -997,8 +996,7 @@ def serve(api: API, sock: socket.socket) -> int:
 
 
 def _serve_with_worker(api: API, server: Server) -> int:
-    from tinyqueue.worker import EXIT_BROKEN, Worker  # needed only here
-    from tinyqueue.worker import handle_signals as obey_signals
+    from tinyqueue.worker import EXIT_BROKEN, Worker, handle_signals  # needed only here
 
     worker = Worker(api.queue, api.settings)
     exit_code: int = EXIT_BROKEN
@@ -1012,7 +1010,7 @@ def _serve_with_worker(api: API, server: Server) -> int:
 
     thread = threading.Thread(target=work, name="worker")
     thread.start()
-    obey_signals(worker, server.stop)
+    handle_signals(worker, server.stop)
     server.run()
     thread.join()
     return exit_code

@@ -227,7 +227,8 @@ def drain(queue: Queue, folder: str, count: int, slots: int) -> float:
 
     with worker(folder, "--concurrency", str(slots)):
         until(done, 0.002)
-        first, begin = done(), time.perf_counter()
+        first = done()
+        begin = time.perf_counter()
         until(lambda: done() >= count)
         return (done() - first) / (time.perf_counter() - begin)
 
@@ -282,7 +283,8 @@ def measure_idle(raw: redis.Redis, folder: str) -> None:
 
     with worker(folder) as process:
         time.sleep(3)
-        before, cpu = commands(), cpu_seconds(process.pid)
+        before = commands()
+        cpu = cpu_seconds(process.pid)
         time.sleep(20)
         show("idle worker", (commands() - before - 1) / 20, 3, "commands/s", "the goal")
         show("idle worker", 100 * (cpu_seconds(process.pid) - cpu) / 20, 0.3, "% of a core", "the goal")
@@ -341,7 +343,8 @@ def main(jobs: int, growth: bool) -> None:
     with tempfile.TemporaryDirectory() as folder, redis_server(folder) as url:
         Path(folder, "benchhandlers.py").write_text(HANDLERS)
         Path(folder, "url").write_text(url)
-        queue, raw = Queue.from_url(url), redis.Redis.from_url(url)
+        queue = Queue.from_url(url)
+        raw = redis.Redis.from_url(url)
         click.echo(f"{'measure':<34} {'TinyQueue':>12} {'unit':<10} {'ratio':>7}   {'limit':>12}")
         measure_enqueue(queue, raw, jobs)
         for slots in (10, 50):

@@ -309,7 +309,8 @@ def test_reap_after_os_exit_in_a_handler_fails_the_job(near: Queue, work: Any) -
 
 def test_reap_of_a_suspended_worker_runs_its_job_elsewhere(near: Queue, work: Any, runs: Runs) -> None:
     suspended = work("--concurrency", "1")
-    job, old = near.enqueue("gate", "a"), registered(near, suspended)
+    job = near.enqueue("gate", "a")
+    old = registered(near, suspended)
     runs.until("begin a")
     suspended.signal(SIGSTOP)
     other = work()
@@ -761,7 +762,8 @@ def test_stats_prints_a_table(near: Queue, run: Any) -> None:
 
 def test_workers_prints_a_table(near: Queue, run: Any) -> None:
     assert lines(run("workers")) == ["no workers; start one with: tinyqueue worker"]
-    id, job = near.register(["default", "slow"], 3), near.enqueue("echo", 7)
+    id = near.register(["default", "slow"], 3)
+    job = near.enqueue("echo", 7)
     near.heartbeat(id, [job.id])
     assert lines(run("workers")) == ["worker alive busy queues jobs", f"{id} yes 1/3 default,slow {job.id}"]
     near.deregister(id)
@@ -865,6 +867,34 @@ def test_cancel_of_a_running_job_prints_that_it_was_requested(near: Queue, run: 
 def test_refuse_commands_on_an_unknown_job(run: Any, command: str) -> None:
     done = run(command, "no-such-job")
     assert (done.returncode, done.stdout, done.stderr) == (1, b"", b"Error: no such job: no-such-job\n")
+
+
+@pytest.mark.parametrize(
+    ("command", "fitting", "result"), [("cancel", "pending", "cancelled"), ("retry", "failed", "pending")]
+)
+def test_retry_and_cancel_go_on_after_jobs_that_cannot_be_changed(
+    near: Queue, run: Any, command: str, fitting: str, result: str
+) -> None:
+    [a, b] = [put(near, fitting, queue=name).id for name in "ab"]
+    ended = put(near, "completed", queue="c").id
+    done = run(command, a, ended, "no-such-job", b)
+    assert (done.returncode, done.stdout.decode()) == (1, f"{a} {result}\n{b} {result}\n")
+    refused = f"Error: cannot {command} job {ended}: it is completed\n"
+    assert done.stderr.decode() == refused + "Error: no such job: no-such-job\n"
+
+
+@pytest.mark.parametrize("command", ["cancel", "retry"])
+def test_retry_and_cancel_without_redis_name_the_jobs_not_tried(run: Any, command: str) -> None:
+    first, *others = (f"01a21209-ff58-7622-86d1-f71be07e4d0{at}" for at in range(3))
+    done = run(command, first, *others, REDIS_URL=f"redis://127.0.0.1:{free_port()}/0")
+    assert (done.returncode, done.stdout) == (1, b"")
+    assert done.stderr.decode().endswith(f"; stopped at {first}, not tried: {' '.join(others)}\n")
+
+
+def test_pause_with_an_invalid_name_pauses_nothing(near: Queue, run: Any) -> None:
+    done = run("pause", "mail", "no name")
+    assert done.returncode == 2
+    assert near.queues() == {}
 
 
 def test_retry_of_a_pending_job_is_refused(near: Queue, run: Any) -> None:

@@ -679,7 +679,8 @@ def test_dequeue_fails_an_unreadable_record(real: Server, work: Any, echo: None,
 
 
 def test_heartbeat_keeps_a_job_that_outlasts_the_lease(near: Queue, real: Server, work: Any, gates: Any) -> None:
-    gate, queue = gates(), real.queue(lease=2)
+    gate = gates()
+    queue = real.queue(lease=2)
     job = queue.enqueue("gate", 0)
     first = work(queue, slots=1)
     until(lambda: gate.started)
@@ -706,7 +707,8 @@ def test_heartbeat_that_fails_is_repeated_before_the_next_is_due(
 
 
 def test_settle_keeps_an_outcome_until_it_can_be_saved(queue: Queue, work: Any, gates: Any) -> None:
-    gate, awaited = gates(), queue.keys.awaited
+    gate = gates()
+    awaited = queue.keys.awaited
     job = queue.enqueue("gate", 0)
     running = work(queue, slots=1)
     until(lambda: gate.started)
@@ -1175,7 +1177,8 @@ def test_drain_without_redis_exits_with_1_for_unsaved_outcomes(
     start_redis: Callable[..., RedisServer], work: Any, gates: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(worker, "LAST_WRITE", 0.3)
-    redis, gate = start_redis(), gates()
+    redis = start_redis()
+    gate = gates()
     queue = Queue.from_url(redis.url)
     queue.enqueue("gate", 0)
     running = work(queue, drain=0.3)
@@ -1188,7 +1191,8 @@ def test_drain_without_redis_exits_with_1_for_unsaved_outcomes(
 def test_settle_waits_until_redis_has_memory_again(
     start_redis: Callable[..., RedisServer], work: Any, gates: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
-    gate, queue = gates(), Queue.from_url(start_redis().url)
+    gate = gates()
+    queue = Queue.from_url(start_redis().url)
     jobs = queue.enqueue_many("gate", range(4))
     running = work(queue, slots=2)
     until(lambda: len(gate.started) == 2)
