@@ -793,6 +793,7 @@ class Scrape:
         errors = counters.pop("scrapeErrors", {(): 0})
         workers = [worker for worker in queue.workers() if worker["alive"]]
         pairs = dict.fromkeys(labels[:2] for counts in counters.values() for labels in counts)
+        pairs |= dict.fromkeys((type, handler.queue) for type, handler in HANDLERS.items())
         queues = sorted(stats["queues"].items(), key=lambda item: -item[1]["pending"] - item[1]["processing"])[:SERIES]
         self.values: dict[str, Any] = {
             "jobs": {(name, status): queue[status] for name, queue in queues for status in UNENDED},
