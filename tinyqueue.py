@@ -839,6 +839,11 @@ class Verbs(ABC):
         return max(part.store.connections.last_contact for part in self.parts)
 
     @property
+    def memory_use(self) -> float:
+        """The share of its maxmemory that Redis uses, or 0 without a limit. With shards: the highest."""
+        return max(memory_use(part.store.memory()) for part in self.parts)
+
+    @property
     def last_trouble(self) -> float:
         """When Redis last failed to carry out a command."""
         return max(part.store.connections.last_trouble for part in self.parts)
@@ -1612,20 +1617,31 @@ class Queue(Verbs):
         """Delete ended jobs and their entries in the index of that status. Return how many.
 
         Watches the records, because a job that was requeued meanwhile must stay. Completed jobs
-        cannot be requeued, so these need neither a check nor a watch, and may be many.
+        cannot be requeued, so these need neither a check nor a watch, and may be many. When memory is
+        full, Redis refuses every transaction, and so every retry. Then this deletes without one.
         """
         index = self.keys.ended[status]
         keys = [self.keys.job(text_of(id)) for id in ids]
 
-        def body(tx: Transaction) -> int:
+        def choose(tx: Transaction) -> list[Command]:
             scores = tx.read(*(("ZSCORE", index, id) for id in ids)) if status != "completed" else ids
             gone = [at for at, score in enumerate(scores) if score is not None]
-            if gone:
-                tx.write("ZREM", index, *(ids[at] for at in gone))
-                tx.write("DEL", *(keys[at] for at in gone))
-            return len(gone)
+            return [("DEL", *(keys[at] for at in gone)), ("ZREM", index, *(ids[at] for at in gone))] if gone else []
 
-        return self.store.transact(keys if status != "completed" else (), body)
+        def body(tx: Transaction) -> list[Command]:
+            chosen = choose(tx)
+            for command in chosen:
+                tx.write(*command)
+            return chosen
+
+        try:
+            chosen = self.store.transact(keys if status != "completed" else (), body)
+        except Unavailable as trouble:
+            if trouble.reason != "full":
+                raise
+            if chosen := self.store.transact((), choose):
+                self.store.read(*chosen)
+        return len(chosen[0]) - 1 if chosen else 0
 
     # Reading ----------------------------------------------------------------------------------------------------------
 
