@@ -944,7 +944,7 @@ def _print_job(job: Job) -> None:
 
 
 def _change_each(ids: Sequence[str], change: Callable[[str], Job | None]) -> None:
-    """Change jobs by id, and print what happened to each. Exit with 1 if one could not be changed."""
+    """Change jobs by id and print what happened to each. Exit with 1 if one was not changed."""
     failed = 0
     for at, id in enumerate(ids):
         try:

@@ -1442,3 +1442,87 @@ def test_data_stays_consistent_when_everything_happens_at_once(server: Server, q
         running = [pool.submit(work if seed % 2 else client, seed) for seed in range(8)]
         for each in running:
             each.result(120)
+
+
+# Many queues ----------------------------------------------------------------------------------------------------------
+
+
+def test_submit_refuses_one_queue_too_many(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tinyqueue, "MAX_QUEUES", 3)
+    queue = server.queue()
+    for name in "abc":
+        queue.enqueue("echo", 1, queue=name)
+    for other in (queue, server.queue()):
+        with pytest.raises(QueueFull, match="queue d is one too many: there are 3 queues with jobs"):
+            other.enqueue("echo", 1, queue="d")
+        other.enqueue("echo", 1, queue="a")
+    assert list(queue.queues()) == ["a", "b", "c"]
+    check_consistency(queue)
+
+
+def test_submit_of_a_batch_with_too_many_queues_stores_nothing(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tinyqueue, "MAX_QUEUES", 3)
+    queue = server.queue()
+    with pytest.raises(QueueFull):
+        queue.submit([queue.draft("echo", 1, queue=name) for name in "abcd"])
+    assert queue.page() == ([], "")
+    assert len(queue.submit([queue.draft("echo", 1, queue=name) for name in "abc"])) == 3
+
+
+def test_submit_reads_the_names_of_queues_once(near: Queue, far: Queue, proxy: CutProxy) -> None:
+    far.enqueue("echo", 1)
+    far.enqueue("echo", 2)  # reads the series of the metrics
+    proxy.packets.clear()
+    far.enqueue("echo", 3)
+    assert not any(b"HGETALL" in packet for packet in proxy.packets)
+    assert len(proxy.packets) == 1
+
+
+def test_trim_forgets_queues_without_jobs_when_there_are_many(queue: Queue) -> None:
+    made = [queue.enqueue("echo", 1, queue=f"q{at}") for at in range(130)]
+    put(queue, "processing", queue="busy")
+    put(queue, "completed", queue="done")
+    put(queue, "delayed", queue="later")
+    for job in made[5:]:
+        queue.cancel(job.id)
+    queue.pause("q100")
+    queue.trim()  # drops the ids of the cancelled jobs
+    queue.trim()
+    assert set(queue.queues()) == {"busy", "later", "q0", "q1", "q2", "q3", "q4", "q100"}
+    left = {key.decode() for key in raw(queue).keys("*q129")}
+    assert left == set()
+    assert queue.enqueue("echo", 1, queue="q129").queue == "q129"
+    assert queue.queues()["q129"]["pending"] == 1
+
+
+def test_trim_keeps_queues_without_jobs_when_there_are_few(queue: Queue) -> None:
+    put(queue, "completed", queue="done")
+    queue.trim()
+    assert list(queue.queues()) == ["done"]
+
+
+def test_trim_loses_no_job_that_arrives_meanwhile(near: Queue, far: Queue, proxy: CutProxy) -> None:
+    for at in range(110):
+        put(near, "completed", queue=f"q{at}")
+    proxy.before(b"HDEL", lambda: near.enqueue("echo", 1, queue="q7"))
+    far.trim()
+    assert list(near.queues()) == ["q7"]
+
+
+def test_trim_loses_no_job_of_a_queue_whose_count_is_wrong(queue: Queue) -> None:
+    for at in range(110):
+        put(queue, "completed", queue=f"q{at}")
+    job = queue.enqueue("echo", 1, queue="q7")
+    raw(queue).hset(queue.keys.counts, "pending:q7", 0)
+    queue.trim()
+    queue.promote()
+    raw(queue).hset(queue.keys.counts, "pending:q7", 1)
+    assert [started.id for started in queue.dequeue(queue.register(["q7"], 1), ["q7"])] == [job.id]
+
+
+def test_page_with_many_queues_sends_few_packets(near: Queue, far: Queue, proxy: CutProxy) -> None:
+    near.submit([near.draft("echo", 1, queue=f"q{at}") for at in range(900)])
+    far.page(limit=1)
+    proxy.packets.clear()
+    assert len(far.page(limit=1)[0]) == 1
+    assert len(proxy.packets) < 20
