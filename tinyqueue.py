@@ -113,13 +113,12 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import suppress
-from datetime import datetime
+from datetime import UTC, datetime, timedelta
 from functools import reduce
-from typing import Annotated, Any, Concatenate, Generic, Literal, NamedTuple, ParamSpec, TypeAlias, TypeVar, cast
+from typing import Any, Concatenate, Generic, Literal, NamedTuple, ParamSpec, TypeAlias, TypeVar, cast
 
 import msgspec
 import redis
-from msgspec import Meta
 
 from tinyqueue_redis import (
     Clock,
@@ -2411,14 +2410,18 @@ def make_job(
         max_attempts = known.max_attempts if known else 3
     if queue is None:
         queue = known.queue if known else "default"
+    starts_at = _first_run(delay, run_at, now)
+    expires_at = _expiry(expires_in, now) if expires_in is not None else 0
+    if expires_at and starts_at >= expires_at:
+        raise InvalidJob("expiresIn", "must end after the job may start, which delay or runAt says")
     return Job(
         id=_new_id(now),
         type=type,
         payload=payload,
         max_attempts=_whole("maxAttempts", max_attempts, 1, MAX_ATTEMPTS),
         queue=check_name("queue", queue),
-        run_at=_first_run(delay, run_at, now),
-        expires_at=_expiry(expires_in, now) if expires_in is not None else 0,
+        run_at=starts_at,
+        expires_at=expires_at,
         unique_key=_text_key("uniqueKey", unique_key) if unique_key is not None else "",
     )
 
@@ -2470,19 +2473,38 @@ def _expiry(seconds: float, now: int) -> int:
     return now + max(1, round(seconds * 1000))
 
 
+# ISO 8601 with a zone, as languages write it by default: RFC 3339; basic format; hours and minutes
+# only; fractions of any length; a blank before the zone (Ruby), its name after it (Java, Go).
+TIME = re.compile(
+    r"(?P<day>[0-9]{4}-[0-9]{2}-[0-9]{2}|[0-9]{8})[Tt ]"
+    r"(?P<time>[0-9]{2}(?::?[0-9]{2}(?::?[0-9]{2}(?:[.,](?P<fraction>[0-9]{1,30}))?)?)?) ?"
+    r"(?P<zone>[Zz]|UTC|GMT|[+-][0-9]{2}(?::?[0-9]{2}(?::?[0-9]{2})?)?)"
+    r"(?:\[[!-Z^-~]{1,100}\]){0,3}(?: (?:[A-Z]{1,5}|[+-][0-9]{2,4}))?(?: m=[+-][0-9.]{1,30})?"
+)
+
+
 def _parse_run_at(value: Any, now: int) -> int:
     """Read milliseconds since 1970, or ISO 8601 with a zone."""
     rule = f"must be ISO 8601 with a zone, or milliseconds since 1970, and at most {MAX_DELAY // 86400} days ahead"
     if isinstance(value, str):
-        try:
-            value = msgspec.convert(value, Annotated[datetime, Meta(tz=True)])
-        except (msgspec.ValidationError, ValueError):
-            raise InvalidJob("runAt", rule) from None
+        value = _parse_time(value)
     if isinstance(value, datetime) and value.tzinfo:
-        value = int(value.timestamp() * 1000)
+        value = (value - datetime.fromtimestamp(0, UTC)) // timedelta(milliseconds=1)
     if isinstance(value, bool) or not isinstance(value, int) or value > now + MAX_DELAY * 1000:
         raise InvalidJob("runAt", rule)
     return max(value, 0)
+
+
+def _parse_time(text: str) -> datetime | None:
+    """Read a time in the part of ISO 8601 that all supported Pythons read alike."""
+    if not (match := TIME.fullmatch(text)):
+        return None
+    digits = match["time"].partition(".")[0].partition(",")[0].replace(":", "").ljust(6, "0")
+    fraction = (match["fraction"] or "").ljust(6, "0")[:6]
+    zone = match["zone"].replace(":", "") if match["zone"][0] in "+-" else "+00"
+    with suppress(ValueError):
+        return datetime.fromisoformat(f"{match['day'].replace('-', '')}T{digits}.{fraction}{zone}")
+    return None
 
 
 # Strict JSON ----------------------------------------------------------------------------------------------------------

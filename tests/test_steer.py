@@ -430,11 +430,24 @@ def test_expired_job_fails_when_it_would_start(queue: Queue, worker: str) -> Non
 
 
 def test_expired_job_fails_when_its_delay_is_over(queue: Queue, worker: str) -> None:
-    job = queue.enqueue("echo", 1, delay=10, expires_in=5)
+    job = queue.enqueue("echo", 1, delay=5, expires_in=10)
     queue.clock.ahead += 10_001
     queue.promote()
     assert queue.dequeue(worker, DEFAULT) == []
     assert found(queue, job).status == "failed"
+
+
+@pytest.mark.parametrize("start", [{"delay": 10}, {"delay": 10.5}, {"delay": MAX_DELAY}])
+def test_enqueue_refuses_a_delay_beyond_the_expiry(queue: Queue, start: dict[str, float]) -> None:
+    with pytest.raises(InvalidJob, match="expiresIn: must end after the job may start"):
+        queue.enqueue("echo", 1, **start, expires_in=10)
+    with pytest.raises(InvalidJob, match="expiresIn: must end after the job may start"):
+        queue.enqueue("echo", 1, run_at=queue.now() + round(start["delay"] * 1000), expires_in=10)
+    assert queue.page() == ([], "")
+
+
+def test_enqueue_accepts_a_run_time_in_the_past_with_an_expiry(queue: Queue) -> None:
+    assert queue.enqueue("echo", 1, run_at=1, expires_in=0.001).run_at == 0
 
 
 def test_job_starts_when_it_has_not_expired(queue: Queue, worker: str) -> None:
