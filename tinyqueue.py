@@ -335,7 +335,7 @@ UNREADABLE = "UnreadableRecord"
 
 
 class Failure(msgspec.Struct, rename="camel", omit_defaults=True):
-    """Why an attempt failed. `of` shortens message and traceback."""
+    """Why an attempt failed. `of` shortens type, message and traceback."""
 
     type: str
     message: str
@@ -345,7 +345,7 @@ class Failure(msgspec.Struct, rename="camel", omit_defaults=True):
     def of(cls, error: BaseException, traceback: str = "") -> Failure:
         """Describe an exception. Escapes text that JSON cannot hold, such as lone surrogates."""
         message, trace = (text.encode("utf-8", "backslashreplace").decode() for text in (_text(error), traceback))
-        return cls(type(error).__name__, message[:1000], trace[-4000:])
+        return cls(type(error).__name__[:100], message[:1000], trace[-4000:])
 
 
 class Job(msgspec.Struct, rename="camel", omit_defaults=True, dict=True):
