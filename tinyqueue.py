@@ -114,7 +114,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import suppress
 from datetime import UTC, datetime, timedelta
-from functools import reduce
+from functools import partial, reduce
 from typing import Any, Concatenate, Generic, Literal, NamedTuple, ParamSpec, TypeAlias, TypeVar, cast
 
 import msgspec
@@ -233,7 +233,15 @@ class Corrupted(TinyQueueError):
 
 
 class Reaped(TinyQueueError):
-    """The worker was reaped and its jobs were requeued. It must drop them and register again."""
+    """The worker was reaped and its jobs were requeued. It must drop them and register again.
+
+    `parts` are the shards that reaped it. It keeps the jobs of the other shards. Without shards,
+    `parts` is empty.
+    """
+
+    def __init__(self, text: str) -> None:
+        super().__init__(text)
+        self.parts: list[Queue] = []
 
 
 def _translated(error: Exception) -> TinyQueueError:
@@ -270,7 +278,6 @@ PAUSE_AGE = 0.1  # seconds for which the known set of paused queues is used
 MEMORY_AGE = 2.0  # seconds for which a reading of Redis' memory is used
 SERIES = 1000  # pairs of type and queue in the metrics: each adds some thirty lines to a scrape
 BUCKETS = (10, 50, 250, 1000, 5000, 15_000, 60_000, 300_000, 1_800_000, math.inf)  # ms
-
 NAME = re.compile(r"[A-Za-z0-9._-]{1,100}")  # of queues, types, workers: cannot spell another key
 PRINTABLE = re.compile(r"[^\x00-\x1f\x7f-\xa0\xad\u2028\u2029\ud800-\udfff]+")  # as in openapi.json
 ID = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-7[0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9a-f]{12}")
@@ -489,6 +496,16 @@ def _job(id: str, record: bytes, cut: int | None = None) -> Job:
 
 def _expired(job: Job, now: int) -> bool:
     return bool(job.expires_at) and not job.started_at and job.expires_at <= now
+
+
+def _waited(job: Job, now: int) -> int:
+    """Milliseconds since a pending job could start; release, fail and retry have updated it."""
+    return max(0, now - max(job.created_at, job.run_at, job.updated_at))
+
+
+def _attempt(job: Job) -> tuple[str, int, int, int]:
+    """What tells one attempt from all others; a retry resets the number of attempts."""
+    return job.worker, job.attempts, job.refunds, job.started_at
 
 
 def _runs(job: Job, worker: str) -> bool:
@@ -798,9 +815,13 @@ class Verbs(ABC):
     @abstractmethod
     def now(self) -> int: ...
     @abstractmethod
+    def part_of(self, id: str) -> Queue: ...
+    @abstractmethod
     def submit(self, jobs: Sequence[Job], once: Once | None = None) -> list[Job]: ...
     @abstractmethod
     def take(self, worker: str, names: Sequence[str], most: int) -> list[bytes]: ...
+    @abstractmethod
+    def adopt(self, worker: str, held: Collection[str]) -> list[bytes]: ...
     @abstractmethod
     def start(self, worker: str, ids: Sequence[bytes]) -> list[Job]: ...
     @abstractmethod
@@ -846,7 +867,10 @@ class Verbs(ABC):
     def dequeue(self, worker: str, names: Sequence[str], most: int = 1) -> list[Job]:
         """Take and start up to `most` jobs. Return an empty list if there are none."""
         ids = self.take(worker, names, most)
-        return [job for job in self.start(worker, ids) if job.status == "processing"] if ids else []
+        jobs = self.start(worker, ids) if ids else []
+        if left := {job.id.encode() for job in jobs if job.status == "pending" and not job.suspect}:
+            jobs += self.start(worker, [id for id in self.adopt(worker, ()) if id in left])
+        return [job for job in jobs if job.status == "processing"]
 
     def complete(self, job: Job, result: Any = None) -> None:
         """Complete a started job with its result. Raises Reaped if its worker has lost it."""
@@ -859,6 +883,19 @@ class Verbs(ABC):
     def release(self, job: Job) -> None:
         """Requeue a started job at the head of its queue. Refunds up to MAX_REFUNDS attempts."""
         self._settle_one(Outcome(job, "release"))
+
+    def reap_in(self, parts: Sequence[Queue], worker: str) -> int:
+        """Reap a worker in some of the shards. Returns how many of its jobs were requeued.
+
+        Jobs in different shards count as run beside each other. So does whatever it may have run in
+        a shard that is away. The other shards are reaped even if one fails.
+        """
+        ran: dict[Queue, int] = {}
+        for part in self.parts:
+            with suppress(Unavailable):
+                ran[part] = part.running(worker)
+        beside = sum(ran.values()) + len(self.parts) - len(ran)
+        return sum(_try_each(parts, lambda part: part.reap(worker, beside - ran.get(part, 1))))
 
     def _settle_one(self, outcome: Outcome) -> None:
         if self.settle(outcome.job.worker, [outcome]):
@@ -913,6 +950,8 @@ class Queue(Verbs):
         self.min_replicas = min_replicas
         self._paused: tuple[float, frozenset[str]] = (-1e9, frozenset())  # when read, and the names
         self._known: set[str] = set()  # the names of queues that exist
+        self._leases: dict[str, tuple[bytes | None, float]] = {}  # as last seen, and since when
+        self._lost: dict[str, bytes | None] = {}  # those that were seen unchanged for too long
         self._writers = threading.BoundedSemaphore(WRITERS)
 
     @property
@@ -940,6 +979,10 @@ class Queue(Verbs):
     def now(self) -> int:
         """Redis TIME in milliseconds."""
         return self.store.now()
+
+    def part_of(self, id: str) -> Queue:
+        """Return the queue that has the job of that id: this one."""
+        return self
 
     # Enqueue ----------------------------------------------------------------------------------------------------------
 
@@ -1044,8 +1087,8 @@ class Queue(Verbs):
 
     def register(self, queues: Sequence[str], concurrency: int, worker: str = "") -> str:
         """Register a new worker and return its id. It must renew its lease with heartbeats."""
-        host = re.sub(r"[^A-Za-z0-9._-]", "-", socket.gethostname())[:60] or "host"
-        worker = worker or f"{host}-{os.getpid()}-{os.urandom(4).hex()}"
+        host = _host()
+        worker = worker or _new_worker_id()
         about = {"host": host, "pid": os.getpid(), "queues": list(queues), "concurrency": concurrency}
         about["startedAt"] = self.now()
 
@@ -1102,16 +1145,18 @@ class Queue(Verbs):
         return taken
 
     def start(
-        self, worker: str, ids: Sequence[bytes], held: Mapping[str, int] | None = None, others: int = 0
+        self, worker: str, ids: Sequence[bytes], held: Mapping[str, Job] | None = None, others: int = 0
     ) -> list[Job]:
         """Start an attempt for every taken id whose job is pending and due. Drop the other ids.
 
         pending -> processing; an expired job -> failed. Watches the registration and the records.
-        `held` maps the ids of jobs that this worker has started and not settled to their attempts.
-        A job that is processing under this worker's name but not held was started by a transaction
-        whose reply was lost, and is returned too. A suspect starts only alone, while nothing is
-        held. Otherwise it is returned pending and stays in the worker's list. `others` counts the
-        ids started at the same time in other shards. Raises Reaped if the worker is not registered.
+        `held` has the jobs that this worker has started and not settled. A job that is processing
+        under this worker's name in an attempt that is not held was started by a transaction whose
+        reply was lost, and is returned too. A suspect starts only alone, while nothing is held.
+        Otherwise it is returned pending and stays in the worker's list. After a lost reply no id is
+        started or dropped: that may have been done. Pending jobs are returned as they are, and
+        `adopt` finds what is still in the list. `others` counts the ids started at the same time in
+        other shards. Raises Reaped if the worker is not registered.
         """
         texts = list(map(text_of, ids))
         named = list(dict.fromkeys(id for id in texts if ID.fullmatch(id)))
@@ -1131,6 +1176,8 @@ class Queue(Verbs):
                 job = _job(id, record) if record is not None else None
                 if job and self._stays(job, worker, held, company, tx.again):
                     started.append(job)
+                elif tx.again:
+                    continue
                 elif job and job.status == "pending" and not _expired(job, tx.now) and job.run_at <= tx.now:
                     changed += [self.keys.job(id), _record(self._begin(tx, job, worker))]
                     started.append(job)
@@ -1156,16 +1203,16 @@ class Queue(Verbs):
             raise Reaped(f"worker {worker} was reaped")
         return replies if records else [*replies, []]
 
-    def _stays(self, job: Job, worker: str, held: Mapping[str, int] | None, company: bool, again: bool) -> bool:
+    def _stays(self, job: Job, worker: str, held: Mapping[str, Job] | None, company: bool, again: bool) -> bool:
         """Whether to return a taken job as it is: a suspect in company, or one started before."""
         if job.status == "pending":
-            return job.suspect and company
-        reply_lost = again if held is None else held.get(job.id) != job.attempts
+            return again or (job.suspect and company)
+        ours = held.get(job.id) if held else None
+        reply_lost = again if held is None else ours is None or _attempt(ours) != _attempt(job)
         return _runs(job, worker) and reply_lost
 
     def _begin(self, tx: Transaction, job: Job, worker: str) -> Job:
-        # The wait began when the job was created, became due, or was last requeued.
-        tx.started(job, max(0, tx.now - max(job.created_at, job.run_at, job.updated_at)))
+        tx.started(job, _waited(job, tx.now))
         job.status = "processing"
         job.worker = worker
         job.attempts += 1
@@ -1418,12 +1465,15 @@ class Queue(Verbs):
     def heartbeat(self, worker: str, jobs: Sequence[str] = ()) -> None:
         """Renew the lease and report which jobs run. Raises Reaped if the registration is gone.
 
-        reap deletes the registration only when the lease is gone. So a lease that exists can be
-        renewed with one command. An expired one is set again under WATCH of the registration.
+        reap deletes the registration only when the lease is gone or unchanged for too long. So a
+        lease that exists can be renewed with one command. An expired one is set again under WATCH
+        of the registration.
         """
-        beat = _encode({"at": self.now(), "jobs": list(jobs)})
+        beat = _encode({"at": self.now(), "jobs": list(jobs), "beat": next(_order)})  # each one differs
         renewal = ("SET", self.keys.lease(worker), beat, "PX", self.lease_ms)
         if self.store.read((*renewal, "XX"))[0] is not None:
+            if jobs:  # if the set of workers was lost, reap must still find this one
+                self.store.read(("SADD", self.keys.workers, worker))
             return
 
         def body(tx: Transaction) -> None:
@@ -1472,14 +1522,28 @@ class Queue(Verbs):
         """Return every worker that may hold a job. Skip what cannot be the name of a worker."""
         return sorted(filter(NAME.fullmatch, map(text_of, self.store.read(("SMEMBERS", self.keys.workers))[0])))
 
-    def lost_workers(self, own: str = "") -> list[str]:
-        """Return the workers whose lease is gone, except `own`."""
+    def lost_workers(self, own: str = "", now: float | None = None) -> list[str]:
+        """Return the workers, except `own`, whose lease was seen missing or unchanged for a lease.
+
+        This goes by the monotonic clock of this process (`now`, in seconds). Leases expire by the
+        wall clock of Redis, which may be set: ahead, and living workers would seem lost; back, and
+        lost workers would seem alive. Call it several times within a lease.
+        """
+        now = time.monotonic() if now is None else now
         workers = [worker for worker in self._known_workers() if worker != own]
         leases = self.store.read(("MGET", *map(self.keys.lease, workers)))[0] if workers else []
-        return [worker for worker, lease in zip(workers, leases, strict=True) if lease is None]
+        seen = {}
+        for worker, lease in zip(workers, leases, strict=True):
+            before, since = self._leases.get(worker, (lease, now))
+            seen[worker] = (lease, since if before == lease else now)
+        self._leases = seen
+        self._lost = {worker: lease for worker, (lease, since) in seen.items() if now - since >= self.lease}
+        return list(self._lost)
 
     def reap(self, worker: str, others: int = 0) -> int:
-        """Remove a worker whose lease is gone and requeue its jobs. Return how many; 0 if it lives.
+        """Remove a lost worker and requeue its jobs. Return how many; 0 if it lives.
+
+        It lives if its lease exists, unless `lost_workers` has seen that very lease for too long.
 
         processing -> pending, or failed if no attempt is left. Watches the registration, the lease,
         the list and the records: a worker that wakes up may be taking or starting jobs right now,
@@ -1491,10 +1555,11 @@ class Queue(Verbs):
         registration = self.keys.worker(worker)
         lease = self.keys.lease(worker)
         proc = self.keys.proc(worker)
+        stale = self._lost.get(worker)
 
         def body(tx: Transaction) -> int:
-            alive, entries = tx.read(("EXISTS", lease), ("LRANGE", proc, 0, -1))
-            if alive:
+            sign, entries = tx.read(("GET", lease), ("LRANGE", proc, 0, -1))
+            if sign is not None and sign != stale:
                 return 0
             jobs = list(self._read_jobs(tx, entries, watch=True))
             beside = others + sum(_runs(job, worker) for job in jobs) > 1
@@ -1510,7 +1575,7 @@ class Queue(Verbs):
                     self._set_aside(tx, job)
                     continue
                 held += 1
-            tx.write("DEL", registration, proc)
+            tx.write("DEL", registration, lease, proc)
             tx.write("SREM", self.keys.workers, worker)
             return held
 
@@ -1803,19 +1868,20 @@ class Queue(Verbs):
         counted = {field.partition(":")[2] for field in counts if ":" in field}
         names = sorted(counted | set(filter(NAME.fullmatch, self._paused[1])))
         heads = self.store.read(*(("LINDEX", self.keys.jobs(name), -1) for name in names))
+        ids = [text_of(head or b"") for head in heads]
+        records = self.store.read(("MGET", *map(self.keys.job, ids)))[0] if ids else []
         return {
             name: {
                 "pending": counts.get("pending:" + name, 0),
                 "processing": counts.get("processing:" + name, 0),
-                "oldestWaitingMs": self._age(head) if counts.get("pending:" + name) else 0,
+                "oldestWaitingMs": self._age(id, record) if counts.get("pending:" + name) else 0,
                 "paused": name in self._paused[1],
             }
-            for name, head in zip(names, heads, strict=True)
+            for name, id, record in zip(names, ids, records, strict=True)
         }
 
-    def _age(self, head: bytes | None) -> int:
-        id = text_of(head or b"")
-        return max(0, self.now() - created_at(id)) if ID.fullmatch(id) else 0
+    def _age(self, id: str, record: bytes | None) -> int:
+        return _waited(_job(id, record), self.now()) if record and ID.fullmatch(id) else 0
 
     def count_unended(self) -> tuple[list[int], int]:
         """Count pending and processing jobs, and the entries of their lists, all at one moment."""
@@ -1919,6 +1985,14 @@ def _warn_of_gone(ids: Sequence[str]) -> None:
         log.warning(text, len(ids), ids[0])
 
 
+def _host() -> str:
+    return re.sub(r"[^A-Za-z0-9._-]", "-", socket.gethostname())[:60] or "host"
+
+
+def _new_worker_id() -> str:
+    return f"{_host()}-{os.getpid()}-{os.urandom(4).hex()}"
+
+
 def _worker(id: str, about: bytes, lease: bytes | None) -> dict[str, Any]:
     known = msgspec.json.decode(about)
     beat = msgspec.json.decode(lease or b"{}")
@@ -1957,14 +2031,25 @@ def _place_of(cursor: str) -> Place:
 # Shards ---------------------------------------------------------------------------------------------------------------
 
 
+class Registration(NamedTuple):
+    """What a worker registered with, and the shards in which it is not registered at present."""
+
+    queues: Sequence[str]
+    concurrency: int
+    absent: set[Queue]
+
+
 class Shards(Verbs):
     """Many queues as one. Each has its own namespace, such as `{queue.0}`, and so its own slot.
 
     The last two digits of a job's id name its shard. All jobs of a submit go into one shard, and
     those of the next into the next shard, so the order is first in, first out only within a shard.
-    A submit with a uniqueKey or an Idempotency-Key goes to the shard of that key. A worker
-    registers in all shards under one id. If it is reaped in one, it must register again in all.
-    While a shard is unreachable, the others are served.
+    A submit with a uniqueKey goes to the shard of that key, and one with only an Idempotency-Key to
+    the shard of that.
+
+    Each shard stands alone. While one does not answer, the others are served, and nobody waits for
+    it. A worker has one id in all shards. The heartbeat registers it in those that did not answer
+    before or that have reaped it. It takes no jobs from these until then. Reports need all shards.
     """
 
     def __init__(self, shards: Sequence[Queue]) -> None:
@@ -1974,10 +2059,24 @@ class Shards(Verbs):
         self.lease_ms = shards[0].lease_ms
         self.keep_ms = shards[0].keep_ms
         self._turn = itertools.count(random.randrange(len(shards)))
-        self._waiters = ThreadPoolExecutor(len(shards), "shard")
+        self._registrations: dict[str, Registration] = {}  # by worker, of those that this process registered
+        self._open_threads()
+        for shard in shards:
+            shard.store.connections.guard(f"shard {shard.keys.prefix[1:-2]}")
+
+    def _open_threads(self) -> None:
+        self._waiters = ThreadPoolExecutor(len(self.parts), "bell")
+        self._callers = ThreadPoolExecutor(2 * len(self.parts), "shard")
         self._waits: dict[int, Future[bool]] = {}
 
-    def _shard_of(self, id: str) -> Queue:
+    def disconnect(self) -> None:
+        """Close all connections and end all threads. A fork would not take the threads along."""
+        for threads in (self._waiters, self._callers):
+            threads.shutdown()
+        super().disconnect()
+        self._open_threads()
+
+    def part_of(self, id: str) -> Queue:
         """Return the shard that an id names. If it names none, any shard will find it unknown."""
         at = int(id[-2:], 16) if ID.fullmatch(id) else 0
         return self.parts[at if at < len(self.parts) else 0]
@@ -1989,27 +2088,31 @@ class Shards(Verbs):
         """Group items by the shard of the job whose id `id` returns."""
         parts: defaultdict[Queue, list[T]] = defaultdict(list)
         for item in items:
-            parts[self._shard_of(id(item))].append(item)
+            parts[self.part_of(id(item))].append(item)
         return list(parts.items())
 
-    def _try_each(self, call: Callable[[Queue], T], must: bool = False, order: Sequence[Queue] = ()) -> list[T]:
-        """Call it for every shard, even after errors, and return the results.
+    def _from(self, first: int) -> list[Queue]:
+        """Return all shards, beginning with that one."""
+        first %= len(self.parts)
+        return [*self.parts[first:], *self.parts[:first]]
 
-        Raises the first error, Reaped before others, if all failed. With `must`: if any failed.
-        """
-        results = list[T]()
-        errors = list[TinyQueueError]()
-        for shard in order or self.parts:
+    def _try_first(self, call: Callable[[Queue], T], first: int = 0) -> T:
+        """Return the result of the first shard that is available, beginning with that one."""
+        for shard in self._from(first):
             try:
-                results.append(call(shard))
-            except TinyQueueError as error:
-                errors.append(error)
-        if errors and (must or not results):
-            raise next((error for error in errors if isinstance(error, Reaped)), errors[0])
-        return results
+                return call(shard)
+            except Unavailable as error:
+                trouble = error
+        raise trouble
+
+    def _call_all(self, call: Callable[[Queue], T], must: bool = False) -> list[T]:
+        """Like _try_each, in all shards at the same time: one that hangs holds up no other."""
+        return _results(list(self._callers.map(partial(_try_call, call), self.parts)), must)
 
     def now(self) -> int:
-        return self.parts[0].now()
+        """Return the time of a shard that this process knows, or else of the first that answers."""
+        known = next((shard for shard in self.parts if not shard.clock.stale), None)
+        return known.clock.now() if known else self._try_first(Queue.now)
 
     def submit(self, jobs: Sequence[Job], once: Once | None = None) -> list[Job]:
         """Like Queue.submit. Raises InvalidJob if the uniqueKeys belong to different shards."""
@@ -2037,9 +2140,38 @@ class Shards(Verbs):
         return self.parts[at].submit(jobs, once)
 
     def register(self, queues: Sequence[str], concurrency: int, worker: str = "") -> str:
-        for shard in self.parts:
-            worker = shard.register(queues, concurrency, worker)
+        """Like Queue.register, in every shard that answers. The heartbeat adds the others."""
+        worker = worker or _new_worker_id()
+        self._registrations[worker] = Registration(queues, concurrency, set(self.parts))
+        try:
+            self._call_all(lambda shard: self._register_in(shard, worker))
+        except TinyQueueError:
+            del self._registrations[worker]
+            raise
         return worker
+
+    def _register_in(self, shard: Queue, worker: str) -> None:
+        queues, concurrency, absent = self._registrations[worker]
+        shard.register(queues, concurrency, worker)
+        absent.discard(shard)
+
+    def _absent(self, worker: str) -> set[Queue]:
+        """Return the shards in which a worker of this process is known not to be registered."""
+        known = self._registrations.get(worker)
+        return known.absent if known else set()
+
+    def _fenced(self, worker: str, call: Callable[[Queue], T]) -> Callable[[Queue], T]:
+        """Note in which shard a worker was reaped: it takes nothing there until it registers again."""
+
+        def fenced(shard: Queue) -> T:
+            try:
+                return call(shard)
+            except Reaped as error:
+                error.parts = [shard]
+                self._absent(worker).add(shard)
+                raise
+
+        return fenced
 
     def wait(self, names: Sequence[str], seconds: float = BLOCK) -> bool:
         """Like Queue.wait, in all shards. Waits that outlast this call go on in the next one."""
@@ -2059,93 +2191,115 @@ class Shards(Verbs):
             return False
 
     def waiting(self, names: Sequence[str], due: bool = False) -> int:
-        return sum(self._try_each(lambda shard: shard.waiting(names, due)))
+        return sum(_try_each(self.parts, lambda shard: shard.waiting(names, due)))
 
     def take(self, worker: str, names: Sequence[str], most: int) -> list[bytes]:
         """Like Queue.take, from the shards in turn. Shards that fail are left out."""
         taken: list[bytes] = []
+        absent = self._absent(worker)
 
         def take(shard: Queue) -> None:
-            if len(taken) < most:
+            if len(taken) < most and shard not in absent:
                 taken.extend(shard.take(worker, names, most - len(taken)))
 
-        first = next(self._turn) % len(self.parts)
-        self._try_each(take, order=[*self.parts[first:], *self.parts[:first]])
+        _try_each(self._from(next(self._turn)), take)
         return taken
 
-    def start(self, worker: str, ids: Sequence[bytes], held: Mapping[str, int] | None = None) -> list[Job]:
-        parts = self._by_shard(ids, text_of)
-        started = (shard.start(worker, entries, held, len(ids) - len(entries)) for shard, entries in parts)
-        return [job for jobs in started for job in jobs]
+    def start(self, worker: str, ids: Sequence[bytes], held: Mapping[str, Job] | None = None) -> list[Job]:
+        """Like Queue.start, one transaction per shard. Tries all before it raises.
+
+        A job that was started before an error was raised is found by `adopt`.
+        """
+        parts = dict(self._by_shard(ids, text_of))
+        start = self._fenced(
+            worker, lambda shard: shard.start(worker, parts[shard], held, len(ids) - len(parts[shard]))
+        )
+        return [job for jobs in _try_each(list(parts), start, must=True) for job in jobs]
 
     def adopt(self, worker: str, held: Collection[str]) -> list[bytes]:
-        return [id for ids in self._try_each(lambda shard: shard.adopt(worker, held)) for id in ids]
+        return [id for ids in _try_each(self.parts, lambda shard: shard.adopt(worker, held)) for id in ids]
 
     def settle(self, worker: str, outcomes: Sequence[Outcome], again: bool = False) -> list[Outcome]:
-        """Like Queue.settle, one transaction per shard. Tries all before it raises Unavailable."""
-        lost = list[Outcome]()
-        errors = list[Unavailable]()
-        for shard, part in self._by_shard(outcomes, lambda outcome: outcome.job.id):
-            try:
-                lost += shard.settle(worker, part, again)
-            except Unavailable as error:
-                errors.append(error)
-        if errors:
-            errors[0].doubtful = True  # the other shards may have written theirs
-            raise errors[0]
-        return lost
+        """Like Queue.settle, one transaction per shard. Tries all before it raises.
+
+        A worker should settle the outcomes of each shard by themselves, so that it need not settle
+        them again because of another shard.
+        """
+        parts = dict(self._by_shard(outcomes, lambda outcome: outcome.job.id))
+        settle = self._fenced(worker, lambda shard: shard.settle(worker, parts[shard], again))
+        try:
+            return [outcome for lost in _try_each(list(parts), settle, must=True) for outcome in lost]
+        except Unavailable as error:
+            error.doubtful = error.doubtful or len(parts) > 1  # the other shards may have written theirs
+            raise
 
     def write_progress(self, job: Job) -> None:
-        self._shard_of(job.id).write_progress(job)
+        self.part_of(job.id).write_progress(job)
 
     def cancel(self, id: str) -> Job | None:
-        return self._shard_of(id).cancel(id)
+        return self.part_of(id).cancel(id)
 
     def cancel_requests(self, ids: Sequence[str]) -> list[str]:
-        return [id for shard, part in self._by_shard(ids, str) for id in shard.cancel_requests(part)]
+        parts = dict(self._by_shard(ids, str))
+        found = _try_each(list(parts), lambda shard: shard.cancel_requests(parts[shard]))
+        return [id for part in found for id in part]
 
     def retry(self, id: str) -> Job | None:
-        return self._shard_of(id).retry(id)
+        return self.part_of(id).retry(id)
 
     def pause(self, name: str) -> None:
-        self._try_each(lambda shard: shard.pause(name), must=True)
+        self._call_all(lambda shard: shard.pause(name), must=True)
 
     def resume(self, name: str) -> None:
-        self._try_each(lambda shard: shard.resume(name), must=True)
+        self._call_all(lambda shard: shard.resume(name), must=True)
 
     def heartbeat(self, worker: str, jobs: Sequence[str] = ()) -> None:
-        self._try_each(
-            lambda shard: shard.heartbeat(worker, [id for id in jobs if self._shard_of(id) is shard]), must=True
-        )
+        """Like Queue.heartbeat, in every shard that answers. Registers the worker where it is not.
+
+        Raises Reaped after that, if any shard has reaped it. It registers there at the next call.
+        """
+        parts = dict(self._by_shard(jobs, str))
+        absent = set(self._absent(worker))
+
+        def beat(shard: Queue) -> None:
+            if shard in absent:
+                self._register_in(shard, worker)
+            else:
+                shard.heartbeat(worker, parts.get(shard, []))
+
+        self._call_all(self._fenced(worker, beat))
 
     def deregister(self, worker: str) -> None:
-        self._try_each(lambda shard: shard.deregister(worker), must=True)
+        """Like Queue.deregister, in all shards. A worker stays in those that fail until it is reaped."""
+        self._call_all(lambda shard: shard.deregister(worker), must=True)
+        self._registrations.pop(worker, None)
 
     def promote(self) -> int:
-        return sum(self._try_each(Queue.promote))
+        return sum(self._call_all(Queue.promote))
 
-    def lost_workers(self, own: str = "") -> list[str]:
-        return sorted({worker for lost in self._try_each(lambda shard: shard.lost_workers(own)) for worker in lost})
+    def lost_workers(self, own: str = "", now: float | None = None) -> list[str]:
+        found = self._call_all(lambda shard: shard.lost_workers(own, now))
+        return sorted({worker for lost in found for worker in lost})
 
     def reap(self, worker: str) -> int:
-        """Like Queue.reap. Jobs in different shards count as run beside each other."""
-        ran = dict(self._try_each(lambda shard: (shard, shard.running(worker))))
-        return sum(self._try_each(lambda shard: shard.reap(worker, sum(ran.values()) - ran.get(shard, 0))))
+        """Like Queue.reap, in every shard that answers."""
+        return self.reap_in(self.parts, worker)
 
     def trim(self) -> int:
-        return sum(self._try_each(Queue.trim))
+        return sum(self._call_all(Queue.trim))
 
     def forget(self, status: str, ids: Sequence[bytes]) -> int:
         return sum(shard.forget(status, part) for shard, part in self._by_shard(ids, text_of))
 
     def ping(self) -> None:
-        self._try_each(Queue.ping, must=True)
+        """Raise Unavailable unless a shard accepts writes. `warnings` names the shards that do not."""
+        self._call_all(Queue.ping)
 
     def get(self, id: str) -> Job | None:
-        return self._shard_of(id).get(id)
+        return self.part_of(id).get(id)
 
     def wait_for(self, id: str, seconds: float) -> Job | None:
-        return self._shard_of(id).wait_for(id, seconds)
+        return self.part_of(id).wait_for(id, seconds)
 
     def page(
         self, filter: Filter | None = None, *, limit: int = 50, cursor: str = "", cut: int | None = None
@@ -2184,17 +2338,45 @@ class Shards(Verbs):
                 known = found.setdefault(about["id"], about | {"jobs": [], "lastHeartbeat": 0})
                 known["jobs"] = known["jobs"] + about["jobs"]
                 known["lastHeartbeat"] = max(known["lastHeartbeat"], about["lastHeartbeat"])
-                known["alive"] = known["alive"] and about["alive"]
+                known["alive"] = known["alive"] or about["alive"]  # its lease may be gone in one shard
         return list(found.values())
 
     def metrics(self) -> dict[str, dict[tuple[str, ...], int]]:
         return reduce(_added, (shard.metrics() for shard in self.parts))
 
     def count_scrape_errors(self, times: int) -> None:
-        self.parts[0].count_scrape_errors(times)
+        self._try_first(lambda shard: shard.count_scrape_errors(times))
 
     def spend(self, who: str, limit: int, seconds: int) -> tuple[int, int]:
-        return self.parts[self._index_of(who)].spend(who, limit, seconds)
+        """Like Queue.spend, in the shard of the client, or in the next that answers."""
+        return self._try_first(lambda shard: shard.spend(who, limit, seconds), self._index_of(who))
+
+
+def _try_call(call: Callable[[Queue], T], shard: Queue) -> T | TinyQueueError:
+    try:
+        return call(shard)
+    except TinyQueueError as error:
+        return error
+
+
+def _try_each(parts: Sequence[Queue], call: Callable[[Queue], T], must: bool = False) -> list[T]:
+    """Call it for each of these shards, even after errors, and return the results.
+
+    Raises Reaped if any call did. Raises the first error if all failed, or with `must` if any did.
+    """
+    return _results([_try_call(call, part) for part in parts], must)
+
+
+def _results(replies: Sequence[T | TinyQueueError], must: bool) -> list[T]:
+    """Return the results, or raise an error among them, as _try_each says."""
+    errors = [reply for reply in replies if isinstance(reply, TinyQueueError)]
+    reaped = [error for error in errors if isinstance(error, Reaped)]
+    if reaped:
+        reaped[0].parts = [part for error in reaped for part in error.parts]
+        raise reaped[0]
+    if errors and (must or len(errors) == len(replies)):
+        raise errors[0]
+    return [reply for reply in replies if not isinstance(reply, TinyQueueError)]
 
 
 def _added(one: Any, other: Any) -> Any:
@@ -2277,7 +2459,8 @@ def handler(
     receives the job. The return value, as JSON, is the job's result.
 
     `timeout` is in seconds; None means unlimited. After failed attempt n the job waits for
-    `backoff` * 2 ** (n - 1) seconds and up to half as much again, but at most `backoff_cap`.
+    `backoff` * 2 ** (n - 1) seconds and up to half as much again, but at most `backoff_cap`; once
+    it has reached the cap, for two thirds of it or more.
     Mistakes raise TypeError or InvalidJob when the module is imported.
     """
     check_name("type", type)
@@ -2330,19 +2513,30 @@ def load_handlers(modules: str) -> dict[str, Handler[Any, Any, Any]]:
     if sys.path[:1] != [os.getcwd()]:
         sys.path.insert(0, os.getcwd())
     for module in filter(None, (name.strip() for name in modules.split(","))):
+        if not all(part.isidentifier() for part in module.split(".")):
+            raise SettingsError(f"TINYQUEUE_HANDLERS: {_missing_module(module)}")
         try:
             importlib.import_module(module)
         except ModuleNotFoundError as error:
             if error.name != module.partition(".")[0] and error.name != module:
                 raise SettingsError(f"cannot import {module}: {error}") from error
-            todo = "create it, or name the module of your handlers"
-            raise SettingsError(f"TINYQUEUE_HANDLERS: there is no module {module} here; {todo}") from None
+            raise SettingsError(f"TINYQUEUE_HANDLERS: {_missing_module(module)}") from None
         except (Exception, SystemExit) as error:
             text = " ".join(_text(error).split())
             raise SettingsError(f"cannot import {module}: {type(error).__name__}: {text}") from error
     if not HANDLERS:
         raise SettingsError(f"{modules} registers no handler: decorate a function with @handler('type')")
     return HANDLERS
+
+
+def _missing_module(module: str) -> str:
+    name = f"module {module}" if looks_like_name(module) else "such module (name not shown; it may be a secret)"
+    return f"there is no {name} here; create it, or name the module of your handlers"
+
+
+def looks_like_name(text: str) -> bool:
+    """Check that a text is a dotted name, rather than a URL or a random secret."""
+    return all(re.fullmatch(r"(?:[^\W\d]|-){1,24}[0-9]{0,2}|[\w-]{1,12}", part) for part in text.split("."))
 
 
 class Retry(Exception):
@@ -2374,8 +2568,13 @@ def _text(error: BaseException) -> str:
 
 
 def backoff(attempts: int, base: float = 1.0, cap: float = 300.0) -> float:
-    """Return the seconds to wait after that attempt: doubling from `base` to `cap`, with jitter."""
-    return float(min(cap, base * 2 ** min(attempts - 1, 60) * random.uniform(1.0, 1.5)))
+    """Return the seconds to wait after that attempt: doubling from `base` to `cap`, with jitter.
+
+    The jitter is a third of the wait, at the cap too: jobs that failed together must not come back
+    together.
+    """
+    longest = min(cap, base * 2 ** min(attempts - 1, 60) * 1.5)
+    return random.uniform(max(min(base, cap), longest / 1.5), longest)
 
 
 # Checking a job -------------------------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ from typing import Any, Literal
 import msgspec
 import redis
 
-from tinyqueue import MEMORY_SHARE, UNENDED, AnyQueue, Queue, TinyQueueError, Transaction, Unavailable
+from tinyqueue import MEMORY_SHARE, UNENDED, AnyQueue, Queue, TinyQueueError, Transaction
 from tinyqueue_redis import ask_each, memory_use, pairs, parse_info, text_of
 
 OLDEST = (6, 0, 6)  # version of Redis: the first with LPOS
@@ -64,15 +64,19 @@ def _judge(about: str, seen: str, *cases: tuple[bool, Level, str]) -> Finding:
 
 
 def warnings(queue: AnyQueue) -> list[str]:
-    """Return what may lose jobs although Redis works, in any shard, each text once."""
-    return list(dict.fromkeys(warning for part in queue.parts for warning in _warnings(part)))
+    """Return what may lose or refuse jobs although Redis works, in any shard, each text once."""
+    return list(dict.fromkeys(warning for part in queue.parts for warning in _warnings(part, len(queue.parts) > 1)))
 
 
-def _warnings(queue: Queue) -> list[str]:
-    found = Finding("ok", "eviction", "")
-    with suppress(Unavailable):
-        found = _eviction(queue.store.memory())
-    return [f"{found.seen}: {found.advice}"] if found.level != "ok" else []
+def _warnings(queue: Queue, one_of_many: bool) -> list[str]:
+    """Return the warnings about one Redis. That it is away is one only if there are other shards."""
+    try:
+        if one_of_many:
+            queue.ping()
+        found = [_eviction(info := queue.store.memory()), _memory(info)]
+    except TinyQueueError as error:
+        return [f"shard {queue.keys.prefix[1:-2]}: {error}"] if one_of_many else []
+    return [f"{finding.seen}: {finding.advice}" for finding in found if finding.level != "ok"]
 
 
 def examine(queue: AnyQueue, connections: int) -> list[Finding]:

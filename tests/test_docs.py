@@ -223,7 +223,7 @@ NUMBERS = {
     "SERIES": (OPERATIONS, r"The first ([\d,]+) pairs of type and queue", tinyqueue.SERIES),
     "lease": (README, r"longer than its lease \((\d+) s\)", Settings().lease),
     "shutdown_timeout": (README, r"lets handlers finish for (\d+) s", Settings().shutdown_timeout),
-    "grace": (DEPLOY, r"needs up to (\d+) seconds", Settings().shutdown_timeout + worker.LAST_WRITE),
+    "grace": (DEPLOY, r"needs up to (\d+) seconds", Settings().shutdown_timeout + worker.LAST_WRITE + worker.CLOSING),
     "worker_concurrency": (README, r"a worker with (\d+) slots", Settings().worker_concurrency),
     "timeout": (README, r"longer than `timeout` \((\d+) s", HANDLER["timeout"].default),
     "backoff": (README, r"`backoff=([\d.]+)`", HANDLER["backoff"].default),

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from client import Client, running
-from conftest import RedisServer, Server, check_consistency, dump, free_port, lapse, newest, put, raw, until
+from conftest import RedisServer, Server, check_consistency, dump, find_lost, free_port, lapse, newest, put, raw, until
 from cutproxy import CutProxy
 
 import handlers
@@ -358,7 +358,7 @@ def test_repair_returns_a_job_whose_worker_and_list_were_lost(queue: Queue) -> N
     raw(queue).delete(queue.keys.proc(job.worker), queue.keys.workers)
     assert changes(queue) == ["1 jobs listed again"]
     lapse(queue, job.worker)
-    assert [queue.reap(worker) for worker in queue.lost_workers()] == [1]
+    assert [queue.reap(worker) for worker in find_lost(queue)] == [1]
     assert queue.get(job.id).status == "pending"
 
 
@@ -366,9 +366,9 @@ def test_repair_finds_the_list_of_a_worker_that_is_in_no_set(queue: Queue) -> No
     job = put(queue, "processing")
     raw(queue).delete(queue.keys.workers)
     lapse(queue, job.worker)
-    assert queue.lost_workers() == []
+    assert find_lost(queue) == []
     assert changes(queue) == ["1 lists of unknown workers found"]
-    assert [queue.reap(worker) for worker in queue.lost_workers()] == [1]
+    assert [queue.reap(worker) for worker in find_lost(queue)] == [1]
     assert queue.get(job.id).status == "pending"
 
 

@@ -22,6 +22,8 @@ from conftest import RedisServer, Server, free_port, newest, put, raw, until
 from cutproxy import CutProxy
 
 from tinyqueue import Failure, Job, Queue
+from tinyqueue_redis import CONNECT_TIMEOUT, SOCKET_TIMEOUT
+from worker import CLOSING, LAST_WRITE
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -559,12 +561,21 @@ def test_stop_of_a_web_process_does_not_wait_for_idle_connections(real: Server, 
             assert web.end(SIGTERM, timeout=10) == 0
 
 
+@pytest.mark.parametrize("host", ["redis://:S3cr3tPw@h/0", "9f86d081884c7d659a2feS3cr3tPwaa0"])
+def test_serve_prints_no_secret_pasted_into_host(real: Server, serve: Any, host: str) -> None:
+    web = serve(REDIS_URL=real.url, HOST=host)
+    assert web.end() == 2
+    assert "cannot listen on HOST (value not shown; it may be a secret) PORT=" in web.output
+    assert "S3cr3tPw" not in web.output
+
+
 def test_serve_on_a_port_in_use_says_so(real: Server, serve: Any) -> None:
     with socket.create_server(("", 0)) as taken:
         port = taken.getsockname()[1]
         web = serve(REDIS_URL=real.url, PORT=str(port))
         assert web.end() == 2
-    assert f"Error: cannot listen on HOST=* PORT={port}: Address already in use" in web.output
+    said = "Address already in use; stop the process that uses this port, or set PORT to another one"
+    assert f"Error: cannot listen on HOST=* PORT={port}: {said}" in web.output
     assert "Traceback" not in web.output
 
 
@@ -954,3 +965,48 @@ def test_refuse_an_invalid_redis_url_without_showing_it(run: Any, url: str) -> N
     assert done.returncode == 2
     assert b"Error: REDIS_URL" in done.stderr
     assert b"s3cret" not in done.stderr
+
+
+# Redis hangs ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("busy", [True, False])
+def test_worker_stops_within_its_time_while_redis_hangs(
+    start_redis: Callable[..., RedisServer], start: Any, queue_at: Any, folder: Path, busy: bool
+) -> None:
+    """By default this takes 28 seconds. Platforms kill a process 30 seconds after SIGTERM."""
+    server = start_redis()
+    queue = queue_at(server.url)
+    queue.enqueue("gate", "ended")
+    if busy:
+        queue.enqueue("sleep", 60)
+    worker = start(ROOT / "worker.py", "--shutdown-timeout", "4", REDIS_URL=server.url)
+    until(lambda: queue.stats()["processing"] == 1 + busy)
+    assert server.process
+    os.kill(server.process.pid, SIGSTOP)
+    try:
+        (folder / "ended").touch()
+        worker.until_output("cannot save outcomes")
+        began = time.monotonic()
+        assert worker.end(SIGTERM) == 1
+        assert time.monotonic() - began < 4 + LAST_WRITE + CLOSING + 0.7
+        assert f"could not save the outcome of {1 + busy} jobs" in worker.output
+    finally:
+        os.kill(server.process.pid, SIGCONT)
+
+
+def test_idle_worker_stops_quickly_while_redis_hangs(
+    start_redis: Callable[..., RedisServer], start: Any, queue_at: Any
+) -> None:
+    server = start_redis()
+    queue = queue_at(server.url)
+    worker = start(ROOT / "worker.py", REDIS_URL=server.url)
+    until(lambda: registered(queue, worker))
+    assert server.process
+    os.kill(server.process.pid, SIGSTOP)
+    try:
+        began = time.monotonic()
+        assert worker.end(SIGTERM) == 0
+        assert time.monotonic() - began < SOCKET_TIMEOUT + CONNECT_TIMEOUT + CLOSING + 0.7
+    finally:
+        os.kill(server.process.pid, SIGCONT)
