@@ -843,6 +843,11 @@ class Verbs(ABC):
         return max(part.store.connections.last_contact for part in self.parts)
 
     @property
+    def memory_use(self) -> float:
+        """The share of its maxmemory that Redis uses, or 0 without a limit. With shards: the highest."""
+        return max(memory_use(part.store.memory()) for part in self.parts)
+
+    @property
     def last_trouble(self) -> float:
         """When Redis last failed to carry out a command."""
         return max(part.store.connections.last_trouble for part in self.parts)
@@ -1673,20 +1678,31 @@ class Queue(Verbs):
         """Delete ended jobs and their entries in the index of that status. Return how many.
 
         Watches the records, because a job that was requeued meanwhile must stay. Completed jobs
-        cannot be requeued, so these need neither a check nor a watch, and may be many.
+        cannot be requeued, so these need neither a check nor a watch, and may be many. When memory is
+        full, Redis refuses every transaction, and so every retry. Then this deletes without one.
         """
         index = self.keys.ended[status]
         keys = [self.keys.job(text_of(id)) for id in ids]
 
-        def body(tx: Transaction) -> int:
+        def choose(tx: Transaction) -> list[Command]:
             scores = tx.read(*(("ZSCORE", index, id) for id in ids)) if status != "completed" else ids
             gone = [at for at, score in enumerate(scores) if score is not None]
-            if gone:
-                tx.write("ZREM", index, *(ids[at] for at in gone))
-                tx.write("DEL", *(keys[at] for at in gone))
-            return len(gone)
+            return [("DEL", *(keys[at] for at in gone)), ("ZREM", index, *(ids[at] for at in gone))] if gone else []
 
-        return self.store.transact(keys if status != "completed" else (), body)
+        def body(tx: Transaction) -> list[Command]:
+            chosen = choose(tx)
+            for command in chosen:
+                tx.write(*command)
+            return chosen
+
+        try:
+            chosen = self.store.transact(keys if status != "completed" else (), body)
+        except Unavailable as trouble:
+            if trouble.reason != "full":
+                raise
+            if chosen := self.store.transact((), choose):
+                self.store.read(*chosen)
+        return len(chosen[0]) - 1 if chosen else 0
 
     # Reading ----------------------------------------------------------------------------------------------------------
 
@@ -2161,7 +2177,7 @@ class Shards(Verbs):
         return known.absent if known else set()
 
     def _fenced(self, worker: str, call: Callable[[Queue], T]) -> Callable[[Queue], T]:
-        """Note in which shard a worker was reaped: it takes nothing there until it registers again."""
+        """Note where a worker was reaped: it takes nothing there until it registers again."""
 
         def fenced(shard: Queue) -> T:
             try:
@@ -2270,7 +2286,7 @@ class Shards(Verbs):
         self._call_all(self._fenced(worker, beat))
 
     def deregister(self, worker: str) -> None:
-        """Like Queue.deregister, in all shards. A worker stays in those that fail until it is reaped."""
+        """Like Queue.deregister, in all shards. In those that fail the worker will be reaped."""
         self._call_all(lambda shard: shard.deregister(worker), must=True)
         self._registrations.pop(worker, None)
 
@@ -2292,7 +2308,7 @@ class Shards(Verbs):
         return sum(shard.forget(status, part) for shard, part in self._by_shard(ids, text_of))
 
     def ping(self) -> None:
-        """Raise Unavailable unless a shard accepts writes. `warnings` names the shards that do not."""
+        """Raise Unavailable unless a shard accepts writes. `warnings` names those that do not."""
         self._call_all(Queue.ping)
 
     def get(self, id: str) -> Job | None:

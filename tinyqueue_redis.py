@@ -6,6 +6,7 @@ connections of the pool, and `explain` reduces an error of the client to one wor
 
 from __future__ import annotations
 
+import inspect
 import logging
 import math
 import os
@@ -72,6 +73,7 @@ HINTS = {  # what to do, by a part of the error's text
     "WRONG_VERSION_NUMBER": "use redis:// if this Redis has no TLS",
     "Protocol error": "this is not a Redis; check the host and the port in REDIS_URL",
     "DB index": "check the number of the database in REDIS_URL",
+    "maxmemory": "purge ended jobs, or give Redis more memory",
     "DENIED": "set a password or a user in Redis and in REDIS_URL, or connect from the same machine",
 }
 
@@ -319,7 +321,7 @@ class _Watched(NamedTuple):
     @classmethod
     def read(cls, url: str) -> _Watched:
         """Read redis+sentinel://[user:password@]host:port,host:port/service[/database][?option]."""
-        # urlsplit refuses brackets that do not begin the network location, as those of a second host.
+        # urlsplit accepts brackets only at the beginning of the network location.
         scheme, _, rest = url.partition("://")
         netloc = re.split("[/?#]", rest, maxsplit=1)[0]
         parts = urlsplit("//master" + rest.removeprefix(netloc))
@@ -402,8 +404,8 @@ class Sentinels(Sentinel):
     def _explain(self, errors: Sequence[Exception]) -> Exception:
         refusal = next((error for error in errors if explain(error)[0] == "refused"), None)
         if refusal:
-            text = f"a sentinel refused the connection: {refusal}; check ?sentinel_username= and ?sentinel_password= in REDIS_URL"
-            return redis.AuthenticationError(text)
+            advice = "check ?sentinel_username= and ?sentinel_password= in REDIS_URL"
+            return redis.AuthenticationError(f"a sentinel refused the connection: {refusal}; {advice}")
         reasons = "; ".join(dict.fromkeys(str(error) for error in errors))
         return MasterNotFoundError(f"no sentinel names the master: {reasons}")
 
@@ -466,6 +468,11 @@ def _connect_error(error: BaseException) -> BaseException:
     if isinstance(error, UnicodeError):
         return redis.ConnectionError("the host name in REDIS_URL is not valid")
     return error
+
+
+# Has the client not introduce itself by CLIENT SETINFO: it would take a greeting for the reply, and ignore it.
+_KNOWN = inspect.signature(redis.Redis.__init__).parameters
+UNNAMED = dict.fromkeys(["driver_info"] if "driver_info" in _KNOWN else ["lib_name", "lib_version"])
 
 
 class Connections:
@@ -579,7 +586,28 @@ class Connections:
                 if current and process == os.getpid() and time.monotonic() - used < WARM:
                     return connection
                 self.pool.release(connection)
-        return self.pool.get_connection()
+        try:
+            return self.pool.get_connection()
+        except redis.ConnectionError as error:
+            clear = isinstance(error, MasterNotFoundError) or "connecting to" in str(error)
+            if clear or explain(error)[0] != "unreachable":
+                raise
+            raise self._greeting() or error from error  # the server has spoken first, or has hung up
+
+    def _greeting(self) -> Exception | None:
+        """Return what a server says to a new connection before any command: why it refuses clients."""
+        brief = {"socket_timeout": PROBE_TIMEOUT, "socket_connect_timeout": PROBE_TIMEOUT, **UNNAMED}
+        connection = self.pool.connection_class(**{**self.pool.connection_kwargs, **brief})
+        try:
+            connection.connect()
+            connection.read_response()
+        except redis.TimeoutError:
+            return None
+        except (redis.RedisError, OSError) as error:
+            return error
+        finally:
+            connection.disconnect()
+        return None
 
     def _cool_down(self, connection: Any) -> None:
         """Return all connections to the pool, which checks them: others may be broken too."""

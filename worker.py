@@ -223,7 +223,7 @@ class Worker:
         self.stop_requests: SimpleQueue[StopMode] = SimpleQueue()
         self.free_slots: SimpleQueue[None] = SimpleQueue()  # an entry for each slot that waits for a job
         self.inbox: SimpleQueue[Job | None] = SimpleQueue()
-        # One for each shard, and a settler for each: a shard that is away holds up no outcome of the others.
+        # One for each shard, with a settler: a shard that is away holds up no outcome of others.
         self.outboxes: dict[Queue, SimpleQueue[list[Outcome] | None]] = {part: SimpleQueue() for part in queue.parts}
         self.pool = ThreadPoolExecutor(2 * settings.worker_concurrency, "slot")  # half of it replaces stuck slots
         self.slots: list[Slot] = []
@@ -509,7 +509,7 @@ class Worker:
             self._save(batch)
 
     def _save(self, outcomes: list[Outcome]) -> None:
-        """Save outcomes of one shard, however long it takes; drop them if that has reaped this worker."""
+        """Save outcomes of one shard, however long it takes; drop them if the worker was reaped."""
         failures = 0
         again = False
         saved: list[Outcome] = []
@@ -989,7 +989,7 @@ def _print_job(job: Job) -> None:
 
 
 def _change_each(ids: Sequence[str], change: Callable[[str], Job | None]) -> None:
-    """Change jobs by id and print what happened to each. Exit with 1 if one was not changed."""
+    """Change jobs by id and print the result of each. Exit with 1 if one could not be changed."""
     failed = 0
     for at, id in enumerate(ids):
         try:

@@ -147,7 +147,7 @@ def test_start_leaves_a_suspect_pending_beside_jobs_of_other_shards(queue: Shard
 
 def test_heartbeat_raises_reaped_if_one_shard_reaped_the_worker(queue: Shards, worker: str) -> None:
     lapse(queue.parts[2], worker)
-    assert find_lost(queue) == [worker]
+    assert find_lost(queue.parts[2]) == [worker]
     assert queue.reap(worker) == 0
     with pytest.raises(Reaped):
         queue.heartbeat(worker)
