@@ -2377,7 +2377,7 @@ class Shards(Verbs):
     def stats(self, minutes: int = 0) -> dict[str, Any]:
         """Like Queue.stats, added up.
 
-        A worker is registered in every shard that answers, so `workers` is the highest count of any.
+        A worker registers in every shard that answers, so `workers` is the highest count of any.
         """
         each = [shard.stats(minutes) for shard in self.parts]
         history: dict[int, Any] = {}
