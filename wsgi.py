@@ -38,10 +38,13 @@ from urllib.parse import parse_qsl, quote, urlsplit
 import bottle
 import click
 import msgspec
-import waitress
 from bottle import request
 from waitress import wasyncore
+from waitress.adjustments import Adjustments
 from waitress.channel import HTTPChannel
+from waitress.parser import HTTPRequestParser, ParsingError
+from waitress.server import TcpWSGIServer
+from waitress.task import ErrorTask, ThreadedTaskDispatcher, WSGITask
 
 from tinyqueue import (
     BUCKETS,
@@ -78,10 +81,15 @@ from tinyqueue_doctor import warnings
 log = logging.getLogger("tinyqueue.web")
 
 CONNECTIONS = 500  # open at a time, idle ones included; further clients wait in the listen backlog
+# Seconds that a connection may be idle, and that a client may take to send a request or to read an answer.
+CLIENT_TIMES = (120, 60)
+DRAIN_TIMES = (1, 5)  # the same while the server stops
+LINGER = 2  # seconds that a client has to close its side
 RETRY_AFTER = 5  # seconds
 LONGEST_WAIT = 25  # seconds that GET /jobs/<id>?wait= may take: routers time out after 30
 PREVIEW_BYTES = 500  # length at which a listing cuts off a payload or a result
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
+TRANSFER_ENCODING = re.compile(rb"(?im)^transfer-encoding[ \t]*:(.*)$")
 REQUEST_ID = re.compile("[!-~]{1,128}")
 # As in W3C Trace Context.
 TRACEPARENT = re.compile("(?!ff)[0-9a-f]{2}-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}")
@@ -387,6 +395,8 @@ class API(bottle.Bottle):  # type: ignore[misc]
         sent_ids |= {"traceparent": traceparent} if TRACEPARENT.fullmatch(traceparent) else {}
         ids = {"requestId": os.urandom(16).hex()} | sent_ids
         environ["tinyqueue.sent_ids"] = sent_ids
+        if not environ.get("PATH_INFO", "").isascii():  # Bottle would drop bytes that are not UTF-8
+            environ["PATH_INFO"] = quote(environ["PATH_INFO"], encoding="latin-1")
         began = time.monotonic()
         status_line = ""
 
@@ -899,50 +909,183 @@ def listen(settings: Settings) -> socket.socket:
         raise SettingsError(f"cannot listen on {where}: {error.strerror or error}; change one of them") from None
 
 
-class Channel(HTTPChannel):  # type: ignore[misc]
-    """A connection whose responses are sent by the thread that produces them.
+class Parser(HTTPRequestParser):  # type: ignore[misc]
+    """One request. Refuses what a proxy in front of this server may have read differently."""
 
-    By default Waitress' event loop tries to send them as well. It then spins while that thread
-    holds the buffer and waits for the interpreter lock: with 256 connections, throughput fell to a
-    hundredth. Above the high watermark the thread waits for the loop, so there the loop must send.
+    path = ""  # Waitress sets it, unless the request is malformed
+    rest = b""  # what the client has sent after this request
+
+    def received(self, data: bytes) -> int:
+        """Read up to the end of the request. Takes the bytes behind it too, but does not parse them."""
+        used: int = super().received(data)
+        if not self.completed or self.empty:
+            return used
+        self.rest = data[used:]
+        return len(data)
+
+    def parse_header(self, header_plus: bytes) -> None:
+        codings = TRANSFER_ENCODING.findall(header_plus)
+        super().parse_header(header_plus)
+        if codings and (self.version != "1.1" or "CONTENT_LENGTH" in self.headers):
+            raise ParsingError("Transfer-Encoding is not allowed in HTTP/1.0 or together with Content-Length")
+        if codings and [coding.strip().lower() for coding in codings] != [b"chunked"]:
+            raise ParsingError("Transfer-Encoding must be chunked, once")
+        if "," in self.headers.get("HOST", ""):
+            raise ParsingError("There must be one Host")
+
+
+class Task(WSGITask):  # type: ignore[misc]
+    """The answer to one request."""
+
+    def get_environment(self) -> dict[str, Any]:
+        """Return the WSGI environment, with the path as it was sent.
+
+        By default Waitress decodes it and drops slashes, so that each path has many spellings.
+        """
+        environ: dict[str, Any] = super().get_environment()
+        target = self.request.request_uri.partition("?")[0]
+        environ["PATH_INFO"] = target if target.startswith("/") else urlsplit(target).path
+        return environ
+
+    def build_response_header(self) -> Any:
+        self.channel.since = time.monotonic()
+        if self.channel.server.draining:
+            self.request.headers["CONNECTION"] = "close"
+        return super().build_response_header()
+
+
+class Refusal(ErrorTask):  # type: ignore[misc]
+    """The answer to a request that Waitress refuses. Waitress forgets to close in HTTP/1.0."""
+
+    def build_response_header(self) -> Any:
+        self.request.headers["CONNECTION"] = "close"
+        return super().build_response_header()
+
+
+class Channel(HTTPChannel):  # type: ignore[misc]
+    """A connection. Handles one request at a time, and reads on when the client has its answer.
+
+    So a client that does not read holds one answer in memory, and no thread: a thread would wait
+    only with more than 16 MB to send. What a client sends ahead stays unparsed in `rest`, or in
+    the kernel.
+
+    Responses are sent by the thread that produces them. By default Waitress' event loop tries to
+    send them as well. It then spins while that thread holds the buffer and waits for the
+    interpreter lock: with 256 connections, throughput fell to a hundredth.
     """
 
+    parser_class = Parser
+    task_class = Task
+    error_task_class = Refusal
+    rest = b""
+    lingering = False
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        self.since = time.monotonic()  # when the present request or answer began, or the last one
+        super().__init__(*args, **options)
+
+    def readable(self) -> bool:
+        return not self.rest and bool(super().readable())
+
     def writable(self) -> bool:
-        loop_sends = not self.requests or self.total_outbufs_len > self.adj.outbuf_high_watermark
-        return bool((loop_sends and self.total_outbufs_len) or self.will_close or self.close_when_flushed)
+        pending = self.total_outbufs_len or self.rest or self.close_when_flushed
+        return bool(self.will_close or (pending and not self.requests))
+
+    def received(self, data: bytes) -> bool:
+        if self.lingering:
+            return False
+        if self.request is None:
+            self.since = time.monotonic()
+        return bool(super().received(data))
+
+    def service(self) -> None:
+        self.rest = self.requests[0].rest
+        super().service()
+
+    def handle_write(self) -> None:
+        """Send what is left. Then close, or read what the client has sent ahead."""
+        if not self.requests:
+            self._flush_exception(self._flush_some)
+        if self.will_close or not self.connected:
+            self.handle_close()
+        elif self.requests or self.total_outbufs_len:
+            return
+        elif self.close_when_flushed:
+            self._linger()
+        elif self.rest:
+            data = self.rest
+            self.rest = b""
+            self.received(data)
+
+    def _linger(self) -> None:
+        """Send nothing more, and close when the client has closed.
+
+        A close while bytes arrive would reset the connection. The client could lose the answer.
+        """
+        self.close_when_flushed = False
+        self.lingering = True
+        self.rest = b""
+        self.since = time.monotonic()
+        try:
+            self.socket.shutdown(socket.SHUT_WR)
+        except OSError:  # the client has reset the connection
+            self.handle_close()
+
+    def expire(self, idle: float, slow: float) -> None:
+        """Close the connection if it has been idle, or its client has been slow, for so many seconds."""
+        is_slow = self.request or self.rest or self.total_outbufs_len or self.close_when_flushed
+        limit = LINGER if self.lingering else slow if is_slow else idle
+        if self.requests or time.monotonic() - self.since < limit:
+            return
+        if self.lingering or self.total_outbufs_len:
+            self.handle_close()
+        else:
+            self._linger()
 
 
-class Server:
+class Server(TcpWSGIServer):  # type: ignore[misc]
     """Serves an API on a socket until `stop` is called, then answers what it has accepted."""
+
+    channel_class = Channel
 
     def __init__(self, api: API, sock: socket.socket) -> None:
         # It warns whenever a request waits for a thread, which is normal.
         logging.getLogger("waitress.queue").setLevel(logging.ERROR)
-        self.channels: dict[int, Any] = {}
         self.shutdown_timeout = api.settings.shutdown_timeout
         self.stopping = False
+        self.draining = False
         self.lock = threading.RLock()  # reentrant: a signal handler may take it in the thread that holds it
-        self.waitress = waitress.create_server(
-            api,
-            self.channels,
+        options = Adjustments(
             sockets=[sock],
             threads=WEB_THREADS,
             connection_limit=CONNECTIONS,
+            cleanup_interval=1,
             # Waitress itself refuses a larger body, in plain text. A smaller one gets our problem.
             max_request_body_size=4 * api.settings.max_body,
             max_request_header_size=32768,
-            asyncore_use_poll=True,
             clear_untrusted_proxy_headers=False,  # Access decides which to trust
             ident=None,
         )
-        self.waitress.channel_class = Channel
+        about = (sock.family, sock.type, sock.proto, sock.getsockname())
+        super().__init__(api, {}, _sock=sock, adj=options, sockinfo=about, bind_socket=False)
+        self.health_thread = ThreadedTaskDispatcher()
+        self.health_thread.set_thread_count(1)
+
+    def add_task(self, task: Channel) -> None:
+        """Let a thread answer. /health has its own, because the others may all wait for Redis."""
+        is_health = task.requests[0].path == "/health"
+        (self.health_thread if is_health else self.task_dispatcher).add_task(task)
+
+    def maintenance(self, now: float) -> None:
+        for channel in list(self.active_channels.values()):
+            channel.expire(*(DRAIN_TIMES if self.draining else CLIENT_TIMES))
 
     def stop(self) -> None:
         """Begin to stop. May be called from a signal handler and from any thread."""
         with self.lock:  # run() must not close the trigger between these two lines
             if not self.stopping:
                 self.stopping = True
-                self.waitress.pull_trigger()
+                self.pull_trigger()
 
     def run(self) -> None:
         """Serve until `stop` is called, then accept nothing more and answer what was accepted.
@@ -951,36 +1094,59 @@ class Server:
         """
         while not self.stopping:
             self._poll(1.0)
+        self.draining = True
+        self._accept_waiting()
         # Closes only the listening socket: responses need the trigger to wake this loop.
-        wasyncore.dispatcher.close(self.waitress)
+        wasyncore.dispatcher.close(self)
         deadline = time.monotonic() + self.shutdown_timeout
-        while self._close_idle() and time.monotonic() < deadline:
-            self._poll(0.2)
-        self._poll(0.05)  # closes the connections that _close_idle has marked
-        self.waitress.task_dispatcher.shutdown(timeout=1)
+        while self.active_channels and time.monotonic() < deadline:
+            self.maintenance(0)
+            self._poll(0.1)
+        self.health_thread.shutdown(timeout=1)
+        self.task_dispatcher.shutdown(timeout=1)
         with self.lock:
-            wasyncore.close_all(self.channels)
+            wasyncore.close_all(self._map)
 
     def _poll(self, seconds: float) -> None:
-        wasyncore.loop(timeout=seconds, use_poll=True, map=self.channels, count=1)
+        wasyncore.loop(timeout=seconds, use_poll=True, map=self._map, count=1)
 
-    def _close_idle(self) -> int:
-        """Close connections that have no request in progress. Returns the number of the others."""
-        busy = 0
-        for channel in list(self.waitress.active_channels.values()):
-            if channel.requests or channel.total_outbufs_len:
-                busy += 1
-            else:
-                channel.will_close = True
-        return busy
+    def _accept_waiting(self) -> None:
+        """Accept the clients in the backlog, which closing the socket would reset."""
+        accepted = -1
+        while accepted < len(self.active_channels) < CONNECTIONS:
+            accepted = len(self.active_channels)
+            self.handle_accept()
+
+
+class Lifeline(wasyncore.file_dispatcher):  # type: ignore[misc]
+    """Stops a server when the other end of a pipe is closed: when the process that held it has died."""
+
+    def __init__(self, pipe: int, server: Server) -> None:
+        self.server = server
+        super().__init__(pipe, server._map)
+
+    def writable(self) -> bool:
+        return False
+
+    def handle_read(self) -> None:
+        self.recv(1)
+
+    def handle_close(self) -> None:
+        self.close()
+        self.server.stop()
 
 
 # Processes ------------------------------------------------------------------------------------------------------------
 
 
-def serve(api: API, sock: socket.socket) -> int:
-    """Serve until a signal, with a worker if REDIS_URL is not set. Returns the exit code."""
+def serve(api: API, sock: socket.socket, lifeline: int | None = None) -> int:
+    """Serve until a signal, with a worker if REDIS_URL is not set. Returns the exit code.
+
+    Also stops when nobody holds the other end of the pipe `lifeline`.
+    """
     server = Server(api, sock)
+    if lifeline is not None:
+        Lifeline(lifeline, server)
     if not api.settings.redis_url:
         return _serve_with_worker(api, server)
     signal.signal(signal.SIGTERM, lambda *_: server.stop())
@@ -1014,20 +1180,24 @@ def _serve_with_worker(api: API, server: Server) -> int:
 def serve_many(api: API, sock: socket.socket) -> int:
     """Serve from WEB_CONCURRENCY processes that share one socket, and replace those that die.
 
-    Returns the exit code. Signals are taken with sigwait, not handled: a handled signal that came
-    just before a blocking wait for a child would take effect only when a child exits.
+    They stop when this process dies. Returns the exit code. Signals are taken with sigwait, not
+    handled: a handled signal that came just before a blocking wait for a child would take effect
+    only when a child exits.
     """
     children: set[int] = set()
     stopping = False
+    lifeline, held = os.pipe()
     signal.pthread_sigmask(signal.SIG_BLOCK, {*SIGNALS, signal.SIGCHLD})
     while children or not stopping:
         while len(children) < api.settings.web_concurrency and not stopping:
             if (child := os.fork()) == 0:
                 signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGCHLD})
-                os._exit(serve(api, sock))  # unblocks SIGTERM and SIGINT when it has handlers for them
+                os.close(held)
+                os._exit(serve(api, sock, lifeline))  # unblocks SIGTERM and SIGINT when it has handlers for them
             children.add(child)
         if signal.sigwait({*SIGNALS, signal.SIGCHLD}) != signal.SIGCHLD:
             stopping = True
+            sock.close()  # otherwise clients could still connect, and nobody would accept them
             for child in children:
                 os.kill(child, signal.SIGTERM)
         for child, status in _exited(children):

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import re
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
+from signal import SIGCONT, SIGSTOP
 
 import pytest
-from client import Process, Wire, running, spell
+from client import Process, Wire, running, serving, spell
+from conftest import RedisServer, until
+
+import wsgi
+from tinyqueue import Queue
+from tinyqueue_config import Settings
+from wsgi import API
 
 HANDLERS_PY = """
 import time
@@ -81,6 +90,86 @@ def test_answer_while_other_clients_do_not_read_their_answers(server: Process) -
         for wire in wires:
             wire.send(spell("GET", "/openapi.json") * 50)
         assert_answers_soon(server)
+
+
+def test_answer_while_other_clients_pipeline_pages_and_never_read(server: Process) -> None:
+    pages = spell("GET", "/") * 400
+    with ExitStack() as stack:
+        wires = [stack.enter_context(Wire(server.address)) for _ in range(16)]
+        for _ in range(20):
+            for wire in wires:
+                wire.push(pages)
+            with Wire(server.address) as wire:
+                wire.send(spell("GET", "/stats"))
+                assert wire.answer().status == 200
+        [line] = re.findall(r"^VmHWM:\s+(\d+) kB$", Path(f"/proc/{server.pid}/status").read_text(), re.M)
+        assert int(line) < 150_000, "the server keeps the unread pages in memory"
+
+
+def test_answer_all_requests_that_a_client_pipelines_before_it_reads(server: Process) -> None:
+    with Wire(server.address) as wire:
+        for _ in range(40):
+            wire.send(spell("GET", "/openapi.json") + b"\r\n" + spell("GET", "/health"))
+        for _ in range(40):
+            assert [wire.answer().json.keys() >= {key} for key in ("openapi", "status")] == [True, True]
+
+
+def test_health_answers_within_a_second_while_redis_hangs(
+    tmp_path: Path, start_redis: Callable[..., RedisServer]
+) -> None:
+    (tmp_path / "handlers.py").write_text(HANDLERS_PY)
+    redis = start_redis()
+    with running(tmp_path, REDIS_URL=redis.url) as server, ExitStack() as stack:
+        assert redis.process
+        redis.process.send_signal(SIGSTOP)
+        try:
+            for _ in range(40):
+                stack.enter_context(Wire(server.address)).send(spell("GET", "/stats"))
+            for _ in range(20):
+                begin = time.monotonic()
+                assert_answers_soon(server)
+                assert time.monotonic() - begin < 1
+        finally:
+            redis.process.send_signal(SIGCONT)
+
+
+@pytest.fixture
+def hurried(monkeypatch: pytest.MonkeyPatch, near: Queue) -> Iterator[tuple[str, int]]:
+    """The address of a server that closes idle connections after a minute and slow ones after a second."""
+    monkeypatch.setattr(wsgi, "CLIENT_TIMES", (60, 1))
+    with serving(API(Settings(), near)) as (_, address):
+        yield address
+
+
+@pytest.mark.parametrize(
+    "head", [b"GET /hea", spell("POST", "/jobs", VALID + b" " * 1000)[:-1000]], ids=["headers", "body"]
+)
+def test_close_a_connection_whose_request_does_not_arrive_in_time(hurried: tuple[str, int], head: bytes) -> None:
+    with Wire(hurried) as slow, Wire(hurried) as idle:
+        slow.send(head)
+        trickle = threading.Event()
+
+        def send_on() -> None:
+            while not trickle.wait(0.05):
+                slow.push(b" ")
+
+        thread = threading.Thread(target=send_on)
+        thread.start()
+        try:
+            assert slow.ended()
+        finally:
+            trickle.set()
+            thread.join()
+        idle.send(spell("GET", "/health"))
+        assert idle.answer().status == 200
+
+
+def test_close_a_connection_whose_client_does_not_read_its_answer(hurried: tuple[str, int], near: Queue) -> None:
+    near.enqueue_many("echo", [{"text": "x" * 100} for _ in range(500)])
+    with Wire(hurried) as wire:
+        wire.send(spell("GET", "/jobs?limit=500") * 100)
+        with pytest.raises(ConnectionError):
+            until(lambda: wire.push(b" ") and False)
 
 
 def test_answer_while_other_clients_wait_for_a_job(server: Process) -> None:
