@@ -20,12 +20,14 @@ import hmac
 import ipaddress
 import json
 import logging
+import math
 import os
 import re
 import signal
 import socket
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from functools import cache, cached_property, lru_cache, partial
@@ -161,6 +163,9 @@ def problem(error: TinyQueueError, **more: Any) -> Problem:
 ROLES = {"submit": {"submit"}, "read": {"read"}, "admin": {"submit", "read", "admin"}}
 SECONDS = {"second": 1, "minute": 60, "hour": 3600}
 LOCAL_NAMES = {"localhost", "127.0.0.1", "::1"}
+WRONG_KEYS = (60, 60)  # how many a client may send, in how many seconds, if there is no rate limit
+MAX_CLIENTS = 10_000  # whose wrong keys are counted at a time
+ADDRESS_AND_PORT = re.compile(r"\[([0-9A-Fa-f:.]+)\](?::[0-9]{1,5})?|([0-9.]+):[0-9]{1,5}")
 
 
 class Key(NamedTuple):
@@ -204,6 +209,9 @@ class Access:
         amount, _, unit = settings.rate_limit.partition("/")
         self.limit = int(amount or 0)
         self.window = SECONDS.get(unit, 0)
+        self.lock = threading.Lock()
+        self.wrong_keys = Counter[str]()  # by client, since the window `wrong_keys_since` began
+        self.wrong_keys_since = 0.0
         if self.open and self.keys:
             raise SettingsError("TINYQUEUE_OPEN=1 and TINYQUEUE_API_KEYS contradict each other; unset one of them")
         if self.open:
@@ -222,36 +230,57 @@ class Access:
             # A browser has no key when it opens the page. The page must open even without Redis,
             # which counts the requests, so this one is not counted.
             return ""
-        key = self._find_key() if self.keys else None
+        key = self._find_key(address) if self.keys else None
         if key and role != "any" and role not in key.roles:
             raise Problem(403, "forbidden", f"the key {key.name} lacks the role {role}; use a key that has it")
         if request.method not in ("GET", "HEAD"):
             self._refuse_cross_site()
         if self.limit:
-            self._enforce_rate_limit(queue(), "key-" + key.name if key else "address-" + address)
+            self._enforce_rate_limit(queue(), "key-" + key.name if key else "address-" + _network(address))
         return key.name if key else ""
 
     def _client_address(self) -> str:
         """Return the address that the outermost trusted proxy saw; without proxies, the peer's."""
-        peer = str(request.environ.get("REMOTE_ADDR", "")).removeprefix("::ffff:")
+        peer = str(request.environ.get("REMOTE_ADDR", ""))
         forwarded = request.environ.get("HTTP_X_FORWARDED_FOR", "")
         if not self.proxies or not forwarded:
-            return peer
+            return peer.removeprefix("::ffff:")
         try:
-            return str(ipaddress.ip_address(forwarded.split(",")[-self.proxies].strip()))
+            return _read_address(forwarded.split(",")[-self.proxies].strip())
         except (ValueError, IndexError):
             detail = f"X-Forwarded-For lacks a valid address at position {self.proxies} from the right"
             raise Problem(400, "bad-forwarded-for", f"{detail}; check TINYQUEUE_TRUSTED_PROXIES") from None
 
-    def _find_key(self) -> Key:
+    def _find_key(self, address: str) -> Key:
         scheme, _, secret = request.environ.get("HTTP_AUTHORIZATION", "").partition(" ")
         given = secret.strip().encode("utf-8", "replace") if scheme.lower() == "bearer" else b""
         # Compares with every key, so that the time taken reveals nothing.
         found = [key for key in self.keys if hmac.compare_digest(key.secret, given)]
-        if not found:
-            detail = "missing or unknown API key; send a secret of TINYQUEUE_API_KEYS as Authorization: Bearer SECRET"
-            raise Problem(401, "unauthorized", detail, {"WWW-Authenticate": 'Bearer realm="tinyqueue"'})
-        return found[0]
+        if found:
+            return found[0]
+        if given:
+            self._count_wrong_key(_network(address))
+        detail = "missing or unknown API key; send a secret of TINYQUEUE_API_KEYS as Authorization: Bearer SECRET"
+        raise Problem(401, "unauthorized", detail, {"WWW-Authenticate": 'Bearer realm="tinyqueue"'})
+
+    def _count_wrong_key(self, client: str) -> None:
+        """Raise a Problem if a client has sent too many wrong keys.
+
+        Counts in this process: clients without a key must not cause writes to Redis. A right key is
+        always accepted, because clients behind one address must not lock out each other.
+        """
+        limit, window = (self.limit, self.window) if self.limit else WRONG_KEYS
+        at, left = divmod(time.monotonic(), window)
+        with self.lock:
+            if at != self.wrong_keys_since or len(self.wrong_keys) >= MAX_CLIENTS:
+                self.wrong_keys_since = at
+                self.wrong_keys.clear()
+            self.wrong_keys[client] += 1
+            count = self.wrong_keys[client]
+        if count > limit:
+            seconds = math.ceil(window - left)
+            detail = f"more than {limit} wrong API keys in {window} seconds; try again in {seconds} seconds"
+            raise Problem(429, "too-many-requests", detail, {"Retry-After": str(seconds)})
 
     def _require_local(self, address: str) -> None:
         """Refuse requests from other machines, through a proxy, or under a name that is not local.
@@ -288,6 +317,24 @@ class Access:
             detail = f"more than {self.limit} requests in {self.window} seconds; try again in {seconds} seconds"
             raise Problem(429, "too-many-requests", detail, headers | {"Retry-After": str(seconds)})
         request.environ["tinyqueue.rate_limit_headers"] = headers
+
+
+def _read_address(text: str) -> str:
+    """Read an IP address, perhaps with a port. An IPv4 address that is written as IPv6 becomes IPv4."""
+    if match := ADDRESS_AND_PORT.fullmatch(text):
+        text = match[1] or match[2]
+    address = ipaddress.ip_address(text)
+    return str(getattr(address, "ipv4_mapped", None) or address)
+
+
+@lru_cache(maxsize=1000)
+def _network(address: str) -> str:
+    """Return what counts as one client: an IPv4 address, or the /64 that a network gives to a host."""
+    try:
+        parsed = ipaddress.ip_address(_read_address(address).partition("%")[0])
+    except ValueError:  # for example the path of a Unix socket
+        return address
+    return str(ipaddress.ip_network((parsed, 64), strict=False)) if parsed.version == 6 else str(parsed)
 
 
 @lru_cache(maxsize=1000)
@@ -450,7 +497,7 @@ class API(bottle.Bottle):  # type: ignore[misc]
         once = _idempotency_key(fields)
         job = self.queue.submit([draft], once)[0]
         request.environ["tinyqueue.job"] = job.id
-        bottle.response.set_header("Location", f"/jobs/{job.id}")
+        bottle.response.set_header("Location", f"jobs/{job.id}")  # relative, because a proxy may add a prefix
         self._set_submit_status(job is draft, once)
         return _summary(job)
 
@@ -597,7 +644,7 @@ class API(bottle.Bottle):  # type: ignore[misc]
         """
         from prometheus_client.exposition import choose_encoder  # slow to import, and many servers are never scraped
 
-        encode, content_type = choose_encoder(request.get_header("Accept", ""))
+        encode, content_type = choose_encoder(request.environ.get("HTTP_ACCEPT", ""))
         with self._lock:
             missed = self._scrape_errors
             self._scrape_errors = 0
@@ -635,6 +682,10 @@ def _read_body(limit: int, *types: str) -> bytes:
     if _media_type() not in types:
         detail = f"unsupported media type; send JSON with Content-Type: {' or '.join(types)}"
         raise Problem(415, "unsupported-media-type", detail)
+    coding = request.environ.get("HTTP_CONTENT_ENCODING", "identity").strip().lower()
+    if coding != "identity":
+        detail = f"Content-Encoding {_printable(coding)} is not supported; send the body without compression"
+        raise Problem(415, "unsupported-media-type", detail, {"Accept-Encoding": "identity"})
     body = b""
     if request.content_length <= limit:
         with request.body as stream:

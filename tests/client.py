@@ -100,6 +100,7 @@ class Client:
 
     def _environ(self, method: str, path: str, raw: bytes) -> dict[str, Any]:
         path, _, query = path.partition("?")
+        path = path if path.startswith("/") else f"/{path}"  # a Location is relative to /jobs
         environ: dict[str, Any] = {
             "REQUEST_METHOD": method,
             "SCRIPT_NAME": "",

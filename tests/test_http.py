@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import logging
 import os
@@ -93,7 +94,7 @@ def test_submit_answers_201_with_id_and_location(api: Client) -> None:
     assert answer.headers["cache-control"] == "no-store"
     assert answer.json == {"jobId": answer.json["jobId"], "status": "pending"}
     assert ID.fullmatch(answer.json["jobId"])
-    assert answer.headers["location"] == f"/jobs/{answer.json['jobId']}"
+    assert answer.headers["location"] == f"jobs/{answer.json['jobId']}"  # relative to /jobs
 
 
 def test_show_returns_the_whole_record_of_a_new_job(api: Client) -> None:
@@ -369,6 +370,23 @@ def test_accept_a_payload_of_the_greatest_depth_in_every_element(api: Client) ->
 )
 def test_refuse_another_content_type(refuse: Refuse, content_type: str) -> None:
     refuse(415, "unsupported-media-type", echo_with(), headers={"Content-Type": content_type})
+
+
+@pytest.mark.parametrize("coding", ["gzip", "zstd", "br", "GZIP", "identity, gzip", "x" * 500, "\xff"], ids=ascii)
+@pytest.mark.parametrize("path", ["/jobs", "/jobs/batch", "/jobs/retry"])
+def test_refuse_a_compressed_body_and_name_its_encoding(
+    refuse: Refuse, api: Client, queue: Queue, path: str, coding: str
+) -> None:
+    headers = {"Content-Encoding": coding}
+    problem = refuse(415, "unsupported-media-type", gzip.compress(VALID), path=path, headers=headers)
+    assert f"Content-Encoding {ascii(coding.lower())[1:-1][:100]} is not supported" in problem["detail"]
+    answer = api.call("POST", path, VALID, headers)
+    assert (answer.status, answer.headers["accept-encoding"]) == (415, "identity")
+
+
+@pytest.mark.parametrize("coding", ["identity", "Identity", " identity "])
+def test_accept_a_body_that_is_declared_as_not_compressed(api: Client, coding: str) -> None:
+    assert api.call("POST", "/jobs", VALID, {"Content-Encoding": coding}).status == 201
 
 
 def test_refuse_a_request_without_content_type_and_body(refuse: Refuse) -> None:
@@ -1167,7 +1185,7 @@ def test_serve_many_requests_on_one_connection(served: tuple[str, int]) -> None:
     with Wire(served) as wire:
         for _ in range(20):
             wire.send(spell("POST", "/jobs", VALID))
-            location = wire.answer().headers["location"]
+            location = "/" + wire.answer().headers["location"]
             wire.send(spell("GET", location))
             assert wire.answer().json["payload"] == 1
 

@@ -299,7 +299,7 @@ def echo(payload: object) -> None:
 
 def test_a_server_logs_both_ends_of_a_request(tmp_path: Path) -> None:
     (tmp_path / "handlers.py").write_text(HANDLERS_PY)
-    with running(tmp_path) as (address, log), Wire(address) as wire:
+    with running(tmp_path) as (address, log, _), Wire(address) as wire:
         wire.send(spell("POST", "/jobs", b'{"type":"echo","payload":1}', "X-Request-ID: r-17"))
         answer = wire.answer()
         assert (answer.status, answer.headers["x-request-id"]) == (201, "r-17")

@@ -176,7 +176,7 @@ def test_answer_while_other_clients_wait_for_a_job(server: Process) -> None:
     with ExitStack() as stack:
         first = stack.enter_context(Wire(server.address))
         first.send(spell("POST", "/jobs", b'{"type":"echo","payload":{},"delay":60}'))
-        location = first.answer().headers["location"]
+        location = "/" + first.answer().headers["location"]
         wires = [stack.enter_context(Wire(server.address)) for _ in range(100)]
         for wire in wires:
             wire.send(spell("GET", f"{location}?wait=25"))
