@@ -1,8 +1,8 @@
-"""Measure TinyQueue against the limit: the same number of raw commands by the same client, in the same run.
+"""Compare TinyQueue with plain Redis commands of the same client, in the same run.
 
     python tests/bench.py [--jobs 20000] [--growth]
 
-Starts a redis-server of its own. Times are of this machine and this minute; the ratios are what counts.
+Starts its own redis-server. Times depend on the machine and its load; compare the ratios.
 """
 
 from __future__ import annotations
@@ -123,7 +123,7 @@ def worker(folder: str, *arguments: str) -> Iterator[subprocess.Popen[bytes]]:
 
 @contextmanager
 def web(folder: str, *command: str, processes: int = 1) -> Iterator[str]:
-    """A web process, or some, on a free port."""
+    """Run one or more web processes on a free port."""
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]
     own = {"REDIS_URL": Path(folder, "url").read_text(), "TINYQUEUE_HANDLERS": "benchhandlers", "LOG_LEVEL": "error"}
@@ -142,13 +142,13 @@ def listens(port: int) -> bool:
 
 
 def requests_per_second(folder: str, url: str, path: str, body: str, connections: int) -> float:
-    """What wrk gets through in five seconds; every answer must be a 2xx."""
+    """Measure the requests a second with wrk. Fails if an answer is not 2xx."""
     Path(folder, "post.lua").write_text(WRK % (path, body))
     command = ["wrk", "-t1", f"-c{connections}", "-d5s", "-s", "post.lua", url]
-    said = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True).stdout
-    if "Non-2xx" in said:
-        raise click.ClickException(said)
-    return float(said.partition("Requests/sec:")[2].split()[0])
+    output = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True).stdout
+    if "Non-2xx" in output:
+        raise click.ClickException(output)
+    return float(output.partition("Requests/sec:")[2].split()[0])
 
 
 def answers(raw: redis.Redis) -> bool:
@@ -194,7 +194,7 @@ def measure_enqueue(queue: Queue, raw: redis.Redis, count: int) -> None:
 
 
 def measure_drain(queue: Queue, raw: redis.Redis, folder: str, count: int, slots: int) -> None:
-    """A worker process with that many slots beside a loop of that many threads that only pop, and record nothing."""
+    """Compare a worker with threads that only pop ids and save nothing, as many as it has slots."""
     raw.flushall()
     raw.lpush("bare", *range(count))
     pops = [
@@ -211,7 +211,7 @@ def measure_drain(queue: Queue, raw: redis.Redis, folder: str, count: int, slots
     raw.flushall()
     fill(queue, count)
     value = drain(queue, folder, count, slots)
-    show(f"drain, {slots} slots", value, bare, "jobs/s", f"BRPOP in {slots} threads, nothing recorded")
+    show(f"drain, {slots} slots", value, bare, "jobs/s", f"BRPOP in {slots} threads, nothing saved")
 
 
 def fill(queue: Queue, count: int) -> None:
@@ -220,20 +220,21 @@ def fill(queue: Queue, count: int) -> None:
 
 
 def drain(queue: Queue, folder: str, count: int, slots: int) -> float:
-    """Jobs a second from the first to the count-th that is completed."""
+    """Measure the jobs a second from the first completed job to the last."""
 
     def done() -> int:
         return int(queue.stats()["total"]["completed"])
 
     with worker(folder, "--concurrency", str(slots)):
         until(done, 0.002)
-        first, begin = done(), time.perf_counter()
+        first = done()
+        begin = time.perf_counter()
         until(lambda: done() >= count)
         return (done() - first) / (time.perf_counter() - begin)
 
 
 def measure_latency(queue: Queue, raw: redis.Redis, folder: str) -> None:
-    """Fifty a second: from the call of enqueue to the first line of the handler, beside LPUSH to BRPOP."""
+    """Compare enqueue to handler with LPUSH to BRPOP, at fifty jobs a second."""
     with subprocess.Popen([sys.executable, "-c", POPPER], cwd=folder) as popper:
         time.sleep(0.5)
         paced(lambda: raw.lpush("bare", time.monotonic_ns()))
@@ -282,10 +283,11 @@ def measure_idle(raw: redis.Redis, folder: str) -> None:
 
     with worker(folder) as process:
         time.sleep(3)
-        before, cpu = commands(), cpu_seconds(process.pid)
+        before = commands()
+        cpu = cpu_seconds(process.pid)
         time.sleep(20)
-        show("idle worker", (commands() - before - 1) / 20, 3, "commands/s", "the aim")
-        show("idle worker", 100 * (cpu_seconds(process.pid) - cpu) / 20, 0.3, "% of a core", "the aim")
+        show("idle worker", (commands() - before - 1) / 20, 3, "commands/s", "the goal")
+        show("idle worker", 100 * (cpu_seconds(process.pid) - cpu) / 20, 0.3, "% of a core", "the goal")
 
 
 def cpu_seconds(pid: int) -> float:
@@ -334,13 +336,15 @@ def measure_growth(queue: Queue, raw: redis.Redis, folder: str) -> None:
 
 
 @click.command()
-@click.option("--jobs", default=20_000, show_default=True, help="Jobs of one measure.")
-@click.option("--growth", is_flag=True, help="Also drain with a million jobs pending.")
+@click.option("--jobs", default=20_000, show_default=True, help="Number of jobs of each measurement.")
+@click.option("--growth", is_flag=True, help="Also measure the drain with a million pending jobs.")
 def main(jobs: int, growth: bool) -> None:
+    """Compare TinyQueue with plain Redis commands."""
     with tempfile.TemporaryDirectory() as folder, redis_server(folder) as url:
         Path(folder, "benchhandlers.py").write_text(HANDLERS)
         Path(folder, "url").write_text(url)
-        queue, raw = Queue.from_url(url), redis.Redis.from_url(url)
+        queue = Queue.from_url(url)
+        raw = redis.Redis.from_url(url)
         click.echo(f"{'measure':<34} {'TinyQueue':>12} {'unit':<10} {'ratio':>7}   {'limit':>12}")
         measure_enqueue(queue, raw, jobs)
         for slots in (10, 50):
@@ -352,7 +356,7 @@ def main(jobs: int, growth: bool) -> None:
         if shutil.which("wrk"):
             measure_http(raw, folder)
         else:
-            click.echo("HTTP is not measured: wrk is not installed")
+            click.echo("HTTP was not measured because wrk is not installed")
         if growth:
             measure_growth(queue, raw, folder)
 

@@ -1,20 +1,27 @@
-"""Prove that no job is lost: real processes, real faults, and a record of every run that Redis knows nothing of.
+"""Inject faults into real processes and check that no job is lost or repeated without a cause.
 
-    python tests/chaos.py [--trials 1000] [--seed 1] [--parallel 4]     a trial's schedule depends on its seed alone
-    python tests/chaos.py --seed 417 --trials 1                         the same trial again
+    python tests/chaos.py [--trials 1000] [--seed 1] [--parallel 4]
+    python tests/chaos.py --seed 417 --trials 1
 
-A world is a Redis that syncs every write, and a web process and two workers, each behind a proxy of its own, which a supervisor
-restarts as a platform does. A trial submits jobs over HTTP and from Python while one to three faults happen, heals everything,
-waits until all is quiet, and judges. Handlers mark the beginning and the end of each run in a file: what really ran. The judge
-demands:
+The second line repeats one trial, because the schedule of a trial depends only on its seed.
 
-    every job that was accepted has ended as its handler says; one whose submit was not answered exists once or not at all
-    each run but a job's first has a cause: its handler failed, its worker was killed, told to stop, or cut off beyond its lease
-    two runs of a job overlap only if the first one's worker was cut off beyond its lease
-    no worker has ended but by a fault, and the books are right
+A world is a Redis that syncs every write, a web process and two workers. Each process is behind its
+own proxy, and a supervisor restarts it as a platform does. A trial submits jobs over HTTP and from
+Python while one to three faults happen. Then it ends all faults, waits until the world is quiet,
+and judges the evidence. Handlers write the start and the end of each run to a file, so the evidence
+does not depend on Redis. The judge requires:
 
-No fault lasts between SHORT and LONG, where it would depend on the heartbeat whether a lease is lost. So what an outage of Redis
-must never cost, a second run, is demanded of it, however long it is. Exit code 1 tells of a failure, with the evidence printed.
+    every accepted job has ended as its handler determines; a submit without an answer has made one
+    job or none
+    every run of a job except the first has a cause: its handler failed, or its worker was killed,
+    was told to stop, or was cut off for longer than its lease
+    runs of a job overlap only if the worker of the first was cut off for longer than its lease, or
+    for up to 1.5 seconds if it was told to stop
+    processes exit only because of a fault, and check_consistency finds no error
+
+No fault lasts between SHORT and LONG, because it would then depend on the heartbeat whether a lease
+expires. An outage of Redis is never a cause for a second run, however long it lasts. If a trial
+fails, its evidence is printed and the exit code is 1.
 """
 
 from __future__ import annotations
@@ -26,6 +33,7 @@ import os
 import random
 import shutil
 import signal
+import struct
 import subprocess
 import sys
 import tempfile
@@ -53,9 +61,10 @@ from cutproxy import CutProxy  # noqa: E402
 
 from tinyqueue import ENDED, Job, Queue, Unavailable  # noqa: E402
 
-LEASE = 2  # seconds; renewed every 0.92 at the latest, so that 1.08 are left of it at any time
-SHORT, LONG = (0.1, 0.8), (2.6, 3.3)  # seconds of a fault that no lease, and that every lease is lost by
-PATIENCE = 40.0  # seconds until all must be quiet
+LEASE = 2  # seconds; renewed after at most 0.92, so that 1.08 are left at any time
+SHORT = (0.1, 0.8)  # seconds of a fault during which no lease expires
+LONG = (2.6, 3.3)  # seconds of a fault during which every lease expires
+PATIENCE = 40.0  # seconds after which the world must be quiet
 WORKERS = ("worker-0", "worker-1")
 
 HANDLERS = """
@@ -63,11 +72,12 @@ import os, signal, sys, threading, time
 from contextlib import contextmanager
 from tinyqueue import Discard, Job, handler
 
-MARKS, PROCESS = os.open("marks", os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600), os.getpid()
+MARKS = os.open("marks", os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+PROCESS = os.getpid()
 SOON = {"backoff": 0.05, "backoff_cap": 0.2}
 
 def mark(what, job):
-    if os.getpid() == PROCESS:  # and not the child of one that has forked
+    if os.getpid() == PROCESS:  # not in a forked child
         os.write(MARKS, f"{what} {job.id} {job.attempts} {PROCESS} {job.worker} {time.monotonic():.4f}\\n".encode())
 
 @contextmanager
@@ -96,7 +106,7 @@ def flaky(payload: dict, job: Job) -> str:
 @handler("discard", max_attempts=3, timeout=10, **SOON)
 def discard(payload: dict, job: Job) -> None:
     with marked(job):
-        raise Discard("no use")
+        raise Discard("pointless")
 
 @handler("poison", max_attempts=2, timeout=10, **SOON)
 def poison(payload: dict, job: Job) -> None:
@@ -111,10 +121,10 @@ def hang(payload: dict, job: Job) -> None:
         while True:
             time.sleep(0.01)
 
-@handler("deaf", max_attempts=1, timeout=0.3, **SOON)
-def deaf(payload: dict, job: Job) -> None:
+@handler("stuck", max_attempts=1, timeout=0.3, **SOON)
+def stuck(payload: dict, job: Job) -> None:
     with marked(job):
-        time.sleep(6.5)  # notices its time-out only afterwards, when its thread has been given up
+        time.sleep(6.5)  # notices its timeout only afterwards, when its thread has been abandoned
 
 @handler("exit", max_attempts=2, timeout=10, **SOON)
 def exit(payload: dict, job: Job) -> None:
@@ -134,25 +144,26 @@ def thread(payload: dict, job: Job) -> str:
         threading.Thread(target=time.sleep, args=(1.0,)).start()
         return payload["token"]
 """
-RUDE = ("poison", "hang", "deaf", "exit", "fork", "thread")  # types that are a fault by themselves
+HARMFUL = ("poison", "hang", "stuck", "exit", "fork", "thread")  # types of jobs that are a fault themselves
 MAX_ATTEMPTS = {
     "work": 10,
     "flaky": 3,
     "discard": 3,
     "poison": 2,
     "hang": 2,
-    "deaf": 1,
+    "stuck": 1,
     "exit": 2,
     "fork": 10,
     "thread": 10,
 }
 FAILS_WITH = {
     **{"flaky": "OSError", "discard": "Discard", "poison": "WorkerLost"},
-    **{"hang": "TimedOut", "deaf": "TimedOut", "exit": "SystemExit"},
+    **{"hang": "TimedOut", "stuck": "TimedOut", "exit": "SystemExit"},
 }
-SUSPICIONS = 2  # starts that a job may cost its worker before its attempts are spent
+SUSPICIONS = 2  # times that a job may kill its worker without losing an attempt
 
-# A clock that is ten minutes ahead, and only that: libfaketime 0.9.10 breaks time.sleep, or the monotonic clock as well.
+# Sets the wall clock ten minutes ahead. libfaketime 0.9.10 would also affect time.sleep or the
+# monotonic clock.
 CC = shutil.which("cc")
 WRONG_CLOCK = """
 #include <sys/syscall.h>
@@ -164,13 +175,47 @@ int clock_gettime(clockid_t id, struct timespec *now) {
     return code;
 }
 """
+# Adds the seconds in a file to the wall clock, and follows when they change.
+SET_CLOCK = """
+#include <fcntl.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <sys/mman.h>
+#include <sys/syscall.h>
+#include <sys/time.h>
+#include <time.h>
+#include <unistd.h>
+static volatile int64_t zero, *ahead = &zero;
+__attribute__((constructor)) static void attach(void) {
+    int file = open(getenv("CLOCK_AHEAD"), O_RDONLY);
+    if (file >= 0) ahead = mmap(0, sizeof *ahead, PROT_READ, MAP_SHARED, file, 0);
+}
+int clock_gettime(clockid_t id, struct timespec *now) {
+    int code = syscall(SYS_clock_gettime, id, now);
+    if (id == CLOCK_REALTIME) now->tv_sec += *ahead;
+    return code;
+}
+int gettimeofday(struct timeval *now, void *zone) {
+    struct timespec precise;
+    clock_gettime(CLOCK_REALTIME, &precise);
+    now->tv_sec = precise.tv_sec;
+    now->tv_usec = precise.tv_nsec / 1000;
+    return 0;
+}
+time_t time(time_t *result) {
+    struct timespec precise;
+    clock_gettime(CLOCK_REALTIME, &precise);
+    if (result) *result = precise.tv_sec;
+    return precise.tv_sec;
+}
+"""
 
 
-# What is to happen ----------------------------------------------------------------------------------------------------
+# The plan -------------------------------------------------------------------------------------------------------------
 
 
 class Fault(NamedTuple):
-    """What happens: `at` seconds after the trial's beginning, to whom, and for how long."""
+    """A fault that begins `at` seconds after the start of the trial."""
 
     kind: str
     at: float
@@ -180,7 +225,7 @@ class Fault(NamedTuple):
 
 @dataclass
 class Submit:
-    """One submit: what it sends, how, and what came of it. `token` is its Idempotency-Key, too; job n carries token.n."""
+    """A submit and its result. `token` is also its Idempotency-Key, and job n has `token.n`."""
 
     token: str
     at: float
@@ -188,11 +233,11 @@ class Submit:
     type: str
     payloads: list[dict[str, Any]]
     delay: float
-    patient: bool  # repeats it with the same key until it is answered
+    patient: bool  # repeat it with the same key until it is answered
     cancel: bool
-    ids: list[str] = field(default_factory=list)  # as they were answered
-    doubtful: bool = False  # not answered, and it may have been accepted
-    cancelled_at: float = 0.0  # answered so
+    ids: list[str] = field(default_factory=list)  # from the answer
+    doubtful: bool = False  # not answered, so it may have been accepted
+    cancelled_at: float = 0.0  # when the answer came that it is cancelled
     tries: int = 0
 
 
@@ -211,34 +256,34 @@ class Plan(NamedTuple):
 
 
 def plan(seed: int) -> Plan:
-    """Draw a schedule. Seeds that follow each other begin with one kind of fault after the other, so that none is left out."""
-    dice = random.Random(seed)
+    """Draw a plan. Consecutive seeds begin with different kinds of faults, so all kinds occur."""
+    rng = random.Random(seed)
     kinds = list(KINDS)
-    others = dice.sample([kind for kind in kinds if kind != kinds[seed % len(kinds)]], dice.randrange(3))
+    others = rng.sample([kind for kind in kinds if kind != kinds[seed % len(kinds)]], rng.randrange(3))
     faults = []
     for kind in [kinds[seed % len(kinds)], *others]:
-        victim = dice.choice(("web", *WORKERS) if kind.startswith("link-") else WORKERS)
-        seconds = dice.uniform(*(LONG if kind.endswith("-long") else SHORT))
-        faults.append(Fault(kind, round(dice.uniform(0.1, 0.8), 3), victim, round(seconds, 3)))
-    types = dice.choices(("work", "flaky", "discard"), (8, 2, 1), k=dice.randrange(16, 24))
-    types += [kind for kind in [kinds[seed % len(kinds)], *others] if kind in RUDE for _ in range(2)]
-    return Plan(seed, faults, [_draw_submit(dice, f"{seed}-{n}", type) for n, type in enumerate(types)])
+        victim = rng.choice(("web", *WORKERS) if kind.startswith("link-") else WORKERS)
+        seconds = rng.uniform(*(LONG if kind.endswith("-long") else SHORT))
+        faults.append(Fault(kind, round(rng.uniform(0.1, 0.8), 3), victim, round(seconds, 3)))
+    types = rng.choices(("work", "flaky", "discard"), (8, 2, 1), k=rng.randrange(16, 24))
+    types += [kind for kind in [kinds[seed % len(kinds)], *others] if kind in HARMFUL for _ in range(2)]
+    return Plan(seed, faults, [_draw_submit(rng, f"{seed}-{n}", type) for n, type in enumerate(types)])
 
 
-def _draw_submit(dice: random.Random, token: str, type: str) -> Submit:
-    via = dice.choice(("http", "http", "batch", "python"))
+def _draw_submit(rng: random.Random, token: str, type: str) -> Submit:
+    via = rng.choice(("http", "http", "batch", "python"))
     payloads = [
         {
             "token": f"{token}.{n}",
-            "ms": dice.choice((dice.randrange(50), dice.randrange(50, 200))),
-            "fails": dice.randrange(1, 5),
+            "ms": rng.choice((rng.randrange(50), rng.randrange(50, 200))),
+            "fails": rng.randrange(1, 5),
         }
-        for n in range(dice.randrange(2, 5) if via == "batch" and type not in RUDE else 1)
+        for n in range(rng.randrange(2, 5) if via == "batch" and type not in HARMFUL else 1)
     ]
-    delay = dice.choice((0.0, 0.0, round(dice.uniform(0.05, 0.5), 2)))
-    patient = via != "python" and dice.random() < 0.8
+    delay = rng.choice((0.0, 0.0, round(rng.uniform(0.05, 0.5), 2)))
+    patient = via != "python" and rng.random() < 0.8
     return Submit(
-        token, round(dice.uniform(0.0, 0.6), 3), via, type, payloads, delay, patient, cancel=dice.random() < 0.15
+        token, round(rng.uniform(0.0, 0.6), 3), via, type, payloads, delay, patient, cancel=rng.random() < 0.15
     )
 
 
@@ -259,7 +304,7 @@ class Death(NamedTuple):
 
 
 class Cut(NamedTuple):
-    """`victim` could not reach Redis for longer than its lease, while others could."""
+    """A victim that could not reach Redis for longer than its lease, while others could."""
 
     begin: float
     end: float
@@ -267,21 +312,29 @@ class Cut(NamedTuple):
 
 
 class World:
-    """A Redis, a web process and two workers, each behind its own proxy, and the supervisor that restarts what has died."""
+    """A Redis, a web process and two workers behind proxies, and their supervisor."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder, self.over = folder, False
+        self.folder = folder
+        self.closed = False
         (folder / "redis").mkdir()
         (folder / "chaoshandlers.py").write_text(HANDLERS)
         (folder / "marks").touch()
         self.redis = RedisServer(folder / "redis", "--appendonly", "yes", "--appendfsync", "always")
+        self.clock = folder / "ahead"
+        self.clock.write_bytes(struct.pack("q", 0))
+        if CC:
+            self.redis.environ = {"LD_PRELOAD": str(folder / "set_clock.so"), "CLOCK_AHEAD": str(self.clock)}
         self.redis.start()
         self.proxies = {name: CutProxy(self.redis.port) for name in ("web", *WORKERS)}
         self.queue = Queue.from_url(self.redis.url, lease=LEASE)
         self.client = redis.Redis(connection_pool=self.queue.pool)
-        self.far = Queue.from_url(self.proxies["web"].url, lease=LEASE)
-        self.port, self.password, self.names = free_port(), "", dict[int, str]()
-        self.lock, self.server = threading.Lock(), threading.Lock()  # for processes; for faults of Redis, one at a time
+        self.proxied_queue = Queue.from_url(self.proxies["web"].url, lease=LEASE)
+        self.port = free_port()
+        self.password = ""
+        self.names: dict[int, str] = {}  # of processes, by pid
+        self.lock = threading.Lock()  # for the processes
+        self.redis_lock = threading.Lock()  # for faults of Redis: one at a time
         self.wrong_clocks: set[str] = set()
         self.signals: list[Signal] = []
         self.deaths: list[Death] = []
@@ -291,7 +344,7 @@ class World:
         self.supervisor.start()
 
     def close(self) -> None:
-        self.over = True
+        self.closed = True
         self.supervisor.join()
         for process in self.processes.values():
             self._kill_tree(process.pid)
@@ -299,6 +352,13 @@ class World:
         for proxy in self.proxies.values():
             proxy.close()
         self.redis.kill()
+
+    def set_clock(self, by: int) -> None:
+        """Move the wall clock of Redis by so many seconds."""
+        with self.redis_lock:
+            [ahead] = struct.unpack("q", self.clock.read_bytes())
+            with self.clock.open("r+b") as file:  # in place: the server has it mapped
+                file.write(struct.pack("q", ahead + by))
 
     # Processes --------------------------------------------------------------------------------------------------------
 
@@ -328,8 +388,8 @@ class World:
 
     def _supervise(self) -> None:
         parent = os.getppid()
-        while not self.over:
-            if os.getppid() != parent:  # killed: nobody would end this world
+        while not self.closed:
+            if os.getppid() != parent:  # the parent was killed: end this world
                 os.kill(os.getpid(), SIGTERM)
             for name, process in self.processes.items():
                 if process.poll() is not None:
@@ -339,11 +399,11 @@ class World:
             time.sleep(0.01)
 
     def signal(self, process: subprocess.Popen[bytes], number: int) -> None:
-        self.signals.append(Signal(time.monotonic(), process.pid, number))  # before it acts
+        self.signals.append(Signal(time.monotonic(), process.pid, number))  # before it has an effect
         process.send_signal(number)
 
     def _kill_tree(self, pid: int) -> None:
-        """kill -9 of a process and all that descend from it, the ancestors first."""
+        """Send SIGKILL to a process and then to its descendants."""
         children = Path(f"/proc/{pid}/task/{pid}/children")
         pids = children.read_text().split() if children.exists() else []
         self.signals.append(Signal(time.monotonic(), pid, SIGKILL))
@@ -353,66 +413,66 @@ class World:
             self._kill_tree(int(child))
 
     def kill_tree(self, name: str) -> None:
-        with self.lock:  # its pid must not have become another's
+        with self.lock:  # so that the pid is not reused meanwhile
             self._kill_tree(self.processes[name].pid)
 
     def successor(self, process: subprocess.Popen[bytes], name: str) -> subprocess.Popen[bytes]:
-        while self.processes[name] is process and not self.over:
+        while self.processes[name] is process and not self.closed:
             time.sleep(0.005)
         return self.processes[name]
 
     # Redis ------------------------------------------------------------------------------------------------------------
 
-    def tell_redis(self, *command: Any) -> Any:
+    def command_redis(self, *command: Any) -> Any:
         password = self.password or None
         with redis.Redis(port=self.redis.port, password=password, retry=None, socket_timeout=10) as client:
             return client.execute_command(*command)
 
     def cut_off(self, victim: str, seconds: float) -> None:
-        """Let time pass in which a victim cannot be reached, and take note of it if its lease does not last that long."""
+        """Wait while a victim is cut off. Record it if its lease expires meanwhile."""
         begin = time.monotonic()
         time.sleep(seconds)
         if seconds >= LONG[0]:
-            self.cuts.append(Cut(begin, time.monotonic() + 1.0, victim))  # it learns of it a little later
+            self.cuts.append(Cut(begin, time.monotonic() + 1.0, victim))  # the victim learns of it a little later
 
     # A trial ----------------------------------------------------------------------------------------------------------
 
     def trial(self, plan: Plan) -> Result:
-        """Let a plan happen and judge what came of it."""
+        """Run a plan and judge the evidence."""
         begun = self._begin()
-        crew, fates = ThreadPoolExecutor(12), ThreadPoolExecutor(3)
-        submits = [crew.submit(self._submit, submit, begun) for submit in plan.submits]
-        faults = [fates.submit(self._inflict, fault, begun) for fault in plan.faults]
+        submitters = ThreadPoolExecutor(12)
+        injectors = ThreadPoolExecutor(3)
+        submits = [submitters.submit(self._submit, submit, begun) for submit in plan.submits]
+        faults = [injectors.submit(self._inject, fault, begun) for fault in plan.faults]
         wait(faults)
         for proxy in self.proxies.values():
             proxy.heal()
         healed = time.monotonic()
-        troubles = [str(trouble) for done in (*submits, *faults) if (trouble := done.exception() or done.result())]
-        crew.shutdown()
-        fates.shutdown()
+        problems = [str(problem) for done in (*submits, *faults) if (problem := done.exception() or done.result())]
+        submitters.shutdown()
+        injectors.shutdown()
         quiet = self._wait_for_quiet(healed + PATIENCE)
         recovery = time.monotonic() - healed
-        troubles += (
-            [] if quiet else [f"it was not quiet after {PATIENCE} s: {self.queue.stats()} {self.queue.workers()}"]
-        )
-        troubles += self._check_books()
+        if not quiet:
+            problems.append(f"not quiet after {PATIENCE} s: {self.queue.stats()} {self.queue.workers()}")
+        problems += self._check_consistency()
         evidence = self._evidence(plan)
         verdict = judge(evidence)
         self._clear()
-        return Result(plan, verdict, troubles, show(evidence), recovery, time.monotonic() - begun)
+        return Result(plan, verdict, problems, show(evidence), recovery, time.monotonic() - begun)
 
     def _begin(self) -> float:
         if not self._wait_for_quiet(time.monotonic() + PATIENCE):
-            raise RuntimeError(f"the world does not become ready: {self.queue.workers()}")
+            raise RuntimeError(f"the world did not become quiet: {self.queue.workers()}")
         os.truncate(self.folder / "marks", 0)
         self.signals.clear()
         self.deaths.clear()
         self.cuts.clear()
         return time.monotonic()
 
-    def _inflict(self, fault: Fault, begun: float) -> None:
+    def _inject(self, fault: Fault, begun: float) -> None:
         time.sleep(max(0.0, begun + fault.at - time.monotonic()))
-        if fault.kind not in RUDE:
+        if fault.kind not in HARMFUL:
             KINDS[fault.kind](self, fault)
 
     def _wait_for_quiet(self, until: float) -> bool:
@@ -424,18 +484,18 @@ class World:
         return False
 
     def _quiet(self) -> bool:
-        """Whether all jobs have ended, and exactly the workers that live are registered."""
+        """Whether all jobs have ended and exactly the running workers are registered."""
         stats, workers = self.queue.stats(), self.queue.workers()
         alive = {worker["pid"] for worker in workers if worker["alive"]}
         expected = {self.processes[name].pid for name in WORKERS}
         known = self.client.smembers(self.queue.keys.workers)
-        if expected & {signal.pid for signal in self.signals}:  # told to stop, and on its way out
+        if expected & {signal.pid for signal in self.signals}:  # it is stopping
             return False
         idle = not stats["pending"] and not stats["processing"] and len(known) == len(workers) == len(WORKERS)
         return idle and alive == expected and self._call("GET", "/ready")[0] == 200
 
-    def _check_books(self) -> list[str]:
-        """Check the books, for a while: entries that decide nothing may still be on their way out."""
+    def _check_consistency(self) -> list[str]:
+        """Check the consistency until it passes: harmless entries may remain for a while."""
         until = time.monotonic() + 3.0
         while True:
             try:
@@ -443,7 +503,7 @@ class World:
                 return []
             except AssertionError as error:
                 if time.monotonic() > until:
-                    return [f"the books are wrong: {error}"]
+                    return [f"the queue is not consistent: {error}"]
             time.sleep(0.1)
 
     def _records(self) -> list[Job]:
@@ -451,7 +511,7 @@ class World:
         return [job for id in ids if (job := self.queue.get(id))]
 
     def _clear(self) -> None:
-        """Forget the trial's jobs, which have ended: the books of the next are read faster."""
+        """Delete the jobs of the trial, so that the next one is checked faster."""
         keys = self.queue.keys
         made = [key for family in (keys.job("*"), keys.prefix + "once:*") for key in self.client.keys(family)]
         self.client.delete(*made, keys.ended["completed"], keys.ended["failed"], keys.ended["cancelled"])
@@ -476,7 +536,7 @@ class World:
             return answer.status, json.loads(answer.read())
 
     def _submit(self, submit: Submit, begun: float) -> str:
-        """Submit, again and again if it is patient, and cancel if it shall; returns what must not be."""
+        """Make a submit, with its repeats and its cancellation. Returns a problem, if any."""
         time.sleep(max(0.0, begun + submit.at - time.monotonic()))
         deadline = time.monotonic() + PATIENCE
         send = self._send_from_python if submit.via == "python" else self._send_over_http
@@ -496,9 +556,9 @@ class World:
     def _send_from_python(self, submit: Submit) -> bool:
         options = {"max_attempts": MAX_ATTEMPTS[submit.type], "delay": submit.delay}
         try:
-            submit.ids = [self.far.enqueue(submit.type, submit.payloads[0], **options).id]
-        except Unavailable as trouble:
-            submit.doubtful = trouble.doubtful
+            submit.ids = [self.proxied_queue.enqueue(submit.type, submit.payloads[0], **options).id]
+        except Unavailable as error:
+            submit.doubtful = error.doubtful
         return bool(submit.ids)
 
     def _send_over_http(self, submit: Submit) -> bool:
@@ -536,7 +596,7 @@ def kill_web(world: World, fault: Fault) -> None:
 
 
 def stop(world: World, fault: Fault) -> None:
-    """SIGSTOP, and SIGCONT later."""
+    """Send SIGSTOP, and later SIGCONT."""
     process = world.processes[fault.victim]
     process.send_signal(SIGSTOP)
     world.cut_off(fault.victim, fault.seconds)
@@ -555,7 +615,7 @@ def term_thrice(world: World, fault: Fault) -> None:
 
 
 def term_at_start(world: World, fault: Fault) -> None:
-    """Kill a worker, and tell the next one to stop before it has begun, or just as it begins."""
+    """Kill a worker, and stop the next one before it starts or while it starts."""
     process = world.processes[fault.victim]
     world.signal(process, SIGKILL)
     process = world.successor(process, fault.victim)
@@ -564,7 +624,7 @@ def term_at_start(world: World, fault: Fault) -> None:
 
 
 def wrong_clock(world: World, fault: Fault) -> None:
-    """A worker whose wall clock is ten minutes ahead. It takes the place of the right one, and that its own in turn."""
+    """Replace a worker by one whose wall clock is ten minutes ahead, and then that one again."""
     world.wrong_clocks.add(fault.victim)
     process = world.processes[fault.victim]
     world.signal(process, SIGTERM)
@@ -575,16 +635,28 @@ def wrong_clock(world: World, fault: Fault) -> None:
     world.successor(process, fault.victim)
 
 
+def clock_ahead(world: World, fault: Fault) -> None:
+    """Set the wall clock of Redis a minute ahead, for good: back again, backoffs would take a minute."""
+    world.set_clock(60)
+
+
+def clock_back(world: World, fault: Fault) -> None:
+    """Set the wall clock of Redis an hour back, and right again."""
+    world.set_clock(-3600)
+    time.sleep(fault.seconds)
+    world.set_clock(3600)
+
+
 def redis_kill(world: World, fault: Fault) -> None:
-    with world.server:
+    with world.redis_lock:
         world.redis.kill()
         time.sleep(fault.seconds)
         world.redis.start()
 
 
 def redis_loading(world: World, fault: Fault) -> None:
-    """Kill Redis and have it load for about a second, answering LOADING after each 1,024 commands of its log."""
-    with world.server:
+    """Kill Redis and make it load for about a second, during which it answers LOADING."""
+    with world.redis_lock:
         with world.client.pipeline(transaction=False) as pipeline:
             for _ in range(3000):
                 pipeline.set("padding", "").delete("padding")
@@ -593,7 +665,7 @@ def redis_loading(world: World, fault: Fault) -> None:
         commands = sum(
             file.read_bytes().count(b"\r\n*") for file in (world.redis.folder / "appendonlydir").glob("*.aof")
         )
-        pauses = min(commands, 10_000)  # each takes 60 microseconds at the least
+        pauses = min(commands, 10_000)  # each takes at least 60 microseconds
         delay = str(1_000_000 // pauses - 60) if pauses == commands else str(-commands // pauses)
         options, world.redis.options = world.redis.options, (*world.redis.options, "--key-load-delay", delay)
         world.redis.start()
@@ -601,44 +673,44 @@ def redis_loading(world: World, fault: Fault) -> None:
 
 
 def client_kill(world: World, fault: Fault) -> None:
-    with world.server:
-        world.tell_redis("CLIENT", "KILL", "TYPE", "normal")
+    with world.redis_lock:
+        world.command_redis("CLIENT", "KILL", "TYPE", "normal")
 
 
 def client_pause(world: World, fault: Fault) -> None:
-    with world.server:
-        world.tell_redis("CLIENT", "PAUSE", int(fault.seconds * 1000))
+    with world.redis_lock:
+        world.command_redis("CLIENT", "PAUSE", int(fault.seconds * 1000))
         time.sleep(fault.seconds)
 
 
 def redis_full(world: World, fault: Fault) -> None:
-    with world.server:
-        world.tell_redis("CONFIG", "SET", "maxmemory", "1mb")
+    with world.redis_lock:
+        world.command_redis("CONFIG", "SET", "maxmemory", "1mb")
         time.sleep(fault.seconds)
-        world.tell_redis("CONFIG", "SET", "maxmemory", "0")
+        world.command_redis("CONFIG", "SET", "maxmemory", "0")
 
 
 def read_only(world: World, fault: Fault) -> None:
-    """As after a failover: it says it is a replica, of a server that cannot be reached, so that it keeps its data."""
-    with world.server:
-        world.tell_redis("REPLICAOF", "127.0.0.1", "1")
+    """Make Redis a replica, as in a failover. Its master is unreachable, so it keeps its data."""
+    with world.redis_lock:
+        world.command_redis("REPLICAOF", "127.0.0.1", "1")
         time.sleep(fault.seconds)
-        world.tell_redis("REPLICAOF", "NO", "ONE")
+        world.command_redis("REPLICAOF", "NO", "ONE")
 
 
 def password(world: World, fault: Fault) -> None:
-    """The password is another for a while, and all connections must show theirs."""
-    with world.server:
-        world.tell_redis("CONFIG", "SET", "requirepass", "other")
+    """Change the password for a while, and close all connections so that they need it."""
+    with world.redis_lock:
+        world.command_redis("CONFIG", "SET", "requirepass", "other")
         world.password = "other"
-        world.tell_redis("CLIENT", "KILL", "TYPE", "normal", "SKIPME", "yes")
+        world.command_redis("CLIENT", "KILL", "TYPE", "normal", "SKIPME", "yes")
         time.sleep(fault.seconds)
-        world.tell_redis("CONFIG", "SET", "requirepass", "")
+        world.command_redis("CONFIG", "SET", "requirepass", "")
         world.password = ""
 
 
 def link_lost_reply(world: World, fault: Fault) -> None:
-    """Redis does what it is asked, and nobody hears of it: once for each step of a job's life."""
+    """Drop a reply of Redis for each step of a job's life."""
     proxy = world.proxies[fault.victim]
     for trigger in (b"EXEC", b"RPOPLPUSH", b"MSET", b"EXEC", b"LREM"):
         proxy.drop_reply(trigger)
@@ -646,10 +718,10 @@ def link_lost_reply(world: World, fault: Fault) -> None:
 
 
 def link_late_exec(world: World, fault: Fault) -> None:
-    """Transactions given up for lost arrive later, after the client has done as it thinks right.
+    """Deliver transactions late, after the client has given up on them and gone on.
 
-    Of the web process those with an Idempotency-Key: without one nothing is watched, and a submit that is given up, made again and
-    then arrives all the same would be counted twice among the pending, though it makes one job.
+    From the web process only those with an Idempotency-Key. Without a key nothing is watched: a submit
+    that is repeated and then delivered late is counted as pending twice, although it makes one job.
     """
     proxy = world.proxies[fault.victim]
     for trigger in (b"MSET", b"LREM", b"EXEC") if fault.victim in WORKERS else (b"\r\nPX\r\n",) * 3:
@@ -659,7 +731,7 @@ def link_late_exec(world: World, fault: Fault) -> None:
 
 
 def link_stall(world: World, fault: Fault) -> None:
-    """Nothing passes, nobody is told, and what was sent arrives when it is over."""
+    """Hold all data on a link, and deliver it afterwards."""
     proxy = world.proxies[fault.victim]
     proxy.flowing.clear()
     world.cut_off(fault.victim, fault.seconds)
@@ -667,7 +739,7 @@ def link_stall(world: World, fault: Fault) -> None:
 
 
 def link_reset(world: World, fault: Fault) -> None:
-    """Nothing passes, and when it is over all connections are gone."""
+    """Hold all data on a link, and then close its connections."""
     proxy = world.proxies[fault.victim]
     proxy.flowing.clear()
     world.cut_off(fault.victim, fault.seconds)
@@ -682,14 +754,14 @@ def link_delay(world: World, fault: Fault) -> None:
 
 
 def link_cut(world: World, fault: Fault) -> None:
-    """All connections end, ten times."""
+    """Close all connections of a link, ten times."""
     for _ in range(10):
         world.proxies[fault.victim].cut()
         time.sleep(fault.seconds / 10)
 
 
-def rude(world: World, fault: Fault) -> None:
-    """Nothing but jobs that misbehave."""
+def harmful_jobs(world: World, fault: Fault) -> None:
+    """Do nothing: the submits of the plan include harmful jobs."""
 
 
 KINDS: dict[str, Callable[[World, Fault], None]] = {
@@ -702,6 +774,9 @@ KINDS: dict[str, Callable[[World, Fault], None]] = {
     "term-thrice": term_thrice,
     "term-at-start": term_at_start,
     "wrong-clock": wrong_clock,
+    "clock-ahead": clock_ahead,
+    "clock-back": clock_back,
+    "clock-back-long": clock_back,
     "redis-kill": redis_kill,
     "redis-kill-long": redis_kill,
     "redis-loading": redis_loading,
@@ -721,7 +796,7 @@ KINDS: dict[str, Callable[[World, Fault], None]] = {
     "link-reset-long": link_reset,
     "link-delay": link_delay,
     "link-cut": link_cut,
-    **dict.fromkeys(RUDE, rude),
+    **dict.fromkeys(HARMFUL, harmful_jobs),
 }
 
 
@@ -729,7 +804,7 @@ KINDS: dict[str, Callable[[World, Fault], None]] = {
 
 
 class Run(NamedTuple):
-    """One run of a handler. `how` it ended: end, fail, or nothing if it never said."""
+    """A run of a handler. `how` it ended is end, fail, or empty if it wrote no second mark."""
 
     id: str
     attempt: int
@@ -741,7 +816,7 @@ class Run(NamedTuple):
 
 
 class Evidence(NamedTuple):
-    """All that is known of a trial."""
+    """Everything known about a trial."""
 
     plan: Plan
     records: list[Job]
@@ -754,45 +829,43 @@ class Evidence(NamedTuple):
 
 
 class Verdict(NamedTuple):
-    """What was found. `lost`, `unexplained` and `wrong` must be empty."""
+    """The findings of the judge. `lost`, `unexplained` and `wrong` must be empty."""
 
     lost: list[str]
     unexplained: list[str]
     wrong: list[str]
-    explained: Counter[str]  # extra runs, by their cause
+    explained: Counter[str]  # repeated runs by cause
 
 
 class Result(NamedTuple):
     plan: Plan
     verdict: Verdict
-    troubles: list[str]
+    problems: list[str]
     evidence: str
     recovery: float
     seconds: float
 
     @property
     def failures(self) -> list[str]:
-        return [*self.verdict.lost, *self.verdict.unexplained, *self.verdict.wrong, *self.troubles]
+        return [*self.verdict.lost, *self.verdict.unexplained, *self.verdict.wrong, *self.problems]
 
 
 def read_marks(marks: Sequence[Sequence[str]]) -> list[Run]:
-    """Make runs of the lines that handlers wrote."""
+    """Parse the marks that handlers wrote into runs."""
     runs: list[Run] = []
     for what, id, attempt, pid, worker, at in marks:
         if what == "begin":
             runs.append(Run(id, int(attempt), int(pid), worker, float(at)))
         else:
             same = (id, int(attempt), int(pid), worker)
-            for n, run in enumerate(
-                runs
-            ):  # the last mark of a deaf handler may come in the next trial: it finds no run
+            for n, run in enumerate(runs):  # a stuck handler may write its last mark in the next trial
                 if run[:4] == same and not run.how:
                     runs[n] = run._replace(end=float(at), how=what)
     return runs
 
 
 def judge(evidence: Evidence) -> Verdict:
-    """Compare what was accepted, what Redis says and what really ran."""
+    """Compare the accepted jobs, the records in Redis and the marks of the handlers."""
     verdict = Verdict([], [], [], Counter())
     by_token: dict[str, list[Job]] = {}
     for job in evidence.records:
@@ -801,37 +874,37 @@ def judge(evidence: Evidence) -> Verdict:
         found = [by_token.pop(payload["token"], []) for payload in submit.payloads]
         _judge_submit(submit, found, verdict)
         for n, job in enumerate(job for jobs in found for job in jobs):
-            # By attempt: a worker that is stopped between the start of a job and its handler's first line runs it when it wakes up.
+            # By attempt: a worker that is suspended between start and handler runs the job late.
             runs = sorted((run for run in evidence.runs if run.id == job.id), key=lambda run: (run.attempt, run.begin))
             _judge_end(submit, job, runs, n == 0, verdict)
             _judge_runs(job, runs, evidence, verdict)
-    verdict.wrong.extend(f"nobody submitted {jobs}" for jobs in by_token.values())
+    verdict.wrong.extend(f"jobs that nobody submitted: {jobs}" for jobs in by_token.values())
     known = {job.id for job in evidence.records}
-    verdict.lost.extend(f"{run.id} ran, and there is no such job" for run in evidence.runs if run.id not in known)
+    verdict.lost.extend(f"{run.id} ran, but the job does not exist" for run in evidence.runs if run.id not in known)
     _judge_deaths(evidence, verdict)
     return verdict
 
 
 def _judge_submit(submit: Submit, found: list[list[Job]], verdict: Verdict) -> None:
     if any(len(jobs) > 1 for jobs in found):
-        verdict.wrong.append(f"one submit made two jobs: {submit}")
+        verdict.wrong.append(f"a submit made two jobs: {submit}")
     ids = [jobs[0].id for jobs in found if jobs]
     if submit.ids and ids != submit.ids:
-        verdict.lost.append(f"accepted, but there are only {ids}: {submit}")
+        verdict.lost.append(f"accepted, but only {ids} exist: {submit}")
     if not submit.ids and ids and not submit.doubtful:
-        verdict.wrong.append(f"refused for certain, but it was stored: {submit}")
+        verdict.wrong.append(f"refused, but stored: {submit}")
     if ids and len(ids) < len(submit.payloads):
-        verdict.lost.append(f"a part of a batch is missing: {submit}")
+        verdict.lost.append(f"a batch was stored in part: {submit}")
 
 
 def _judge_end(submit: Submit, job: Job, runs: list[Run], first: bool, verdict: Verdict) -> None:
-    """Whether a job has ended as it should."""
+    """Check that a job has ended as its handler determines."""
     if job.status not in ENDED:
-        verdict.lost.append(f"it has not ended: {job}")
+        verdict.lost.append(f"a job has not ended: {job}")
     spent = job.attempts == job.max_attempts
-    ends = submit.type not in FAILS_WITH or (submit.type == "flaky" and job.payload["fails"] < job.max_attempts)
-    right = {
-        "completed": ends and job.result == job.payload["token"] and any(run.how == "end" for run in runs),
+    completes = submit.type not in FAILS_WITH or (submit.type == "flaky" and job.payload["fails"] < job.max_attempts)
+    expected = {
+        "completed": completes and job.result == job.payload["token"] and any(run.how == "end" for run in runs),
         "cancelled": submit.cancel and first,
         "failed": job.error is not None
         and (
@@ -839,33 +912,32 @@ def _judge_end(submit: Submit, job: Job, runs: list[Run], first: bool, verdict: 
             or (job.error.type == "WorkerLost" and spent and submit.type in FAILS_WITH)
         ),
     }
-    if job.status in ENDED and not right[job.status]:
-        verdict.wrong.append(f"it has not ended as its handler says: {job}")
+    if job.status in ENDED and not expected[job.status]:
+        verdict.wrong.append(f"a job has another outcome than its handler: {job}")
     if (
         first
         and submit.cancelled_at
         and (job.status != "cancelled" or any(run.begin > submit.cancelled_at for run in runs))
     ):
-        verdict.wrong.append(f"cancelled, but it ran: {job}")
+        verdict.wrong.append(f"a job was cancelled, but ran: {job}")
 
 
 def _judge_runs(job: Job, runs: list[Run], evidence: Evidence, verdict: Verdict) -> None:
-    """Find a cause for each run but the first, and for overlaps."""
+    """Find a cause for each run except the first, and for overlaps."""
     causes = [cause_of(run, after, evidence) for run, after in pairwise(runs)]
     verdict.explained.update(cause for cause in causes if cause)
     if not all(causes):
-        verdict.unexplained.append(f"a run more than can be explained ({causes}): {job}")
+        verdict.unexplained.append(f"a repeated run without a cause ({causes}): {job}")
     for run, after, cause in zip(runs, runs[1:], causes, strict=False):
         death = next((death.at for death in evidence.deaths if death.pid == run.pid), float("inf"))
-        allowed = {"cut off": float("inf"), "told to stop": 1.5}.get(
-            cause, 0.0
-        )  # what was handed back goes on until the process ends
+        # A handler whose job was released runs on until its process exits.
+        allowed = {"cut off": float("inf"), "told to stop": 1.5}.get(cause, 0.0)
         if min(run.end, death) > after.begin + allowed:
-            verdict.unexplained.append(f"two runs at once ({cause}): {job}")
+            verdict.unexplained.append(f"overlapping runs ({cause}): {job}")
     if job.type == "poison" and causes.count("killed") >= job.max_attempts + SUSPICIONS + _killed_by_others(
         runs, evidence
     ):
-        verdict.wrong.append(f"it killed more workers than it may: {job}")
+        verdict.wrong.append(f"a job killed too many workers: {job}")
 
 
 def _killed_by_others(runs: list[Run], evidence: Evidence) -> int:
@@ -873,7 +945,7 @@ def _killed_by_others(runs: list[Run], evidence: Evidence) -> int:
 
 
 def cause_of(run: Run, after: Run, evidence: Evidence) -> str:
-    """Why there was another run after this one; empty if nothing tells."""
+    """Find why another run followed this one; empty if no cause is found."""
     if run.how == "fail" and after.attempt > run.attempt and run.end <= after.begin:
         return "failed"
     slack = (
@@ -881,27 +953,26 @@ def cause_of(run: Run, after: Run, evidence: Evidence) -> str:
         if any(kind.startswith(("redis", "read", "client", "password", "link")) for kind in evidence.plan.kinds)
         else 1.0
     )
-    noted = run.end + slack if run.how else float("inf")  # when its outcome must have been written
+    saved = run.end + slack if run.how else float("inf")  # when its outcome must have been saved
     if any(
-        death.pid == run.pid and death.at < min(after.begin, noted) and death.code == -SIGKILL
+        death.pid == run.pid and death.at < min(after.begin, saved) and death.code == -SIGKILL
         for death in evidence.deaths
     ):
         return "killed"
     name = evidence.names.get(run.pid, "")
-    if any(cut.victim == name and cut.begin < min(after.begin, noted) and cut.end > run.begin for cut in evidence.cuts):
+    if any(cut.victim == name and cut.begin < min(after.begin, saved) and cut.end > run.begin for cut in evidence.cuts):
         return "cut off"
-    late = evidence.names.get(
-        after.pid, ""
-    )  # its attempt began first, and it was cut off before the handler's first mark
+    # The attempt of the later run may have begun first: its worker was cut off before the mark.
+    late = evidence.names.get(after.pid, "")
     if any(cut.victim == late and cut.begin < run.begin and after.begin < cut.end + slack for cut in evidence.cuts):
         return "cut off"
-    if any(s.number == SIGTERM and s.pid == run.pid and s.at < min(after.begin, noted) for s in evidence.signals):
+    if any(s.number == SIGTERM and s.pid == run.pid and s.at < min(after.begin, saved) for s in evidence.signals):
         return "told to stop"
     return ""
 
 
 def _judge_deaths(evidence: Evidence, verdict: Verdict) -> None:
-    """A process may end by a signal, or by a job that kills it."""
+    """Check that processes ended only by a signal or by a job that kills its worker."""
     signalled = {signal.pid for signal in evidence.signals}
     poisoned = {run.pid for run in evidence.runs if not run.how} if "poison" in evidence.plan.kinds else set()
     for death in evidence.deaths:
@@ -910,7 +981,7 @@ def _judge_deaths(evidence: Evidence, verdict: Verdict) -> None:
 
 
 def show(evidence: Evidence) -> str:
-    """Write down everything about a trial, for whoever has to find out what went wrong."""
+    """Format everything known about a trial, to find out what went wrong."""
     lines = [f"faults   {fault}" for fault in evidence.plan.faults]
     lines += [f"submit   {submit}" for submit in evidence.plan.submits]
     lines += [f"record   {job}" for job in evidence.records]
@@ -927,7 +998,7 @@ def show(evidence: Evidence) -> str:
 
 
 def run_trials(seeds: Sequence[int], parallel: int) -> Iterator[Result | str]:
-    """Run a trial for each seed, in so many worlds at a time; a string tells of a world that broke."""
+    """Run a trial for each seed in parallel worlds. A world that crashed yields an error text."""
     context = multiprocessing.get_context("spawn")
     todo, done = context.SimpleQueue(), context.SimpleQueue()
     for seed in seeds:
@@ -943,12 +1014,12 @@ def run_trials(seeds: Sequence[int], parallel: int) -> Iterator[Result | str]:
 
 
 def _work(todo: Any, done: Any) -> None:
-    """Run trials in a world, and in another after one that has failed."""
+    """Run trials in a world, and in a new world after a failed trial."""
     signal.signal(SIGTERM, lambda *_: sys.exit(1))
     seed = todo.get()
     while seed is not None:
         with tempfile.TemporaryDirectory(prefix="chaos-") as name:
-            _build_wrong_clock(Path(name))
+            _build_clocks(Path(name))
             world = World(Path(name))
             try:
                 failed = False
@@ -964,38 +1035,43 @@ def _work(todo: Any, done: Any) -> None:
                 world.close()
 
 
-def _build_wrong_clock(folder: Path) -> None:
-    source = folder / "clock.c"
-    source.write_text(WRONG_CLOCK)
-    if CC:
-        subprocess.run([CC, "-shared", "-fPIC", "-o", folder / "clock.so", source], check=True)
+def _build_clocks(folder: Path) -> None:
+    for name, code in {"clock": WRONG_CLOCK, "set_clock": SET_CLOCK}.items():
+        source = folder / f"{name}.c"
+        source.write_text(code)
+        if CC:
+            subprocess.run([CC, "-shared", "-fPIC", "-o", source.with_suffix(".so"), source], check=True)
 
 
 def table(results: Sequence[Result]) -> str:
-    """What happened, by kind of fault. A trial with several kinds counts for each of them."""
-    head = (
-        f"{'fault':<20} {'trials':>6} {'jobs':>7} {'lost':>5} {'failed':>7} {'killed':>7} {'stopped':>8} {'cut off':>8}"
-    )
-    lines = [head + f" {'unexplained':>12} {'wrong':>6} {'slowest recovery':>17}"]
+    """Format the results by kind of fault. A trial with several kinds counts for each of them."""
+    widths = {"trials": 6, "jobs": 7, "lost": 5, "failed": 7, "killed": 7, "stopped": 8, "cut off": 8}
+    widths |= {"unexplained": 12, "wrong": 6}
+    head = "".join(f" {name:>{width}}" for name, width in widths.items())
+    lines = [f"{'fault':<20}{head} {'slowest recovery':>17}"]
     for kind in (*KINDS, ""):
-        those = [result for result in results if not kind or kind in result.plan.kinds]
-        causes = sum((result.verdict.explained for result in those), Counter[str]())
-        counts = (
-            f"{kind or 'all':<20} {len(those):>6} {sum(result.plan.jobs for result in those):>7}"
-            f" {sum(len(result.verdict.lost) for result in those):>5} {causes['failed']:>7} {causes['killed']:>7}"
-            f" {causes['told to stop']:>8} {causes['cut off']:>8} {sum(len(result.verdict.unexplained) for result in those):>12}"
-            f" {sum(len(result.verdict.wrong) + len(result.troubles) for result in those):>6}"
-        )
-        lines.append(counts + f" {max((result.recovery for result in those), default=0.0):>15.1f} s")
+        matching = [result for result in results if not kind or kind in result.plan.kinds]
+        causes = sum((result.verdict.explained for result in matching), Counter[str]())
+        counts = [
+            len(matching),
+            sum(result.plan.jobs for result in matching),
+            sum(len(result.verdict.lost) for result in matching),
+            *(causes[cause] for cause in ("failed", "killed", "told to stop", "cut off")),
+            sum(len(result.verdict.unexplained) for result in matching),
+            sum(len(result.verdict.wrong) + len(result.problems) for result in matching),
+        ]
+        cells = "".join(f" {count:>{width}}" for count, width in zip(counts, widths.values(), strict=True))
+        recovery = max((result.recovery for result in matching), default=0.0)
+        lines.append(f"{kind or 'all':<20}{cells} {recovery:>15.1f} s")
     return "\n".join(lines)
 
 
 @click.command()
 @click.option("--trials", default=1000, show_default=True)
-@click.option("--seed", default=1, show_default=True, help="Of the first trial; the others count on from it.")
-@click.option("--parallel", default=4, show_default=True, help="Worlds at a time.")
+@click.option("--seed", default=1, show_default=True, help="Seed of the first trial; each further trial adds 1.")
+@click.option("--parallel", default=4, show_default=True, help="Number of worlds that run in parallel.")
 def main(trials: int, seed: int, parallel: int) -> None:
-    """Inject faults, and prove that no job is lost and none runs without a cause."""
+    """Inject faults and check that no job is lost or repeated without a cause."""
     results: list[Result] = []
     broken = 0
     for result in run_trials(range(seed, seed + trials), parallel):
@@ -1011,11 +1087,11 @@ def main(trials: int, seed: int, parallel: int) -> None:
             f"{len(results):>5} seed {result.plan.seed} {result.seconds:.1f} s {' '.join(result.plan.kinds)}", err=True
         )
     click.echo(
-        "extra runs by cause: a handler that failed, a worker that was killed, told to stop or cut off beyond its lease"
+        "repeated runs by cause: failed handler; worker killed, told to stop, or cut off for longer than its lease"
     )
     click.echo(table(results))
     if not CC:
-        click.echo("wrong-clock: there is no C compiler here, so those clocks were right")
+        click.echo("wrong-clock, clock-*: no C compiler found, so no clock was changed")
     sys.exit(1 if broken else 0)
 
 

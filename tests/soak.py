@@ -1,11 +1,13 @@
-"""Prove that nothing grows: after many jobs, Redis and both processes are as they were.
+"""Check that nothing grows: after many jobs, Redis and both processes use as much as before.
 
     python tests/soak.py [--jobs 200000]
 
-Submits in batches through one web process to one worker, a tenth of the jobs failing, some of them after a retry. Ended jobs stay
-for a second. Looks before the first job, after four tenths of them (the warm-up) and at the end, each time when all is forgotten.
-Exit code 1 if something has grown: keys and memory of Redis since the beginning; memory, threads and files of the processes, and
-connections, since the warm-up.
+Submits batches through one web process to one worker. A twentieth of the jobs is discarded, and
+another twentieth fails once and is retried. Ended jobs are kept for a second. Measures before the
+first job, after 40 % of them (the warm-up) and at the end, each time after all jobs were deleted.
+
+Exits with 1 if something has grown: the keys and the memory of Redis since the start; the memory,
+the threads, the open files and the connections of the processes since the warm-up.
 """
 
 from __future__ import annotations
@@ -39,25 +41,25 @@ from tinyqueue import Discard, Job, handler
 @handler("soak", max_attempts=2, backoff=0.1)
 def soak(n: int, job: Job) -> int:
     if n % 20 == 0:
-        raise Discard("no use")
+        raise Discard("pointless")
     if n % 20 == 1 and job.attempts == 1:
         raise OSError("flaky")
     return n
 """
 BATCH = 1000
-FORGOTTEN_WITHIN = 150.0  # seconds; a worker trims once a minute
+DELETED_WITHIN = 150.0  # seconds; a worker trims once a minute
 SLACK = {
-    "keys": 2,
+    "keys": 2,  # the counts and the bell
     "used": 1 << 20,
     "rss": 5 << 20,
     "threads": 0,
     "files": 0,
     "connections": 0,
-}  # keys: the counts, and the bell
+}
 
 
-class Look(NamedTuple):
-    """What there is at a moment. `keys` without those of the minutes, which stay for two hours however many jobs there are."""
+class Measurement(NamedTuple):
+    """The use of resources at one time. `keys` excludes the minutes, which stay for two hours."""
 
     jobs: int
     keys: int
@@ -67,8 +69,8 @@ class Look(NamedTuple):
     connections: int
 
 
-def process_now(pid: int) -> dict[str, int]:
-    """Memory, threads and open files of a process."""
+def measure_process(pid: int) -> dict[str, int]:
+    """Measure the memory, the threads and the open files of a process."""
     resident = re.search(r"VmRSS:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text())
     assert resident
     counts = {"threads": len(os.listdir(f"/proc/{pid}/task")), "files": len(os.listdir(f"/proc/{pid}/fd"))}
@@ -119,17 +121,17 @@ class Soak:
             assert answer.status == 201, text
             until(lambda: self.queue.stats()["pending"] < 20 * BATCH, timeout=60)
 
-    def look(self, jobs: int) -> Look:
-        """Wait until all jobs have ended and are forgotten, then look."""
-        until(lambda: self._forgotten(jobs), timeout=FORGOTTEN_WITHIN)
+    def measure(self, jobs: int) -> Measurement:
+        """Wait until all jobs have ended and were deleted, then measure."""
+        until(lambda: self._deleted(jobs), timeout=DELETED_WITHIN)
         check_consistency(self.queue)
         with redis.Redis(connection_pool=self.queue.pool) as client:
             keys = {key for key in client.scan_iter() if b":minute:" not in key and not key.endswith(b":promoter")}
             memory, clients = client.info("memory"), client.info("clients")
-        web, worker = (process_now(process.pid) for process in self.processes)
-        return Look(jobs, len(keys), memory["used_memory"], web, worker, clients["connected_clients"])
+        web, worker = (measure_process(process.pid) for process in self.processes)
+        return Measurement(jobs, len(keys), memory["used_memory"], web, worker, clients["connected_clients"])
 
-    def _forgotten(self, jobs: int) -> bool:
+    def _deleted(self, jobs: int) -> bool:
         time.sleep(0.2)
         stats = self.queue.stats()
         ended = sum(stats["total"].values()) == jobs
@@ -146,43 +148,42 @@ def soaking() -> Iterator[Soak]:
             soak.close()
 
 
-Column = tuple[
-    str, str, Callable[[Look], int], int
-]  # its name, what its slack is, the number, and the look that it is held against
+# Name, key of SLACK, reader, and the measurement to compare with.
+Column = tuple[str, str, Callable[[Measurement], int], int]
 COLUMNS: list[Column] = [
-    ("keys", "keys", lambda look: look.keys, 0),
-    ("memory of Redis", "used", lambda look: look.used, 0),
-    ("connections", "connections", lambda look: look.connections, 1),
-    *((f"web {what}", what, lambda look, what=what: look.web[what], 1) for what in ("rss", "threads", "files")),
-    *((f"worker {what}", what, lambda look, what=what: look.worker[what], 1) for what in ("rss", "threads", "files")),
+    ("keys", "keys", lambda at: at.keys, 0),
+    ("Redis memory", "used", lambda at: at.used, 0),
+    ("connections", "connections", lambda at: at.connections, 1),
+    *((f"web {what}", what, lambda at, what=what: at.web[what], 1) for what in ("rss", "threads", "files")),
+    *((f"worker {what}", what, lambda at, what=what: at.worker[what], 1) for what in ("rss", "threads", "files")),
 ]
 
 
-def grown(looks: list[Look]) -> list[str]:
-    """What is more at the end than it may be."""
-    return [name for name, what, read, since in COLUMNS if read(looks[-1]) > read(looks[since]) + SLACK[what]]
+def grown(found: list[Measurement]) -> list[str]:
+    """List what has grown by more than its slack."""
+    return [name for name, what, read, since in COLUMNS if read(found[-1]) > read(found[since]) + SLACK[what]]
 
 
-def table(looks: list[Look]) -> str:
-    lines = [f"{'':<16}" + "".join(f"{look.jobs:>12,} jobs" for look in looks)]
+def table(found: list[Measurement]) -> str:
+    lines = [f"{'':<16}" + "".join(f"{at.jobs:>12,} jobs" for at in found)]
     for name, what, read, _ in COLUMNS:
-        cells = (f"{read(look) / (1 << 20):.2f} MB" if what in ("used", "rss") else str(read(look)) for look in looks)
+        cells = (f"{read(at) / (1 << 20):.2f} MB" if what in ("used", "rss") else str(read(at)) for at in found)
         lines.append(f"{name:<16}" + "".join(f"{cell:>17}" for cell in cells))
     return "\n".join(lines)
 
 
 @click.command()
-@click.option("--jobs", default=200_000, show_default=True)
+@click.option("--jobs", default=200_000, show_default=True, help="Number of jobs to run.")
 def main(jobs: int) -> None:
-    """Run many jobs, and see that nothing has grown."""
+    """Run many jobs and check that nothing has grown."""
     with soaking() as soak:
-        looks = [soak.look(0)]
+        found = [soak.measure(0)]
         for upto in (jobs * 4 // 10, jobs):
-            soak.submit(range(looks[-1].jobs, upto))
-            looks.append(soak.look(upto))
-    click.echo(table(looks))
-    if more := grown(looks):
-        click.echo(f"HAS GROWN: {', '.join(more)}")
+            soak.submit(range(found[-1].jobs, upto))
+            found.append(soak.measure(upto))
+    click.echo(table(found))
+    if more := grown(found):
+        click.echo(f"GROWN: {', '.join(more)}")
         sys.exit(1)
 
 

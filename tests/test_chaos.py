@@ -1,4 +1,4 @@
-"""Fifty trials of chaos, the same ones each time; and that their judge sees what it is there to see."""
+"""Fifty chaos trials, always the same ones, and tests of the plan and of the judge."""
 
 from __future__ import annotations
 
@@ -32,18 +32,18 @@ ID = "01a212e8-0d63-7018-974e-7771d63fb8fa"
 OTHER = "01a212e8-0d63-7019-a567-10510823b04c"
 
 
-def test_lose_nothing_and_run_nothing_twice_without_a_cause(start_redis: Callable[..., Any]) -> None:
+def test_inject_faults_without_losing_or_repeating_jobs(start_redis: Callable[..., Any]) -> None:
     results = list(run_trials(range(1, 51), parallel=4))
-    broken = [result for result in results if isinstance(result, str)]
-    assert broken == []
+    crashed = [result for result in results if isinstance(result, str)]
+    assert crashed == []
     done = [result for result in results if not isinstance(result, str)]
     failed = {result.plan.seed: (result.failures, result.evidence) for result in done if result.failures}
     assert failed == {}
     causes = sum((result.verdict.explained for result in done), Counter[str]())
-    assert causes.keys() == {"failed", "killed", "told to stop", "cut off"}  # the faults have struck
+    assert causes.keys() == {"failed", "killed", "told to stop", "cut off"}  # every kind of fault had an effect
 
 
-# The schedule ---------------------------------------------------------------------------------------------------------
+# The plan -------------------------------------------------------------------------------------------------------------
 
 
 def test_plan_depends_on_the_seed_alone() -> None:
@@ -51,7 +51,7 @@ def test_plan_depends_on_the_seed_alone() -> None:
     assert plan(7) != plan(8)
 
 
-def test_plan_leaves_no_kind_of_fault_out() -> None:
+def test_plan_covers_every_kind_of_fault() -> None:
     assert {plan(seed).faults[0].kind for seed in range(len(KINDS))} == set(KINDS)
 
 
@@ -89,92 +89,94 @@ def run(begin: float = 1.0, end: float = 1.1, **changes: Any) -> Run:
 
 
 def evidence(**changes: Any) -> Evidence:
-    """What a trial leaves in which one job was submitted, ran once and is completed; no faults, unless they are given."""
-    submits, faults = changes.pop("submits", [submit()]), changes.pop("faults", ["kill-worker"])
-    begun = Plan(1, [Fault(kind, 0.1, "worker-0", 1.0) for kind in faults], submits)
-    given = {"plan": begun, "records": [job()], "runs": [run()], "signals": [], "deaths": [], "cuts": [], "logs": {}}
+    """Make the evidence of a trial in which one job was submitted, ran once and completed."""
+    submits = changes.pop("submits", [submit()])
+    faults = changes.pop("faults", ["kill-worker"])
+    trial = Plan(1, [Fault(kind, 0.1, "worker-0", 1.0) for kind in faults], submits)
+    given = {"plan": trial, "records": [job()], "runs": [run()], "signals": [], "deaths": [], "cuts": [], "logs": {}}
     return Evidence(**given | {"names": {100: "worker-0", 200: "worker-1"}} | changes)
 
 
-def found(verdict: Verdict) -> dict[str, int]:
+def findings(verdict: Verdict) -> dict[str, int]:
     return {name: len(getattr(verdict, name)) for name in ("lost", "unexplained", "wrong") if getattr(verdict, name)}
 
 
-def test_judge_finds_nothing_where_nothing_is() -> None:
-    assert found(judge(evidence())) == {}
+def test_judge_accepts_a_trial_without_faults() -> None:
+    assert findings(judge(evidence())) == {}
 
 
-def test_judge_finds_an_accepted_job_that_is_gone() -> None:
-    assert found(judge(evidence(records=[], runs=[]))) == {"lost": 1}
+def test_judge_reports_an_accepted_job_that_is_gone() -> None:
+    assert findings(judge(evidence(records=[], runs=[]))) == {"lost": 1}
 
 
-def test_judge_finds_a_job_that_ran_and_is_gone() -> None:
-    assert found(judge(evidence(submits=[submit(ids=[], doubtful=True)], records=[]))) == {"lost": 1}
+def test_judge_reports_a_job_that_ran_and_is_gone() -> None:
+    assert findings(judge(evidence(submits=[submit(ids=[], doubtful=True)], records=[]))) == {"lost": 1}
 
 
-def test_judge_finds_a_job_that_has_not_ended() -> None:
-    assert found(judge(evidence(records=[job(status="pending")]))) == {"lost": 1}
+def test_judge_reports_a_job_that_has_not_ended() -> None:
+    assert findings(judge(evidence(records=[job(status="pending")]))) == {"lost": 1}
 
 
-def test_judge_finds_a_submit_that_made_two_jobs() -> None:
-    assert found(judge(evidence(records=[job(), job(id=OTHER)], runs=[run(), run(id=OTHER)]))) == {"wrong": 1}
+def test_judge_reports_a_submit_that_made_two_jobs() -> None:
+    assert findings(judge(evidence(records=[job(), job(id=OTHER)], runs=[run(), run(id=OTHER)]))) == {"wrong": 1}
 
 
-def test_judge_lets_a_submit_that_was_not_answered_have_made_a_job_or_none() -> None:
+def test_judge_accepts_a_job_or_none_for_an_unanswered_submit() -> None:
     unanswered = [submit(ids=[], doubtful=True)]
-    assert found(judge(evidence(submits=unanswered))) == {}
-    assert found(judge(evidence(submits=unanswered, records=[], runs=[]))) == {}
+    assert findings(judge(evidence(submits=unanswered))) == {}
+    assert findings(judge(evidence(submits=unanswered, records=[], runs=[]))) == {}
 
 
-def test_judge_finds_a_refused_submit_that_was_stored() -> None:
-    assert found(judge(evidence(submits=[submit(ids=[])]))) == {"wrong": 1}
+def test_judge_reports_a_refused_submit_that_was_stored() -> None:
+    assert findings(judge(evidence(submits=[submit(ids=[])]))) == {"wrong": 1}
 
 
-def test_judge_finds_half_a_batch() -> None:
+def test_judge_reports_a_batch_that_is_not_complete() -> None:
     batch = submit(via="batch", payloads=[{"token": "t.0"}, {"token": "t.1"}], ids=[], doubtful=True)
-    assert found(judge(evidence(submits=[batch]))) == {"lost": 1}
+    assert findings(judge(evidence(submits=[batch]))) == {"lost": 1}
 
 
-def test_judge_finds_a_job_that_nobody_submitted() -> None:
-    assert found(judge(evidence(submits=[]))) == {"wrong": 1}
+def test_judge_reports_a_job_that_nobody_submitted() -> None:
+    assert findings(judge(evidence(submits=[]))) == {"wrong": 1}
 
 
 @pytest.mark.parametrize(
     "changes",
     [
-        {"result": "another's"},
+        {"result": "of another job"},
         {"status": "cancelled"},
         {"status": "failed", "error": Failure("WorkerLost", "worker lost (attempt 1/10)")},
         {"status": "failed"},
     ],
 )
-def test_judge_finds_a_wrong_end(changes: dict[str, Any]) -> None:
-    assert found(judge(evidence(records=[job(**changes)]))) == {"wrong": 1}
+def test_judge_reports_an_outcome_that_its_handler_does_not_have(changes: dict[str, Any]) -> None:
+    assert findings(judge(evidence(records=[job(**changes)]))) == {"wrong": 1}
 
 
-def test_judge_finds_a_completed_job_that_never_ran() -> None:
-    assert found(judge(evidence(runs=[]))) == {"wrong": 1}
+def test_judge_reports_a_completed_job_that_never_ran() -> None:
+    assert findings(judge(evidence(runs=[]))) == {"wrong": 1}
 
 
-def test_judge_finds_a_cancelled_job_that_runs() -> None:
+def test_judge_reports_a_cancelled_job_that_ran() -> None:
     cancelled = submit(cancel=True, cancelled_at=0.5)
-    assert found(judge(evidence(submits=[cancelled], records=[job(status="cancelled")]))) == {"wrong": 1}
+    assert findings(judge(evidence(submits=[cancelled], records=[job(status="cancelled")]))) == {"wrong": 1}
 
 
-def test_judge_finds_a_run_without_a_cause() -> None:
-    assert found(judge(evidence(runs=[run(), run(2.0, 2.1, attempt=2, pid=200)]))) == {"unexplained": 1}
+def test_judge_reports_a_run_without_a_cause() -> None:
+    assert findings(judge(evidence(runs=[run(), run(2.0, 2.1, attempt=2, pid=200)]))) == {"unexplained": 1}
 
 
-def test_judge_finds_two_runs_at_once() -> None:
+def test_judge_reports_overlapping_runs() -> None:
     runs = [run(1.0, 3.0), run(2.0, 2.1, attempt=2, pid=200)]
-    told, cut = [Signal(1.5, 100, SIGTERM)], [Cut(1.5, 4.5, "worker-0")]
-    assert found(judge(evidence(runs=runs, cuts=cut))) == {}
+    signals = [Signal(1.5, 100, SIGTERM)]
+    cuts = [Cut(1.5, 4.5, "worker-0")]
+    assert findings(judge(evidence(runs=runs, cuts=cuts))) == {}
     late = [run(1.0, 9.0), *runs[1:]]
-    assert found(judge(evidence(runs=runs, signals=told))) == {}  # handed back, it goes on until the process ends
-    assert found(judge(evidence(runs=late, signals=told))) == {"unexplained": 1}
+    assert findings(judge(evidence(runs=runs, signals=signals))) == {}  # a released job runs on until its process exits
+    assert findings(judge(evidence(runs=late, signals=signals))) == {"unexplained": 1}
 
 
-def test_judge_finds_a_job_that_kills_too_many_workers() -> None:
+def test_judge_reports_a_job_that_kills_too_many_workers() -> None:
     dead = job(
         type="poison",
         status="failed",
@@ -185,35 +187,35 @@ def test_judge_finds_a_job_that_kills_too_many_workers() -> None:
     runs = [run(at, float("inf"), attempt=at, pid=at, how="") for at in range(1, 6)]
     deaths = [Death(at + 0.1, "worker-0", at, -SIGKILL) for at in range(1, 6)]
     changes = {"faults": ["poison"], "submits": [submit(type="poison")], "records": [dead]}
-    assert found(judge(evidence(runs=runs[:4], deaths=deaths[:4], **changes))) == {}
-    assert found(judge(evidence(runs=runs, deaths=deaths, **changes))) == {"wrong": 1}
+    assert findings(judge(evidence(runs=runs[:4], deaths=deaths[:4], **changes))) == {}
+    assert findings(judge(evidence(runs=runs, deaths=deaths, **changes))) == {"wrong": 1}
 
 
-def test_judge_finds_a_process_that_ended_by_itself() -> None:
+def test_judge_reports_a_process_that_ended_by_itself() -> None:
     death = Death(1.5, "worker-0", 100, 70)
-    assert found(judge(evidence(deaths=[death]))) == {"wrong": 1}
-    assert found(judge(evidence(deaths=[death], signals=[Signal(1.4, 100, SIGTERM)]))) == {}
+    assert findings(judge(evidence(deaths=[death]))) == {"wrong": 1}
+    assert findings(judge(evidence(deaths=[death], signals=[Signal(1.4, 100, SIGTERM)]))) == {}
 
 
 @pytest.mark.parametrize(
     ("cause", "earlier", "changes"),
     [
         ("failed", run(how="fail"), {}),
-        ("", run(end=6.0, how="fail"), {}),  # failed when the other had begun
+        ("", run(end=6.0, how="fail"), {}),  # it failed after the other had begun
         ("killed", run(end=float("inf"), how=""), {"deaths": [Death(1.2, "worker-0", 100, -SIGKILL)]}),
         ("told to stop", run(), {"signals": [Signal(1.05, 100, SIGTERM)]}),
         ("cut off", run(end=4.0), {"cuts": [Cut(1.05, 3.9, "worker-0")]}),
-        ("", run(), {"deaths": [Death(1.2, "worker-1", 200, -SIGKILL)]}),  # another's
+        ("", run(), {"deaths": [Death(1.2, "worker-1", 200, -SIGKILL)]}),  # of another worker
         ("", run(), {"deaths": [Death(9.0, "worker-0", 100, -SIGKILL)]}),  # too late
         ("", run(), {"cuts": [Cut(1.05, 3.9, "worker-1")]}),
-        ("", run(), {"cuts": [Cut(0.1, 0.9, "worker-0")]}),  # over before it began
+        ("", run(), {"cuts": [Cut(0.1, 0.9, "worker-0")]}),  # it ended before the run began
     ],
 )
-def test_cause_of_a_second_run(cause: str, earlier: Run, changes: dict[str, Any]) -> None:
+def test_cause_of_explains_a_second_run(cause: str, earlier: Run, changes: dict[str, Any]) -> None:
     assert cause_of(earlier, run(5.0, 5.1, attempt=2, pid=200), evidence(**changes)) == cause
 
 
-def test_read_marks_of_runs_that_ended_and_one_that_did_not() -> None:
+def test_read_marks_of_finished_and_unfinished_runs() -> None:
     lines = [
         "begin a 1 100 w 1.0",
         "begin b 1 100 w 1.1",
@@ -228,5 +230,5 @@ def test_read_marks_of_runs_that_ended_and_one_that_did_not() -> None:
     ]
 
 
-def test_read_marks_passes_over_the_end_of_a_run_of_the_trial_before() -> None:
+def test_read_marks_ignores_a_run_of_an_earlier_trial() -> None:
     assert read_marks([["fail", "a", "1", "100", "w", "1.0"]]) == []

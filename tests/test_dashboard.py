@@ -164,7 +164,7 @@ def working(queue: Queue) -> Iterator[None]:
     try:
         yield
     finally:
-        worker.orders.put("release")
+        worker.stop("release")
         thread.join(20)
         assert not thread.is_alive()
 

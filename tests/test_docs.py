@@ -211,6 +211,7 @@ NUMBERS = {
     "MAX_RESULT": (README, r"at most ([\d,]+) bytes of JSON", tinyqueue.MAX_RESULT),
     "MAX_REFUNDS": (README, r"attempt refunded, at most (ten) times", tinyqueue.MAX_REFUNDS),
     "SCANNED": (HTTP, r"looks at up to ([\d,]+) jobs", tinyqueue.SCANNED),
+    "PAGE_BYTES": (HTTP, r"([\d,]+) MB of their data", tinyqueue.PAGE_BYTES >> 20),
     "PREVIEW_BYTES": (HTTP, r"longer than ([\d,]+) bytes are cut", wsgi.PREVIEW_BYTES),
     "LONGEST_WAIT": (HTTP, r"has ended, after at most (\d+) seconds", wsgi.LONGEST_WAIT),
     "CONNECTIONS": (HTTP, r"serves ([\d,]+) connections at a time", wsgi.CONNECTIONS),
@@ -333,7 +334,7 @@ def test_documents_have_code_of_both_kinds() -> None:
 
 # The commands, run as they are written --------------------------------------------------------------------------------
 
-READY = {"web": "web (and a worker |on http)", "worker": "worker starts", "honcho": "worker starts"}
+READY = {"web": "web (and a worker |on http)", "worker": "worker started", "honcho": "worker started"}
 
 
 class Checkout(NamedTuple):
@@ -456,7 +457,7 @@ def test_http_key_lets_in_as_written(checkout: Checkout) -> None:
 def test_readme_processes_run_as_written(checkout: Checkout) -> None:
     start = [text for text in blocks(README, "sh") if text.startswith("REDIS_URL=")]
     assert [text.split()[2:] for text in start] == [["wsgi.py"], ["worker.py"], ["worker.py", "doctor"]]
-    with checkout.running(start[0], "web server on http"), checkout.running(start[1], "worker starts"):
+    with checkout.running(start[0], "web server on http"), checkout.running(start[1], "worker started"):
         assert "completed" in checkout.run(session(README))
         assert "ok    workers       1 alive" in checkout.run(start[2])
 
@@ -492,7 +493,7 @@ def test_operations_session_runs_as_written(checkout: Checkout) -> None:
         "completed",
         "default paused",
         "default resumed",
-        "1 forgotten",
+        "1 deleted",
     ):
         assert text in said
 
@@ -507,7 +508,7 @@ def test_operations_completion_is_loaded_as_written(checkout: Checkout) -> None:
 def test_deploy_honcho_runs_as_written(checkout: Checkout) -> None:
     [install, *start] = block(DEPLOY, "honcho start").splitlines()
     assert "install -q '.[dev]'" in install
-    with checkout.running("\n".join(start), "worker starts", "worker.1 stopped"):
+    with checkout.running("\n".join(start), "worker started", "worker.1 stopped"):
         until(lambda: "web server on http" in "".join(log.read_text() for log in checkout.folder.glob("*.log")))
         assert "completed" in checkout.run(session(README))
 

@@ -1,4 +1,4 @@
-"""The examples of handlers.py: e-mail to a real SMTP server, thumbnails of real images, exports read back from the disk."""
+"""The handlers of handlers.py: e-mail to an SMTP server, thumbnails of images, exported files."""
 
 from __future__ import annotations
 
@@ -33,18 +33,18 @@ HELLO = SendEmail("user@example.com", "Hello", "Hi")
 
 
 def job(id: str = ID) -> Job:
-    """A job as a handler gets it, of no queue: progress goes nowhere."""
+    """Make a job as a handler gets it, without a queue, so its progress is not saved."""
     return Job(id, "test", None, "processing", attempts=1)
 
 
 def files(folder: Path) -> list[str]:
-    """Every file in a folder, temporary ones included."""
+    """List all files in a folder, including temporary ones."""
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if not path.is_dir())
 
 
 @pytest.fixture(autouse=True)
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty working directory, nothing set that the handlers read, and the three of them registered."""
+    """Work in an empty directory. Register the three handlers; unset their variables."""
     for declared in (send_email, process_image, export_data):
         monkeypatch.setitem(HANDLERS, declared.type, declared)
     for name in ("SMTP_URL", "SMTP_FROM", "MEDIA_DIR", "EXPORT_DIR"):
@@ -55,10 +55,10 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
-# All three ------------------------------------------------------------------------------------------------------------
+# All handlers ---------------------------------------------------------------------------------------------------------
 
 
-def test_handlers_run_by_a_worker_complete_at_the_first_attempt(here: Path) -> None:
+def test_run_all_handlers_in_a_worker_completes_their_jobs(here: Path) -> None:
     Path("media").mkdir()
     Image.new("RGB", (8, 8)).save("media/photo.png")
     queue = Queue.embedded()
@@ -81,7 +81,7 @@ def test_handlers_run_by_a_worker_complete_at_the_first_attempt(here: Path) -> N
     assert done[2].progress == 1.0
 
 
-def test_handlers_imported_touch_nothing(here: Path) -> None:
+def test_import_handlers_without_side_effects(here: Path) -> None:
     script = "import sys, handlers; sys.exit('PIL' in sys.modules)"
     subprocess.run([sys.executable, "-c", script], env={**os.environ, "PYTHONPATH": str(ROOT)}, check=True)
     assert files(here) == []
@@ -107,7 +107,7 @@ def test_handlers_imported_touch_nothing(here: Path) -> None:
         ("export-data", {"rows": [], "name": "a\nb"}, "$.name"),
     ],
 )
-def test_handlers_given_what_does_not_fit_refuse_it_when_it_is_submitted(type: str, payload: Any, path: str) -> None:
+def test_submit_an_invalid_payload_is_refused(type: str, payload: Any, path: str) -> None:
     queue = Queue.embedded()
     with pytest.raises(InvalidJob) as refusal:
         queue.enqueue(type, payload)
@@ -118,7 +118,7 @@ def test_handlers_given_what_does_not_fit_refuse_it_when_it_is_submitted(type: s
 # send-email -----------------------------------------------------------------------------------------------------------
 
 
-class Letter(NamedTuple):
+class Delivery(NamedTuple):
     sender: str
     recipients: list[str]
     message: EmailMessage
@@ -127,51 +127,51 @@ class Letter(NamedTuple):
 
 
 class MailServer(socketserver.ThreadingTCPServer):
-    """Speaks just enough SMTP. `answers` says what to answer to a verb instead of taking it; an empty text hangs up."""
+    """Speaks a little SMTP. `answers` maps a verb to a fixed answer; an empty one hangs up."""
 
     daemon_threads = True
 
-    def __init__(self, tls: ssl.SSLContext | None = None, from_the_start: bool = False) -> None:
-        super().__init__(("127.0.0.1", 0), Conversation)
+    def __init__(self, tls: ssl.SSLContext | None = None, implicit_tls: bool = False) -> None:
+        super().__init__(("127.0.0.1", 0), Session)
         self.port = self.server_address[1]
-        self.tls, self.from_the_start = tls, from_the_start
+        self.tls, self.implicit_tls = tls, implicit_tls
         self.answers: dict[str, str] = {}
-        self.letters: list[Letter] = []
+        self.deliveries: list[Delivery] = []
         self.verbs: list[str] = []
-        self.broken: list[BaseException | None] = []
+        self.errors: list[BaseException | None] = []
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        if not isinstance(error := sys.exception(), ConnectionError):  # a client may hang up when it likes
-            self.broken.append(error)
+        if not isinstance(error := sys.exception(), ConnectionError):  # a client may close the connection at any time
+            self.errors.append(error)
 
 
-class Conversation(socketserver.StreamRequestHandler):
+class Session(socketserver.StreamRequestHandler):
     server: MailServer
     login = ""
     encrypted = False
 
     def handle(self) -> None:
-        if self.server.from_the_start:
+        if self.server.implicit_tls:
             self.encrypt()
-        self.say("220 mail.example.com")
+        self.reply("220 mail.example.com")
         while line := self.rfile.readline():
             verb, _, rest = line.decode().strip().partition(" ")
             self.server.verbs.append(verb := verb.upper())
             if verb not in self.server.answers:
                 getattr(self, verb.lower())(rest)
             elif answer := self.server.answers[verb]:
-                self.say(answer)
+                self.reply(answer)
             else:
                 return
 
-    def say(self, *lines: str) -> None:
+    def reply(self, *lines: str) -> None:
         self.wfile.write("".join(f"{line}\r\n" for line in lines).encode())
 
     def encrypt(self) -> None:
         assert self.server.tls
         try:
             self.request = self.connection = self.server.tls.wrap_socket(self.connection, server_side=True)
-        except OSError as error:  # the client does not like the certificate
+        except OSError as error:  # the client does not trust the certificate
             raise ConnectionAbortedError from error
         self.rfile.close()
         self.rfile, self.wfile = self.connection.makefile("rb"), self.connection.makefile("wb", 0)
@@ -183,39 +183,39 @@ class Conversation(socketserver.StreamRequestHandler):
 
     def ehlo(self, rest: str) -> None:
         offers = ["250-STARTTLS"] if self.server.tls and not self.encrypted else []
-        self.say("250-mail.example.com", *offers, "250 AUTH PLAIN")
+        self.reply("250-mail.example.com", *offers, "250 AUTH PLAIN")
 
     def starttls(self, rest: str) -> None:
-        self.say("220 go on")
+        self.reply("220 ready")
         self.encrypt()
 
     def auth(self, rest: str) -> None:
         self.login = base64.b64decode(rest.removeprefix("PLAIN ")).decode().replace("\0", ":").removeprefix(":")
-        self.say("235 welcome")
+        self.reply("235 welcome")
 
     def mail(self, rest: str) -> None:
         self.sender, self.recipients = rest.partition("<")[2].partition(">")[0], list[str]()
-        self.say("250 ok")
+        self.reply("250 ok")
 
     def rcpt(self, rest: str) -> None:
         self.recipients.append(rest.partition("<")[2].partition(">")[0])
-        self.say("250 ok")
+        self.reply("250 ok")
 
     def data(self, rest: str) -> None:
-        self.say("354 go on")
+        self.reply("354 ready")
         text = b""
         while (line := self.rfile.readline()) not in (b".\r\n", b""):
             assert line.isascii()
             text += line.removeprefix(b".")
         message = message_from_bytes(text, EmailMessage, policy=policy.default)
-        self.server.letters.append(Letter(self.sender, self.recipients, message, self.encrypted, self.login))
-        self.say("250 taken")
+        self.server.deliveries.append(Delivery(self.sender, self.recipients, message, self.encrypted, self.login))
+        self.reply("250 accepted")
 
     def rset(self, rest: str) -> None:
-        self.say("250 ok")
+        self.reply("250 ok")
 
     def quit(self, rest: str) -> None:
-        self.say("221 bye")
+        self.reply("221 bye")
 
 
 def serve(server: MailServer) -> Iterator[MailServer]:
@@ -225,12 +225,12 @@ def serve(server: MailServer) -> Iterator[MailServer]:
     server.shutdown()
     thread.join()
     server.server_close()
-    assert server.broken == []
+    assert server.errors == []
 
 
 @pytest.fixture
 def mail(monkeypatch: pytest.MonkeyPatch) -> Iterator[MailServer]:
-    """A mail server without encryption, and SMTP_URL set to it."""
+    """Run a mail server without encryption and set SMTP_URL to it."""
     server = MailServer()
     monkeypatch.setenv("SMTP_URL", f"smtp://127.0.0.1:{server.port}")
     yield from serve(server)
@@ -238,7 +238,7 @@ def mail(monkeypatch: pytest.MonkeyPatch) -> Iterator[MailServer]:
 
 @pytest.fixture(scope="module")
 def certificate(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A file with a key and a certificate for 127.0.0.1, which nobody trusts."""
+    """Make a file with a key and an untrusted certificate for 127.0.0.1."""
     path = tmp_path_factory.mktemp("tls") / "server.pem"
     command = (
         "openssl req -x509 -newkey rsa:2048 -nodes -subj /CN=test -addext subjectAltName=IP:127.0.0.1 -keyout - -out -"
@@ -254,15 +254,15 @@ def certificate(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tls_mail(
     request: pytest.FixtureRequest, certificate: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[MailServer]:
-    """A mail server that encrypts, after STARTTLS or from the start, and SMTP_URL set to it, with a password."""
+    """Run a mail server with STARTTLS or implicit TLS; set SMTP_URL to it, with a password."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(certificate)
-    server = MailServer(context, from_the_start=request.param == "smtps")
+    server = MailServer(context, implicit_tls=request.param == "smtps")
     monkeypatch.setenv("SMTP_URL", f"{request.param}://me%40example.com:p%2Fw@127.0.0.1:{server.port}")
     yield from serve(server)
 
 
-def test_send_email_without_a_server_logs_it_and_not_its_body(caplog: pytest.LogCaptureFixture) -> None:
+def test_send_email_without_a_server_logs_all_but_the_body(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("DEBUG")
     receipt = send_email(SendEmail("user@example.com", "Hello", "the secret"), job())
     assert not receipt.sent
@@ -272,63 +272,64 @@ def test_send_email_without_a_server_logs_it_and_not_its_body(caplog: pytest.Log
 
 
 @pytest.mark.parametrize("body", ["Hi\n", "Grüße\n", ".\n.. and so on\n\nFrom me\n", "long " * 100 + "\n"])
-def test_send_email_arrives_as_it_was_written(mail: MailServer, body: str) -> None:
+def test_send_email_delivers_the_message_unchanged(mail: MailServer, body: str) -> None:
     receipt = send_email(SendEmail("user+tag@example.com", "Grüße an alle " * 20, body), job())
-    (letter,) = mail.letters
+    (delivery,) = mail.deliveries
     assert receipt.sent
-    assert letter.recipients == ["user+tag@example.com"]
-    assert letter.message["To"] == "user+tag@example.com"
-    assert (
-        letter.message["Subject"].split() == ["Grüße", "an", "alle"] * 20
-    )  # Python 3.13.0 folds a blank too many into it
-    assert letter.message.get_content().replace("\r\n", "\n") == body
-    assert letter.message["Message-ID"] == receipt.message_id
-    assert letter.message["Date"].datetime.tzinfo
-    assert (letter.sender, letter.login) == ("tinyqueue@localhost", "")
+    assert delivery.recipients == ["user+tag@example.com"]
+    assert delivery.message["To"] == "user+tag@example.com"
+    words = delivery.message["Subject"].split()  # because Python 3.13.0 adds a space when it folds the line
+    assert words == ["Grüße", "an", "alle"] * 20
+    assert delivery.message.get_content().replace("\r\n", "\n") == body
+    assert delivery.message["Message-ID"] == receipt.message_id
+    assert delivery.message["Date"].datetime.tzinfo
+    assert (delivery.sender, delivery.login) == ("tinyqueue@localhost", "")
 
 
-def test_send_email_repeated_carries_the_same_message_id(mail: MailServer) -> None:
+def test_send_email_repeats_the_same_message_id(mail: MailServer) -> None:
     receipts = [send_email(HELLO, job()), send_email(HELLO, job()), send_email(HELLO, job(ID.replace("1", "2")))]
-    first, again, other = [letter.message["Message-ID"] for letter in mail.letters]
+    first, again, other = [delivery.message["Message-ID"] for delivery in mail.deliveries]
     assert first == again != other
     assert [first, again, other] == [receipt.message_id for receipt in receipts]
 
 
-def test_send_email_with_a_sender_uses_it(mail: MailServer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_send_email_with_a_configured_sender_uses_it(mail: MailServer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SMTP_FROM", "The Shop <shop@example.com>")
     send_email(HELLO, job())
-    (letter,) = mail.letters
-    assert letter.sender == "shop@example.com"
-    assert letter.message["From"] == "The Shop <shop@example.com>"
-    assert letter.message["Message-ID"] == f"<{ID}@example.com>"
+    (delivery,) = mail.deliveries
+    assert delivery.sender == "shop@example.com"
+    assert delivery.message["From"] == "The Shop <shop@example.com>"
+    assert delivery.message["Message-ID"] == f"<{ID}@example.com>"
 
 
-def test_send_email_to_a_server_that_encrypts_logs_in(
+def test_send_email_to_an_encrypted_server_logs_in(
     tls_mail: MailServer, certificate: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
     send_email(HELLO, job())
-    (letter,) = tls_mail.letters
-    assert letter.encrypted
-    assert (letter.sender, letter.login) == ("me@example.com", "me@example.com:p/w")
+    (delivery,) = tls_mail.deliveries
+    assert delivery.encrypted
+    assert (delivery.sender, delivery.login) == ("me@example.com", "me@example.com:p/w")
 
 
-def test_send_email_to_a_server_of_unknown_certificate_keeps_its_password(tls_mail: MailServer) -> None:
+def test_send_email_to_an_untrusted_server_sends_no_password(tls_mail: MailServer) -> None:
     with pytest.raises(ssl.SSLCertVerificationError):
         send_email(HELLO, job())
     assert "AUTH" not in tls_mail.verbs
-    assert tls_mail.letters == []
+    assert tls_mail.deliveries == []
 
 
-def test_send_email_to_a_server_that_does_not_encrypt_keeps_its_password(
+def test_send_email_to_an_unencrypted_server_sends_no_password(
     mail: MailServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("SMTP_URL", f"smtp://me:secret@127.1:{mail.port}")  # this machine, but not by a name that tells
+    monkeypatch.setenv(
+        "SMTP_URL", f"smtp://me:secret@127.1:{mail.port}"
+    )  # this machine, but not by a name that shows it
     with pytest.raises(RuntimeError, match="no encryption") as error:
         send_email(HELLO, job())
     assert "secret" not in str(error.value)
     assert "AUTH" not in mail.verbs
-    assert mail.letters == []
+    assert mail.deliveries == []
 
 
 def test_send_email_to_this_machine_logs_in_without_encryption(
@@ -336,16 +337,16 @@ def test_send_email_to_this_machine_logs_in_without_encryption(
 ) -> None:
     monkeypatch.setenv("SMTP_URL", f"smtp://me:p%40ss@127.0.0.1:{mail.port}")
     send_email(HELLO, job())
-    assert mail.letters[0].login == "me:p@ss"
+    assert mail.deliveries[0].login == "me:p@ss"
 
 
-def test_send_email_refused_for_good_is_discarded(mail: MailServer) -> None:
+def test_send_email_after_a_permanent_refusal_is_discarded(mail: MailServer) -> None:
     mail.answers["RCPT"] = "550 no such user"
-    with pytest.raises(Discard, match=r"^user@example\.com is refused: 550 no such user$"):
+    with pytest.raises(Discard, match=r"^user@example\.com was refused: 550 no such user$"):
         send_email(HELLO, job())
 
 
-def test_send_email_refused_for_now_is_retried_later(mail: MailServer) -> None:
+def test_send_email_after_a_temporary_refusal_is_retried(mail: MailServer) -> None:
     mail.answers["RCPT"] = "451 come back later"
     with pytest.raises(Retry, match="451 come back later") as retry:
         send_email(HELLO, job())
@@ -356,7 +357,7 @@ def test_send_email_refused_for_now_is_retried_later(mail: MailServer) -> None:
     ("verb", "answer"),
     [("EHLO", ""), ("AUTH", "535 wrong"), ("MAIL", "421 busy"), ("RCPT", ""), ("DATA", "452 full"), ("DATA", "")],
 )
-def test_send_email_when_the_server_fails_is_a_failed_attempt(
+def test_send_email_to_a_failing_server_fails_the_attempt(
     mail: MailServer, monkeypatch: pytest.MonkeyPatch, verb: str, answer: str
 ) -> None:
     monkeypatch.setenv("SMTP_URL", f"smtp://me:secret@127.0.0.1:{mail.port}")
@@ -364,20 +365,20 @@ def test_send_email_when_the_server_fails_is_a_failed_attempt(
     with pytest.raises(OSError) as error:  # noqa: PT011 - the base of all errors of smtplib
         send_email(HELLO, job())
     assert "secret" not in str(error.value)
-    assert mail.letters == []
+    assert mail.deliveries == []
 
 
-def test_send_email_when_nobody_listens_is_a_failed_attempt(mail: MailServer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_send_email_to_a_closed_port_fails_the_attempt(mail: MailServer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SMTP_URL", "smtp://127.0.0.1:1")
     with pytest.raises(ConnectionRefusedError):
         send_email(HELLO, job())
 
 
 @pytest.mark.parametrize("answer", ["", "500 what?"])
-def test_send_email_taken_and_then_hung_up_on_is_sent(mail: MailServer, answer: str) -> None:
+def test_send_email_with_a_failing_goodbye_succeeds(mail: MailServer, answer: str) -> None:
     mail.answers["QUIT"] = answer
     assert send_email(HELLO, job()).sent
-    assert len(mail.letters) == 1
+    assert len(mail.deliveries) == 1
 
 
 @pytest.mark.parametrize(
@@ -390,7 +391,7 @@ def test_send_email_taken_and_then_hung_up_on_is_sent(mail: MailServer, answer: 
         "host:25",
     ],
 )
-def test_send_email_with_a_wrong_url_says_so_and_not_the_password(monkeypatch: pytest.MonkeyPatch, url: str) -> None:
+def test_send_email_with_an_invalid_url_does_not_show_the_password(monkeypatch: pytest.MonkeyPatch, url: str) -> None:
     monkeypatch.setenv("SMTP_URL", url)
     with pytest.raises(RuntimeError, match="SMTP_URL must be") as error:
         send_email(HELLO, job())
@@ -398,10 +399,10 @@ def test_send_email_with_a_wrong_url_says_so_and_not_the_password(monkeypatch: p
     assert error.value.__context__ is None
 
 
-def test_send_email_called_with_an_unchecked_payload_writes_no_other_header(mail: MailServer) -> None:
+def test_send_email_with_an_unchecked_payload_adds_no_header(mail: MailServer) -> None:
     with pytest.raises(ValueError, match="linefeed"):
         send_email(SendEmail("user@example.com", "Hello\nBcc: all@example.com", "Hi"), job())
-    assert mail.letters == []
+    assert mail.deliveries == []
 
 
 # process-image --------------------------------------------------------------------------------------------------------
@@ -409,7 +410,7 @@ def test_send_email_called_with_an_unchecked_payload_writes_no_other_header(mail
 
 @pytest.fixture
 def media(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The folder of images. A picture lies outside of it."""
+    """Make the folder of images, and one image outside of it."""
     folder = tmp_path / "media"
     folder.mkdir()
     Image.new("RGB", (8, 8)).save(tmp_path / "outside.png")
@@ -418,7 +419,7 @@ def media(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def png_of(width: int, height: int) -> bytes:
-    """A PNG that claims a size and holds nothing."""
+    """Make a PNG that claims a size and contains no pixels."""
 
     def chunk(name: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
@@ -459,9 +460,9 @@ def test_process_image_makes_a_thumbnail_that_fits(
     assert len(files(media)) == 2
 
 
-def test_process_image_turns_a_photo_upright_and_forgets_where_it_was_taken(media: Path) -> None:
+def test_process_image_turns_a_photo_upright_and_removes_its_metadata(media: Path) -> None:
     photo = Image.new("RGB", (400, 200), "blue")
-    photo.paste("red", (0, 0, 200, 200))  # the left half, which is the top once it is turned
+    photo.paste("red", (0, 0, 200, 200))  # the left half, which becomes the top
     exif = Image.Exif()
     exif[0x0112] = 6
     exif[0x010F] = "a camera"
@@ -482,13 +483,13 @@ def test_process_image_turns_a_photo_upright_and_forgets_where_it_was_taken(medi
     ("mode", "suffix"),
     [("1", "png"), ("L", "png"), ("LA", "png"), ("P", "gif"), ("RGBA", "webp"), ("CMYK", "jpg")],
 )
-def test_process_image_takes_every_kind_of_pixel(media: Path, mode: str, suffix: str, format: str) -> None:
+def test_process_image_accepts_every_pixel_format(media: Path, mode: str, suffix: str, format: str) -> None:
     Image.new(mode, (400, 200)).save(media / f"photo.{suffix}")
     made = process_image(ProcessImage(f"photo.{suffix}", 100, 100, format))  # type: ignore[arg-type]
     assert (made.width, made.height) == (100, 50)
 
 
-def test_process_image_shows_white_where_a_jpeg_cannot_be_transparent(media: Path) -> None:
+def test_process_image_to_jpeg_makes_transparent_pixels_white(media: Path) -> None:
     Image.new("RGBA", (8, 8), (0, 0, 0, 0)).save(media / "photo.png")
     made = process_image(ProcessImage("photo.png"))
     with Image.open(media / made.path) as image:
@@ -496,14 +497,14 @@ def test_process_image_shows_white_where_a_jpeg_cannot_be_transparent(media: Pat
 
 
 @pytest.mark.parametrize("format", ["png", "webp"])
-def test_process_image_keeps_transparency_where_it_can(media: Path, format: str) -> None:
+def test_process_image_to_png_or_webp_keeps_transparency(media: Path, format: str) -> None:
     Image.new("RGBA", (8, 8), (0, 0, 0, 0)).save(media / "photo.png")
     made = process_image(ProcessImage("photo.png", format=format))  # type: ignore[arg-type]
     with Image.open(media / made.path) as image:
         assert image.convert("RGBA").getpixel((4, 4))[3] == 0  # type: ignore[index]
 
 
-def test_process_image_repeated_makes_the_same_file(media: Path) -> None:
+def test_process_image_repeated_writes_the_same_file(media: Path) -> None:
     Image.new("RGB", (8, 8)).save(media / "photo.png")
     assert process_image(ProcessImage("photo.png")) == process_image(ProcessImage("photo.png"))
     assert files(media) == ["photo.png", "photo.png.320x320.jpeg"]
@@ -518,7 +519,7 @@ def test_process_image_follows_a_link_that_stays_inside(media: Path) -> None:
 @pytest.mark.parametrize(
     "path", ["../outside.png", "sub/../../outside.png", "{tmp}/outside.png", "link.png", "folder/outside.png"]
 )
-def test_process_image_of_a_path_that_leads_out_is_discarded(media: Path, tmp_path: Path, path: str) -> None:
+def test_process_image_outside_the_folder_is_discarded(media: Path, tmp_path: Path, path: str) -> None:
     (media / "link.png").symlink_to(tmp_path / "outside.png")
     (media / "folder").symlink_to(tmp_path)
     before = files(tmp_path)
@@ -530,13 +531,13 @@ def test_process_image_of_a_path_that_leads_out_is_discarded(media: Path, tmp_pa
 @pytest.mark.parametrize(
     "path", ["nothing.png", "folder", "pipe.png", "text.png", "half.png", "drawing.eps", "old.bmp"]
 )
-def test_process_image_of_no_image_is_discarded(media: Path, path: str) -> None:
+def test_process_image_of_another_file_is_discarded(media: Path, path: str) -> None:
     (media / "folder").mkdir()
-    os.mkfifo(media / "pipe.png")  # reading it would wait for ever
-    (media / "text.png").write_text("no image")
+    os.mkfifo(media / "pipe.png")  # reading it would block forever
+    (media / "text.png").write_text("not an image")
     Image.effect_noise((64, 64), 50).save(media / "half.png")
     (media / "half.png").write_bytes((media / "half.png").read_bytes()[:1000])
-    Image.new("RGB", (8, 8)).save(media / "drawing.eps")  # which Pillow would have Ghostscript execute
+    Image.new("RGB", (8, 8)).save(media / "drawing.eps")  # Pillow would run Ghostscript on it
     Image.new("RGB", (8, 8)).save(media / "old.bmp")
     before = files(media)
     with pytest.raises(Discard, match=path):
@@ -545,7 +546,7 @@ def test_process_image_of_no_image_is_discarded(media: Path, path: str) -> None:
 
 
 @pytest.mark.parametrize("size", [(10_000, 5_001), (12_000, 12_000), (60_000, 60_000)])
-def test_process_image_of_a_bomb_is_discarded(media: Path, size: tuple[int, int]) -> None:
+def test_process_image_of_a_decompression_bomb_is_discarded(media: Path, size: tuple[int, int]) -> None:
     (media / "bomb.png").write_bytes(png_of(*size))
     with pytest.raises(Discard, match="DecompressionBomb"):
         process_image(ProcessImage("bomb.png"))
@@ -557,7 +558,7 @@ def test_process_image_without_pillow_says_what_to_install(media: Path, monkeypa
         process_image(ProcessImage("photo.png"))
 
 
-def test_process_image_that_cannot_write_leaves_nothing_behind(media: Path) -> None:
+def test_process_image_that_cannot_write_leaves_no_file(media: Path) -> None:
     Image.new("RGB", (8, 8)).save(media / "photo.png")
     (media / "photo.png.320x320.jpeg").mkdir()
     with pytest.raises(IsADirectoryError):
@@ -570,7 +571,7 @@ def test_process_image_that_cannot_write_leaves_nothing_behind(media: Path) -> N
 
 @pytest.fixture
 def exports(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The folder of exports, which is not there yet."""
+    """Set the folder of exports, which does not exist yet."""
     monkeypatch.setenv("EXPORT_DIR", str(tmp_path / "exports"))
     return tmp_path / "exports"
 
@@ -588,7 +589,7 @@ def test_export_data_as_csv_has_a_column_for_each_key(exports: Path) -> None:
     assert table(exports / made.path) == [["b", "a", "c"], ["1", "x,\n'ü", ""], ["-2.5", "", ""], ["", "", ""]]
 
 
-def test_export_data_as_json_lines_reads_back_the_same(exports: Path) -> None:
+def test_export_data_as_json_lines_writes_the_rows_unchanged(exports: Path) -> None:
     rows: list[dict[str, Any]] = [{"a": "=1+1\n\u2028ü", "b": -5}, {"c": None, "d": True, "e": 0.1, "f": 2**70}, {}]
     made = export_data(ExportData(rows, "jsonl"), job())
     assert made.path == f"{ID}.jsonl"
@@ -596,24 +597,24 @@ def test_export_data_as_json_lines_reads_back_the_same(exports: Path) -> None:
 
 
 @pytest.mark.parametrize("format", ["csv", "jsonl"])
-def test_export_data_of_no_rows_makes_an_empty_file(exports: Path, format: str) -> None:
+def test_export_data_without_rows_writes_an_empty_file(exports: Path, format: str) -> None:
     made = export_data(ExportData([], format), job())  # type: ignore[arg-type]
     assert (made.rows, made.bytes) == (0, 0)
     assert (exports / made.path).read_bytes() == b""
 
 
 @pytest.mark.parametrize("text", ['=HYPERLINK("http://evil")', "+1", "-5", "@SUM(A1)", "\t=1", "\r=1"])
-def test_export_data_as_csv_quotes_what_a_spreadsheet_would_run(exports: Path, text: str) -> None:
+def test_export_data_as_csv_quotes_formulas(exports: Path, text: str) -> None:
     made = export_data(ExportData([{text: text, "n": -5, "plain": "1=1"}]), job())
     assert table(exports / made.path) == [["'" + text, "n", "plain"], ["'" + text, "-5", "1=1"]]
 
 
-def test_export_data_repeated_makes_the_same_file(exports: Path) -> None:
+def test_export_data_repeated_writes_the_same_file(exports: Path) -> None:
     assert export_data(ExportData([{"a": 1}]), job()) == export_data(ExportData([{"a": 1}]), job())
     assert files(exports) == [f"{ID}.csv"]
 
 
-def test_export_data_with_a_name_replaces_what_had_it(exports: Path) -> None:
+def test_export_data_with_a_name_replaces_the_existing_file(exports: Path) -> None:
     export_data(ExportData([{"a": 1}, {"a": 2}], name="2026/report.txt"), job())
     made = export_data(ExportData([{"a": 3}], name="2026/report.txt"), job(ID.replace("1", "2")))
     assert made.path == "2026/report.txt"
@@ -621,7 +622,7 @@ def test_export_data_with_a_name_replaces_what_had_it(exports: Path) -> None:
     assert table(exports / made.path) == [["a"], ["3"]]
 
 
-def test_export_data_can_be_read_by_others(exports: Path) -> None:
+def test_export_data_writes_a_file_with_default_permissions(exports: Path) -> None:
     made = export_data(ExportData([]), job())
     umask = os.umask(0)
     os.umask(umask)
@@ -631,7 +632,7 @@ def test_export_data_can_be_read_by_others(exports: Path) -> None:
 @pytest.mark.parametrize(
     "name", ["../out.csv", "a/../../out.csv", "{tmp}/out.csv", "link.csv", "folder/out.csv", ".", "a/.."]
 )
-def test_export_data_to_a_path_that_leads_out_is_discarded(exports: Path, tmp_path: Path, name: str) -> None:
+def test_export_data_outside_the_folder_is_discarded(exports: Path, tmp_path: Path, name: str) -> None:
     exports.mkdir()
     (exports / "link.csv").symlink_to(tmp_path / "out.csv")
     (exports / "folder").symlink_to(tmp_path)
@@ -642,7 +643,7 @@ def test_export_data_to_a_path_that_leads_out_is_discarded(exports: Path, tmp_pa
 
 
 @pytest.mark.parametrize("format", ["csv", "jsonl"])
-def test_export_data_with_a_row_that_fails_leaves_no_file(exports: Path, format: str) -> None:
+def test_export_data_with_an_invalid_row_leaves_no_file(exports: Path, format: str) -> None:
     rows: list[dict[str, Any]] = [{"a": "fine"}, {"a": "\ud800"}]
     with pytest.raises(UnicodeEncodeError):
         export_data(ExportData(rows, format), job())  # type: ignore[arg-type]
@@ -650,7 +651,7 @@ def test_export_data_with_a_row_that_fails_leaves_no_file(exports: Path, format:
 
 
 @pytest.mark.parametrize("error", [TimedOut, RuntimeError])
-def test_export_data_interrupted_leaves_the_file_that_was_there(exports: Path, error: type[BaseException]) -> None:
+def test_export_data_interrupted_keeps_the_existing_file(exports: Path, error: type[BaseException]) -> None:
     class Interrupted(Job):
         def set_progress(self, done: float, of: float = 1.0) -> None:
             if done > 1:
@@ -663,7 +664,7 @@ def test_export_data_interrupted_leaves_the_file_that_was_there(exports: Path, e
     assert table(exports / "report.csv") == [["a"], ["1"]]
 
 
-def test_export_data_run_twice_at_once_makes_one_whole_file(exports: Path) -> None:
+def test_export_data_run_in_parallel_writes_one_whole_file(exports: Path) -> None:
     data = ExportData([{"a": n} for n in range(1000)])
     threads = [threading.Thread(target=export_data, args=(data, job())) for _ in range(4)]
     for thread in threads:

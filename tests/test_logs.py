@@ -1,4 +1,4 @@
-"""Log lines: one for each event, that nothing can forge, with the ids that lead from a request to its job."""
+"""Log lines: one for each event, safe against forgery, with the ids that link requests to jobs."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ Lines = Callable[[], list[str]]
 
 @pytest.fixture
 def logged() -> Iterator[Callable[..., Lines]]:
-    """Log as the settings say, into memory: logged(log_format="json") -> a function that gives the lines so far."""
+    """Log into memory: logged(log_format="json") returns a function that returns the lines."""
     root = logging.getLogger()
     before = root.level, list(root.handlers)
 
@@ -67,79 +67,75 @@ def types(no_handlers: None) -> None:
     assert HANDLERS.keys() == {"echo", "nasty", "threads"}
 
 
-def work_off(queue: Queue, slots: int = 1) -> None:
-    """Run all jobs that are due in a worker of this process, which ends then."""
+def run_jobs(queue: Queue, slots: int = 1) -> None:
+    """Run all due jobs in a worker of this process."""
     worker = Worker(queue, Settings(worker_concurrency=slots), burst=True)
     assert worker.run() == 0
 
 
 def events(lines: Lines) -> dict[str, Any]:
-    """The JSON lines by their event; of several the last."""
+    """Map each event to its last JSON line."""
     return {line.get("event", line["message"]): line for line in map(json.loads, lines())}
 
 
 # Jobs -----------------------------------------------------------------------------------------------------------------
 
 
-def test_a_job_is_logged_when_it_starts_and_when_it_ends(queue: Queue, types: None, logged: Any) -> None:
+def test_log_the_start_and_the_end_of_a_job(queue: Queue, types: None, logged: Any) -> None:
     lines = logged(log_format="json", log_level="debug")
     job = queue.enqueue("echo", {"password": "hunter2"})
-    work_off(queue)
-    told = events(lines)
-    about = {"job": job.id, "type": "echo", "queue": "default", "attempt": 1}
-    worker = told["completed"]["worker"]
+    run_jobs(queue)
+    found = events(lines)
+    expected = {"job": job.id, "type": "echo", "queue": "default", "attempt": 1}
+    worker = found["completed"]["worker"]
     assert worker
     for event, level in (("started", "debug"), ("completed", "info"), ("echo was here", "info")):
-        assert told[event].items() >= {**about, "worker": worker, "level": level}.items()
-    assert 0 <= told["completed"]["durationMs"] < 10_000
-    assert "requestId" not in told["completed"]
+        assert found[event].items() >= {**expected, "worker": worker, "level": level}.items()
+    assert 0 <= found["completed"]["durationMs"] < 10_000
+    assert "requestId" not in found["completed"]
     assert "hunter2" not in "".join(lines())
 
 
-def test_a_job_that_starts_is_not_logged_at_info(queue: Queue, types: None, logged: Any) -> None:
+def test_log_no_start_of_a_job_at_level_info(queue: Queue, types: None, logged: Any) -> None:
     lines = logged()
     job = queue.enqueue("echo", 1)
-    work_off(queue)
+    run_jobs(queue)
     assert [line for line in lines() if "started" in line] == []
-    [ended] = [line for line in lines() if "completed" in line]
-    assert re.search(rf" INFO completed echo {job.id} attempt 1/3 in \d+ ms$", ended)
-    [own] = [line for line in lines() if "echo was here" in line]
-    assert own.endswith(f" INFO echo was here job={job.id}")
+    [outcome] = [line for line in lines() if "completed" in line]
+    assert re.search(rf" INFO job {job.id} \(echo\) completed in \d+ ms, attempt 1/3$", outcome)
+    [from_handler] = [line for line in lines() if "echo was here" in line]
+    assert from_handler.endswith(f" INFO echo was here job={job.id}")
 
 
-def test_each_slot_logs_its_own_job(queue: Queue, types: None, logged: Any) -> None:
+def test_log_in_several_slots_names_the_job_of_each(queue: Queue, types: None, logged: Any) -> None:
     lines = logged(log_format="json")
     jobs = {job.id for job in queue.enqueue_many("threads", range(3))}
-    work_off(queue, slots=3)
-    told = [line for line in map(json.loads, lines()) if line["message"].startswith("mine is ")]
-    assert {line["job"] for line in told} == jobs
-    assert all(line["message"] == f"mine is {line['job']}" for line in told)
+    run_jobs(queue, slots=3)
+    found = [line for line in map(json.loads, lines()) if line["message"].startswith("mine is ")]
+    assert {line["job"] for line in found} == jobs
+    assert all(line["message"] == f"mine is {line['job']}" for line in found)
 
 
-def test_a_job_that_was_asked_to_stop_is_not_said_to_have_no_attempt_left(
-    queue: Queue, types: None, logged: Any
-) -> None:
-    @handler("obedient")
-    def obedient(payload: object, job: Job) -> None:
+def test_log_of_a_cancelled_running_job_says_so(queue: Queue, types: None, logged: Any) -> None:
+    @handler("stops")
+    def stops(payload: object, job: Job) -> None:
         queue.cancel(job.id)
         until(lambda: job.cancelled)
         raise RuntimeError("stopped")
 
     lines = logged()
-    job = queue.enqueue("obedient", 1)
-    work_off(queue)
-    [ended] = [line for line in lines() if "RuntimeError" in line]
-    assert f" WARNING failed obedient {job.id} attempt 1/3 in " in ended
-    assert ended.endswith(" ms: RuntimeError: stopped; it was asked to stop")
+    job = queue.enqueue("stops", 1)
+    run_jobs(queue)
+    [outcome] = [line for line in lines() if "RuntimeError" in line]
+    assert f" WARNING job {job.id} (stops) failed in " in outcome
+    assert outcome.endswith(" ms, attempt 1/3: RuntimeError: stopped; its cancellation was requested")
 
 
 @pytest.mark.parametrize("format", ["text", "json"])
-def test_what_a_handler_raises_or_says_makes_no_second_line(
-    queue: Queue, types: None, logged: Any, format: str
-) -> None:
+def test_log_of_nasty_text_stays_on_one_line(queue: Queue, types: None, logged: Any, format: str) -> None:
     lines = logged(log_format=format)
     queue.enqueue("nasty", 1)
-    work_off(queue)
+    run_jobs(queue)
     assert len([line for line in lines() if "2026-01-01 00:00:00" in line]) == 2
     for line in lines():
         assert line.isprintable()
@@ -151,7 +147,7 @@ def test_what_a_handler_raises_or_says_makes_no_second_line(
     assert not [line for line in lines() if line.startswith("2026-01-01 00:00:00,000")]
 
 
-def test_a_traceback_is_indented(logged: Any) -> None:
+def test_log_of_a_traceback_is_indented(logged: Any) -> None:
     lines = logged()
     try:
         raise ValueError(NASTY)
@@ -162,7 +158,7 @@ def test_a_traceback_is_indented(logged: Any) -> None:
     assert all(line.startswith("    ") and line.isprintable() for line in lines()[1:])
 
 
-def test_fields_take_the_place_of_nothing(logged: Any) -> None:
+def test_log_fields_replace_no_standard_member(logged: Any) -> None:
     lines = logged(log_format="json")
     logging.getLogger("mine").info("true", extra={"fields": {"level": "x", "message": "false", "time": 0, "more": {1}}})
     logging.getLogger("mine").info("other", extra={"fields": ["not ours"]})
@@ -189,7 +185,7 @@ def test_fields_take_the_place_of_nothing(logged: Any) -> None:
     ],
 )
 @pytest.mark.parametrize("format", ["text", "json"])
-def test_a_request_is_logged_once(  # noqa: PLR0917
+def test_log_a_request_once(  # noqa: PLR0917
     api: Client, types: None, logged: Any, format: str, method: str, path: str, level: str
 ) -> None:
     lines = logged(log_format=format, log_level="debug")
@@ -199,14 +195,14 @@ def test_a_request_is_logged_once(  # noqa: PLR0917
     assert line.isprintable()
     assert len(line) < 700
     if format == "json":
-        told = json.loads(line)
-        assert told.items() >= {"level": level, "event": "request", "method": method, "requestId": "r-1"}.items()
-        assert (told["status"], told["durationMs"] >= 0, " " in told["path"]) == (answer.status, True, False)
+        fields = json.loads(line)
+        assert fields.items() >= {"level": level, "event": "request", "method": method, "requestId": "r-1"}.items()
+        assert (fields["status"], fields["durationMs"] >= 0, " " in fields["path"]) == (answer.status, True, False)
     else:
         assert re.search(rf" {level.upper()} {method} \S+ {answer.status} in \d+ ms requestId=r-1$", line)
 
 
-def test_a_request_is_logged_with_the_name_of_its_key(queue: Queue, types: None, logged: Any) -> None:
+def test_log_a_request_with_the_name_of_its_key(queue: Queue, types: None, logged: Any) -> None:
     lines = logged(log_format="json")
     secret = "s" * 16
     api = Client(API(Settings(api_keys=f"ops:admin:{secret}"), queue), secret)
@@ -216,15 +212,13 @@ def test_a_request_is_logged_with_the_name_of_its_key(queue: Queue, types: None,
 
 
 @pytest.mark.parametrize("id", ["r-1", "!" * 128, "~"])
-def test_a_request_id_comes_back(api: Client, id: str) -> None:
+def test_return_the_request_id_of_a_request(api: Client, id: str) -> None:
     for path in ("/health", "/stats", "/nope"):
         assert api.get(path, {"X-Request-ID": id}).headers["x-request-id"] == id
 
 
 @pytest.mark.parametrize("id", ["", "a b", "x" * 129, "\xe9", "a\x7f", None])
-def test_a_request_without_a_fit_id_gets_one_that_its_job_does_not_keep(
-    queue: Queue, api: Client, types: None, id: str
-) -> None:
+def test_make_a_request_id_that_the_job_does_not_store(queue: Queue, api: Client, types: None, id: str) -> None:
     headers = {} if id is None else {"X-Request-ID": id}
     answers = [api.post("/jobs", {"type": "echo", "payload": 1}, headers) for _ in range(2)]
     made = {answer.headers["x-request-id"] for answer in answers}
@@ -237,19 +231,19 @@ def test_a_request_without_a_fit_id_gets_one_that_its_job_does_not_keep(
 # From web to worker ---------------------------------------------------------------------------------------------------
 
 
-def test_one_search_follows_a_request_from_web_to_worker(queue: Queue, api: Client, types: None, logged: Any) -> None:
+def test_log_the_request_id_in_web_and_worker(queue: Queue, api: Client, types: None, logged: Any) -> None:
     lines = logged(log_format="json", log_level="debug")
     headers = {"X-Request-ID": "r-1", "traceparent": TRACE}
     job = api.post("/jobs", {"type": "echo", "payload": 1}, headers).json["jobId"]
-    work_off(queue)
-    told = events(lines)
+    run_jobs(queue)
+    found = events(lines)
     for event in ("request", "started", "echo was here", "completed"):
-        assert told[event].items() >= {"requestId": "r-1", "traceparent": TRACE, "job": job}.items()
+        assert found[event].items() >= {"requestId": "r-1", "traceparent": TRACE, "job": job}.items()
     shown = api.get(f"/jobs/{job}").json
     assert (shown["requestId"], shown["traceparent"]) == ("r-1", TRACE)
 
 
-def test_the_jobs_of_a_batch_keep_the_id_of_their_request(api: Client, types: None) -> None:
+def test_store_the_request_id_in_each_job_of_a_batch(api: Client, types: None) -> None:
     made = api.post("/jobs/batch", [{"type": "echo", "payload": n} for n in range(2)], {"X-Request-ID": "r-1"}).json[
         "jobs"
     ]
@@ -269,20 +263,20 @@ def test_the_jobs_of_a_batch_keep_the_id_of_their_request(api: Client, types: No
         "a\nb",
     ],
 )
-def test_a_wrong_traceparent_is_ignored(api: Client, types: None, wrong: str) -> None:
+def test_ignore_an_invalid_traceparent(api: Client, types: None, wrong: str) -> None:
     answer = api.post("/jobs", {"type": "echo", "payload": 1}, {"traceparent": wrong})
     assert answer.status == 201
     assert "traceparent" not in api.get(f"/jobs/{answer.json['jobId']}").json
 
 
 @pytest.mark.parametrize("field", ["requestId", "traceparent"])
-def test_the_ids_of_a_request_cannot_be_set_in_its_body(api: Client, types: None, field: str) -> None:
+def test_refuse_request_ids_in_the_body(api: Client, types: None, field: str) -> None:
     assert api.post("/jobs", {"type": "echo", "payload": 1, field: "x"}).kind == "invalid-job"
 
 
-def test_a_retried_job_keeps_the_ids_of_its_request(queue: Queue, api: Client, types: None) -> None:
+def test_retry_keeps_the_request_id_of_a_job(queue: Queue, api: Client, types: None) -> None:
     job = api.post("/jobs", {"type": "nasty", "payload": 1}, {"X-Request-ID": "r-1"}).json["jobId"]
-    work_off(queue)
+    run_jobs(queue)
     queue.retry(job)
     assert queue.get(job).request_id == "r-1"  # type: ignore[union-attr]
 
@@ -297,13 +291,13 @@ def echo(payload: object) -> None:
 """
 
 
-def test_a_server_logs_both_ends_of_a_request(tmp_path: Path) -> None:
+def test_log_a_request_and_its_job_in_a_real_server(tmp_path: Path) -> None:
     (tmp_path / "handlers.py").write_text(HANDLERS_PY)
     with running(tmp_path) as (address, log, _), Wire(address) as wire:
         wire.send(spell("POST", "/jobs", b'{"type":"echo","payload":1}', "X-Request-ID: r-17"))
         answer = wire.answer()
         assert (answer.status, answer.headers["x-request-id"]) == (201, "r-17")
-        until(lambda: "completed echo" in log.read_text())
-        said = [line for line in log.read_text().splitlines() if "r-17" in line]
-    assert len(said) == 3, said
-    assert all(f"{answer.json['jobId']}" in line for line in said)
+        until(lambda: "(echo) completed" in log.read_text())
+        found = [line for line in log.read_text().splitlines() if "r-17" in line]
+    assert len(found) == 3, found
+    assert all(answer.json["jobId"] in line for line in found)

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 from client import Client
-from conftest import Server, check_consistency, lapse, raw, until
+from conftest import Server, check_consistency, find_lost, lapse, raw, until
 from test_worker import Running
 
 import tinyqueue
@@ -20,7 +20,13 @@ from wsgi import API
 DEFAULT = ["default"]
 COUNT = 3
 CONSTRUCTORS = {"from_url", "embedded"}
-ONE_BY_ONE = {"running", "count_unended"}  # called for each shard, by reap and by doctor
+ONE_BY_ONE = {
+    "running",
+    "count_unended",
+    "read_entries",
+    "read_jobs",
+    "restore",
+}  # called for each shard, by reap and by doctor
 
 
 @pytest.fixture
@@ -136,7 +142,7 @@ def test_start_leaves_a_suspect_pending_beside_jobs_of_other_shards(queue: Shard
 
 def test_heartbeat_raises_reaped_if_one_shard_reaped_the_worker(queue: Shards, worker: str) -> None:
     lapse(queue.parts[2], worker)
-    assert queue.lost_workers() == [worker]
+    assert find_lost(queue) == [worker]
     assert queue.reap(worker) == 0
     with pytest.raises(Reaped):
         queue.heartbeat(worker)

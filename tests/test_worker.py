@@ -1,8 +1,9 @@
-"""The worker, run in a thread: what becomes of a job, how many run at once, how it stops, and what it survives."""
+"""The worker in a thread: outcomes, slots, order, timeouts, stopping, lost leases and faults."""
 
 from __future__ import annotations
 
 import logging
+import re
 import threading
 import time
 from collections import Counter
@@ -20,7 +21,7 @@ import tinyqueue_redis
 import worker
 from tinyqueue import HANDLERS, MAX_RESULT, Discard, Job, Queue, Reaped, Retry, TimedOut, WrongStatus, handler
 from tinyqueue_config import Settings
-from worker import EXIT_BROKEN, Order, Worker, run_job
+from worker import EXIT_BROKEN, StopMode, Worker, run_job
 
 
 def until_ended(queue: Queue, job: Job, timeout: float = 20.0) -> Job:
@@ -28,7 +29,7 @@ def until_ended(queue: Queue, job: Job, timeout: float = 20.0) -> Job:
 
 
 def found(queue: Queue, job: Job) -> Job:
-    """The job as it is now."""
+    """Read a job that exists."""
     now = queue.get(job.id)
     assert now
     return now
@@ -51,20 +52,20 @@ class Running:
     def _run(self) -> None:
         self.code = self.worker.run()
 
-    def order(self, order: Order) -> None:
-        self.worker.orders.put(order)
+    def stop(self, mode: StopMode) -> None:
+        self.worker.stop(mode)
 
-    def end(self, order: Order | None = None) -> int | None:
-        """Wait for its end, after an order if one is given, and return its exit code."""
-        if order:
-            self.order(order)
+    def end(self, mode: StopMode | None = None) -> int | None:
+        """Stop the worker if a mode is given, wait for its end and return its exit code."""
+        if mode:
+            self.stop(mode)
         self._thread.join(20)
-        assert not self._thread.is_alive(), "the worker does not end"
+        assert not self._thread.is_alive(), "the worker does not stop"
         return self.code
 
 
 class Gate:
-    """A handler that runs until it is let go. Like time.sleep, its wait hears of no exception."""
+    """A handler that runs until it is opened. Like time.sleep, its wait cannot be interrupted."""
 
     def __init__(self, type: str = "gate", **options: Any) -> None:
         self.started: list[Any] = []
@@ -81,7 +82,7 @@ class Gate:
 
 @pytest.fixture(autouse=True)
 def _own_handlers(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """No handlers but the test's own, and a worker that looks more often than it need."""
+    """Start without handlers, and let workers check more often."""
     saved = dict(HANDLERS)
     HANDLERS.clear()
     monkeypatch.setattr(worker, "TICK", 0.02)
@@ -107,7 +108,7 @@ def gates() -> Iterator[Callable[..., Gate]]:
 
 @pytest.fixture
 def work(gates: Any) -> Iterator[Callable[..., Running]]:
-    """Start workers; at the end they stop."""
+    """Start workers, and stop them after the test."""
     started: list[Running] = []
 
     def start(queue: Queue, *names: str, **options: Any) -> Running:
@@ -117,7 +118,7 @@ def work(gates: Any) -> Iterator[Callable[..., Running]]:
     yield start
     for running in started:
         if running.code is None:
-            running.order("release")
+            running.stop("release")
     for running in started:
         running.end()
 
@@ -129,19 +130,19 @@ def echo() -> None:
         return payload
 
 
-def bury(queue: Queue, running: Running) -> None:
-    """Have a living worker taken for dead."""
+def reap_alive(queue: Queue, running: Running) -> None:
+    """Reap a worker that is alive."""
     id = until(lambda: running.worker.id)
 
-    def buried() -> bool:
+    def reaped() -> bool:
         raw(queue).delete(queue.keys.lease(id))
         queue.reap(id)
         return not raw(queue).exists(queue.keys.worker(id))
 
-    until(buried)
+    until(reaped)
 
 
-# What becomes of a job ------------------------------------------------------------------------------------------------
+# Outcomes -------------------------------------------------------------------------------------------------------------
 
 
 def test_complete_stores_the_result(queue: Queue, work: Any, echo: None) -> None:
@@ -152,7 +153,7 @@ def test_complete_stores_the_result(queue: Queue, work: Any, echo: None) -> None
     assert job.created_at <= ended.started_at <= ended.ended_at
 
 
-def test_complete_without_a_result(queue: Queue, work: Any) -> None:
+def test_complete_without_a_result_stores_null(queue: Queue, work: Any) -> None:
     @handler("nothing")
     def nothing(payload: Any) -> None: ...
 
@@ -162,14 +163,14 @@ def test_complete_without_a_result(queue: Queue, work: Any) -> None:
 
 
 def test_complete_keeps_the_result_as_it_was_when_the_handler_returned() -> None:
-    mine = [1]
+    result = [1]
 
-    @handler("mine")
+    @handler("mutable")
     def mutable(payload: Any) -> list[int]:
-        return mine
+        return result
 
-    outcome = run_job(Job("", "mine", None))
-    mine.append(2)
+    outcome = run_job(Job("", "mutable", None))
+    result.append(2)
     assert msgspec.json.decode(outcome.result) == [1]
 
 
@@ -183,9 +184,9 @@ def test_complete_keeps_the_result_as_it_was_when_the_handler_returned() -> None
         ((1, 2), [1, 2]),
         (msgspec.Raw(b'{"a":1}'), {"a": 1}),
     ],
-    ids=["set", "bytes", "date", "whole keys", "tuple", "raw JSON"],
+    ids=["set", "bytes", "date", "integer keys", "tuple", "raw JSON"],
 )
-def test_complete_stores_what_json_has_for_it(value: Any, stored: Any) -> None:
+def test_complete_converts_a_result_to_json(value: Any, stored: Any) -> None:
     @handler("give")
     def give(payload: Any) -> Any:
         return value
@@ -193,7 +194,7 @@ def test_complete_stores_what_json_has_for_it(value: Any, stored: Any) -> None:
     assert msgspec.json.decode(run_job(Job("", "give", None)).result) == stored
 
 
-def endless() -> list[Any]:
+def circular() -> list[Any]:
     inner: list[Any] = []
     inner.append(inner)
     return inner
@@ -211,12 +212,12 @@ UNSTORABLE: dict[str, Callable[[], Any]] = {
     "generator": lambda: (x for x in ()),
     "NaN": lambda: [float("nan")],
     "infinity": lambda: {"a": -float("inf")},
-    "pairs for keys": lambda: {(1, 2): 3},
-    "a list in itself": endless,
+    "tuple keys": lambda: {(1, 2): 3},
+    "circular list": circular,
     "nested": lambda: nested(101),
     "long": lambda: "x" * MAX_RESULT,
     "lone surrogate": lambda: "\ud800",
-    "raw but no JSON": lambda: msgspec.Raw(b"}{"),
+    "raw but not JSON": lambda: msgspec.Raw(b"}{"),
     "raw but empty": lambda: msgspec.Raw(b""),
 }
 
@@ -234,7 +235,9 @@ def test_complete_refuses_a_result_that_cannot_be_stored(kind: str) -> None:
     assert outcome.error.message.startswith("the result is ")
 
 
-def test_complete_with_a_result_that_cannot_be_stored_fails_at_once(queue: Queue, work: Any, echo: None) -> None:
+def test_complete_with_a_result_that_cannot_be_stored_fails_the_job_at_once(
+    queue: Queue, work: Any, echo: None
+) -> None:
     calls = []
 
     @handler("give", backoff=0.01)
@@ -249,7 +252,7 @@ def test_complete_with_a_result_that_cannot_be_stored_fails_at_once(queue: Queue
     assert until_ended(queue, after).status == "completed"
 
 
-def test_fail_tries_again_then_says_why(queue: Queue, work: Any) -> None:
+def test_fail_is_retried_until_no_attempts_are_left(queue: Queue, work: Any) -> None:
     @handler("broken", max_attempts=2, backoff=0.01)
     def broken(payload: Any) -> None:
         {}["no such key"]
@@ -262,7 +265,7 @@ def test_fail_tries_again_then_says_why(queue: Queue, work: Any) -> None:
     assert (ended.error.type, ended.error.message) == ("KeyError", "'no such key'")
 
 
-def test_fail_shows_the_traceback_from_the_handlers_frame_on(queue: Queue, work: Any) -> None:
+def test_fail_stores_a_traceback_that_begins_with_the_handler(queue: Queue, work: Any) -> None:
     def inner() -> None:
         raise ValueError("deep")
 
@@ -281,7 +284,7 @@ def test_fail_shows_the_traceback_from_the_handlers_frame_on(queue: Queue, work:
     assert lines[-1] == "ValueError: deep"
 
 
-def test_fail_waits_for_the_backoff(queue: Queue, work: Any) -> None:
+def test_fail_delays_the_next_attempt_by_the_backoff(queue: Queue, work: Any) -> None:
     @handler("broken", backoff=1000, backoff_cap=1500)
     def broken(payload: Any) -> None:
         raise ValueError("no")
@@ -293,25 +296,27 @@ def test_fail_waits_for_the_backoff(queue: Queue, work: Any) -> None:
     assert 1_000_000 <= waiting.run_at - waiting.started_at <= 1_520_000
 
 
-def test_fail_of_a_type_without_handler_is_tried_again_later(queue: Queue, work: Any, echo: None) -> None:
+def test_fail_of_an_unknown_type_is_retried_later(queue: Queue, work: Any, echo: None) -> None:
     job, after = queue.enqueue("unknown", None), queue.enqueue("echo", 1)
     work(queue, slots=1)
     waiting = until(lambda: (now := queue.get(job.id)) and now.error and now)
     assert (waiting.status, waiting.error.type) == ("pending", "UnknownType")
-    assert "known are: echo" in waiting.error.message
+    assert "registered: echo" in waiting.error.message
     assert waiting.run_at - waiting.started_at >= 10_000
     assert until_ended(queue, after).status == "completed"
 
 
-def test_fail_of_a_type_without_handler_ends(queue: Queue, work: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(worker, "NEW_HANDLER", 0.01)
+def test_fail_of_an_unknown_type_ends_after_the_last_attempt(
+    queue: Queue, work: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(worker, "UNKNOWN_TYPE_BACKOFF", 0.01)
     job = queue.enqueue("unknown", None)
     work(queue)
     ended = until_ended(queue, job)
     assert (ended.status, ended.attempts) == ("failed", 3)
 
 
-def test_fail_of_a_payload_that_no_longer_fits(queue: Queue, work: Any) -> None:
+def test_fail_of_a_payload_that_no_longer_matches_names_the_path(queue: Queue, work: Any) -> None:
     job = queue.enqueue("changed", {"to": 1}, max_attempts=1)
 
     @handler("changed")
@@ -326,49 +331,49 @@ def test_fail_of_a_payload_that_no_longer_fits(queue: Queue, work: Any) -> None:
     assert ended.error.traceback == ""
 
 
-class Own(BaseException):
+class Custom(BaseException):
     pass
 
 
-class Shy(Exception):
+class TextRaises(Exception):
     def __str__(self) -> str:
         raise ZeroDivisionError
 
 
-class Mute(Exception):
+class TextExits(Exception):
     def __str__(self) -> str:
         raise SystemExit(3)
 
 
-class Hasty(Retry):
+class RetryWithoutInit(Retry):
     def __init__(self) -> None: ...
 
 
 @pytest.mark.parametrize(
-    "error", [SystemExit(0), SystemExit(1), KeyboardInterrupt(), GeneratorExit(), Own("mine"), TimedOut()], ids=repr
+    "error", [SystemExit(0), SystemExit(1), KeyboardInterrupt(), GeneratorExit(), Custom("mine"), TimedOut()], ids=repr
 )
-def test_fail_with_any_base_exception_is_an_attempt_and_nothing_else(
+def test_fail_with_any_base_exception_costs_only_the_attempt(
     near: Queue, work: Any, gates: Any, error: BaseException
 ) -> None:
     gate = gates()
 
-    @handler("leave", max_attempts=1)
-    def leave(payload: Any) -> None:
+    @handler("raise", max_attempts=1)
+    def raise_error(payload: Any) -> None:
         raise error
 
-    jobs = near.enqueue_many("leave", range(4))
+    jobs = near.enqueue_many("raise", range(4))
     near.enqueue_many("gate", range(2))
     running = work(near, slots=2)
     for job in jobs:
         ended = until_ended(near, job)
         assert ended.error
         assert (ended.status, ended.error.type) == ("failed", type(error).__name__)
-    until(lambda: len(gate.started) == 2)  # both slots are alive
+    until(lambda: len(gate.started) == 2)  # both slots still run jobs
     gate.opened.set()
     assert running.end("drain") == 0
 
 
-def nonsense(after: Any) -> Callable[[], BaseException]:
+def retry_after(after: Any) -> Callable[[], BaseException]:
     def make() -> BaseException:
         error = Retry()
         error.after = after
@@ -377,29 +382,27 @@ def nonsense(after: Any) -> Callable[[], BaseException]:
     return make
 
 
-ODD: dict[str, Callable[[], BaseException]] = {
-    "broken text": Shy,
-    "text that exits": Mute,
+BROKEN: dict[str, Callable[[], BaseException]] = {
+    "text that raises": TextRaises,
+    "text that exits": TextExits,
     "surrogates": lambda: ValueError("\ud800"),
     "long": lambda: ValueError("x" * 5000),
-    "group": lambda: BaseExceptionGroup("two", [ValueError("a"), Own("b")]),
-    "retry that skips its init": Hasty,
-    "retry after a word": nonsense("soon"),
-    "retry after NaN": nonsense(float("nan")),
-    "retry after infinity": nonsense(float("inf")),
-    "retry after minus one": nonsense(-1),
+    "group": lambda: BaseExceptionGroup("two", [ValueError("a"), Custom("b")]),
+    "retry that skips its init": RetryWithoutInit,
+    "retry after a text": retry_after("soon"),
+    "retry after NaN": retry_after(float("nan")),
+    "retry after infinity": retry_after(float("inf")),
+    "retry after minus one": retry_after(-1),
 }
 
 
-@pytest.mark.parametrize("kind", ODD)
-def test_fail_with_an_odd_exception_is_an_attempt_and_nothing_else(
-    near: Queue, work: Any, echo: None, kind: str
-) -> None:
-    @handler("odd", max_attempts=2, backoff=0.01)
-    def odd(payload: Any) -> None:
-        raise ODD[kind]()
+@pytest.mark.parametrize("kind", BROKEN)
+def test_fail_with_a_broken_exception_costs_only_the_attempt(near: Queue, work: Any, echo: None, kind: str) -> None:
+    @handler("broken", max_attempts=2, backoff=0.01)
+    def broken(payload: Any) -> None:
+        raise BROKEN[kind]()
 
-    job = near.enqueue("odd", None)
+    job = near.enqueue("broken", None)
     running = work(near, slots=1)
     ended = until_ended(near, job, 5)
     assert (ended.status, ended.attempts) == ("failed", 2)
@@ -410,7 +413,7 @@ def test_fail_with_an_odd_exception_is_an_attempt_and_nothing_else(
     assert running.end("drain") == 0
 
 
-def test_fail_of_an_endless_recursion(queue: Queue, work: Any) -> None:
+def test_fail_of_an_infinite_recursion_stores_the_error(queue: Queue, work: Any) -> None:
     @handler("deep", max_attempts=1)
     def deep(payload: Any) -> None:
         deep(payload)
@@ -422,24 +425,25 @@ def test_fail_of_an_endless_recursion(queue: Queue, work: Any) -> None:
     assert ended.error.type == "RecursionError"
 
 
-def test_fail_leaves_no_threads_and_no_connections(queue: Queue, work: Any) -> None:
+def test_fail_leaves_no_threads_or_connections_behind(queue: Queue, work: Any) -> None:
     @handler("broken", max_attempts=1)
     def broken(payload: Any) -> None:
         raise ValueError("no")
 
     work(queue, slots=2)
 
-    def round() -> tuple[int, int]:
+    def run_jobs() -> tuple[int, int]:
         for job in queue.enqueue_many("broken", range(50)):
             until_ended(queue, job)
         return threading.active_count(), len(queue.pool._in_use_connections) + len(queue.pool._available_connections)
 
-    before, after = round(), [round() for _ in range(4)][-1]
+    before = run_jobs()
+    after = [run_jobs() for _ in range(4)][-1]
     assert after[0] == before[0]
-    assert after[1] <= before[1] + 2  # taker, settler, keeper and this thread seldom ask at the same moment
+    assert after[1] <= before[1] + 2  # taker, settler, keeper and this thread rarely use Redis at once
 
 
-def test_retry_after_a_time(queue: Queue, work: Any) -> None:
+def test_retry_with_a_delay_waits_that_long(queue: Queue, work: Any) -> None:
     @handler("later")
     def later(payload: Any) -> None:
         raise Retry("not yet", after=3600)
@@ -451,7 +455,7 @@ def test_retry_after_a_time(queue: Queue, work: Any) -> None:
     assert 3_600_000 <= waiting.run_at - waiting.started_at < 3_660_000
 
 
-def test_retry_at_once_until_it_succeeds(queue: Queue, work: Any) -> None:
+def test_retry_without_a_delay_runs_until_it_succeeds(queue: Queue, work: Any) -> None:
     @handler("third", max_attempts=5)
     def third(payload: Any, job: Job) -> int:
         if job.attempts < 3:
@@ -464,7 +468,7 @@ def test_retry_at_once_until_it_succeeds(queue: Queue, work: Any) -> None:
     assert (ended.status, ended.result, ended.attempts, ended.error) == ("completed", 3, 3, None)
 
 
-def test_retry_without_attempts_left_fails(queue: Queue, work: Any) -> None:
+def test_retry_without_attempts_left_fails_the_job(queue: Queue, work: Any) -> None:
     @handler("again", max_attempts=2)
     def again(payload: Any) -> None:
         raise Retry(after=0)
@@ -476,12 +480,12 @@ def test_retry_without_attempts_left_fails(queue: Queue, work: Any) -> None:
 
 
 @pytest.mark.parametrize("after", [-1, float("nan"), float("inf"), 1e9, "soon"], ids=repr)
-def test_retry_refuses_a_time_that_is_none(after: Any) -> None:
+def test_retry_refuses_an_invalid_delay(after: Any) -> None:
     with pytest.raises((ValueError, TypeError)):
         Retry(after=after)
 
 
-def test_retry_of_many_jobs_at_once_starts_none_twice(queue: Queue, work: Any) -> None:
+def test_retry_of_many_jobs_starts_no_attempt_twice(queue: Queue, work: Any) -> None:
     starts: Counter[tuple[int, int]] = Counter()
     running: Counter[int] = Counter()
     overlaps = []
@@ -507,19 +511,19 @@ def test_retry_of_many_jobs_at_once_starts_none_twice(queue: Queue, work: Any) -
     assert overlaps == []
 
 
-def test_discard_fails_at_once(queue: Queue, work: Any) -> None:
+def test_discard_fails_the_job_at_once(queue: Queue, work: Any) -> None:
     @handler("discard")
     def discard(payload: Any) -> None:
-        raise Discard("of no use")
+        raise Discard("pointless")
 
     job = queue.enqueue("discard", None)
     work(queue)
     ended = until_ended(queue, job)
     assert ended.error
-    assert (ended.status, ended.attempts, ended.error.message) == ("failed", 1, "of no use")
+    assert (ended.status, ended.attempts, ended.error.message) == ("failed", 1, "pointless")
 
 
-def test_progress_is_shown_while_the_handler_runs(queue: Queue, work: Any, gates: Any) -> None:
+def test_set_progress_is_visible_while_the_handler_runs(queue: Queue, work: Any, gates: Any) -> None:
     go_on = threading.Event()
 
     @handler("steps")
@@ -535,10 +539,10 @@ def test_progress_is_shown_while_the_handler_runs(queue: Queue, work: Any, gates
     assert until_ended(queue, job).progress == 0.75
 
 
-# How many run, and in which order -------------------------------------------------------------------------------------
+# Slots and order ------------------------------------------------------------------------------------------------------
 
 
-def test_slots_are_never_exceeded_and_nothing_is_taken_ahead(queue: Queue, work: Any, gates: Any) -> None:
+def test_take_never_exceeds_the_free_slots(queue: Queue, work: Any, gates: Any) -> None:
     gate = gates()
     queue.enqueue_many("gate", range(10))
     work(queue, slots=3)
@@ -550,7 +554,9 @@ def test_slots_are_never_exceeded_and_nothing_is_taken_ahead(queue: Queue, work:
     until(lambda: queue.stats()["completed"] == 10)
 
 
-def test_slots_held_by_long_jobs_do_not_hold_up_short_ones(queue: Queue, work: Any, gates: Any, echo: None) -> None:
+def test_take_with_a_long_job_running_does_not_delay_short_jobs(
+    queue: Queue, work: Any, gates: Any, echo: None
+) -> None:
     gate = gates()
     queue.enqueue("gate", 0)
     work(queue, slots=2)
@@ -574,7 +580,7 @@ def test_dequeue_is_first_in_first_out(queue: Queue, work: Any) -> None:
     assert ran == list(range(11))
 
 
-def test_dequeue_takes_the_first_queue_first(queue: Queue, work: Any, gates: Any) -> None:
+def test_dequeue_empties_the_first_queue_first(queue: Queue, work: Any, gates: Any) -> None:
     ran: list[str] = []
     gate = gates()
 
@@ -588,7 +594,7 @@ def test_dequeue_takes_the_first_queue_first(queue: Queue, work: Any, gates: Any
     for n in range(3):
         queue.enqueue("note", f"low {n}", queue="low")
         queue.enqueue("note", f"high {n}", queue="high")
-    queue.enqueue("note", "nobody's", queue="third")
+    queue.enqueue("note", "unserved", queue="third")
     gate.opened.set()
     until(lambda: queue.stats()["completed"] == 7)
     assert ran == ["high 0", "high 1", "high 2", "low 0", "low 1", "low 2"]
@@ -599,11 +605,11 @@ def test_dequeue_is_not_slowed_by_cancelled_jobs_at_the_head(queue: Queue, work:
         queue.cancel(job.id)
     last = queue.enqueue("echo", "last")
     work(queue, slots=1)
-    assert until_ended(queue, last, 15).status == "completed"  # a wait for the bell after each would take 50 s
+    assert until_ended(queue, last, 15).status == "completed"  # waiting for the bell after each of them would take 50 s
     assert queue.stats()["completed"] == 1
 
 
-def test_dequeue_against_cancel_has_one_winner(queue: Queue, work: Any) -> None:
+def test_dequeue_during_a_cancel_has_one_winner(queue: Queue, work: Any) -> None:
     ran = []
 
     @handler("note")
@@ -622,26 +628,28 @@ def test_dequeue_against_cancel_has_one_winner(queue: Queue, work: Any) -> None:
     assert sorted(ran + cancelled) == list(range(60))
 
 
-def test_dequeue_of_an_id_that_stands_twice_runs_it_once(queue: Queue, work: Any, gates: Any, echo: None) -> None:
+def test_dequeue_of_a_duplicate_id_runs_the_job_once(queue: Queue, work: Any, gates: Any, echo: None) -> None:
     gate = gates()
     job = queue.enqueue("gate", 0)
     raw(queue).lpush(queue.keys.jobs("default"), job.id, job.id)
     work(queue, slots=2)
     until(lambda: gate.started)
-    until_ended(queue, queue.enqueue("echo", 1))  # it came after the second and the third entry
+    until_ended(queue, queue.enqueue("echo", 1))  # it is behind the second and the third entry
     gate.opened.set()
     assert until_ended(queue, job).attempts == 1
     assert len(gate.started) == 1
 
 
-def test_dequeue_passes_over_garbage(queue: Queue, work: Any, echo: None, caplog: pytest.LogCaptureFixture) -> None:
+def test_dequeue_drops_entries_that_are_not_job_ids(
+    queue: Queue, work: Any, echo: None, caplog: pytest.LogCaptureFixture
+) -> None:
     ghost = queue.draft("echo", 0)
     raw(queue).lpush(queue.keys.jobs("default"), "not an id", "", b"\xff\x00", "../" + "a" * 5000, ghost.id)
     job = queue.enqueue("echo", 1)
     running = work(queue, slots=2)
     assert until_ended(queue, job).status == "completed"
     until(lambda: not raw(queue).exists(queue.keys.proc(running.worker.id), queue.keys.jobs("default")))
-    assert "no job ids" in caplog.text
+    assert "that are not job ids" in caplog.text
 
 
 UNREADABLE = {
@@ -659,7 +667,7 @@ UNREADABLE = {
 
 
 @pytest.mark.parametrize("kind", UNREADABLE)
-def test_dequeue_sets_an_unreadable_record_aside(real: Server, work: Any, echo: None, kind: str) -> None:
+def test_dequeue_fails_an_unreadable_record(real: Server, work: Any, echo: None, kind: str) -> None:
     queue = real.queue()
     job, after = queue.enqueue_many("echo", [1, 2])
     raw(queue).set(queue.keys.job(job.id), UNREADABLE[kind])
@@ -670,8 +678,9 @@ def test_dequeue_sets_an_unreadable_record_aside(real: Server, work: Any, echo: 
     ]
 
 
-def test_heartbeat_keeps_a_job_that_is_longer_than_the_lease(near: Queue, real: Server, work: Any, gates: Any) -> None:
-    gate, queue = gates(), real.queue(lease=2)
+def test_heartbeat_keeps_a_job_that_outlasts_the_lease(near: Queue, real: Server, work: Any, gates: Any) -> None:
+    gate = gates()
+    queue = real.queue(lease=2)
     job = queue.enqueue("gate", 0)
     first = work(queue, slots=1)
     until(lambda: gate.started)
@@ -687,31 +696,32 @@ def test_heartbeat_keeps_a_job_that_is_longer_than_the_lease(near: Queue, real: 
     assert len(gate.started) == 1
 
 
-def test_heartbeat_that_fails_is_tried_again_before_the_next_is_due(
+def test_heartbeat_that_fails_is_repeated_before_the_next_is_due(
     near: Queue, real: Server, proxy: CutProxy, work: Any
 ) -> None:
     proxy.drop_request(b'{"at":')
     work(real.queue(proxy.url, lease=120))  # renewed every 40 seconds
     until(lambda: proxy.idle)
-    lost = near.now()
-    until(lambda: near.workers()[0]["lastHeartbeat"] >= lost)
+    dropped_at = near.now()
+    until(lambda: near.workers()[0]["lastHeartbeat"] >= dropped_at)
 
 
-def test_settle_that_cannot_read_keeps_the_outcome_until_it_can(queue: Queue, work: Any, gates: Any) -> None:
-    gate, awaited = gates(), queue.keys.awaited
+def test_settle_keeps_an_outcome_until_it_can_be_saved(queue: Queue, work: Any, gates: Any) -> None:
+    gate = gates()
+    awaited = queue.keys.awaited
     job = queue.enqueue("gate", 0)
     running = work(queue, slots=1)
     until(lambda: gate.started)
-    raw(queue).set(awaited, "no set")
+    raw(queue).set(awaited, "not a set")
     gate.opened.set()
-    until(lambda: running.worker.complained)
+    until(lambda: running.worker.warned)
     assert found(queue, job).status == "processing"
     raw(queue).delete(awaited)
     assert until_ended(queue, job).attempts == 1
     assert len(gate.started) == 1
 
 
-def test_reap_gives_a_dead_workers_jobs_to_another(queue: Queue, server: Server, work: Any, echo: None) -> None:
+def test_reap_gives_the_jobs_of_a_dead_worker_to_another(queue: Queue, server: Server, work: Any, echo: None) -> None:
     dead = queue.register(["default"], 2)
     started, taken = queue.enqueue_many("echo", [1, 2])
     queue.dequeue(dead, ["default"], 1)
@@ -726,18 +736,18 @@ def test_reap_gives_a_dead_workers_jobs_to_another(queue: Queue, server: Server,
 # Burst ----------------------------------------------------------------------------------------------------------------
 
 
-def test_burst_ends_when_all_is_run(queue: Queue, work: Any, echo: None) -> None:
+def test_burst_exits_when_all_jobs_have_run(queue: Queue, work: Any, echo: None) -> None:
     queue.enqueue_many("echo", range(20))
     assert work(queue, slots=3, burst=True).end() == 0
     assert queue.stats()["completed"] == 20
     assert queue.workers() == []
 
 
-def test_burst_ends_at_once_when_nothing_is_there(queue: Queue, work: Any) -> None:
+def test_burst_exits_at_once_when_no_job_is_due(queue: Queue, work: Any) -> None:
     assert work(queue, burst=True).end() == 0
 
 
-def test_burst_runs_what_handlers_enqueue(queue: Queue, work: Any) -> None:
+def test_burst_runs_the_jobs_that_handlers_enqueue(queue: Queue, work: Any) -> None:
     @handler("countdown")
     def countdown(payload: int) -> None:
         if payload:
@@ -748,7 +758,7 @@ def test_burst_runs_what_handlers_enqueue(queue: Queue, work: Any) -> None:
     assert queue.stats()["completed"] == 11
 
 
-def test_burst_waits_for_long_jobs(queue: Queue, work: Any, gates: Any) -> None:
+def test_burst_waits_for_running_jobs(queue: Queue, work: Any, gates: Any) -> None:
     gate = gates()
 
     @handler("parent")
@@ -767,25 +777,25 @@ def test_burst_waits_for_long_jobs(queue: Queue, work: Any, gates: Any) -> None:
     assert queue.stats()["completed"] == 2
 
 
-def test_burst_leaves_what_is_not_yet_due(queue: Queue, work: Any, echo: None) -> None:
+def test_burst_leaves_jobs_that_are_not_due(queue: Queue, work: Any, echo: None) -> None:
     later, now = queue.enqueue("echo", 1, delay=3600), queue.enqueue("echo", 2)
     assert work(queue, burst=True).end() == 0
     assert until_ended(queue, now).status == "completed"
     assert found(queue, later).status == "pending"
 
 
-def test_burst_runs_what_another_is_just_promoting(queue: Queue, work: Any, echo: None) -> None:
+def test_burst_runs_a_job_that_another_worker_is_promoting(queue: Queue, work: Any, echo: None) -> None:
     job = queue.enqueue("echo", 1, delay=0.001)
     until(lambda: queue.now() > job.run_at)
-    raw(queue).set(queue.keys.promoter, "1", px=1000)  # as of one who has the lock and has not moved the job yet
+    raw(queue).set(queue.keys.promoter, "1", px=1000)  # another has the lock and has not moved the job yet
     assert work(queue, burst=True).end() == 0
     assert found(queue, job).status == "completed"
 
 
-# Time-outs ------------------------------------------------------------------------------------------------------------
+# Timeouts -------------------------------------------------------------------------------------------------------------
 
 
-def test_timeout_is_raised_in_the_handler(queue: Queue, work: Any) -> None:
+def test_timeout_raises_an_exception_in_the_handler(queue: Queue, work: Any) -> None:
     cleaned = []
 
     @handler("endless", timeout=0.05, max_attempts=1)
@@ -804,11 +814,11 @@ def test_timeout_is_raised_in_the_handler(queue: Queue, work: Any) -> None:
     ended = until_ended(queue, job)
     assert ended.error
     assert (ended.status, ended.error.type, cleaned) == ("failed", "TimedOut", ["up"])
-    assert ended.error.message == "the handler ran past its timeout"
+    assert ended.error.message == "the handler exceeded its timeout"
     assert "in endless" in ended.error.traceback
 
 
-def test_timeout_is_an_attempt_like_any_other(queue: Queue, work: Any) -> None:
+def test_timeout_is_retried_like_any_failure(queue: Queue, work: Any) -> None:
     @handler("slow", timeout=0.05, max_attempts=3, backoff=0.01)
     def slow(payload: Any, job: Job) -> int:
         while job.attempts < 3:
@@ -820,30 +830,30 @@ def test_timeout_is_an_attempt_like_any_other(queue: Queue, work: Any) -> None:
     assert until_ended(queue, job).result == 3
 
 
-def test_timeout_that_a_handler_swallows_is_no_failure_if_it_ends(queue: Queue, work: Any, echo: None) -> None:
+def test_timeout_that_a_handler_catches_is_no_failure_if_it_returns(queue: Queue, work: Any, echo: None) -> None:
     @handler("stubborn", timeout=0.05, max_attempts=1)
     def stubborn(payload: Any) -> str:
         try:
             while True:
                 time.sleep(0.001)
         except TimedOut:
-            return "in the end"
+            return "finished"
 
     job, after = queue.enqueue("stubborn", None), queue.enqueue("echo", 1)
     work(queue, slots=1)
-    assert until_ended(queue, job).result == "in the end"
+    assert until_ended(queue, job).result == "finished"
     assert until_ended(queue, after).status == "completed"
 
 
-def test_timeout_that_a_handler_ignores_gives_its_thread_up(
+def test_timeout_that_a_handler_ignores_abandons_its_thread(
     queue: Queue, work: Any, gates: Any, echo: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(worker, "GRACE", 0.1)
-    let_go = gates("unused").opened
+    stop_now = gates("unused").opened
 
     @handler("deaf", timeout=0.05, max_attempts=1)
     def deaf(payload: Any) -> str:
-        while not let_go.is_set():
+        while not stop_now.is_set():
             try:
                 time.sleep(0.001)
             except TimedOut:
@@ -855,7 +865,7 @@ def test_timeout_that_a_handler_ignores_gives_its_thread_up(
     ended = until_ended(queue, job)
     assert ended.error
     assert (ended.status, ended.error.type) == ("failed", "TimedOut")
-    let_go.set()
+    stop_now.set()
     assert until_ended(queue, queue.enqueue("echo", 1)).status == "completed"
     assert until_ended(queue, job).result is None
 
@@ -870,7 +880,7 @@ def test_timeout_of_a_stuck_handler_replaces_its_slot(
     assert until_ended(queue, job).status == "failed"
     queue.enqueue_many("gate", range(3))
     until(lambda: len(gate.started) == 2)
-    stuck.opened.set()  # its thread ends, and is no third slot
+    stuck.opened.set()  # its thread ends and does not become a third slot
     time.sleep(0.05)
     assert len(gate.started) == 2
     gate.opened.set()
@@ -878,7 +888,7 @@ def test_timeout_of_a_stuck_handler_replaces_its_slot(
     assert running.end("drain") == 0
 
 
-def test_timeout_of_too_many_stuck_handlers_ends_the_worker(
+def test_timeout_of_too_many_stuck_handlers_stops_the_worker(
     queue: Queue, work: Any, gates: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(worker, "GRACE", 0.1)
@@ -894,16 +904,16 @@ def test_timeout_of_too_many_stuck_handlers_ends_the_worker(
     assert (left.status, left.attempts, queue.workers()) == ("pending", 0, [])
 
 
-def test_timeout_never_hits_the_next_job(queue: Queue, work: Any, echo: None) -> None:
-    """Handlers end about when their time-out is raised: it must be their own or nobody's."""
-    monkey = [0.018 + n * 0.0005 for n in range(30)]
+def test_timeout_never_interrupts_the_next_job(queue: Queue, work: Any, echo: None) -> None:
+    """Handlers return at about the time at which their timeout is raised."""
+    durations = [0.018 + n * 0.0005 for n in range(30)]
 
     @handler("close", timeout=0.02, max_attempts=1)
     def close(payload: float) -> str:
         time.sleep(payload)
         return "in time"
 
-    jobs = [job for seconds in monkey for job in (queue.enqueue("close", seconds), queue.enqueue("echo", 1))]
+    jobs = [job for seconds in durations for job in (queue.enqueue("close", seconds), queue.enqueue("echo", 1))]
     running = work(queue, slots=2)
     for job in jobs:
         ended = until_ended(queue, job)
@@ -917,15 +927,15 @@ def test_timeout_never_hits_the_next_job(queue: Queue, work: Any, echo: None) ->
 # Stopping -------------------------------------------------------------------------------------------------------------
 
 
-def test_drain_lets_the_running_end_and_takes_nothing_more(queue: Queue, work: Any, gates: Any, echo: None) -> None:
+def test_drain_lets_jobs_finish_and_takes_no_more(queue: Queue, work: Any, gates: Any, echo: None) -> None:
     gate = gates()
     job, left = queue.enqueue("gate", "done"), queue.enqueue("echo", 1)
     running = work(queue, slots=1)
     until(lambda: gate.started)
-    running.order("drain")
-    until(running.worker.quiet.is_set)
+    running.stop("drain")
+    until(running.worker.stopping.is_set)
     late = queue.enqueue("echo", 2)
-    running.order("drain")
+    running.stop("drain")
     gate.opened.set()
     assert running.end() == 0
     ended = until_ended(queue, job)
@@ -937,7 +947,7 @@ def test_drain_lets_the_running_end_and_takes_nothing_more(queue: Queue, work: A
     assert queue.workers() == []
 
 
-def test_drain_hands_back_when_its_time_is_up(queue: Queue, work: Any, gates: Any) -> None:
+def test_drain_releases_jobs_when_time_is_up(queue: Queue, work: Any, gates: Any) -> None:
     gate = gates()
     job = queue.enqueue("gate", 0)
     running = work(queue, slots=1, drain=0.2)
@@ -950,23 +960,23 @@ def test_drain_hands_back_when_its_time_is_up(queue: Queue, work: Any, gates: An
     assert queue.workers() == []
 
 
-def test_release_hands_back_at_once(queue: Queue, work: Any, gates: Any) -> None:
+def test_release_requeues_jobs_at_once(queue: Queue, work: Any, gates: Any) -> None:
     gate = gates()
     jobs = queue.enqueue_many("gate", range(2))
     running = work(queue, slots=2, drain=3600)
     until(lambda: len(gate.started) == 2)
-    running.order("drain")
-    until(running.worker.quiet.is_set)
+    running.stop("drain")
+    until(running.worker.stopping.is_set)
     assert running.end("release") == 0
     assert {(left.status, left.attempts) for left in (found(queue, job) for job in jobs)} == {("pending", 0)}
 
 
-def test_release_keeps_the_order(queue: Queue, work: Any, gates: Any) -> None:
+def test_release_restores_the_order_of_the_queue(queue: Queue, work: Any, gates: Any) -> None:
     first, gate = gates("first"), gates()
     done, *jobs = [queue.enqueue("first", 0), *queue.enqueue_many("gate", range(5))]
     running = work(queue, slots=3)
     until(lambda: len(gate.started) == 2)
-    first.opened.set()  # which makes the slots another order than the jobs
+    first.opened.set()  # then the slots are in another order than the jobs
     until_ended(queue, done)
     until(lambda: len(gate.started) == 3)
     assert running.end("release") == 0
@@ -974,7 +984,7 @@ def test_release_keeps_the_order(queue: Queue, work: Any, gates: Any) -> None:
     assert [id.decode() for id in reversed(waiting)] == [job.id for job in jobs]
 
 
-def test_release_is_not_undone_by_the_handlers_end(queue: Queue, work: Any, gates: Any) -> None:
+def test_release_ignores_the_later_outcome_of_the_handler(queue: Queue, work: Any, gates: Any) -> None:
     gate = gates()
     job = queue.enqueue("gate", 0)
     running = work(queue, slots=1)
@@ -987,18 +997,18 @@ def test_release_is_not_undone_by_the_handlers_end(queue: Queue, work: Any, gate
     assert queue.stats()["total"] == {"completed": 1, "failed": 0, "cancelled": 0}
 
 
-def test_drain_of_an_idle_worker(queue: Queue, work: Any) -> None:
+def test_drain_of_an_idle_worker_deregisters_it(queue: Queue, work: Any) -> None:
     running = work(queue)
     until(lambda: running.worker.id)
     assert running.end("drain") == 0
     assert queue.workers() == []
 
 
-def test_drain_before_it_has_begun(queue: Queue, work: Any) -> None:
+def test_drain_before_the_worker_has_started_succeeds(queue: Queue, work: Any) -> None:
     assert work(queue).end("drain") == 0
 
 
-def test_drain_just_when_a_job_comes_loses_nothing(queue: Queue, work: Any) -> None:
+def test_drain_while_a_job_arrives_loses_nothing(queue: Queue, work: Any) -> None:
     ran: Counter[int] = Counter()
 
     @handler("note")
@@ -1008,24 +1018,24 @@ def test_drain_just_when_a_job_comes_loses_nothing(queue: Queue, work: Any) -> N
     for n in range(8):
         running = work(queue, slots=2)
         until(lambda running=running: running.worker.id)
-        order = threading.Timer(n * 0.001, running.order, ("drain",))
-        order.start()
+        request = threading.Timer(n * 0.001, running.stop, ("drain",))
+        request.start()
         queue.enqueue("note", n)
         assert running.end() == 0
-        order.join()
+        request.join()
         assert queue.stats()["processing"] == 0
     assert work(queue, burst=True).end() == 0
     assert ran == dict.fromkeys(range(8), 1)
 
 
-# Being taken for dead -------------------------------------------------------------------------------------------------
+# Lost leases ----------------------------------------------------------------------------------------------------------
 
 
-# Here the lease is short: a worker that learns only as it takes that it was reaped has by then moved a job into its old list, and
-# that job comes back by the reaper.
+# The lease is short here. A worker may learn only when it takes a job that it was reaped. It has
+# then moved that job into its old list, and the job is requeued when that list is reaped again.
 
 
-def test_reaped_worker_registers_anew_and_its_outcome_is_dropped(
+def test_reap_of_a_live_worker_drops_its_outcome_and_it_registers_again(
     queue: Queue, server: Server, work: Any, gates: Any
 ) -> None:
     gate = gates()
@@ -1033,7 +1043,7 @@ def test_reaped_worker_registers_anew_and_its_outcome_is_dropped(
     running = work(server.queue(lease=1), slots=1)
     until(lambda: gate.started)
     old = running.worker.id
-    bury(queue, running)
+    reap_alive(queue, running)
     gate.opened.set()
     ended = until_ended(queue, job)
     assert (ended.status, ended.attempts, gate.attempts) == ("completed", 2, [1, 2])
@@ -1043,14 +1053,14 @@ def test_reaped_worker_registers_anew_and_its_outcome_is_dropped(
     assert queue.workers() == []
 
 
-def test_reaped_worker_while_another_has_its_job(
+def test_reap_of_a_live_worker_lets_another_complete_its_job(
     queue: Queue, server: Server, work: Any, gates: Any, echo: None
 ) -> None:
     gate = gates()
     job = queue.enqueue("gate", 0)
     first = work(server.queue(lease=2), slots=1)
     until(lambda: gate.started)
-    bury(queue, first)
+    reap_alive(queue, first)
     second = work(server.queue(lease=2), slots=1)
     until(lambda: len(gate.started) == 2)
     gate.opened.set()
@@ -1061,35 +1071,34 @@ def test_reaped_worker_while_another_has_its_job(
     assert queue.stats()["total"]["completed"] == 2
 
 
-def test_reaped_worker_does_not_log_that_its_job_is_completed(
+def test_reap_of_a_live_worker_logs_its_job_as_lost(
     queue: Queue, server: Server, work: Any, gates: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO)
     gate = gates()
     job = queue.enqueue("gate", 0)
-    running = work(
-        queue, slots=1
-    )  # no heartbeat for a long time: only as it writes the outcome does it learn the truth
+    running = work(queue, slots=1)  # its heartbeat is rare: it learns only when it saves the outcome
     until(lambda: gate.started)
-    bury(queue, running)
+    reap_alive(queue, running)
     work(server.queue(), slots=1)
     until(lambda: len(gate.started) == 2)
     gate.opened.set()
     until_ended(queue, job)
     assert running.end("drain") == 0
-    assert f"lost gate {job.id} attempt 1/3" in caplog.text
-    assert f"completed gate {job.id} attempt 1/3" not in caplog.text
+    line = rf"job {job.id} \(gate\) %s in \d+ ms, attempt 1/3"
+    assert re.search(line % "lost", caplog.text)
+    assert not re.search(line % "completed", caplog.text)
 
 
-def test_reaped_worker_that_is_idle_registers_anew(queue: Queue, server: Server, work: Any, echo: None) -> None:
+def test_reap_of_an_idle_worker_makes_it_register_again(queue: Queue, server: Server, work: Any, echo: None) -> None:
     running = work(server.queue(lease=1))
     old = until(lambda: running.worker.id)
-    bury(queue, running)
+    reap_alive(queue, running)
     until(lambda: running.worker.id not in ("", old))
     assert until_ended(queue, queue.enqueue("echo", 1)).status == "completed"
 
 
-def test_reap_spares_whoever_could_not_renew_its_lease_while_redis_stood_still(
+def test_reap_spares_workers_that_could_not_renew_their_lease_during_a_hang(
     near: Queue, real: Server, proxy: CutProxy, work: Any, echo: None
 ) -> None:
     worker = near.register(["default"], 1)
@@ -1099,19 +1108,20 @@ def test_reap_spares_whoever_could_not_renew_its_lease_while_redis_stood_still(
     work(far)
     until(lambda: time.monotonic() - far.last_trouble > far.lease)
     proxy.flowing.clear()
-    time.sleep(0.7 * far.lease)  # the time in which it might have been renewed is what this is about
+    time.sleep(0.7 * far.lease)  # the time itself is under test: a lease could have been renewed in it
     lapse(near, worker)
     proxy.packets.clear()
     proxy.flowing.set()
-    looks = near.keys.lease(worker).encode()
-    until(lambda: sum(looks in packet for packet in tuple(proxy.packets)) >= 2 or found(near, job).worker != worker)
+    reads = near.keys.lease(worker).encode()
+    until(lambda: sum(reads in packet for packet in tuple(proxy.packets)) >= 2 or found(near, job).worker != worker)
     assert found(near, job).worker == worker
     near.heartbeat(worker)
     near.complete(found(near, job))
 
 
-def test_reaped_handler_learns_it_from_its_progress(queue: Queue, server: Server, work: Any, gates: Any) -> None:
-    gate, told = gates(), []
+def test_reap_of_a_live_worker_raises_in_set_progress(queue: Queue, server: Server, work: Any, gates: Any) -> None:
+    gate = gates()
+    errors = []
 
     @handler("steps")
     def steps(payload: Any, job: Job) -> None:
@@ -1121,23 +1131,23 @@ def test_reaped_handler_learns_it_from_its_progress(queue: Queue, server: Server
             try:
                 job.set_progress(0.5)
             except Reaped as error:
-                told.append(error)
+                errors.append(error)
                 raise
 
     job = queue.enqueue("steps", None)
     running = work(server.queue(lease=1), slots=1)
     until(lambda: gate.started)
-    bury(queue, running)
+    reap_alive(queue, running)
     gate.opened.set()
     assert until_ended(queue, job).attempts == 2
-    assert len(told) == 1
+    assert len(errors) == 1
 
 
-# Trouble --------------------------------------------------------------------------------------------------------------
+# Faults ---------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", ["idle", "busy"])
-def test_watchdog_leaves_a_worker_alone_that_is(near: Queue, work: Any, gates: Any, echo: None, kind: str) -> None:
+def test_watchdog_does_not_stop_a_healthy_worker(near: Queue, work: Any, gates: Any, echo: None, kind: str) -> None:
     gate = gates()
     if kind == "busy":
         near.enqueue("gate", 0)
@@ -1149,13 +1159,13 @@ def test_watchdog_leaves_a_worker_alone_that_is(near: Queue, work: Any, gates: A
     assert until_ended(near, near.enqueue("echo", 1)).status == "completed"
 
 
-def test_watchdog_ends_a_worker_that_can_take_nothing(server: Server, work: Any) -> None:
+def test_watchdog_stops_a_worker_that_cannot_take_jobs(server: Server, work: Any) -> None:
     queue = server.queue()
-    raw(queue).set(queue.keys.jobs("default"), "no list")
+    raw(queue).set(queue.keys.jobs("default"), "not a list")
     assert work(queue, watchdog=0.5).end() == EXIT_BROKEN
 
 
-def test_watchdog_ends_a_worker_without_redis(start_redis: Callable[..., RedisServer], work: Any) -> None:
+def test_watchdog_stops_a_worker_without_redis(start_redis: Callable[..., RedisServer], work: Any) -> None:
     redis = start_redis()
     running = work(Queue.from_url(redis.url), watchdog=0.5)
     until(lambda: running.worker.id)
@@ -1163,11 +1173,12 @@ def test_watchdog_ends_a_worker_without_redis(start_redis: Callable[..., RedisSe
     assert running.end() == EXIT_BROKEN
 
 
-def test_drain_without_redis_says_that_outcomes_are_not_written(
+def test_drain_without_redis_exits_with_1_for_unsaved_outcomes(
     start_redis: Callable[..., RedisServer], work: Any, gates: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(worker, "LAST_WRITE", 0.3)
-    redis, gate = start_redis(), gates()
+    redis = start_redis()
+    gate = gates()
     queue = Queue.from_url(redis.url)
     queue.enqueue("gate", 0)
     running = work(queue, drain=0.3)
@@ -1177,23 +1188,24 @@ def test_drain_without_redis_says_that_outcomes_are_not_written(
     assert running.end("drain") == 1
 
 
-def test_settle_waits_until_redis_has_room_again(
+def test_settle_waits_until_redis_has_memory_again(
     start_redis: Callable[..., RedisServer], work: Any, gates: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
-    gate, queue = gates(), Queue.from_url(start_redis().url)
+    gate = gates()
+    queue = Queue.from_url(start_redis().url)
     jobs = queue.enqueue_many("gate", range(4))
     running = work(queue, slots=2)
     until(lambda: len(gate.started) == 2)
     raw(queue).config_set("maxmemory", 1)
     gate.opened.set()
-    until(lambda: "cannot write outcomes: Redis is full" in caplog.text)
+    until(lambda: "cannot save outcomes: Redis is full" in caplog.text)
     assert queue.stats()["processing"] == 2
     raw(queue).config_set("maxmemory", 0)
     assert [until_ended(queue, job).attempts for job in jobs] == [1, 1, 1, 1]
     assert running.end("drain") == 0
 
 
-def test_wait_on_a_connection_that_is_dead_but_not_closed_ends(
+def test_wait_on_a_dead_connection_times_out(
     near: Queue, real: Server, proxy: CutProxy, work: Any, echo: None, *, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tinyqueue_redis, "SOCKET_TIMEOUT", 0.5)
@@ -1208,21 +1220,21 @@ def test_wait_on_a_connection_that_is_dead_but_not_closed_ends(
 PACKETS = {"take": b"RPOPLPUSH", "start": b"MSET", "settle": b"{queue}:completed"}
 
 
-@pytest.mark.parametrize("deed", ["drop_reply", "drop_request", "hold"])
+@pytest.mark.parametrize("fault", ["drop_reply", "drop_request", "hold"])
 @pytest.mark.parametrize("packet", PACKETS)
-def test_lost_packets_lose_no_job_and_run_none_twice(
-    near: Queue, real: Server, proxy: CutProxy, work: Any, *, packet: str, deed: str
+def test_lose_packets_without_losing_or_repeating_jobs(
+    near: Queue, real: Server, proxy: CutProxy, work: Any, *, packet: str, fault: str
 ) -> None:
     ran: Counter[int] = Counter()
 
     @handler("note")
     def note(payload: int) -> None:
-        ran[payload] += 1  # each number by one thread only, unless there is a defect
+        ran[payload] += 1  # no lock, because each number has one thread unless there is a bug
 
     work(real.queue(proxy.url, lease=3), slots=3)
     jobs = []
     for n in range(5):
-        getattr(proxy, deed)(PACKETS[packet])
+        getattr(proxy, fault)(PACKETS[packet])
         jobs += near.enqueue_many("note", range(20 * n, 20 * n + 20))
         until(lambda: proxy.idle)
         until_ended(near, jobs[-20])
@@ -1242,7 +1254,7 @@ REFUSALS = {
 
 @pytest.mark.parametrize("packet", PACKETS)
 @pytest.mark.parametrize("reason", REFUSALS)
-def test_refused_packets_are_sent_again(
+def test_refuse_commands_until_the_worker_repeats_them(
     near: Queue, real: Server, proxy: CutProxy, work: Any, echo: None, *, packet: str, reason: str
 ) -> None:
     proxy.answer(PACKETS[packet], REFUSALS[reason])
@@ -1252,10 +1264,10 @@ def test_refused_packets_are_sent_again(
     until(lambda: proxy.idle)
 
 
-def test_corrupted_list_stops_nothing_for_good(
+def test_take_recovers_when_a_corrupted_list_is_deleted(
     queue: Queue, work: Any, echo: None, caplog: pytest.LogCaptureFixture
 ) -> None:
-    raw(queue).set(queue.keys.jobs("default"), "no list")
+    raw(queue).set(queue.keys.jobs("default"), "not a list")
     work(queue)
     until(lambda: "cannot take jobs" in caplog.text)
     raw(queue).delete(queue.keys.jobs("default"))
@@ -1263,13 +1275,13 @@ def test_corrupted_list_stops_nothing_for_good(
 
 
 @pytest.mark.parametrize("key", ["completed", "counts", "delayed", "paused", "minute"])
-def test_corrupted_key_beside_the_jobs_does_not_keep_them(server: Server, work: Any, echo: None, key: str) -> None:
+def test_complete_with_a_corrupted_key_elsewhere_succeeds(server: Server, work: Any, echo: None, key: str) -> None:
     queue = server.queue()
     job = queue.enqueue("echo", 1)
-    names = (
-        [queue.keys.minute(queue.now() + n * 60_000) for n in (0, 1)] if key == "minute" else [getattr(queue.keys, key)]
-    )
-    for name in names:
+    minutes = [queue.keys.minute(queue.now() + n * 60_000) for n in (0, 1)]
+    others = {"completed": queue.keys.ended["completed"], "counts": queue.keys.counts}
+    others |= {"delayed": queue.keys.delayed, "paused": queue.keys.paused}
+    for name in minutes if key == "minute" else [others[key]]:
         raw(queue).set(name, "wrong")
     running = work(queue, slots=1)
     ended = until_ended(queue, job)
@@ -1277,10 +1289,10 @@ def test_corrupted_key_beside_the_jobs_does_not_keep_them(server: Server, work: 
     assert running.end("drain") == 0
 
 
-def test_corrupted_set_of_workers_does_not_end_the_worker(server: Server, work: Any, echo: None) -> None:
+def test_reap_with_a_corrupted_set_of_workers_does_not_stop_the_worker(server: Server, work: Any, echo: None) -> None:
     queue = server.queue()
     raw(queue).sadd(queue.keys.workers, b"\xff\xfe", "no-such-worker")
-    running = work(server.queue(lease=0.1))  # after which it looks for lost workers
+    running = work(server.queue(lease=0.1))  # then it soon checks for dead workers
     until(lambda: running.code is not None or not raw(queue).sismember(queue.keys.workers, "no-such-worker"), 5)
     assert running.code is None
     assert until_ended(queue, queue.enqueue("echo", 1), 5).status == "completed"
