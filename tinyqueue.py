@@ -833,6 +833,11 @@ class Verbs(ABC):
         """When Redis last failed to carry out a command."""
         return max(part.store.connections.last_trouble for part in self.parts)
 
+    def part_of(self, id: str) -> Queue:
+        """Return the shard that an id names. If it names none, any shard will find it unknown."""
+        at = int(id[-2:], 16) if len(self.parts) > 1 and ID.fullmatch(id) else 0
+        return self.parts[at if at < len(self.parts) else 0]
+
     def disconnect(self) -> None:
         """Close all connections. Do this before a fork: each process must open its own."""
         for part in self.parts:
@@ -1649,15 +1654,40 @@ class Queue(Verbs):
             _, record = self.store.read(("SADD", self.keys.awaited, id), ("GET", self.keys.job(id)))
             job = _job(id, record) if record else None
             if job and job.status in UNENDED:
-                self._wait_for_token(self.keys.done(id), min(left, BLOCK))
+                self.wait_for_end([id], min(left, BLOCK))
                 job = self.get(id)
-        self.store.read(("SREM", self.keys.awaited, id))  # other callers that wait add it again
+        self.forget_awaited([id])
         return job
 
-    def _wait_for_token(self, key: str, seconds: float) -> None:
-        if self.store.read(("BLPOP", key, round(max(seconds, 0.01), 3)))[0]:
-            # Put it back for other callers that wait for the same job.
-            self.store.read(("LPUSH", key, "1"), ("EXPIRE", key, 60))
+    def await_ends(self, ids: Collection[str]) -> set[str]:
+        """Mark jobs as awaited: their ends leave tokens. Return those that had ended before."""
+        if not ids:
+            return set()
+        indexes = self.keys.ended.values()
+        scores = [("ZSCORE", index, id) for id in ids for index in indexes]
+        found = iter(self.store.read(("SADD", self.keys.awaited, *ids), *scores)[1:])
+        return {id for id in ids if [next(found) for _ in indexes] != [None] * len(indexes)}
+
+    def wait_for_end(self, ids: Collection[str], seconds: float, bell: str = "") -> str:
+        """Wait until one of these awaited jobs has ended and return its id, or "" when time is up.
+
+        Returns `bell` after `leave_token(bell)`, which wakes this call to wait for more jobs.
+        """
+        names = {self.keys.done(id).encode(): id for id in (*ids, *filter(None, [bell]))}
+        popped = self.store.read(("BLPOP", *names, round(max(seconds, 0.01), 3)))[0]
+        id = names[popped[0]] if popped else ""
+        if id and id != bell:
+            self.leave_token(id)  # for other callers that wait for the same job
+        return id
+
+    def leave_token(self, id: str) -> None:
+        """Make `wait_for_end` return an id in one of its callers."""
+        self.store.read(("LPUSH", self.keys.done(id), "1"), ("EXPIRE", self.keys.done(id), 60))
+
+    def forget_awaited(self, ids: Collection[str]) -> None:
+        """Stop awaiting jobs. Other callers that wait for them mark them again."""
+        if ids:
+            self.store.read(("SREM", self.keys.awaited, *ids))
 
     def page(
         self, filter: Filter | None = None, *, limit: int = 50, cursor: str = "", cut: int | None = None
@@ -1952,11 +1982,6 @@ class Shards(Verbs):
         self._waiters = ThreadPoolExecutor(len(shards), "shard")
         self._waits: dict[int, Future[bool]] = {}
 
-    def _shard_of(self, id: str) -> Queue:
-        """Return the shard that an id names. If it names none, any shard will find it unknown."""
-        at = int(id[-2:], 16) if ID.fullmatch(id) else 0
-        return self.parts[at if at < len(self.parts) else 0]
-
     def _index_of(self, key: str) -> int:
         return zlib.crc32(key.encode()) % len(self.parts)
 
@@ -1964,7 +1989,7 @@ class Shards(Verbs):
         """Group items by the shard of the job whose id `id` returns."""
         parts: defaultdict[Queue, list[T]] = defaultdict(list)
         for item in items:
-            parts[self._shard_of(id(item))].append(item)
+            parts[self.part_of(id(item))].append(item)
         return list(parts.items())
 
     def _try_each(self, call: Callable[[Queue], T], must: bool = False, order: Sequence[Queue] = ()) -> list[T]:
@@ -2071,16 +2096,16 @@ class Shards(Verbs):
         return lost
 
     def write_progress(self, job: Job) -> None:
-        self._shard_of(job.id).write_progress(job)
+        self.part_of(job.id).write_progress(job)
 
     def cancel(self, id: str) -> Job | None:
-        return self._shard_of(id).cancel(id)
+        return self.part_of(id).cancel(id)
 
     def cancel_requests(self, ids: Sequence[str]) -> list[str]:
         return [id for shard, part in self._by_shard(ids, str) for id in shard.cancel_requests(part)]
 
     def retry(self, id: str) -> Job | None:
-        return self._shard_of(id).retry(id)
+        return self.part_of(id).retry(id)
 
     def pause(self, name: str) -> None:
         self._try_each(lambda shard: shard.pause(name), must=True)
@@ -2090,7 +2115,7 @@ class Shards(Verbs):
 
     def heartbeat(self, worker: str, jobs: Sequence[str] = ()) -> None:
         self._try_each(
-            lambda shard: shard.heartbeat(worker, [id for id in jobs if self._shard_of(id) is shard]), must=True
+            lambda shard: shard.heartbeat(worker, [id for id in jobs if self.part_of(id) is shard]), must=True
         )
 
     def deregister(self, worker: str) -> None:
@@ -2119,10 +2144,10 @@ class Shards(Verbs):
         self._try_each(Queue.ping, must=True)
 
     def get(self, id: str) -> Job | None:
-        return self._shard_of(id).get(id)
+        return self.part_of(id).get(id)
 
     def wait_for(self, id: str, seconds: float) -> Job | None:
-        return self._shard_of(id).wait_for(id, seconds)
+        return self.part_of(id).wait_for(id, seconds)
 
     def page(
         self, filter: Filter | None = None, *, limit: int = 50, cursor: str = "", cut: int | None = None

@@ -28,7 +28,8 @@ import socket
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from functools import cache, cached_property, lru_cache, partial
 from http import HTTPStatus
 from itertools import accumulate
@@ -40,15 +41,10 @@ import bottle
 import click
 import msgspec
 from bottle import request
-from waitress import wasyncore
-from waitress.adjustments import Adjustments
-from waitress.channel import HTTPChannel
-from waitress.parser import HTTPRequestParser, ParsingError
-from waitress.server import TcpWSGIServer
-from waitress.task import ErrorTask, ThreadedTaskDispatcher, WSGITask
 
 import tinyqueue_openapi
 from tinyqueue import (
+    BLOCK,
     BUCKETS,
     ENDED,
     HANDLERS,
@@ -68,6 +64,7 @@ from tinyqueue import (
     NotReplicated,
     Once,
     Preview,
+    Queue,
     QueueFull,
     SettingsError,
     TinyQueueError,
@@ -80,19 +77,14 @@ from tinyqueue import (
 )
 from tinyqueue_config import LOG_CONTEXT, WEB_THREADS, Settings, open_queue, set_up_logging
 from tinyqueue_doctor import warnings
+from tinyqueue_server import Lifeline, Parked, Server
 
 log = logging.getLogger("tinyqueue.web")
 
-CONNECTIONS = 500  # open at a time, idle ones included; further clients wait in the listen backlog
-# Seconds that a connection may be idle, and that a client may take to send a request or to read an answer.
-CLIENT_TIMES = (120, 60)
-DRAIN_TIMES = (1, 5)  # the same while the server stops
-LINGER = 2  # seconds that a client has to close its side
 RETRY_AFTER = 5  # seconds
 LONGEST_WAIT = 25  # seconds that GET /jobs/<id>?wait= may take: routers time out after 30
 PREVIEW_BYTES = 500  # length at which a listing cuts off a payload or a result
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
-TRANSFER_ENCODING = re.compile(rb"(?im)^transfer-encoding[ \t]*:(.*)$")
 IPV6 = re.compile("[0-9a-fA-F:.]{2,45}")
 REQUEST_ID = re.compile("[!-~]{1,128}")
 # As in W3C Trace Context.
@@ -322,7 +314,7 @@ class Access:
 
 
 def _read_address(text: str) -> str:
-    """Read an IP address, perhaps with a port. An IPv4 address that is written as IPv6 becomes IPv4."""
+    """Read an IP address, perhaps with a port. An IPv4 address inside an IPv6 one becomes IPv4."""
     if match := ADDRESS_AND_PORT.fullmatch(text):
         text = match[1] or match[2]
     address = ipaddress.ip_address(text)
@@ -331,7 +323,7 @@ def _read_address(text: str) -> str:
 
 @lru_cache(maxsize=1000)
 def _network(address: str) -> str:
-    """Return what counts as one client: an IPv4 address, or the /64 that a network gives to a host."""
+    """Return what counts as one client: an IPv4 address, or the /64 that a host usually gets."""
     try:
         parsed = ipaddress.ip_address(_read_address(address).partition("%")[0])
     except ValueError:  # for example the path of a Unix socket
@@ -404,7 +396,8 @@ class API(bottle.Bottle):  # type: ignore[misc]
         if settings:
             self.settings = settings
             self.access = Access(settings)
-        self._waiters = threading.BoundedSemaphore(WEB_THREADS // 2)
+        self._blocked = threading.BoundedSemaphore(WEB_THREADS // 2)
+        self._waiters: dict[Queue, Waiter] = {}
         self._scrape_errors = 0  # not yet counted in Redis
         for method, path, name, role in ROUTES:
             for part, pattern in (("<id>", ID.pattern), ("<name>", NAME.pattern)):
@@ -446,7 +439,7 @@ class API(bottle.Bottle):  # type: ignore[misc]
         environ["tinyqueue.sent_ids"] = sent_ids
         if not environ.get("PATH_INFO", "").isascii():  # Bottle would drop bytes that are not UTF-8
             environ["PATH_INFO"] = quote(environ["PATH_INFO"], encoding="latin-1")
-        began = time.monotonic()
+        began = environ.setdefault("tinyqueue.began", time.monotonic())
         status_line = ""
 
         def start(status: str, headers: list[tuple[str, str]], *more: Any) -> Any:
@@ -456,15 +449,16 @@ class API(bottle.Bottle):  # type: ignore[misc]
 
         context = LOG_CONTEXT.set(ids.copy)
         try:
-            return super().wsgi(environ, start)
+            answer = super().wsgi(environ, start)
+            _log_request(environ, int(status_line[:3]), round((time.monotonic() - began) * 1000))
+            return answer
         finally:
-            _log_request(environ, int(status_line[:3] or 500), round((time.monotonic() - began) * 1000))
             LOG_CONTEXT.reset(context)
 
     def _run_route(self, route: Callable[..., Any], role: str, **args: str) -> Any:
         """Authorize the request and run its route. Respond with JSON, or a problem if it raises."""
         try:
-            if role:
+            if role and "tinyqueue.caller" not in request.environ:  # it is there when a request has waited
                 request.environ["tinyqueue.caller"] = self.access.authorize(role, lambda: self.queue)
             body = route(**args)
         except Problem as error:
@@ -570,15 +564,35 @@ class API(bottle.Bottle):  # type: ignore[misc]
     def show(self, id: str) -> dict[str, Any]:
         """Return a job. With ?wait=SECONDS, return it when it has ended or the time is up.
 
-        Does not wait if half of the threads are already waiting, so that the others stay free.
+        Waiting takes no thread of our server. Any other server's thread blocks, so there only a few
+        requests wait. The others are answered at once, with Retry-After.
         """
-        seconds = _query_int(_query(), "wait", 0, 0, 3600)
-        if seconds and self._waiters.acquire(blocking=False):
-            try:
-                return _require_job(self.queue.wait_for(id, min(seconds, LONGEST_WAIT))).answer()
-            finally:
-                self._waiters.release()
-        return _require_job(self.queue.get(id)).answer()
+        seconds = min(_query_int(_query(), "wait", 0, 0, 3600), LONGEST_WAIT)
+        waited = request.environ.get("tinyqueue.waited")
+        if isinstance(waited, TinyQueueError):
+            raise waited
+        job = _require_job(self.queue.get(id))
+        if not seconds or waited or job.status not in UNENDED:
+            return job.answer()
+        if "tinyqueue.can_park" in request.environ:
+            raise Parked(partial(self._waiter_of(id).add, id, seconds, request.environ))
+        if not self._blocked.acquire(blocking=False):
+            bottle.response.set_header("Retry-After", "1")
+            return job.answer()
+        try:
+            return _require_job(self.queue.wait_for(id, seconds)).answer()
+        finally:
+            self._blocked.release()
+
+    def _waiter_of(self, id: str) -> Waiter:
+        queue = self.queue.part_of(id)
+        with self._lock:
+            return self._waiters.setdefault(queue, Waiter(queue))
+
+    def stop_waiting(self) -> None:
+        """Answer all requests that wait for jobs, with the jobs as they are."""
+        for waiter in list(self._waiters.values()):
+            waiter.release_all()
 
     def queues(self) -> dict[str, Any]:
         return {"queues": self.queue.queues()}
@@ -680,6 +694,88 @@ class API(bottle.Bottle):  # type: ignore[misc]
         """Return the OpenAPI document of this API and of all job types that have a handler."""
         self.queue  # noqa: B018 - opening it loads the handlers
         return describe()
+
+
+# Waiting for jobs -----------------------------------------------------------------------------------------------------
+
+
+class Waiting(NamedTuple):
+    """A request that waits for a job until a time. `resume` answers it."""
+
+    until: float
+    environ: dict[str, Any]
+    resume: Callable[[], None]
+
+
+class Waiter:
+    """Waits for the ends of many jobs of a queue in one thread, which runs while there are any."""
+
+    def __init__(self, queue: Queue) -> None:
+        self.queue = queue
+        self.bell = f"waiter-{os.urandom(8).hex()}"  # its token says that there is another job to wait for
+        self.lock = threading.Lock()
+        self.running = False
+        self.waiting: dict[str, list[Waiting]] = {}
+
+    def add(self, id: str, seconds: float, environ: dict[str, Any], resume: Callable[[], None]) -> None:
+        with self.lock:
+            self.waiting.setdefault(id, []).append(Waiting(time.monotonic() + seconds, environ, resume))
+            was_running = self.running
+            self.running = True
+        if not was_running:
+            threading.Thread(target=self._run, name="waiter", daemon=True).start()
+            return
+        with suppress(TinyQueueError):  # then the thread looks after BLOCK seconds
+            self.queue.leave_token(self.bell)
+
+    def release(self, ids: Collection[str], error: TinyQueueError | None = None) -> None:
+        """Answer the requests that wait for these jobs."""
+        with self.lock:
+            found = [entry for id in ids for entry in self.waiting.pop(id, ())]
+        _resume(found, error)
+
+    def release_all(self) -> None:
+        self.release(list(self.waiting))
+
+    def _run(self) -> None:
+        marked: set[str] = set()  # the ids that are awaited
+        checked: set[str] = set()  # those of them that had not ended; all are checked again after BLOCK
+        while left := self._release_late():
+            with self.lock:
+                ids = set(self.waiting)
+            try:
+                self.queue.forget_awaited(marked - ids)
+                marked = ids
+                ended = self.queue.await_ends(ids - checked)
+                checked = ids - ended
+                if not ended:
+                    token = self.queue.wait_for_end(ids, min(left, BLOCK), self.bell)
+                    ended = {token} & ids
+                    checked = checked - ended if token else set()
+            except TinyQueueError as error:
+                self.release(ids, error)
+            else:
+                self.release(ended)
+        with suppress(TinyQueueError):  # a mark that stays costs one token when its job ends
+            self.queue.forget_awaited(marked)
+
+    def _release_late(self) -> float:
+        """Answer requests whose time is up. Return the seconds until the next one, 0 if none wait."""
+        now = time.monotonic()
+        with self.lock:
+            late = [entry for entries in self.waiting.values() for entry in entries if entry.until <= now]
+            kept = {id: [entry for entry in entries if entry.until > now] for id, entries in self.waiting.items()}
+            self.waiting = {id: entries for id, entries in kept.items() if entries}
+            self.running = bool(self.waiting)
+            times = [entry.until - now for entries in self.waiting.values() for entry in entries]
+        _resume(late)
+        return min(times, default=0)
+
+
+def _resume(entries: Iterable[Waiting], error: TinyQueueError | None = None) -> None:
+    for entry in entries:
+        entry.environ["tinyqueue.waited"] = error or True
+        entry.resume()
 
 
 # Reading requests -----------------------------------------------------------------------------------------------------
@@ -963,233 +1059,6 @@ def _explain_listen(settings: Settings, error: OSError) -> str:
     if error.errno == errno.EADDRINUSE:
         todo = "stop the process that uses this port, or set PORT to another one"
     return f"cannot listen on {shown} PORT={settings.port}: {reason}; {todo}"
-
-
-class Parser(HTTPRequestParser):  # type: ignore[misc]
-    """One request. Refuses what a proxy in front of this server may have read differently."""
-
-    path = ""  # Waitress sets it, unless the request is malformed
-    rest = b""  # what the client has sent after this request
-
-    def received(self, data: bytes) -> int:
-        """Read up to the end of the request. Takes the bytes behind it too, but does not parse them."""
-        used: int = super().received(data)
-        if not self.completed or self.empty:
-            return used
-        self.rest = data[used:]
-        return len(data)
-
-    def parse_header(self, header_plus: bytes) -> None:
-        codings = TRANSFER_ENCODING.findall(header_plus)
-        super().parse_header(header_plus)
-        if codings and (self.version != "1.1" or "CONTENT_LENGTH" in self.headers):
-            raise ParsingError("Transfer-Encoding is not allowed in HTTP/1.0 or together with Content-Length")
-        if codings and [coding.strip().lower() for coding in codings] != [b"chunked"]:
-            raise ParsingError("Transfer-Encoding must be chunked, once")
-        if "," in self.headers.get("HOST", ""):
-            raise ParsingError("There must be one Host")
-
-
-class Task(WSGITask):  # type: ignore[misc]
-    """The answer to one request."""
-
-    def get_environment(self) -> dict[str, Any]:
-        """Return the WSGI environment, with the path as it was sent.
-
-        By default Waitress decodes it and drops slashes, so that each path has many spellings.
-        """
-        environ: dict[str, Any] = super().get_environment()
-        target = self.request.request_uri.partition("?")[0]
-        environ["PATH_INFO"] = target if target.startswith("/") else urlsplit(target).path
-        return environ
-
-    def build_response_header(self) -> Any:
-        self.channel.since = time.monotonic()
-        if self.channel.server.draining:
-            self.request.headers["CONNECTION"] = "close"
-        return super().build_response_header()
-
-
-class Refusal(ErrorTask):  # type: ignore[misc]
-    """The answer to a request that Waitress refuses. Waitress forgets to close in HTTP/1.0."""
-
-    def build_response_header(self) -> Any:
-        self.request.headers["CONNECTION"] = "close"
-        return super().build_response_header()
-
-
-class Channel(HTTPChannel):  # type: ignore[misc]
-    """A connection. Handles one request at a time, and reads on when the client has its answer.
-
-    So a client that does not read holds one answer in memory, and no thread: a thread would wait
-    only with more than 16 MB to send. What a client sends ahead stays unparsed in `rest`, or in
-    the kernel.
-
-    Responses are sent by the thread that produces them. By default Waitress' event loop tries to
-    send them as well. It then spins while that thread holds the buffer and waits for the
-    interpreter lock: with 256 connections, throughput fell to a hundredth.
-    """
-
-    parser_class = Parser
-    task_class = Task
-    error_task_class = Refusal
-    rest = b""
-    lingering = False
-
-    def __init__(self, *args: Any, **options: Any) -> None:
-        self.since = time.monotonic()  # when the present request or answer began, or the last one
-        super().__init__(*args, **options)
-
-    def readable(self) -> bool:
-        return not self.rest and bool(super().readable())
-
-    def writable(self) -> bool:
-        pending = self.total_outbufs_len or self.rest or self.close_when_flushed
-        return bool(self.will_close or (pending and not self.requests))
-
-    def received(self, data: bytes) -> bool:
-        if self.lingering:
-            return False
-        if self.request is None:
-            self.since = time.monotonic()
-        return bool(super().received(data))
-
-    def service(self) -> None:
-        self.rest = self.requests[0].rest
-        super().service()
-
-    def handle_write(self) -> None:
-        """Send what is left. Then close, or read what the client has sent ahead."""
-        if not self.requests:
-            self._flush_exception(self._flush_some)
-        if self.will_close or not self.connected:
-            self.handle_close()
-        elif self.requests or self.total_outbufs_len:
-            return
-        elif self.close_when_flushed:
-            self._linger()
-        elif self.rest:
-            data = self.rest
-            self.rest = b""
-            self.received(data)
-
-    def _linger(self) -> None:
-        """Send nothing more, and close when the client has closed.
-
-        A close while bytes arrive would reset the connection. The client could lose the answer.
-        """
-        self.close_when_flushed = False
-        self.lingering = True
-        self.rest = b""
-        self.since = time.monotonic()
-        try:
-            self.socket.shutdown(socket.SHUT_WR)
-        except OSError:  # the client has reset the connection
-            self.handle_close()
-
-    def expire(self, idle: float, slow: float) -> None:
-        """Close the connection if it has been idle, or its client has been slow, for so many seconds."""
-        is_slow = self.request or self.rest or self.total_outbufs_len or self.close_when_flushed
-        limit = LINGER if self.lingering else slow if is_slow else idle
-        if self.requests or time.monotonic() - self.since < limit:
-            return
-        if self.lingering or self.total_outbufs_len:
-            self.handle_close()
-        else:
-            self._linger()
-
-
-class Server(TcpWSGIServer):  # type: ignore[misc]
-    """Serves an API on a socket until `stop` is called, then answers what it has accepted."""
-
-    channel_class = Channel
-
-    def __init__(self, api: API, sock: socket.socket) -> None:
-        # It warns whenever a request waits for a thread, which is normal.
-        logging.getLogger("waitress.queue").setLevel(logging.ERROR)
-        self.shutdown_timeout = api.settings.shutdown_timeout
-        self.stopping = False
-        self.draining = False
-        self.lock = threading.RLock()  # reentrant: a signal handler may take it in the thread that holds it
-        options = Adjustments(
-            sockets=[sock],
-            threads=WEB_THREADS,
-            connection_limit=CONNECTIONS,
-            cleanup_interval=1,
-            # Waitress itself refuses a larger body, in plain text. A smaller one gets our problem.
-            max_request_body_size=4 * api.settings.max_body,
-            max_request_header_size=32768,
-            clear_untrusted_proxy_headers=False,  # Access decides which to trust
-            ident=None,
-        )
-        about = (sock.family, sock.type, sock.proto, sock.getsockname())
-        super().__init__(api, {}, _sock=sock, adj=options, sockinfo=about, bind_socket=False)
-        self.health_thread = ThreadedTaskDispatcher()
-        self.health_thread.set_thread_count(1)
-
-    def add_task(self, task: Channel) -> None:
-        """Let a thread answer. /health has its own, because the others may all wait for Redis."""
-        is_health = task.requests[0].path == "/health"
-        (self.health_thread if is_health else self.task_dispatcher).add_task(task)
-
-    def maintenance(self, now: float) -> None:
-        for channel in list(self.active_channels.values()):
-            channel.expire(*(DRAIN_TIMES if self.draining else CLIENT_TIMES))
-
-    def stop(self) -> None:
-        """Begin to stop. May be called from a signal handler and from any thread."""
-        with self.lock:  # run() must not close the trigger between these two lines
-            if not self.stopping:
-                self.stopping = True
-                self.pull_trigger()
-
-    def run(self) -> None:
-        """Serve until `stop` is called, then accept nothing more and answer what was accepted.
-
-        Returns when everything is answered, or when the shutdown timeout is over.
-        """
-        while not self.stopping:
-            self._poll(1.0)
-        self.draining = True
-        self._accept_waiting()
-        # Closes only the listening socket: responses need the trigger to wake this loop.
-        wasyncore.dispatcher.close(self)
-        deadline = time.monotonic() + self.shutdown_timeout
-        while self.active_channels and time.monotonic() < deadline:
-            self.maintenance(0)
-            self._poll(0.1)
-        self.health_thread.shutdown(timeout=1)
-        self.task_dispatcher.shutdown(timeout=1)
-        with self.lock:
-            wasyncore.close_all(self._map)
-
-    def _poll(self, seconds: float) -> None:
-        wasyncore.loop(timeout=seconds, use_poll=True, map=self._map, count=1)
-
-    def _accept_waiting(self) -> None:
-        """Accept the clients in the backlog, which closing the socket would reset."""
-        accepted = -1
-        while accepted < len(self.active_channels) < CONNECTIONS:
-            accepted = len(self.active_channels)
-            self.handle_accept()
-
-
-class Lifeline(wasyncore.file_dispatcher):  # type: ignore[misc]
-    """Stops a server when the other end of a pipe is closed: when the process that held it has died."""
-
-    def __init__(self, pipe: int, server: Server) -> None:
-        self.server = server
-        super().__init__(pipe, server._map)
-
-    def writable(self) -> bool:
-        return False
-
-    def handle_read(self) -> None:
-        self.recv(1)
-
-    def handle_close(self) -> None:
-        self.close()
-        self.server.stop()
 
 
 # Processes ------------------------------------------------------------------------------------------------------------
