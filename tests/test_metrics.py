@@ -168,6 +168,15 @@ def test_counter_is_exposed_as_zero_before_its_first_event(queue: Queue) -> None
         assert values[f"tinyqueue_jobs_{name}_total", "default", "echo"] == 0
 
 
+def test_counters_of_a_registered_type_are_zero_before_its_first_job(queue: Queue, no_handlers: None) -> None:
+    @tinyqueue.handler("greet", queue="mail")
+    def greet(payload: dict[str, Any]) -> None: ...
+
+    values = samples(queue)
+    for name in ("enqueued", "started", "completed", "failed", "cancelled", "retried", "reaped"):
+        assert values[f"tinyqueue_jobs_{name}_total", "mail", "greet"] == 0
+
+
 def test_expired_job_counts_as_failed_and_not_as_started(queue: Queue) -> None:
     worker = queue.register(["default"], 1)
     queue.enqueue("echo", {}, expires_in=1)
@@ -237,7 +246,7 @@ def _echo(payload: object) -> object:
 # Names ----------------------------------------------------------------------------------------------------------------
 
 
-def test_names_beyond_the_limit_count_as_other(server: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_names_beyond_the_limit_count_as_other(server: Any, monkeypatch: pytest.MonkeyPatch, no_handlers: None) -> None:
     monkeypatch.setattr(tinyqueue, "SERIES", 3)
     monkeypatch.setattr(wsgi, "SERIES", 3)
     queue, another = server.queue(), server.queue()
