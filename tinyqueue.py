@@ -1030,9 +1030,10 @@ class Queue(Verbs):
         nothing -> pending. In place of a job whose uniqueKey is taken, returns the job that has it.
         With `once`, a second submit under the same key returns the jobs of the first. Watches the
         keys of `once` and of uniqueKeys, or else the mark. After a lost reply, the ids or `once`
-        show whether all is stored, and a first EXEC that arrives late fails. Raises InvalidJob for more than MAX_JOBS, KeyReused,
-        QueueFull, Unavailable if Redis' memory is nearly used up, and NotReplicated if the jobs are
-        stored but fewer than `min_replicas` replicas have them within a second.
+        show whether all is stored, and a first EXEC that arrives late fails. Raises InvalidJob for
+        more than MAX_JOBS, KeyReused, QueueFull, Unavailable if Redis' memory is nearly used up,
+        and NotReplicated if the jobs are stored but fewer than `min_replicas` replicas have them
+        within a second.
         """
         if len(jobs) > MAX_JOBS:
             raise InvalidJob("jobs", f"must be at most {MAX_JOBS} at a time")
