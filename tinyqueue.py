@@ -877,7 +877,7 @@ class Verbs(ABC):
 
     @property
     def memory_use(self) -> float:
-        """The share of its maxmemory that Redis uses, or 0 without a limit. With shards: the highest."""
+        """The share of maxmemory that Redis uses, or 0 without a limit; of shards the highest."""
         return max(memory_use(part.store.memory()) for part in self.parts)
 
     @property
@@ -1714,8 +1714,8 @@ class Queue(Verbs):
         """Delete ended jobs and their entries in the index of that status. Return how many.
 
         Watches the records, because a job that was requeued meanwhile must stay. Completed jobs
-        cannot be requeued, so these need neither a check nor a watch, and may be many. When memory is
-        full, Redis refuses every transaction, and so every retry. Then this deletes without one.
+        cannot be requeued, so these need neither a check nor a watch, and may be many. When memory
+        is full, Redis refuses every transaction, and so every retry. Then this deletes without one.
         """
         index = self.keys.ended[status]
         keys = [self.keys.job(text_of(id)) for id in ids]
