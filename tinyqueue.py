@@ -68,12 +68,14 @@ Keys. All share one hash tag, the namespace, and so one slot of a cluster.
                                       since 1970. Expires after two hours
     {queue}:rate:<who>:<n>    string  requests of a client in rate window n. Expires
     {queue}:awaited           set     ids of the jobs whose end a caller waits for
-    {queue}:done:<id>         list    a token for those callers. Expires after a minute
+    {queue}:done:<id>         list    a token for those callers, or for a web process that waits for
+                                      jobs and gets another one. Expires after a minute
     {queue}:counts            hash    pending:<name> and processing:<name> now;
                                       completed, failed and cancelled ever
     {queue}:promoter          string  a lock that saves two promoters the same work. Expires
     {queue}:repairer          string  a lock that saves workers the same repair. Expires
-    {queue}:mark              string  a write that only WAIT needs. Expires after a second
+    {queue}:mark              string  a write that only WAIT needs, or that makes a late EXEC fail.
+                                      Expires after a second
     {queue}:metrics           hash    events so far: <event>:<type>:<queue>, times with :<bucket>
     {queue}:series            set     up to 1,000 <type>:<queue> of metrics; others: other:other
 
@@ -544,15 +546,18 @@ Push = Literal["LPUSH", "RPUSH"]  # behind all other jobs of a queue, or before 
 class Transaction:
     """One try of a transition. WATCH and reads take one round trip, MULTI, writes and EXEC another.
 
-    `gather`, `ring` and `count` merge what many jobs do to one key into one command.
+    `gather`, `ring` and `count` merge what many jobs do to one key into one command. One that has
+    nothing else to watch may watch the mark, so that `void` can make a late EXEC fail. Its
+    connection watches the mark again right after EXEC, which saves the next one a round trip.
     """
 
     def __init__(self, connection: Any, keys: Keys, clock: Clock, watch: Sequence[str], again: bool) -> None:
         self._connection = connection
         self._keys = keys
         self._clock = clock
-        self._watch = watch
-        self._watches = bool(watch)
+        self.marked = len(watch) == 1 and watch[0] == keys.mark
+        self._watch = () if self.marked and self._armed else watch  # what is not watched so far
+        self._watches = bool(watch) and not self.marked
         self.now = clock.now()
         self.again = again  # an earlier try lost the reply to EXEC, and may have been applied
         self.replicas = 0  # how many must receive the writes
@@ -564,10 +569,24 @@ class Transaction:
         self._counts: Counter[str] = Counter()
         self._minute: Counter[str] = Counter()
 
+    @property
+    def _armed(self) -> bool:
+        """Whether the connection watches the mark. A connection that was reopened does not."""
+        socket = self._connection.__dict__.get("_sock")
+        return socket is not None and self._connection.__dict__.get("armed") is socket
+
+    def _arm(self, armed: bool) -> None:
+        self._connection.armed = self._connection.__dict__.get("_sock") if armed else None
+
     def read(self, *commands: Command) -> list[Any]:
         """Send commands and return their replies. The first call also sends WATCH."""
         ahead: list[Command] = [("WATCH", *self._watch)] if self._watch else []
         self._watch = ()
+        if ahead and self.marked:
+            self._arm(True)
+        elif commands[:1] == (("MULTI",),) and self._armed:  # a changed mark must not undo it
+            ahead = [("UNWATCH",)]
+            self._arm(False)
         if not self._clock.stale:
             return ask(self._connection, [*ahead, *commands])[len(ahead) :]
         # TIME comes last, because one of the commands may block.
@@ -579,6 +598,12 @@ class Transaction:
     def unwatch(self) -> None:
         if self._watches:
             ask(self._connection, [("UNWATCH",)])
+            self._arm(False)
+
+    def void(self) -> None:
+        """Make every EXEC fail that a lost connection may still deliver, if it watched the mark."""
+        ask(self._connection, [("SET", self._keys.mark, "", "PX", 1000), ("UNWATCH",)])
+        self._watch = [self._keys.mark]
 
     def execute(self, writes: Sequence[Command]) -> tuple[list[Any] | None, int]:
         """Apply writes and wait for replicas.
@@ -587,10 +612,16 @@ class Transaction:
         Redis refuses WAIT, that number is 0: the writes are applied, but no replica is known to
         have them.
         """
+        if self._watch:
+            ask(self._connection, [("WATCH", *self._watch)])
         waits = [("WAIT", self.replicas, CATCH_UP)] if self.replicas else []
-        send(self._connection, [("MULTI",), *writes, ("EXEC",), *waits])
+        marks = [("WATCH", self._keys.mark)] if self.marked else []
+        send(self._connection, [("MULTI",), *writes, ("EXEC",), *waits, *marks])
         *_, done = [self._connection.read_response() for _ in range(len(writes) + 2)]
         reached = read_reply(self._connection) if waits else 0
+        if marks:
+            self._connection.read_response()
+        self._arm(self.marked)
         return done, reached if isinstance(reached, int) else 0
 
     def write(self, *command: Any) -> None:
@@ -676,7 +707,8 @@ class Store:
         A body that writes nothing ends the loop. When the reply to EXEC is lost, the body is called
         again with `tx.again` set. It must check whether its writes were applied, and must not
         repeat them if so. After a time-out the first EXEC may still arrive. Only a watch makes a
-        second EXEC safe then, so without a watch this raises Unavailable.
+        second EXEC safe then, so without a watch this raises Unavailable. So it does with a watch
+        of the mark alone, which makes an EXEC fail that a lost connection delivers late.
         """
         if counts and not self._series_known:
             self._learn_series()
@@ -686,11 +718,13 @@ class Store:
             try:
                 with self.lend() as connection:
                     tx = Transaction(connection, self.keys, self.clock, watch, again)
+                    if again and tx.marked and not late:
+                        tx.void()
                     result, writes = self._run(tx, body)
                     if not writes and not tx.replicas:
                         tx.unwatch()
                         return result
-                    if late and writes and not watch:
+                    if late and writes and (tx.marked or not watch):
                         detail = "no reply to the write; it was not applied when checked, but may still be"
                         raise Unavailable("timeout", detail, doubtful=True)
                     sent = True
@@ -1021,10 +1055,11 @@ class Queue(Verbs):
 
         nothing -> pending. In place of a job whose uniqueKey is taken, returns the job that has it.
         With `once`, a second submit under the same key returns the jobs of the first. Watches the
-        keys of `once` and of uniqueKeys; ids are new and need no watch. After a lost reply, the ids
-        or `once` show whether all is stored. Raises InvalidJob for more than MAX_JOBS, KeyReused,
-        QueueFull, Unavailable if Redis' memory is nearly used up, and NotReplicated if the jobs are
-        stored but fewer than `min_replicas` replicas have them within a second.
+        keys of `once` and of uniqueKeys, or else the mark. After a lost reply, the ids or `once`
+        show whether all is stored, and a first EXEC that arrives late fails. Raises InvalidJob for
+        more than MAX_JOBS, KeyReused, QueueFull, Unavailable if Redis' memory is nearly used up,
+        and NotReplicated if the jobs are stored but fewer than `min_replicas` replicas have them
+        within a second.
         """
         if len(jobs) > MAX_JOBS:
             raise InvalidJob("jobs", f"must be at most {MAX_JOBS} at a time")
@@ -1044,7 +1079,8 @@ class Queue(Verbs):
             accepted = self._without_duplicates(tx, jobs) if unique else list(jobs)
             new = list({job.id: job for job in accepted if job.id in ids}.values())
             if new:
-                self._check_room(tx, Counter(job.queue for job in new))
+                if self.max_pending or not self._known.issuperset([job.queue for job in new]):
+                    self._check_room(tx, Counter(job.queue for job in new))
                 # NX, because an EXEC that arrives late must not reset a job that ran meanwhile.
                 tx.write("MSETNX", *(part for job in new for part in (self.keys.job(job.id), _record(job))))
             for job in new:
@@ -1055,7 +1091,8 @@ class Queue(Verbs):
                 tx.write("SET", self.keys.once(once.key), made, "PX", self.keep_once_ms)
             return accepted
 
-        return self.store.transact([*([self.keys.once(once.key)] if once else []), *unique], body)
+        watch = [*([self.keys.once(once.key)] if once else []), *unique]
+        return self.store.transact(watch or [self.keys.mark], body)
 
     def _replay(self, tx: Transaction, jobs: Sequence[Job], once: Once, stored: bytes) -> list[Job]:
         """Return the jobs of the first submit as they are now, or as submitted if deleted since."""
@@ -1790,15 +1827,40 @@ class Queue(Verbs):
             _, record = self.store.read(("SADD", self.keys.awaited, id), ("GET", self.keys.job(id)))
             job = _job(id, record) if record else None
             if job and job.status in UNENDED:
-                self._wait_for_token(self.keys.done(id), min(left, BLOCK))
+                self.wait_for_end([id], min(left, BLOCK))
                 job = self.get(id)
-        self.store.read(("SREM", self.keys.awaited, id))  # other callers that wait add it again
+        self.forget_awaited([id])
         return job
 
-    def _wait_for_token(self, key: str, seconds: float) -> None:
-        if self.store.read(("BLPOP", key, round(max(seconds, 0.01), 3)))[0]:
-            # Put it back for other callers that wait for the same job.
-            self.store.read(("LPUSH", key, "1"), ("EXPIRE", key, 60))
+    def await_ends(self, ids: Collection[str]) -> set[str]:
+        """Mark jobs as awaited: their ends leave tokens. Return those that had ended before."""
+        if not ids:
+            return set()
+        indexes = self.keys.ended.values()
+        scores = [("ZSCORE", index, id) for id in ids for index in indexes]
+        found = iter(self.store.read(("SADD", self.keys.awaited, *ids), *scores)[1:])
+        return {id for id in ids if [next(found) for _ in indexes] != [None] * len(indexes)}
+
+    def wait_for_end(self, ids: Collection[str], seconds: float, bell: str = "") -> str:
+        """Wait until one of these awaited jobs has ended and return its id, or "" when time is up.
+
+        Returns `bell` after `leave_token(bell)`, which wakes this call to wait for more jobs.
+        """
+        names = {self.keys.done(id).encode(): id for id in (*ids, *filter(None, [bell]))}
+        popped = self.store.read(("BLPOP", *names, round(max(seconds, 0.01), 3)))[0]
+        id = names[popped[0]] if popped else ""
+        if id and id != bell:
+            self.leave_token(id)  # for other callers that wait for the same job
+        return id
+
+    def leave_token(self, id: str) -> None:
+        """Make `wait_for_end` return an id in one of its callers."""
+        self.store.read(("LPUSH", self.keys.done(id), "1"), ("EXPIRE", self.keys.done(id), 60))
+
+    def forget_awaited(self, ids: Collection[str]) -> None:
+        """Stop awaiting jobs. Other callers that wait for them mark them again."""
+        if ids:
+            self.store.read(("SREM", self.keys.awaited, *ids))
 
     def page(
         self, filter: Filter | None = None, *, limit: int = 50, cursor: str = "", cut: int | None = None

@@ -27,7 +27,7 @@ from typing import Any, Literal
 
 import pytest
 from client import Client, serving
-from conftest import RedisServer, newest, put, raw
+from conftest import RedisServer, newest, put, raw, until
 
 from tinyqueue import Discard, Failure, Job, Outcome, Queue, handler
 from tinyqueue_config import Settings
@@ -419,6 +419,31 @@ def test_focus_stays_on_a_control_or_moves_to_the_heading_when_it_is_removed(ope
     page.get_by_role("button", name="Submit").press("Enter")
     shows(page, "Accepted")
     playwright.expect(page.get_by_role("button", name="Submit")).to_be_focused()
+
+
+@pytest.mark.parametrize("page_name", ["constructor", "__proto__", "toString", "hasOwnProperty/x"])
+def test_open_a_page_that_is_named_like_a_member_of_every_object(open: Open, page_name: str) -> None:
+    shows(open(f"#/{page_name}"), "Overview")
+    shows(open(f"#/submit/{page_name}"), "Submit")
+
+
+def test_work_behind_a_proxy_that_removes_a_prefix(open: Open, near: Queue) -> None:
+    page = open("#/jobs")
+    base = page.url.partition("#")[0]
+    page.route(
+        f"{base}tools/queue/**", lambda route: route.continue_(url=route.request.url.replace("/tools/queue", ""))
+    )
+    asked: list[str] = []
+    page.on("request", lambda request: asked.append(request.url))
+    page.goto(f"{base}tools/queue/")
+    shows(page, f"curl '{base}tools/queue/jobs'")
+    page.goto(f"{base}tools/queue/#/submit/echo")
+    page.get_by_label("JSON", exact=False).first.fill('"hello"')
+    page.get_by_role("button", name="Submit").click()
+    job = until(lambda: newest(near, "pending"))[0]
+    page.get_by_role("link", name=job.id).click()
+    shows(page, job.id)
+    assert all(url.startswith((f"{base}tools/queue/", "data:")) for url in asked)
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,8 @@ import pytest
 from conftest import Server, free_port, until
 
 import tinyqueue
+import tinyqueue_config
+import tinyqueue_server
 import worker
 import wsgi
 from tinyqueue import STATUSES, Failure, Job
@@ -214,7 +216,13 @@ NUMBERS = {
     "PAGE_BYTES": (HTTP, r"([\d,]+) MB of their data", tinyqueue.PAGE_BYTES >> 20),
     "PREVIEW_BYTES": (HTTP, r"longer than ([\d,]+) bytes are cut", wsgi.PREVIEW_BYTES),
     "LONGEST_WAIT": (HTTP, r"has ended, after at most (\d+) seconds", wsgi.LONGEST_WAIT),
-    "CONNECTIONS": (HTTP, r"serves ([\d,]+) connections at a time", wsgi.CONNECTIONS),
+    "CONNECTIONS": (HTTP, r"serves ([\d,]+) connections at a time", tinyqueue_server.CONNECTIONS),
+    "time to send": (HTTP, r"has (\d+) seconds to send a request", tinyqueue_server.CLIENT_TIMES[1]),
+    "time to read": (HTTP, r"and (\d+) seconds to read the answer", tinyqueue_server.CLIENT_TIMES[1]),
+    "time to idle": (HTTP, r"may be idle for (\d+) seconds", tinyqueue_server.CLIENT_TIMES[0]),
+    "time at the end": (HTTP, r"has (\d+) seconds for the rest", tinyqueue_server.DRAIN_TIMES[1]),
+    "wrong keys": (HTTP, r"or to (\d+) in a minute", wsgi.WRONG_KEYS[0]),
+    "waiting elsewhere": (HTTP, r"let (\d+) requests wait", tinyqueue_config.WEB_THREADS / 2),
     "MAX_QUEUES": (OPERATIONS, r"There can be ([\d,]+) queues", tinyqueue.MAX_QUEUES),
     "MAX_QUEUES in HTTP": (HTTP, r"there are ([\d,]+) queues already", tinyqueue.MAX_QUEUES),
     "KEPT_QUEUES": (OPERATIONS, r"When there are more than (\d+), those without jobs", tinyqueue.KEPT_QUEUES),

@@ -312,7 +312,7 @@ def echo(payload: object) -> None:
 
 def test_log_a_request_and_its_job_in_a_real_server(tmp_path: Path) -> None:
     (tmp_path / "handlers.py").write_text(HANDLERS_PY)
-    with running(tmp_path) as (address, log), Wire(address) as wire:
+    with running(tmp_path) as (address, log, _), Wire(address) as wire:
         wire.send(spell("POST", "/jobs", b'{"type":"echo","payload":1}', "X-Request-ID: r-17"))
         answer = wire.answer()
         assert (answer.status, answer.headers["x-request-id"]) == (201, "r-17")

@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, suppress
@@ -520,6 +521,48 @@ def test_serve_with_two_processes_handles_no_signal_asynchronously(real: Server,
     [handled] = re.findall(r"^SigCgt:\s*(\w+)$", status, re.M)
     assert not any(int(handled, 16) >> (number - 1) & 1 for number in (SIGTERM, SIGCHLD))
     assert web.end(SIGTERM) == 0
+
+
+def test_web_processes_stop_when_their_parent_is_killed_and_a_restart_listens(real: Server, serve: Any) -> None:
+    web = serve(REDIS_URL=real.url, WEB_CONCURRENCY="2", PORT=str(free_port()))
+    children = until(lambda: len(web.children) == 2 and web.children)
+    assert web.call("GET", "/ready")[0] == 200
+    web.end(SIGKILL)
+    again = serve(REDIS_URL=real.url, WEB_CONCURRENCY="2", PORT=str(web.port))
+    assert again.call("GET", "/ready")[0] == 200
+    until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in children))
+    assert again.end(SIGTERM) == 0
+
+
+@pytest.mark.parametrize("processes", ["1", "2"])
+def test_web_drain_resets_no_busy_connection(real: Server, serve: Any, processes: str) -> None:
+    """30 clients submit all the time, each on one connection, until an answer says that it is closed."""
+    web = serve(REDIS_URL=real.url, WEB_CONCURRENCY=processes)
+    assert web.call("GET", "/ready")[0] == 200
+    body = json.dumps({"type": "sleep", "payload": 0, "delay": 60})
+    answered: list[int] = []
+    last: list[str] = []
+
+    def submit() -> None:
+        with closing(http.client.HTTPConnection("127.0.0.1", web.port, timeout=20)) as connection:
+            while True:
+                connection.request("POST", "/jobs", body, {"Content-Type": "application/json"})
+                answer = connection.getresponse()
+                answer.read()
+                answered.append(answer.status)
+                if answer.getheader("Connection") == "close":
+                    last.append("close")
+                    return
+
+    clients = [threading.Thread(target=submit) for _ in range(30)]
+    for client in clients:
+        client.start()
+    until(lambda: len(answered) > 200)
+    assert web.end(SIGTERM) == 0
+    for client in clients:
+        client.join()
+    assert last == ["close"] * 30
+    assert set(answered) == {201}
 
 
 def test_stop_while_web_processes_start_ends_them(real: Server, start: Any, folder: Path) -> None:

@@ -26,12 +26,16 @@ DEFAULT = ["default"]
 COUNT = 3
 CONSTRUCTORS = {"from_url", "embedded"}
 ONE_BY_ONE = {
+    "await_ends",
+    "wait_for_end",
+    "leave_token",
+    "forget_awaited",
     "running",
     "count_unended",
     "read_entries",
     "read_jobs",
     "restore",
-}  # called for each shard, by reap and by doctor
+}  # called for each shard, by reap, by doctor and by the web process
 
 
 @pytest.fixture
