@@ -32,6 +32,7 @@ Transitions. Each is one WATCH / MULTI / EXEC: two round trips however many jobs
     promote   (delayed to list)               records          runAt has come            delayed, list
     reap      processing -> pending, failed*  worker, lease,   lease gone; worker's own  worker, proc, record,
                                               proc, records                              head of list
+    restore   (none to list)                  record           unended; in no list       delayed, or proc and workers
     cancel    pending -> cancelled            record           -                         record, delayed, cancelled
     request   processing -> processing        record           handler takes a Job       record: cancelRequested
     retry     failed, cancelled -> pending    record, unique   uniqueKey free            record, its index, list
@@ -69,6 +70,7 @@ Keys. All share one hash tag, the namespace, and so one slot of a cluster.
     {queue}:counts            hash    pending:<name> and processing:<name> now;
                                       completed, failed and cancelled ever
     {queue}:promoter          string  a lock that saves two promoters the same work. Expires
+    {queue}:repairer          string  a lock that saves workers the same repair. Expires
     {queue}:mark              string  a write that only WAIT needs. Expires after a second
     {queue}:metrics           hash    events so far: <event>:<type>:<queue>, times with :<bucket>
     {queue}:series            set     up to 1,000 <type>:<queue> of metrics; others: other:other
@@ -90,6 +92,7 @@ come after it. `grep '# [A-Z].* ---' tinyqueue.py` prints the table of contents.
 from __future__ import annotations
 
 import hashlib
+import heapq
 import importlib
 import inspect
 import itertools
@@ -257,8 +260,10 @@ SUSPICIOUS = 2  # times that a job was lost with its worker beside others, after
 MAX_REFUNDS = 10  # times that release refunds an attempt: a job that survives no deploy must end
 KEY_LENGTH = 200  # characters of a uniqueKey
 SCANNED = 1000  # jobs that one page of a listing or one bulk change looks at
+PAGE_BYTES = 32 << 20  # of the records that it looks at
+READ_BYTES = 1 << 20  # of the records that it reads with one command
 MEMORY_SHARE = 0.95  # of maxmemory, above which submits are refused so that stored jobs can end
-LISTED = 10_000  # entries of a list that a listing looks at
+LISTED = 10_000  # entries of a list that are read with one command
 KEPT = 100_000  # ended jobs that are kept, of each status
 BELLS = 64  # wake-up tokens of a queue
 PROMOTED = 500  # jobs moved by one promote
@@ -290,6 +295,7 @@ class Keys:
         self.metrics = prefix + "metrics"
         self.series = prefix + "series"
         self.promoter = prefix + "promoter"
+        self.repairer = prefix + "repairer"
         self.mark = prefix + "mark"
         self.ended: dict[str, str] = {status: prefix + status for status in ENDED}
 
@@ -433,7 +439,30 @@ class Attempt(msgspec.Struct, rename="camel"):
     cancel_requested: bool = False
 
 
+class Preview(str):
+    """The beginning of the JSON of a payload or a result that a listing cuts."""
+
+    __slots__ = ()
+
+    @classmethod
+    def of(cls, value: msgspec.Raw | bytes, size: int) -> Preview | msgspec.Raw:
+        """Copy what is shown, because a Raw keeps the whole record in memory."""
+        text = memoryview(value)
+        if len(text) > size:
+            return cls(str(text[:size], "utf-8", "ignore"))
+        str(text, "utf-8")  # raises UnicodeDecodeError: nothing else has read it
+        return msgspec.Raw(bytes(text))
+
+
+class _Listed(Job):
+    """A job whose payload and result are not decoded."""
+
+    payload: msgspec.Raw
+    result: msgspec.Raw = msgspec.Raw(b"null")
+
+
 _decode_job = msgspec.json.Decoder(Job).decode
+_decode_listed = msgspec.json.Decoder(_Listed).decode
 _decode_attempt = msgspec.json.Decoder(Attempt).decode
 _ID_PART = len('{"id":"') + 36 + len('",')  # how an encoded job begins; a record leaves this out
 
@@ -442,20 +471,38 @@ def _record(job: Job) -> bytes:
     return b"{" + _encode(job)[_ID_PART:]
 
 
-def _job(id: str, record: bytes) -> Job:
-    """Read a record. An unreadable one becomes a failed job that shows it, so no reader crashes."""
+def _job(id: str, record: bytes, cut: int | None = None) -> Job:
+    """Read a record. An unreadable one becomes a failed job that shows it, so no reader crashes.
+
+    With `cut`, its payload and its result stay JSON: a Raw, or a Preview of that many bytes.
+    """
     try:
-        job = _decode_job(b'{"id":"%b",%b' % (id.encode(), record[1:]))
+        decode = _decode_job if cut is None else _decode_listed
+        job = decode(b'{"id":"%b",%b' % (id.encode(), record[1:]))
         if job.id != id:
             raise msgspec.DecodeError("a record must not hold an id")
+        if cut is not None:
+            job.payload = Preview.of(job.payload, cut)
+            job.result = Preview.of(job.result, cut)
         return job
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         text = record[:10_000].decode("utf-8", "backslashreplace")
-        return Job(id, "unreadable", text, status="failed", error=Failure(UNREADABLE, str(error)))
+        shown = text if cut is None else Preview.of(_encode(text), cut)
+        return Job(id, "unreadable", shown, status="failed", error=Failure(UNREADABLE, str(error)))
 
 
 def _expired(job: Job, now: int) -> bool:
     return bool(job.expires_at) and not job.started_at and job.expires_at <= now
+
+
+def _waited(job: Job, now: int) -> int:
+    """Milliseconds since a pending job could start; release, fail and retry have updated it."""
+    return max(0, now - max(job.created_at, job.run_at, job.updated_at))
+
+
+def _attempt(job: Job) -> tuple[str, int, int, int]:
+    """What tells one attempt from all others; a retry resets the number of attempts."""
+    return job.worker, job.attempts, job.refunds, job.started_at
 
 
 def _runs(job: Job, worker: str) -> bool:
@@ -782,6 +829,8 @@ class Verbs(ABC):
     @abstractmethod
     def take(self, worker: str, names: Sequence[str], most: int) -> list[bytes]: ...
     @abstractmethod
+    def adopt(self, worker: str, held: Collection[str]) -> list[bytes]: ...
+    @abstractmethod
     def start(self, worker: str, ids: Sequence[bytes]) -> list[Job]: ...
     @abstractmethod
     def settle(self, worker: str, outcomes: Sequence[Outcome]) -> list[Outcome]: ...
@@ -792,7 +841,9 @@ class Verbs(ABC):
     @abstractmethod
     def forget(self, status: str, ids: Sequence[bytes]) -> int: ...
     @abstractmethod
-    def page(self, filter: Filter, *, limit: int = 50, cursor: str = "") -> tuple[list[Job], str]: ...
+    def page(
+        self, filter: Filter, *, limit: int = 50, cursor: str = "", cut: int | None = None
+    ) -> tuple[list[Job], str]: ...
 
     @property
     def last_contact(self) -> float:
@@ -829,7 +880,10 @@ class Verbs(ABC):
     def dequeue(self, worker: str, names: Sequence[str], most: int = 1) -> list[Job]:
         """Take and start up to `most` jobs. Return an empty list if there are none."""
         ids = self.take(worker, names, most)
-        return [job for job in self.start(worker, ids) if job.status == "processing"] if ids else []
+        jobs = self.start(worker, ids) if ids else []
+        if left := {job.id.encode() for job in jobs if job.status == "pending" and not job.suspect}:
+            jobs += self.start(worker, [id for id in self.adopt(worker, ()) if id in left])
+        return [job for job in jobs if job.status == "processing"]
 
     def complete(self, job: Job, result: Any = None) -> None:
         """Complete a started job with its result. Raises Reaped if its worker has lost it."""
@@ -865,7 +919,7 @@ class Verbs(ABC):
 
         Each job is changed by itself. Those whose status changed meanwhile are counted as skipped.
         """
-        jobs, cursor = self.page(filter, limit=SCANNED, cursor=cursor)
+        jobs, cursor = self.page(filter, limit=SCANNED, cursor=cursor, cut=0)
         change = self.cancel if verb == "cancel" else self.retry
         done = 0
         for job in jobs:
@@ -877,7 +931,7 @@ class Verbs(ABC):
         """Delete the matching ended jobs among up to 1,000. Go on at the `cursor` returned."""
         if filter.status not in ENDED:
             raise InvalidJob("status", f"must be one of {', '.join(ENDED)}: other jobs have not ended")
-        jobs, cursor = self.page(filter, limit=SCANNED, cursor=cursor)
+        jobs, cursor = self.page(filter, limit=SCANNED, cursor=cursor, cut=0)
         return {"purged": self.forget(filter.status, [job.id.encode() for job in jobs]), "cursor": cursor}
 
 
@@ -908,6 +962,8 @@ class Queue(Verbs):
         self.max_pending = max_pending
         self.min_replicas = min_replicas
         self._paused: tuple[float, frozenset[str]] = (-1e9, frozenset())  # when read, and the names
+        self._leases: dict[str, tuple[bytes | None, float]] = {}  # as last seen, and since when
+        self._lost: dict[str, bytes | None] = {}  # those that were seen unchanged for too long
         self._writers = threading.BoundedSemaphore(WRITERS)
 
     @property
@@ -1117,16 +1173,18 @@ class Queue(Verbs):
         return taken
 
     def start(
-        self, worker: str, ids: Sequence[bytes], held: Mapping[str, int] | None = None, others: int = 0
+        self, worker: str, ids: Sequence[bytes], held: Mapping[str, Job] | None = None, others: int = 0
     ) -> list[Job]:
         """Start an attempt for every taken id whose job is pending and due. Drop the other ids.
 
         pending -> processing; an expired job -> failed. Watches the registration and the records.
-        `held` maps the ids of jobs that this worker has started and not settled to their attempts.
-        A job that is processing under this worker's name but not held was started by a transaction
-        whose reply was lost, and is returned too. A suspect starts only alone, while nothing is
-        held. Otherwise it is returned pending and stays in the worker's list. `others` counts the
-        ids started at the same time in other shards. Raises Reaped if the worker is not registered.
+        `held` has the jobs that this worker has started and not settled. A job that is processing
+        under this worker's name in an attempt that is not held was started by a transaction whose
+        reply was lost, and is returned too. A suspect starts only alone, while nothing is held.
+        Otherwise it is returned pending and stays in the worker's list. After a lost reply no id is
+        started or dropped: that may have been done. Pending jobs are returned as they are, and
+        `adopt` finds what is still in the list. `others` counts the ids started at the same time in
+        other shards. Raises Reaped if the worker is not registered.
         """
         texts = list(map(text_of, ids))
         named = list(dict.fromkeys(id for id in texts if ID.fullmatch(id)))
@@ -1138,6 +1196,7 @@ class Queue(Verbs):
         def body(tx: Transaction) -> list[Job]:
             [found] = self._read_fenced(tx, worker, record_keys)
             records = dict(zip(named, found, strict=True))
+            gone[:] = [id for id, record in records.items() if record is None]
             started: list[Job] = []
             changed: list[Any] = []
             for id, entry in zip(texts, ids, strict=True):
@@ -1145,6 +1204,8 @@ class Queue(Verbs):
                 job = _job(id, record) if record is not None else None
                 if job and self._stays(job, worker, held, company, tx.again):
                     started.append(job)
+                elif tx.again:
+                    continue
                 elif job and job.status == "pending" and not _expired(job, tx.now) and job.run_at <= tx.now:
                     changed += [self.keys.job(id), _record(self._begin(tx, job, worker))]
                     started.append(job)
@@ -1155,7 +1216,9 @@ class Queue(Verbs):
                 tx.write("MSET", *changed)
             return started
 
+        gone: list[str] = []
         started = self.store.transact([self.keys.worker(worker), *record_keys], body)
+        _warn_of_gone(gone)
         for job in started:
             job.__dict__["_queue"] = self  # for set_progress
         return started
@@ -1168,16 +1231,16 @@ class Queue(Verbs):
             raise Reaped(f"worker {worker} was reaped")
         return replies if records else [*replies, []]
 
-    def _stays(self, job: Job, worker: str, held: Mapping[str, int] | None, company: bool, again: bool) -> bool:
+    def _stays(self, job: Job, worker: str, held: Mapping[str, Job] | None, company: bool, again: bool) -> bool:
         """Whether to return a taken job as it is: a suspect in company, or one started before."""
         if job.status == "pending":
-            return job.suspect and company
-        reply_lost = again if held is None else held.get(job.id) != job.attempts
+            return again or (job.suspect and company)
+        ours = held.get(job.id) if held else None
+        reply_lost = again if held is None else ours is None or _attempt(ours) != _attempt(job)
         return _runs(job, worker) and reply_lost
 
     def _begin(self, tx: Transaction, job: Job, worker: str) -> Job:
-        # The wait began when the job was created, became due, or was last requeued.
-        tx.started(job, max(0, tx.now - max(job.created_at, job.run_at, job.updated_at)))
+        tx.started(job, _waited(job, tx.now))
         job.status = "processing"
         job.worker = worker
         job.attempts += 1
@@ -1436,12 +1499,15 @@ class Queue(Verbs):
     def heartbeat(self, worker: str, jobs: Sequence[str] = ()) -> None:
         """Renew the lease and report which jobs run. Raises Reaped if the registration is gone.
 
-        reap deletes the registration only when the lease is gone. So a lease that exists can be
-        renewed with one command. An expired one is set again under WATCH of the registration.
+        reap deletes the registration only when the lease is gone or unchanged for too long. So a
+        lease that exists can be renewed with one command. An expired one is set again under WATCH
+        of the registration.
         """
-        beat = _encode({"at": self.now(), "jobs": list(jobs)})
+        beat = _encode({"at": self.now(), "jobs": list(jobs), "beat": next(_order)})  # each one differs
         renewal = ("SET", self.keys.lease(worker), beat, "PX", self.lease_ms)
         if self.store.read((*renewal, "XX"))[0] is not None:
+            if jobs:  # if the set of workers was lost, reap must still find this one
+                self.store.read(("SADD", self.keys.workers, worker))
             return
 
         def body(tx: Transaction) -> None:
@@ -1482,20 +1548,36 @@ class Queue(Verbs):
         ids = list(dict.fromkeys(filter(ID.fullmatch, map(text_of, entries))))
         keys = [self.keys.job(id) for id in ids]
         records = tx.read(*([("WATCH", *keys)] if watch else []), ("MGET", *keys))[-1] if ids else []
+        if watch:
+            _warn_of_gone([id for id, record in zip(ids, records, strict=True) if record is None])
         return (_job(id, record) for id, record in zip(ids, records, strict=True) if record is not None)
 
     def _known_workers(self) -> list[str]:
         """Return every worker that may hold a job. Skip what cannot be the name of a worker."""
         return sorted(filter(NAME.fullmatch, map(text_of, self.store.read(("SMEMBERS", self.keys.workers))[0])))
 
-    def lost_workers(self, own: str = "") -> list[str]:
-        """Return the workers whose lease is gone, except `own`."""
+    def lost_workers(self, own: str = "", now: float | None = None) -> list[str]:
+        """Return the workers, except `own`, whose lease was seen missing or unchanged for a lease.
+
+        This goes by the monotonic clock of this process (`now`, in seconds). Leases expire by the
+        wall clock of Redis, which may be set: ahead, and living workers would seem lost; back, and
+        lost workers would seem alive. Call it several times within a lease.
+        """
+        now = time.monotonic() if now is None else now
         workers = [worker for worker in self._known_workers() if worker != own]
         leases = self.store.read(("MGET", *map(self.keys.lease, workers)))[0] if workers else []
-        return [worker for worker, lease in zip(workers, leases, strict=True) if lease is None]
+        seen = {}
+        for worker, lease in zip(workers, leases, strict=True):
+            before, since = self._leases.get(worker, (lease, now))
+            seen[worker] = (lease, since if before == lease else now)
+        self._leases = seen
+        self._lost = {worker: lease for worker, (lease, since) in seen.items() if now - since >= self.lease}
+        return list(self._lost)
 
     def reap(self, worker: str, others: int = 0) -> int:
-        """Remove a worker whose lease is gone and requeue its jobs. Return how many; 0 if it lives.
+        """Remove a lost worker and requeue its jobs. Return how many; 0 if it lives.
+
+        It lives if its lease exists, unless `lost_workers` has seen that very lease for too long.
 
         processing -> pending, or failed if no attempt is left. Watches the registration, the lease,
         the list and the records: a worker that wakes up may be taking or starting jobs right now,
@@ -1507,10 +1589,11 @@ class Queue(Verbs):
         registration = self.keys.worker(worker)
         lease = self.keys.lease(worker)
         proc = self.keys.proc(worker)
+        stale = self._lost.get(worker)
 
         def body(tx: Transaction) -> int:
-            alive, entries = tx.read(("EXISTS", lease), ("LRANGE", proc, 0, -1))
-            if alive:
+            sign, entries = tx.read(("GET", lease), ("LRANGE", proc, 0, -1))
+            if sign is not None and sign != stale:
                 return 0
             jobs = list(self._read_jobs(tx, entries, watch=True))
             beside = others + sum(_runs(job, worker) for job in jobs) > 1
@@ -1526,11 +1609,33 @@ class Queue(Verbs):
                     self._set_aside(tx, job)
                     continue
                 held += 1
-            tx.write("DEL", registration, proc)
+            tx.write("DEL", registration, lease, proc)
             tx.write("SREM", self.keys.workers, worker)
             return held
 
         return self.store.transact([registration, lease, proc], body)
+
+    def restore(self, id: str) -> bool:
+        """List an unended job that no list names, because a key was lost. Return whether it did.
+
+        A pending job becomes a delayed one, which promote moves to its queue. For a processing job
+        its worker's list is restored: if that worker is lost, reap requeues it. Watches the record.
+        """
+        restored = False
+
+        def body(tx: Transaction, job: Job) -> None:
+            nonlocal restored
+            key = self.keys.jobs(job.queue) if job.status == "pending" else self.keys.proc(job.worker)
+            listed, delayed = tx.read(("LPOS", key, id), ("ZSCORE", self.keys.delayed, id))
+            restored = job.status in UNENDED and listed is None and delayed is None
+            if restored and job.status == "processing":
+                tx.write("LPUSH", key, id)
+                tx.write("SADD", self.keys.workers, job.worker)
+            elif restored:
+                self._set_aside(tx, job)
+
+        self._change(id, body)
+        return restored
 
     def trim(self) -> int:
         """Delete ended jobs kept long enough, or else the oldest above KEPT. Return how many.
@@ -1637,84 +1742,119 @@ class Queue(Verbs):
             # Put it back for other callers that wait for the same job.
             self.store.read(("LPUSH", key, "1"), ("EXPIRE", key, 60))
 
-    def page(self, filter: Filter | None = None, *, limit: int = 50, cursor: str = "") -> tuple[list[Job], str]:
+    def page(
+        self, filter: Filter | None = None, *, limit: int = 50, cursor: str = "", cut: int | None = None
+    ) -> tuple[list[Job], str]:
         """Return matching jobs, newest first, and the cursor of the next page; "" after the last.
 
         Sorted by when jobs ended, or were created if they have not ended. The cursor is a place in
-        that order, so jobs that come or go shift nothing. Looks at up to SCANNED jobs, so a page
-        may be short or even empty and still have a cursor. Sees 10,000 entries of each queue around
-        the cursor, and 10,000 delayed jobs. Raises InvalidJob for a malformed cursor.
+        that order, so jobs that come or go shift nothing. A job that keeps its status is on exactly
+        one page. One whose status changes meanwhile may be on none, or on two. Looks at up to
+        SCANNED jobs and PAGE_BYTES of their records, so a page may be short or even empty and still
+        have a cursor. Also reads the ids of all unended jobs, up to LISTED with each command. With
+        `cut`, payloads and results stay JSON, a `msgspec.Raw`, or a `Preview` if they have more
+        bytes than that. Raises InvalidJob for a malformed cursor.
         """
         filter = filter or Filter()
-        before = _place_of(cursor or "9999999999999999.g")
-        entries: set[Entry] = set()
-        horizon = NO_HORIZON
-        for status in [filter.status] if filter.status else STATUSES:
-            look = self._find_unended if status in UNENDED else self._find_ended
-            found, nearest = look(status, before)
-            entries |= found
-            horizon = max(horizon, nearest)
-        todo = sorted((entry for entry in entries if horizon <= entry[:2] < before), reverse=True)[: SCANNED + 1]
-        more = horizon > NO_HORIZON
+        entries = self._find_entries(filter, _place_of(cursor or "9999999999999999.g"))
         jobs: list[Job] = []
-        for at in range(0, min(len(todo), SCANNED), 100):
-            part = todo[at : min(at + 100, SCANNED)]
-            records = self.store.read(("MGET", *(self.keys.job(id) for _, id, _ in part)))[0]
-            for seen, ((_, id, under), record) in enumerate(zip(part, records, strict=True), at + 1):
-                job = _job(id, record) if record else None
-                if job and job.status == under and filter.matches(job):
-                    jobs.append(job)
-                if len(jobs) == limit:
-                    return jobs, _cursor(todo, seen, more)
-        return jobs, _cursor(todo, SCANNED, more)
+        seen = size = 0
+        for job, read in self.read_jobs([id for _, id, _ in entries[:SCANNED]], cut):
+            found_in = entries[seen][2]
+            seen += 1
+            size += read
+            if job and job.status in found_in and filter.matches(job):
+                jobs.append(job)
+            if len(jobs) == limit or size > PAGE_BYTES:
+                break
+        return jobs, "{}.{}".format(*entries[seen - 1]) if len(entries) > seen else ""
 
-    def _windows(self, read: Callable[[int], Sequence[Entry]], start: int, before: Place) -> tuple[set[Entry], Place]:
-        """Read LISTED entries at a time until some pass the cursor. Return these and a horizon."""
+    def read_jobs(self, ids: Sequence[str], cut: int | None = None) -> Iterator[tuple[Job | None, int]]:
+        """Read jobs, and the sizes of their records: about READ_BYTES with each command."""
+        for at in range(0, len(ids), 100):
+            part = ids[at : at + 100]
+            sizes = itertools.accumulate(self.store.read(*(("STRLEN", self.keys.job(id)) for id in part)))
+            for _, group in itertools.groupby(zip(sizes, part, strict=True), lambda item: item[0] // READ_BYTES):
+                wanted = [id for _, id in group]
+                for id, record in zip(wanted, self.store.read(("MGET", *map(self.keys.job, wanted)))[0], strict=True):
+                    yield (_job(id, record, cut), len(record)) if record else (None, 0)
+
+    def _find_entries(self, filter: Filter, before: Place) -> list[Entry]:
+        """Return the first SCANNED + 1 places after the cursor at which a job may be listed."""
+        entries: list[Entry] = []
+        if filter.status is None or filter.status in UNENDED:
+            entries += self._find_unended(filter, before)
+        for status in ENDED:
+            if filter.status in (None, status):
+                entries += self._find_ended(status, before)
+        return sorted(entries, reverse=True)[: SCANNED + 1]
+
+    def _find_ended(self, status: Status, before: Place) -> list[Entry]:
+        newest = ("ZREVRANGEBYSCORE", self.keys.ended[status], before[0], "-inf", "WITHSCORES", "LIMIT")
+        entries: list[Entry] = []
+        for start in itertools.count(0, SCANNED + 1):
+            found = pairs(self.store.read((*newest, start, SCANNED + 1))[0])
+            entries += [(int(at), id, (status,)) for id, at in found if (int(at), id) < before]
+            if len(found) <= SCANNED or len(entries) > SCANNED:
+                break
+        return entries
+
+    def _find_unended(self, filter: Filter, before: Place) -> list[Entry]:
+        """Compare ids as bytes, because there may be a million: they sort by time of creation."""
+        start = f"{min(before[0], (1 << 48) - 1):012x}"
+        start = f"{start[:8]}-{start[8:]}"
+        bound = min(max(before[1], start), start + "~").encode()
+        first: list[bytes] = []
+        for window in self._read_unended(filter):
+            last = first[-1] if len(first) > SCANNED else b""
+            closer = {id for id in window if last < id < bound and ID.fullmatch(text_of(id))}
+            first = heapq.nlargest(SCANNED + 1, closer.union(first)) if closer else first
+        return [(created_at(id), id, UNENDED) for id in map(text_of, first)]
+
+    def _read_unended(self, filter: Filter) -> Iterator[list[bytes]]:
+        """Read the entries of all lists that may hold unended jobs, up to LISTED at a time.
+
+        In the order in which a job moves on, so none is missed that moves meanwhile. The lists of
+        workers are read twice, because a job may go back from there.
+        """
+        held = [self.keys.proc(worker) for worker in self._known_workers()]
+        yield from self._read_lists(held)
+        if filter.status != "processing":
+            yield from self.read_entries(self.keys.delayed, "ZRANGE")
+            yield from self._read_lists([self.keys.jobs(name) for name in self._names(filter)])
+            yield from self._read_lists([self.keys.proc(worker) for worker in self._known_workers()])
+
+    def _names(self, filter: Filter) -> list[str]:
+        """Return the names of the queues in which a matching job may wait."""
+        if filter.queue:
+            return [filter.queue]
+        fields = pairs(self.store.read(("HGETALL", self.keys.counts))[0])
+        return sorted({field.partition(":")[2] for field, _ in fields if ":" in field})
+
+    def _read_lists(self, keys: Sequence[str]) -> Iterator[list[bytes]]:
+        """Read the first entries of 100 lists at a time, because most are short."""
+        for at in range(0, len(keys), 100):
+            part = keys[at : at + 100]
+            heads = self.store.read(*(("LRANGE", key, 0, 99) for key in part))
+            yield list(itertools.chain(*heads))
+            for key, head in zip(part, heads, strict=True):
+                if len(head) == 100:
+                    yield from self.read_entries(key)
+
+    def read_entries(self, key: str, command: Literal["LRANGE", "ZRANGE"] = "LRANGE") -> Iterator[list[bytes]]:
+        """Read a list from its left, or a sorted set from its highest score, LISTED at a time.
+
+        That is the end at which take and promote remove nothing. Windows overlap, because whatever
+        else removes entries moves the later ones.
+        """
+        start = 0
         while True:
-            found = read(start)
+            end = start + LISTED - 1
+            found = self.store.read((command, key, *((start, end) if command == "LRANGE" else (~end, ~start))))[0]
+            yield found
             if len(found) < LISTED:
-                return set(found), NO_HORIZON
-            if older := [entry[:2] for entry in found if entry[:2] < before]:
-                return set(found), min(older)
-            start += LISTED
-
-    def _find_ended(self, status: str, before: Place) -> tuple[set[Entry], Place]:
-        def read(start: int) -> list[Entry]:
-            newest = ("ZREVRANGEBYSCORE", self.keys.ended[status], before[0], "-inf")
-            found = self.store.read((*newest, "WITHSCORES", "LIMIT", start, LISTED))[0]
-            return [(int(at), id, status) for id, at in pairs(found)]
-
-        return self._windows(read, 0, before)
-
-    def _find_unended(self, status: str, before: Place) -> tuple[set[Entry], Place]:
-        """Read the newest entries of each list, and as many from the cursor on."""
-        keys = self._lists(status)
-        entries: set[Entry] = set()
-        if status == "pending":
-            entries |= set(self._read_entries(("ZRANGE", self.keys.delayed, 0, LISTED - 1), status))
-        horizon = NO_HORIZON
-        for key in keys:
-            read = partial(self._read_list, key, status)
-            at = self.store.read(("LPOS", key, before[1]))[0]
-            if at:
-                entries |= set(read(0))
-            found, nearest = self._windows(read, at or 0, before)
-            entries |= found
-            horizon = max(horizon, nearest)
-        return entries, horizon
-
-    def _lists(self, status: str) -> list[str]:
-        """Return the keys of all lists that may hold jobs of a status."""
-        if status == "pending":
-            return [self.keys.jobs(name) for name in self.queues()]
-        return [self.keys.proc(worker) for worker in self._known_workers()]
-
-    def _read_list(self, key: str, status: str, start: int) -> list[Entry]:
-        return self._read_entries(("LRANGE", key, start, start + LISTED - 1), status)
-
-    def _read_entries(self, command: Command, status: str) -> list[Entry]:
-        ids = map(text_of, self.store.read(command)[0])
-        return [(created_at(id) if ID.fullmatch(id) else 1 << 60, id, status) for id in ids]
+                return
+            start += LISTED - LISTED // 10
 
     def queues(self) -> dict[str, dict[str, Any]]:
         """Return counts, oldest wait and pause of every queue that ever had a job or is paused."""
@@ -1724,23 +1864,24 @@ class Queue(Verbs):
         counted = {field.partition(":")[2] for field in counts if ":" in field}
         names = sorted(counted | set(filter(NAME.fullmatch, self._paused[1])))
         heads = self.store.read(*(("LINDEX", self.keys.jobs(name), -1) for name in names))
+        ids = [text_of(head or b"") for head in heads]
+        records = self.store.read(("MGET", *map(self.keys.job, ids)))[0] if ids else []
         return {
             name: {
                 "pending": counts.get("pending:" + name, 0),
                 "processing": counts.get("processing:" + name, 0),
-                "oldestWaitingMs": self._age(head) if counts.get("pending:" + name) else 0,
+                "oldestWaitingMs": self._age(id, record) if counts.get("pending:" + name) else 0,
                 "paused": name in self._paused[1],
             }
-            for name, head in zip(names, heads, strict=True)
+            for name, id, record in zip(names, ids, records, strict=True)
         }
 
-    def _age(self, head: bytes | None) -> int:
-        id = text_of(head or b"")
-        return max(0, self.now() - created_at(id)) if ID.fullmatch(id) else 0
+    def _age(self, id: str, record: bytes | None) -> int:
+        return _waited(_job(id, record), self.now()) if record and ID.fullmatch(id) else 0
 
     def count_unended(self) -> tuple[list[int], int]:
         """Count pending and processing jobs, and the entries of their lists, all at one moment."""
-        keys = self._lists("pending") + self._lists("processing")
+        keys = [*map(self.keys.jobs, self._names(Filter())), *map(self.keys.proc, self._known_workers())]
         reads = ("HGETALL", self.keys.counts), ("ZCARD", self.keys.delayed), *(("LLEN", key) for key in keys)
         counts, *sizes = _checked(self.store.read(("MULTI",), *reads, ("EXEC",))[-1])
         return [_read_count(value) for field, value in pairs(counts) if ":" in field], sum(sizes)
@@ -1830,6 +1971,12 @@ class Queue(Verbs):
         return limit - used, seconds - now // 1000 % seconds
 
 
+def _warn_of_gone(ids: Sequence[str]) -> None:
+    if ids:
+        text = "dropped %d ids of jobs that do not exist any more, such as %s: they were purged, or keys were lost"
+        log.warning(text, len(ids), ids[0])
+
+
 def _host() -> str:
     return re.sub(r"[^A-Za-z0-9._-]", "-", socket.gethostname())[:60] or "host"
 
@@ -1862,17 +2009,8 @@ class Filter(NamedTuple):
 
 
 CURSOR = re.compile(r"([0-9]{1,16})\.([0-9a-g-]{1,36})")
-Entry = tuple[int, str, str]  # of a listing: when, id, and the status under which it was found
+Entry = tuple[int, str, tuple[Status, ...]]  # of a listing: when, id, and the statuses of such an entry
 Place = tuple[int, str]  # in the order of a listing
-NO_HORIZON: Place = (0, "")  # a horizon is the last place that was seen; here, all were
-
-
-def _cursor(todo: Sequence[Entry], seen: int, more: bool) -> str:
-    """Return the place after the entries that were seen, or "" if none follow."""
-    if len(todo) > seen or (more and todo):
-        at, id, _ = todo[min(seen, len(todo)) - 1]
-        return f"{at}.{id}"
-    return ""
 
 
 def _place_of(cursor: str) -> Place:
@@ -2024,7 +2162,7 @@ class Shards(Verbs):
         return known.absent if known else set()
 
     def _fenced(self, worker: str, call: Callable[[Queue], T]) -> Callable[[Queue], T]:
-        """Note in which shard a worker was reaped: it takes nothing there until it registers again."""
+        """Note where a worker was reaped: it takes nothing there until it registers again."""
 
         def fenced(shard: Queue) -> T:
             try:
@@ -2072,7 +2210,7 @@ class Shards(Verbs):
         _try_each(self._from(next(self._turn)), take)
         return taken
 
-    def start(self, worker: str, ids: Sequence[bytes], held: Mapping[str, int] | None = None) -> list[Job]:
+    def start(self, worker: str, ids: Sequence[bytes], held: Mapping[str, Job] | None = None) -> list[Job]:
         """Like Queue.start, one transaction per shard. Tries all before it raises.
 
         A job that was started before an error was raised is found by `adopt`.
@@ -2147,15 +2285,16 @@ class Shards(Verbs):
         self._call_all(self._fenced(worker, beat))
 
     def deregister(self, worker: str) -> None:
-        """Like Queue.deregister, in all shards. A worker stays in those that fail until it is reaped."""
+        """Like Queue.deregister, in all shards. In those that fail the worker will be reaped."""
         self._call_all(lambda shard: shard.deregister(worker), must=True)
         self._registrations.pop(worker, None)
 
     def promote(self) -> int:
         return sum(self._call_all(Queue.promote))
 
-    def lost_workers(self, own: str = "") -> list[str]:
-        return sorted({worker for lost in self._call_all(lambda shard: shard.lost_workers(own)) for worker in lost})
+    def lost_workers(self, own: str = "", now: float | None = None) -> list[str]:
+        found = self._call_all(lambda shard: shard.lost_workers(own, now))
+        return sorted({worker for lost in found for worker in lost})
 
     def reap(self, worker: str) -> int:
         """Like Queue.reap, in every shard that answers."""
@@ -2168,7 +2307,7 @@ class Shards(Verbs):
         return sum(shard.forget(status, part) for shard, part in self._by_shard(ids, text_of))
 
     def ping(self) -> None:
-        """Raise Unavailable unless a shard accepts writes. `warnings` names the shards that do not."""
+        """Raise Unavailable unless a shard accepts writes. `warnings` names those that do not."""
         self._call_all(Queue.ping)
 
     def get(self, id: str) -> Job | None:
@@ -2177,16 +2316,18 @@ class Shards(Verbs):
     def wait_for(self, id: str, seconds: float) -> Job | None:
         return self.part_of(id).wait_for(id, seconds)
 
-    def page(self, filter: Filter | None = None, *, limit: int = 50, cursor: str = "") -> tuple[list[Job], str]:
+    def page(
+        self, filter: Filter | None = None, *, limit: int = 50, cursor: str = "", cut: int | None = None
+    ) -> tuple[list[Job], str]:
         """Like Queue.page. Merges the pages of the shards as far as all of them have looked."""
-        pages = [shard.page(filter, limit=limit, cursor=cursor) for shard in self.parts]
-        horizon = max((_place_of(cursor) for _, cursor in pages if cursor), default=NO_HORIZON)
+        pages = [shard.page(filter, limit=limit, cursor=cursor, cut=cut) for shard in self.parts]
+        horizon = max((_place_of(cursor) for _, cursor in pages if cursor), default=(0, ""))
         found = sorted((job for jobs, _ in pages for job in jobs), key=Job.place, reverse=True)
         seen = [job for job in found if job.place() >= horizon]
         if len(seen) > limit:
             at, id = seen[limit - 1].place()
             return seen[:limit], f"{at}.{id}"
-        return seen, f"{horizon[0]}.{horizon[1]}" if horizon > NO_HORIZON else ""
+        return seen, f"{horizon[0]}.{horizon[1]}" if horizon[1] else ""
 
     def queues(self) -> dict[str, dict[str, Any]]:
         found: dict[str, dict[str, Any]] = {}
@@ -2333,7 +2474,8 @@ def handler(
     receives the job. The return value, as JSON, is the job's result.
 
     `timeout` is in seconds; None means unlimited. After failed attempt n the job waits for
-    `backoff` * 2 ** (n - 1) seconds and up to half as much again, but at most `backoff_cap`.
+    `backoff` * 2 ** (n - 1) seconds and up to half as much again, but at most `backoff_cap`; once
+    it has reached the cap, for two thirds of it or more.
     Mistakes raise TypeError or InvalidJob when the module is imported.
     """
     check_name("type", type)
@@ -2386,19 +2528,30 @@ def load_handlers(modules: str) -> dict[str, Handler[Any, Any, Any]]:
     if sys.path[:1] != [os.getcwd()]:
         sys.path.insert(0, os.getcwd())
     for module in filter(None, (name.strip() for name in modules.split(","))):
+        if not all(part.isidentifier() for part in module.split(".")):
+            raise SettingsError(f"TINYQUEUE_HANDLERS: {_missing_module(module)}")
         try:
             importlib.import_module(module)
         except ModuleNotFoundError as error:
             if error.name != module.partition(".")[0] and error.name != module:
                 raise SettingsError(f"cannot import {module}: {error}") from error
-            todo = "create it, or name the module of your handlers"
-            raise SettingsError(f"TINYQUEUE_HANDLERS: there is no module {module} here; {todo}") from None
+            raise SettingsError(f"TINYQUEUE_HANDLERS: {_missing_module(module)}") from None
         except (Exception, SystemExit) as error:
             text = " ".join(_text(error).split())
             raise SettingsError(f"cannot import {module}: {type(error).__name__}: {text}") from error
     if not HANDLERS:
         raise SettingsError(f"{modules} registers no handler: decorate a function with @handler('type')")
     return HANDLERS
+
+
+def _missing_module(module: str) -> str:
+    name = f"module {module}" if looks_like_name(module) else "such module (name not shown; it may be a secret)"
+    return f"there is no {name} here; create it, or name the module of your handlers"
+
+
+def looks_like_name(text: str) -> bool:
+    """Check that a text is a dotted name, rather than a URL or a random secret."""
+    return all(re.fullmatch(r"(?:[^\W\d]|-){1,24}[0-9]{0,2}|[\w-]{1,12}", part) for part in text.split("."))
 
 
 class Retry(Exception):
@@ -2430,8 +2583,13 @@ def _text(error: BaseException) -> str:
 
 
 def backoff(attempts: int, base: float = 1.0, cap: float = 300.0) -> float:
-    """Return the seconds to wait after that attempt: doubling from `base` to `cap`, with jitter."""
-    return float(min(cap, base * 2 ** min(attempts - 1, 60) * random.uniform(1.0, 1.5)))
+    """Return the seconds to wait after that attempt: doubling from `base` to `cap`, with jitter.
+
+    The jitter is a third of the wait, at the cap too: jobs that failed together must not come back
+    together.
+    """
+    longest = min(cap, base * 2 ** min(attempts - 1, 60) * 1.5)
+    return random.uniform(max(min(base, cap), longest / 1.5), longest)
 
 
 # Checking a job -------------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 import logging
 import os
@@ -10,6 +11,8 @@ import typing
 from collections.abc import Callable, Mapping
 from contextvars import ContextVar
 from functools import partial
+from io import StringIO
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import msgspec
@@ -26,6 +29,17 @@ SPARE = 2  # spare connections of a process, because one may be on its way betwe
 
 PLAIN_NAMES = {"redis_url", "host", "port", "worker_concurrency", "web_concurrency", "log_format", "log_level"}
 PLATFORMS = re.compile("DYNO|RENDER|K_SERVICE|FLY_APP_NAME|VERCEL|RAILWAY_.*|AWS_LAMBDA_.*")
+# Values that an error may repeat: numbers, durations and short words. Others may be a password that
+# was pasted into the wrong variable.
+HARMLESS = re.compile("[+-]?[0-9.]{1,12}|[0-9]{1,9} ?/?[a-z]{1,8}|[A-Za-z]{1,10}")
+# Marks at the beginning of a text file. That of UTF-32 begins with that of UTF-16.
+ENCODINGS = (
+    (codecs.BOM_UTF8, "utf-8-sig"),
+    (codecs.BOM_UTF32_LE, "utf-32"),
+    (codecs.BOM_UTF32_BE, "utf-32"),
+    (codecs.BOM_UTF16_LE, "utf-16"),
+    (codecs.BOM_UTF16_BE, "utf-16"),
+)
 
 
 def variable(field: str) -> str:
@@ -118,7 +132,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         without REDIS_URL.
         """
         if environ is None:
-            load_dotenv(".env")  # into the environment, because handlers have settings of their own
+            # Into the environment, because handlers have settings of their own.
+            load_dotenv(stream=StringIO(_read_dotenv()))
             environ = os.environ
         names = {field.encode_name for field in msgspec.structs.fields(cls)}
         raw = {k: v for k, v in environ.items() if v and (k in names or k.startswith("TINYQUEUE_"))}
@@ -129,14 +144,25 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
             settings = msgspec.convert(raw, cls, strict=False)
         except msgspec.ValidationError as error:
             rule, _, path = str(error).partition(" - at `$.")
-            name = path.rstrip("`")
-            meaning = next(text for known, _, text in cls.table() if known == name)
-            raise SettingsError(f"{name}={raw[name]!r} is not valid: {rule} ({meaning})") from None
+            raise SettingsError(cls._explain(rule, path.rstrip("`"), raw)) from None
         platform = next((name for name, value in environ.items() if value and PLATFORMS.fullmatch(name)), None)
         if platform and not settings.redis_url:
             why = "the embedded Redis would lose all jobs at every restart"
             raise SettingsError(f"REDIS_URL is required here ({platform} is set): {why}")
         return settings
+
+    @classmethod
+    def _explain(cls, rule: str, name: str, raw: Mapping[str, Any]) -> str:
+        """Say what is wrong with a value, without a value that may be a secret."""
+        meaning = next(text for known, _, text in cls.table() if known == name)
+        value = str(raw[name])
+        shown = f"{name}={value!r}" if HARMLESS.fullmatch(value) else f"{name} (value not shown; it may be a secret)"
+        # msgspec's own texts would repeat the value, or a regular expression.
+        if rule.startswith("Invalid enum value"):
+            rule = "unknown value"
+        elif " matching regex " in rule:
+            rule = "malformed value"
+        return f"{shown} is not valid: {rule} ({meaning})"
 
     @classmethod
     def table(cls) -> list[tuple[str, str, str]]:
@@ -164,6 +190,27 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     def worker_connections(self) -> int:
         """How many a worker may open to each shard: for three threads, and to write progress."""
         return 3 + min(self.worker_concurrency, WRITERS) + SPARE
+
+
+def _read_dotenv() -> str:
+    """Return the text of `.env`, in UTF-8 or in an encoding that its mark names.
+
+    Without the file, and if `.env` is a folder such as a virtual environment, the text is empty.
+    """
+    try:
+        data = Path(".env").read_bytes()
+    except (FileNotFoundError, IsADirectoryError):
+        return ""
+    except OSError as error:
+        raise SettingsError(f"cannot read .env: {error.strerror}; change its permissions or delete it") from None
+    encoding = next((name for mark, name in ENCODINGS if data.startswith(mark)), "utf-8")
+    if encoding.startswith("utf-8") and b"\0" in data:
+        raise SettingsError(".env contains null characters, as UTF-16 without a mark does; save it as UTF-8")
+    try:
+        return data.decode(encoding)
+    except UnicodeDecodeError as error:
+        line = data[: error.start].count(b"\n") + 1
+        raise SettingsError(f".env is not valid {encoding.upper()} at line {line}; save it as UTF-8") from None
 
 
 # Logging --------------------------------------------------------------------------------------------------------------

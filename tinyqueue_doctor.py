@@ -1,6 +1,7 @@
 """The checks of `doctor`, which examine what the queue depends on, and the warnings at a start.
 
-`examine` changes nothing. Errors of Redis become findings.
+`examine` changes nothing. Errors of Redis become findings. `repair` restores what lost keys have
+broken.
 """
 
 from __future__ import annotations
@@ -9,7 +10,8 @@ import ipaddress
 import re
 import socket
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from typing import Any, Literal
@@ -18,16 +20,16 @@ import msgspec
 import redis
 from msgspec.structs import replace
 
-from tinyqueue import MEMORY_SHARE, AnyQueue, Queue, TinyQueueError
-from tinyqueue_redis import ask_each, memory_use, parse_info
+from tinyqueue import MEMORY_SHARE, UNENDED, AnyQueue, Queue, TinyQueueError, Transaction
+from tinyqueue_redis import ask_each, memory_use, pairs, parse_info, text_of
 
 OLDEST = (6, 0, 6)  # version of Redis: the first with LPOS
 SLOW = 10.0  # milliseconds to Redis and back; above this a worker spends its time waiting
 SKEW = 2.0  # seconds between two clocks
 COMMANDS = {  # every command that the queue uses, by how many arguments it needs at least
     0: "EXEC INFO MULTI TIME UNWATCH",
-    1: "DEL EXISTS GET HGETALL INCR LLEN MGET SMEMBERS WATCH ZCARD",
-    2: "BLPOP EXPIRE HMGET LINDEX LPOS LPUSH MSET MSETNX RPOPLPUSH RPUSH SADD SET SREM WAIT ZREM ZSCORE",
+    1: "DEL EXISTS GET HGETALL INCR LLEN MGET SCAN SMEMBERS STRLEN WATCH ZCARD",
+    2: "BLPOP EXPIRE HDEL HMGET LINDEX LPOS LPUSH MSET MSETNX RPOPLPUSH RPUSH SADD SET SREM WAIT ZREM ZSCORE",
     3: "HINCRBY LRANGE LREM LTRIM ZADD ZCOUNT ZRANGE ZRANGEBYSCORE ZREVRANGEBYSCORE",
 }
 REMEDIES = {
@@ -69,7 +71,7 @@ def warnings(queue: AnyQueue) -> list[str]:
 
 
 def _warnings(queue: Queue, one_of_many: bool) -> list[str]:
-    """Return the warnings about one Redis. That it is away is one only if there are other shards."""
+    """Return the warnings about one Redis. If it is the only one, that it is away is none."""
     try:
         if one_of_many:
             queue.ping()
@@ -260,14 +262,21 @@ def _clients(info: Mapping[str, str], connections: int) -> Finding:
 
 def _counts(queue: Queue) -> Iterator[Finding]:
     """Check that the lists have at least as many entries as there are jobs. They may have more."""
+    counted, listed, wrong = _compare_counts(queue)
+    seen = f"{counted} jobs counted as pending or processing, {listed} entries listed"
+    causes = "check for evictions, a failover, or others that write to the queue's keys"
+    advice = f"keys are lost: {causes}; then run tinyqueue doctor --repair"
+    yield _judge("counts", seen, (wrong, "fail", advice))
+
+
+def _compare_counts(queue: Queue) -> tuple[int, int, bool]:
+    """Return how many jobs are counted, how many entries are listed, and whether both are wrong."""
     for _ in range(3):  # a queue or a worker may be new since the names were read
         unended, listed = queue.count_unended()
         wrong = sum(unended) > listed or min(unended, default=0) < 0
         if not wrong:
             break
-    seen = f"{sum(unended)} jobs counted as pending or processing, {listed} entries listed"
-    advice = "keys are lost: check for evictions, a failover, or others that write to the queue's keys"
-    yield _judge("counts", seen, (wrong, "fail", advice))
+    return sum(unended), listed, wrong
 
 
 def _workers(queue: Queue) -> Iterator[Finding]:
@@ -280,3 +289,120 @@ def _workers(queue: Queue) -> Iterator[Finding]:
         elif alive and about["pending"] and name not in served:
             seen = f"{name}: {about['pending']} pending, no worker serves it"
             yield Finding("warn", "queue", seen, f"tinyqueue worker --queue {name}")
+
+
+# Repair ---------------------------------------------------------------------------------------------------------------
+
+STEP = 1000  # keys or entries of one step
+OTHERS = "*"  # any queue, as it may be in the metrics that are counted as other
+REPAIR_EVERY = 600  # seconds between two repairs that no operator asked for
+
+
+def repair(parts: Iterable[Queue]) -> list[Finding]:
+    """Restore what lost keys have broken, in these shards. Return what was changed.
+
+    Lists the jobs that no list names, finds the lists of unknown workers, drops entries without a
+    job, and counts again. Safe while jobs are submitted and run, except that the jobs of a queue
+    are counted only if none of them changes meanwhile. Remembers the ids of all unended jobs.
+    """
+    return [finding for part in parts for finding in _repair(part)]
+
+
+def find_broken(queue: AnyQueue) -> list[Queue]:
+    """Return the shards in which more jobs are counted than listed, each every 10 minutes."""
+    wrong = [part for part in queue.parts if _compare_counts(part)[2]]
+    return [part for part in wrong if part.store.read(("SET", part.keys.repairer, "1", "NX", "EX", REPAIR_EVERY))[0]]
+
+
+def _repair(queue: Queue) -> Iterator[Finding]:
+    before = _read_counters(queue)
+    names = list(_scan(queue))
+    jobs = _read_unended(queue, [name[4:] for name in names if name.startswith("job:")])
+    workers = [name[5:] for name in names if name.startswith("proc:")]
+    yield from _changed("%d lists of unknown workers found", _enlist(queue, workers))
+    lists = sorted(queue.keys.prefix + name for name in names if name.startswith(("jobs:", "proc:")))
+    missing = set(jobs)
+    dropped = 0
+    for key in (queue.keys.delayed, *lists, *queue.keys.ended.values()):
+        for entries in queue.read_entries(key, "LRANGE" if key in lists else "ZRANGE"):
+            missing.difference_update(entries)
+            for at in range(0, len(entries), STEP):
+                dropped += _drop_gone(queue, key, [id for id in entries[at : at + STEP] if id not in jobs])
+    yield from _changed("%d entries without a job dropped", dropped)
+    yield from _changed("%d jobs listed again", sum(queue.restore(id.decode()) for id in missing))
+    yield from _recount(queue, Counter(jobs.values()), before)
+
+
+def _changed(text: str, count: int) -> Iterator[Finding]:
+    if count:
+        yield Finding("ok", "repair", text % count)
+
+
+def _read_counters(queue: Queue) -> dict[str, bytes]:
+    """Return all counts and metrics. Whatever changes a job changes one of them."""
+    reads = ("HGETALL", queue.keys.counts), ("HGETALL", queue.keys.metrics)
+    counts, metrics = queue.store.read(("MULTI",), *reads, ("EXEC",))[-1]
+    return dict(pairs(counts) + pairs(metrics))
+
+
+def _scan(queue: Queue) -> Iterator[str]:
+    """Return the names of all keys of the queue, without their prefix. SCAN reads the database."""
+    prefix = queue.keys.prefix
+    cursor = b"0"
+    while True:
+        # No character of a prefix is special in a pattern.
+        cursor, keys = queue.store.read(("SCAN", cursor, "MATCH", prefix + "*", "COUNT", STEP))[0]
+        yield from (key.removeprefix(prefix) for key in map(text_of, keys))
+        if cursor == b"0":
+            return
+
+
+def _read_unended(queue: Queue, ids: Sequence[str]) -> dict[bytes, str]:
+    """Return the unended jobs by id, each with the field that counts it."""
+    jobs = (job for job, _ in queue.read_jobs(ids, cut=0) if job and job.status in UNENDED)
+    return {job.id.encode(): f"{job.status}:{job.queue}" for job in jobs}
+
+
+def _enlist(queue: Queue, workers: Sequence[str]) -> int:
+    """Add workers that have a list to the set of workers, so that they are reaped if lost."""
+    at_once = (workers[at : at + STEP] for at in range(0, len(workers), STEP))
+    return sum(queue.store.read(("SADD", queue.keys.workers, *some))[0] for some in at_once)
+
+
+def _drop_gone(queue: Queue, key: str, ids: Sequence[bytes]) -> int:
+    """Drop the entries whose jobs do not exist. No job is ever stored under such an id again."""
+    found = queue.store.read(*(("EXISTS", queue.keys.job(text_of(id))) for id in ids)) if ids else []
+    gone = [id for id, exists in zip(ids, found, strict=True) if not exists]
+    in_list = key.startswith((queue.keys.jobs(""), queue.keys.proc("")))
+    drops = [("LREM", key, 0, id) for id in gone] if in_list else [("ZREM", key, *gone)] if gone else []
+    return sum(queue.store.read(*drops)) if drops else 0
+
+
+def _recount(queue: Queue, actual: Mapping[str, int], before: Mapping[str, bytes]) -> Iterator[Finding]:
+    """Correct the counts of every queue of which no job has changed since `before`."""
+    wrong = {field for field in before if field.startswith(("pending:", "processing:"))} | actual.keys()
+    wrong = {field for field in wrong if before.get(field, b"0") != b"%d" % actual.get(field, 0)}
+
+    def body(tx: Transaction) -> list[str]:
+        counts, metrics = tx.read(("HGETALL", queue.keys.counts), ("HGETALL", queue.keys.metrics))
+        now = dict(pairs(counts) + pairs(metrics))
+        changed = {_queue_in(field) for field in now.keys() | before.keys() if now.get(field) != before.get(field)}
+        quiet = sorted(field for field in wrong if not {_queue_in(field), OTHERS} & changed)
+        for field in quiet:
+            tx.write("HDEL", queue.keys.counts, field)
+            tx.count(field, actual.get(field, 0))
+        return quiet
+
+    corrected = queue.store.transact([queue.keys.counts, queue.keys.metrics], body) if wrong else []
+    for field in corrected:
+        was = text_of(before.get(field, b"0"))
+        yield Finding("ok", "repair", f"{field} counted again: it was {was}, and is {actual.get(field, 0)}")
+    for name in sorted(set(map(_queue_in, wrong - set(corrected)))):
+        seen = f"jobs of queue {name} changed while they were counted"
+        yield Finding("warn", "repair", seen, f"if this goes on, tinyqueue pause {name}, and repair again")
+
+
+def _queue_in(field: str) -> str:
+    """Return the queue in pending:<queue> or <event>:<type>:<queue>, with or without a bucket."""
+    labels = field.split(":")[1:3]
+    return OTHERS if labels == ["other", "other"] else (labels or [""])[-1]

@@ -321,7 +321,7 @@ class _Watched(NamedTuple):
     @classmethod
     def read(cls, url: str) -> _Watched:
         """Read redis+sentinel://[user:password@]host:port,host:port/service[/database][?option]."""
-        # urlsplit refuses brackets that do not begin the network location, as those of a second host.
+        # urlsplit accepts brackets only at the beginning of the network location.
         scheme, _, rest = url.partition("://")
         netloc = re.split("[/?#]", rest, maxsplit=1)[0]
         parts = urlsplit("//master" + rest.removeprefix(netloc))
@@ -404,8 +404,8 @@ class Sentinels(Sentinel):
     def _explain(self, errors: Sequence[Exception]) -> Exception:
         refusal = next((error for error in errors if explain(error)[0] == "refused"), None)
         if refusal:
-            text = f"a sentinel refused the connection: {refusal}; check ?sentinel_username= and ?sentinel_password= in REDIS_URL"
-            return redis.AuthenticationError(text)
+            advice = "check ?sentinel_username= and ?sentinel_password= in REDIS_URL"
+            return redis.AuthenticationError(f"a sentinel refused the connection: {refusal}; {advice}")
         reasons = "; ".join(dict.fromkeys(str(error) for error in errors))
         return MasterNotFoundError(f"no sentinel names the master: {reasons}")
 

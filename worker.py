@@ -69,6 +69,7 @@ from tinyqueue import (
     TinyQueueError,
     Unavailable,
     UnknownType,
+    WrongStatus,
     __version__,
     backoff,
     check_name,
@@ -78,7 +79,7 @@ from tinyqueue import (
     to_json,
 )
 from tinyqueue_config import LOG_CONTEXT, Settings, open_queue, set_up_logging, variable
-from tinyqueue_doctor import Finding, examine, warnings
+from tinyqueue_doctor import Finding, examine, find_broken, repair, warnings
 
 log = logging.getLogger("tinyqueue.worker")
 
@@ -222,7 +223,7 @@ class Worker:
         self.stop_requests: SimpleQueue[StopMode] = SimpleQueue()
         self.free_slots: SimpleQueue[None] = SimpleQueue()  # an entry for each slot that waits for a job
         self.inbox: SimpleQueue[Job | None] = SimpleQueue()
-        # One for each shard, and a settler for each: a shard that is away holds up no outcome of the others.
+        # One for each shard, with a settler: a shard that is away holds up no outcome of others.
         self.outboxes: dict[Queue, SimpleQueue[list[Outcome] | None]] = {part: SimpleQueue() for part in queue.parts}
         self.pool = ThreadPoolExecutor(2 * settings.worker_concurrency, "slot")  # half of it replaces stuck slots
         self.slots: list[Slot] = []
@@ -380,8 +381,11 @@ class Worker:
                 free -= self._dispatch(jobs)
                 self.last_take = time.monotonic()
                 failures = 0
-                for suspect in (job for job in jobs if job.status == "pending"):
-                    free -= self._dispatch_alone(worker, suspect)
+                for job in (job for job in jobs if job.status == "pending"):
+                    if job.suspect:
+                        free -= self._dispatch_alone(worker, job)
+                    else:  # a reply was lost: adopt finds what is still in the list
+                        self.adopt_at = 0.0
                 if emptied:
                     self._wait_for_bell(worker)
             except Reaped as error:
@@ -420,7 +424,7 @@ class Worker:
     def _next_jobs(self, worker: str, free: int) -> tuple[int, list[Job]]:
         """Take and start jobs for the free slots. Returns how many ids were taken, and the jobs."""
         with self.lock:  # before `adopt` reads the list: then a job that is settled meanwhile is still known here
-            held = {id: job.attempts for id, job in self.held.items()}
+            held = dict(self.held)
         ids: list[bytes] = []
         if time.monotonic() >= self.adopt_at:
             ids = self.queue.adopt(worker, held)[:free]
@@ -505,7 +509,7 @@ class Worker:
             self._save(batch)
 
     def _save(self, outcomes: list[Outcome]) -> None:
-        """Save outcomes of one shard, however long it takes; drop them if that has reaped this worker."""
+        """Save outcomes of one shard, however long it takes; drop them if the worker was reaped."""
         failures = 0
         again = False
         saved: list[Outcome] = []
@@ -622,6 +626,15 @@ class Worker:
     def _trim(self) -> None:
         while self.queue.trim() >= MAX_JOBS and not self.closed.is_set():
             pass
+        if broken := find_broken(self.queue):  # by a thread of its own, because the lease must be renewed meanwhile
+            threading.Thread(target=self._repair, args=(broken,), daemon=True).start()
+
+    def _repair(self, broken: Sequence[Queue]) -> None:
+        try:
+            for finding in repair(broken):
+                log.warning("repaired after keys were lost: %s", finding.seen)
+        except TinyQueueError as error:
+            self._warn("repair", error)
 
     def _warn(self, action: str, error: TinyQueueError) -> None:
         """Log that an action failed, the same text at most every ten seconds (all threads)."""
@@ -920,9 +933,10 @@ def failed(queue: AnyQueue, filter: Filter, limit: int, as_json: bool) -> None:
 
 
 def _list(queue: AnyQueue, filter: Filter, limit: int, as_json: bool) -> None:
-    jobs, cursor = queue.page(filter, limit=limit)
+    cut = None if as_json else 0  # a table shows neither payloads nor results
+    jobs, cursor = queue.page(filter, limit=limit, cut=cut)
     while cursor and len(jobs) < limit:  # a page may hold fewer jobs than `limit`
-        more, cursor = queue.page(filter, limit=limit - len(jobs), cursor=cursor)
+        more, cursor = queue.page(filter, limit=limit - len(jobs), cursor=cursor, cut=cut)
         jobs += more
     if as_json:
         _print_json([job.answer() for job in jobs])
@@ -974,6 +988,24 @@ def _print_job(job: Job) -> None:
         _print_safely(f"error\n  {_one_line(error)}\n{textwrap.indent(error.traceback, '  ')}".rstrip())
 
 
+def _change_each(ids: Sequence[str], change: Callable[[str], Job | None]) -> None:
+    """Change jobs by id and print the result of each. Exit with 1 if one could not be changed."""
+    failed = 0
+    for at, id in enumerate(ids):
+        try:
+            job = _require(change(id), id)
+            requested = job.status == "processing" and job.cancel_requested
+            click.echo(f"{id} {'cancellation requested' if requested else job.status}")
+        except (WrongStatus, click.ClickException) as error:
+            failed += 1
+            click.echo(f"Error: {error}", err=True)
+        except Unavailable as error:
+            rest = f"; stopped at {id}, not tried: {' '.join(ids[at + 1 :])}" if ids[at + 1 :] else ""
+            raise click.ClickException(f"{error}{rest}") from None
+    if failed:
+        click.get_current_context().exit(1)
+
+
 @cli.command()
 @click.argument("ids", nargs=-1, metavar="[ID]...")
 @filter_options("failed", "cancelled", default="failed")
@@ -982,9 +1014,7 @@ def _print_job(job: Job) -> None:
 def retry(queue: AnyQueue, ids: tuple[str, ...], filter: Filter, every: bool) -> None:
     """Requeue failed or cancelled jobs with attempts reset, by ID or all that match the options."""
     filter = _bulk_filter("failed", ids, filter, every)
-    for id in ids:
-        _require(queue.retry(id), id)
-        click.echo(f"{id} pending")
+    _change_each(ids, queue.retry)
     if not ids:
         done = _run_in_steps(queue, "retry", filter, partial(queue.change_many, "retry", filter))
         click.echo(f"{done['retried']} retried, {done['skipped']} skipped (changed meanwhile)")
@@ -999,9 +1029,7 @@ def retry(queue: AnyQueue, ids: tuple[str, ...], filter: Filter, every: bool) ->
 def cancel(queue: AnyQueue, ids: tuple[str, ...], filter: Filter, every: bool, yes: bool) -> None:
     """Cancel pending jobs, by ID or all that match. Running jobs given by ID are asked to stop."""
     filter = _bulk_filter("pending", ids, filter, every)
-    for id in ids:
-        job = _require(queue.cancel(id), id)
-        click.echo(f"{id} {'cancellation requested' if job.status == 'processing' else job.status}")
+    _change_each(ids, queue.cancel)
     if not ids:
         _confirm("Cancel", filter, yes)
         done = _run_in_steps(queue, "cancel", filter, partial(queue.change_many, "cancel", filter))
@@ -1013,7 +1041,7 @@ def cancel(queue: AnyQueue, ids: tuple[str, ...], filter: Filter, every: bool, y
 @pass_queue
 def pause(queue: AnyQueue, names: tuple[str, ...]) -> None:
     """Stop starting the jobs of a queue. It still accepts jobs."""
-    for name in names:
+    for name in [check_name("queue", name) for name in names]:
         queue.pause(name)
         click.echo(f"{name} paused")
 
@@ -1023,7 +1051,7 @@ def pause(queue: AnyQueue, names: tuple[str, ...]) -> None:
 @pass_queue
 def resume(queue: AnyQueue, names: tuple[str, ...]) -> None:
     """Start the jobs of a paused queue again."""
-    for name in names:
+    for name in [check_name("queue", name) for name in names]:
         queue.resume(name)
         click.echo(f"{name} resumed")
 
@@ -1040,13 +1068,16 @@ def purge(queue: AnyQueue, filter: Filter, yes: bool) -> None:
 
 
 @cli.command()
+@click.option("--repair", "repairs", is_flag=True, help="First restore what lost keys have broken.")
 @json_option
 @click.pass_context
-def doctor(ctx: click.Context, as_json: bool) -> None:
+def doctor(ctx: click.Context, repairs: bool, as_json: bool) -> None:
     """Check Redis, permissions, settings and workers. Exits with 1 if a check fails."""
     settings: Settings = ctx.obj
     connections = settings.shards * (settings.web_concurrency * settings.web_connections + settings.worker_connections)
-    findings = examine(_open(settings), connections)
+    queue = _open(settings)
+    repaired = (repair(queue.parts) or [Finding("ok", "repair", "nothing to repair")]) if repairs else []
+    findings = repaired + examine(queue, connections)
     show = _print_json if as_json else _print_findings
     show(findings)
     ctx.exit(int(any(finding.level == "fail" for finding in findings)))

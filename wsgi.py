@@ -26,8 +26,7 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache, cached_property, lru_cache, partial
 from http import HTTPStatus
 from itertools import accumulate
@@ -43,6 +42,7 @@ from bottle import request
 from waitress import wasyncore
 from waitress.channel import HTTPChannel
 
+import tinyqueue_openapi
 from tinyqueue import (
     BUCKETS,
     ENDED,
@@ -62,15 +62,16 @@ from tinyqueue import (
     KeyReused,
     NotReplicated,
     Once,
+    Preview,
     QueueFull,
     SettingsError,
     TinyQueueError,
     Unavailable,
     UnknownType,
     WrongStatus,
-    __version__,
     from_json,
     load_handlers,
+    looks_like_name,
 )
 from tinyqueue_config import LOG_CONTEXT, WEB_THREADS, Settings, open_queue, set_up_logging
 from tinyqueue_doctor import warnings
@@ -82,6 +83,7 @@ RETRY_AFTER = 5  # seconds
 LONGEST_WAIT = 25  # seconds that GET /jobs/<id>?wait= may take: routers time out after 30
 PREVIEW_BYTES = 500  # length at which a listing cuts off a payload or a result
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
+IPV6 = re.compile("[0-9a-fA-F:.]{2,45}")
 REQUEST_ID = re.compile("[!-~]{1,128}")
 # As in W3C Trace Context.
 TRACEPARENT = re.compile("(?!ff)[0-9a-f]{2}-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}")
@@ -433,7 +435,7 @@ class API(bottle.Bottle):  # type: ignore[misc]
 
     # Submitting jobs --------------------------------------------------------------------------------------------------
 
-    def submit(self) -> dict[str, str]:
+    def submit(self) -> dict[str, Any]:
         """Accept a job. The status is 201 if it is new, 200 if it was stored before."""
         fields = _read_json(self.settings.max_body)
         draft = self._draft_job(fields)
@@ -441,13 +443,13 @@ class API(bottle.Bottle):  # type: ignore[misc]
         job = self.queue.submit([draft], once)[0]
         request.environ["tinyqueue.job"] = job.id
         bottle.response.set_header("Location", f"/jobs/{job.id}")
-        self._set_submit_status(job is draft, once)
-        return _summary(job)
+        return self._answer_submit([draft], [job], once)[0]
 
     def submit_batch(self) -> dict[str, Any]:
         """Accept up to 1,000 jobs, all or none.
 
-        With ?partial=true, accept the valid ones and return an error for each of the others.
+        With ?partial=true, accept the valid ones and return an error for each of the others. The
+        status is 201 if at least one job is new, and 200 if none is.
         """
         items = _read_batch(self.settings.max_body)
         allow_partial = _query_flag(_query(), "partial")
@@ -465,15 +467,21 @@ class API(bottle.Bottle):  # type: ignore[misc]
         valid = [draft for draft in drafts if isinstance(draft, Job)]
         once = _idempotency_key(items)
         jobs = self.queue.submit(valid, once) if valid else []
-        self._set_submit_status(jobs == drafts, once)
-        left = iter(jobs)
-        results = [_summary(next(left)) if isinstance(draft, Job) else {"error": draft.body()} for draft in drafts]
-        return {"jobs": results}
+        answers = iter(self._answer_submit(valid, jobs, once))
+        return {"jobs": [next(answers) if isinstance(draft, Job) else {"error": draft.body()} for draft in drafts]}
 
-    def _set_submit_status(self, all_new: bool, once: Once | None) -> None:
-        bottle.response.status = 201 if all_new else 200
-        if once and once.replayed:
+    def _answer_submit(self, drafts: Sequence[Job], jobs: Sequence[Job], once: Once | None) -> list[dict[str, Any]]:
+        """Return the answer for each job, and set the status: 201 if any is new, else 200."""
+        replayed = once is not None and once.replayed
+        is_new = [job is draft for job, draft in zip(jobs, drafts, strict=True)]
+        bottle.response.status = 201 if any(is_new) else 200
+        if replayed:
             bottle.response.set_header("Idempotency-Replayed", "true")
+        # A replay repeats the first answer. Else a job in place of a draft has its uniqueKey.
+        return [
+            _summary(job) | ({} if new or replayed else {"duplicate": True})
+            for job, new in zip(jobs, is_new, strict=True)
+        ]
 
     def _draft_job(self, fields: Any) -> Job:
         """Make a job from a client's fields. Unlike Queue.draft, refuse types without a handler."""
@@ -499,7 +507,7 @@ class API(bottle.Bottle):  # type: ignore[misc]
         query = _query()
         limit = _query_int(query, "limit", 50, 1, 500)
         cursor = query.pop("cursor", "")
-        jobs, cursor = self.queue.page(_filter(query), limit=limit, cursor=cursor)
+        jobs, cursor = self.queue.page(_filter(query), limit=limit, cursor=cursor, cut=PREVIEW_BYTES)
         return {"jobs": [_shorten(job.answer()) for job in jobs], "cursor": cursor or None}
 
     def show(self, id: str) -> dict[str, Any]:
@@ -730,12 +738,10 @@ def _summary(job: Job) -> dict[str, str]:
 
 
 def _shorten(fields: dict[str, Any]) -> dict[str, Any]:
-    """Replace a long payload or result by the beginning of its JSON, and remove the traceback."""
+    """Name a payload or result that was cut a preview, and remove the traceback."""
     for name in ("payload", "result"):
-        text = msgspec.json.encode(fields.get(name))
-        if len(text) > PREVIEW_BYTES:
-            del fields[name]
-            fields[name + "Preview"] = text[:PREVIEW_BYTES].decode("utf-8", "ignore")
+        if isinstance(fields.get(name), Preview):
+            fields[name + "Preview"] = str(fields.pop(name))
     if "error" in fields:
         fields["error"] = {"type": fields["error"].type, "message": fields["error"].message}
     return fields
@@ -762,7 +768,7 @@ METRICS = (
     ("jobs", "gauge", "queue status", "pending and processing jobs; pending ones include delayed ones"),
     ("jobs_delayed", "gauge", "", "pending jobs that wait for their runAt"),
     ("jobs_kept", "gauge", "status", "jobs that have ended and are still stored"),
-    ("oldest_waiting_seconds", "gauge", "queue", "time since the next job to start was submitted"),
+    ("oldest_waiting_seconds", "gauge", "queue", "time that the next job has waited since it could start"),
     ("redis_memory_ratio", "gauge", "", "share of Redis' maxmemory that is used, 0 without a limit"),
     ("queue_paused", "gauge", "queue", "1 if the queue is paused, else 0"),
     ("workers", "gauge", "", "live workers"),
@@ -792,6 +798,7 @@ class Scrape:
         errors = {(): counters.pop("scrapeErrors", {}).get((), 0) + missed}
         workers = [worker for worker in queue.workers() if worker["alive"]]
         pairs = dict.fromkeys(labels[:2] for counts in counters.values() for labels in counts)
+        pairs |= dict.fromkeys((type, handler.queue) for type, handler in HANDLERS.items())
         queues = sorted(stats["queues"].items(), key=lambda item: -item[1]["pending"] - item[1]["processing"])[:SERIES]
         self.values: dict[str, Any] = {
             "jobs": {(name, status): queue[status] for name, queue in queues for status in UNENDED},
@@ -866,22 +873,9 @@ def _dashboard() -> tuple[bytes, str]:
 
 
 def describe() -> dict[str, Any]:
-    """Make the OpenAPI document: openapi.json, with a schema for the payload of each job type."""
+    """Make the OpenAPI document of this API and of all job types that have a handler."""
     document: dict[str, Any] = msgspec.json.decode(_file("openapi.json"))
-    schemas = document["components"]["schemas"]
-    document["info"]["version"] = __version__
-    jobs = []
-    for type, handler in HANDLERS.items():
-        payload: dict[str, Any] = {}
-        with suppress(TypeError):  # msgspec has no schema for some types, such as object
-            template = f"#/components/schemas/{type}.{{name}}"
-            (payload,), parts = msgspec.json.schema_components([handler.payload_type], ref_template=template)
-            schemas |= {f"{type}.{name}": part for name, part in parts.items()}
-        own = {"type": {"const": type, "description": (handler.__doc__ or type).partition("\n")[0]}, "payload": payload}
-        schemas["Job." + type] = {**schemas["Job"], "properties": {**schemas["Job"]["properties"], **own}}
-        jobs.append({"$ref": f"#/components/schemas/Job.{type}"})
-    schemas["Job"] = {"oneOf": jobs}
-    return document
+    return tinyqueue_openapi.describe(document)
 
 
 app = API()
@@ -901,8 +895,20 @@ def listen(settings: Settings) -> socket.socket:
         # The kernel may support IPv6 on a machine that has no IPv6 address.
         if both and error.errno in (errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL):
             return socket.create_server(("", settings.port), backlog=1024)
-        where = f"HOST={host or '*'} PORT={settings.port}"
-        raise SettingsError(f"cannot listen on {where}: {error.strerror or error}; change one of them") from None
+        raise SettingsError(_explain_listen(settings, error)) from None
+
+
+def _explain_listen(settings: Settings, error: OSError) -> str:
+    """Say why a port cannot be opened, without a HOST that may be a secret."""
+    host = settings.host or "*"
+    is_host = host == "*" or looks_like_name(host) or IPV6.fullmatch(host)
+    shown = f"HOST={host}" if is_host else "HOST (value not shown; it may be a secret)"
+    # Python adds the address to the system's text.
+    reason = str(error.strerror or error).partition(" (while attempting")[0]
+    todo = "change HOST or PORT"
+    if error.errno == errno.EADDRINUSE:
+        todo = "stop the process that uses this port, or set PORT to another one"
+    return f"cannot listen on {shown} PORT={settings.port}: {reason}; {todo}"
 
 
 class Channel(HTTPChannel):  # type: ignore[misc]

@@ -33,6 +33,7 @@ import os
 import random
 import shutil
 import signal
+import struct
 import subprocess
 import sys
 import tempfile
@@ -174,6 +175,40 @@ int clock_gettime(clockid_t id, struct timespec *now) {
     return code;
 }
 """
+# Adds the seconds in a file to the wall clock, and follows when they change.
+SET_CLOCK = """
+#include <fcntl.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <sys/mman.h>
+#include <sys/syscall.h>
+#include <sys/time.h>
+#include <time.h>
+#include <unistd.h>
+static volatile int64_t zero, *ahead = &zero;
+__attribute__((constructor)) static void attach(void) {
+    int file = open(getenv("CLOCK_AHEAD"), O_RDONLY);
+    if (file >= 0) ahead = mmap(0, sizeof *ahead, PROT_READ, MAP_SHARED, file, 0);
+}
+int clock_gettime(clockid_t id, struct timespec *now) {
+    int code = syscall(SYS_clock_gettime, id, now);
+    if (id == CLOCK_REALTIME) now->tv_sec += *ahead;
+    return code;
+}
+int gettimeofday(struct timeval *now, void *zone) {
+    struct timespec precise;
+    clock_gettime(CLOCK_REALTIME, &precise);
+    now->tv_sec = precise.tv_sec;
+    now->tv_usec = precise.tv_nsec / 1000;
+    return 0;
+}
+time_t time(time_t *result) {
+    struct timespec precise;
+    clock_gettime(CLOCK_REALTIME, &precise);
+    if (result) *result = precise.tv_sec;
+    return precise.tv_sec;
+}
+"""
 
 
 # The plan -------------------------------------------------------------------------------------------------------------
@@ -286,6 +321,10 @@ class World:
         (folder / "chaoshandlers.py").write_text(HANDLERS)
         (folder / "marks").touch()
         self.redis = RedisServer(folder / "redis", "--appendonly", "yes", "--appendfsync", "always")
+        self.clock = folder / "ahead"
+        self.clock.write_bytes(struct.pack("q", 0))
+        if CC:
+            self.redis.environ = {"LD_PRELOAD": str(folder / "set_clock.so"), "CLOCK_AHEAD": str(self.clock)}
         self.redis.start()
         self.proxies = {name: CutProxy(self.redis.port) for name in ("web", *WORKERS)}
         self.queue = Queue.from_url(self.redis.url, lease=LEASE)
@@ -313,6 +352,13 @@ class World:
         for proxy in self.proxies.values():
             proxy.close()
         self.redis.kill()
+
+    def set_clock(self, by: int) -> None:
+        """Move the wall clock of Redis by so many seconds."""
+        with self.redis_lock:
+            [ahead] = struct.unpack("q", self.clock.read_bytes())
+            with self.clock.open("r+b") as file:  # in place: the server has it mapped
+                file.write(struct.pack("q", ahead + by))
 
     # Processes --------------------------------------------------------------------------------------------------------
 
@@ -589,6 +635,18 @@ def wrong_clock(world: World, fault: Fault) -> None:
     world.successor(process, fault.victim)
 
 
+def clock_ahead(world: World, fault: Fault) -> None:
+    """Set the wall clock of Redis a minute ahead, for good: back again, backoffs would take a minute."""
+    world.set_clock(60)
+
+
+def clock_back(world: World, fault: Fault) -> None:
+    """Set the wall clock of Redis an hour back, and right again."""
+    world.set_clock(-3600)
+    time.sleep(fault.seconds)
+    world.set_clock(3600)
+
+
 def redis_kill(world: World, fault: Fault) -> None:
     with world.redis_lock:
         world.redis.kill()
@@ -716,6 +774,9 @@ KINDS: dict[str, Callable[[World, Fault], None]] = {
     "term-thrice": term_thrice,
     "term-at-start": term_at_start,
     "wrong-clock": wrong_clock,
+    "clock-ahead": clock_ahead,
+    "clock-back": clock_back,
+    "clock-back-long": clock_back,
     "redis-kill": redis_kill,
     "redis-kill-long": redis_kill,
     "redis-loading": redis_loading,
@@ -958,7 +1019,7 @@ def _work(todo: Any, done: Any) -> None:
     seed = todo.get()
     while seed is not None:
         with tempfile.TemporaryDirectory(prefix="chaos-") as name:
-            _build_wrong_clock(Path(name))
+            _build_clocks(Path(name))
             world = World(Path(name))
             try:
                 failed = False
@@ -974,11 +1035,12 @@ def _work(todo: Any, done: Any) -> None:
                 world.close()
 
 
-def _build_wrong_clock(folder: Path) -> None:
-    source = folder / "clock.c"
-    source.write_text(WRONG_CLOCK)
-    if CC:
-        subprocess.run([CC, "-shared", "-fPIC", "-o", folder / "clock.so", source], check=True)
+def _build_clocks(folder: Path) -> None:
+    for name, code in {"clock": WRONG_CLOCK, "set_clock": SET_CLOCK}.items():
+        source = folder / f"{name}.c"
+        source.write_text(code)
+        if CC:
+            subprocess.run([CC, "-shared", "-fPIC", "-o", source.with_suffix(".so"), source], check=True)
 
 
 def table(results: Sequence[Result]) -> str:
@@ -1029,7 +1091,7 @@ def main(trials: int, seed: int, parallel: int) -> None:
     )
     click.echo(table(results))
     if not CC:
-        click.echo("wrong-clock: no C compiler found, so the clocks were not changed")
+        click.echo("wrong-clock, clock-*: no C compiler found, so no clock was changed")
     sys.exit(1 if broken else 0)
 
 

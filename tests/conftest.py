@@ -46,6 +46,7 @@ class RedisServer:
         self.options = options
         self.port = free_port()
         self.url = f"redis://127.0.0.1:{self.port}/0"
+        self.environ: dict[str, str] = {}  # added to the environment of the server
         self.process: subprocess.Popen[bytes] | None = None
 
     @property
@@ -55,7 +56,9 @@ class RedisServer:
 
     def start(self) -> None:
         """Start the server and return when it answers."""
-        self.process = subprocess.Popen(self.command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        environ = os.environ | self.environ
+        silent = subprocess.DEVNULL
+        self.process = subprocess.Popen(self.command, env=environ, stdout=silent, stderr=silent)
         with redis.Redis(port=self.port, retry=None) as client:
             for _ in range(1000):
                 try:
@@ -254,6 +257,15 @@ def lapse(queue: Queue, worker: str) -> None:
     assert raw(queue).delete(queue.keys.lease(worker)), "the worker had no lease"
 
 
+def find_lost(queue: Any) -> list[str]:
+    """The workers that are lost to a process that has watched for a lease while all others sent heartbeats."""
+    queue.lost_workers(now=0.0)
+    for worker in queue.workers():
+        if worker["alive"]:
+            queue.heartbeat(worker["id"], worker["jobs"])
+    return list(queue.lost_workers(now=queue.lease))
+
+
 def put(queue: Queue, status: str, /, **options: Any) -> Job:
     """Make a job of that status, or a delayed one, with public methods only, and return it.
 
@@ -331,6 +343,7 @@ FAMILIES = {
     "workers": "set",
     "counts": "hash",
     "promoter": "string",
+    "repairer": "string",
     "mark": "string",
     "metrics": "hash",
     "series": "set",
@@ -342,7 +355,7 @@ FAMILIES = {
     "awaited": "set",
     "done:": "list",
 }
-EXPIRING = ("lease:", "promoter", "mark", "once:", "minute:", "rate:", "done:")
+EXPIRING = ("lease:", "promoter", "repairer", "mark", "once:", "minute:", "rate:", "done:")
 ENDED = ("completed", "failed", "cancelled")
 
 

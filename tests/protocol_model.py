@@ -10,6 +10,7 @@ Without one of the guards the search finds a wrong state, and prints the steps t
 
 from __future__ import annotations
 
+import itertools
 import sys
 from collections import deque
 from collections.abc import Iterator
@@ -27,12 +28,16 @@ GUARDS = {
     "once": "only a pending job starts, so an id that is taken twice starts once",
     "beside": "an attempt that was lost beside others does not count",
     "alone": "a job that was lost beside others too often runs alone",
+    "leave": "after a lost reply start drops nothing and starts nothing: it may have dropped the ids",
 }
 
 
 class Record(NamedTuple):
     status: str = "pending"
+    due: bool = True
     attempts: int = 0
+    begun: int = 0  # tells this start from all that somebody remembers, as startedAt does in the code
+    retries: int = 0
     worker: int | None = None
     suspicions: int = 0
 
@@ -45,7 +50,9 @@ class Worker(NamedTuple):
     leased: bool = True
     alive: bool = True
     taken: frozenset[int] = frozenset()
+    again: frozenset[int] = frozenset()  # those of the taken whose start has lost a reply
     runs: frozenset[int] = frozenset()
+    doubts: frozenset[tuple[int, int, int]] = frozenset()  # settled, the reply lost: job, attempts, begun
 
 
 class State(NamedTuple):
@@ -89,7 +96,15 @@ class World:
                 yield from self.sleeps(state, at)
             if not worker.leased:
                 yield from self.is_reaped(state, at)
-        for job in state.delayed:
+        for job in self.jobs:
+            if not state.records[job].due:
+                yield f"the time of {job} comes", state.record(job, due=True)
+            if state.records[job].status == "failed" and not self.pill and not state.records[job].retries:
+                yield (
+                    f"retry {job}",
+                    state.record(job, status="pending", attempts=0, retries=1)._replace(list=(job, *state.list)),
+                )
+        for job in (job for job in state.delayed if state.records[job].due):
             delayed = state.delayed - {job}
             yield f"promote {job}", state._replace(delayed=delayed, list=(job, *state.list))
             if len(state.list) < 2:
@@ -106,26 +121,47 @@ class World:
             yield f"{at} takes {job}", moved.worker(at, taken=worker.taken | {job})
             yield f"{at} takes {job}, the reply is lost", moved
         for job in worker.proc if self.guarded("adopt") else ():
-            if job not in worker.taken | worker.runs:
+            if job not in worker.taken | worker.runs | {doubt[0] for doubt in worker.doubts}:
                 yield f"{at} adopts {job}", state.worker(at, taken=worker.taken | {job})
 
     def starts(self, state: State, at: int) -> Iterator[Step]:
         worker = state.workers[at]
         for job in worker.taken:
             record = state.records[job]
-            known = state.worker(at, taken=worker.taken - {job})
+            known = state.worker(at, taken=worker.taken - {job}, again=worker.again - {job})
+            again = state.worker(at, again=worker.again | {job})
+            ours = (record.status, record.worker) == ("processing", at)
+            begun_before = ours and job not in worker.runs and not self.seems_held(worker, job, record)
             if self.guarded("fence") and not worker.registered:
                 yield f"{at} finds itself reaped with {job}", known
+            elif begun_before:
+                yield f"{at} learns that it started {job}", known.worker(at, runs=worker.runs | {job})
+            elif self.guarded("leave") and job in worker.again:
+                yield f"{at} leaves {job} to adoption", known
             elif record.status == "pending" and self.must_wait(state, at, job):
                 continue
-            elif record.status == "pending" or (not self.guarded("once") and record.status == "processing"):
-                begun = state.record(job, status="processing", attempts=record.attempts + 1, worker=at)
-                yield f"{at} starts {job}", begun.worker(at, taken=worker.taken - {job}, runs=worker.runs | {job})
-                yield f"{at} starts {job}, the reply is lost", begun.worker(at, taken=worker.taken - {job})
-            elif (record.status, record.worker) == ("processing", at) and job not in worker.runs:
-                yield f"{at} learns that it started {job}", known.worker(at, runs=worker.runs | {job})
+            elif (record.status == "pending" and record.due) or (
+                not self.guarded("once") and record.status == "processing"
+            ):
+                changes = {"status": "processing", "attempts": record.attempts + 1, "worker": at}
+                changes["begun"] = self.unused(state, job)
+                begun = known.record(job, **changes)
+                yield f"{at} starts {job}", begun.worker(at, runs=worker.runs | {job})
+                yield f"{at} starts {job}, the reply is lost", again.record(job, **changes)
             else:
-                yield f"{at} drops {job}", known.worker(at, proc=less(worker.proc, job))
+                delayed = state.delayed | {job} if record.status == "pending" else state.delayed
+                dropped = less(worker.proc, job)
+                yield f"{at} drops {job}", known.worker(at, proc=dropped)._replace(delayed=delayed)
+                yield f"{at} drops {job}, the reply is lost", again.worker(at, proc=dropped)._replace(delayed=delayed)
+
+    def unused(self, state: State, job: int) -> int:
+        """The smallest number that no worker remembers; a counter would make the world infinite."""
+        remembered = {doubt[2] for worker in state.workers for doubt in worker.doubts if doubt[0] == job}
+        return next(number for number in itertools.count(1) if number not in remembered)
+
+    def seems_held(self, worker: Worker, job: int, record: Record) -> bool:
+        """Tell whether the worker holds the very attempt in the record: it may have settled it, but knows no reply."""
+        return (job, record.attempts, record.begun) in worker.doubts
 
     def must_wait(self, state: State, at: int, job: int) -> bool:
         """A suspect waits for an idle worker, and all jobs wait for a suspect that runs."""
@@ -136,6 +172,8 @@ class World:
 
     def settles(self, state: State, at: int) -> Iterator[Step]:
         worker = state.workers[at]
+        for doubt in worker.doubts:
+            yield f"{at} learns that it settled {doubt[0]}", state.worker(at, doubts=worker.doubts - {doubt})
         for job in worker.runs:
             if self.pill and job == 0:
                 yield f"{job} kills {at}", lost(state, at)._replace(kills=state.kills + 1)
@@ -156,10 +194,12 @@ class World:
             if attempts < MAX_ATTEMPTS:
                 yield (
                     f"{at} fails {job}",
-                    over.record(job, status="pending", worker=None)._replace(delayed=state.delayed | {job}),
+                    over.record(job, status="pending", due=False, worker=None)._replace(delayed=state.delayed | {job}),
                 )
-            else:
-                yield f"{at} fails {job} for good", over.record(job, status="failed", worker=None)
+            failed = over.record(job, status="failed", worker=None)  # at any attempt: a handler may give up early
+            doubt = (job, attempts, state.records[job].begun)
+            yield f"{at} fails {job} for good", failed
+            yield f"{at} fails {job} for good, the reply is lost", failed.worker(at, doubts=worker.doubts | {doubt})
             back = over.record(job, status="pending", worker=None, attempts=attempts - 1)
             yield f"{at} releases {job}", back._replace(list=(*state.list, job))
 
@@ -236,7 +276,9 @@ def less(proc: tuple[int, ...], job: int) -> tuple[int, ...]:
 
 
 def lost(state: State, at: int) -> State:
-    return state.worker(at, alive=False, leased=False, taken=frozenset(), runs=frozenset())
+    return state.worker(
+        at, alive=False, leased=False, taken=frozenset(), again=frozenset(), runs=frozenset(), doubts=frozenset()
+    )
 
 
 def search(world: World) -> tuple[int, str, list[str]]:

@@ -238,6 +238,17 @@ def test_load_handlers_of_a_broken_module_says_what_to_do(folder: Path, text: st
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize(
+    "value",
+    ["redis://:S3cr3tPw@h.example.com/0", "f86d081884c7d659S3cr3tPw", ".S3cr3tPw", "S3cr3tPw..b", "a\0S3cr3tPw"],
+)
+def test_load_handlers_prints_no_secret_pasted_into_the_wrong_variable(folder: Path, value: str) -> None:
+    with pytest.raises(SettingsError) as error:
+        load_handlers(value)
+    assert "S3cr3tPw" not in str(error.value)
+    assert "name not shown" in str(error.value)
+
+
 def test_load_handlers_lets_a_keyboard_interrupt_through(folder: Path) -> None:
     (folder / "handlers.py").write_text("raise KeyboardInterrupt")
     with pytest.raises(KeyboardInterrupt):

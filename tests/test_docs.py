@@ -211,6 +211,7 @@ NUMBERS = {
     "MAX_RESULT": (README, r"at most ([\d,]+) bytes of JSON", tinyqueue.MAX_RESULT),
     "MAX_REFUNDS": (README, r"attempt refunded, at most (ten) times", tinyqueue.MAX_REFUNDS),
     "SCANNED": (HTTP, r"looks at up to ([\d,]+) jobs", tinyqueue.SCANNED),
+    "PAGE_BYTES": (HTTP, r"([\d,]+) MB of their data", tinyqueue.PAGE_BYTES >> 20),
     "PREVIEW_BYTES": (HTTP, r"longer than ([\d,]+) bytes are cut", wsgi.PREVIEW_BYTES),
     "LONGEST_WAIT": (HTTP, r"has ended, after at most (\d+) seconds", wsgi.LONGEST_WAIT),
     "CONNECTIONS": (HTTP, r"serves ([\d,]+) connections at a time", wsgi.CONNECTIONS),

@@ -12,12 +12,14 @@ from pathlib import Path
 
 import pytest
 from client import Client, running
-from conftest import RedisServer, Server, check_consistency, dump, free_port, lapse, put, raw, until
+from conftest import RedisServer, Server, check_consistency, dump, find_lost, free_port, lapse, newest, put, raw, until
+from cutproxy import CutProxy
 
+import handlers
 import worker
-from tinyqueue import Filter, Queue, Unavailable
+from tinyqueue import Filter, Queue, QueueFull, Shards, Unavailable
 from tinyqueue_config import Settings
-from tinyqueue_doctor import Finding, examine, warnings
+from tinyqueue_doctor import Finding, examine, find_broken, repair, warnings
 from wsgi import API
 
 NEEDED = 19
@@ -349,3 +351,172 @@ def test_doctor_counts_the_connections_of_the_settings(real: Server) -> None:
     one = Settings(worker_concurrency=1)
     assert f"open up to {one.web_connections + one.worker_connections}\n" in small
     assert f"open up to {3 * one.web_connections + one.worker_connections}\n" in large
+
+
+# Repair ---------------------------------------------------------------------------------------------------------------
+
+
+def changes(queue: Queue) -> list[str]:
+    return [finding.seen for finding in repair([queue])]
+
+
+def test_repair_changes_nothing_that_is_right(queue: Queue) -> None:
+    for status in ("completed", "failed", "cancelled", "delayed", "processing", "pending"):
+        put(queue, status, queue=status)
+    before = dump(queue)
+    assert changes(queue) == []
+    assert dump(queue) == before
+
+
+def test_repair_counts_again_after_records_were_lost(server: Server, queue: Queue) -> None:
+    limited = server.queue(max_pending=3)
+    jobs = limited.enqueue_many("echo", range(3))
+    raw(queue).delete(*(queue.keys.job(job.id) for job in jobs))
+    with pytest.raises(QueueFull):
+        limited.enqueue("echo", 4)
+    assert changes(queue) == ["3 entries without a job dropped", "pending:default counted again: it was 3, and is 0"]
+    limited.enqueue("echo", 4)
+    check_consistency_but_metrics(queue)
+
+
+def check_consistency_but_metrics(queue: Queue) -> None:
+    """Check the consistency after records were lost, whose ends no metric counts."""
+    raw(queue).delete(queue.keys.metrics)
+    for id in (job.id for job in newest(queue, "pending")):
+        queue.cancel(id)
+    raw(queue).delete(queue.keys.metrics)
+    check_consistency(queue)
+
+
+@pytest.mark.parametrize("status", ["pending", "delayed", "processing"])
+def test_repair_lists_a_job_whose_list_was_lost(queue: Queue, status: str) -> None:
+    job = put(queue, status)
+    raw(queue).delete(queue.keys.jobs("default"), queue.keys.delayed, queue.keys.proc(job.worker))
+    assert changes(queue) == ["1 jobs listed again"]
+    queue.clock.ahead += 61_000
+    queue.promote()
+    if status == "processing":
+        queue.complete(job)
+    else:
+        worker = queue.register(["default"], 1)
+        queue.complete(queue.dequeue(worker, ["default"])[0])
+    assert queue.get(job.id).status == "completed"
+
+
+def test_repair_returns_a_job_whose_worker_and_list_were_lost(queue: Queue) -> None:
+    job = put(queue, "processing")
+    raw(queue).delete(queue.keys.proc(job.worker), queue.keys.workers)
+    assert changes(queue) == ["1 jobs listed again"]
+    lapse(queue, job.worker)
+    assert [queue.reap(worker) for worker in find_lost(queue)] == [1]
+    assert queue.get(job.id).status == "pending"
+
+
+def test_repair_finds_the_list_of_a_worker_that_is_in_no_set(queue: Queue) -> None:
+    job = put(queue, "processing")
+    raw(queue).delete(queue.keys.workers)
+    lapse(queue, job.worker)
+    assert find_lost(queue) == []
+    assert changes(queue) == ["1 lists of unknown workers found"]
+    assert [queue.reap(worker) for worker in find_lost(queue)] == [1]
+    assert queue.get(job.id).status == "pending"
+
+
+def test_repair_counts_again_after_the_counts_were_lost(queue: Queue) -> None:
+    put(queue, "completed")
+    put(queue, "pending", queue="a")
+    put(queue, "processing", queue="b")
+    totals = raw(queue).hget(queue.keys.counts, "completed")
+    raw(queue).delete(queue.keys.counts)
+    raw(queue).hset(queue.keys.counts, mapping={"completed": totals, "pending:b": "nonsense", "pending:c": "-2"})
+    repair([queue])
+    assert {name: (row["pending"], row["processing"]) for name, row in queue.queues().items()} == {
+        "a": (1, 0),
+        "b": (0, 1),
+    }
+
+
+def test_repair_drops_entries_of_ended_jobs_that_were_lost(queue: Queue) -> None:
+    job = put(queue, "completed")
+    raw(queue).delete(queue.keys.job(job.id))
+    assert changes(queue) == ["1 entries without a job dropped"]
+    assert queue.stats()["completed"] == 0
+    raw(queue).delete(queue.keys.metrics)
+
+
+def test_repair_does_not_count_a_queue_whose_jobs_change_meanwhile(
+    real: Server, near: Queue, far: Queue, proxy: CutProxy
+) -> None:
+    near.enqueue("echo", 1)
+    near.enqueue("echo", 1, queue="other")
+    raw(near).hincrby(near.keys.counts, "pending:default", 5)
+    raw(near).hincrby(near.keys.counts, "pending:other", 5)
+    proxy.before(b"STRLEN", lambda: near.enqueue("echo", 2))
+    assert [(finding.level, finding.seen) for finding in repair([far])] == [
+        ("ok", "pending:other counted again: it was 6, and is 1"),
+        ("warn", "jobs of queue default changed while they were counted"),
+    ]
+    assert changes(near) == ["pending:default counted again: it was 7, and is 2"]
+
+
+def test_repair_counts_again_when_another_queue_changes_at_the_last_moment(
+    near: Queue, far: Queue, proxy: CutProxy
+) -> None:
+    near.enqueue("echo", 1)
+    raw(near).hincrby(near.keys.counts, "pending:default", 5)
+    proxy.before(b"HDEL", lambda: near.enqueue("echo", 2, queue="other"))
+    assert changes(far) == ["pending:default counted again: it was 6, and is 1"]
+
+
+def test_find_broken_returns_a_shard_once_in_ten_minutes(server: Server) -> None:
+    shards = Shards([server.queue(namespace=f"queue.{at}") for at in range(2)])
+    shards.enqueue_many("echo", range(2))
+    assert find_broken(shards) == []
+    [broken] = [part for part in shards.parts if part.stats()["pending"]]
+    raw(broken).delete(broken.keys.jobs("default"))
+    assert find_broken(shards) == [broken]
+    assert find_broken(shards) == []
+    assert [finding.seen for finding in repair([broken])] == ["2 jobs listed again"]
+
+
+def test_worker_repairs_by_itself_after_keys_were_lost(real: Server, queue_at: Callable[..., Queue]) -> None:
+    queue = real.queue()
+    handlers.send_email.enqueue(queue, handlers.SendEmail("user@example.com", "a", "b"))
+    gone = handlers.send_email.enqueue(queue, handlers.SendEmail("user@example.com", "a", "b"))
+    raw(queue).delete(queue.keys.jobs("default"), queue.keys.job(gone.id))
+    process = subprocess.Popen(
+        [sys.executable, worker.__file__],
+        env={"PATH": os.environ["PATH"], "REDIS_URL": real.url},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    until(lambda: queue.stats()["completed"] == 1 and queue.stats()["pending"] == 0)
+    process.terminate()
+    log = process.communicate(timeout=30)[1]
+    assert log.count("repaired after keys were lost: 1 jobs listed again") == 1
+
+
+def test_doctor_repairs_on_request_at_the_command_line(real: Server) -> None:
+    queue = real.queue()
+    queue.enqueue("echo", 1)
+    raw(queue).delete(queue.keys.jobs("default"))
+    broken = run_worker(real.url, "doctor")
+    assert broken.returncode == 1
+    assert "then run tinyqueue doctor --repair" in broken.stdout
+    repaired = run_worker(real.url, "doctor", "--repair")
+    assert (repaired.returncode, repaired.stderr) == (0, "")
+    assert repaired.stdout.splitlines()[0] == "ok    repair        1 jobs listed again"
+    again = run_worker(real.url, "doctor", "--repair")
+    assert again.stdout.splitlines()[0] == "ok    repair        nothing to repair"
+
+
+def test_taking_an_id_without_a_job_logs_one_warning(queue: Queue, caplog: pytest.LogCaptureFixture) -> None:
+    jobs = queue.enqueue_many("echo", range(3)) + queue.enqueue_many("echo", range(2), delay=60)
+    raw(queue).delete(*(queue.keys.job(job.id) for job in jobs))
+    worker = queue.register(["default"], 9)
+    assert queue.dequeue(worker, ["default"], 9) == []
+    queue.clock.ahead += 61_000
+    assert queue.promote() == 2
+    assert [line.split(" of jobs")[0] for line in caplog.messages] == ["dropped 3 ids", "dropped 2 ids"]
+    changes(queue)
+    raw(queue).delete(queue.keys.metrics)

@@ -16,10 +16,11 @@ IMPORTS = {  # each module, and those of ours that it may import
     "tinyqueue": {"tinyqueue_redis"},
     "tinyqueue_config": {"tinyqueue"},
     "tinyqueue_doctor": {"tinyqueue", "tinyqueue_redis"},
+    "tinyqueue_openapi": {"tinyqueue"},
     "handlers": {"tinyqueue"},
     # The two programs start each other, from within a function: `tinyqueue web`, and the workers of an embedded Redis.
     "worker": {"tinyqueue", "tinyqueue_config", "tinyqueue_doctor", "wsgi"},
-    "wsgi": {"tinyqueue", "tinyqueue_config", "tinyqueue_doctor", "worker"},
+    "wsgi": {"tinyqueue", "tinyqueue_config", "tinyqueue_doctor", "tinyqueue_openapi", "worker"},
 }
 SCREEN = 50  # lines
 PROSE = 100  # columns

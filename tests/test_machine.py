@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from conftest import Server, check_consistency, lapse, raw
+from conftest import Server, check_consistency, find_lost, lapse, raw
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
@@ -203,7 +203,7 @@ class Machine(RuleBasedStateMachine):
 
     def _start(self, worker: Worker, ids: list[bytes]) -> None:
         try:
-            jobs = self.queue.start(worker.id, ids, {job.id: job.attempts for job in worker.held.values()})
+            jobs = self.queue.start(worker.id, ids, {job.id: job for job in worker.held.values()})
         except Reaped:
             assert worker.reaped
             self.workers.remove(worker)
@@ -287,7 +287,7 @@ class Machine(RuleBasedStateMachine):
     def oversleep(self, data: st.DataObject) -> None:
         """Let the lease of a worker expire without the worker noticing."""
         worker = data.draw(st.sampled_from(self.workers))
-        if not worker.reaped and worker.id not in self.queue.lost_workers():
+        if not worker.reaped and worker.id not in find_lost(self.queue):
             lapse(self.queue, worker.id)
 
     @precondition(lambda self: self.workers)
@@ -323,7 +323,7 @@ class Machine(RuleBasedStateMachine):
 
     def _lost(self) -> list[str]:
         """Return the workers without a lease by age, so that a failure can be replayed."""
-        return sorted(self.queue.lost_workers(), key=self.names.index)
+        return sorted(find_lost(self.queue), key=self.names.index)
 
     def _reap(self, id: str) -> None:
         held = self.queue.reap(id)

@@ -123,7 +123,7 @@ ACTIONS = {
     "retry": Action("retry", "pending", lambda queue, job: queue.retry(job.id), WrongStatus),
 }
 TWINS = {"cancel": "request", "request": "cancel"}  # one verb of the queue, two rows
-BY_ENQUEUE = {("enqueue", "pending"), ("take", ""), ("promote", "")}  # tried below
+BY_ENQUEUE = {("enqueue", "pending"), ("take", ""), ("promote", ""), ("restore", "")}  # tried below
 RELEASED_TOO_OFTEN = ("release", "failed")  # tried by test_queue.py, which releases a job ten times
 
 
@@ -285,7 +285,28 @@ def break_keys_unused(queue: Queue, verb: str) -> None:
     assert dump(queue) == before
 
 
+def break_unended(queue: Queue, verb: str) -> None:
+    for status in ("completed", "failed", "cancelled"):
+        job = put(queue, status)
+        before = dump(queue)
+        assert not queue.restore(job.id)
+        assert dump(queue) == before
+
+
+def break_in_no_list(queue: Queue, verb: str) -> None:
+    for status in ("pending", "delayed", "processing"):
+        job = put(queue, status, queue=status)
+        before = dump(queue)
+        assert not queue.restore(job.id)
+        assert dump(queue) == before
+        raw(queue).delete(queue.keys.jobs(status), queue.keys.proc(job.worker))
+        raw(queue).zrem(queue.keys.delayed, job.id)
+        assert queue.restore(job.id)
+
+
 BREAKS = {
+    "unended": break_unended,
+    "in no list": break_in_no_list,
     "registered": break_registered,
     "same attempt": break_same_attempt,
     "due": break_due,

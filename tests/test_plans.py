@@ -28,7 +28,7 @@ import tinyqueue
 import worker
 from tinyqueue import Failure, Filter, NotReplicated, Once, Queue, Unavailable, Verbs
 from tinyqueue_config import Settings, open_queue
-from tinyqueue_doctor import COMMANDS, OLDEST, examine
+from tinyqueue_doctor import COMMANDS, OLDEST, examine, repair
 from wsgi import ROUTES
 
 README = Path(tinyqueue.__file__).parent / "README.md"
@@ -273,9 +273,10 @@ SINCE = {  # the version of Redis that introduced each command the queue uses
     "1.0.1": "MSET MSETNX",
     "1.0.5": "ZRANGEBYSCORE",
     "1.2.0": "EXEC MULTI RPOPLPUSH ZADD ZCARD ZRANGE ZREM ZSCORE",
-    "2.0.0": "BLPOP HGETALL HINCRBY HMGET ZCOUNT",
-    "2.2.0": "UNWATCH WATCH ZREVRANGEBYSCORE",
+    "2.0.0": "BLPOP HDEL HGETALL HINCRBY HMGET ZCOUNT",
+    "2.2.0": "STRLEN UNWATCH WATCH ZREVRANGEBYSCORE",
     "2.6.0": "TIME",
+    "2.8.0": "SCAN",
     "3.0.0": "WAIT",
     "6.0.6": "LPOS",
 }
@@ -368,6 +369,8 @@ def play(queue: Any) -> None:
     queue.spend("somebody", 1, 60)
     for look in ("queues", "stats", "workers", "now", "ping"):
         getattr(queue, look)()
+    raw(queue).delete(queue.keys.counts, queue.keys.jobs("default"))
+    assert [finding.seen for finding in repair(queue.parts)]
 
 
 def test_documented_user_may_do_all_that_the_queue_does(admin: redis.Redis, queue_at: Any, folder: Path) -> None:
@@ -382,6 +385,9 @@ def test_documented_user_may_do_all_that_the_queue_does(admin: redis.Redis, queu
         "forget",
         "running",
         "count_unended",
+        "read_entries",
+        "read_jobs",
+        "restore",
         "part_of",
         "reap_in",
         "claim",

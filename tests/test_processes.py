@@ -561,12 +561,21 @@ def test_stop_of_a_web_process_does_not_wait_for_idle_connections(real: Server, 
             assert web.end(SIGTERM, timeout=10) == 0
 
 
+@pytest.mark.parametrize("host", ["redis://:S3cr3tPw@h/0", "9f86d081884c7d659a2feS3cr3tPwaa0"])
+def test_serve_prints_no_secret_pasted_into_host(real: Server, serve: Any, host: str) -> None:
+    web = serve(REDIS_URL=real.url, HOST=host)
+    assert web.end() == 2
+    assert "cannot listen on HOST (value not shown; it may be a secret) PORT=" in web.output
+    assert "S3cr3tPw" not in web.output
+
+
 def test_serve_on_a_port_in_use_says_so(real: Server, serve: Any) -> None:
     with socket.create_server(("", 0)) as taken:
         port = taken.getsockname()[1]
         web = serve(REDIS_URL=real.url, PORT=str(port))
         assert web.end() == 2
-    assert f"Error: cannot listen on HOST=* PORT={port}: Address already in use" in web.output
+    said = "Address already in use; stop the process that uses this port, or set PORT to another one"
+    assert f"Error: cannot listen on HOST=* PORT={port}: {said}" in web.output
     assert "Traceback" not in web.output
 
 
@@ -860,6 +869,34 @@ def test_cancel_of_a_running_job_prints_that_it_was_requested(near: Queue, run: 
 def test_refuse_commands_on_an_unknown_job(run: Any, command: str) -> None:
     done = run(command, "no-such-job")
     assert (done.returncode, done.stdout, done.stderr) == (1, b"", b"Error: no such job: no-such-job\n")
+
+
+@pytest.mark.parametrize(
+    ("command", "fitting", "result"), [("cancel", "pending", "cancelled"), ("retry", "failed", "pending")]
+)
+def test_retry_and_cancel_go_on_after_jobs_that_cannot_be_changed(
+    near: Queue, run: Any, command: str, fitting: str, result: str
+) -> None:
+    [a, b] = [put(near, fitting, queue=name).id for name in "ab"]
+    ended = put(near, "completed", queue="c").id
+    done = run(command, a, ended, "no-such-job", b)
+    assert (done.returncode, done.stdout.decode()) == (1, f"{a} {result}\n{b} {result}\n")
+    refused = f"Error: cannot {command} job {ended}: it is completed\n"
+    assert done.stderr.decode() == refused + "Error: no such job: no-such-job\n"
+
+
+@pytest.mark.parametrize("command", ["cancel", "retry"])
+def test_retry_and_cancel_without_redis_name_the_jobs_not_tried(run: Any, command: str) -> None:
+    first, *others = (f"01a21209-ff58-7622-86d1-f71be07e4d0{at}" for at in range(3))
+    done = run(command, first, *others, REDIS_URL=f"redis://127.0.0.1:{free_port()}/0")
+    assert (done.returncode, done.stdout) == (1, b"")
+    assert done.stderr.decode().endswith(f"; stopped at {first}, not tried: {' '.join(others)}\n")
+
+
+def test_pause_with_an_invalid_name_pauses_nothing(near: Queue, run: Any) -> None:
+    done = run("pause", "mail", "no name")
+    assert done.returncode == 2
+    assert near.queues() == {}
 
 
 def test_retry_of_a_pending_job_is_refused(near: Queue, run: Any) -> None:

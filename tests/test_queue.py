@@ -8,6 +8,7 @@ allowed in which status.
 from __future__ import annotations
 
 import math
+import os
 import threading
 import uuid
 from collections.abc import Callable, Iterator
@@ -19,7 +20,7 @@ from typing import Any
 
 import msgspec
 import pytest
-from conftest import RedisServer, Server, check_consistency, dump, free_port, lapse, newest, put, raw
+from conftest import RedisServer, Server, check_consistency, dump, find_lost, free_port, lapse, newest, put, raw
 from cutproxy import CutProxy
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -131,6 +132,72 @@ def test_read_settings_refuses_an_invalid_value(environ: dict[str, str], said: s
         Settings.read(environ)
     assert said in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+NUMBERS = ("PORT", "WORKER_CONCURRENCY", "TINYQUEUE_LEASE", "TINYQUEUE_OPEN", "TINYQUEUE_TLS_VERIFY")
+TEXTS = ("LOG_LEVEL", "LOG_FORMAT", "TINYQUEUE_RATE_LIMIT", "TINYQUEUE_NAMESPACE")
+SECRETS = ("redis://:S3cr3tPw@h/0", "9f86d081884c7d659a2+S3cr3tPw/aa0c55ad015=", "hunter S3cr3tPw", "\nS3cr3tPw" * 20)
+
+
+@pytest.mark.parametrize("name", NUMBERS + TEXTS)
+@pytest.mark.parametrize("secret", SECRETS)
+def test_read_settings_prints_no_secret_pasted_into_the_wrong_variable(name: str, secret: str) -> None:
+    with pytest.raises(SettingsError) as caught:
+        Settings.read({name: secret})
+    assert "S3cr3tPw" not in str(caught.value)
+    assert str(caught.value).startswith(f"{name} (value not shown; it may be a secret) is not valid: ")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_read_settings_explains_a_malformed_text_without_its_regular_expression(name: str) -> None:
+    with pytest.raises(SettingsError) as caught:
+        Settings.read({name: "10 per hour"})
+    assert "regex" not in str(caught.value)
+    assert "\\Z" not in str(caught.value)
+
+
+DOTENV = "PORT=1\r\nLOG_LEVEL=debug\r\nGREETING=Grüße\r\n"
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-be", "utf-32"])
+def test_read_settings_reads_dotenv_as_editors_write_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, encoding: str
+) -> None:
+    text = "\ufeff" + DOTENV if encoding == "utf-16-be" else DOTENV
+    (tmp_path / ".env").write_bytes(text.encode(encoding))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(os, "environ", {})
+    read = Settings.read()
+    assert (read.port, read.log_level, os.environ["GREETING"]) == (1, "debug", "Grüße")
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (DOTENV.encode("latin-1"), ".env is not valid UTF-8 at line 3; save it as UTF-8"),
+        (DOTENV.encode("utf-16-le"), ".env contains null characters, as UTF-16 without a mark does; save it as UTF-8"),
+        (b"\xff\xfeP", ".env is not valid UTF-16 at line 1; save it as UTF-8"),
+        (b"PORT=1\nX=a\0b\n", ".env contains null characters"),
+    ],
+)
+def test_read_settings_refuses_dotenv_in_another_encoding_in_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: bytes, said: str
+) -> None:
+    (tmp_path / ".env").write_bytes(content)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(os, "environ", {})
+    with pytest.raises(SettingsError) as caught:
+        Settings.read()
+    assert str(caught.value).startswith(said)
+
+
+def test_read_settings_ignores_a_virtual_environment_named_dotenv(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / ".env").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert Settings.read().port == Settings().port
 
 
 def test_read_settings_accepts_a_platform_with_redis_url() -> None:
@@ -429,7 +496,7 @@ def test_dequeue_by_an_unregistered_worker_loses_no_job(queue: Queue, worker: st
     job = queue.enqueue("echo", {})
     with pytest.raises(Reaped):
         queue.dequeue("nobody", DEFAULT)
-    assert queue.lost_workers() == ["nobody"]
+    assert find_lost(queue) == ["nobody"]
     assert queue.reap("nobody") == 1
     assert ids(queue.dequeue(worker, DEFAULT)) == [job.id]
 
@@ -463,7 +530,58 @@ def test_adopt_returns_ids_whose_take_lost_its_reply(queue: Queue, worker: str) 
     forgotten = queue.enqueue("echo", {})
     taken = queue.take(job.worker, DEFAULT, 5)
     assert queue.adopt(job.worker, [job.id]) == taken == [forgotten.id.encode()]
-    assert ids(queue.start(job.worker, taken, {job.id: 1})) == [forgotten.id]
+    assert ids(queue.start(job.worker, taken, {job.id: job})) == [forgotten.id]
+
+
+def test_start_that_lost_its_reply_twice_over_a_retry_returns_the_job(near: Queue, far: Queue, proxy: CutProxy) -> None:
+    """The reply of settle is lost, and that of the start which follows a retry of the failed job."""
+    job = put(near, "processing")
+    proxy.drop_reply(b"EXEC", lambda: proxy.drop_request(b"WATCH"))
+    with unavailable("unreachable", doubtful=True):
+        far.settle(job.worker, [Outcome(job, "fail", error=BOOM)])
+    near.retry(job.id)
+    taken = near.take(job.worker, DEFAULT, 1)
+    proxy.drop_reply(b"EXEC")
+    [again] = far.start(job.worker, taken, {job.id: job})
+    assert (again.status, again.attempts) == ("processing", 1)
+    lapse(near, job.worker)
+    assert near.reap(job.worker) == 1
+
+
+def test_start_after_a_lost_reply_leaves_a_dropped_job_that_became_due(
+    near: Queue, far: Queue, proxy: CutProxy
+) -> None:
+    """Started now, it would be in no list of a worker, and nobody would find it if the worker died."""
+    worker = near.register(DEFAULT, 1)
+    job = put(near, "delayed")
+    raw(near).rpush(near.keys.jobs("default"), job.id)
+    taken = near.take(worker, DEFAULT, 1)
+
+    def later() -> None:
+        near.clock.ahead += 61_000
+        far.clock.ahead += 61_000
+
+    proxy.drop_reply(b"EXEC", later)
+    assert [(left.id, left.status) for left in far.start(worker, taken)] == [(job.id, "pending")]
+    assert near.promote() == 1
+    [started] = near.dequeue(worker, DEFAULT)
+    assert started.id == job.id
+    near.complete(started)
+
+
+def test_start_after_a_lost_reply_drops_no_second_entry_of_a_running_job(
+    near: Queue, far: Queue, proxy: CutProxy
+) -> None:
+    """The second LREM would remove the running job's own entry, and nobody would find it if the worker died."""
+    worker = near.register(DEFAULT, 1)
+    job = put(near, "pending")
+    raw(near).lpush(near.keys.jobs("default"), job.id)
+    [running] = near.dequeue(worker, DEFAULT)
+    taken = near.take(worker, DEFAULT, 1)
+    proxy.drop_reply(b"EXEC")
+    assert far.start(worker, taken, {job.id: running}) == []
+    lapse(near, worker)
+    assert near.reap(worker) == 1
 
 
 def test_adopt_returns_jobs_whose_start_lost_its_reply(queue: Queue) -> None:
@@ -549,10 +667,16 @@ def test_fail_stores_an_error_whose_text_is_not_json_or_raises(queue: Queue, err
 @settings(derandomize=True, database=None)
 def test_backoff_doubles_with_jitter_up_to_the_cap(attempts: int, base: float, cap: float) -> None:
     plain = base * 2.0 ** (attempts - 1)
+    longest = min(cap, plain * 1.5)
     waits = [backoff(attempts, base, cap) for _ in range(20)]
-    assert min(cap, plain) <= min(waits)
-    assert max(waits) <= min(cap, plain * 1.5)
-    assert len(set(waits)) > 1 or max(waits) == cap
+    assert max(base, longest / 1.5) <= min(waits) * 1.000001
+    assert max(waits) <= longest
+    assert len(set(waits)) > 1 or base == cap
+
+
+def test_backoff_spreads_the_waits_at_the_cap() -> None:
+    waits = [backoff(20, 1.0, 300.0) for _ in range(1000)]
+    assert max(waits) - min(waits) > 80
 
 
 def test_release_refunds_the_attempt(queue: Queue, worker: str) -> None:
@@ -674,7 +798,7 @@ def test_heartbeat_after_the_lease_but_before_the_reaper_saves_the_worker(queue:
     job = put(queue, "processing")
     lapse(queue, job.worker)
     queue.heartbeat(job.worker)
-    assert queue.lost_workers() == []
+    assert find_lost(queue) == []
     assert queue.reap(job.worker) == 0
     queue.complete(job)
 
@@ -774,7 +898,7 @@ def test_promote_twice_runs_a_job_once(queue: Queue, worker: str) -> None:
     queue.promote()
     assert queue.waiting(DEFAULT) == 2
     [started] = queue.dequeue(worker, DEFAULT, 1)
-    assert queue.start(worker, queue.take(worker, DEFAULT, 1), {job.id: 1}) == []
+    assert queue.start(worker, queue.take(worker, DEFAULT, 1), {job.id: started}) == []
     queue.complete(started)
 
 
@@ -798,16 +922,54 @@ def test_dequeue_delays_a_job_that_is_not_due_again(queue: Queue, worker: str) -
 
 def test_reap_of_a_live_worker_does_nothing(queue: Queue) -> None:
     job = put(queue, "processing")
-    assert queue.lost_workers() == []
+    assert find_lost(queue) == []
     assert queue.reap(job.worker) == 0
     queue.complete(job)
+
+
+def test_lost_workers_are_those_whose_lease_did_not_change_for_a_lease(queue: Queue) -> None:
+    worker = queue.register(DEFAULT, 1)
+    assert queue.lost_workers(now=0.0) == []
+    assert queue.lost_workers(now=queue.lease - 1) == []
+    queue.heartbeat(worker)
+    assert queue.lost_workers(now=queue.lease) == []
+    assert queue.lost_workers(now=2 * queue.lease - 1) == []
+    assert queue.lost_workers(now=2 * queue.lease) == [worker]
+
+
+def test_lost_workers_are_not_those_whose_lease_expired_because_the_clock_was_set(queue: Queue) -> None:
+    """The wall clock of Redis steps ahead: the lease is gone, but the worker renews it within its time."""
+    worker = queue.register(DEFAULT, 1)
+    queue.lost_workers(now=0.0)
+    lapse(queue, worker)
+    assert queue.lost_workers(now=1.0) == []
+    queue.heartbeat(worker)
+    assert queue.lost_workers(now=queue.lease) == []
+
+
+def test_reap_removes_a_worker_whose_lease_does_not_expire_because_the_clock_was_set_back(queue: Queue) -> None:
+    job = put(queue, "processing")
+    raw(queue).persist(queue.keys.lease(job.worker))
+    queue.lost_workers(now=0.0)
+    assert queue.reap(job.worker) == 0
+    assert queue.lost_workers(now=queue.lease) == [job.worker]
+    assert queue.reap(job.worker) == 1
+
+
+def test_heartbeat_lists_the_worker_again_when_the_set_of_workers_was_deleted(queue: Queue) -> None:
+    job = put(queue, "processing")
+    raw(queue).delete(queue.keys.workers)
+    queue.heartbeat(job.worker, [job.id])
+    lapse(queue, job.worker)
+    assert find_lost(queue) == [job.worker]
+    assert queue.reap(job.worker) == 1
 
 
 def test_reap_requeues_the_job_and_spends_the_attempt(queue: Queue, worker: str) -> None:
     job = put(queue, "processing")
     later = queue.enqueue("echo", {})
     lapse(queue, job.worker)
-    assert queue.lost_workers() == [job.worker]
+    assert find_lost(queue) == [job.worker]
     assert queue.reap(job.worker) == 1
     stored = queue.get(job.id)
     assert (stored.status, stored.attempts, stored.worker) == ("pending", 1, "")
@@ -944,7 +1106,7 @@ def test_reap_again_requeues_what_a_reaped_worker_took(queue: Queue, worker: str
     job = queue.enqueue("echo", {})
     with pytest.raises(Reaped):
         queue.dequeue(reaped, DEFAULT)
-    assert queue.lost_workers() == [reaped]
+    assert find_lost(queue) == [reaped]
     assert queue.reap(reaped) == 1
     assert [(job.id, job.attempts) for job in queue.dequeue(worker, DEFAULT)] == [(job.id, 1)]
 
@@ -957,7 +1119,7 @@ def test_deregister_of_an_idle_worker_removes_all_its_keys(queue: Queue, worker:
 def test_deregister_requeues_the_jobs_that_the_worker_holds(queue: Queue) -> None:
     job = put(queue, "processing")
     queue.deregister(job.worker)
-    assert queue.lost_workers() == []
+    assert find_lost(queue) == []
     assert queue.get(job.id).status == "pending"
 
 
@@ -1266,7 +1428,7 @@ def test_take_by_a_worker_reaped_in_its_middle_loses_no_job(near: Queue, far: Qu
     lapse(near, worker)
     proxy.split(b"RPOPLPUSH", lambda: near.reap(worker))
     assert far.take(worker, DEFAULT, 1) == [job.id.encode()]
-    assert near.lost_workers() == [worker]
+    assert find_lost(near) == [worker]
     assert near.reap(worker) == 1
 
 
@@ -1309,7 +1471,7 @@ def test_deregister_requeues_a_job_that_is_taken_meanwhile(near: Queue, far: Que
     worker = near.register(DEFAULT, 1)
     proxy.before(b"EXEC", lambda: near.take(worker, DEFAULT, 1))
     far.deregister(worker)
-    assert near.lost_workers() == []
+    assert find_lost(near) == []
     assert near.waiting(DEFAULT) == 1
 
 
@@ -1446,7 +1608,7 @@ def test_take_that_arrives_after_the_reaper_loses_no_job(near: Queue, far: Queue
     lapse(near, worker)
     assert near.reap(worker) == 0
     proxy.deliver()
-    assert near.lost_workers() == [worker]
+    assert find_lost(near) == [worker]
     assert near.reap(worker) == 1
 
 

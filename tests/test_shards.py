@@ -12,7 +12,7 @@ from contextlib import suppress
 
 import pytest
 from client import Client
-from conftest import RedisServer, Server, check_consistency, lapse, raw, until
+from conftest import RedisServer, Server, check_consistency, find_lost, lapse, raw, until
 from cutproxy import CutProxy
 from test_worker import Running
 
@@ -39,7 +39,16 @@ from wsgi import API
 DEFAULT = ["default"]
 COUNT = 3
 CONSTRUCTORS = {"from_url", "embedded"}
-ONE_BY_ONE = {"running", "count_unended", "claim", "count_pending", "discard"}  # called for each shard by other verbs
+ONE_BY_ONE = {
+    "running",
+    "count_unended",
+    "read_entries",
+    "read_jobs",
+    "restore",
+    "claim",
+    "count_pending",
+    "discard",
+}  # called for each shard, by other verbs and by doctor
 
 
 @pytest.fixture
@@ -213,7 +222,7 @@ def test_start_leaves_a_suspect_pending_beside_jobs_of_other_shards(queue: Shard
 
 def test_heartbeat_raises_reaped_if_one_shard_reaped_the_worker(queue: Shards, worker: str) -> None:
     lapse(queue.parts[2], worker)
-    assert queue.lost_workers() == [worker]
+    assert find_lost(queue.parts[2]) == [worker]
     assert queue.reap(worker) == 0
     with pytest.raises(Reaped):
         queue.heartbeat(worker)

@@ -266,7 +266,7 @@ def test_submit_with_a_taken_unique_key_returns_its_job(api: Client, queue: Queu
     first = api.post("/jobs", echo_with(uniqueKey="user 7 § é"))
     again = api.post("/jobs", echo_with(uniqueKey="user 7 § é", payload="other", queue="slow", delay=60))
     assert (first.status, again.status) == (201, 200)
-    assert again.json == first.json
+    assert again.json == first.json | {"duplicate": True}
     assert again.headers["location"] == first.headers["location"]
     assert "idempotency-replayed" not in again.headers
     assert count(queue) == 1
@@ -313,9 +313,26 @@ def test_submit_marks_as_replayed_only_a_key_used_before(api: Client) -> None:
 
 
 def test_batch_makes_one_job_of_a_duplicate_unique_key(api: Client, queue: Queue) -> None:
-    jobs = api.post("/jobs/batch", [echo_with(uniqueKey=key) for key in ("a", "b", "a")]).json["jobs"]
-    assert jobs[0] == jobs[2] != jobs[1]
+    answer = api.post("/jobs/batch", [echo_with(uniqueKey=key) for key in ("a", "b", "a")])
+    jobs = answer.json["jobs"]
+    assert answer.status == 201
+    assert jobs[0] | {"duplicate": True} == jobs[2]
+    assert jobs[0] != jobs[1]
     assert count(queue) == 2
+
+
+def test_batch_of_taken_unique_keys_answers_200(api: Client, queue: Queue) -> None:
+    id = put(queue, "pending", unique_key="a").id
+    answer = api.post("/jobs/batch", [echo_with(uniqueKey="a")] * 2)
+    entry = {"jobId": id, "status": "pending", "duplicate": True}
+    assert (answer.status, answer.json) == (200, {"jobs": [entry, entry]})
+
+
+def test_unique_key_is_shared_by_types_and_queues(api: Client, queue: Queue) -> None:
+    first = api.post("/jobs", echo_with(uniqueKey="u"))
+    other = {"type": "send-email", "payload": {"to": "a"}, "queue": "slow", "uniqueKey": "u"}
+    assert api.post("/jobs", other).json == first.json | {"duplicate": True}
+    assert count(queue) == 1
 
 
 # Batches --------------------------------------------------------------------------------------------------------------
@@ -391,7 +408,7 @@ def test_partial_batch_stores_the_valid_jobs_and_reports_on_each(
 ) -> None:
     wrong, kind, field = case
     answer = api.post("/jobs/batch?partial=true", [echo_with(payload=0), wrong, echo_with(payload=2)], headers)
-    assert answer.status == 200
+    assert answer.status == 201
     first, error, last = answer.json["jobs"]
     assert error["error"]["type"] == f"urn:tinyqueue:{kind}"
     assert (error["error"]["index"], error["error"]["field"], error["error"]["status"]) == (1, field, 422)
@@ -593,7 +610,7 @@ def test_submit_with_a_taken_unique_key_succeeds_when_the_queue_is_full(small: Q
     first = api.post("/jobs", echo_with(uniqueKey="u"))
     api.post("/jobs/batch", [echo_with()] * 2)
     again = api.post("/jobs", echo_with(uniqueKey="u"))
-    assert (again.status, again.body) == (200, first.body)
+    assert (again.status, again.json) == (200, first.json | {"duplicate": True})
 
 
 def test_submit_accepts_a_key_that_was_refused_for_a_full_queue(small: Queue) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import pairwise
@@ -220,6 +221,42 @@ def test_list_shortens_long_payloads_and_results(api: Client, queue: Queue) -> N
         PREVIEW_BYTES - 4 < len(listed[name].encode()) <= PREVIEW_BYTES for name in ("payloadPreview", "resultPreview")
     )
     assert api.get(f"/jobs/{job.id}").json["result"] == {"a": long}
+
+
+def test_list_of_large_payloads_takes_little_memory(api: Client, queue: Queue) -> None:
+    payload = [[]] * 65_000  # 195 kB of JSON, which takes several MB when it is decoded
+    for _ in range(10):
+        queue.enqueue_many("echo", [payload] * 10)
+    api.get("/jobs?limit=1")
+    tracemalloc.start()
+    try:
+        answer = api.get("/jobs?limit=500")
+        assert tracemalloc.get_traced_memory()[1] < 8_000_000
+    finally:
+        tracemalloc.stop()
+    assert len(ids(answer)) == 100
+    assert {len(job["payloadPreview"]) for job in answer.json["jobs"]} == {PREVIEW_BYTES}
+
+
+def test_list_of_large_payloads_gives_a_short_page_with_a_cursor(api: Client, queue: Queue) -> None:
+    made = [job.id for _ in range(10) for job in queue.enqueue_many("echo", ["x" * 1_000_000] * 5)]
+    first = api.get("/jobs?limit=500")
+    assert 30 <= len(ids(first)) < 50
+    second = api.get(f"/jobs?limit=500&cursor={first.json['cursor']}")
+    assert (ids(first) + ids(second), second.json["cursor"]) == (made[::-1], None)
+
+
+def test_list_shows_a_record_that_cannot_be_read(api: Client, queue: Queue) -> None:
+    jobs = [put(queue, "failed", queue=name) for name in "abc"]
+    for job, record in zip(jobs, (b"x" * 600, b'{"type":"t","payload":"\xff","status":"failed"}', b"{"), strict=True):
+        raw(queue).set(queue.keys.job(job.id), record, keepttl=True)
+    listed = {job["id"]: job for job in api.get("/jobs").json["jobs"]}
+    assert [listed[job.id]["error"]["type"] for job in jobs] == ["UnreadableRecord"] * 3
+    assert listed[jobs[0].id]["payloadPreview"] == '"' + "x" * (PREVIEW_BYTES - 1)
+    assert listed[jobs[2].id]["payload"] == "{"
+    for job in jobs:
+        raw(queue).zrem(queue.keys.ended["failed"], job.id)
+        raw(queue).delete(queue.keys.job(job.id))
 
 
 @pytest.mark.parametrize("size", [PREVIEW_BYTES - 2, PREVIEW_BYTES - 1])
