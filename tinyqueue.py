@@ -114,13 +114,12 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import suppress
-from datetime import datetime
+from datetime import UTC, datetime, timedelta
 from functools import partial, reduce
-from typing import Annotated, Any, Concatenate, Generic, Literal, NamedTuple, ParamSpec, TypeAlias, TypeVar, cast
+from typing import Any, Concatenate, Generic, Literal, NamedTuple, ParamSpec, TypeAlias, TypeVar, cast
 
 import msgspec
 import redis
-from msgspec import Meta
 
 from tinyqueue_redis import (
     Clock,
@@ -186,7 +185,10 @@ class KeyReused(TinyQueueError):
 
 
 class QueueFull(TinyQueueError):
-    """A queue would have more pending jobs than TINYQUEUE_MAX_PENDING. Nothing was stored."""
+    """A queue would have more pending jobs than TINYQUEUE_MAX_PENDING. Nothing was stored.
+
+    Or there would be more than MAX_QUEUES queues.
+    """
 
 
 class NotReplicated(TinyQueueError):
@@ -252,6 +254,8 @@ def _translated(error: Exception) -> TinyQueueError:
 # Bounds: a part of the contract, not tunables -------------------------------------------------------------------------
 
 MAX_JOBS = 1000  # jobs of one batch, which take some milliseconds of Redis' only thread
+MAX_QUEUES = 10_000  # with jobs: each adds a row to every report
+KEPT_QUEUES = 100  # without jobs: above this they are forgotten
 MAX_ATTEMPTS = 100
 MAX_DELAY = 366 * 86400  # seconds
 MAX_DEPTH = 100  # levels of arrays and objects in a payload: few enough for every JSON parser
@@ -339,7 +343,7 @@ UNREADABLE = "UnreadableRecord"
 
 
 class Failure(msgspec.Struct, rename="camel", omit_defaults=True):
-    """Why an attempt failed. `of` shortens message and traceback."""
+    """Why an attempt failed. `of` shortens type, message and traceback."""
 
     type: str
     message: str
@@ -349,7 +353,7 @@ class Failure(msgspec.Struct, rename="camel", omit_defaults=True):
     def of(cls, error: BaseException, traceback: str = "") -> Failure:
         """Describe an exception. Escapes text that JSON cannot hold, such as lone surrogates."""
         message, trace = (text.encode("utf-8", "backslashreplace").decode() for text in (_text(error), traceback))
-        return cls(type(error).__name__, message[:1000], trace[-4000:])
+        return cls(type(error).__name__[:100], message[:1000], trace[-4000:])
 
 
 class Job(msgspec.Struct, rename="camel", omit_defaults=True, dict=True):
@@ -852,7 +856,7 @@ class Verbs(ABC):
 
     @property
     def memory_use(self) -> float:
-        """The share of its maxmemory that Redis uses, or 0 without a limit. With shards: the highest."""
+        """The share of maxmemory that Redis uses, or 0 without a limit; of shards the highest."""
         return max(memory_use(part.store.memory()) for part in self.parts)
 
     @property
@@ -962,6 +966,7 @@ class Queue(Verbs):
         self.max_pending = max_pending
         self.min_replicas = min_replicas
         self._paused: tuple[float, frozenset[str]] = (-1e9, frozenset())  # when read, and the names
+        self._known: set[str] = set()  # the names of queues that exist
         self._leases: dict[str, tuple[bytes | None, float]] = {}  # as last seen, and since when
         self._lost: dict[str, bytes | None] = {}  # those that were seen unchanged for too long
         self._writers = threading.BoundedSemaphore(WRITERS)
@@ -1028,9 +1033,9 @@ class Queue(Verbs):
                 return accepted
             accepted = self._without_duplicates(tx, jobs) if unique else list(jobs)
             new = list({job.id: job for job in accepted if job.id in ids}.values())
-            if self.max_pending and new:
-                self._check_room(tx, new, elsewhere or {})
-            if new:  # NX, because an EXEC that arrives late must not reset a job that ran meanwhile
+            if new:
+                self._check_room(tx, Counter(job.queue for job in new), elsewhere or {})
+                # NX, because an EXEC that arrives late must not reset a job that ran meanwhile.
                 tx.write("MSETNX", *(part for job in new for part in (self.keys.job(job.id), _record(job))))
             for job in new:
                 self._add_to_queue(tx, job)
@@ -1094,14 +1099,20 @@ class Queue(Verbs):
         counts = self.store.read(("HMGET", self.keys.counts, *("pending:" + name for name in names)))[0]
         return dict(zip(names, map(_read_count, counts), strict=True))
 
-    def _check_room(self, tx: Transaction, jobs: Sequence[Job], elsewhere: Mapping[str, int]) -> None:
-        """Raise QueueFull. Watches nothing: concurrent submits may exceed the limit a little."""
-        wanted = Counter(job.queue for job in jobs)
-        counts = tx.read(("HMGET", self.keys.counts, *("pending:" + name for name in wanted)))[0]
-        for (name, more), here in zip(wanted.items(), map(_read_count, counts), strict=True):
-            count = here + elsewhere.get(name, 0)
-            if count + more > self.max_pending:
-                raise QueueFull(f"queue {name} has {count} pending jobs; the limit is {self.max_pending}")
+    def _check_room(self, tx: Transaction, wanted: Mapping[str, int], elsewhere: Mapping[str, int]) -> None:
+        """Raise QueueFull. Watches nothing: concurrent submits may exceed the limits a little."""
+        if self.max_pending:
+            counts = tx.read(("HMGET", self.keys.counts, *("pending:" + name for name in wanted)))[0]
+            for (name, more), here in zip(wanted.items(), map(_read_count, counts), strict=True):
+                count = here + elsewhere.get(name, 0)
+                if count + more > self.max_pending:
+                    raise QueueFull(f"queue {name} has {count} pending jobs; the limit is {self.max_pending}")
+        if wanted.keys() - self._known:
+            names = _queues_in(pairs(tx.read(("HGETALL", self.keys.counts))[0]))
+            if (new := sorted(wanted.keys() - names)) and len(names) + len(new) > MAX_QUEUES:
+                todo = "use a queue that exists, or cancel all jobs of some that are not needed"
+                raise QueueFull(f"queue {new[0]} is one too many: there are {len(names)} queues with jobs; {todo}")
+            self._known = names | wanted.keys()
 
     def _add_to_queue(self, tx: Transaction, job: Job, push: Push = "LPUSH") -> None:
         """Put a pending job into the list of its queue, or among the delayed jobs."""
@@ -1640,8 +1651,10 @@ class Queue(Verbs):
     def trim(self) -> int:
         """Delete ended jobs kept long enough, or else the oldest above KEPT. Return how many.
 
-        Up to 1,000 of each status. Records expire by themselves, but index entries do not.
+        Up to 1,000 of each status. Records expire by themselves, but index entries do not. Also
+        forgets some queues without jobs.
         """
+        self._forget_queues()
         removed = 0
         for status, keep in self.keep_ms.items():
             index = self.keys.ended[status]
@@ -1653,12 +1666,60 @@ class Queue(Verbs):
                 removed += self.forget(status, ids)
         return removed
 
+    def _forget_queues(self) -> None:
+        """Forget up to 1,000 queues without jobs, if there are more than KEPT_QUEUES queues."""
+        counts, paused = self.store.read(("HGETALL", self.keys.counts), ("SMEMBERS", self.keys.paused))
+        names = _queues_in(pairs(counts)) - set(map(text_of, paused))
+        if len(names) <= KEPT_QUEUES:
+            return
+        busy = {field.partition(":")[2] for field, count in pairs(counts) if ":" in field and count != b"0"}
+        empty = sorted(names - busy)[:MAX_JOBS]
+        for at in range(0, len(empty), 100):
+            with suppress(Unavailable):  # too busy: they are forgotten next time
+                self._forget_empty(empty[at : at + 100])
+
+    def _forget_empty(self, names: Sequence[str]) -> None:
+        """Delete the counts of queues without jobs, and first what is left in their lists.
+
+        Watches the counts, which every verb changes that makes a job pending.
+        """
+        fields = [field + name for name in names for field in ("pending:", "processing:")]
+
+        def body(tx: Transaction) -> list[str]:
+            counts, *sizes = tx.read(
+                ("HMGET", self.keys.counts, *fields), *(("LLEN", self.keys.jobs(name)) for name in names)
+            )
+            used = {
+                field.partition(":")[2]
+                for field, count in zip(fields, counts, strict=True)
+                if count not in (None, b"0")
+            }
+            left = [name for name, size in zip(names, sizes, strict=True) if size and name not in used]
+            if gone := set(names) - used - set(left):
+                tx.write("HDEL", self.keys.counts, *(field for field in fields if field.partition(":")[2] in gone))
+                tx.write("DEL", *map(self.keys.bell, gone))
+            return left
+
+        for name in self.store.transact([self.keys.counts], body):
+            self._drop_leftovers(self.keys.jobs(name))
+
+    def _drop_leftovers(self, key: str) -> None:
+        """Drop up to 1,000 ids from a list of cancelled jobs, as a worker would that takes them."""
+
+        def body(tx: Transaction) -> None:
+            ids = tx.read(("LRANGE", key, -MAX_JOBS, -1))[0]
+            for job in self._read_jobs(tx, ids, watch=True):
+                self._set_aside(tx, job)
+            tx.write("LTRIM", key, 0, -1 - len(ids))
+
+        self.store.transact([key], body)
+
     def forget(self, status: str, ids: Sequence[bytes]) -> int:
         """Delete ended jobs and their entries in the index of that status. Return how many.
 
         Watches the records, because a job that was requeued meanwhile must stay. Completed jobs
-        cannot be requeued, so these need neither a check nor a watch, and may be many. When memory is
-        full, Redis refuses every transaction, and so every retry. Then this deletes without one.
+        cannot be requeued, so these need neither a check nor a watch, and may be many. When memory
+        is full, Redis refuses every transaction, and so every retry. Then this deletes without one.
         """
         index = self.keys.ended[status]
         keys = [self.keys.job(text_of(id)) for id in ids]
@@ -1828,8 +1889,7 @@ class Queue(Verbs):
         """Return the names of the queues in which a matching job may wait."""
         if filter.queue:
             return [filter.queue]
-        fields = pairs(self.store.read(("HGETALL", self.keys.counts))[0])
-        return sorted({field.partition(":")[2] for field, _ in fields if ":" in field})
+        return sorted(_queues_in(pairs(self.store.read(("HGETALL", self.keys.counts))[0])))
 
     def _read_lists(self, keys: Sequence[str]) -> Iterator[list[bytes]]:
         """Read the first entries of 100 lists at a time, because most are short."""
@@ -1969,6 +2029,10 @@ class Queue(Verbs):
         key = self.keys.rate(who, now // (seconds * 1000))
         used = self.store.read(("INCR", key), ("EXPIRE", key, seconds))[0]
         return limit - used, seconds - now // 1000 % seconds
+
+
+def _queues_in(counts: Iterable[tuple[str, bytes]]) -> set[str]:
+    return {field.partition(":")[2] for field, _ in counts if ":" in field}
 
 
 def _warn_of_gone(ids: Sequence[str]) -> None:
@@ -2624,14 +2688,18 @@ def make_job(
         max_attempts = known.max_attempts if known else 3
     if queue is None:
         queue = known.queue if known else "default"
+    starts_at = _first_run(delay, run_at, now)
+    expires_at = _expiry(expires_in, now) if expires_in is not None else 0
+    if expires_at and starts_at >= expires_at:
+        raise InvalidJob("expiresIn", "must end after the job may start, which delay or runAt says")
     return Job(
         id=_new_id(now),
         type=type,
         payload=payload,
         max_attempts=_whole("maxAttempts", max_attempts, 1, MAX_ATTEMPTS),
         queue=check_name("queue", queue),
-        run_at=_first_run(delay, run_at, now),
-        expires_at=_expiry(expires_in, now) if expires_in is not None else 0,
+        run_at=starts_at,
+        expires_at=expires_at,
         unique_key=_text_key("uniqueKey", unique_key) if unique_key is not None else "",
     )
 
@@ -2683,19 +2751,38 @@ def _expiry(seconds: float, now: int) -> int:
     return now + max(1, round(seconds * 1000))
 
 
+# ISO 8601 with a zone, as languages write it by default: RFC 3339; basic format; hours and minutes
+# only; fractions of any length; a blank before the zone (Ruby), its name after it (Java, Go).
+TIME = re.compile(
+    r"(?P<day>[0-9]{4}-[0-9]{2}-[0-9]{2}|[0-9]{8})[Tt ]"
+    r"(?P<time>[0-9]{2}(?::?[0-9]{2}(?::?[0-9]{2}(?:[.,](?P<fraction>[0-9]{1,30}))?)?)?) ?"
+    r"(?P<zone>[Zz]|UTC|GMT|[+-][0-9]{2}(?::?[0-9]{2}(?::?[0-9]{2})?)?)"
+    r"(?:\[[!-Z^-~]{1,100}\]){0,3}(?: (?:[A-Z]{1,5}|[+-][0-9]{2,4}))?(?: m=[+-][0-9.]{1,30})?"
+)
+
+
 def _parse_run_at(value: Any, now: int) -> int:
     """Read milliseconds since 1970, or ISO 8601 with a zone."""
     rule = f"must be ISO 8601 with a zone, or milliseconds since 1970, and at most {MAX_DELAY // 86400} days ahead"
     if isinstance(value, str):
-        try:
-            value = msgspec.convert(value, Annotated[datetime, Meta(tz=True)])
-        except (msgspec.ValidationError, ValueError):
-            raise InvalidJob("runAt", rule) from None
+        value = _parse_time(value)
     if isinstance(value, datetime) and value.tzinfo:
-        value = int(value.timestamp() * 1000)
+        value = (value - datetime.fromtimestamp(0, UTC)) // timedelta(milliseconds=1)
     if isinstance(value, bool) or not isinstance(value, int) or value > now + MAX_DELAY * 1000:
         raise InvalidJob("runAt", rule)
     return max(value, 0)
+
+
+def _parse_time(text: str) -> datetime | None:
+    """Read a time in the part of ISO 8601 that all supported Pythons read alike."""
+    if not (match := TIME.fullmatch(text)):
+        return None
+    digits = match["time"].partition(".")[0].partition(",")[0].replace(":", "").ljust(6, "0")
+    fraction = (match["fraction"] or "").ljust(6, "0")[:6]
+    zone = match["zone"].replace(":", "") if match["zone"][0] in "+-" else "+00"
+    with suppress(ValueError):
+        return datetime.fromisoformat(f"{match['day'].replace('-', '')}T{digits}.{fraction}{zone}")
+    return None
 
 
 # Strict JSON ----------------------------------------------------------------------------------------------------------

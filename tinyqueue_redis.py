@@ -470,7 +470,7 @@ def _connect_error(error: BaseException) -> BaseException:
     return error
 
 
-# Has the client not introduce itself by CLIENT SETINFO: it would take a greeting for the reply, and ignore it.
+# Keeps the client from sending CLIENT SETINFO: it would take a greeting for the reply.
 _KNOWN = inspect.signature(redis.Redis.__init__).parameters
 UNNAMED = dict.fromkeys(["driver_info"] if "driver_info" in _KNOWN else ["lib_name", "lib_version"])
 
@@ -595,7 +595,7 @@ class Connections:
             raise self._greeting() or error from error  # the server has spoken first, or has hung up
 
     def _greeting(self) -> Exception | None:
-        """Return what a server says to a new connection before any command: why it refuses clients."""
+        """Return what a server says to a new connection before any command: why it refuses."""
         brief = {"socket_timeout": PROBE_TIMEOUT, "socket_connect_timeout": PROBE_TIMEOUT, **UNNAMED}
         connection = self.pool.connection_class(**{**self.pool.connection_kwargs, **brief})
         try:
