@@ -58,7 +58,8 @@ Keys. All share one hash tag, the namespace, and so one slot of a cluster.
     {queue}:workers           set     every worker that may hold a job
     {queue}:worker:<worker>   string  its registration: the fence. Never expires
     {queue}:lease:<worker>    string  its last heartbeat and the ids that it runs. Expires
-    {queue}:once:<key>        string  an Idempotency-Key: request fingerprint and job ids. Expires
+    {queue}:once:<key>        string  an Idempotency-Key: request fingerprint and job ids. Expires.
+                                      Without ids: another shard has them
     {queue}:unique:<key>      string  id of the pending or processing job with this uniqueKey
     {queue}:paused            set     names of the paused queues
     {queue}:minute:<n>        hash    started, waitedMs, completed, failed, cancelled in minute n
@@ -800,6 +801,7 @@ def _checked(replies: list[Any]) -> list[Any]:
     if errors := [reply for reply in replies if isinstance(reply, Exception)]:
         error = _translated(errors[0])
         if isinstance(error, Corrupted):
+            error = Corrupted(f"{error}; everything else of this transaction was applied")
             error.applied = True
         raise error
     return replies
@@ -829,6 +831,16 @@ class Made(msgspec.Struct):
 
     fingerprint: str
     ids: list[str]
+
+
+KEY_REUSED = "this Idempotency-Key was used for another request"
+
+
+def _made(stored: bytes) -> Made:
+    try:
+        return msgspec.json.decode(stored, type=Made)
+    except msgspec.DecodeError as error:
+        raise Corrupted(f"the record of an Idempotency-Key cannot be read: {error}") from None
 
 
 class Outcome(NamedTuple):
@@ -1025,7 +1037,9 @@ class Queue(Verbs):
 
     # Enqueue ----------------------------------------------------------------------------------------------------------
 
-    def submit(self, jobs: Sequence[Job], once: Once | None = None) -> list[Job]:
+    def submit(
+        self, jobs: Sequence[Job], once: Once | None = None, elsewhere: Mapping[str, int] | None = None
+    ) -> list[Job]:
         """Store drafted jobs, all or none, and return them.
 
         nothing -> pending. In place of a job whose uniqueKey is taken, returns the job that has it.
@@ -1034,7 +1048,7 @@ class Queue(Verbs):
         show whether all is stored, and a first EXEC that arrives late fails. Raises InvalidJob for
         more than MAX_JOBS, KeyReused, QueueFull, Unavailable if Redis' memory is nearly used up,
         and NotReplicated if the jobs are stored but fewer than `min_replicas` replicas have them
-        within a second.
+        within a second. `elsewhere` counts the pending jobs of each queue in other shards.
         """
         if len(jobs) > MAX_JOBS:
             raise InvalidJob("jobs", f"must be at most {MAX_JOBS} at a time")
@@ -1054,8 +1068,7 @@ class Queue(Verbs):
             accepted = self._without_duplicates(tx, jobs) if unique else list(jobs)
             new = list({job.id: job for job in accepted if job.id in ids}.values())
             if new:
-                if self.max_pending or not self._known.issuperset([job.queue for job in new]):
-                    self._check_room(tx, Counter(job.queue for job in new))
+                self._check_room(tx, Counter(job.queue for job in new), elsewhere or {})
                 # NX, because an EXEC that arrives late must not reset a job that ran meanwhile.
                 tx.write("MSETNX", *(part for job in new for part in (self.keys.job(job.id), _record(job))))
             for job in new:
@@ -1071,12 +1084,9 @@ class Queue(Verbs):
 
     def _replay(self, tx: Transaction, jobs: Sequence[Job], once: Once, stored: bytes) -> list[Job]:
         """Return the jobs of the first submit as they are now, or as submitted if deleted since."""
-        try:
-            made = msgspec.json.decode(stored, type=Made)
-        except msgspec.DecodeError as error:
-            raise Corrupted(f"the record of an Idempotency-Key cannot be read: {error}") from None
+        made = _made(stored)
         if made.fingerprint != once.fingerprint or len(made.ids) != len(jobs):
-            raise KeyReused("this Idempotency-Key was used for another request")
+            raise KeyReused(KEY_REUSED)
         drafts = {job.id: job for job in jobs}
         once.replayed = not drafts.keys() & made.ids  # else this submit made them, but got no reply
         records = tx.read(("MGET", *map(self.keys.job, made.ids)))[0] if jobs else []
@@ -1103,11 +1113,33 @@ class Queue(Verbs):
             tx.write("SET", self.keys.unique(key), job.id)
         return accepted
 
-    def _check_room(self, tx: Transaction, wanted: Mapping[str, int]) -> None:
+    def claim(self, once: Once) -> None:
+        """Take an Idempotency-Key for a submit that goes to another shard. Raises KeyReused.
+
+        Nothing -> once, without job ids. Watches the key. The other shard has the record with the
+        ids. The key stays taken if that submit fails. The same request may then be sent again.
+        """
+        key = self.keys.once(once.key)
+
+        def body(tx: Transaction) -> None:
+            if not (stored := tx.read(("GET", key))[0]):
+                tx.write("SET", key, _encode(Made(once.fingerprint, [])), "PX", self.keep_once_ms)
+            elif _made(stored).fingerprint != once.fingerprint:
+                raise KeyReused(KEY_REUSED)
+
+        self.store.transact([key], body)
+
+    def count_pending(self, names: Sequence[str]) -> dict[str, int]:
+        """Count the pending jobs of some queues."""
+        counts = self.store.read(("HMGET", self.keys.counts, *("pending:" + name for name in names)))[0]
+        return dict(zip(names, map(_read_count, counts), strict=True))
+
+    def _check_room(self, tx: Transaction, wanted: Mapping[str, int], elsewhere: Mapping[str, int]) -> None:
         """Raise QueueFull. Watches nothing: concurrent submits may exceed the limits a little."""
         if self.max_pending:
             counts = tx.read(("HMGET", self.keys.counts, *("pending:" + name for name in wanted)))[0]
-            for (name, more), count in zip(wanted.items(), map(_read_count, counts), strict=True):
+            for (name, more), here in zip(wanted.items(), map(_read_count, counts), strict=True):
+                count = here + elsewhere.get(name, 0)
                 if count + more > self.max_pending:
                     raise QueueFull(f"queue {name} has {count} pending jobs; the limit is {self.max_pending}")
         if wanted.keys() - self._known:
@@ -1289,6 +1321,12 @@ class Queue(Verbs):
         """
         known = Counter(id.encode() for id in held)
         return list((Counter(self.store.read(("LRANGE", self.keys.proc(worker), 0, -1))[0]) - known).elements())
+
+    def discard(self, worker: str, entries: Sequence[bytes]) -> None:
+        """Drop entries of the worker's own list that cannot name a job of this queue."""
+        shown = ", ".join(text_of(entry)[:50] for entry in entries[:3])
+        log.warning("dropped %d entries of a list that name no job of this shard: %s", len(entries), ascii(shown))
+        self.store.read(*(("LREM", self.keys.proc(worker), 1, entry) for entry in entries))
 
     # Settle -----------------------------------------------------------------------------------------------------------
 
@@ -2123,7 +2161,7 @@ class Shards(Verbs):
     The last two digits of a job's id name its shard. All jobs of a submit go into one shard, and
     those of the next into the next shard, so the order is first in, first out only within a shard.
     A submit with a uniqueKey goes to the shard of that key, and one with only an Idempotency-Key to
-    the shard of that.
+    the shard of that. A submit with both takes the Idempotency-Key in its own shard first.
 
     Each shard stands alone. While one does not answer, the others are served, and nobody waits for
     it. A worker has one id in all shards. The heartbeat registers it in those that did not answer
@@ -2200,6 +2238,8 @@ class Shards(Verbs):
             raise InvalidJob("uniqueKey", rule)
         if once and not indexes:
             indexes = {self._index_of(once.key)}
+        elif once and (at := self._index_of(once.key)) not in indexes:
+            self.parts[at].claim(once)
         if indexes:
             return self._submit_to(indexes.pop(), jobs, once)
         first = next(self._turn)
@@ -2215,7 +2255,14 @@ class Shards(Verbs):
     def _submit_to(self, at: int, jobs: Sequence[Job], once: Once | None) -> list[Job]:
         for job in jobs:
             job.id = f"{job.id[:-2]}{at:02x}"
-        return self.parts[at].submit(jobs, once)
+        shard = self.parts[at]
+        elsewhere: Counter[str] = Counter()
+        if shard.max_pending:
+            names = list({job.queue for job in jobs})
+            others = [part for part in self.parts if part is not shard]
+            for counts in map(partial(_try_call, lambda part: part.count_pending(names)), others):
+                elsewhere.update(counts if isinstance(counts, dict) else {})  # what is away counts for nothing
+        return shard.submit(jobs, once, elsewhere)
 
     def register(self, queues: Sequence[str], concurrency: int, worker: str = "") -> str:
         """Like Queue.register, in every shard that answers. The heartbeat adds the others."""
@@ -2277,8 +2324,12 @@ class Shards(Verbs):
         absent = self._absent(worker)
 
         def take(shard: Queue) -> None:
-            if len(taken) < most and shard not in absent:
-                taken.extend(shard.take(worker, names, most - len(taken)))
+            while len(taken) < most and shard not in absent:
+                ids = shard.take(worker, names, most - len(taken))
+                own = self._own(shard, worker, ids)
+                taken.extend(own)
+                if len(own) == len(ids):
+                    break
 
         _try_each(self._from(next(self._turn)), take)
         return taken
@@ -2295,7 +2346,17 @@ class Shards(Verbs):
         return [job for jobs in _try_each(list(parts), start, must=True) for job in jobs]
 
     def adopt(self, worker: str, held: Collection[str]) -> list[bytes]:
-        return [id for ids in _try_each(self.parts, lambda shard: shard.adopt(worker, held)) for id in ids]
+        def adopt(shard: Queue) -> list[bytes]:
+            return self._own(shard, worker, shard.adopt(worker, held))
+
+        return [id for ids in _try_each(self.parts, adopt) for id in ids]
+
+    def _own(self, shard: Queue, worker: str, ids: Sequence[bytes]) -> list[bytes]:
+        """Return the ids of a shard's own jobs. Drop other entries: `start` would ask another shard."""
+        own = [id for id in ids if ID.fullmatch(text_of(id)) and self.part_of(text_of(id)) is shard]
+        if foreign := [id for id in ids if id not in own]:
+            shard.discard(worker, foreign)
+        return own
 
     def settle(self, worker: str, outcomes: Sequence[Outcome], again: bool = False) -> list[Outcome]:
         """Like Queue.settle, one transaction per shard. Tries all before it raises.
