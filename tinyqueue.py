@@ -2,10 +2,10 @@
 
 The promise
     An accepted job runs at least once. It is never lost while Redis keeps its data. Apart from
-    retries and releases, it runs twice only if its worker died, or was cut off from Redis for
-    longer than its lease. The jobs of a queue start first in, first out. A job that kills its
-    worker runs out of attempts like any other. Jobs that ran beside it get their attempts back, so
-    they never fail because of it.
+    retries and releases, it runs twice only if its outcome could not be saved: its worker died or
+    was cut off from Redis for longer than its lease, or a failover lost the write. The jobs of a
+    queue start first in, first out. A job that kills its worker runs out of attempts like any
+    other. Jobs that ran beside it get their attempts back, so they never fail because of it.
 
 States
                  enqueue                dequeue                complete
@@ -18,7 +18,8 @@ States
     A job that waits for its delay or backoff is pending with a `runAt`. A job that expires before
     its first start is failed.
 
-Transitions. Each is one WATCH / MULTI / EXEC: two round trips however many jobs it moves, no Lua.
+Transitions. Each is one MULTI / EXEC, with a WATCH on the keys in column 3. It takes the same few
+round trips however many jobs it moves. No Lua.
 
     verb      from -> to                      watches          only if                   writes
     enqueue   nothing -> pending              once, unique     keys unused               record, list/delayed, keys
@@ -40,12 +41,14 @@ Transitions. Each is one WATCH / MULTI / EXEC: two round trips however many jobs
     * cancelled, if that was requested. Due: runAt has come, and the job has not expired. Expired:
     expiresAt has passed before the first start. Same attempt: worker, attempts, refunds and
     startedAt of the record are those that the worker holds. Worker's own: processing under that
-    worker's name.
+    worker's name. Lease gone: missing, or seen unchanged for longer than a lease. Handler takes a
+    Job: checked where the handler is known. A suspect is a job that two workers lost while they ran
+    it along with others. It starts only alone.
 
-    dequeue is take, then start or expire. complete, fail and release are written by settle, many in
-    one transaction. cancel makes the request when the job is processing. Every verb that fills a
-    list rings its bell, and every verb keeps the counts and the metrics. Whatever ends a job frees
-    its uniqueKey and leaves a token for those who wait for it.
+    dequeue is take, then start or expire. enqueue is written by submit, expire by start, and
+    request by cancel. complete, fail and release are written by settle, many in one transaction.
+    Every verb that fills a list rings its bell, and every verb keeps the counts and the metrics.
+    Whatever ends a job frees its uniqueKey and leaves a token for those who wait for it.
 
 Keys. All share one hash tag, the namespace, and so one slot of a cluster.
 
@@ -87,8 +90,9 @@ Three rules carry everything
     3. Waiting never holds work. An idle worker blocks on the bell, never on a list of jobs, so a
        lost reply loses no job.
 
-The file follows a job's life up to the end of upkeep. Reading, shards, handlers and input checks
-come after it. `grep '# [A-Z].* ---' tinyqueue.py` prints the table of contents.
+Errors, keys, the job and transactions come first. Then the verbs follow the life of a job, up to
+upkeep. Reading, shards, handlers, input checks and JSON come last.
+`grep '# [A-Z].* ---' tinyqueue.py` prints the table of contents.
 """
 
 from __future__ import annotations
@@ -160,7 +164,7 @@ class SettingsError(TinyQueueError):
 
 
 class InvalidJob(TinyQueueError):
-    """The job was refused and nothing was stored.
+    """A field of a job, or another argument such as a cursor, is invalid. Nothing was changed.
 
     `field` is the wrong field as JSON clients know it, and `rule` says what it must be. `path` is
     the place inside the payload (``$.to``), or empty.
@@ -224,7 +228,7 @@ class Unavailable(TinyQueueError):
     """
 
     def __init__(self, reason: str, detail: str, doubtful: bool = False) -> None:
-        super().__init__(f"Redis is {reason}: {detail}")
+        super().__init__(f"Redis is unavailable ({reason}): {detail}")
         self.reason = reason
         self.doubtful = doubtful
 
@@ -262,8 +266,10 @@ MAX_ATTEMPTS = 100
 MAX_DELAY = 366 * 86400  # seconds
 MAX_DEPTH = 100  # levels of arrays and objects in a payload: few enough for every JSON parser
 MAX_RESULT = 262144  # bytes of a result's JSON
-SUSPICIOUS = 2  # times that a job was lost with its worker beside others, after which it runs alone
-MAX_REFUNDS = 10  # times that release refunds an attempt: a job that survives no deploy must end
+SUSPICIOUS = 2  # after this many lost workers that ran a job along with others, the job runs alone
+# Attempts that release refunds. Without a limit, a job longer than every shutdown timeout would
+# never end.
+MAX_REFUNDS = 10
 KEY_LENGTH = 200  # characters of a uniqueKey
 SCANNED = 1000  # jobs that one page of a listing or one bulk change looks at
 PAGE_BYTES = 32 << 20  # of the records that it looks at
@@ -435,7 +441,7 @@ class Job(msgspec.Struct, rename="camel", omit_defaults=True, dict=True):
 
 
 class Attempt(msgspec.Struct, rename="camel"):
-    """The part of a record that tells one attempt from all others. It is cheap to decode."""
+    """The part of a record that identifies an attempt. It is cheap to decode."""
 
     status: str = "pending"
     worker: str = ""
@@ -601,9 +607,11 @@ class Transaction:
         self._watch = [self._keys.mark]
 
     def execute(self, writes: Sequence[Command]) -> tuple[list[Any] | None, int]:
-        """Apply writes. Return the replies, or None if a watched key changed, and replicas reached.
+        """Apply writes and wait for replicas.
 
-        If WAIT is refused, none is reached: the writes are applied, but nothing proves more.
+        Return the replies (None if a watched key changed) and the number of replicas reached. If
+        Redis refuses WAIT, that number is 0: the writes are applied, but no replica is known to
+        have them.
         """
         if self._watch:
             ask(self._connection, [("WATCH", *self._watch)])
@@ -635,13 +643,13 @@ class Transaction:
     def count(self, field: str, by: int = 1) -> None:
         self._counts[field] += by
 
-    def started(self, job: Job, waited: int) -> None:
+    def count_start(self, job: Job, waited: int) -> None:
         """Count a start, in this minute and in the metrics. `waited` is in milliseconds."""
         self._minute["started"] += 1
         self._minute["waitedMs"] += waited
         self.measure("waited", job, waited)
 
-    def ended(self, job: Job) -> None:
+    def count_end(self, job: Job) -> None:
         """Count an end, in the totals, in this minute and in the metrics."""
         self._counts[job.status] += 1
         self._minute[job.status] += 1
@@ -678,6 +686,10 @@ class Store:
         self._series_known = False  # whether these were read and no others have been met since
 
     def read(self, *commands: Command) -> list[Any]:
+        """Send commands and return their replies. Despite its name it may write.
+
+        Each command is carried out by itself, unless they include MULTI and EXEC.
+        """
         return self.transact((), lambda tx: tx.read(*commands), counts=False)
 
     def now(self) -> int:
@@ -686,6 +698,8 @@ class Store:
             self.read()
         return self.clock.now()
 
+    # The transaction loop. Skip it on a first reading: a body reads, then writes; it is repeated
+    # until no watched key has changed.
     def transact(
         self, watch: Sequence[str], body: Callable[[Transaction], R], again: bool = False, counts: bool = True
     ) -> R:
@@ -712,7 +726,8 @@ class Store:
                         tx.unwatch()
                         return result
                     if late and writes and (tx.marked or not watch):
-                        raise Unavailable("timeout", "no reply, and nothing was written so far", doubtful=True)
+                        detail = "no reply to the write; it was not applied when checked, but may still be"
+                        raise Unavailable("timeout", detail, doubtful=True)
                     sent = True
                     done = self._execute(connection, tx, writes, result)
             except Unavailable as trouble:
@@ -854,7 +869,10 @@ class Outcome(NamedTuple):
 
 
 class Verbs(ABC):
-    """The verbs that are made of other verbs, for `Queue` and `Shards`. `parts` are the shards."""
+    """The verbs that Queue and Shards share, because they only call other verbs.
+
+    `parts` are the shards, or the queue itself.
+    """
 
     parts: list[Queue]
 
@@ -953,9 +971,10 @@ class Verbs(ABC):
             raise Reaped(f"job {outcome.job.id} is no longer with worker {outcome.job.worker}")
 
     def change_many(self, verb: Literal["cancel", "retry"], filter: Filter, cursor: str = "") -> dict[str, Any]:
-        """Cancel or retry the matching jobs among up to 1,000. Go on at the `cursor` returned.
+        """Look at up to 1,000 jobs and cancel or retry those that match.
 
-        Each job is changed by itself. Those whose status changed meanwhile are counted as skipped.
+        Continue with the returned cursor. Each job is changed in its own transaction. Those whose
+        status changed meanwhile are counted as skipped.
         """
         jobs, cursor = self.page(filter, limit=SCANNED, cursor=cursor, cut=0)
         change = self.cancel if verb == "cancel" else self.retry
@@ -966,7 +985,10 @@ class Verbs(ABC):
         return {"cancelled" if verb == "cancel" else "retried": done, "skipped": len(jobs) - done, "cursor": cursor}
 
     def purge(self, filter: Filter, cursor: str = "") -> dict[str, Any]:
-        """Delete the matching ended jobs among up to 1,000. Go on at the `cursor` returned."""
+        """Look at up to 1,000 ended jobs and delete those that match.
+
+        Continue with the returned cursor.
+        """
         if filter.status not in ENDED:
             raise InvalidJob("status", f"must be one of {', '.join(ENDED)}: other jobs have not ended")
         jobs, cursor = self.page(filter, limit=SCANNED, cursor=cursor, cut=0)
@@ -974,7 +996,10 @@ class Verbs(ABC):
 
 
 class Queue(Verbs):
-    """A queue in one namespace. Threads may share it, and forked processes if it was unused."""
+    """A queue in one namespace.
+
+    Threads may share it. Forked processes may too, if it was not used before the fork.
+    """
 
     def __init__(
         self,
@@ -1097,7 +1122,10 @@ class Queue(Verbs):
         return [drafts.get(job.id, job) for job in found]
 
     def _without_duplicates(self, tx: Transaction, jobs: Sequence[Job]) -> list[Job]:
-        """Replace jobs whose uniqueKey is taken by its holder, and take the keys for the others."""
+        """Replace each job whose uniqueKey is taken with the job that holds the key.
+
+        The other jobs take their keys.
+        """
         keys = list(dict.fromkeys(job.unique_key for job in jobs if job.unique_key))
         ids = map(text_of, (id or b"" for id in tx.read(("MGET", *map(self.keys.unique, keys)))[0]))
         named = {key: id for key, id in zip(keys, ids, strict=True) if ID.fullmatch(id)}
@@ -1227,10 +1255,10 @@ class Queue(Verbs):
         `held` has the jobs that this worker has started and not settled. A job that is processing
         under this worker's name in an attempt that is not held was started by a transaction whose
         reply was lost, and is returned too. A suspect starts only alone, while nothing is held.
-        Otherwise it is returned pending and stays in the worker's list. After a lost reply no id is
-        started or dropped: that may have been done. Pending jobs are returned as they are, and
-        `adopt` finds what is still in the list. `others` counts the ids started at the same time in
-        other shards. Raises Reaped if the worker is not registered.
+        Otherwise it is returned pending and stays in the worker's list. After a lost reply, start
+        neither starts nor drops an id, because it may have done so already. It returns pending jobs
+        as they are, and `adopt` finds those that are still in the list. `others` counts the ids
+        started at the same time in other shards. Raises Reaped if the worker is not registered.
         """
         texts = list(map(text_of, ids))
         named = list(dict.fromkeys(id for id in texts if ID.fullmatch(id)))
@@ -1286,7 +1314,7 @@ class Queue(Verbs):
         return _runs(job, worker) and reply_lost
 
     def _begin(self, tx: Transaction, job: Job, worker: str) -> Job:
-        tx.started(job, _waited(job, tx.now))
+        tx.count_start(job, _waited(job, tx.now))
         job.status = "processing"
         job.worker = worker
         job.attempts += 1
@@ -1368,11 +1396,10 @@ class Queue(Verbs):
     def _write_outcome(self, tx: Transaction, outcome: Outcome, cancel_requested: bool) -> None:
         job = msgspec.structs.replace(outcome.job, updated_at=max(tx.now, outcome.job.started_at))
         job.error = outcome.error or job.error
-        tx.count("processing:" + job.queue, -1)
         if outcome.verb == "release":
-            tx.measure("released", job)
+            self._stop_attempt(tx, job, "released")
         else:
-            tx.measure("ran", job, max(0, tx.now - job.started_at))
+            self._stop_attempt(tx, job, "ran", max(0, tx.now - job.started_at))
         if outcome.verb == "complete":
             job.result = outcome.result
             job.error = None
@@ -1393,6 +1420,32 @@ class Queue(Verbs):
         else:
             self._end(tx, job, "failed")
 
+    def write_progress(self, job: Job) -> None:
+        """Write the progress of a running job. Raises Reaped if the worker has lost the job.
+
+        Watches the registration and the record. Only WRITERS threads at a time write, so that a
+        worker does not need a connection for each slot.
+        """
+        key = self.keys.job(job.id)
+
+        def body(tx: Transaction) -> None:
+            [[record]] = self._read_fenced(tx, job.worker, [key])
+            attempt = self._same_attempt(job, record)
+            if attempt is None:
+                raise Reaped(f"job {job.id} is no longer with worker {job.worker}")
+            job.cancel_requested = attempt.cancel_requested
+            tx.write("SET", key, _record(msgspec.structs.replace(job, updated_at=max(tx.now, job.started_at))))
+
+        with self._writers:
+            self.store.transact([self.keys.worker(job.worker), key], body)
+
+    # The end of a job -------------------------------------------------------------------------------------------------
+
+    def _stop_attempt(self, tx: Transaction, job: Job, event: str, ms: int = -1) -> None:
+        """Count that a job no longer runs. The counterpart of `_begin`."""
+        tx.count("processing:" + job.queue, -1)
+        tx.measure(event, job, ms)
+
     def _end(self, tx: Transaction, job: Job, status: Literal["completed", "failed", "cancelled"]) -> None:
         """Write the final state of a job: the record, which now expires, and its index entry."""
         job.status = status
@@ -1400,7 +1453,7 @@ class Queue(Verbs):
         job.ended_at = job.updated_at = max(tx.now, job.updated_at)
         tx.write("SET", self.keys.job(job.id), _record(job), "PX", self.keep_ms[status])
         tx.gather("ZADD", self.keys.ended[status], job.ended_at, job.id)
-        tx.ended(job)
+        tx.count_end(job)
         if job.unique_key:
             tx.write("DEL", self.keys.unique(job.unique_key))
         if tx.awaited is None:
@@ -1436,25 +1489,6 @@ class Queue(Verbs):
             self._requeue(tx, job, push="RPUSH")
         else:
             self._end(tx, job, "failed")
-
-    def write_progress(self, job: Job) -> None:
-        """Write the progress of a running job. Raises Reaped if the worker has lost the job.
-
-        Watches the registration and the record. Only WRITERS threads at a time write, so that a
-        worker does not need a connection for each slot.
-        """
-        key = self.keys.job(job.id)
-
-        def body(tx: Transaction) -> None:
-            [[record]] = self._read_fenced(tx, job.worker, [key])
-            attempt = self._same_attempt(job, record)
-            if attempt is None:
-                raise Reaped(f"job {job.id} is no longer with worker {job.worker}")
-            job.cancel_requested = attempt.cancel_requested
-            tx.write("SET", key, _record(msgspec.structs.replace(job, updated_at=max(tx.now, job.started_at))))
-
-        with self._writers:
-            self.store.transact([self.keys.worker(job.worker), key], body)
 
     # Cancel and retry -------------------------------------------------------------------------------------------------
 
@@ -1528,11 +1562,14 @@ class Queue(Verbs):
     # Pause and resume -------------------------------------------------------------------------------------------------
 
     def pause(self, name: str) -> None:
-        """Stop starting jobs of a queue within PAUSE_AGE. Running jobs and submits go on."""
+        """Pause a queue. Workers start none of its jobs after at most PAUSE_AGE seconds.
+
+        Running jobs and submits continue.
+        """
         self.store.read(("SADD", self.keys.paused, check_name("queue", name)))
 
     def resume(self, name: str) -> None:
-        """Start jobs of a paused queue again."""
+        """Resume a paused queue. Workers start its jobs."""
 
         def body(tx: Transaction) -> None:
             tx.write("SREM", self.keys.paused, check_name("queue", name))
@@ -1621,9 +1658,9 @@ class Queue(Verbs):
         return list(self._lost)
 
     def reap(self, worker: str, others: int = 0) -> int:
-        """Remove a lost worker and requeue its jobs. Return how many; 0 if it lives.
+        """Remove a lost worker and requeue or end its jobs. Return how many; 0 if it is alive.
 
-        It lives if its lease exists, unless `lost_workers` has seen that very lease for too long.
+        It is alive if its lease exists, unless `lost_workers` has seen that very lease too long.
 
         processing -> pending, or failed if no attempt is left. Watches the registration, the lease,
         the list and the records: a worker that wakes up may be taking or starting jobs right now,
@@ -1648,8 +1685,7 @@ class Queue(Verbs):
                 if job.status == "pending":
                     tx.push("RPUSH", job)
                 elif _runs(job, worker):
-                    tx.measure("reaped", job)
-                    tx.count("processing:" + job.queue, -1)
+                    self._stop_attempt(tx, job, "reaped")
                     self._requeue_or_fail(tx, job, "worker lost", beside)
                 else:
                     self._set_aside(tx, job)
@@ -1793,9 +1829,10 @@ class Queue(Verbs):
         return _job(id, record) if record is not None else None
 
     def waiting(self, names: Sequence[str], due: bool = False) -> int:
-        """Count the ids to take in queues that are not paused. Cheap, but some may be dropped then.
+        """Count the entries in the lists of queues that are not paused.
 
-        `due` adds the delayed jobs whose time has come. They are about to be promoted.
+        This is fast, but some entries may be dropped when they are taken. `due` adds the delayed
+        jobs whose time has come. They are about to be promoted.
         """
         lists = [("LLEN", self.keys.jobs(name)) for name in self._not_paused(names)]
         delayed = [("ZCOUNT", self.keys.delayed, "-inf", self.now())] if due else []
@@ -2461,7 +2498,10 @@ class Shards(Verbs):
         return dict(sorted(found.items()))
 
     def stats(self, minutes: int = 0) -> dict[str, Any]:
-        """Like Queue.stats, added up. Each worker is in every shard, so takes the highest count."""
+        """Like Queue.stats, added up.
+
+        A worker registers in every shard that answers, so `workers` is the highest count of any.
+        """
         each = [shard.stats(minutes) for shard in self.parts]
         history: dict[int, Any] = {}
         for minute in itertools.chain(*(stats.pop("history", ()) for stats in each)):
@@ -2519,7 +2559,10 @@ def _results(replies: Sequence[T | TinyQueueError], must: bool) -> list[T]:
 
 
 def _added(one: Any, other: Any) -> Any:
-    """Add up the reports of two shards. Of ages, take the higher; paused is what either paused."""
+    """Add up the reports of two shards.
+
+    Takes the higher of two ages. A queue is paused if either shard reports it paused.
+    """
     if not isinstance(one, dict):
         return one or other if isinstance(one, bool) else one + other
     both = {

@@ -493,7 +493,7 @@ def test_notice_does_not_move_the_page_and_closes_by_itself(open: Open, near: Qu
     button = page.get_by_role("button", name="queue reports")
     before = button.bounding_box()
     button.click()
-    shows(page, "Queue reports paused. It accepts jobs but does not start them.")
+    shows(page, "Queue reports paused. It still accepts jobs, but workers start none of them.")
     playwright.expect(button).to_have_text("Resume")
     assert button.bounding_box()["y"] == before["y"]
     page.clock.run_for(6500)
@@ -802,16 +802,16 @@ def test_redis_outage_is_shown_and_the_page_recovers_when_redis_is_back(
     shows(page, "No jobs yet")
     server.stop()
     page.clock.run_for(2500)
-    shows(page, "Redis is unreachable", "Showing data from")
+    shows(page, "Redis is unavailable (unreachable)", "Showing data from")
     server.start()
     page.clock.run_for(6000)
-    lacks(page, "#banner >> text=Redis is unreachable")
+    lacks(page, "#banner >> text=Redis is unavailable (unreachable)")
 
 
 def test_page_opens_during_a_redis_outage(open: Open, start_redis: Callable[..., RedisServer]) -> None:
     server = start_redis()
     server.stop()
-    shows(open(queue=Queue.from_url(server.url)), "Redis is unreachable")
+    shows(open(queue=Queue.from_url(server.url)), "Redis is unavailable (unreachable)")
 
 
 def test_rate_limit_is_shown(open: Open, near: Queue) -> None:

@@ -188,7 +188,7 @@ def test_doctor_warns_when_no_worker_is_alive(queue: Queue) -> None:
 def test_doctor_warns_of_a_paused_queue(queue: Queue) -> None:
     queue.pause("mail")
     found = findings(queue)["queue"]
-    assert (found.level, found.seen, found.advice) == ("warn", "mail is paused", "POST /queues/mail/resume")
+    assert (found.level, found.seen, found.advice) == ("warn", "mail is paused", "tinyqueue resume mail")
 
 
 def test_doctor_warns_of_a_queue_without_a_worker(queue: Queue) -> None:

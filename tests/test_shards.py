@@ -542,7 +542,7 @@ def test_warnings_name_a_shard_that_is_away(servers: list[RedisServer], apart: C
     ready = Client(API(Settings(), queue)).get("/ready").json
     assert ready["status"] == "ok"
     [text] = ready["warnings"]
-    assert text.startswith("shard queue.1: Redis is unreachable")
+    assert text.startswith("shard queue.1: Redis is unavailable (unreachable)")
 
 
 @pytest.mark.usefixtures("no_handlers")
