@@ -75,8 +75,7 @@ Keys. All share one hash tag, the namespace, and so one slot of a cluster.
                                       completed, failed and cancelled ever
     {queue}:promoter          string  a lock that saves two promoters the same work. Expires
     {queue}:repairer          string  a lock that saves workers the same repair. Expires
-    {queue}:mark              string  a write that only WAIT needs, or that makes a late EXEC fail.
-                                      Expires after a second
+    {queue}:mark              string  a write that only WAIT needs. Expires after a second
     {queue}:metrics           hash    events so far: <event>:<type>:<queue>, times with :<bucket>
     {queue}:series            set     up to 1,000 <type>:<queue> of metrics; others: other:other
 
@@ -547,18 +546,15 @@ Push = Literal["LPUSH", "RPUSH"]  # behind all other jobs of a queue, or before 
 class Transaction:
     """One try of a transition. WATCH and reads take one round trip, MULTI, writes and EXEC another.
 
-    `gather`, `ring` and `count` merge what many jobs do to one key into one command. One that has
-    nothing else to watch may watch the mark, so that `void` can make a late EXEC fail. Its
-    connection watches the mark again right after EXEC, which saves the next one a round trip.
+    `gather`, `ring` and `count` merge what many jobs do to one key into one command.
     """
 
     def __init__(self, connection: Any, keys: Keys, clock: Clock, watch: Sequence[str], again: bool) -> None:
         self._connection = connection
         self._keys = keys
         self._clock = clock
-        self.marked = len(watch) == 1 and watch[0] == keys.mark
-        self._watch = () if self.marked and self._armed else watch  # what is not watched so far
-        self._watches = bool(watch) and not self.marked
+        self._watch = watch
+        self._watches = bool(watch)
         self.now = clock.now()
         self.again = again  # an earlier try lost the reply to EXEC, and may have been applied
         self.replicas = 0  # how many must receive the writes
@@ -570,24 +566,10 @@ class Transaction:
         self._counts: Counter[str] = Counter()
         self._minute: Counter[str] = Counter()
 
-    @property
-    def _armed(self) -> bool:
-        """Whether the connection watches the mark. A connection that was reopened does not."""
-        socket = self._connection.__dict__.get("_sock")
-        return socket is not None and self._connection.__dict__.get("armed") is socket
-
-    def _arm(self, armed: bool) -> None:
-        self._connection.armed = self._connection.__dict__.get("_sock") if armed else None
-
     def read(self, *commands: Command) -> list[Any]:
         """Send commands and return their replies. The first call also sends WATCH."""
         ahead: list[Command] = [("WATCH", *self._watch)] if self._watch else []
         self._watch = ()
-        if ahead and self.marked:
-            self._arm(True)
-        elif commands[:1] == (("MULTI",),) and self._armed:  # a changed mark must not undo it
-            ahead = [("UNWATCH",)]
-            self._arm(False)
         if not self._clock.stale:
             return ask(self._connection, [*ahead, *commands])[len(ahead) :]
         # TIME comes last, because one of the commands may block.
@@ -599,12 +581,6 @@ class Transaction:
     def unwatch(self) -> None:
         if self._watches:
             ask(self._connection, [("UNWATCH",)])
-            self._arm(False)
-
-    def void(self) -> None:
-        """Make every EXEC fail that a lost connection may still deliver, if it watched the mark."""
-        ask(self._connection, [("SET", self._keys.mark, "", "PX", 1000), ("UNWATCH",)])
-        self._watch = [self._keys.mark]
 
     def execute(self, writes: Sequence[Command]) -> tuple[list[Any] | None, int]:
         """Apply writes and wait for replicas.
@@ -613,16 +589,10 @@ class Transaction:
         Redis refuses WAIT, that number is 0: the writes are applied, but no replica is known to
         have them.
         """
-        if self._watch:
-            ask(self._connection, [("WATCH", *self._watch)])
         waits = [("WAIT", self.replicas, CATCH_UP)] if self.replicas else []
-        marks = [("WATCH", self._keys.mark)] if self.marked else []
-        send(self._connection, [("MULTI",), *writes, ("EXEC",), *waits, *marks])
+        send(self._connection, [("MULTI",), *writes, ("EXEC",), *waits])
         *_, done = [self._connection.read_response() for _ in range(len(writes) + 2)]
         reached = read_reply(self._connection) if waits else 0
-        if marks:
-            self._connection.read_response()
-        self._arm(self.marked)
         return done, reached if isinstance(reached, int) else 0
 
     def write(self, *command: Any) -> None:
@@ -708,8 +678,7 @@ class Store:
         A body that writes nothing ends the loop. When the reply to EXEC is lost, the body is called
         again with `tx.again` set. It must check whether its writes were applied, and must not
         repeat them if so. After a time-out the first EXEC may still arrive. Only a watch makes a
-        second EXEC safe then, so without a watch this raises Unavailable. So it does with a watch
-        of the mark alone, which makes an EXEC fail that a lost connection delivers late.
+        second EXEC safe then, so without a watch this raises Unavailable.
         """
         if counts and not self._series_known:
             self._learn_series()
@@ -719,13 +688,11 @@ class Store:
             try:
                 with self.lend() as connection:
                     tx = Transaction(connection, self.keys, self.clock, watch, again)
-                    if again and tx.marked and not late:
-                        tx.void()
                     result, writes = self._run(tx, body)
                     if not writes and not tx.replicas:
                         tx.unwatch()
                         return result
-                    if late and writes and (tx.marked or not watch):
+                    if late and writes and not watch:
                         detail = "no reply to the write; it was not applied when checked, but may still be"
                         raise Unavailable("timeout", detail, doubtful=True)
                     sent = True
@@ -1069,11 +1036,12 @@ class Queue(Verbs):
 
         nothing -> pending. In place of a job whose uniqueKey is taken, returns the job that has it.
         With `once`, a second submit under the same key returns the jobs of the first. Watches the
-        keys of `once` and of uniqueKeys, or else the mark. After a lost reply, the ids or `once`
-        show whether all is stored, and a first EXEC that arrives late fails. Raises InvalidJob for
-        more than MAX_JOBS, KeyReused, QueueFull, Unavailable if Redis' memory is nearly used up,
-        and NotReplicated if the jobs are stored but fewer than `min_replicas` replicas have them
-        within a second. `elsewhere` counts the pending jobs of each queue in other shards.
+        keys of `once` and of uniqueKeys; ids are new and need no watch. After a lost reply, the ids
+        or `once` show whether all is stored. If the first EXEC arrives late all the same, the jobs
+        are safe, but counted twice until a worker repairs the counts. Raises InvalidJob for more
+        than MAX_JOBS, KeyReused, QueueFull, Unavailable if Redis' memory is nearly used up, and
+        NotReplicated if the jobs are stored but fewer than `min_replicas` replicas have them within
+        a second. `elsewhere` counts the pending jobs of each queue in other shards.
         """
         if len(jobs) > MAX_JOBS:
             raise InvalidJob("jobs", f"must be at most {MAX_JOBS} at a time")
@@ -1104,8 +1072,7 @@ class Queue(Verbs):
                 tx.write("SET", self.keys.once(once.key), made, "PX", self.keep_once_ms)
             return accepted
 
-        watch = [*([self.keys.once(once.key)] if once else []), *unique]
-        return self.store.transact(watch or [self.keys.mark], body)
+        return self.store.transact([*([self.keys.once(once.key)] if once else []), *unique], body)
 
     def _replay(self, tx: Transaction, jobs: Sequence[Job], once: Once, stored: bytes) -> list[Job]:
         """Return the jobs of the first submit as they are now, or as submitted if deleted since."""
