@@ -61,7 +61,8 @@ Keys. All share one hash tag, the namespace, and so one slot of a cluster.
     {queue}:workers           set     every worker that may hold a job
     {queue}:worker:<worker>   string  its registration: the fence. Never expires
     {queue}:lease:<worker>    string  its last heartbeat and the ids that it runs. Expires
-    {queue}:once:<key>        string  an Idempotency-Key: request fingerprint and job ids. Expires
+    {queue}:once:<key>        string  an Idempotency-Key: request fingerprint and job ids. Expires.
+                                      Without ids: another shard has them
     {queue}:unique:<key>      string  id of the pending or processing job with this uniqueKey
     {queue}:paused            set     names of the paused queues
     {queue}:minute:<n>        hash    started, waitedMs, completed, failed, cancelled in minute n
@@ -74,8 +75,7 @@ Keys. All share one hash tag, the namespace, and so one slot of a cluster.
                                       completed, failed and cancelled ever
     {queue}:promoter          string  a lock that saves two promoters the same work. Expires
     {queue}:repairer          string  a lock that saves workers the same repair. Expires
-    {queue}:mark              string  a write that only WAIT needs, or that makes a late EXEC fail.
-                                      Expires after a second
+    {queue}:mark              string  a write that only WAIT needs. Expires after a second
     {queue}:metrics           hash    events so far: <event>:<type>:<queue>, times with :<bucket>
     {queue}:series            set     up to 1,000 <type>:<queue> of metrics; others: other:other
 
@@ -546,18 +546,15 @@ Push = Literal["LPUSH", "RPUSH"]  # behind all other jobs of a queue, or before 
 class Transaction:
     """One try of a transition. WATCH and reads take one round trip, MULTI, writes and EXEC another.
 
-    `gather`, `ring` and `count` merge what many jobs do to one key into one command. One that has
-    nothing else to watch may watch the mark, so that `void` can make a late EXEC fail. Its
-    connection watches the mark again right after EXEC, which saves the next one a round trip.
+    `gather`, `ring` and `count` merge what many jobs do to one key into one command.
     """
 
     def __init__(self, connection: Any, keys: Keys, clock: Clock, watch: Sequence[str], again: bool) -> None:
         self._connection = connection
         self._keys = keys
         self._clock = clock
-        self.marked = len(watch) == 1 and watch[0] == keys.mark
-        self._watch = () if self.marked and self._armed else watch  # what is not watched so far
-        self._watches = bool(watch) and not self.marked
+        self._watch = watch
+        self._watches = bool(watch)
         self.now = clock.now()
         self.again = again  # an earlier try lost the reply to EXEC, and may have been applied
         self.replicas = 0  # how many must receive the writes
@@ -569,24 +566,10 @@ class Transaction:
         self._counts: Counter[str] = Counter()
         self._minute: Counter[str] = Counter()
 
-    @property
-    def _armed(self) -> bool:
-        """Whether the connection watches the mark. A connection that was reopened does not."""
-        socket = self._connection.__dict__.get("_sock")
-        return socket is not None and self._connection.__dict__.get("armed") is socket
-
-    def _arm(self, armed: bool) -> None:
-        self._connection.armed = self._connection.__dict__.get("_sock") if armed else None
-
     def read(self, *commands: Command) -> list[Any]:
         """Send commands and return their replies. The first call also sends WATCH."""
         ahead: list[Command] = [("WATCH", *self._watch)] if self._watch else []
         self._watch = ()
-        if ahead and self.marked:
-            self._arm(True)
-        elif commands[:1] == (("MULTI",),) and self._armed:  # a changed mark must not undo it
-            ahead = [("UNWATCH",)]
-            self._arm(False)
         if not self._clock.stale:
             return ask(self._connection, [*ahead, *commands])[len(ahead) :]
         # TIME comes last, because one of the commands may block.
@@ -598,12 +581,6 @@ class Transaction:
     def unwatch(self) -> None:
         if self._watches:
             ask(self._connection, [("UNWATCH",)])
-            self._arm(False)
-
-    def void(self) -> None:
-        """Make every EXEC fail that a lost connection may still deliver, if it watched the mark."""
-        ask(self._connection, [("SET", self._keys.mark, "", "PX", 1000), ("UNWATCH",)])
-        self._watch = [self._keys.mark]
 
     def execute(self, writes: Sequence[Command]) -> tuple[list[Any] | None, int]:
         """Apply writes and wait for replicas.
@@ -612,16 +589,10 @@ class Transaction:
         Redis refuses WAIT, that number is 0: the writes are applied, but no replica is known to
         have them.
         """
-        if self._watch:
-            ask(self._connection, [("WATCH", *self._watch)])
         waits = [("WAIT", self.replicas, CATCH_UP)] if self.replicas else []
-        marks = [("WATCH", self._keys.mark)] if self.marked else []
-        send(self._connection, [("MULTI",), *writes, ("EXEC",), *waits, *marks])
+        send(self._connection, [("MULTI",), *writes, ("EXEC",), *waits])
         *_, done = [self._connection.read_response() for _ in range(len(writes) + 2)]
         reached = read_reply(self._connection) if waits else 0
-        if marks:
-            self._connection.read_response()
-        self._arm(self.marked)
         return done, reached if isinstance(reached, int) else 0
 
     def write(self, *command: Any) -> None:
@@ -707,8 +678,7 @@ class Store:
         A body that writes nothing ends the loop. When the reply to EXEC is lost, the body is called
         again with `tx.again` set. It must check whether its writes were applied, and must not
         repeat them if so. After a time-out the first EXEC may still arrive. Only a watch makes a
-        second EXEC safe then, so without a watch this raises Unavailable. So it does with a watch
-        of the mark alone, which makes an EXEC fail that a lost connection delivers late.
+        second EXEC safe then, so without a watch this raises Unavailable.
         """
         if counts and not self._series_known:
             self._learn_series()
@@ -718,13 +688,11 @@ class Store:
             try:
                 with self.lend() as connection:
                     tx = Transaction(connection, self.keys, self.clock, watch, again)
-                    if again and tx.marked and not late:
-                        tx.void()
                     result, writes = self._run(tx, body)
                     if not writes and not tx.replicas:
                         tx.unwatch()
                         return result
-                    if late and writes and (tx.marked or not watch):
+                    if late and writes and not watch:
                         detail = "no reply to the write; it was not applied when checked, but may still be"
                         raise Unavailable("timeout", detail, doubtful=True)
                     sent = True
@@ -815,6 +783,7 @@ def _checked(replies: list[Any]) -> list[Any]:
     if errors := [reply for reply in replies if isinstance(reply, Exception)]:
         error = _translated(errors[0])
         if isinstance(error, Corrupted):
+            error = Corrupted(f"{error}; everything else of this transaction was applied")
             error.applied = True
         raise error
     return replies
@@ -844,6 +813,16 @@ class Made(msgspec.Struct):
 
     fingerprint: str
     ids: list[str]
+
+
+KEY_REUSED = "this Idempotency-Key was used for another request"
+
+
+def _made(stored: bytes) -> Made:
+    try:
+        return msgspec.json.decode(stored, type=Made)
+    except msgspec.DecodeError as error:
+        raise Corrupted(f"the record of an Idempotency-Key cannot be read: {error}") from None
 
 
 class Outcome(NamedTuple):
@@ -1050,16 +1029,19 @@ class Queue(Verbs):
 
     # Enqueue ----------------------------------------------------------------------------------------------------------
 
-    def submit(self, jobs: Sequence[Job], once: Once | None = None) -> list[Job]:
+    def submit(
+        self, jobs: Sequence[Job], once: Once | None = None, elsewhere: Mapping[str, int] | None = None
+    ) -> list[Job]:
         """Store drafted jobs, all or none, and return them.
 
         nothing -> pending. In place of a job whose uniqueKey is taken, returns the job that has it.
         With `once`, a second submit under the same key returns the jobs of the first. Watches the
-        keys of `once` and of uniqueKeys, or else the mark. After a lost reply, the ids or `once`
-        show whether all is stored, and a first EXEC that arrives late fails. Raises InvalidJob for
-        more than MAX_JOBS, KeyReused, QueueFull, Unavailable if Redis' memory is nearly used up,
-        and NotReplicated if the jobs are stored but fewer than `min_replicas` replicas have them
-        within a second.
+        keys of `once` and of uniqueKeys; ids are new and need no watch. After a lost reply, the ids
+        or `once` show whether all is stored. If the first EXEC arrives late all the same, the jobs
+        are safe, but counted twice until a worker repairs the counts. Raises InvalidJob for more
+        than MAX_JOBS, KeyReused, QueueFull, Unavailable if Redis' memory is nearly used up, and
+        NotReplicated if the jobs are stored but fewer than `min_replicas` replicas have them within
+        a second. `elsewhere` counts the pending jobs of each queue in other shards.
         """
         if len(jobs) > MAX_JOBS:
             raise InvalidJob("jobs", f"must be at most {MAX_JOBS} at a time")
@@ -1079,8 +1061,7 @@ class Queue(Verbs):
             accepted = self._without_duplicates(tx, jobs) if unique else list(jobs)
             new = list({job.id: job for job in accepted if job.id in ids}.values())
             if new:
-                if self.max_pending or not self._known.issuperset([job.queue for job in new]):
-                    self._check_room(tx, Counter(job.queue for job in new))
+                self._check_room(tx, Counter(job.queue for job in new), elsewhere or {})
                 # NX, because an EXEC that arrives late must not reset a job that ran meanwhile.
                 tx.write("MSETNX", *(part for job in new for part in (self.keys.job(job.id), _record(job))))
             for job in new:
@@ -1091,17 +1072,13 @@ class Queue(Verbs):
                 tx.write("SET", self.keys.once(once.key), made, "PX", self.keep_once_ms)
             return accepted
 
-        watch = [*([self.keys.once(once.key)] if once else []), *unique]
-        return self.store.transact(watch or [self.keys.mark], body)
+        return self.store.transact([*([self.keys.once(once.key)] if once else []), *unique], body)
 
     def _replay(self, tx: Transaction, jobs: Sequence[Job], once: Once, stored: bytes) -> list[Job]:
         """Return the jobs of the first submit as they are now, or as submitted if deleted since."""
-        try:
-            made = msgspec.json.decode(stored, type=Made)
-        except msgspec.DecodeError as error:
-            raise Corrupted(f"the record of an Idempotency-Key cannot be read: {error}") from None
+        made = _made(stored)
         if made.fingerprint != once.fingerprint or len(made.ids) != len(jobs):
-            raise KeyReused("this Idempotency-Key was used for another request")
+            raise KeyReused(KEY_REUSED)
         drafts = {job.id: job for job in jobs}
         once.replayed = not drafts.keys() & made.ids  # else this submit made them, but got no reply
         records = tx.read(("MGET", *map(self.keys.job, made.ids)))[0] if jobs else []
@@ -1131,11 +1108,33 @@ class Queue(Verbs):
             tx.write("SET", self.keys.unique(key), job.id)
         return accepted
 
-    def _check_room(self, tx: Transaction, wanted: Mapping[str, int]) -> None:
+    def claim(self, once: Once) -> None:
+        """Take an Idempotency-Key for a submit that goes to another shard. Raises KeyReused.
+
+        Nothing -> once, without job ids. Watches the key. The other shard has the record with the
+        ids. The key stays taken if that submit fails. The same request may then be sent again.
+        """
+        key = self.keys.once(once.key)
+
+        def body(tx: Transaction) -> None:
+            if not (stored := tx.read(("GET", key))[0]):
+                tx.write("SET", key, _encode(Made(once.fingerprint, [])), "PX", self.keep_once_ms)
+            elif _made(stored).fingerprint != once.fingerprint:
+                raise KeyReused(KEY_REUSED)
+
+        self.store.transact([key], body)
+
+    def count_pending(self, names: Sequence[str]) -> dict[str, int]:
+        """Count the pending jobs of some queues."""
+        counts = self.store.read(("HMGET", self.keys.counts, *("pending:" + name for name in names)))[0]
+        return dict(zip(names, map(_read_count, counts), strict=True))
+
+    def _check_room(self, tx: Transaction, wanted: Mapping[str, int], elsewhere: Mapping[str, int]) -> None:
         """Raise QueueFull. Watches nothing: concurrent submits may exceed the limits a little."""
         if self.max_pending:
             counts = tx.read(("HMGET", self.keys.counts, *("pending:" + name for name in wanted)))[0]
-            for (name, more), count in zip(wanted.items(), map(_read_count, counts), strict=True):
+            for (name, more), here in zip(wanted.items(), map(_read_count, counts), strict=True):
+                count = here + elsewhere.get(name, 0)
                 if count + more > self.max_pending:
                     raise QueueFull(f"queue {name} has {count} pending jobs; the limit is {self.max_pending}")
         if wanted.keys() - self._known:
@@ -1317,6 +1316,12 @@ class Queue(Verbs):
         """
         known = Counter(id.encode() for id in held)
         return list((Counter(self.store.read(("LRANGE", self.keys.proc(worker), 0, -1))[0]) - known).elements())
+
+    def discard(self, worker: str, entries: Sequence[bytes]) -> None:
+        """Drop entries of the worker's own list that cannot name a job of this queue."""
+        shown = ", ".join(text_of(entry)[:50] for entry in entries[:3])
+        log.warning("dropped %d entries of a list that name no job of this shard: %s", len(entries), ascii(shown))
+        self.store.read(*(("LREM", self.keys.proc(worker), 1, entry) for entry in entries))
 
     # Settle -----------------------------------------------------------------------------------------------------------
 
@@ -2160,7 +2165,7 @@ class Shards(Verbs):
     The last two digits of a job's id name its shard. All jobs of a submit go into one shard, and
     those of the next into the next shard, so the order is first in, first out only within a shard.
     A submit with a uniqueKey goes to the shard of that key, and one with only an Idempotency-Key to
-    the shard of that.
+    the shard of that. A submit with both takes the Idempotency-Key in its own shard first.
 
     Each shard stands alone. While one does not answer, the others are served, and nobody waits for
     it. A worker has one id in all shards. The heartbeat registers it in those that did not answer
@@ -2237,6 +2242,8 @@ class Shards(Verbs):
             raise InvalidJob("uniqueKey", rule)
         if once and not indexes:
             indexes = {self._index_of(once.key)}
+        elif once and (at := self._index_of(once.key)) not in indexes:
+            self.parts[at].claim(once)
         if indexes:
             return self._submit_to(indexes.pop(), jobs, once)
         first = next(self._turn)
@@ -2252,7 +2259,14 @@ class Shards(Verbs):
     def _submit_to(self, at: int, jobs: Sequence[Job], once: Once | None) -> list[Job]:
         for job in jobs:
             job.id = f"{job.id[:-2]}{at:02x}"
-        return self.parts[at].submit(jobs, once)
+        shard = self.parts[at]
+        elsewhere: Counter[str] = Counter()
+        if shard.max_pending:
+            names = list({job.queue for job in jobs})
+            others = [part for part in self.parts if part is not shard]
+            for counts in map(partial(_try_call, lambda part: part.count_pending(names)), others):
+                elsewhere.update(counts if isinstance(counts, dict) else {})  # what is away counts for nothing
+        return shard.submit(jobs, once, elsewhere)
 
     def register(self, queues: Sequence[str], concurrency: int, worker: str = "") -> str:
         """Like Queue.register, in every shard that answers. The heartbeat adds the others."""
@@ -2314,8 +2328,12 @@ class Shards(Verbs):
         absent = self._absent(worker)
 
         def take(shard: Queue) -> None:
-            if len(taken) < most and shard not in absent:
-                taken.extend(shard.take(worker, names, most - len(taken)))
+            while len(taken) < most and shard not in absent:
+                ids = shard.take(worker, names, most - len(taken))
+                own = self._own(shard, worker, ids)
+                taken.extend(own)
+                if len(own) == len(ids):
+                    break
 
         _try_each(self._from(next(self._turn)), take)
         return taken
@@ -2332,7 +2350,17 @@ class Shards(Verbs):
         return [job for jobs in _try_each(list(parts), start, must=True) for job in jobs]
 
     def adopt(self, worker: str, held: Collection[str]) -> list[bytes]:
-        return [id for ids in _try_each(self.parts, lambda shard: shard.adopt(worker, held)) for id in ids]
+        def adopt(shard: Queue) -> list[bytes]:
+            return self._own(shard, worker, shard.adopt(worker, held))
+
+        return [id for ids in _try_each(self.parts, adopt) for id in ids]
+
+    def _own(self, shard: Queue, worker: str, ids: Sequence[bytes]) -> list[bytes]:
+        """Return the ids of a shard's own jobs. Drop others: `start` would ask another shard."""
+        own = [id for id in ids if ID.fullmatch(text_of(id)) and self.part_of(text_of(id)) is shard]
+        if foreign := [id for id in ids if id not in own]:
+            shard.discard(worker, foreign)
+        return own
 
     def settle(self, worker: str, outcomes: Sequence[Outcome], again: bool = False) -> list[Outcome]:
         """Like Queue.settle, one transaction per shard. Tries all before it raises.

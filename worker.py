@@ -251,7 +251,7 @@ class Worker:
         settlers = [("settler", partial(self._save_outcomes, part)) for part in self.queue.parts]
         taker, *others = (
             threading.Thread(target=self._run_thread, args=(target,), name=name, daemon=True)
-            for name, target in (("taker", self._take_jobs), ("keeper", self._keep), *settlers)
+            for name, target in (("taker", self._take_jobs), *settlers, ("keeper", self._keep))
         )
         for thread in (taker, *others):
             thread.start()
@@ -571,7 +571,8 @@ class Worker:
             for at, (name, duty, interval) in enumerate(duties):
                 if time.monotonic() < due[at]:
                     continue
-                due[at] = time.monotonic() + interval
+                # A heartbeat of a worker that is not registered yet is none.
+                due[at] = time.monotonic() + (interval if self.id or duty != self._heartbeat else 0.0)
                 try:
                     duty()
                 except TinyQueueError as error:

@@ -436,6 +436,21 @@ def test_repair_counts_again_after_the_counts_were_lost(queue: Queue) -> None:
     }
 
 
+def test_repair_counts_a_submit_once_whose_cut_connection_delivered_late(
+    near: Queue, far: Queue, proxy: CutProxy
+) -> None:
+    proxy.hold(b"MSETNX")
+    far.enqueue("echo", 1)
+    proxy.deliver()
+    worker = near.register(["default"], 2)
+    [job] = near.dequeue(worker, ["default"], 2)
+    near.complete(job)
+    assert near.stats()["pending"] == 1
+    assert changes(near) == ["pending:default counted again: it was 1, and is 0"]
+    assert near.stats()["pending"] == 0
+    raw(near).delete(near.keys.metrics)  # which counted the submit twice, too
+
+
 def test_repair_drops_entries_of_ended_jobs_that_were_lost(queue: Queue) -> None:
     job = put(queue, "completed")
     raw(queue).delete(queue.keys.job(job.id))

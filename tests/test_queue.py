@@ -1546,49 +1546,6 @@ def test_enqueue_that_arrives_late_resets_no_job(real: Server, proxy: CutProxy) 
     assert near.dequeue(worker, DEFAULT) == []
 
 
-@pytest.mark.parametrize("before", [0, 1, 2])
-@pytest.mark.parametrize("options", [{}, {"delay": 60}], ids=str)
-def test_enqueue_that_arrives_late_counts_no_job_twice(
-    near: Queue, far: Queue, proxy: CutProxy, before: int, options: dict[str, float]
-) -> None:
-    for at in range(before):
-        far.enqueue("echo", at)
-    proxy.hold(b"EXEC")
-    job = far.enqueue("echo", "late", **options)
-    assert b"\r\n*-1\r\n" in proxy.deliver()[-1], "the late EXEC was applied"
-    assert near.get(job.id) == job
-    assert near.stats()["pending"] == before + 1
-
-
-def test_enqueue_that_arrives_late_on_a_connection_used_otherwise_counts_no_job_twice(
-    near: Queue, far: Queue, proxy: CutProxy
-) -> None:
-    worker = far.register(DEFAULT, 2)
-    far.enqueue("echo", 1)
-    [job] = far.dequeue(worker, DEFAULT)
-    far.complete(job)
-    far.promote()
-    proxy.hold(b"EXEC")
-    far.enqueue("echo", 2)
-    proxy.deliver()
-    assert near.stats()["pending"] == 1
-
-
-def test_take_succeeds_after_the_mark_was_changed(near: Queue, far: Queue) -> None:
-    worker = far.register(DEFAULT, 1)
-    job = far.enqueue("echo", 1)  # its connection watches the mark
-    raw(near).set(near.keys.mark, "", px=1000)
-    assert far.take(worker, DEFAULT, 1) == [job.id.encode()]
-    far.start(worker, [job.id.encode()])
-
-
-def test_enqueue_succeeds_after_the_mark_was_changed(near: Queue, far: Queue) -> None:
-    far.enqueue("echo", 1)
-    raw(near).set(near.keys.mark, "", px=1000)
-    assert near.get(far.enqueue("echo", 2).id)
-    assert near.stats()["pending"] == 2
-
-
 def test_enqueue_without_a_reply_in_time_is_not_sent_again(
     near: Queue, real: Server, proxy: CutProxy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
