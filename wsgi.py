@@ -1082,7 +1082,9 @@ def main(reload: bool) -> None:
         if reload:
             import hupper
 
-            hupper.start_reloader("tinyqueue.wsgi.run")
+            # By default it looks once a second, and kills a server that does not stop within one.
+            patience = Settings.read().shutdown_timeout + 5
+            hupper.start_reloader("tinyqueue.wsgi.run", reload_interval=0.2, shutdown_interval=patience)
         run()
     except SettingsError as error:
         raise click.UsageError(str(error)) from None

@@ -627,6 +627,7 @@ def test_reload_restarts_when_the_code_changes(serve: Any, folder: Path) -> None
 
     until(restarted)
     assert web.submit_and_wait()["result"] == 8
+    assert "forcefully" not in web.output
 
 
 # The command line -----------------------------------------------------------------------------------------------------
