@@ -210,6 +210,7 @@ def process_image(task: ProcessImage) -> Thumbnail:
 # export-data ----------------------------------------------------------------------------------------------------------
 
 Cell = str | int | float | bool | None
+MAX_CELLS = 1_000_000  # of a CSV, whose rows have a cell for every column, also for those that a client left out
 
 
 class ExportData(Struct, forbid_unknown_fields=True):
@@ -233,6 +234,9 @@ def export_data(data: ExportData, job: Job) -> Export:
     folder = _folder("EXPORT_DIR", "exports")
     target = _path_inside(folder, data.name or f"{job.id}.{data.format}")
     columns = list(dict.fromkeys(key for row in data.rows for key in row))
+    if data.format == "csv" and len(columns) * len(data.rows) > MAX_CELLS:
+        size = f"{len(data.rows)} rows with {len(columns)} columns"
+        raise Discard(f"{size} have more than {MAX_CELLS} cells; use jsonl, or fewer different keys")
     with _replacing(target) as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
         table = csv.writer(file)
         if data.format == "csv" and columns:

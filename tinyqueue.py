@@ -113,13 +113,12 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import suppress
-from datetime import datetime
-from functools import reduce
-from typing import Annotated, Any, Concatenate, Generic, Literal, NamedTuple, ParamSpec, TypeAlias, TypeVar, cast
+from datetime import UTC, datetime, timedelta
+from functools import partial, reduce
+from typing import Any, Concatenate, Generic, Literal, NamedTuple, ParamSpec, TypeAlias, TypeVar, cast
 
 import msgspec
 import redis
-from msgspec import Meta
 
 from tinyqueue_redis import (
     Clock,
@@ -185,7 +184,10 @@ class KeyReused(TinyQueueError):
 
 
 class QueueFull(TinyQueueError):
-    """A queue would have more pending jobs than TINYQUEUE_MAX_PENDING. Nothing was stored."""
+    """A queue would have more pending jobs than TINYQUEUE_MAX_PENDING. Nothing was stored.
+
+    Or there would be more than MAX_QUEUES queues.
+    """
 
 
 class NotReplicated(TinyQueueError):
@@ -231,7 +233,15 @@ class Corrupted(TinyQueueError):
 
 
 class Reaped(TinyQueueError):
-    """The worker was reaped and its jobs were requeued. It must drop them and register again."""
+    """The worker was reaped and its jobs were requeued. It must drop them and register again.
+
+    `parts` are the shards that reaped it. It keeps the jobs of the other shards. Without shards,
+    `parts` is empty.
+    """
+
+    def __init__(self, text: str) -> None:
+        super().__init__(text)
+        self.parts: list[Queue] = []
 
 
 def _translated(error: Exception) -> TinyQueueError:
@@ -243,6 +253,8 @@ def _translated(error: Exception) -> TinyQueueError:
 # Bounds: a part of the contract, not tunables -------------------------------------------------------------------------
 
 MAX_JOBS = 1000  # jobs of one batch, which take some milliseconds of Redis' only thread
+MAX_QUEUES = 10_000  # with jobs: each adds a row to every report
+KEPT_QUEUES = 100  # without jobs: above this they are forgotten
 MAX_ATTEMPTS = 100
 MAX_DELAY = 366 * 86400  # seconds
 MAX_DEPTH = 100  # levels of arrays and objects in a payload: few enough for every JSON parser
@@ -330,7 +342,7 @@ UNREADABLE = "UnreadableRecord"
 
 
 class Failure(msgspec.Struct, rename="camel", omit_defaults=True):
-    """Why an attempt failed. `of` shortens message and traceback."""
+    """Why an attempt failed. `of` shortens type, message and traceback."""
 
     type: str
     message: str
@@ -340,7 +352,7 @@ class Failure(msgspec.Struct, rename="camel", omit_defaults=True):
     def of(cls, error: BaseException, traceback: str = "") -> Failure:
         """Describe an exception. Escapes text that JSON cannot hold, such as lone surrogates."""
         message, trace = (text.encode("utf-8", "backslashreplace").decode() for text in (_text(error), traceback))
-        return cls(type(error).__name__, message[:1000], trace[-4000:])
+        return cls(type(error).__name__[:100], message[:1000], trace[-4000:])
 
 
 class Job(msgspec.Struct, rename="camel", omit_defaults=True, dict=True):
@@ -803,6 +815,8 @@ class Verbs(ABC):
     @abstractmethod
     def now(self) -> int: ...
     @abstractmethod
+    def part_of(self, id: str) -> Queue: ...
+    @abstractmethod
     def submit(self, jobs: Sequence[Job], once: Once | None = None) -> list[Job]: ...
     @abstractmethod
     def take(self, worker: str, names: Sequence[str], most: int) -> list[bytes]: ...
@@ -827,6 +841,11 @@ class Verbs(ABC):
     def last_contact(self) -> float:
         """When Redis last carried out a command, in monotonic seconds. With shards: any of them."""
         return max(part.store.connections.last_contact for part in self.parts)
+
+    @property
+    def memory_use(self) -> float:
+        """The share of maxmemory that Redis uses, or 0 without a limit; of shards the highest."""
+        return max(memory_use(part.store.memory()) for part in self.parts)
 
     @property
     def last_trouble(self) -> float:
@@ -869,6 +888,19 @@ class Verbs(ABC):
     def release(self, job: Job) -> None:
         """Requeue a started job at the head of its queue. Refunds up to MAX_REFUNDS attempts."""
         self._settle_one(Outcome(job, "release"))
+
+    def reap_in(self, parts: Sequence[Queue], worker: str) -> int:
+        """Reap a worker in some of the shards. Returns how many of its jobs were requeued.
+
+        Jobs in different shards count as run beside each other. So does whatever it may have run in
+        a shard that is away. The other shards are reaped even if one fails.
+        """
+        ran: dict[Queue, int] = {}
+        for part in self.parts:
+            with suppress(Unavailable):
+                ran[part] = part.running(worker)
+        beside = sum(ran.values()) + len(self.parts) - len(ran)
+        return sum(_try_each(parts, lambda part: part.reap(worker, beside - ran.get(part, 1))))
 
     def _settle_one(self, outcome: Outcome) -> None:
         if self.settle(outcome.job.worker, [outcome]):
@@ -922,6 +954,7 @@ class Queue(Verbs):
         self.max_pending = max_pending
         self.min_replicas = min_replicas
         self._paused: tuple[float, frozenset[str]] = (-1e9, frozenset())  # when read, and the names
+        self._known: set[str] = set()  # the names of queues that exist
         self._leases: dict[str, tuple[bytes | None, float]] = {}  # as last seen, and since when
         self._lost: dict[str, bytes | None] = {}  # those that were seen unchanged for too long
         self._writers = threading.BoundedSemaphore(WRITERS)
@@ -952,6 +985,10 @@ class Queue(Verbs):
         """Redis TIME in milliseconds."""
         return self.store.now()
 
+    def part_of(self, id: str) -> Queue:
+        """Return the queue that has the job of that id: this one."""
+        return self
+
     # Enqueue ----------------------------------------------------------------------------------------------------------
 
     def submit(self, jobs: Sequence[Job], once: Once | None = None) -> list[Job]:
@@ -981,9 +1018,9 @@ class Queue(Verbs):
                 return accepted
             accepted = self._without_duplicates(tx, jobs) if unique else list(jobs)
             new = list({job.id: job for job in accepted if job.id in ids}.values())
-            if self.max_pending and new:
-                self._check_room(tx, new)
-            if new:  # NX, because an EXEC that arrives late must not reset a job that ran meanwhile
+            if new:
+                self._check_room(tx, Counter(job.queue for job in new))
+                # NX, because an EXEC that arrives late must not reset a job that ran meanwhile.
                 tx.write("MSETNX", *(part for job in new for part in (self.keys.job(job.id), _record(job))))
             for job in new:
                 self._add_to_queue(tx, job)
@@ -1029,13 +1066,19 @@ class Queue(Verbs):
             tx.write("SET", self.keys.unique(key), job.id)
         return accepted
 
-    def _check_room(self, tx: Transaction, jobs: Sequence[Job]) -> None:
-        """Raise QueueFull. Watches nothing: concurrent submits may exceed the limit a little."""
-        wanted = Counter(job.queue for job in jobs)
-        counts = tx.read(("HMGET", self.keys.counts, *("pending:" + name for name in wanted)))[0]
-        for (name, more), count in zip(wanted.items(), map(_read_count, counts), strict=True):
-            if count + more > self.max_pending:
-                raise QueueFull(f"queue {name} has {count} pending jobs; the limit is {self.max_pending}")
+    def _check_room(self, tx: Transaction, wanted: Mapping[str, int]) -> None:
+        """Raise QueueFull. Watches nothing: concurrent submits may exceed the limits a little."""
+        if self.max_pending:
+            counts = tx.read(("HMGET", self.keys.counts, *("pending:" + name for name in wanted)))[0]
+            for (name, more), count in zip(wanted.items(), map(_read_count, counts), strict=True):
+                if count + more > self.max_pending:
+                    raise QueueFull(f"queue {name} has {count} pending jobs; the limit is {self.max_pending}")
+        if wanted.keys() - self._known:
+            names = _queues_in(pairs(tx.read(("HGETALL", self.keys.counts))[0]))
+            if (new := sorted(wanted.keys() - names)) and len(names) + len(new) > MAX_QUEUES:
+                todo = "use a queue that exists, or cancel all jobs of some that are not needed"
+                raise QueueFull(f"queue {new[0]} is one too many: there are {len(names)} queues with jobs; {todo}")
+            self._known = names | wanted.keys()
 
     def _add_to_queue(self, tx: Transaction, job: Job, push: Push = "LPUSH") -> None:
         """Put a pending job into the list of its queue, or among the delayed jobs."""
@@ -1049,8 +1092,8 @@ class Queue(Verbs):
 
     def register(self, queues: Sequence[str], concurrency: int, worker: str = "") -> str:
         """Register a new worker and return its id. It must renew its lease with heartbeats."""
-        host = re.sub(r"[^A-Za-z0-9._-]", "-", socket.gethostname())[:60] or "host"
-        worker = worker or f"{host}-{os.getpid()}-{os.urandom(4).hex()}"
+        host = _host()
+        worker = worker or _new_worker_id()
         about = {"host": host, "pid": os.getpid(), "queues": list(queues), "concurrency": concurrency}
         about["startedAt"] = self.now()
 
@@ -1568,8 +1611,10 @@ class Queue(Verbs):
     def trim(self) -> int:
         """Delete ended jobs kept long enough, or else the oldest above KEPT. Return how many.
 
-        Up to 1,000 of each status. Records expire by themselves, but index entries do not.
+        Up to 1,000 of each status. Records expire by themselves, but index entries do not. Also
+        forgets some queues without jobs.
         """
+        self._forget_queues()
         removed = 0
         for status, keep in self.keep_ms.items():
             index = self.keys.ended[status]
@@ -1581,24 +1626,83 @@ class Queue(Verbs):
                 removed += self.forget(status, ids)
         return removed
 
+    def _forget_queues(self) -> None:
+        """Forget up to 1,000 queues without jobs, if there are more than KEPT_QUEUES queues."""
+        counts, paused = self.store.read(("HGETALL", self.keys.counts), ("SMEMBERS", self.keys.paused))
+        names = _queues_in(pairs(counts)) - set(map(text_of, paused))
+        if len(names) <= KEPT_QUEUES:
+            return
+        busy = {field.partition(":")[2] for field, count in pairs(counts) if ":" in field and count != b"0"}
+        empty = sorted(names - busy)[:MAX_JOBS]
+        for at in range(0, len(empty), 100):
+            with suppress(Unavailable):  # too busy: they are forgotten next time
+                self._forget_empty(empty[at : at + 100])
+
+    def _forget_empty(self, names: Sequence[str]) -> None:
+        """Delete the counts of queues without jobs, and first what is left in their lists.
+
+        Watches the counts, which every verb changes that makes a job pending.
+        """
+        fields = [field + name for name in names for field in ("pending:", "processing:")]
+
+        def body(tx: Transaction) -> list[str]:
+            counts, *sizes = tx.read(
+                ("HMGET", self.keys.counts, *fields), *(("LLEN", self.keys.jobs(name)) for name in names)
+            )
+            used = {
+                field.partition(":")[2]
+                for field, count in zip(fields, counts, strict=True)
+                if count not in (None, b"0")
+            }
+            left = [name for name, size in zip(names, sizes, strict=True) if size and name not in used]
+            if gone := set(names) - used - set(left):
+                tx.write("HDEL", self.keys.counts, *(field for field in fields if field.partition(":")[2] in gone))
+                tx.write("DEL", *map(self.keys.bell, gone))
+            return left
+
+        for name in self.store.transact([self.keys.counts], body):
+            self._drop_leftovers(self.keys.jobs(name))
+
+    def _drop_leftovers(self, key: str) -> None:
+        """Drop up to 1,000 ids from a list of cancelled jobs, as a worker would that takes them."""
+
+        def body(tx: Transaction) -> None:
+            ids = tx.read(("LRANGE", key, -MAX_JOBS, -1))[0]
+            for job in self._read_jobs(tx, ids, watch=True):
+                self._set_aside(tx, job)
+            tx.write("LTRIM", key, 0, -1 - len(ids))
+
+        self.store.transact([key], body)
+
     def forget(self, status: str, ids: Sequence[bytes]) -> int:
         """Delete ended jobs and their entries in the index of that status. Return how many.
 
         Watches the records, because a job that was requeued meanwhile must stay. Completed jobs
-        cannot be requeued, so these need neither a check nor a watch, and may be many.
+        cannot be requeued, so these need neither a check nor a watch, and may be many. When memory
+        is full, Redis refuses every transaction, and so every retry. Then this deletes without one.
         """
         index = self.keys.ended[status]
         keys = [self.keys.job(text_of(id)) for id in ids]
 
-        def body(tx: Transaction) -> int:
+        def choose(tx: Transaction) -> list[Command]:
             scores = tx.read(*(("ZSCORE", index, id) for id in ids)) if status != "completed" else ids
             gone = [at for at, score in enumerate(scores) if score is not None]
-            if gone:
-                tx.write("ZREM", index, *(ids[at] for at in gone))
-                tx.write("DEL", *(keys[at] for at in gone))
-            return len(gone)
+            return [("DEL", *(keys[at] for at in gone)), ("ZREM", index, *(ids[at] for at in gone))] if gone else []
 
-        return self.store.transact(keys if status != "completed" else (), body)
+        def body(tx: Transaction) -> list[Command]:
+            chosen = choose(tx)
+            for command in chosen:
+                tx.write(*command)
+            return chosen
+
+        try:
+            chosen = self.store.transact(keys if status != "completed" else (), body)
+        except Unavailable as trouble:
+            if trouble.reason != "full":
+                raise
+            if chosen := self.store.transact((), choose):
+                self.store.read(*chosen)
+        return len(chosen[0]) - 1 if chosen else 0
 
     # Reading ----------------------------------------------------------------------------------------------------------
 
@@ -1745,8 +1849,7 @@ class Queue(Verbs):
         """Return the names of the queues in which a matching job may wait."""
         if filter.queue:
             return [filter.queue]
-        fields = pairs(self.store.read(("HGETALL", self.keys.counts))[0])
-        return sorted({field.partition(":")[2] for field, _ in fields if ":" in field})
+        return sorted(_queues_in(pairs(self.store.read(("HGETALL", self.keys.counts))[0])))
 
     def _read_lists(self, keys: Sequence[str]) -> Iterator[list[bytes]]:
         """Read the first entries of 100 lists at a time, because most are short."""
@@ -1888,10 +1991,22 @@ class Queue(Verbs):
         return limit - used, seconds - now // 1000 % seconds
 
 
+def _queues_in(counts: Iterable[tuple[str, bytes]]) -> set[str]:
+    return {field.partition(":")[2] for field, _ in counts if ":" in field}
+
+
 def _warn_of_gone(ids: Sequence[str]) -> None:
     if ids:
         text = "dropped %d ids of jobs that do not exist any more, such as %s: they were purged, or keys were lost"
         log.warning(text, len(ids), ids[0])
+
+
+def _host() -> str:
+    return re.sub(r"[^A-Za-z0-9._-]", "-", socket.gethostname())[:60] or "host"
+
+
+def _new_worker_id() -> str:
+    return f"{_host()}-{os.getpid()}-{os.urandom(4).hex()}"
 
 
 def _worker(id: str, about: bytes, lease: bytes | None) -> dict[str, Any]:
@@ -1932,14 +2047,25 @@ def _place_of(cursor: str) -> Place:
 # Shards ---------------------------------------------------------------------------------------------------------------
 
 
+class Registration(NamedTuple):
+    """What a worker registered with, and the shards in which it is not registered at present."""
+
+    queues: Sequence[str]
+    concurrency: int
+    absent: set[Queue]
+
+
 class Shards(Verbs):
     """Many queues as one. Each has its own namespace, such as `{queue.0}`, and so its own slot.
 
     The last two digits of a job's id name its shard. All jobs of a submit go into one shard, and
     those of the next into the next shard, so the order is first in, first out only within a shard.
-    A submit with a uniqueKey or an Idempotency-Key goes to the shard of that key. A worker
-    registers in all shards under one id. If it is reaped in one, it must register again in all.
-    While a shard is unreachable, the others are served.
+    A submit with a uniqueKey goes to the shard of that key, and one with only an Idempotency-Key to
+    the shard of that.
+
+    Each shard stands alone. While one does not answer, the others are served, and nobody waits for
+    it. A worker has one id in all shards. The heartbeat registers it in those that did not answer
+    before or that have reaped it. It takes no jobs from these until then. Reports need all shards.
     """
 
     def __init__(self, shards: Sequence[Queue]) -> None:
@@ -1949,10 +2075,24 @@ class Shards(Verbs):
         self.lease_ms = shards[0].lease_ms
         self.keep_ms = shards[0].keep_ms
         self._turn = itertools.count(random.randrange(len(shards)))
-        self._waiters = ThreadPoolExecutor(len(shards), "shard")
+        self._registrations: dict[str, Registration] = {}  # by worker, of those that this process registered
+        self._open_threads()
+        for shard in shards:
+            shard.store.connections.guard(f"shard {shard.keys.prefix[1:-2]}")
+
+    def _open_threads(self) -> None:
+        self._waiters = ThreadPoolExecutor(len(self.parts), "bell")
+        self._callers = ThreadPoolExecutor(2 * len(self.parts), "shard")
         self._waits: dict[int, Future[bool]] = {}
 
-    def _shard_of(self, id: str) -> Queue:
+    def disconnect(self) -> None:
+        """Close all connections and end all threads. A fork would not take the threads along."""
+        for threads in (self._waiters, self._callers):
+            threads.shutdown()
+        super().disconnect()
+        self._open_threads()
+
+    def part_of(self, id: str) -> Queue:
         """Return the shard that an id names. If it names none, any shard will find it unknown."""
         at = int(id[-2:], 16) if ID.fullmatch(id) else 0
         return self.parts[at if at < len(self.parts) else 0]
@@ -1964,27 +2104,31 @@ class Shards(Verbs):
         """Group items by the shard of the job whose id `id` returns."""
         parts: defaultdict[Queue, list[T]] = defaultdict(list)
         for item in items:
-            parts[self._shard_of(id(item))].append(item)
+            parts[self.part_of(id(item))].append(item)
         return list(parts.items())
 
-    def _try_each(self, call: Callable[[Queue], T], must: bool = False, order: Sequence[Queue] = ()) -> list[T]:
-        """Call it for every shard, even after errors, and return the results.
+    def _from(self, first: int) -> list[Queue]:
+        """Return all shards, beginning with that one."""
+        first %= len(self.parts)
+        return [*self.parts[first:], *self.parts[:first]]
 
-        Raises the first error, Reaped before others, if all failed. With `must`: if any failed.
-        """
-        results = list[T]()
-        errors = list[TinyQueueError]()
-        for shard in order or self.parts:
+    def _try_first(self, call: Callable[[Queue], T], first: int = 0) -> T:
+        """Return the result of the first shard that is available, beginning with that one."""
+        for shard in self._from(first):
             try:
-                results.append(call(shard))
-            except TinyQueueError as error:
-                errors.append(error)
-        if errors and (must or not results):
-            raise next((error for error in errors if isinstance(error, Reaped)), errors[0])
-        return results
+                return call(shard)
+            except Unavailable as error:
+                trouble = error
+        raise trouble
+
+    def _call_all(self, call: Callable[[Queue], T], must: bool = False) -> list[T]:
+        """Like _try_each, in all shards at the same time: one that hangs holds up no other."""
+        return _results(list(self._callers.map(partial(_try_call, call), self.parts)), must)
 
     def now(self) -> int:
-        return self.parts[0].now()
+        """Return the time of a shard that this process knows, or else of the first that answers."""
+        known = next((shard for shard in self.parts if not shard.clock.stale), None)
+        return known.clock.now() if known else self._try_first(Queue.now)
 
     def submit(self, jobs: Sequence[Job], once: Once | None = None) -> list[Job]:
         """Like Queue.submit. Raises InvalidJob if the uniqueKeys belong to different shards."""
@@ -2012,9 +2156,38 @@ class Shards(Verbs):
         return self.parts[at].submit(jobs, once)
 
     def register(self, queues: Sequence[str], concurrency: int, worker: str = "") -> str:
-        for shard in self.parts:
-            worker = shard.register(queues, concurrency, worker)
+        """Like Queue.register, in every shard that answers. The heartbeat adds the others."""
+        worker = worker or _new_worker_id()
+        self._registrations[worker] = Registration(queues, concurrency, set(self.parts))
+        try:
+            self._call_all(lambda shard: self._register_in(shard, worker))
+        except TinyQueueError:
+            del self._registrations[worker]
+            raise
         return worker
+
+    def _register_in(self, shard: Queue, worker: str) -> None:
+        queues, concurrency, absent = self._registrations[worker]
+        shard.register(queues, concurrency, worker)
+        absent.discard(shard)
+
+    def _absent(self, worker: str) -> set[Queue]:
+        """Return the shards in which a worker of this process is known not to be registered."""
+        known = self._registrations.get(worker)
+        return known.absent if known else set()
+
+    def _fenced(self, worker: str, call: Callable[[Queue], T]) -> Callable[[Queue], T]:
+        """Note where a worker was reaped: it takes nothing there until it registers again."""
+
+        def fenced(shard: Queue) -> T:
+            try:
+                return call(shard)
+            except Reaped as error:
+                error.parts = [shard]
+                self._absent(worker).add(shard)
+                raise
+
+        return fenced
 
     def wait(self, names: Sequence[str], seconds: float = BLOCK) -> bool:
         """Like Queue.wait, in all shards. Waits that outlast this call go on in the next one."""
@@ -2034,95 +2207,115 @@ class Shards(Verbs):
             return False
 
     def waiting(self, names: Sequence[str], due: bool = False) -> int:
-        return sum(self._try_each(lambda shard: shard.waiting(names, due)))
+        return sum(_try_each(self.parts, lambda shard: shard.waiting(names, due)))
 
     def take(self, worker: str, names: Sequence[str], most: int) -> list[bytes]:
         """Like Queue.take, from the shards in turn. Shards that fail are left out."""
         taken: list[bytes] = []
+        absent = self._absent(worker)
 
         def take(shard: Queue) -> None:
-            if len(taken) < most:
+            if len(taken) < most and shard not in absent:
                 taken.extend(shard.take(worker, names, most - len(taken)))
 
-        first = next(self._turn) % len(self.parts)
-        self._try_each(take, order=[*self.parts[first:], *self.parts[:first]])
+        _try_each(self._from(next(self._turn)), take)
         return taken
 
     def start(self, worker: str, ids: Sequence[bytes], held: Mapping[str, Job] | None = None) -> list[Job]:
-        parts = self._by_shard(ids, text_of)
-        started = (shard.start(worker, entries, held, len(ids) - len(entries)) for shard, entries in parts)
-        return [job for jobs in started for job in jobs]
+        """Like Queue.start, one transaction per shard. Tries all before it raises.
+
+        A job that was started before an error was raised is found by `adopt`.
+        """
+        parts = dict(self._by_shard(ids, text_of))
+        start = self._fenced(
+            worker, lambda shard: shard.start(worker, parts[shard], held, len(ids) - len(parts[shard]))
+        )
+        return [job for jobs in _try_each(list(parts), start, must=True) for job in jobs]
 
     def adopt(self, worker: str, held: Collection[str]) -> list[bytes]:
-        return [id for ids in self._try_each(lambda shard: shard.adopt(worker, held)) for id in ids]
+        return [id for ids in _try_each(self.parts, lambda shard: shard.adopt(worker, held)) for id in ids]
 
     def settle(self, worker: str, outcomes: Sequence[Outcome], again: bool = False) -> list[Outcome]:
-        """Like Queue.settle, one transaction per shard. Tries all before it raises Unavailable."""
-        lost = list[Outcome]()
-        errors = list[Unavailable]()
-        for shard, part in self._by_shard(outcomes, lambda outcome: outcome.job.id):
-            try:
-                lost += shard.settle(worker, part, again)
-            except Unavailable as error:
-                errors.append(error)
-        if errors:
-            errors[0].doubtful = True  # the other shards may have written theirs
-            raise errors[0]
-        return lost
+        """Like Queue.settle, one transaction per shard. Tries all before it raises.
+
+        A worker should settle the outcomes of each shard by themselves, so that it need not settle
+        them again because of another shard.
+        """
+        parts = dict(self._by_shard(outcomes, lambda outcome: outcome.job.id))
+        settle = self._fenced(worker, lambda shard: shard.settle(worker, parts[shard], again))
+        try:
+            return [outcome for lost in _try_each(list(parts), settle, must=True) for outcome in lost]
+        except Unavailable as error:
+            error.doubtful = error.doubtful or len(parts) > 1  # the other shards may have written theirs
+            raise
 
     def write_progress(self, job: Job) -> None:
-        self._shard_of(job.id).write_progress(job)
+        self.part_of(job.id).write_progress(job)
 
     def cancel(self, id: str) -> Job | None:
-        return self._shard_of(id).cancel(id)
+        return self.part_of(id).cancel(id)
 
     def cancel_requests(self, ids: Sequence[str]) -> list[str]:
-        return [id for shard, part in self._by_shard(ids, str) for id in shard.cancel_requests(part)]
+        parts = dict(self._by_shard(ids, str))
+        found = _try_each(list(parts), lambda shard: shard.cancel_requests(parts[shard]))
+        return [id for part in found for id in part]
 
     def retry(self, id: str) -> Job | None:
-        return self._shard_of(id).retry(id)
+        return self.part_of(id).retry(id)
 
     def pause(self, name: str) -> None:
-        self._try_each(lambda shard: shard.pause(name), must=True)
+        self._call_all(lambda shard: shard.pause(name), must=True)
 
     def resume(self, name: str) -> None:
-        self._try_each(lambda shard: shard.resume(name), must=True)
+        self._call_all(lambda shard: shard.resume(name), must=True)
 
     def heartbeat(self, worker: str, jobs: Sequence[str] = ()) -> None:
-        self._try_each(
-            lambda shard: shard.heartbeat(worker, [id for id in jobs if self._shard_of(id) is shard]), must=True
-        )
+        """Like Queue.heartbeat, in every shard that answers. Registers the worker where it is not.
+
+        Raises Reaped after that, if any shard has reaped it. It registers there at the next call.
+        """
+        parts = dict(self._by_shard(jobs, str))
+        absent = set(self._absent(worker))
+
+        def beat(shard: Queue) -> None:
+            if shard in absent:
+                self._register_in(shard, worker)
+            else:
+                shard.heartbeat(worker, parts.get(shard, []))
+
+        self._call_all(self._fenced(worker, beat))
 
     def deregister(self, worker: str) -> None:
-        self._try_each(lambda shard: shard.deregister(worker), must=True)
+        """Like Queue.deregister, in all shards. In those that fail the worker will be reaped."""
+        self._call_all(lambda shard: shard.deregister(worker), must=True)
+        self._registrations.pop(worker, None)
 
     def promote(self) -> int:
-        return sum(self._try_each(Queue.promote))
+        return sum(self._call_all(Queue.promote))
 
     def lost_workers(self, own: str = "", now: float | None = None) -> list[str]:
-        return sorted(
-            {worker for lost in self._try_each(lambda shard: shard.lost_workers(own, now)) for worker in lost}
-        )
+        found = self._call_all(lambda shard: shard.lost_workers(own, now))
+        return sorted({worker for lost in found for worker in lost})
 
     def reap(self, worker: str) -> int:
-        """Like Queue.reap. Jobs in different shards count as run beside each other."""
-        ran = dict(self._try_each(lambda shard: (shard, shard.running(worker))))
-        return sum(self._try_each(lambda shard: shard.reap(worker, sum(ran.values()) - ran.get(shard, 0))))
+        """Like Queue.reap, in every shard that answers."""
+        return self.reap_in(self.parts, worker)
 
     def trim(self) -> int:
-        return sum(self._try_each(Queue.trim))
+        return sum(self._call_all(Queue.trim))
 
     def forget(self, status: str, ids: Sequence[bytes]) -> int:
         return sum(shard.forget(status, part) for shard, part in self._by_shard(ids, text_of))
 
     def ping(self) -> None:
-        self._try_each(Queue.ping, must=True)
+        """Raise Unavailable unless a shard accepts writes. `warnings` names those that do not."""
+        self._call_all(Queue.ping)
 
     def get(self, id: str) -> Job | None:
-        return self._shard_of(id).get(id)
+        return self.part_of(id).get(id)
 
     def wait_for(self, id: str, seconds: float) -> Job | None:
-        return self._shard_of(id).wait_for(id, seconds)
+        return self.part_of(id).wait_for(id, seconds)
 
     def page(
         self, filter: Filter | None = None, *, limit: int = 50, cursor: str = "", cut: int | None = None
@@ -2161,17 +2354,45 @@ class Shards(Verbs):
                 known = found.setdefault(about["id"], about | {"jobs": [], "lastHeartbeat": 0})
                 known["jobs"] = known["jobs"] + about["jobs"]
                 known["lastHeartbeat"] = max(known["lastHeartbeat"], about["lastHeartbeat"])
-                known["alive"] = known["alive"] and about["alive"]
+                known["alive"] = known["alive"] or about["alive"]  # its lease may be gone in one shard
         return list(found.values())
 
     def metrics(self) -> dict[str, dict[tuple[str, ...], int]]:
         return reduce(_added, (shard.metrics() for shard in self.parts))
 
     def count_scrape_errors(self, times: int) -> None:
-        self.parts[0].count_scrape_errors(times)
+        self._try_first(lambda shard: shard.count_scrape_errors(times))
 
     def spend(self, who: str, limit: int, seconds: int) -> tuple[int, int]:
-        return self.parts[self._index_of(who)].spend(who, limit, seconds)
+        """Like Queue.spend, in the shard of the client, or in the next that answers."""
+        return self._try_first(lambda shard: shard.spend(who, limit, seconds), self._index_of(who))
+
+
+def _try_call(call: Callable[[Queue], T], shard: Queue) -> T | TinyQueueError:
+    try:
+        return call(shard)
+    except TinyQueueError as error:
+        return error
+
+
+def _try_each(parts: Sequence[Queue], call: Callable[[Queue], T], must: bool = False) -> list[T]:
+    """Call it for each of these shards, even after errors, and return the results.
+
+    Raises Reaped if any call did. Raises the first error if all failed, or with `must` if any did.
+    """
+    return _results([_try_call(call, part) for part in parts], must)
+
+
+def _results(replies: Sequence[T | TinyQueueError], must: bool) -> list[T]:
+    """Return the results, or raise an error among them, as _try_each says."""
+    errors = [reply for reply in replies if isinstance(reply, TinyQueueError)]
+    reaped = [error for error in errors if isinstance(error, Reaped)]
+    if reaped:
+        reaped[0].parts = [part for error in reaped for part in error.parts]
+        raise reaped[0]
+    if errors and (must or len(errors) == len(replies)):
+        raise errors[0]
+    return [reply for reply in replies if not isinstance(reply, TinyQueueError)]
 
 
 def _added(one: Any, other: Any) -> Any:
@@ -2404,14 +2625,18 @@ def make_job(
         max_attempts = known.max_attempts if known else 3
     if queue is None:
         queue = known.queue if known else "default"
+    starts_at = _first_run(delay, run_at, now)
+    expires_at = _expiry(expires_in, now) if expires_in is not None else 0
+    if expires_at and starts_at >= expires_at:
+        raise InvalidJob("expiresIn", "must end after the job may start, which delay or runAt says")
     return Job(
         id=_new_id(now),
         type=type,
         payload=payload,
         max_attempts=_whole("maxAttempts", max_attempts, 1, MAX_ATTEMPTS),
         queue=check_name("queue", queue),
-        run_at=_first_run(delay, run_at, now),
-        expires_at=_expiry(expires_in, now) if expires_in is not None else 0,
+        run_at=starts_at,
+        expires_at=expires_at,
         unique_key=_text_key("uniqueKey", unique_key) if unique_key is not None else "",
     )
 
@@ -2463,19 +2688,38 @@ def _expiry(seconds: float, now: int) -> int:
     return now + max(1, round(seconds * 1000))
 
 
+# ISO 8601 with a zone, as languages write it by default: RFC 3339; basic format; hours and minutes
+# only; fractions of any length; a blank before the zone (Ruby), its name after it (Java, Go).
+TIME = re.compile(
+    r"(?P<day>[0-9]{4}-[0-9]{2}-[0-9]{2}|[0-9]{8})[Tt ]"
+    r"(?P<time>[0-9]{2}(?::?[0-9]{2}(?::?[0-9]{2}(?:[.,](?P<fraction>[0-9]{1,30}))?)?)?) ?"
+    r"(?P<zone>[Zz]|UTC|GMT|[+-][0-9]{2}(?::?[0-9]{2}(?::?[0-9]{2})?)?)"
+    r"(?:\[[!-Z^-~]{1,100}\]){0,3}(?: (?:[A-Z]{1,5}|[+-][0-9]{2,4}))?(?: m=[+-][0-9.]{1,30})?"
+)
+
+
 def _parse_run_at(value: Any, now: int) -> int:
     """Read milliseconds since 1970, or ISO 8601 with a zone."""
     rule = f"must be ISO 8601 with a zone, or milliseconds since 1970, and at most {MAX_DELAY // 86400} days ahead"
     if isinstance(value, str):
-        try:
-            value = msgspec.convert(value, Annotated[datetime, Meta(tz=True)])
-        except (msgspec.ValidationError, ValueError):
-            raise InvalidJob("runAt", rule) from None
+        value = _parse_time(value)
     if isinstance(value, datetime) and value.tzinfo:
-        value = int(value.timestamp() * 1000)
+        value = (value - datetime.fromtimestamp(0, UTC)) // timedelta(milliseconds=1)
     if isinstance(value, bool) or not isinstance(value, int) or value > now + MAX_DELAY * 1000:
         raise InvalidJob("runAt", rule)
     return max(value, 0)
+
+
+def _parse_time(text: str) -> datetime | None:
+    """Read a time in the part of ISO 8601 that all supported Pythons read alike."""
+    if not (match := TIME.fullmatch(text)):
+        return None
+    digits = match["time"].partition(".")[0].partition(",")[0].replace(":", "").ljust(6, "0")
+    fraction = (match["fraction"] or "").ljust(6, "0")[:6]
+    zone = match["zone"].replace(":", "") if match["zone"][0] in "+-" else "+00"
+    with suppress(ValueError):
+        return datetime.fromisoformat(f"{match['day'].replace('-', '')}T{digits}.{fraction}{zone}")
+    return None
 
 
 # Strict JSON ----------------------------------------------------------------------------------------------------------

@@ -18,8 +18,9 @@ from typing import Any, Literal
 
 import msgspec
 import redis
+from msgspec.structs import replace
 
-from tinyqueue import MEMORY_SHARE, UNENDED, AnyQueue, Queue, TinyQueueError, Transaction, Unavailable
+from tinyqueue import MEMORY_SHARE, UNENDED, AnyQueue, Queue, TinyQueueError, Transaction
 from tinyqueue_redis import ask_each, memory_use, pairs, parse_info, text_of
 
 OLDEST = (6, 0, 6)  # version of Redis: the first with LPOS
@@ -35,7 +36,8 @@ REMEDIES = {
     "unreachable": "check that Redis runs there, that REDIS_URL names it, and whether it needs rediss://",
     "timeout": "check whether Redis is overloaded, or a firewall drops the packets",
     "loading": "wait until Redis has loaded its data",
-    "full": "give Redis more memory, or lower TINYQUEUE_KEEP_COMPLETED and TINYQUEUE_KEEP_FAILED",
+    "full": "give Redis more memory, purge ended jobs (tinyqueue purge), or lower TINYQUEUE_KEEP_COMPLETED and "
+    "TINYQUEUE_KEEP_FAILED",
     "read-only": "check whether REDIS_URL names a replica, and whether the disk of Redis is full",
     "refused": "check the user and the password in REDIS_URL, and the ACL of that user",
     "busy": "check the number of connections",
@@ -64,15 +66,20 @@ def _judge(about: str, seen: str, *cases: tuple[bool, Level, str]) -> Finding:
 
 
 def warnings(queue: AnyQueue) -> list[str]:
-    """Return what may lose jobs although Redis works, in any shard, each text once."""
-    return list(dict.fromkeys(warning for part in queue.parts for warning in _warnings(part)))
+    """Return what may lose or refuse jobs although Redis works, in any shard, each text once."""
+    return list(dict.fromkeys(warning for part in queue.parts for warning in _warnings(part, len(queue.parts) > 1)))
 
 
-def _warnings(queue: Queue) -> list[str]:
-    found = Finding("ok", "eviction", "")
-    with suppress(Unavailable):
-        found = _eviction(queue.store.memory())
-    return [f"{found.seen}: {found.advice}"] if found.level != "ok" else []
+def _warnings(queue: Queue, one_of_many: bool) -> list[str]:
+    """Return the warnings about one Redis. If it is the only one, that it is away is none."""
+    try:
+        if one_of_many:
+            queue.ping()
+        info = queue.store.memory()
+    except TinyQueueError as error:
+        return [f"shard {queue.keys.prefix[1:-2]}: {error}"] if one_of_many else []
+    found = [_eviction(info), replace(_memory(info), seen=f"Redis uses {_memory(info).seen}")]
+    return [f"{finding.seen}: {finding.advice}" for finding in found if finding.level != "ok"]
 
 
 def examine(queue: AnyQueue, connections: int) -> list[Finding]:
@@ -98,6 +105,8 @@ def _examine(queue: Queue, connections: int) -> list[Finding]:
             found.extend(check())
         except TinyQueueError as error:
             reason = getattr(error, "reason", "")
+            if reason == "full" and str(error) in {finding.seen for finding in found}:
+                continue  # Redis refuses every transaction, even one that only reads
             found.append(Finding("fail", about, str(error), REMEDIES.get(reason, OTHER_REMEDY)))
             if reason in ("unreachable", "timeout", "loading"):
                 break
@@ -155,7 +164,9 @@ def _permissions(queue: Queue) -> Iterator[Finding]:
             queued = ask_each(connection, [("MULTI",), *tries])[1:]
             replies |= zip((name for name, *_ in tries), queued, strict=True)
         connection.disconnect()
-    refused = [name for name, reply in replies.items() if isinstance(reply, Exception)]
+    # Above its maxmemory Redis refuses all of them, but it checks the permissions before that.
+    full = redis.exceptions.OutOfMemoryError
+    refused = [name for name, reply in replies.items() if isinstance(reply, Exception) and not isinstance(reply, full)]
     user = queue.pool.connection_kwargs.get("username") or "default"
     advice = f"ACL SETUSER {user} ~{key.partition(':')[0]}:* {' '.join('+' + name.lower() for name in refused)}"
     seen = f"refused: {', '.join(refused)}" if refused else "all commands that the queue needs"
@@ -217,10 +228,11 @@ def _eviction(info: Mapping[str, str]) -> Finding:
 def _memory(info: Mapping[str, str]) -> Finding:
     used = int(info.get("used_memory", 0))
     limit = int(info.get("maxmemory", 0))
-    seen = f"{used / 1e6:.1f} MB" + (f" of {limit / 1e6:.1f} MB" if limit else ", no maxmemory")
     share = memory_use(info)
-    advice = REMEDIES["full"]
-    return _judge("memory", seen, (share > MEMORY_SHARE, "fail", advice), (share > 0.8, "warn", advice))
+    seen = f"{used / 1e6:.1f} MB" + (f" of {limit / 1e6:.1f} MB ({share:.0%})" if limit else ", no maxmemory")
+    full = f"new jobs are refused; {REMEDIES['full']}"
+    soon = f"above {MEMORY_SHARE:.0%}, new jobs are refused; {REMEDIES['full']}"
+    return _judge("memory", seen, (share > MEMORY_SHARE, "fail", full), (share > 0.8, "warn", soon))
 
 
 def _persistence(info: Mapping[str, str]) -> Finding:

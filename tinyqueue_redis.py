@@ -6,10 +6,13 @@ connections of the pool, and `explain` reduces an error of the client to one wor
 
 from __future__ import annotations
 
+import inspect
 import logging
 import math
 import os
 import random
+import re
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -21,7 +24,7 @@ from hiredis import pack_command
 from redis.backoff import NoBackoff
 from redis.crc import key_slot
 from redis.retry import Retry as NoRetries
-from redis.sentinel import Sentinel, SentinelConnectionPool
+from redis.sentinel import MasterNotFoundError, Sentinel, SentinelConnectionPool
 
 log = logging.getLogger("tinyqueue")
 
@@ -33,6 +36,10 @@ PROBE_TIMEOUT = 0.5  # seconds to ask one sentinel or node; a dead one must not 
 NODES_AGE = 60.0  # seconds for which the known nodes of a cluster are trusted
 CLOCK_AGE = 10.0  # seconds for which a reading of Redis TIME is used
 WARM = 1.0  # seconds after its last use for which a connection is lent again without a check
+FOLLOW_EVERY = 0.25  # seconds between two questions to the sentinels who the master is
+FOLLOW_FOR = 10.0  # seconds without use of the master, after which they are asked no more until the next
+SKIP_SENTINEL = 5.0  # seconds for which a sentinel that did not answer is not asked again
+ASK_AGAIN = 0.25  # seconds until a server that did not answer is asked again
 
 
 # What an error means --------------------------------------------------------------------------------------------------
@@ -49,10 +56,26 @@ REASONS: tuple[tuple[type[Exception], str], ...] = (
     (redis.exceptions.TryAgainError, "busy"),
     (redis.exceptions.AskError, "busy"),
     (redis.exceptions.TimeoutError, "timeout"),
+    (redis.exceptions.InvalidResponse, "unreachable"),
     (redis.exceptions.ConnectionError, "unreachable"),
     (OSError, "unreachable"),
 )
-REFUSALS = {"MISCONF": "read-only", "NOREPLICAS": "read-only", "TRYAGAIN": "busy", "BUSY": "busy", "UNBLOCKED": "busy"}
+REFUSALS = {
+    "MISCONF": "read-only",
+    "NOREPLICAS": "read-only",
+    "TRYAGAIN": "busy",
+    "BUSY": "busy",
+    "UNBLOCKED": "busy",
+    "DENIED": "refused",
+}
+HINTS = {  # what to do, by a part of the error's text
+    "CERTIFICATE_VERIFY_FAILED": "add ?ssl_ca_certs=/path/to/ca.pem to REDIS_URL, or set TINYQUEUE_TLS_VERIFY=0",
+    "WRONG_VERSION_NUMBER": "use redis:// if this Redis has no TLS",
+    "Protocol error": "this is not a Redis; check the host and the port in REDIS_URL",
+    "DB index": "check the number of the database in REDIS_URL",
+    "maxmemory": "purge ended jobs, or give Redis more memory",
+    "DENIED": "set a password or a user in Redis and in REDIS_URL, or connect from the same machine",
+}
 
 
 def explain(error: Exception) -> tuple[str, str]:
@@ -61,8 +84,11 @@ def explain(error: Exception) -> tuple[str, str]:
     The word is empty if Redis was available and refused the command as wrong.
     """
     text = " ".join(str(error).split())
-    if "CERTIFICATE_VERIFY_FAILED" in text:
-        text += "; add ?ssl_ca_certs=/path/to/ca.pem to REDIS_URL, or set TINYQUEUE_TLS_VERIFY=0"
+    if text.startswith("DENIED "):  # many sentences about Redis' configuration
+        text = text.partition(". ")[0]
+    for part, hint in HINTS.items():
+        if part in text:
+            text += f"; {hint}"
     if isinstance(error, redis.exceptions.AskError | redis.exceptions.TryAgainError):
         text = f"the cluster is moving the queue to another node ({text})"
     for kind, reason in REASONS:
@@ -225,6 +251,9 @@ class Pool(redis.ConnectionPool):
         return owner
 
 
+SENTINEL_URL = re.compile("rediss?\\+sentinel://", re.I)
+
+
 def connect(url: str, *, tag: str = "queue", connections: int = 100, tls_verify: bool = True) -> redis.ConnectionPool:
     """Make a pool of connections and open none.
 
@@ -249,7 +278,7 @@ def connect(url: str, *, tag: str = "queue", connections: int = 100, tls_verify:
         log.warning("TINYQUEUE_TLS_VERIFY=0: the certificate of the Redis server is not verified")
         options |= {"ssl_cert_reqs": "none", "ssl_check_hostname": False}
     try:
-        watched = _Watched.read(url) if urlsplit(url).scheme in ("redis+sentinel", "rediss+sentinel") else None
+        watched = _Watched.read(url) if SENTINEL_URL.match(url) else None
         pool = _pool(watched.url if watched else url, tag, options)
     except _WrongURL:
         raise
@@ -292,8 +321,11 @@ class _Watched(NamedTuple):
     @classmethod
     def read(cls, url: str) -> _Watched:
         """Read redis+sentinel://[user:password@]host:port,host:port/service[/database][?option]."""
-        parts = urlsplit(url)
-        user, at, hosts = parts.netloc.rpartition("@")
+        # urlsplit accepts brackets only at the beginning of the network location.
+        scheme, _, rest = url.partition("://")
+        netloc = re.split("[/?#]", rest, maxsplit=1)[0]
+        parts = urlsplit("//master" + rest.removeprefix(netloc))
+        user, at, hosts = netloc.rpartition("@")
         service, _, database = parts.path.strip("/").partition("/")
         query = dict(parse_qsl(parts.query))
         own = {name: query.pop("sentinel_" + name) for name in ("username", "password") if "sentinel_" + name in query}
@@ -301,7 +333,7 @@ class _Watched(NamedTuple):
         sentinels = [(host.hostname, host.port or 26379) for host in found if host.hostname]
         if not service or len(sentinels) < len(found) or parts.fragment:
             raise ValueError("no sentinels, or no service")
-        url = f"{parts.scheme.removesuffix('+sentinel')}://{user}{at}master/{database}?{urlencode(query)}"
+        url = f"{scheme.lower().removesuffix('+sentinel')}://{user}{at}master/{database}?{urlencode(query)}"
         return cls(url, sentinels, unquote(service), own)
 
     def pool(self, model: redis.ConnectionPool, options: Mapping[str, Any]) -> redis.ConnectionPool:
@@ -310,19 +342,146 @@ class _Watched(NamedTuple):
         probe = {"socket_timeout": PROBE_TIMEOUT, "socket_connect_timeout": PROBE_TIMEOUT, "max_connections": None}
         ssl = issubclass(model.connection_class, redis.SSLConnection)
         access = {**options, **tls, **probe, **self.credentials, "ssl": ssl}
-        sentinel = Sentinel(self.sentinels, sentinel_kwargs=access)  # type: ignore[no-untyped-call]
         more = {"ssl": ssl, "max_connections": model.max_connections, **model.connection_kwargs}
-        return SentinelConnectionPool(self.service, sentinel, **more)  # type: ignore[no-untyped-call]
+        return SentinelPool(self.service, Sentinels(self.sentinels, sentinel_kwargs=access), **more)
+
+
+Address = tuple[str, int]
+
+
+class Sentinels(Sentinel):
+    """The sentinels of a service. The one with the latest configuration is right about the master.
+
+    In a planned failover only one sentinel names the new master at first. The others follow after
+    up to ten seconds, and the old master accepts writes until then. They would be lost.
+    """
+
+    def __init__(self, sentinels: Sequence[Address], **options: Any) -> None:
+        super().__init__(sentinels, **options)  # type: ignore[no-untyped-call]
+        self._skipped: dict[Any, float] = {}  # sentinels that did not answer, and until when
+        self._known: tuple[int, Address | None] = (-1, None)  # the latest configuration so far
+
+    def discover_master(self, service_name: str) -> Address:
+        """Return the address of the master. Raises what explains best why no sentinel names it."""
+        now = time.monotonic()
+        asked = [sentinel for sentinel in self.sentinels if self._skipped.get(sentinel, 0.0) < now]
+        answers = [self._ask(sentinel, service_name) for sentinel in asked or self.sentinels]
+        named = [answer for answer in answers if not isinstance(answer, Exception)]
+        if not named:
+            raise self._explain([answer for answer in answers if isinstance(answer, Exception)])
+        epoch, known = self._known
+        latest = max(number for number, _ in named)
+        addresses = [address for number, address in named if number == latest]
+        # One that knows less than another did before counts only in a majority: all may be new.
+        if known and (known in addresses or (latest < epoch and 2 * len(named) <= len(self.sentinels))):
+            return known
+        self._known = latest, addresses[0]
+        return addresses[0]
+
+    def _ask(self, sentinel: Any, service: str) -> tuple[int, Address] | Exception:
+        """Return the number of a sentinel's configuration and the master that it names."""
+        pool = sentinel.connection_pool
+        try:
+            connection = pool.get_connection()
+            try:
+                questions = ("SENTINEL", "GET-MASTER-ADDR-BY-NAME", service), ("SENTINEL", "MASTER", service)
+                address, about = ask_each(connection, questions)
+            except BaseException:
+                connection.disconnect()
+                raise
+            finally:
+                pool.release(connection)
+        except (redis.RedisError, OSError) as error:
+            self._skipped[sentinel] = time.monotonic() + SKIP_SENTINEL
+            return error
+        if isinstance(address, Exception):
+            return address
+        if not address:
+            return LookupError(f"no master is named {service}")
+        epoch = dict(pairs(about)).get("config-epoch", b"0") if isinstance(about, list) else 0
+        return int(epoch), (text_of(address[0]), int(address[1]))
+
+    def _explain(self, errors: Sequence[Exception]) -> Exception:
+        refusal = next((error for error in errors if explain(error)[0] == "refused"), None)
+        if refusal:
+            advice = "check ?sentinel_username= and ?sentinel_password= in REDIS_URL"
+            return redis.AuthenticationError(f"a sentinel refused the connection: {refusal}; {advice}")
+        reasons = "; ".join(dict.fromkeys(str(error) for error in errors))
+        return MasterNotFoundError(f"no sentinel names the master: {reasons}")
+
+
+class SentinelPool(SentinelConnectionPool):
+    """Connections to the master that the sentinels name. Leaves an old one within FOLLOW_EVERY.
+
+    A thread asks the sentinels while connections are lent.
+    """
+
+    def __init__(self, service: str, sentinels: Sentinels, **options: Any) -> None:
+        super().__init__(service, sentinels, **options)  # type: ignore[no-untyped-call]
+        self._lent_at = 0.0
+        self._follower: threading.Thread | None = None
+        self._following = threading.Lock()
+
+    def keep_up(self) -> None:
+        """Have the sentinels asked while connections are lent. Call this before each."""
+        self._lent_at = time.monotonic()
+        if not (self._follower and self._follower.is_alive()):  # it does not survive a fork
+            with self._following:
+                if not (self._follower and self._follower.is_alive()):
+                    self._ask()
+                    self._follower = threading.Thread(target=self._follow, name="sentinels", daemon=True)
+                    self._follower.start()
+
+    def _follow(self) -> None:
+        while time.monotonic() - self._lent_at < FOLLOW_FOR:
+            time.sleep(FOLLOW_EVERY)
+            self._ask()
+
+    def _ask(self) -> None:
+        before = self.master_address
+        with suppress(redis.RedisError, OSError):  # then the last known one is used; a new connection reports it
+            self.get_master_address()  # type: ignore[no-untyped-call]
+        if before and self.master_address != before:
+            log.warning("the sentinels have moved the queue to %s:%d", *self.master_address)
+
+    def is_current(self, connection: Any) -> bool:
+        """Whether a connection leads to the present master."""
+        return bool((connection.host, connection.port) == self.master_address)
+
+    def owns_connection(self, connection: Any) -> bool:
+        return bool(redis.ConnectionPool.owns_connection(self, connection))
+
+    def release(self, connection: Any) -> None:
+        """Take a connection back. It will connect to the present master when it is lent again."""
+        if not self.is_current(connection):
+            connection.disconnect()
+        super().release(connection)
 
 
 # Lending connections --------------------------------------------------------------------------------------------------
+
+
+def _connect_error(error: BaseException) -> BaseException:
+    """Classify an error while connecting: no refusal and no wrong name is a fault of the data."""
+    if isinstance(error, redis.ResponseError) and not explain(error)[0]:
+        return redis.exceptions.AuthorizationError(str(error))
+    if isinstance(error, UnicodeError):
+        return redis.ConnectionError("the host name in REDIS_URL is not valid")
+    return error
+
+
+# Keeps the client from sending CLIENT SETINFO: it would take a greeting for the reply.
+_KNOWN = inspect.signature(redis.Redis.__init__).parameters
+UNNAMED = dict.fromkeys(["driver_info"] if "driver_info" in _KNOWN else ["lib_name", "lib_version"])
 
 
 class Connections:
     """Lends the connections of a pool to threads. Forks may use it if it was not used before.
 
     After an error of the class `harmless` a connection has no unread reply. `translate` turns an
-    error of the client into the one to raise.
+    error of the client into the one to raise. After `guard`, nobody waits for a server that is
+    known to be away: `lend` raises the last error at once until the server answers a thread that
+    asks it.
     """
 
     def __init__(self, pool: Any, harmless: type[Exception], translate: Callable[[Exception], Exception]) -> None:
@@ -332,10 +491,27 @@ class Connections:
         self.last_contact = time.monotonic()  # when Redis last carried out a command
         self.last_trouble = time.monotonic()  # when it last failed to; at first, neither is known
         self._warm: list[tuple[Any, int, float]] = []  # connections just used, by process and time
+        self._sentinel_pool = pool if isinstance(pool, SentinelPool) else None
+        self._guarded = ""  # the name of the server in log lines; empty: callers wait for it
+        self._away: tuple[int, Exception] | None = None  # the process that found it away, and how
+        self._lock = threading.Lock()
+
+    @property
+    def away(self) -> bool:
+        """Whether a guarded server is known not to answer."""
+        return self._away is not None
+
+    def guard(self, name: str) -> None:
+        """Let nobody wait for this server while it is away. `name` is for the log."""
+        self._guarded = name
 
     @contextmanager
-    def lend(self) -> Iterator[Any]:
+    def lend(self, asking: bool = False) -> Iterator[Any]:
         """Lend a connection. Closes it after an error that may have left a reply on it."""
+        if self._away and not asking:
+            self._refuse(*self._away)
+        if self._sentinel_pool:
+            self._sentinel_pool.keep_up()
         connection = None
         try:
             connection = self._checked_out()
@@ -344,8 +520,12 @@ class Connections:
             if connection and not isinstance(error, self.harmless):
                 connection.disconnect()
             self._cool_down(connection)
+            if connection is None:
+                error = _connect_error(error)
             if isinstance(error, redis.RedisError | OSError):
                 self._follow(error)
+                if self._guarded and not asking:
+                    self._note_away(error, connected=connection is not None)
                 raise self.translate(error) from error
             raise
         self.last_contact = time.monotonic()
@@ -354,6 +534,41 @@ class Connections:
     def disconnect(self) -> None:
         """Close all connections. Do this before a fork: each process must open its own."""
         self.pool.disconnect()
+
+    def _refuse(self, process: int, error: Exception) -> None:
+        if process == os.getpid():
+            raise self.translate(error) from error
+        self._away = None  # the thread that asks the server has not survived the fork
+
+    def _note_away(self, error: Exception, connected: bool) -> None:
+        """Start asking a server that did not answer. A connection that was only cut is no sign."""
+        reason, text = explain(error)
+        if reason != "timeout" and (reason != "unreachable" or connected):
+            return
+        with self._lock:
+            if self._away and self._away[0] == os.getpid():
+                return
+            self._away = os.getpid(), error
+        log.warning("%s does not answer and is left out until it does: %s", self._guarded, text)
+        threading.Thread(target=self._ask_until_it_answers, name="asks " + self._guarded, daemon=True).start()
+
+    def _ask_until_it_answers(self) -> None:
+        try:
+            while not self._answers():
+                time.sleep(ASK_AGAIN)
+        finally:
+            self._away = None
+        log.warning("%s answers again", self._guarded)
+
+    def _answers(self) -> bool:
+        """Whether the server answers, be it that it refuses the command."""
+        try:
+            with self.lend(asking=True) as connection:
+                ask(connection, [("TIME",)])
+        except self.harmless as error:
+            cause = error.__cause__
+            return not (isinstance(cause, Exception) and explain(cause)[0] in ("timeout", "unreachable"))
+        return True
 
     def _follow(self, error: redis.RedisError | OSError) -> None:
         reason, _ = explain(error)
@@ -367,10 +582,32 @@ class Connections:
         with suppress(IndexError):
             while True:
                 connection, process, used = self._warm.pop()
-                if process == os.getpid() and time.monotonic() - used < WARM:
+                current = self._sentinel_pool is None or self._sentinel_pool.is_current(connection)
+                if current and process == os.getpid() and time.monotonic() - used < WARM:
                     return connection
                 self.pool.release(connection)
-        return self.pool.get_connection()
+        try:
+            return self.pool.get_connection()
+        except redis.ConnectionError as error:
+            clear = isinstance(error, MasterNotFoundError) or "connecting to" in str(error)
+            if clear or explain(error)[0] != "unreachable":
+                raise
+            raise self._greeting() or error from error  # the server has spoken first, or has hung up
+
+    def _greeting(self) -> Exception | None:
+        """Return what a server says to a new connection before any command: why it refuses."""
+        brief = {"socket_timeout": PROBE_TIMEOUT, "socket_connect_timeout": PROBE_TIMEOUT, **UNNAMED}
+        connection = self.pool.connection_class(**{**self.pool.connection_kwargs, **brief})
+        try:
+            connection.connect()
+            connection.read_response()
+        except redis.TimeoutError:
+            return None
+        except (redis.RedisError, OSError) as error:
+            return error
+        finally:
+            connection.disconnect()
+        return None
 
     def _cool_down(self, connection: Any) -> None:
         """Return all connections to the pool, which checks them: others may be broken too."""

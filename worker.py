@@ -31,7 +31,7 @@ import textwrap
 import threading
 import time
 import traceback
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -89,7 +89,8 @@ PROMOTE_EVERY = 1.0  # seconds; a delayed job is promoted about that late at mos
 REAP_EVERY = 5.0
 TRIM_EVERY = 60.0
 WARN_EVERY = 10.0  # seconds between two log lines with the same warning
-LAST_WRITE = 4.0  # seconds to save the last outcomes after the drain: 25 + 4 is less than the 30 that platforms give
+CLOSING = 1.0  # seconds for the end of the threads and to deregister, even if Redis hangs
+LAST_WRITE = 2.0  # seconds to save the last outcomes after the drain: 25 + 2 + 1 is less than the 30 of platforms
 UNKNOWN_TYPE_BACKOFF = 10.0  # seconds, doubling: a worker that knows the type may get the job meanwhile
 STARTED = {"fields": {"event": "started"}}
 EXIT_BROKEN = 70  # EX_SOFTWARE: the process cannot do its work, and a restart may help
@@ -222,7 +223,8 @@ class Worker:
         self.stop_requests: SimpleQueue[StopMode] = SimpleQueue()
         self.free_slots: SimpleQueue[None] = SimpleQueue()  # an entry for each slot that waits for a job
         self.inbox: SimpleQueue[Job | None] = SimpleQueue()
-        self.outbox: SimpleQueue[list[Outcome] | None] = SimpleQueue()
+        # One for each shard, with a settler: a shard that is away holds up no outcome of others.
+        self.outboxes: dict[Queue, SimpleQueue[list[Outcome] | None]] = {part: SimpleQueue() for part in queue.parts}
         self.pool = ThreadPoolExecutor(2 * settings.worker_concurrency, "slot")  # half of it replaces stuck slots
         self.slots: list[Slot] = []
         self.stuck: list[Slot] = []
@@ -245,17 +247,18 @@ class Worker:
         """Work until a stop is requested, then stop and return the exit code of the process."""
         for _ in range(self.settings.worker_concurrency):
             self._add_slot()
-        taker, settler, keeper = (
+        settlers = [("settler", partial(self._save_outcomes, part)) for part in self.queue.parts]
+        taker, *others = (
             threading.Thread(target=self._run_thread, args=(target,), name=name, daemon=True)
-            for name, target in (("taker", self._take_jobs), ("settler", self._save_outcomes), ("keeper", self._keep))
+            for name, target in (("taker", self._take_jobs), ("keeper", self._keep), *settlers)
         )
-        for thread in (taker, settler, keeper):
+        for thread in (taker, *others):
             thread.start()
         mode = self._wait_for_stop()
         self.stopping.set()
         self.free_slots.put(None)  # wakes the taker if it waits for a slot
         log.info("worker stopping (%s); running jobs: %d", mode, len(self.held))
-        return self._close(self._drain(mode, taker), settler, keeper)
+        return self._close(self._drain(mode, taker), *others)
 
     def _run_thread(self, target: Callable[[], None]) -> None:
         """Run a thread. If it crashes, the worker stops, because it cannot work without it."""
@@ -294,7 +297,7 @@ class Worker:
                 self.stuck.remove(slot)
                 continue
             log.error("job %s (%s) did not stop after its timeout; its thread was abandoned", job.id, job.type)
-            self.outbox.put([_fail(job, TimedOut())])
+            self._put([_fail(job, TimedOut())])
             self.slots.remove(slot)
             if len(self.stuck) >= self.settings.worker_concurrency:
                 self.stop("broken")
@@ -328,24 +331,36 @@ class Worker:
             with self.lock:
                 position = {id: at for at, id in enumerate(self.held)}
             jobs.sort(key=lambda job: position.get(job.id, 0))
-            self.outbox.put([Outcome(job, "release") for job in jobs])
+            self._put([Outcome(job, "release") for job in jobs])
 
     def _close(self, mode: StopMode, *threads: threading.Thread) -> int:
+        """End the threads, deregister and return the exit code, within a second."""
+        until = time.monotonic() + CLOSING
         self.closed.set()
-        self.outbox.put(None)
-        for thread in threads:
-            thread.join(1.0)
+        for outbox in self.outboxes.values():
+            outbox.put(None)
+        # Redis may hang, and so may a thread of the process that waits for it.
+        leave = threading.Thread(target=self._deregister, name="leaver", daemon=True)
+        leave.start()
+        for thread in (*threads, leave):
+            thread.join(max(0.0, until - time.monotonic()))
         for _ in self.slots:
             self.inbox.put(None)
         self.pool.shutdown(wait=False)
-        with suppress(TinyQueueError):
-            if self.id and not self.held:
-                self.queue.deregister(self.id)
         if self.held:
             problem = "could not save the outcome of %d jobs; they will run again when this worker's lease expires"
             log.error(problem, len(self.held))
         log.info("worker stopped")
         return EXIT_BROKEN if mode == "broken" else int(bool(self.held))
+
+    def _deregister(self) -> None:
+        """Remove this worker from every shard, except those that have jobs it has not settled."""
+        with self.lock:
+            unsettled = {self.queue.part_of(id) for id in self.held}
+        for part in self.queue.parts if self.id else ():
+            if part not in unsettled:
+                with suppress(TinyQueueError):
+                    part.deregister(self.id)
 
     # Taker thread -----------------------------------------------------------------------------------------------------
 
@@ -373,10 +388,12 @@ class Worker:
                         self.adopt_at = 0.0
                 if emptied:
                     self._wait_for_bell(worker)
-            except Reaped:
-                self._drop_jobs(worker)
-                with suppress(TinyQueueError):
-                    self.queue.reap(worker)  # requeues what was just taken under the old registration
+            except Reaped as error:
+                self._drop_jobs(worker, error)
+                self.adopt_at = 0.0
+                for part in error.parts or self.queue.parts:
+                    with suppress(TinyQueueError):
+                        part.reap(worker)  # requeues what was just taken under the old registration
             except TinyQueueError as error:
                 self.adopt_at = 0.0
                 failures += 1
@@ -469,23 +486,30 @@ class Worker:
                 if slot in self.stuck:
                     self.stuck.remove(slot)
                 return
-            self.outbox.put([outcome])
+            self._put([outcome])
             self.free_slots.put(None)
 
     # Settler thread ---------------------------------------------------------------------------------------------------
 
-    def _save_outcomes(self) -> None:
-        while (batch := self.outbox.get()) is not None:
+    def _put(self, outcomes: Sequence[Outcome]) -> None:
+        """Leave outcomes to the settlers of their shards (main, slots)."""
+        for part, outbox in self.outboxes.items():
+            if own := [outcome for outcome in outcomes if self.queue.part_of(outcome.job.id) is part]:
+                outbox.put(own)
+
+    def _save_outcomes(self, part: Queue) -> None:
+        outbox = self.outboxes[part]
+        while (batch := outbox.get()) is not None:
             with suppress(Empty):
                 while len(batch) < MAX_JOBS:
-                    if (more := self.outbox.get_nowait()) is None:
-                        self.outbox.put(None)  # for the outer loop, after this batch
+                    if (more := outbox.get_nowait()) is None:
+                        outbox.put(None)  # for the outer loop, after this batch
                         break
                     batch += more
             self._save(batch)
 
     def _save(self, outcomes: list[Outcome]) -> None:
-        """Save outcomes, however long it takes; drop those of a registration that was reaped."""
+        """Save outcomes of one shard, however long it takes; drop them if the worker was reaped."""
         failures = 0
         again = False
         saved: list[Outcome] = []
@@ -495,8 +519,9 @@ class Worker:
                 others = self.queue.settle(worker, own, again)
                 saved = [outcome for outcome in own if outcome not in others] if others else own
                 break
-            except Reaped:
-                self._drop_jobs(worker)
+            except Reaped as error:
+                self._drop_jobs(worker, error)
+                break
             except (Unavailable, Corrupted) as error:
                 if getattr(error, "applied", False):  # a key has the wrong type, and everything else was written
                     log.error("outcomes were saved except in one key: %s", error)
@@ -513,13 +538,21 @@ class Worker:
                     del self.held[outcome.job.id]
         _log_outcomes(outcomes, saved)
 
-    def _drop_jobs(self, worker: str) -> None:
-        """Drop all jobs after this worker was reaped (taker, settler, keeper)."""
+    def _drop_jobs(self, worker: str, reaped: Reaped) -> None:
+        """Drop all jobs after this worker was reaped (taker, settlers, keeper).
+
+        If only some shards reaped it, the heartbeat registers it there again under the same id. An
+        outcome of a job that it lost there is not saved, because the record has another attempt.
+        """
         with self.lock:
-            if worker and self.id == worker:
-                log.warning("worker %s lost its lease; its %d jobs were requeued", worker, len(self.held))
-                self.id = ""
-                self.held.clear()
+            if not worker or self.id != worker:
+                return
+            if reaped.parts:
+                log.warning("worker %s lost its lease in a shard; its jobs there were requeued", worker)
+                return
+            log.warning("worker %s lost its lease; its %d jobs were requeued", worker, len(self.held))
+            self.id = ""
+            self.held.clear()
 
     # Keeper thread ----------------------------------------------------------------------------------------------------
 
@@ -549,8 +582,10 @@ class Worker:
         if worker := self.id:
             try:
                 self.queue.heartbeat(worker, list(self.held))
-            except Reaped:
-                self._drop_jobs(worker)
+            except Reaped as error:
+                self._drop_jobs(worker, error)
+                if error.parts:
+                    self.queue.heartbeat(worker, list(self.held))
 
     def _promote(self) -> None:
         while self.queue.promote() >= PROMOTED and not self.closed.is_set():
@@ -569,16 +604,23 @@ class Worker:
         Such trouble may have kept healthy workers from renewing their leases. A Redis or a machine
         that stands still causes no error, but this check then comes too long after the last one.
         """
-        expired = self.queue.lost_workers(own=self.id)
         now = time.monotonic()
         lease = self.queue.lease
         if now - self.last_reap_check > lease / 2:  # the lease of a live worker has at least that much left at any time
             self.late_reap_check = now
         self.last_reap_check = now
-        if now - max(self.late_reap_check, self.queue.last_trouble) < lease:
-            return
-        for worker in expired:
-            if count := self.queue.reap(worker):
+        lost: defaultdict[str, list[Queue]] = defaultdict(list)
+        for part in self.queue.parts:
+            try:
+                expired = part.lost_workers(own=self.id)
+            except TinyQueueError as error:  # the other shards need their jobs back all the same
+                self._warn("reap workers", error)
+                continue
+            if now - max(self.late_reap_check, part.last_trouble) >= lease:
+                for worker in expired:
+                    lost[worker].append(part)
+        for worker, parts in lost.items():
+            if count := self.queue.reap_in(parts, worker):
                 log.warning("worker %s is dead; its %d jobs were requeued", worker, count)
 
     def _trim(self) -> None:
@@ -947,7 +989,7 @@ def _print_job(job: Job) -> None:
 
 
 def _change_each(ids: Sequence[str], change: Callable[[str], Job | None]) -> None:
-    """Change jobs by id, and print what happened to each. Exit with 1 if one could not be changed."""
+    """Change jobs by id and print the result of each. Exit with 1 if one could not be changed."""
     failed = 0
     for at, id in enumerate(ids):
         try:

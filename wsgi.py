@@ -471,13 +471,13 @@ class API(bottle.Bottle):  # type: ignore[misc]
         return {"jobs": [next(answers) if isinstance(draft, Job) else {"error": draft.body()} for draft in drafts]}
 
     def _answer_submit(self, drafts: Sequence[Job], jobs: Sequence[Job], once: Once | None) -> list[dict[str, Any]]:
-        """Return the answer for each job, and set the status: 201 if at least one is new, else 200."""
+        """Return the answer for each job, and set the status: 201 if any is new, else 200."""
         replayed = once is not None and once.replayed
         is_new = [job is draft for job, draft in zip(jobs, drafts, strict=True)]
         bottle.response.status = 201 if any(is_new) else 200
         if replayed:
             bottle.response.set_header("Idempotency-Replayed", "true")
-        # A replay repeats the first answer. Otherwise the job in place of a draft has its uniqueKey.
+        # A replay repeats the first answer. Else a job in place of a draft has its uniqueKey.
         return [
             _summary(job) | ({} if new or replayed else {"duplicate": True})
             for job, new in zip(jobs, is_new, strict=True)
@@ -600,13 +600,17 @@ class API(bottle.Bottle):  # type: ignore[misc]
             missed = self._scrape_errors
             self._scrape_errors = 0
         try:
-            if missed:
-                self.queue.count_scrape_errors(missed)
-            scrape = Scrape(self.queue)
+            scrape = Scrape(self.queue, missed)
         except TinyQueueError:
             with self._lock:
                 self._scrape_errors += missed + 1
             raise
+        try:
+            if missed:
+                self.queue.count_scrape_errors(missed)
+        except Unavailable:  # Redis may be read-only or full: the next scrape counts them
+            with self._lock:
+                self._scrape_errors += missed
         return bottle.HTTPResponse(encode(scrape), 200, _response_headers() | {"Content-Type": content_type})
 
     def dashboard(self) -> bottle.HTTPResponse:
@@ -765,6 +769,7 @@ METRICS = (
     ("jobs_delayed", "gauge", "", "pending jobs that wait for their runAt"),
     ("jobs_kept", "gauge", "status", "jobs that have ended and are still stored"),
     ("oldest_waiting_seconds", "gauge", "queue", "time that the next job has waited since it could start"),
+    ("redis_memory_ratio", "gauge", "", "share of Redis' maxmemory that is used, 0 without a limit"),
     ("queue_paused", "gauge", "queue", "1 if the queue is paused, else 0"),
     ("workers", "gauge", "", "live workers"),
     ("slots", "gauge", "", "jobs that the live workers can run at a time"),
@@ -787,10 +792,10 @@ METRICS = (
 class Scrape:
     """The values of one scrape. It is a collector, as prometheus_client defines them."""
 
-    def __init__(self, queue: AnyQueue) -> None:
+    def __init__(self, queue: AnyQueue, missed: int = 0) -> None:
         stats = queue.stats()
         counters = queue.metrics()
-        errors = counters.pop("scrapeErrors", {(): 0})
+        errors = {(): counters.pop("scrapeErrors", {}).get((), 0) + missed}
         workers = [worker for worker in queue.workers() if worker["alive"]]
         pairs = dict.fromkeys(labels[:2] for counts in counters.values() for labels in counts)
         pairs |= dict.fromkeys((type, handler.queue) for type, handler in HANDLERS.items())
@@ -801,6 +806,7 @@ class Scrape:
             "jobs_kept": {(status,): stats[status] for status in ENDED},
             "oldest_waiting_seconds": {(name,): queue["oldestWaitingMs"] / 1000 for name, queue in queues},
             "queue_paused": {(name,): int(queue["paused"]) for name, queue in queues},
+            "redis_memory_ratio": {(): queue.memory_use},
             "workers": {(): len(workers)},
             "slots": {(): sum(worker["concurrency"] for worker in workers)},
             "slots_busy": {(): sum(len(worker["jobs"]) for worker in workers)},
@@ -1088,6 +1094,8 @@ def main(reload: bool) -> None:
         run()
     except SettingsError as error:
         raise click.UsageError(str(error)) from None
+    except TinyQueueError as error:
+        raise click.ClickException(str(error)) from None
     except ModuleNotFoundError as error:
         if error.name != "hupper":
             raise

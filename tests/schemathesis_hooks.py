@@ -28,6 +28,15 @@ def before_call(context: Any, case: Any, kwargs: Any) -> None:
     for job in case.body if isinstance(case.body, list) else [case.body]:
         if isinstance(job, dict) and _is_too_late(job.get("runAt")):
             job["runAt"] = None
+        if isinstance(job, dict) and _expires_first(job):
+            job["expiresIn"] = None
+
+
+def _expires_first(job: dict[str, Any]) -> bool:
+    delay, expiry = job.get("delay"), job.get("expiresIn")
+    if isinstance(expiry, bool) or not isinstance(expiry, int | float) or not 0 < expiry <= 366 * 86400:
+        return False
+    return job.get("runAt") is not None or (isinstance(delay, int | float) and delay >= expiry)
 
 
 def _is_too_late(moment: Any) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 import signal
 import sys
 import threading
@@ -19,9 +20,9 @@ from conftest import REDIS, RedisServer, check_consistency, newest, until
 from cutproxy import CutProxy
 from test_processes import HANDLERS, ROOT, Process, Web, environment
 
-from tinyqueue import NotReplicated, SettingsError, Unavailable, handler
+from tinyqueue import NotReplicated, Queue, SettingsError, Unavailable, handler
 from tinyqueue_config import Settings, open_queue
-from tinyqueue_redis import connect
+from tinyqueue_redis import FOLLOW_EVERY, connect
 from wsgi import API
 
 SERVICE = "jobs"
@@ -305,8 +306,11 @@ def test_connect_sends_the_password_of_the_sentinels(start_redis: Any, tmp_path:
     try:
         url = f"redis+sentinel://:m%40ster@127.0.0.1:{sentinel.port}/{SERVICE}"
         queue_at(url + "?sentinel_password=s3ntinel").ping()
-        with pytest.raises(Unavailable, match="unreachable"):
-            queue_at(url).ping()
+        for wrong in (url, url + "?sentinel_password=s3cret"):
+            with pytest.raises(Unavailable, match=r"a sentinel refused the connection: .+sentinel_password=") as caught:
+                queue_at(wrong).ping()
+            assert caught.value.reason == "refused"
+            assert not re.search("[<(]|s3cret|m@ster", str(caught.value))
     finally:
         sentinel.kill()
 
@@ -314,7 +318,7 @@ def test_connect_sends_the_password_of_the_sentinels(start_redis: Any, tmp_path:
 def test_report_unreachable_when_the_sentinels_know_no_master(monitored: Monitored, queue_at: Any) -> None:
     with pytest.raises(Unavailable) as caught:
         queue_at(monitored.url.replace(SERVICE, "others")).ping()
-    assert caught.value.reason == "unreachable"
+    assert str(caught.value) == "Redis is unreachable: no sentinel names the master: no master is named others"
 
 
 def test_connect_when_only_one_sentinel_is_alive(monitored: Monitored, queue_at: Any) -> None:
@@ -358,3 +362,54 @@ def test_lose_no_fully_replicated_job_in_a_requested_failover(monitored: Monitor
                 client.replicaof("127.0.0.1", monitored.named)  # the sentinels do this as well, but later
             load.wait_for_accepted(50)
         load.assert_all_run(service_)
+
+
+def test_follow_the_sentinels_in_a_requested_failover(monitored: Monitored, tmp_path: Path, queue_at: Any) -> None:
+    """The old master accepts writes for ten seconds more, and all of them are lost."""
+    with service(tmp_path, REDIS_URL=monitored.url) as service_, Load(service_.web) as load:
+        load.wait_for_accepted(50)
+        with redis.Redis(port=monitored.sentinels[0].port) as client:
+            client.sentinel_failover(SERVICE)
+        until(lambda: monitored.replaced)
+        named = time.monotonic()
+        load.wait_for_accepted(200)
+        until(lambda: time.monotonic() > named + 3)
+    queue = queue_at(monitored.url)
+    lost = missing(queue, load)
+    window = max(lost) - min(lost) if lost else 0.0
+    print(f"{len(lost)} of {len(load.accepted)} accepted jobs were lost within {window:.2f} s")
+    assert all(at < named + FOLLOW_EVERY + 0.5 for at in lost), f"jobs were lost up to {max(lost) - named:.2f} s later"
+
+
+def missing(queue: Queue, load: Load) -> list[float]:
+    """Return when the jobs were accepted that the present master does not have."""
+    payloads = set()
+    cursor = "9999999999999999.g"
+    while cursor:
+        jobs, cursor = queue.page(limit=1000, cursor=cursor)
+        payloads |= {job.payload for job in jobs}
+    return [at for at, payload in load.accepted if payload not in payloads]
+
+
+def test_drop_connections_to_the_old_master_when_the_sentinels_name_another(
+    monitored: Monitored, queue_at: Any
+) -> None:
+    queue = queue_at(monitored.url, connections=2)
+    for _ in range(3):  # more often than there are connections: none may be leaked
+        queue.enqueue("echo", 1)
+        with redis.Redis(port=monitored.sentinels[0].port) as client:
+            old = client.sentinel_get_master_addr_by_name(SERVICE)[1]
+            until(lambda: failover(client), timeout=60)
+            until(lambda: client.sentinel_get_master_addr_by_name(SERVICE)[1] != old)  # noqa: B023 - called at once
+        until(lambda: queue.ping() or queue.pool.master_address[1] != old)  # noqa: B023
+        job = queue.enqueue("echo", 2)
+        with redis.Redis(port=queue.pool.master_address[1]) as client:
+            assert client.exists(queue.keys.job(job.id))
+
+
+def failover(client: redis.Redis) -> bool:
+    """Request a failover; False if the sentinel is not ready for another."""
+    try:
+        return bool(client.execute_command("SENTINEL", "FAILOVER", SERVICE))
+    except redis.ResponseError:
+        return False

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -11,12 +12,12 @@ from pathlib import Path
 
 import pytest
 from client import Client, running
-from conftest import RedisServer, Server, check_consistency, dump, free_port, lapse, newest, put, raw, until
+from conftest import RedisServer, Server, check_consistency, dump, find_lost, free_port, lapse, newest, put, raw, until
 from cutproxy import CutProxy
 
 import handlers
 import worker
-from tinyqueue import Queue, QueueFull, Shards
+from tinyqueue import Filter, Queue, QueueFull, Shards, Unavailable
 from tinyqueue_config import Settings
 from tinyqueue_doctor import Finding, examine, find_broken, repair, warnings
 from wsgi import API
@@ -107,8 +108,7 @@ def test_doctor_judges_a_setting_of_redis(own: Queue, settings: dict[str, str], 
 
 @pytest.mark.parametrize(("share", "level"), [(0.5, "ok"), (0.85, "warn"), (0.97, "fail")])
 def test_doctor_judges_the_memory_in_use(own: Queue, share: float, level: str) -> None:
-    raw(own).setrange("ballast", 50_000_000, "x")  # much more than a connection takes
-    raw(own).config_set("maxmemory", int(raw(own).info("memory")["used_memory"] / share))
+    fill(own, share)
     assert findings(own)["memory"].level == level
 
 
@@ -211,6 +211,56 @@ def test_warnings_name_an_eviction_policy(own: Queue) -> None:
     [warning] = warnings(Queue(own.pool))
     assert "allkeys-lru" in warning
     assert "noeviction" in warning
+
+
+@pytest.mark.parametrize(("share", "text"), [(0.7, ""), (0.9, "above 95%, new jobs"), (0.98, ": new jobs are refused")])
+def test_warnings_name_memory_that_is_nearly_used_up(own: Queue, share: float, text: str) -> None:
+    fill(own, share)
+    found = Client(API(Settings(), Queue(own.pool))).get("/ready").json["warnings"]
+    assert [warning.startswith("Redis uses ") and text in warning for warning in found] == [True] * bool(text)
+
+
+def fill(queue: Queue, share: float) -> None:
+    raw(queue).setrange("ballast", 50_000_000, "x")  # much more than a connection takes
+    raw(queue).config_set("maxmemory", int(raw(queue).info("memory")["used_memory"] / share))
+
+
+def test_doctor_tells_full_memory_from_missing_permissions(own: Queue) -> None:
+    own.register(["default"], 1)
+    fill(own, 1.02)
+    found = {about: finding for about, finding in findings(own).items() if finding.level != "ok"}
+    assert found.keys() == {"writes", "memory"}
+    assert "new jobs are refused" in found["memory"].advice
+
+
+def test_purge_and_trim_make_room_when_memory_is_full(own: Queue) -> None:
+    ended = [put(own, status, queue=status) for status in ("completed", "failed", "cancelled", "completed")]
+    fill(own, 1.02)
+    with pytest.raises(Unavailable, match="purge ended jobs") as caught:
+        own.enqueue("echo", 1)
+    assert caught.value.reason == "full"
+    assert [own.purge(Filter(status))["purged"] for status in ("failed", "cancelled")] == [1, 1]
+    own.clock.ahead = max(own.keep_ms.values()) + 1000
+    assert own.trim() == 2
+    own.clock.ahead = 0
+    assert [own.get(job.id) for job in ended] == [None] * 4
+    raw(own).config_set("maxmemory", 0)
+    check_consistency(own)
+
+
+def test_purge_leaves_a_revived_job_alone_when_memory_is_full(own: Queue) -> None:
+    job = put(own, "failed")
+    own.retry(job.id)
+    fill(own, 1.02)
+    assert own.forget("failed", [job.id.encode()]) == 0
+    assert own.get(job.id)
+
+
+def test_metrics_expose_the_memory_in_use_even_when_it_is_full(own: Queue) -> None:
+    fill(own, 1.02)
+    text = Client(API(Settings(), Queue(own.pool))).get("/metrics").body.decode()
+    [value] = re.findall("^tinyqueue_redis_memory_ratio (.+)$", text, re.M)
+    assert 1.01 < float(value) < 1.05
 
 
 def test_warnings_are_empty_without_info(own: Queue) -> None:
@@ -358,7 +408,7 @@ def test_repair_returns_a_job_whose_worker_and_list_were_lost(queue: Queue) -> N
     raw(queue).delete(queue.keys.proc(job.worker), queue.keys.workers)
     assert changes(queue) == ["1 jobs listed again"]
     lapse(queue, job.worker)
-    assert [queue.reap(worker) for worker in queue.lost_workers()] == [1]
+    assert [queue.reap(worker) for worker in find_lost(queue)] == [1]
     assert queue.get(job.id).status == "pending"
 
 
@@ -366,9 +416,9 @@ def test_repair_finds_the_list_of_a_worker_that_is_in_no_set(queue: Queue) -> No
     job = put(queue, "processing")
     raw(queue).delete(queue.keys.workers)
     lapse(queue, job.worker)
-    assert queue.lost_workers() == []
+    assert find_lost(queue) == []
     assert changes(queue) == ["1 lists of unknown workers found"]
-    assert [queue.reap(worker) for worker in queue.lost_workers()] == [1]
+    assert [queue.reap(worker) for worker in find_lost(queue)] == [1]
     assert queue.get(job.id).status == "pending"
 
 

@@ -246,6 +246,67 @@ def test_submit_accepts_a_run_time_with_a_zone(api: Client, spelled: str, hours:
     assert job["runAt"] == run_at.timestamp() * 1000 + (250 if ".250" in spelled else 0)
 
 
+TIMES = {  # as the documentation of each language shows its own output, for 09:15:30.123456789 UTC of a day
+    "Java Instant": "{day}T09:15:30.123456789Z",
+    "Java OffsetDateTime": "{day}T10:15:30.123456789+01:00",
+    "Java ZonedDateTime": "{day}T10:15:30.123456789+01:00[Europe/Paris]",
+    "Java SimpleDateFormat with Z": "{day}T10:15:30.123+0100",
+    "Java with seconds of an offset": "{day}T09:34:51.123+00:19:21[Europe/Amsterdam]",
+    "Go RFC3339Nano": "{day}T10:15:30.123456789+01:00",
+    "Go Time.String": "{day} 10:15:30.123456789 +0100 CET",
+    "Go Time.String of now": "{day} 10:15:30.123456789 +0100 CET m=+0.000012345",
+    "Go Time.String without a name": "{day} 06:15:30.123456789 -0300 -03",
+    "JavaScript toISOString": "{day}T09:15:30.123Z",
+    "JavaScript Temporal.ZonedDateTime": "{day}T10:15:30.123456789+01:00[Europe/Paris][u-ca=gregory]",
+    "PHP DATE_RFC3339_EXTENDED": "{day}T10:15:30.123+01:00",
+    "PHP DATE_ISO8601 with milliseconds": "{day}T10:15:30.123+0100",
+    "Ruby Time#inspect": "{day} 10:15:30.123456789 +0100",
+    "Ruby Time#inspect in UTC": "{day} 09:15:30.123456789 UTC",
+    "Ruby iso8601(3)": "{day}T10:15:30.123+01:00",
+    ".NET": "{day}T09:15:30.1234567Z",
+    "Python str": "{day} 09:15:30.123456+00:00",
+    "lower case": "{day}t09:15:30.123z",
+    "comma": "{day}T09:15:30,123Z",
+    "hours of an offset": "{day}T04:15:30.123-05",
+    "basic format": "{basic}T091530.123Z",
+    "basic format with an offset": "{basic}T101530.123+0100",
+}
+WHOLE_TIMES = {  # for 09:00 UTC
+    "Java OffsetDateTime": "{day}T10:00+01:00",
+    "Java Instant": "{day}T09:00:00Z",
+    "Go RFC3339": "{day}T10:00:00+01:00",
+    "PHP DATE_ATOM": "{day}T10:00:00+01:00",
+    "PHP DATE_ISO8601": "{day}T10:00:00+0100",
+    "Ruby Time#to_s": "{day} 10:00:00 +0100",
+    "Ruby Time#to_s in UTC": "{day} 09:00:00 UTC",
+    "hours": "{day}T09Z",
+    "basic format": "{basic}T0900Z",
+    "RFC 3339 with an unknown zone": "{day}T09:00:00-00:00",
+}
+
+
+def spell_day(spelled: str, hour: int) -> tuple[str, datetime]:
+    day = datetime.now(UTC).replace(hour=hour, minute=0, second=0, microsecond=0) + timedelta(days=2)
+    return spelled.format(day=f"{day:%F}", basic=f"{day:%Y%m%d}"), day
+
+
+@pytest.mark.parametrize("spelled", TIMES.values(), ids=TIMES.keys())
+def test_submit_accepts_a_run_time_as_other_languages_write_it(api: Client, spelled: str) -> None:
+    text, day = spell_day(spelled, 9)
+    job = accepted_job(api.post("/jobs", echo_with(runAt=text)), api)
+    assert job["runAt"] == day.timestamp() * 1000 + (15 * 60 + 30) * 1000 + 123
+
+
+@pytest.mark.parametrize("spelled", WHOLE_TIMES.values(), ids=WHOLE_TIMES.keys())
+def test_submit_accepts_a_whole_run_time_as_other_languages_write_it(api: Client, spelled: str) -> None:
+    text, day = spell_day(spelled, 9)
+    assert accepted_job(api.post("/jobs", echo_with(runAt=text)), api)["runAt"] == day.timestamp() * 1000
+
+
+def test_submit_refuses_a_delay_beyond_its_expiry(refuse: Refuse) -> None:
+    assert refuse(422, "invalid-job", echo_with(delay=60, expiresIn=60))["field"] == "expiresIn"
+
+
 def test_submit_accepts_a_run_time_in_milliseconds(api: Client, queue: Queue) -> None:
     run_at = queue.now() + 86_400_000
     assert accepted_job(api.post("/jobs", echo_with(runAt=run_at)), api)["runAt"] == run_at
@@ -520,6 +581,16 @@ WRONG_RUN_TIMES = [
     "2026-01-01T00:00:00Z ",
     "\ud800",
     "2026-01-01T00:00:00\udfff",
+    "2026-01-01T00:00:00 CET",
+    "2026-01-01T00:00:00Europe/Paris",
+    "2026-01-01T00:00:00Z[Europe/Paris",
+    "2026-01-01T00:00:00+0",
+    "2026-01-01T00:00:00+24:00",
+    "2026-01-01T00:60:00Z",
+    "2026-01-01T000:00Z",
+    "2026-01-0\u0661T00:00:00Z",
+    "2026-01-01X00:00:00Z",
+    "2026-W01-1T00:00:00Z",
     "9" * 5000,
 ]
 WRONG_NAMES = [*" *?\n\0é٣\ud800/:", "", "a b", "a:b", "{x}", "../q", "a/b", "a\n", "a\0", "a" * 101, 1, True, [], {}]

@@ -108,7 +108,7 @@ class Machine(RuleBasedStateMachine):
         name=st.sampled_from(NAMES),
         most=st.integers(1, 3),
         delay=st.sampled_from([0, 0, 10]),
-        expires_in=st.sampled_from([None, None, 10]),
+        expires_in=st.sampled_from([None, None, 20]),
     )
     def enqueue(self, name: str, most: int, delay: int, expires_in: int | None) -> str:
         job = self.queue.enqueue("echo", {}, queue=name, max_attempts=most, delay=delay, expires_in=expires_in)

@@ -246,7 +246,7 @@ def _echo(payload: object) -> object:
 # Names ----------------------------------------------------------------------------------------------------------------
 
 
-def test_names_beyond_the_limit_count_as_other(server: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_names_beyond_the_limit_count_as_other(server: Any, monkeypatch: pytest.MonkeyPatch, no_handlers: None) -> None:
     monkeypatch.setattr(tinyqueue, "SERIES", 3)
     monkeypatch.setattr(wsgi, "SERIES", 3)
     queue, another = server.queue(), server.queue()

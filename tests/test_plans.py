@@ -8,6 +8,8 @@ import json
 import os
 import re
 import signal
+import socket
+import socketserver
 import subprocess
 import sys
 import threading
@@ -20,11 +22,11 @@ from typing import Any
 import pytest
 import redis
 from client import Process, running
-from conftest import RedisServer, free_port, lapse, newest, raw, until
+from conftest import RedisServer, Server, free_port, lapse, newest, raw, until
 
 import tinyqueue
 import worker
-from tinyqueue import Failure, Filter, NotReplicated, Once, Queue, Verbs
+from tinyqueue import Failure, Filter, NotReplicated, Once, Queue, Unavailable, Verbs
 from tinyqueue_config import Settings
 from tinyqueue_doctor import COMMANDS, OLDEST, examine, repair
 from wsgi import ROUTES
@@ -386,7 +388,9 @@ def test_documented_user_may_do_all_that_the_queue_does(admin: redis.Redis, queu
         "read_entries",
         "read_jobs",
         "restore",
-    }  # the last are called by other verbs
+        "part_of",
+        "reap_in",
+    }  # these are called by other verbs, or by the worker
     short.trim()
     with pytest.raises(NotReplicated):
         queue_at(url, min_replicas=1).enqueue("echo", 8)
@@ -455,3 +459,79 @@ def test_commands_exist_in_the_oldest_supported_redis(admin: redis.Redis) -> Non
         name.decode().upper(): about[about.index(b"since") + 1].decode() for name, about in zip(docs, docs, strict=True)
     }
     assert versions == USED
+
+
+# A wrong REDIS_URL ----------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def speaking(words: bytes) -> Iterator[str]:
+    """Listen on a port and say something to everybody who connects. Yields its URL for Redis."""
+
+    class Talker(socketserver.BaseRequestHandler):
+        def handle(self) -> None:
+            self.request.sendall(words)
+            self.request.recv(4096)
+
+    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), Talker) as server:
+        server.daemon_threads = True
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"redis://127.0.0.1:{server.server_address[1]}/0"
+        server.shutdown()
+
+
+NO_REDIS = "this is not a Redis; check the host and the port in REDIS_URL"
+WRONG = {
+    "HTTP": (b"HTTP/1.1 400 Bad Request\r\n\r\n", "unreachable", NO_REDIS),
+    "SSH": (b"SSH-2.0-OpenSSH_9.2p1\r\n", "unreachable", NO_REDIS),
+    "protected mode": (
+        b"-DENIED Redis is running in protected mode because x. In this mode y. Many more words.\r\n",
+        "refused",
+        "set a password or a user in Redis and in REDIS_URL, or connect from the same machine",
+    ),
+    "database": (b"", "refused", "check the number of the database in REDIS_URL"),
+    "host": (b"", "unreachable", "the host name in REDIS_URL is not valid"),
+}
+
+
+@pytest.fixture(params=WRONG)
+def wrong(request: pytest.FixtureRequest, real: Server) -> Iterator[tuple[str, str, str]]:
+    """A wrong REDIS_URL, the reason that clients get, and the advice."""
+    words, reason, advice = WRONG[request.param]
+    if request.param == "database":
+        yield real.url.removesuffix("/0") + "/99", reason, advice
+    elif request.param == "host":
+        yield f"redis://{'x' * 64}.example:6379", reason, advice
+    else:
+        with speaking(words) as url:
+            yield url, reason, advice
+
+
+def test_wrong_url_is_one_clear_line_in_web_worker_and_commands(folder: Path, wrong: tuple[str, str, str]) -> None:
+    url, reason, advice = wrong
+    done = command(folder, url, "stats")
+    assert done.returncode == 1
+    assert done.stderr.startswith(f"Error: Redis is {reason}: ")
+    assert done.stderr.endswith(f"{advice}\n")
+    assert done.stderr.count("\n") == 1
+    assert advice in command(folder, url, "doctor").stdout
+    with running(folder, REDIS_URL=url) as web, working(folder, url) as log:
+        for method, path in (("POST", "/jobs"), ("GET", "/ready"), ("GET", "/jobs"), ("GET", "/metrics")):
+            status, problem = call(web, method, path, {"type": "echo", "payload": 1})
+            assert (status, problem["reason"]) == (503, reason)
+            assert problem["detail"].endswith(advice)
+        until(lambda: f"cannot take jobs: Redis is {reason}: " in log.read_text())
+        assert "Traceback" not in log.read_text() + web.log.read_text()
+
+
+def test_protected_mode_of_a_real_redis_is_a_refusal(start_redis: Callable[..., RedisServer], queue_at: Any) -> None:
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect(("192.0.2.1", 9))  # sends nothing
+        except OSError:
+            pytest.skip("this machine has no address but the loopback")
+        address = probe.getsockname()[0]
+    server = start_redis("--bind", "127.0.0.1", address, "--protected-mode", "yes")
+    with pytest.raises(Unavailable, match="protected mode") as caught:
+        queue_at(f"redis://{address}:{server.port}").ping()
+    assert caught.value.reason == "refused"

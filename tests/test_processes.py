@@ -22,6 +22,8 @@ from conftest import RedisServer, Server, free_port, newest, put, raw, until
 from cutproxy import CutProxy
 
 from tinyqueue import Failure, Job, Queue
+from tinyqueue_redis import CONNECT_TIMEOUT, SOCKET_TIMEOUT
+from worker import CLOSING, LAST_WRITE
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -964,3 +966,48 @@ def test_refuse_an_invalid_redis_url_without_showing_it(run: Any, url: str) -> N
     assert done.returncode == 2
     assert b"Error: REDIS_URL" in done.stderr
     assert b"s3cret" not in done.stderr
+
+
+# Redis hangs ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("busy", [True, False])
+def test_worker_stops_within_its_time_while_redis_hangs(
+    start_redis: Callable[..., RedisServer], start: Any, queue_at: Any, folder: Path, busy: bool
+) -> None:
+    """By default this takes 28 seconds. Platforms kill a process 30 seconds after SIGTERM."""
+    server = start_redis()
+    queue = queue_at(server.url)
+    queue.enqueue("gate", "ended")
+    if busy:
+        queue.enqueue("sleep", 60)
+    worker = start(ROOT / "worker.py", "--shutdown-timeout", "4", REDIS_URL=server.url)
+    until(lambda: queue.stats()["processing"] == 1 + busy)
+    assert server.process
+    os.kill(server.process.pid, SIGSTOP)
+    try:
+        (folder / "ended").touch()
+        worker.until_output("cannot save outcomes")
+        began = time.monotonic()
+        assert worker.end(SIGTERM) == 1
+        assert time.monotonic() - began < 4 + LAST_WRITE + CLOSING + 0.7
+        assert f"could not save the outcome of {1 + busy} jobs" in worker.output
+    finally:
+        os.kill(server.process.pid, SIGCONT)
+
+
+def test_idle_worker_stops_quickly_while_redis_hangs(
+    start_redis: Callable[..., RedisServer], start: Any, queue_at: Any
+) -> None:
+    server = start_redis()
+    queue = queue_at(server.url)
+    worker = start(ROOT / "worker.py", REDIS_URL=server.url)
+    until(lambda: registered(queue, worker))
+    assert server.process
+    os.kill(server.process.pid, SIGSTOP)
+    try:
+        began = time.monotonic()
+        assert worker.end(SIGTERM) == 0
+        assert time.monotonic() - began < SOCKET_TIMEOUT + CONNECT_TIMEOUT + CLOSING + 0.7
+    finally:
+        os.kill(server.process.pid, SIGCONT)

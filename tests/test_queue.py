@@ -650,6 +650,12 @@ def test_fail_shortens_message_and_traceback(queue: Queue) -> None:
     assert queue.get(job.id).error == Failure("ValueError", "m" * 999 + "x", "b" + "t" * 3999)
 
 
+def test_fail_shortens_the_name_of_an_exception(queue: Queue) -> None:
+    job = put(queue, "processing")
+    queue.fail(job, Failure.of(type("N" * 100_000, (Exception,), {})()), None)
+    assert queue.get(job.id).error == Failure("N" * 100, "")
+
+
 class Mute(Exception):
     def __str__(self) -> str:
         raise KeyError("inner")

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import inspect
+import signal
+import threading
+import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 
 import pytest
 from client import Client
-from conftest import Server, check_consistency, find_lost, lapse, raw, until
+from conftest import RedisServer, Server, check_consistency, find_lost, lapse, raw, until
+from cutproxy import CutProxy
 from test_worker import Running
 
 import tinyqueue
@@ -142,7 +147,7 @@ def test_start_leaves_a_suspect_pending_beside_jobs_of_other_shards(queue: Shard
 
 def test_heartbeat_raises_reaped_if_one_shard_reaped_the_worker(queue: Shards, worker: str) -> None:
     lapse(queue.parts[2], worker)
-    assert find_lost(queue) == [worker]
+    assert find_lost(queue.parts[2]) == [worker]
     assert queue.reap(worker) == 0
     with pytest.raises(Reaped):
         queue.heartbeat(worker)
@@ -314,3 +319,206 @@ def test_settle_writes_the_outcomes_of_the_reachable_shards(real: Server) -> Non
     shards.parts[1] = alive
     assert shards.settle(worker, outcomes, again=True) == []
     assert {shards.get(job.id).status for job in jobs} == {"completed"}
+
+
+# Each shard stands alone ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def servers(start_redis: Callable[..., RedisServer]) -> Iterator[list[RedisServer]]:
+    """Two servers, one for each shard."""
+    both = [start_redis(), start_redis()]
+    yield both
+    for server in both:
+        server.stop()
+
+
+@pytest.fixture
+def apart(servers: list[RedisServer]) -> Iterator[Callable[[], Shards]]:
+    """Make queues whose two shards are on servers of their own."""
+    made: list[Shards] = []
+
+    def make() -> Shards:
+        made.append(Shards([Queue.from_url(server.url, namespace=f"queue.{at}") for at, server in enumerate(servers)]))
+        return made[-1]
+
+    yield make
+    for server in servers:
+        if server.process:
+            server.process.send_signal(signal.SIGCONT)
+    for shards in made:
+        shards.disconnect()
+
+
+def hang(server: RedisServer) -> None:
+    assert server.process
+    server.process.send_signal(signal.SIGSTOP)
+
+
+def kill(server: RedisServer) -> None:
+    server.kill()
+
+
+@pytest.mark.parametrize("fail", [kill, hang])
+@pytest.mark.parametrize("dead", [0, 1])
+def test_submit_succeeds_while_a_shard_is_away(
+    servers: list[RedisServer], apart: Callable[[], Shards], fail: Callable[[RedisServer], None], dead: int
+) -> None:
+    queue = apart()
+    fail(servers[dead])
+    assert {shard_of(queue.enqueue("echo", at)) for at in range(6)} == {1 - dead}
+    queue.ping()
+
+
+def test_nobody_waits_for_a_shard_that_is_known_to_hang(
+    servers: list[RedisServer], apart: Callable[[], Shards]
+) -> None:
+    queue = apart()
+    job = next(job for job in (queue.enqueue("echo", at) for at in range(2)) if shard_of(job) == 0)
+    hang(servers[0])
+    with pytest.raises(Unavailable):
+        queue.get(job.id)
+    began = time.monotonic()
+    for at in range(20):
+        queue.enqueue("echo", at)
+        with pytest.raises(Unavailable) as caught:
+            queue.get(job.id)
+        assert caught.value.reason == "timeout"
+    assert time.monotonic() - began < 1
+    assert servers[0].process
+    servers[0].process.send_signal(signal.SIGCONT)
+    until(lambda: not queue.parts[0].store.connections.away)
+    assert queue.get(job.id) == job
+
+
+def test_cut_connection_does_not_make_a_shard_seem_away(real: Server, proxy: CutProxy) -> None:
+    queue = Shards([real.queue(proxy.url, namespace="queue.0")])
+    queue.ping()
+    proxy.drop_reply(b"EXEC")
+    assert queue.enqueue("echo", 1)
+    assert not queue.parts[0].store.connections.away
+
+
+def test_register_succeeds_without_a_shard_that_heartbeat_adds_later(
+    servers: list[RedisServer], apart: Callable[[], Shards]
+) -> None:
+    servers[0].kill()
+    queue = apart()
+    worker = queue.register(DEFAULT, 1)
+    job = queue.enqueue("echo", 1)
+    queue.heartbeat(worker)
+    assert [started.id for started in queue.dequeue(worker, DEFAULT, 5)] == [job.id]
+    servers[0].start()
+    until(lambda: not queue.parts[0].store.connections.away)
+    other = apart()
+    [early] = [job for job in (other.enqueue("echo", at) for at in range(2)) if shard_of(job) == 0]
+    assert [shard_of(job) for job in queue.dequeue(worker, DEFAULT, 5)] == [1]
+    queue.heartbeat(worker)
+    assert [started.id for started in queue.dequeue(worker, DEFAULT, 5)] == [early.id]
+
+
+def test_reaped_worker_of_one_shard_keeps_its_jobs_in_the_others(queue: Shards, worker: str) -> None:
+    for at in range(COUNT):
+        queue.enqueue("echo", at)
+    jobs = sorted(queue.dequeue(worker, DEFAULT, COUNT), key=shard_of)
+    lapse(queue.parts[2], worker)
+    assert queue.reap(worker) == 1
+    with pytest.raises(Reaped) as caught:
+        queue.heartbeat(worker, [job.id for job in jobs])
+    assert caught.value.parts == [queue.parts[2]]
+    queue.heartbeat(worker, [job.id for job in jobs[:2]])
+    assert queue.settle(worker, [Outcome(job, "complete") for job in jobs]) == [Outcome(jobs[2], "complete")]
+    [again] = queue.dequeue(worker, DEFAULT)
+    assert again.id == jobs[2].id
+    queue.complete(again)
+    assert [queue.get(job.id).status for job in jobs] == ["completed"] * COUNT
+
+
+def test_reap_requeues_the_jobs_of_a_dead_worker_while_another_shard_is_away(
+    servers: list[RedisServer], apart: Callable[[], Shards]
+) -> None:
+    queue = apart()
+    worker = queue.register(DEFAULT, 4)
+    jobs = [queue.enqueue("echo", at, max_attempts=1) for at in range(4)]
+    assert len(queue.dequeue(worker, DEFAULT, 4)) == 4
+    servers[0].kill()
+    lapse(queue.parts[1], worker)
+    assert queue.reap(worker) == 2
+    found = [queue.get(job.id) for job in jobs if shard_of(job) == 1]
+    assert [(job.status, job.attempts, job.suspicions) for job in found if job] == [("pending", 0, 1)] * 2
+
+
+def test_spend_counts_in_another_shard_while_that_of_the_client_is_away(
+    servers: list[RedisServer], apart: Callable[[], Shards]
+) -> None:
+    queue = apart()
+    servers[0].kill()
+    assert {queue.spend(f"client {at}", 5, 3600)[0] for at in range(6)} == {4}
+
+
+def test_warnings_name_a_shard_that_is_away(servers: list[RedisServer], apart: Callable[[], Shards]) -> None:
+    queue = apart()
+    assert warnings(queue) == []
+    servers[1].kill()
+    ready = Client(API(Settings(), queue)).get("/ready").json
+    assert ready["status"] == "ok"
+    [text] = ready["warnings"]
+    assert text.startswith("shard queue.1: Redis is unreachable")
+
+
+@pytest.mark.usefixtures("no_handlers")
+@pytest.mark.parametrize("fail", [kill, hang])
+def test_worker_saves_the_outcomes_of_one_shard_while_the_other_is_away(
+    servers: list[RedisServer], apart: Callable[[], Shards], fail: Callable[[RedisServer], None]
+) -> None:
+    gate = threading.Event()
+    handler("gate")(gated(gate))
+    queue = apart()
+    jobs = [queue.enqueue("gate", at) for at in range(4)]
+    running = Running(apart(), slots=4)
+    until(lambda: queue.stats()["processing"] == 4)
+    fail(servers[0])
+    gate.set()
+    alive = queue.parts[1]
+    until(lambda: alive.stats()["completed"] == 2, timeout=15)
+    until(lambda: is_away(queue.parts[0]))  # before that, a submit there may be in doubt
+    more = [queue.enqueue("gate", at) for at in range(20)]
+    until(lambda: alive.stats()["completed"] == 2 + len(more), timeout=15)
+    began = time.monotonic()
+    assert running.end("release") == 1  # the outcomes of the other shard could not be saved
+    assert time.monotonic() - began < 4
+    assert alive.stats()["workers"] == alive.stats()["processing"] == 0
+    assert {found.status for job in jobs if shard_of(job) == 1 and (found := queue.get(job.id))} == {"completed"}
+
+
+def is_away(shard: Queue) -> bool:
+    with suppress(Unavailable):
+        shard.ping()
+    return shard.store.connections.away
+
+
+def gated(gate: threading.Event) -> Callable[[int, Job], int]:
+    def run(payload: int, job: Job) -> int:
+        gate.wait(20)
+        return payload
+
+    return run
+
+
+@pytest.mark.usefixtures("no_handlers")
+def test_worker_starts_while_a_shard_is_away_and_serves_it_when_it_is_back(
+    servers: list[RedisServer], apart: Callable[[], Shards]
+) -> None:
+    handler("echo")(echo)
+    queue = apart()
+    servers[0].kill()
+    running = Running(apart(), slots=2)
+    alive = queue.parts[1]
+    for at in range(3):
+        queue.enqueue("echo", at)
+    until(lambda: alive.stats()["completed"] == 3)
+    servers[0].start()
+    queue = apart()
+    jobs = [queue.enqueue("echo", at) for at in range(2)]
+    until(lambda: {found.status for job in jobs if (found := queue.get(job.id))} == {"completed"})
+    assert running.end("drain") == 0

@@ -430,11 +430,24 @@ def test_expired_job_fails_when_it_would_start(queue: Queue, worker: str) -> Non
 
 
 def test_expired_job_fails_when_its_delay_is_over(queue: Queue, worker: str) -> None:
-    job = queue.enqueue("echo", 1, delay=10, expires_in=5)
+    job = queue.enqueue("echo", 1, delay=5, expires_in=10)
     queue.clock.ahead += 10_001
     queue.promote()
     assert queue.dequeue(worker, DEFAULT) == []
     assert found(queue, job).status == "failed"
+
+
+@pytest.mark.parametrize("start", [{"delay": 10}, {"delay": 10.5}, {"delay": MAX_DELAY}])
+def test_enqueue_refuses_a_delay_beyond_the_expiry(queue: Queue, start: dict[str, float]) -> None:
+    with pytest.raises(InvalidJob, match="expiresIn: must end after the job may start"):
+        queue.enqueue("echo", 1, **start, expires_in=10)
+    with pytest.raises(InvalidJob, match="expiresIn: must end after the job may start"):
+        queue.enqueue("echo", 1, run_at=queue.now() + round(start["delay"] * 1000), expires_in=10)
+    assert queue.page() == ([], "")
+
+
+def test_enqueue_accepts_a_run_time_in_the_past_with_an_expiry(queue: Queue) -> None:
+    assert queue.enqueue("echo", 1, run_at=1, expires_in=0.001).run_at == 0
 
 
 def test_job_starts_when_it_has_not_expired(queue: Queue, worker: str) -> None:
@@ -1455,3 +1468,87 @@ def test_data_stays_consistent_when_everything_happens_at_once(server: Server, q
         running = [pool.submit(work if seed % 2 else client, seed) for seed in range(8)]
         for each in running:
             each.result(120)
+
+
+# Many queues ----------------------------------------------------------------------------------------------------------
+
+
+def test_submit_refuses_one_queue_too_many(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tinyqueue, "MAX_QUEUES", 3)
+    queue = server.queue()
+    for name in "abc":
+        queue.enqueue("echo", 1, queue=name)
+    for other in (queue, server.queue()):
+        with pytest.raises(QueueFull, match="queue d is one too many: there are 3 queues with jobs"):
+            other.enqueue("echo", 1, queue="d")
+        other.enqueue("echo", 1, queue="a")
+    assert list(queue.queues()) == ["a", "b", "c"]
+    check_consistency(queue)
+
+
+def test_submit_of_a_batch_with_too_many_queues_stores_nothing(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tinyqueue, "MAX_QUEUES", 3)
+    queue = server.queue()
+    with pytest.raises(QueueFull):
+        queue.submit([queue.draft("echo", 1, queue=name) for name in "abcd"])
+    assert queue.page() == ([], "")
+    assert len(queue.submit([queue.draft("echo", 1, queue=name) for name in "abc"])) == 3
+
+
+def test_submit_reads_the_names_of_queues_once(near: Queue, far: Queue, proxy: CutProxy) -> None:
+    far.enqueue("echo", 1)
+    far.enqueue("echo", 2)  # reads the series of the metrics
+    proxy.packets.clear()
+    far.enqueue("echo", 3)
+    assert not any(b"HGETALL" in packet for packet in proxy.packets)
+    assert len(proxy.packets) == 1
+
+
+def test_trim_forgets_queues_without_jobs_when_there_are_many(queue: Queue) -> None:
+    made = [queue.enqueue("echo", 1, queue=f"q{at}") for at in range(130)]
+    put(queue, "processing", queue="busy")
+    put(queue, "completed", queue="done")
+    put(queue, "delayed", queue="later")
+    for job in made[5:]:
+        queue.cancel(job.id)
+    queue.pause("q100")
+    queue.trim()  # drops the ids of the cancelled jobs
+    queue.trim()
+    assert set(queue.queues()) == {"busy", "later", "q0", "q1", "q2", "q3", "q4", "q100"}
+    left = {key.decode() for key in raw(queue).keys("*q129")}
+    assert left == set()
+    assert queue.enqueue("echo", 1, queue="q129").queue == "q129"
+    assert queue.queues()["q129"]["pending"] == 1
+
+
+def test_trim_keeps_queues_without_jobs_when_there_are_few(queue: Queue) -> None:
+    put(queue, "completed", queue="done")
+    queue.trim()
+    assert list(queue.queues()) == ["done"]
+
+
+def test_trim_loses_no_job_that_arrives_meanwhile(near: Queue, far: Queue, proxy: CutProxy) -> None:
+    for at in range(110):
+        put(near, "completed", queue=f"q{at}")
+    proxy.before(b"HDEL", lambda: near.enqueue("echo", 1, queue="q7"))
+    far.trim()
+    assert list(near.queues()) == ["q7"]
+
+
+def test_trim_loses_no_job_of_a_queue_whose_count_is_wrong(queue: Queue) -> None:
+    for at in range(110):
+        put(queue, "completed", queue=f"q{at}")
+    job = queue.enqueue("echo", 1, queue="q7")
+    raw(queue).hset(queue.keys.counts, "pending:q7", 0)
+    queue.trim()
+    queue.promote()
+    raw(queue).hset(queue.keys.counts, "pending:q7", 1)
+    assert [started.id for started in queue.dequeue(queue.register(["q7"], 1), ["q7"])] == [job.id]
+
+
+def test_page_with_many_queues_sends_few_packets(near: Queue, far: Queue, proxy: CutProxy) -> None:
+    near.submit([near.draft("echo", 1, queue=f"q{at}") for at in range(900)])
+    far.page(limit=1)
+    proxy.packets.clear()
+    assert len(far.page(limit=1)[0]) == 1
+    assert len(proxy.packets) < 20
