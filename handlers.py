@@ -60,8 +60,22 @@ log = logging.getLogger(__name__)
 # The types include constraints, so a submit with an invalid payload is refused. Without them, an
 # address with a line break could add a header to the e-mail. A dataclass can be a payload type too,
 # but only a Struct can refuse unknown fields, which are often misspelled.
-Address = Annotated[str, Meta(pattern=r"^[A-Za-z0-9._%+'-]+@[A-Za-z0-9-]+(\.[A-Za-z0-9-]+)*\Z", max_length=254)]
-OneLine = Annotated[str, Meta(pattern=r"^[^\x00-\x1f\x7f\x85\u2028\u2029]*\Z", max_length=500)]
+Address = Annotated[
+    str,
+    Meta(
+        pattern=r"^[A-Za-z0-9._%+'-]+@[A-Za-z0-9-]+(\.[A-Za-z0-9-]+)*\Z",
+        max_length=254,
+        description="must be one e-mail address, such as user@example.com",
+    ),
+]
+OneLine = Annotated[
+    str,
+    Meta(
+        pattern=r"^[^\x00-\x1f\x7f\x85\u2028\u2029]*\Z",
+        max_length=500,
+        description="must be one line without control characters",
+    ),
+]
 
 
 # send-email -----------------------------------------------------------------------------------------------------------

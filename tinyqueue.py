@@ -180,7 +180,9 @@ class UnknownType(InvalidJob):
     """No handler is registered for that type. `known` lists the registered types."""
 
     def __init__(self, type: str, known: Sequence[str]) -> None:
-        super().__init__("type", f"no handler is registered for {type!r}; registered: {', '.join(known) or 'none'}")
+        todo = "restart this process after adding a handler"
+        rule = f"no handler is registered for {type!r}; registered: {', '.join(known) or 'none'}; {todo}"
+        super().__init__("type", rule)
         self.type = type
         self.known = list(known)
 
@@ -2580,7 +2582,10 @@ class Handler(Generic[P, A, R]):
             with suppress(msgspec.ValidationError):
                 return cast(P, self._parse(_encode(_whole_floats(msgspec.json.decode(payload)))))
             rule, _, path = str(error).partition(" - at ")
-            raise InvalidJob("payload", rule, path.strip("`") or "$") from None
+            path = path.strip("`") or "$"
+            if " matching regex " in rule:
+                rule = _description(self.payload_type, path) or rule
+            raise InvalidJob("payload", rule, path) from None
         except (msgspec.DecodeError, RecursionError) as error:
             raise InvalidJob("payload", str(error)) from None
 
@@ -2589,6 +2594,31 @@ class Handler(Generic[P, A, R]):
         payload = self.parse(_encode(job.payload))
         call: Callable[..., Any] = self.function
         return call(payload, job) if self.wants_job else call(payload)
+
+
+def _description(payload_type: Any, path: str) -> str:
+    """Return the description that a payload's type gives for the part at a path, or nothing."""
+    (root,), parts = msgspec.json.schema_components([payload_type])
+    schemas = _alternatives(root, parts)
+    for name, index in re.findall(r"\.([^.[]+)|\[([^]]*)\]", path):
+        found: list[Any] = []
+        for schema in schemas:
+            items = schema.get("prefixItems", ())
+            if name:
+                found.append(schema.get("properties", {}).get(name))
+            elif index.isdigit() and int(index) < len(items):
+                found.append(items[int(index)])
+            else:
+                found += [schema.get("items"), schema.get("additionalProperties")]
+        schemas = [part for schema in found if isinstance(schema, dict) for part in _alternatives(schema, parts)]
+    return next((str(schema["description"]) for schema in schemas if "description" in schema), "")
+
+
+def _alternatives(schema: dict[str, Any], parts: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return a schema with its reference resolved, or the alternatives that it consists of."""
+    if "$ref" in schema:
+        return _alternatives(parts[schema["$ref"].rpartition("/")[2]], parts)
+    return [schema, *(one for part in schema.get("anyOf", ()) for one in _alternatives(part, parts))]
 
 
 def handler(
@@ -2612,6 +2642,8 @@ def handler(
     it has reached the cap, for two thirds of it or more.
     Mistakes raise TypeError or InvalidJob when the module is imported.
     """
+    if callable(type):
+        raise TypeError("handler needs the type of the jobs: write @handler('send-email'), not @handler")
     check_name("type", type)
     if not all(_is_number(value) for value in (300 if timeout is None else timeout, backoff, backoff_cap)):
         raise TypeError(f"handler {type!r}: timeout, backoff and backoff_cap must be numbers of seconds")

@@ -223,6 +223,11 @@ def _read_dotenv() -> str:
         raise SettingsError(f".env is not valid {encoding.upper()} at line {line}; save it as UTF-8") from None
 
 
+def plural(number: int, one: str, many: str = "") -> str:
+    """Count something: 1 job, 2 jobs."""
+    return f"{number} {one if number == 1 else many or one + 's'}"
+
+
 # Logging --------------------------------------------------------------------------------------------------------------
 
 # Returns the log fields of the job or request that the thread works on.

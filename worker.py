@@ -79,7 +79,7 @@ from tinyqueue import (
     load_handlers,
     to_json,
 )
-from tinyqueue_config import LOG_CONTEXT, Settings, open_queue, set_up_logging, variable
+from tinyqueue_config import LOG_CONTEXT, Settings, open_queue, plural, set_up_logging, variable
 from tinyqueue_doctor import Finding, examine, find_broken, repair, warnings
 
 log = logging.getLogger("tinyqueue.worker")
@@ -349,8 +349,8 @@ class Worker:
             self.inbox.put(None)
         self.pool.shutdown(wait=False)
         if self.held:
-            problem = "could not save the outcome of %d jobs; they will run again when this worker's lease expires"
-            log.error(problem, len(self.held))
+            problem = "could not save the outcome of %s, which will run again when this worker's lease expires"
+            log.error(problem, plural(len(self.held), "job"))
         log.info("worker stopped")
         return EXIT_BROKEN if mode == "broken" else int(bool(self.held))
 
@@ -551,7 +551,7 @@ class Worker:
             if reaped.parts:
                 log.warning("worker %s lost its lease in a shard; its jobs there were requeued", worker)
                 return
-            log.warning("worker %s lost its lease; its %d jobs were requeued", worker, len(self.held))
+            log.warning("worker %s lost its lease; %s requeued", worker, plural(len(self.held), "job"))
             self.id = ""
             self.held.clear()
 
@@ -623,7 +623,7 @@ class Worker:
                     lost[worker].append(part)
         for worker, parts in lost.items():
             if count := self.queue.reap_in(parts, worker):
-                log.warning("lease of worker %s expired; its %d jobs were requeued or ended", worker, count)
+                log.warning("lease of worker %s expired; %s requeued or ended", worker, plural(count, "job"))
 
     def _trim(self) -> None:
         while self.queue.trim() >= MAX_JOBS and not self.closed.is_set():
@@ -833,8 +833,9 @@ def run(queues: tuple[str, ...], burst: bool, **overrides: Any) -> None:
     load_handlers(settings.handlers)
     worker = Worker(queue, settings, names, burst)
     handle_signals(worker)
-    text = "worker started: %d slots, queues: %s; up to %d connections to Redis"
-    log.info(text, settings.worker_concurrency, ", ".join(worker.names), settings.shards * settings.worker_connections)
+    text = "worker started: %s, queues: %s; up to %d connections to Redis"
+    slots = plural(settings.worker_concurrency, "slot")
+    log.info(text, slots, ", ".join(worker.names), settings.shards * settings.worker_connections)
     for warning in warnings(queue):
         log.warning("%s", warning)
     exit_now(worker.run())
@@ -1050,9 +1051,10 @@ def cancel(queue: AnyQueue, ids: tuple[str, ...], filter: Filter, every: bool, y
 @pass_queue
 def pause(queue: AnyQueue, names: tuple[str, ...]) -> None:
     """Pause a queue: it still accepts jobs, but workers start none of them."""
+    known = queue.queues()
     for name in [check_name("queue", name) for name in names]:
         queue.pause(name)
-        click.echo(f"{name} paused")
+        click.echo(f"{name} paused" + ("" if name in known else "; this queue has no jobs yet"))
 
 
 @cli.command()

@@ -677,6 +677,40 @@ def test_sign_in_keeps_the_key_in_this_tab_only_until_sign_out(open: Open, near:
     assert page.evaluate("sessionStorage.length") == 0
 
 
+def test_sign_in_with_the_keyboard_leaves_no_focus_frame(open: Open, near: Queue) -> None:
+    page = open(api_keys=KEYS)
+    page.get_by_label("API key").press_sequentially("admin-0123456789")
+    page.keyboard.press("Enter")
+    shows(page, "Queues")
+    page.wait_for_function("document.activeElement.tagName === 'H2' || document.activeElement.id === 'main'")
+    assert page.evaluate("getComputedStyle(document.activeElement).outlineStyle") == "none"
+
+
+def test_navigation_closes_the_dialog(open: Open, near: Queue) -> None:
+    put(near, "failed")
+    page = open("#/jobs?status=failed")
+    page.get_by_role("button", name="Retry all matching jobs").click()
+    page.locator("dialog").get_by_role("button", name="Retry 1 job").click()
+    playwright.expect(page.locator("dialog h2")).to_have_text("Done")
+    page.evaluate("location.hash = '#/overview'")
+    lacks(page, "dialog[open]")
+
+
+def test_traceback_is_shown_from_its_end(open: Open, near: Queue) -> None:
+    lines = "\n".join(f"line {at} of a library" for at in range(200))
+    worker = near.register(["default"], 1)
+    near.enqueue("echo", {}, queue="default", max_attempts=1)
+    [job] = near.dequeue(worker, ["default"])
+    near.settle(worker, [Outcome(job, "fail", error=Failure("Boom", "it broke", f"{lines}\nBoom: it broke"))])
+    page = open(f"#/jobs/{job.id}")
+    shows(page, "Boom: it broke")
+    box = page.locator("pre.end")
+    assert box.evaluate("box => box.scrollHeight - box.scrollTop - box.clientHeight") <= 1
+    box.evaluate("box => box.scrollTop = 0")
+    page.evaluate("draw()")
+    assert box.evaluate("box => box.scrollTop") == 0
+
+
 def test_read_key_sees_no_button_that_changes_anything(open: Open, near: Queue) -> None:
     jobs = [put(near, status) for status in ("failed", "delayed")]
     page = open(api_keys=KEYS)

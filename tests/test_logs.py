@@ -230,6 +230,23 @@ def test_log_a_request_with_the_name_of_its_key(queue: Queue, types: None, logge
     assert secret not in "".join(lines())
 
 
+@pytest.mark.parametrize(
+    ("job", "reason"),
+    [
+        ({"type": "nope", "payload": 1}, "unknown-type type"),
+        ({"type": "echo", "payload": 1, "queue": "secret secret"}, "invalid-job queue"),
+    ],
+)
+def test_log_the_reason_of_a_refusal_without_its_values(
+    api: Client, types: None, logged: Any, job: Any, reason: str
+) -> None:
+    lines = logged(log_format="json")
+    api.post("/jobs", job)
+    assert (events(lines)["request"]["status"], events(lines)["request"]["reason"]) == (422, reason)
+    assert events(lines)["request"]["message"].endswith(f" ms: {reason}")
+    assert "secret" not in "".join(lines())
+
+
 @pytest.mark.parametrize("id", ["r-1", "!" * 128, "~"])
 def test_return_the_request_id_of_a_request(api: Client, id: str) -> None:
     for path in ("/health", "/stats", "/nope"):

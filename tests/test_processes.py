@@ -666,12 +666,14 @@ def test_reload_restarts_when_the_code_changes(serve: Any, folder: Path) -> None
     web.until_output("JOBS ARE NOT PERSISTED")
     handlers = folder / "handlers.py"
 
-    def restarted() -> bool:  # writes each time, because a change before the first check is not noticed
-        handlers.write_text(HANDLERS.replace("return payload", "return payload + 1"))
+    def restarted() -> bool:
+        if "reloading" not in web.output:  # a change before the first check is not noticed
+            handlers.write_text(HANDLERS.replace("return payload", "return payload + 1"))
         return web.output.count("JOBS ARE NOT PERSISTED") > 1
 
     until(restarted)
     assert web.submit_and_wait()["result"] == 8
+    assert "forcefully" not in web.output
 
 
 # The command line -----------------------------------------------------------------------------------------------------
@@ -829,7 +831,8 @@ def test_watch_refreshes_until_it_is_interrupted(near: Queue, start: Any, real: 
 
 
 def test_pause_and_resume_change_the_given_queues(near: Queue, run: Any) -> None:
-    assert lines(run("pause", "one", "two")) == ["one paused", "two paused"]
+    near.enqueue("echo", 1, queue="one")
+    assert lines(run("pause", "one", "two")) == ["one paused", "two paused; this queue has no jobs yet"]
     assert {name for name, counts in near.queues().items() if counts["paused"]} == {"one", "two"}
     assert lines(run("resume", "one")) == ["one resumed"]
     assert {name for name, counts in near.queues().items() if counts["paused"]} == {"two"}
