@@ -75,7 +75,7 @@ from tinyqueue import (
     load_handlers,
     looks_like_name,
 )
-from tinyqueue_config import LOG_CONTEXT, WEB_THREADS, Settings, open_queue, set_up_logging
+from tinyqueue_config import LOG_CONTEXT, WEB_THREADS, Settings, open_queue, plural, set_up_logging
 from tinyqueue_doctor import warnings
 from tinyqueue_server import Lifeline, Parked, Server
 
@@ -112,8 +112,16 @@ class Problem(Exception):
         return about | self.more
 
     def response(self) -> bottle.HTTPResponse:
+        if self.kind != _slug(self.status):
+            # Not the detail, which may repeat a part of the payload.
+            where = f"{self.more.get('field', '')}{self.more.get('path', '').removeprefix('$')}"
+            request.environ["tinyqueue.reason"] = " ".join(filter(None, (self.kind, where)))
         headers = {**_response_headers(), "Content-Type": "application/problem+json", **self.headers}
         return bottle.HTTPResponse(msgspec.json.encode(self.body()), self.status, headers)
+
+
+def _slug(status: int) -> str:
+    return HTTPStatus(status).phrase.lower().replace(" ", "-")
 
 
 # The status and the kind of each error of the queue. The first class that matches counts.
@@ -477,10 +485,9 @@ class API(bottle.Bottle):  # type: ignore[misc]
         if error.status_code == 405 and request.method == "OPTIONS":
             response = bottle.HTTPResponse("", 204, HEADERS | headers)
         else:
-            phrase = HTTPStatus(error.status_code).phrase
-            details = {404: "unknown path; see /openapi.json", 405: "unsupported method; see the Allow header"}
-            kind = phrase.lower().replace(" ", "-")
-            response = Problem(error.status_code, kind, details.get(error.status_code, phrase), headers).response()
+            details = {404: _explain_missing(request.path), 405: "unsupported method; see the Allow header"}
+            detail = details.get(error.status_code, HTTPStatus(error.status_code).phrase)
+            response = Problem(error.status_code, _slug(error.status_code), detail, headers).response()
         response.apply(bottle.response)
         return response.body
 
@@ -782,6 +789,15 @@ def _resume(entries: Iterable[Waiting], error: TinyQueueError | None = None) -> 
         entry.resume()
 
 
+def _explain_missing(path: str) -> str:
+    """Say why no route has this path. A route with an id or a name has only valid ones."""
+    if re.fullmatch("/jobs/[^/]+(/retry)?", path):
+        return "not a job id; an id is a UUID, such as 01900000-0000-7000-8000-000000000000"
+    if re.fullmatch("/queues/[^/]+/(pause|resume)", path):
+        return "not the name of a queue; a name is 1 to 100 of the characters A-Z a-z 0-9 . _ -"
+    return "unknown path; see /openapi.json"
+
+
 # Reading requests -----------------------------------------------------------------------------------------------------
 
 
@@ -912,9 +928,11 @@ def _log_request(environ: Mapping[str, Any], status: int, milliseconds: int) -> 
     if log.isEnabledFor(level):
         known = {"key": environ.get("tinyqueue.caller"), "job": environ.get("tinyqueue.job")}
         fields = {"event": "request", "method": method, "path": path, "status": status, "durationMs": milliseconds}
+        known["reason"] = environ.get("tinyqueue.reason")
         fields |= {name: value for name, value in known.items() if value}
         by = f" by {known['key']}" if known["key"] else ""
-        log.log(level, "%s %s %d in %d ms%s", method, path, status, milliseconds, by, extra={"fields": fields})
+        why = f": {known['reason']}" if known["reason"] else ""
+        log.log(level, "%s %s %d in %d ms%s%s", method, path, status, milliseconds, by, why, extra={"fields": fields})
 
 
 # Metrics --------------------------------------------------------------------------------------------------------------
@@ -936,8 +954,18 @@ METRICS = (
     ("jobs_completed", "counter", "type queue", "jobs that ended as completed"),
     ("jobs_failed", "counter", "type queue", "jobs that ended as failed"),
     ("jobs_cancelled", "counter", "type queue", "jobs that ended as cancelled"),
-    ("jobs_retried", "counter", "type queue", "failed attempts after which the job is tried again"),
-    ("jobs_revived", "counter", "type queue", "failed or cancelled jobs made pending again by a retry request"),
+    (
+        "jobs_retried",
+        "counter",
+        "type queue",
+        "failed attempts after which another follows by itself; not the retries of POST /jobs/retry",
+    ),
+    (
+        "jobs_revived",
+        "counter",
+        "type queue",
+        "jobs requeued by POST /jobs/retry, POST /jobs/<id>/retry or worker.py retry",
+    ),
     ("jobs_released", "counter", "type queue", "attempts handed back by a stopping worker"),
     ("jobs_reaped", "counter", "type queue", "attempts lost with their worker"),
     ("scrape_errors", "counter", "", "scrapes that failed because Redis could not be read"),
@@ -1161,9 +1189,11 @@ def run() -> None:
             log.warning("%s", warning)
         queue.disconnect()
         connections = settings.shards * settings.web_connections
-        log.info("web server on %s: %d processes with up to %d connections to Redis each", url, processes, connections)
+        count = plural(processes, "process", "processes")
+        log.info("web server on %s: %s with up to %d connections to Redis each", url, count, connections)
     else:
-        log.info("web server on %s, and a worker with %d slots in this process", url, settings.worker_concurrency)
+        slots = plural(settings.worker_concurrency, "slot")
+        log.info("web server on %s, and a worker with %s in this process", url, slots)
         log.warning("JOBS ARE NOT PERSISTED: REDIS_URL is not set; all jobs are lost when this process exits")
     exit_code = serve_many(api, sock) if processes > 1 else serve(api, sock)
     logging.shutdown()
@@ -1178,7 +1208,9 @@ def main(reload: bool) -> None:
         if reload:
             import hupper
 
-            hupper.start_reloader("tinyqueue.wsgi.run")
+            # By default it looks once a second, and kills a server that does not stop within one.
+            patience = Settings.read().shutdown_timeout + 5
+            hupper.start_reloader("tinyqueue.wsgi.run", reload_interval=0.2, shutdown_interval=patience)
         run()
     except SettingsError as error:
         raise click.UsageError(str(error)) from None

@@ -87,6 +87,22 @@ def echo_with(**fields: Any) -> dict[str, Any]:
 # Submit and show ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(
+    ("method", "path", "detail"),
+    [
+        ("GET", "/jobs/nope", "not a job id; "),
+        ("DELETE", "/jobs/nope", "not a job id; "),
+        ("POST", "/jobs/nope/retry", "not a job id; "),
+        ("POST", "/queues/a%20b/pause", "not the name of a queue; "),
+        ("GET", "/nope", "unknown path; see /openapi.json"),
+    ],
+)
+def test_path_without_a_route_says_what_is_wrong_with_it(api: Client, method: str, path: str, detail: str) -> None:
+    answer = api.call(method, path)
+    assert (answer.status, answer.kind) == (404, "not-found")
+    assert answer.problem["detail"].startswith(detail)
+
+
 def test_submit_answers_201_with_id_and_location(api: Client) -> None:
     answer = api.post("/jobs", {"type": "echo", "payload": {"n": 1}})
     assert answer.status == 201
