@@ -85,6 +85,15 @@ def test_answer_while_hundreds_of_connections_are_idle(server: Process) -> None:
     assert_answers_soon(server)
 
 
+def test_answer_although_more_clients_are_idle_than_may_connect(server: Process) -> None:
+    with ExitStack() as stack:
+        for _ in range(520):
+            stack.enter_context(Wire(server.address))
+        with Wire(server.address) as wire:
+            wire.send(spell("GET", "/health"))
+            assert wire.answer().status == 200
+
+
 def test_answer_while_other_clients_do_not_read_their_answers(server: Process) -> None:
     with ExitStack() as stack:
         wires = [stack.enter_context(Wire(server.address)) for _ in range(20)]
