@@ -74,13 +74,12 @@ from tinyqueue import (
     __version__,
     backoff,
     check_name,
-    from_json,
     is_delay,
     load_handlers,
-    to_json,
 )
 from tinyqueue_config import LOG_CONTEXT, Settings, open_queue, plural, set_up_logging, variable
 from tinyqueue_doctor import Finding, examine, find_broken, repair, warnings
+from tinyqueue_json import from_json, to_json
 
 log = logging.getLogger("tinyqueue.worker")
 
