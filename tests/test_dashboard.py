@@ -27,7 +27,7 @@ from typing import Any, Literal
 
 import pytest
 from client import Client, serving
-from conftest import RedisServer, newest, put, raw
+from conftest import RedisServer, newest, put, raw, until
 
 from tinyqueue import Discard, Failure, Job, Outcome, Queue, handler
 from tinyqueue_config import Settings
@@ -421,6 +421,31 @@ def test_focus_stays_on_a_control_or_moves_to_the_heading_when_it_is_removed(ope
     playwright.expect(page.get_by_role("button", name="Submit")).to_be_focused()
 
 
+@pytest.mark.parametrize("page_name", ["constructor", "__proto__", "toString", "hasOwnProperty/x"])
+def test_open_a_page_that_is_named_like_a_member_of_every_object(open: Open, page_name: str) -> None:
+    shows(open(f"#/{page_name}"), "Overview")
+    shows(open(f"#/submit/{page_name}"), "Submit")
+
+
+def test_work_behind_a_proxy_that_removes_a_prefix(open: Open, near: Queue) -> None:
+    page = open("#/jobs")
+    base = page.url.partition("#")[0]
+    page.route(
+        f"{base}tools/queue/**", lambda route: route.continue_(url=route.request.url.replace("/tools/queue", ""))
+    )
+    asked: list[str] = []
+    page.on("request", lambda request: asked.append(request.url))
+    page.goto(f"{base}tools/queue/")
+    shows(page, f"curl '{base}tools/queue/jobs'")
+    page.goto(f"{base}tools/queue/#/submit/echo")
+    page.get_by_label("JSON", exact=False).first.fill('"hello"')
+    page.get_by_role("button", name="Submit").click()
+    job = until(lambda: newest(near, "pending"))[0]
+    page.get_by_role("link", name=job.id).click()
+    shows(page, job.id)
+    assert all(url.startswith((f"{base}tools/queue/", "data:")) for url in asked)
+
+
 @pytest.mark.parametrize(
     ("id", "text"),
     [
@@ -468,7 +493,7 @@ def test_notice_does_not_move_the_page_and_closes_by_itself(open: Open, near: Qu
     button = page.get_by_role("button", name="queue reports")
     before = button.bounding_box()
     button.click()
-    shows(page, "Queue reports paused. It accepts jobs but does not start them.")
+    shows(page, "Queue reports paused. It still accepts jobs, but workers start none of them.")
     playwright.expect(button).to_have_text("Resume")
     assert button.bounding_box()["y"] == before["y"]
     page.clock.run_for(6500)
@@ -652,6 +677,40 @@ def test_sign_in_keeps_the_key_in_this_tab_only_until_sign_out(open: Open, near:
     assert page.evaluate("sessionStorage.length") == 0
 
 
+def test_sign_in_with_the_keyboard_leaves_no_focus_frame(open: Open, near: Queue) -> None:
+    page = open(api_keys=KEYS)
+    page.get_by_label("API key").press_sequentially("admin-0123456789")
+    page.keyboard.press("Enter")
+    shows(page, "Queues")
+    page.wait_for_function("document.activeElement.tagName === 'H2' || document.activeElement.id === 'main'")
+    assert page.evaluate("getComputedStyle(document.activeElement).outlineStyle") == "none"
+
+
+def test_navigation_closes_the_dialog(open: Open, near: Queue) -> None:
+    put(near, "failed")
+    page = open("#/jobs?status=failed")
+    page.get_by_role("button", name="Retry all matching jobs").click()
+    page.locator("dialog").get_by_role("button", name="Retry 1 job").click()
+    playwright.expect(page.locator("dialog h2")).to_have_text("Done")
+    page.evaluate("location.hash = '#/overview'")
+    lacks(page, "dialog[open]")
+
+
+def test_traceback_is_shown_from_its_end(open: Open, near: Queue) -> None:
+    lines = "\n".join(f"line {at} of a library" for at in range(200))
+    worker = near.register(["default"], 1)
+    near.enqueue("echo", {}, queue="default", max_attempts=1)
+    [job] = near.dequeue(worker, ["default"])
+    near.settle(worker, [Outcome(job, "fail", error=Failure("Boom", "it broke", f"{lines}\nBoom: it broke"))])
+    page = open(f"#/jobs/{job.id}")
+    shows(page, "Boom: it broke")
+    box = page.locator("pre.end")
+    assert box.evaluate("box => box.scrollHeight - box.scrollTop - box.clientHeight") <= 1
+    box.evaluate("box => box.scrollTop = 0")
+    page.evaluate("draw()")
+    assert box.evaluate("box => box.scrollTop") == 0
+
+
 def test_read_key_sees_no_button_that_changes_anything(open: Open, near: Queue) -> None:
     jobs = [put(near, status) for status in ("failed", "delayed")]
     page = open(api_keys=KEYS)
@@ -777,16 +836,16 @@ def test_redis_outage_is_shown_and_the_page_recovers_when_redis_is_back(
     shows(page, "No jobs yet")
     server.stop()
     page.clock.run_for(2500)
-    shows(page, "Redis is unreachable", "Showing data from")
+    shows(page, "Redis is unavailable (unreachable)", "Showing data from")
     server.start()
     page.clock.run_for(6000)
-    lacks(page, "#banner >> text=Redis is unreachable")
+    lacks(page, "#banner >> text=Redis is unavailable (unreachable)")
 
 
 def test_page_opens_during_a_redis_outage(open: Open, start_redis: Callable[..., RedisServer]) -> None:
     server = start_redis()
     server.stop()
-    shows(open(queue=Queue.from_url(server.url)), "Redis is unreachable")
+    shows(open(queue=Queue.from_url(server.url)), "Redis is unavailable (unreachable)")
 
 
 def test_rate_limit_is_shown(open: Open, near: Queue) -> None:

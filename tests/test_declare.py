@@ -9,9 +9,11 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+import msgspec
 import pytest
+from msgspec import Meta
 
 from tinyqueue import HANDLERS, InvalidJob, Job, Queue, SettingsError, handler, load_handlers
 
@@ -209,6 +211,42 @@ def test_load_handlers_prefers_the_users_own_file(tmp_path: Path) -> None:
         run, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, check=True
     )
     assert json.loads(done.stdout) == ["greet"]
+
+
+def test_handler_without_a_type_says_what_to_write() -> None:
+    with pytest.raises(TypeError, match=r"write @handler\('send-email'\), not @handler$"):
+        handler(lambda payload: None)  # type: ignore[arg-type]
+
+
+Letter = Annotated[str, Meta(pattern="^a$", description="must be the letter a")]
+
+
+class Part(msgspec.Struct):
+    one: Letter | None = None
+    many: list[Letter] = []
+    named: dict[str, Letter] = {}
+    pair: tuple[int, Letter] | None = None
+    bare: Annotated[str, Meta(pattern="^a$")] = "a"
+
+
+@pytest.mark.parametrize(
+    ("part", "path", "rule"),
+    [
+        ({"one": "b"}, "one", "must be the letter a"),
+        ({"many": ["a", "b"]}, "many[1]", "must be the letter a"),
+        ({"named": {"k": "b"}}, "named[...]", "must be the letter a"),
+        ({"pair": [1, "b"]}, "pair[1]", "must be the letter a"),
+        ({"bare": "b"}, "bare", "Expected `str` matching regex '^a$'"),
+        ({"many": [1]}, "many[0]", "Expected `str`, got `int`"),
+    ],
+)
+def test_payload_that_breaks_a_pattern_is_refused_with_its_description(part: Any, path: str, rule: str) -> None:
+    @handler("parts")
+    def parts(payload: list[Part]) -> None: ...
+
+    with pytest.raises(InvalidJob) as error:
+        parts.parse(msgspec.json.encode([{}, part]))
+    assert (error.value.path, error.value.rule) == (f"$[1].{path}", rule)
 
 
 @pytest.mark.parametrize(

@@ -241,13 +241,13 @@ def test_tls_with_an_unknown_authority_fails_and_names_the_setting(encrypted: st
     failed = command(folder, encrypted, "stats")
     assert failed.returncode == 1
     [line] = failed.stderr.splitlines()
-    assert line.startswith("Error: Redis is unreachable: ")
+    assert line.startswith("Error: Redis is unavailable (unreachable): ")
     assert line.endswith("?ssl_ca_certs=/path/to/ca.pem to REDIS_URL, or set TINYQUEUE_TLS_VERIFY=0")
     with running(folder, REDIS_URL=encrypted) as web, working(folder, encrypted) as log:
         status, problem = post(web, 1)
         assert status == 503
         assert "TINYQUEUE_TLS_VERIFY=0" in problem["detail"]
-        until(lambda: "cannot take jobs: Redis is unreachable" in log.read_text())
+        until(lambda: "cannot take jobs: Redis is unavailable (unreachable)" in log.read_text())
         assert "TINYQUEUE_TLS_VERIFY=0" in complaints(log)[0]
         assert "Traceback" not in log.read_text() + web.log.read_text()
     assert command(folder, encrypted, "doctor").returncode == 1

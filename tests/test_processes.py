@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, suppress
@@ -388,7 +389,7 @@ def test_drain_without_redis_exits_with_0(start_redis: Callable[..., RedisServer
     redis = start_redis()
     worker = work(url=redis.url)
     redis.kill()
-    worker.until_output("cannot take jobs: Redis is unreachable")
+    worker.until_output("cannot take jobs: Redis is unavailable (unreachable)")
     assert worker.end(SIGTERM, timeout=15) == 0
 
 
@@ -422,7 +423,7 @@ def test_dequeue_continues_after_a_restart_of_redis(durable: RedisServer, work: 
     worker = work(url=durable.url)
     waiting = queue_at(durable.url).enqueue("echo", 1, delay=1)
     durable.kill()
-    worker.until_output("cannot take jobs: Redis is unreachable")
+    worker.until_output("cannot take jobs: Redis is unavailable (unreachable)")
     durable.start()
     queue = queue_at(durable.url)
     assert until_is(queue, queue.enqueue("echo", 2), "completed").attempts == 1
@@ -435,7 +436,7 @@ def test_settle_waits_for_a_restart_of_redis(durable: RedisServer, work: Any, qu
     runs.until("begin a")
     durable.kill()
     runs.open("a")
-    worker.until_output("cannot save outcomes: Redis is unreachable")
+    worker.until_output("cannot save outcomes: Redis is unavailable (unreachable)")
     durable.start()
     assert until_is(queue_at(durable.url), job, "completed").attempts == 1
     assert runs() == ["begin a", "end a"]
@@ -444,7 +445,7 @@ def test_settle_waits_for_a_restart_of_redis(durable: RedisServer, work: Any, qu
 def test_start_before_redis_waits_for_it(durable: RedisServer, start: Any, queue_at: Any) -> None:
     durable.kill()
     worker = start(ROOT / "worker.py", REDIS_URL=durable.url)
-    worker.until_output("cannot take jobs: Redis is unreachable")
+    worker.until_output("cannot take jobs: Redis is unavailable (unreachable)")
     durable.start()
     queue = queue_at(durable.url)
     until_is(queue, queue.enqueue("echo", 1), "completed")
@@ -520,6 +521,48 @@ def test_serve_with_two_processes_handles_no_signal_asynchronously(real: Server,
     [handled] = re.findall(r"^SigCgt:\s*(\w+)$", status, re.M)
     assert not any(int(handled, 16) >> (number - 1) & 1 for number in (SIGTERM, SIGCHLD))
     assert web.end(SIGTERM) == 0
+
+
+def test_web_processes_stop_when_their_parent_is_killed_and_a_restart_listens(real: Server, serve: Any) -> None:
+    web = serve(REDIS_URL=real.url, WEB_CONCURRENCY="2", PORT=str(free_port()))
+    children = until(lambda: len(web.children) == 2 and web.children)
+    assert web.call("GET", "/ready")[0] == 200
+    web.end(SIGKILL)
+    again = serve(REDIS_URL=real.url, WEB_CONCURRENCY="2", PORT=str(web.port))
+    assert again.call("GET", "/ready")[0] == 200
+    until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in children))
+    assert again.end(SIGTERM) == 0
+
+
+@pytest.mark.parametrize("processes", ["1", "2"])
+def test_web_drain_resets_no_busy_connection(real: Server, serve: Any, processes: str) -> None:
+    """30 clients submit all the time, each on one connection, until an answer says that it is closed."""
+    web = serve(REDIS_URL=real.url, WEB_CONCURRENCY=processes)
+    assert web.call("GET", "/ready")[0] == 200
+    body = json.dumps({"type": "sleep", "payload": 0, "delay": 60})
+    answered: list[int] = []
+    last: list[str] = []
+
+    def submit() -> None:
+        with closing(http.client.HTTPConnection("127.0.0.1", web.port, timeout=20)) as connection:
+            while True:
+                connection.request("POST", "/jobs", body, {"Content-Type": "application/json"})
+                answer = connection.getresponse()
+                answer.read()
+                answered.append(answer.status)
+                if answer.getheader("Connection") == "close":
+                    last.append("close")
+                    return
+
+    clients = [threading.Thread(target=submit) for _ in range(30)]
+    for client in clients:
+        client.start()
+    until(lambda: len(answered) > 200)
+    assert web.end(SIGTERM) == 0
+    for client in clients:
+        client.join()
+    assert last == ["close"] * 30
+    assert set(answered) == {201}
 
 
 def test_stop_while_web_processes_start_ends_them(real: Server, start: Any, folder: Path) -> None:
@@ -623,12 +666,14 @@ def test_reload_restarts_when_the_code_changes(serve: Any, folder: Path) -> None
     web.until_output("JOBS ARE NOT PERSISTED")
     handlers = folder / "handlers.py"
 
-    def restarted() -> bool:  # writes each time, because a change before the first check is not noticed
-        handlers.write_text(HANDLERS.replace("return payload", "return payload + 1"))
+    def restarted() -> bool:
+        if "reloading" not in web.output:  # a change before the first check is not noticed
+            handlers.write_text(HANDLERS.replace("return payload", "return payload + 1"))
         return web.output.count("JOBS ARE NOT PERSISTED") > 1
 
     until(restarted)
     assert web.submit_and_wait()["result"] == 8
+    assert "forcefully" not in web.output
 
 
 # The command line -----------------------------------------------------------------------------------------------------
@@ -786,7 +831,8 @@ def test_watch_refreshes_until_it_is_interrupted(near: Queue, start: Any, real: 
 
 
 def test_pause_and_resume_change_the_given_queues(near: Queue, run: Any) -> None:
-    assert lines(run("pause", "one", "two")) == ["one paused", "two paused"]
+    near.enqueue("echo", 1, queue="one")
+    assert lines(run("pause", "one", "two")) == ["one paused", "two paused; this queue has no jobs yet"]
     assert {name for name, counts in near.queues().items() if counts["paused"]} == {"one", "two"}
     assert lines(run("resume", "one")) == ["one resumed"]
     assert {name for name, counts in near.queues().items() if counts["paused"]} == {"two"}
@@ -924,7 +970,7 @@ COMMANDS = {
 def test_refuse_commands_without_redis(run: Any, command: str) -> None:
     done = run(*COMMANDS[command], REDIS_URL=f"redis://:s3cret@127.0.0.1:{free_port()}/0")
     assert (done.returncode, done.stdout) == (1, b"")
-    assert done.stderr.startswith(b"Error: Redis is unreachable: ")
+    assert done.stderr.startswith(b"Error: Redis is unavailable (unreachable): ")
     assert b"s3cret" not in done.stderr
 
 
@@ -932,7 +978,7 @@ def test_refuse_commands_without_redis(run: Any, command: str) -> None:
 def test_refuse_commands_with_a_wrong_password(locked: RedisServer, run: Any, command: str) -> None:
     done = run(*COMMANDS[command], REDIS_URL=locked.url.replace("//", "//:s3cret@"))
     assert (done.returncode, done.stdout) == (1, b"")
-    assert done.stderr.startswith(b"Error: Redis is refused: ")
+    assert done.stderr.startswith(b"Error: Redis is unavailable (refused): ")
     assert b"s3cret" not in done.stderr
 
 
@@ -943,7 +989,7 @@ def locked(start_redis: Callable[..., RedisServer]) -> RedisServer:
 
 def test_run_with_a_wrong_password_waits_without_showing_it(locked: RedisServer, start: Any) -> None:
     worker = start(ROOT / "worker.py", REDIS_URL=locked.url.replace("//", "//:s3cret@"), LOG_LEVEL="debug")
-    worker.until_output("cannot take jobs: Redis is refused")
+    worker.until_output("cannot take jobs: Redis is unavailable (refused)")
     assert worker.end(SIGTERM) == 0
     assert "s3cret" not in worker.output
 

@@ -40,6 +40,10 @@ DEFAULT = ["default"]
 COUNT = 3
 CONSTRUCTORS = {"from_url", "embedded"}
 ONE_BY_ONE = {
+    "await_ends",
+    "wait_for_end",
+    "leave_token",
+    "forget_awaited",
     "running",
     "count_unended",
     "read_entries",
@@ -48,7 +52,7 @@ ONE_BY_ONE = {
     "claim",
     "count_pending",
     "discard",
-}  # called for each shard, by other verbs and by doctor
+}  # called for each shard, by other verbs, by doctor and by the web process
 
 
 @pytest.fixture
@@ -538,7 +542,7 @@ def test_warnings_name_a_shard_that_is_away(servers: list[RedisServer], apart: C
     ready = Client(API(Settings(), queue)).get("/ready").json
     assert ready["status"] == "ok"
     [text] = ready["warnings"]
-    assert text.startswith("shard queue.1: Redis is unreachable")
+    assert text.startswith("shard queue.1: Redis is unavailable (unreachable)")
 
 
 @pytest.mark.usefixtures("no_handlers")
