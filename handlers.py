@@ -15,9 +15,9 @@ job from Python, and mypy checks that payload. The handler decides the outcome o
     raise Discard("why")     the job fails at once; use it for errors that a retry cannot fix
     job.set_progress(3, 10)  the job shows a progress of 30 % while it runs on
 
-A handler runs in one of several threads of a process. Protect what it shares with other handlers by
-a lock. When a handler exceeds its `timeout`, TimedOut is raised in it at its next line of Python. A
-call that waits for the network does not notice that, so give it a timeout of its own.
+A handler runs in one of several threads of a process. Use a lock for anything that handlers share.
+When a handler exceeds its `timeout`, TimedOut is raised in it at its next line of Python. A call
+that waits for the network does not notice that, so give it a timeout of its own.
 
 A job can run twice, because a worker can die after the work and before its outcome is saved. Make
 the second run harmless. Mark the effect with job.id, which is the same in every attempt

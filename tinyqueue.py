@@ -2,10 +2,10 @@
 
 The promise
     An accepted job runs at least once. It is never lost while Redis keeps its data. Apart from
-    retries and releases, it runs twice only if its worker died, or was cut off from Redis for
-    longer than its lease. The jobs of a queue start first in, first out. A job that kills its
-    worker runs out of attempts like any other. Jobs that ran beside it get their attempts back, so
-    they never fail because of it.
+    retries and releases, it runs twice only if its outcome could not be saved: its worker died or
+    was cut off from Redis for longer than its lease, or a failover lost the write. The jobs of a
+    queue start first in, first out. A job that kills its worker runs out of attempts like any
+    other. Jobs that ran beside it get their attempts back, so they never fail because of it.
 
 States
                  enqueue                dequeue                complete
@@ -18,7 +18,8 @@ States
     A job that waits for its delay or backoff is pending with a `runAt`. A job that expires before
     its first start is failed.
 
-Transitions. Each is one WATCH / MULTI / EXEC: two round trips however many jobs it moves, no Lua.
+Transitions. Each is one MULTI / EXEC, with a WATCH on the keys in column 3. It takes the same few
+round trips however many jobs it moves. No Lua.
 
     verb      from -> to                      watches          only if                   writes
     enqueue   nothing -> pending              once, unique     keys unused               record, list/delayed, keys
@@ -40,12 +41,14 @@ Transitions. Each is one WATCH / MULTI / EXEC: two round trips however many jobs
     * cancelled, if that was requested. Due: runAt has come, and the job has not expired. Expired:
     expiresAt has passed before the first start. Same attempt: worker, attempts, refunds and
     startedAt of the record are those that the worker holds. Worker's own: processing under that
-    worker's name.
+    worker's name. Lease gone: missing, or seen unchanged for longer than a lease. Handler takes a
+    Job: checked where the handler is known. A suspect is a job that two workers lost while they ran
+    it along with others. It starts only alone.
 
-    dequeue is take, then start or expire. complete, fail and release are written by settle, many in
-    one transaction. cancel makes the request when the job is processing. Every verb that fills a
-    list rings its bell, and every verb keeps the counts and the metrics. Whatever ends a job frees
-    its uniqueKey and leaves a token for those who wait for it.
+    dequeue is take, then start or expire. enqueue is written by submit, expire by start, and
+    request by cancel. complete, fail and release are written by settle, many in one transaction.
+    Every verb that fills a list rings its bell, and every verb keeps the counts and the metrics.
+    Whatever ends a job frees its uniqueKey and leaves a token for those who wait for it.
 
 Keys. All share one hash tag, the namespace, and so one slot of a cluster.
 
@@ -58,14 +61,16 @@ Keys. All share one hash tag, the namespace, and so one slot of a cluster.
     {queue}:workers           set     every worker that may hold a job
     {queue}:worker:<worker>   string  its registration: the fence. Never expires
     {queue}:lease:<worker>    string  its last heartbeat and the ids that it runs. Expires
-    {queue}:once:<key>        string  an Idempotency-Key: request fingerprint and job ids. Expires
+    {queue}:once:<key>        string  an Idempotency-Key: request fingerprint and job ids. Expires.
+                                      Without ids: another shard has them
     {queue}:unique:<key>      string  id of the pending or processing job with this uniqueKey
     {queue}:paused            set     names of the paused queues
     {queue}:minute:<n>        hash    started, waitedMs, completed, failed, cancelled in minute n
                                       since 1970. Expires after two hours
     {queue}:rate:<who>:<n>    string  requests of a client in rate window n. Expires
     {queue}:awaited           set     ids of the jobs whose end a caller waits for
-    {queue}:done:<id>         list    a token for those callers. Expires after a minute
+    {queue}:done:<id>         list    a token for those callers, or for a web process that waits for
+                                      jobs and gets another one. Expires after a minute
     {queue}:counts            hash    pending:<name> and processing:<name> now;
                                       completed, failed and cancelled ever
     {queue}:promoter          string  a lock that saves two promoters the same work. Expires
@@ -84,8 +89,9 @@ Three rules carry everything
     3. Waiting never holds work. An idle worker blocks on the bell, never on a list of jobs, so a
        lost reply loses no job.
 
-The file follows a job's life up to the end of upkeep. Reading, shards, handlers and input checks
-come after it. `grep '# [A-Z].* ---' tinyqueue.py` prints the table of contents.
+Errors, keys, the job and transactions come first. Then the verbs follow the life of a job, up to
+upkeep. Reading, shards, handlers, input checks and JSON come last.
+`grep '# [A-Z].* ---' tinyqueue.py` prints the table of contents.
 """
 
 from __future__ import annotations
@@ -157,7 +163,7 @@ class SettingsError(TinyQueueError):
 
 
 class InvalidJob(TinyQueueError):
-    """The job was refused and nothing was stored.
+    """A field of a job, or another argument such as a cursor, is invalid. Nothing was changed.
 
     `field` is the wrong field as JSON clients know it, and `rule` says what it must be. `path` is
     the place inside the payload (``$.to``), or empty.
@@ -223,7 +229,7 @@ class Unavailable(TinyQueueError):
     """
 
     def __init__(self, reason: str, detail: str, doubtful: bool = False) -> None:
-        super().__init__(f"Redis is {reason}: {detail}")
+        super().__init__(f"Redis is unavailable ({reason}): {detail}")
         self.reason = reason
         self.doubtful = doubtful
 
@@ -261,8 +267,10 @@ MAX_ATTEMPTS = 100
 MAX_DELAY = 366 * 86400  # seconds
 MAX_DEPTH = 100  # levels of arrays and objects in a payload: few enough for every JSON parser
 MAX_RESULT = 262144  # bytes of a result's JSON
-SUSPICIOUS = 2  # times that a job was lost with its worker beside others, after which it runs alone
-MAX_REFUNDS = 10  # times that release refunds an attempt: a job that survives no deploy must end
+SUSPICIOUS = 2  # after this many lost workers that ran a job along with others, the job runs alone
+# Attempts that release refunds. Without a limit, a job longer than every shutdown timeout would
+# never end.
+MAX_REFUNDS = 10
 KEY_LENGTH = 200  # characters of a uniqueKey
 SCANNED = 1000  # jobs that one page of a listing or one bulk change looks at
 PAGE_BYTES = 32 << 20  # of the records that it looks at
@@ -434,7 +442,7 @@ class Job(msgspec.Struct, rename="camel", omit_defaults=True, dict=True):
 
 
 class Attempt(msgspec.Struct, rename="camel"):
-    """The part of a record that tells one attempt from all others. It is cheap to decode."""
+    """The part of a record that identifies an attempt. It is cheap to decode."""
 
     status: str = "pending"
     worker: str = ""
@@ -577,9 +585,11 @@ class Transaction:
             ask(self._connection, [("UNWATCH",)])
 
     def execute(self, writes: Sequence[Command]) -> tuple[list[Any] | None, int]:
-        """Apply writes. Return the replies, or None if a watched key changed, and replicas reached.
+        """Apply writes and wait for replicas.
 
-        If WAIT is refused, none is reached: the writes are applied, but nothing proves more.
+        Return the replies (None if a watched key changed) and the number of replicas reached. If
+        Redis refuses WAIT, that number is 0: the writes are applied, but no replica is known to
+        have them.
         """
         waits = [("WAIT", self.replicas, CATCH_UP)] if self.replicas else []
         send(self._connection, [("MULTI",), *writes, ("EXEC",), *waits])
@@ -605,13 +615,13 @@ class Transaction:
     def count(self, field: str, by: int = 1) -> None:
         self._counts[field] += by
 
-    def started(self, job: Job, waited: int) -> None:
+    def count_start(self, job: Job, waited: int) -> None:
         """Count a start, in this minute and in the metrics. `waited` is in milliseconds."""
         self._minute["started"] += 1
         self._minute["waitedMs"] += waited
         self.measure("waited", job, waited)
 
-    def ended(self, job: Job) -> None:
+    def count_end(self, job: Job) -> None:
         """Count an end, in the totals, in this minute and in the metrics."""
         self._counts[job.status] += 1
         self._minute[job.status] += 1
@@ -648,6 +658,10 @@ class Store:
         self._series_known = False  # whether these were read and no others have been met since
 
     def read(self, *commands: Command) -> list[Any]:
+        """Send commands and return their replies. Despite its name it may write.
+
+        Each command is carried out by itself, unless they include MULTI and EXEC.
+        """
         return self.transact((), lambda tx: tx.read(*commands), counts=False)
 
     def now(self) -> int:
@@ -656,6 +670,8 @@ class Store:
             self.read()
         return self.clock.now()
 
+    # The transaction loop. Skip it on a first reading: a body reads, then writes; it is repeated
+    # until no watched key has changed.
     def transact(
         self, watch: Sequence[str], body: Callable[[Transaction], R], again: bool = False, counts: bool = True
     ) -> R:
@@ -679,7 +695,8 @@ class Store:
                         tx.unwatch()
                         return result
                     if late and writes and not watch:
-                        raise Unavailable("timeout", "no reply, and nothing was written so far", doubtful=True)
+                        detail = "no reply to the write; it was not applied when checked, but may still be"
+                        raise Unavailable("timeout", detail, doubtful=True)
                     sent = True
                     done = self._execute(connection, tx, writes, result)
             except Unavailable as trouble:
@@ -768,6 +785,7 @@ def _checked(replies: list[Any]) -> list[Any]:
     if errors := [reply for reply in replies if isinstance(reply, Exception)]:
         error = _translated(errors[0])
         if isinstance(error, Corrupted):
+            error = Corrupted(f"{error}; everything else of this transaction was applied")
             error.applied = True
         raise error
     return replies
@@ -799,6 +817,16 @@ class Made(msgspec.Struct):
     ids: list[str]
 
 
+KEY_REUSED = "this Idempotency-Key was used for another request"
+
+
+def _made(stored: bytes) -> Made:
+    try:
+        return msgspec.json.decode(stored, type=Made)
+    except msgspec.DecodeError as error:
+        raise Corrupted(f"the record of an Idempotency-Key cannot be read: {error}") from None
+
+
 class Outcome(NamedTuple):
     """How an attempt ended. `after`: seconds until the next attempt; None: a failure is final."""
 
@@ -810,7 +838,10 @@ class Outcome(NamedTuple):
 
 
 class Verbs(ABC):
-    """The verbs that are made of other verbs, for `Queue` and `Shards`. `parts` are the shards."""
+    """The verbs that Queue and Shards share, because they only call other verbs.
+
+    `parts` are the shards, or the queue itself.
+    """
 
     parts: list[Queue]
 
@@ -909,9 +940,10 @@ class Verbs(ABC):
             raise Reaped(f"job {outcome.job.id} is no longer with worker {outcome.job.worker}")
 
     def change_many(self, verb: Literal["cancel", "retry"], filter: Filter, cursor: str = "") -> dict[str, Any]:
-        """Cancel or retry the matching jobs among up to 1,000. Go on at the `cursor` returned.
+        """Look at up to 1,000 jobs and cancel or retry those that match.
 
-        Each job is changed by itself. Those whose status changed meanwhile are counted as skipped.
+        Continue with the returned cursor. Each job is changed in its own transaction. Those whose
+        status changed meanwhile are counted as skipped.
         """
         jobs, cursor = self.page(filter, limit=SCANNED, cursor=cursor, cut=0)
         change = self.cancel if verb == "cancel" else self.retry
@@ -922,7 +954,10 @@ class Verbs(ABC):
         return {"cancelled" if verb == "cancel" else "retried": done, "skipped": len(jobs) - done, "cursor": cursor}
 
     def purge(self, filter: Filter, cursor: str = "") -> dict[str, Any]:
-        """Delete the matching ended jobs among up to 1,000. Go on at the `cursor` returned."""
+        """Look at up to 1,000 ended jobs and delete those that match.
+
+        Continue with the returned cursor.
+        """
         if filter.status not in ENDED:
             raise InvalidJob("status", f"must be one of {', '.join(ENDED)}: other jobs have not ended")
         jobs, cursor = self.page(filter, limit=SCANNED, cursor=cursor, cut=0)
@@ -930,7 +965,10 @@ class Verbs(ABC):
 
 
 class Queue(Verbs):
-    """A queue in one namespace. Threads may share it, and forked processes if it was unused."""
+    """A queue in one namespace.
+
+    Threads may share it. Forked processes may too, if it was not used before the fork.
+    """
 
     def __init__(
         self,
@@ -993,15 +1031,19 @@ class Queue(Verbs):
 
     # Enqueue ----------------------------------------------------------------------------------------------------------
 
-    def submit(self, jobs: Sequence[Job], once: Once | None = None) -> list[Job]:
+    def submit(
+        self, jobs: Sequence[Job], once: Once | None = None, elsewhere: Mapping[str, int] | None = None
+    ) -> list[Job]:
         """Store drafted jobs, all or none, and return them.
 
         nothing -> pending. In place of a job whose uniqueKey is taken, returns the job that has it.
         With `once`, a second submit under the same key returns the jobs of the first. Watches the
         keys of `once` and of uniqueKeys; ids are new and need no watch. After a lost reply, the ids
-        or `once` show whether all is stored. Raises InvalidJob for more than MAX_JOBS, KeyReused,
-        QueueFull, Unavailable if Redis' memory is nearly used up, and NotReplicated if the jobs are
-        stored but fewer than `min_replicas` replicas have them within a second.
+        or `once` show whether all is stored. If the first EXEC arrives late all the same, the jobs
+        are safe, but counted twice until a worker repairs the counts. Raises InvalidJob for more
+        than MAX_JOBS, KeyReused, QueueFull, Unavailable if Redis' memory is nearly used up, and
+        NotReplicated if the jobs are stored but fewer than `min_replicas` replicas have them within
+        a second. `elsewhere` counts the pending jobs of each queue in other shards.
         """
         if len(jobs) > MAX_JOBS:
             raise InvalidJob("jobs", f"must be at most {MAX_JOBS} at a time")
@@ -1021,7 +1063,7 @@ class Queue(Verbs):
             accepted = self._without_duplicates(tx, jobs) if unique else list(jobs)
             new = list({job.id: job for job in accepted if job.id in ids}.values())
             if new:
-                self._check_room(tx, Counter(job.queue for job in new))
+                self._check_room(tx, Counter(job.queue for job in new), elsewhere or {})
                 # NX, because an EXEC that arrives late must not reset a job that ran meanwhile.
                 tx.write("MSETNX", *(part for job in new for part in (self.keys.job(job.id), _record(job))))
             for job in new:
@@ -1036,12 +1078,9 @@ class Queue(Verbs):
 
     def _replay(self, tx: Transaction, jobs: Sequence[Job], once: Once, stored: bytes) -> list[Job]:
         """Return the jobs of the first submit as they are now, or as submitted if deleted since."""
-        try:
-            made = msgspec.json.decode(stored, type=Made)
-        except msgspec.DecodeError as error:
-            raise Corrupted(f"the record of an Idempotency-Key cannot be read: {error}") from None
+        made = _made(stored)
         if made.fingerprint != once.fingerprint or len(made.ids) != len(jobs):
-            raise KeyReused("this Idempotency-Key was used for another request")
+            raise KeyReused(KEY_REUSED)
         drafts = {job.id: job for job in jobs}
         once.replayed = not drafts.keys() & made.ids  # else this submit made them, but got no reply
         records = tx.read(("MGET", *map(self.keys.job, made.ids)))[0] if jobs else []
@@ -1052,7 +1091,10 @@ class Queue(Verbs):
         return [drafts.get(job.id, job) for job in found]
 
     def _without_duplicates(self, tx: Transaction, jobs: Sequence[Job]) -> list[Job]:
-        """Replace jobs whose uniqueKey is taken by its holder, and take the keys for the others."""
+        """Replace each job whose uniqueKey is taken with the job that holds the key.
+
+        The other jobs take their keys.
+        """
         keys = list(dict.fromkeys(job.unique_key for job in jobs if job.unique_key))
         ids = map(text_of, (id or b"" for id in tx.read(("MGET", *map(self.keys.unique, keys)))[0]))
         named = {key: id for key, id in zip(keys, ids, strict=True) if ID.fullmatch(id)}
@@ -1068,11 +1110,33 @@ class Queue(Verbs):
             tx.write("SET", self.keys.unique(key), job.id)
         return accepted
 
-    def _check_room(self, tx: Transaction, wanted: Mapping[str, int]) -> None:
+    def claim(self, once: Once) -> None:
+        """Take an Idempotency-Key for a submit that goes to another shard. Raises KeyReused.
+
+        Nothing -> once, without job ids. Watches the key. The other shard has the record with the
+        ids. The key stays taken if that submit fails. The same request may then be sent again.
+        """
+        key = self.keys.once(once.key)
+
+        def body(tx: Transaction) -> None:
+            if not (stored := tx.read(("GET", key))[0]):
+                tx.write("SET", key, _encode(Made(once.fingerprint, [])), "PX", self.keep_once_ms)
+            elif _made(stored).fingerprint != once.fingerprint:
+                raise KeyReused(KEY_REUSED)
+
+        self.store.transact([key], body)
+
+    def count_pending(self, names: Sequence[str]) -> dict[str, int]:
+        """Count the pending jobs of some queues."""
+        counts = self.store.read(("HMGET", self.keys.counts, *("pending:" + name for name in names)))[0]
+        return dict(zip(names, map(_read_count, counts), strict=True))
+
+    def _check_room(self, tx: Transaction, wanted: Mapping[str, int], elsewhere: Mapping[str, int]) -> None:
         """Raise QueueFull. Watches nothing: concurrent submits may exceed the limits a little."""
         if self.max_pending:
             counts = tx.read(("HMGET", self.keys.counts, *("pending:" + name for name in wanted)))[0]
-            for (name, more), count in zip(wanted.items(), map(_read_count, counts), strict=True):
+            for (name, more), here in zip(wanted.items(), map(_read_count, counts), strict=True):
+                count = here + elsewhere.get(name, 0)
                 if count + more > self.max_pending:
                     raise QueueFull(f"queue {name} has {count} pending jobs; the limit is {self.max_pending}")
         if wanted.keys() - self._known:
@@ -1160,10 +1224,10 @@ class Queue(Verbs):
         `held` has the jobs that this worker has started and not settled. A job that is processing
         under this worker's name in an attempt that is not held was started by a transaction whose
         reply was lost, and is returned too. A suspect starts only alone, while nothing is held.
-        Otherwise it is returned pending and stays in the worker's list. After a lost reply no id is
-        started or dropped: that may have been done. Pending jobs are returned as they are, and
-        `adopt` finds what is still in the list. `others` counts the ids started at the same time in
-        other shards. Raises Reaped if the worker is not registered.
+        Otherwise it is returned pending and stays in the worker's list. After a lost reply, start
+        neither starts nor drops an id, because it may have done so already. It returns pending jobs
+        as they are, and `adopt` finds those that are still in the list. `others` counts the ids
+        started at the same time in other shards. Raises Reaped if the worker is not registered.
         """
         texts = list(map(text_of, ids))
         named = list(dict.fromkeys(id for id in texts if ID.fullmatch(id)))
@@ -1219,7 +1283,7 @@ class Queue(Verbs):
         return _runs(job, worker) and reply_lost
 
     def _begin(self, tx: Transaction, job: Job, worker: str) -> Job:
-        tx.started(job, _waited(job, tx.now))
+        tx.count_start(job, _waited(job, tx.now))
         job.status = "processing"
         job.worker = worker
         job.attempts += 1
@@ -1254,6 +1318,12 @@ class Queue(Verbs):
         """
         known = Counter(id.encode() for id in held)
         return list((Counter(self.store.read(("LRANGE", self.keys.proc(worker), 0, -1))[0]) - known).elements())
+
+    def discard(self, worker: str, entries: Sequence[bytes]) -> None:
+        """Drop entries of the worker's own list that cannot name a job of this queue."""
+        shown = ", ".join(text_of(entry)[:50] for entry in entries[:3])
+        log.warning("dropped %d entries of a list that name no job of this shard: %s", len(entries), ascii(shown))
+        self.store.read(*(("LREM", self.keys.proc(worker), 1, entry) for entry in entries))
 
     # Settle -----------------------------------------------------------------------------------------------------------
 
@@ -1295,11 +1365,10 @@ class Queue(Verbs):
     def _write_outcome(self, tx: Transaction, outcome: Outcome, cancel_requested: bool) -> None:
         job = msgspec.structs.replace(outcome.job, updated_at=max(tx.now, outcome.job.started_at))
         job.error = outcome.error or job.error
-        tx.count("processing:" + job.queue, -1)
         if outcome.verb == "release":
-            tx.measure("released", job)
+            self._stop_attempt(tx, job, "released")
         else:
-            tx.measure("ran", job, max(0, tx.now - job.started_at))
+            self._stop_attempt(tx, job, "ran", max(0, tx.now - job.started_at))
         if outcome.verb == "complete":
             job.result = outcome.result
             job.error = None
@@ -1320,6 +1389,32 @@ class Queue(Verbs):
         else:
             self._end(tx, job, "failed")
 
+    def write_progress(self, job: Job) -> None:
+        """Write the progress of a running job. Raises Reaped if the worker has lost the job.
+
+        Watches the registration and the record. Only WRITERS threads at a time write, so that a
+        worker does not need a connection for each slot.
+        """
+        key = self.keys.job(job.id)
+
+        def body(tx: Transaction) -> None:
+            [[record]] = self._read_fenced(tx, job.worker, [key])
+            attempt = self._same_attempt(job, record)
+            if attempt is None:
+                raise Reaped(f"job {job.id} is no longer with worker {job.worker}")
+            job.cancel_requested = attempt.cancel_requested
+            tx.write("SET", key, _record(msgspec.structs.replace(job, updated_at=max(tx.now, job.started_at))))
+
+        with self._writers:
+            self.store.transact([self.keys.worker(job.worker), key], body)
+
+    # The end of a job -------------------------------------------------------------------------------------------------
+
+    def _stop_attempt(self, tx: Transaction, job: Job, event: str, ms: int = -1) -> None:
+        """Count that a job no longer runs. The counterpart of `_begin`."""
+        tx.count("processing:" + job.queue, -1)
+        tx.measure(event, job, ms)
+
     def _end(self, tx: Transaction, job: Job, status: Literal["completed", "failed", "cancelled"]) -> None:
         """Write the final state of a job: the record, which now expires, and its index entry."""
         job.status = status
@@ -1327,7 +1422,7 @@ class Queue(Verbs):
         job.ended_at = job.updated_at = max(tx.now, job.updated_at)
         tx.write("SET", self.keys.job(job.id), _record(job), "PX", self.keep_ms[status])
         tx.gather("ZADD", self.keys.ended[status], job.ended_at, job.id)
-        tx.ended(job)
+        tx.count_end(job)
         if job.unique_key:
             tx.write("DEL", self.keys.unique(job.unique_key))
         if tx.awaited is None:
@@ -1363,25 +1458,6 @@ class Queue(Verbs):
             self._requeue(tx, job, push="RPUSH")
         else:
             self._end(tx, job, "failed")
-
-    def write_progress(self, job: Job) -> None:
-        """Write the progress of a running job. Raises Reaped if the worker has lost the job.
-
-        Watches the registration and the record. Only WRITERS threads at a time write, so that a
-        worker does not need a connection for each slot.
-        """
-        key = self.keys.job(job.id)
-
-        def body(tx: Transaction) -> None:
-            [[record]] = self._read_fenced(tx, job.worker, [key])
-            attempt = self._same_attempt(job, record)
-            if attempt is None:
-                raise Reaped(f"job {job.id} is no longer with worker {job.worker}")
-            job.cancel_requested = attempt.cancel_requested
-            tx.write("SET", key, _record(msgspec.structs.replace(job, updated_at=max(tx.now, job.started_at))))
-
-        with self._writers:
-            self.store.transact([self.keys.worker(job.worker), key], body)
 
     # Cancel and retry -------------------------------------------------------------------------------------------------
 
@@ -1455,11 +1531,14 @@ class Queue(Verbs):
     # Pause and resume -------------------------------------------------------------------------------------------------
 
     def pause(self, name: str) -> None:
-        """Stop starting jobs of a queue within PAUSE_AGE. Running jobs and submits go on."""
+        """Pause a queue. Workers start none of its jobs after at most PAUSE_AGE seconds.
+
+        Running jobs and submits continue.
+        """
         self.store.read(("SADD", self.keys.paused, check_name("queue", name)))
 
     def resume(self, name: str) -> None:
-        """Start jobs of a paused queue again."""
+        """Resume a paused queue. Workers start its jobs."""
 
         def body(tx: Transaction) -> None:
             tx.write("SREM", self.keys.paused, check_name("queue", name))
@@ -1548,9 +1627,9 @@ class Queue(Verbs):
         return list(self._lost)
 
     def reap(self, worker: str, others: int = 0) -> int:
-        """Remove a lost worker and requeue its jobs. Return how many; 0 if it lives.
+        """Remove a lost worker and requeue or end its jobs. Return how many; 0 if it is alive.
 
-        It lives if its lease exists, unless `lost_workers` has seen that very lease for too long.
+        It is alive if its lease exists, unless `lost_workers` has seen that very lease too long.
 
         processing -> pending, or failed if no attempt is left. Watches the registration, the lease,
         the list and the records: a worker that wakes up may be taking or starting jobs right now,
@@ -1575,8 +1654,7 @@ class Queue(Verbs):
                 if job.status == "pending":
                     tx.push("RPUSH", job)
                 elif _runs(job, worker):
-                    tx.measure("reaped", job)
-                    tx.count("processing:" + job.queue, -1)
+                    self._stop_attempt(tx, job, "reaped")
                     self._requeue_or_fail(tx, job, "worker lost", beside)
                 else:
                     self._set_aside(tx, job)
@@ -1720,9 +1798,10 @@ class Queue(Verbs):
         return _job(id, record) if record is not None else None
 
     def waiting(self, names: Sequence[str], due: bool = False) -> int:
-        """Count the ids to take in queues that are not paused. Cheap, but some may be dropped then.
+        """Count the entries in the lists of queues that are not paused.
 
-        `due` adds the delayed jobs whose time has come. They are about to be promoted.
+        This is fast, but some entries may be dropped when they are taken. `due` adds the delayed
+        jobs whose time has come. They are about to be promoted.
         """
         lists = [("LLEN", self.keys.jobs(name)) for name in self._not_paused(names)]
         delayed = [("ZCOUNT", self.keys.delayed, "-inf", self.now())] if due else []
@@ -1755,15 +1834,40 @@ class Queue(Verbs):
             _, record = self.store.read(("SADD", self.keys.awaited, id), ("GET", self.keys.job(id)))
             job = _job(id, record) if record else None
             if job and job.status in UNENDED:
-                self._wait_for_token(self.keys.done(id), min(left, BLOCK))
+                self.wait_for_end([id], min(left, BLOCK))
                 job = self.get(id)
-        self.store.read(("SREM", self.keys.awaited, id))  # other callers that wait add it again
+        self.forget_awaited([id])
         return job
 
-    def _wait_for_token(self, key: str, seconds: float) -> None:
-        if self.store.read(("BLPOP", key, round(max(seconds, 0.01), 3)))[0]:
-            # Put it back for other callers that wait for the same job.
-            self.store.read(("LPUSH", key, "1"), ("EXPIRE", key, 60))
+    def await_ends(self, ids: Collection[str]) -> set[str]:
+        """Mark jobs as awaited: their ends leave tokens. Return those that had ended before."""
+        if not ids:
+            return set()
+        indexes = self.keys.ended.values()
+        scores = [("ZSCORE", index, id) for id in ids for index in indexes]
+        found = iter(self.store.read(("SADD", self.keys.awaited, *ids), *scores)[1:])
+        return {id for id in ids if [next(found) for _ in indexes] != [None] * len(indexes)}
+
+    def wait_for_end(self, ids: Collection[str], seconds: float, bell: str = "") -> str:
+        """Wait until one of these awaited jobs has ended and return its id, or "" when time is up.
+
+        Returns `bell` after `leave_token(bell)`, which wakes this call to wait for more jobs.
+        """
+        names = {self.keys.done(id).encode(): id for id in (*ids, *filter(None, [bell]))}
+        popped = self.store.read(("BLPOP", *names, round(max(seconds, 0.01), 3)))[0]
+        id = names[popped[0]] if popped else ""
+        if id and id != bell:
+            self.leave_token(id)  # for other callers that wait for the same job
+        return id
+
+    def leave_token(self, id: str) -> None:
+        """Make `wait_for_end` return an id in one of its callers."""
+        self.store.read(("LPUSH", self.keys.done(id), "1"), ("EXPIRE", self.keys.done(id), 60))
+
+    def forget_awaited(self, ids: Collection[str]) -> None:
+        """Stop awaiting jobs. Other callers that wait for them mark them again."""
+        if ids:
+            self.store.read(("SREM", self.keys.awaited, *ids))
 
     def page(
         self, filter: Filter | None = None, *, limit: int = 50, cursor: str = "", cut: int | None = None
@@ -2063,7 +2167,7 @@ class Shards(Verbs):
     The last two digits of a job's id name its shard. All jobs of a submit go into one shard, and
     those of the next into the next shard, so the order is first in, first out only within a shard.
     A submit with a uniqueKey goes to the shard of that key, and one with only an Idempotency-Key to
-    the shard of that.
+    the shard of that. A submit with both takes the Idempotency-Key in its own shard first.
 
     Each shard stands alone. While one does not answer, the others are served, and nobody waits for
     it. A worker has one id in all shards. The heartbeat registers it in those that did not answer
@@ -2140,6 +2244,8 @@ class Shards(Verbs):
             raise InvalidJob("uniqueKey", rule)
         if once and not indexes:
             indexes = {self._index_of(once.key)}
+        elif once and (at := self._index_of(once.key)) not in indexes:
+            self.parts[at].claim(once)
         if indexes:
             return self._submit_to(indexes.pop(), jobs, once)
         first = next(self._turn)
@@ -2155,7 +2261,14 @@ class Shards(Verbs):
     def _submit_to(self, at: int, jobs: Sequence[Job], once: Once | None) -> list[Job]:
         for job in jobs:
             job.id = f"{job.id[:-2]}{at:02x}"
-        return self.parts[at].submit(jobs, once)
+        shard = self.parts[at]
+        elsewhere: Counter[str] = Counter()
+        if shard.max_pending:
+            names = list({job.queue for job in jobs})
+            others = [part for part in self.parts if part is not shard]
+            for counts in map(partial(_try_call, lambda part: part.count_pending(names)), others):
+                elsewhere.update(counts if isinstance(counts, dict) else {})  # what is away counts for nothing
+        return shard.submit(jobs, once, elsewhere)
 
     def register(self, queues: Sequence[str], concurrency: int, worker: str = "") -> str:
         """Like Queue.register, in every shard that answers. The heartbeat adds the others."""
@@ -2217,8 +2330,12 @@ class Shards(Verbs):
         absent = self._absent(worker)
 
         def take(shard: Queue) -> None:
-            if len(taken) < most and shard not in absent:
-                taken.extend(shard.take(worker, names, most - len(taken)))
+            while len(taken) < most and shard not in absent:
+                ids = shard.take(worker, names, most - len(taken))
+                own = self._own(shard, worker, ids)
+                taken.extend(own)
+                if len(own) == len(ids):
+                    break
 
         _try_each(self._from(next(self._turn)), take)
         return taken
@@ -2235,7 +2352,17 @@ class Shards(Verbs):
         return [job for jobs in _try_each(list(parts), start, must=True) for job in jobs]
 
     def adopt(self, worker: str, held: Collection[str]) -> list[bytes]:
-        return [id for ids in _try_each(self.parts, lambda shard: shard.adopt(worker, held)) for id in ids]
+        def adopt(shard: Queue) -> list[bytes]:
+            return self._own(shard, worker, shard.adopt(worker, held))
+
+        return [id for ids in _try_each(self.parts, adopt) for id in ids]
+
+    def _own(self, shard: Queue, worker: str, ids: Sequence[bytes]) -> list[bytes]:
+        """Return the ids of a shard's own jobs. Drop other entries: `start` would ask another shard."""
+        own = [id for id in ids if ID.fullmatch(text_of(id)) and self.part_of(text_of(id)) is shard]
+        if foreign := [id for id in ids if id not in own]:
+            shard.discard(worker, foreign)
+        return own
 
     def settle(self, worker: str, outcomes: Sequence[Outcome], again: bool = False) -> list[Outcome]:
         """Like Queue.settle, one transaction per shard. Tries all before it raises.
@@ -2340,7 +2467,10 @@ class Shards(Verbs):
         return dict(sorted(found.items()))
 
     def stats(self, minutes: int = 0) -> dict[str, Any]:
-        """Like Queue.stats, added up. Each worker is in every shard, so takes the highest count."""
+        """Like Queue.stats, added up.
+
+        A worker registers in every shard that answers, so `workers` is the highest count of any.
+        """
         each = [shard.stats(minutes) for shard in self.parts]
         history: dict[int, Any] = {}
         for minute in itertools.chain(*(stats.pop("history", ()) for stats in each)):
@@ -2398,7 +2528,10 @@ def _results(replies: Sequence[T | TinyQueueError], must: bool) -> list[T]:
 
 
 def _added(one: Any, other: Any) -> Any:
-    """Add up the reports of two shards. Of ages, take the higher; paused is what either paused."""
+    """Add up the reports of two shards.
+
+    Takes the higher of two ages. A queue is paused if either shard reports it paused.
+    """
     if not isinstance(one, dict):
         return one or other if isinstance(one, bool) else one + other
     both = {

@@ -53,7 +53,11 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     """
 
     redis_url: Annotated[
-        str, Meta(description="URL of the Redis server; unset: an embedded one that keeps nothing")
+        str,
+        Meta(
+            description="URL of the Redis server; unset: the web process embeds one and loses all jobs when it exits; "
+            "other commands need it"
+        ),
     ] = ""
     host: Annotated[str, Meta(description="address the web process listens on; unset: all, IPv4 and IPv6")] = ""
     port: Annotated[int, Meta(ge=0, le=65535, description="port the web process listens on")] = 3000
@@ -92,7 +96,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     keep_once: Annotated[int, Meta(ge=60, le=10**9, description="seconds to remember an Idempotency-Key")] = 86400
     max_pending: Annotated[int, Meta(ge=0, le=10**9, description="maximum pending jobs per queue; 0: unlimited")] = 0
     min_replicas: Annotated[
-        int, Meta(ge=0, le=100, description="number of replicas that must have a job before it is accepted")
+        int, Meta(ge=0, le=100, description="number of replicas that must have a job before its submit succeeds")
     ] = 0
     api_keys: Annotated[
         str, Meta(description="API keys as name:role:secret, comma-separated; roles: submit, read, admin")
@@ -110,7 +114,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         Meta(
             ge=0,
             le=10,
-            description="proxies before the server; the client is that many from the right in X-Forwarded-For",
+            description="number of proxies in front of the server, N; the client's address is the Nth from the right "
+            "in X-Forwarded-For",
         ),
     ] = 0
     shards: Annotated[
@@ -118,7 +123,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         Meta(
             ge=1,
             le=64,
-            description="namespaces to spread jobs over in a cluster; do not lower it while jobs are stored",
+            description="number of namespaces to spread jobs over in a cluster; while jobs are stored, do not lower it "
+            "and do not change it from 1",
         ),
     ] = 1
     tls_verify: Annotated[bool, Meta(description="0: accept any certificate of a rediss:// server")] = True
@@ -169,7 +175,11 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         """Return the table of `--help` and docs/settings.md: variables, defaults and meanings."""
         hints = typing.get_type_hints(cls, include_extras=True)
         return [
-            (f.encode_name, str(f.default), hints[f.name].__metadata__[0].description)
+            (
+                f.encode_name,
+                str(int(f.default)) if isinstance(f.default, bool) else str(f.default),
+                hints[f.name].__metadata__[0].description,
+            )
             for f in msgspec.structs.fields(cls)
         ]
 

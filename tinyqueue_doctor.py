@@ -195,7 +195,7 @@ def _server(queue: Queue, connections: int) -> Iterator[Finding]:
     yield from (_version(info), _role(info), _eviction(info), _memory(info), _persistence(info))
     yield _clients(info, connections)
     idle = info.get("timeout", "0")
-    seen = "none" if idle == "0" else f"{idle} s: the queue reopens connections that it closes"
+    seen = "none" if idle == "0" else f"{idle} s: TinyQueue reopens connections that Redis closes"
     yield Finding("ok", "idle timeout", seen)
 
 
@@ -207,21 +207,22 @@ def _version(info: Mapping[str, str]) -> Finding:
         "server",
         f"{name}, {mode}",
         (version < OLDEST, "fail", f"use {'.'.join(map(str, OLDEST))} or newer"),
-        (mode == "sentinel", "fail", "name the Redis that it watches in REDIS_URL"),
+        (mode == "sentinel", "fail", "REDIS_URL names a sentinel; use redis+sentinel://host:26379/service"),
     )
 
 
 def _role(info: Mapping[str, str]) -> Finding:
     role = info.get("role", "master")
     replicas = info.get("connected_slaves", "0")
-    seen = f"primary with {replicas} replicas" if role == "master" else "a replica"
-    return _judge("role", seen, (role != "master", "fail", "name its primary in REDIS_URL"))
+    count = f"{replicas} replica{'' if replicas == '1' else 's'}"
+    seen = f"master with {count}" if role == "master" else "a replica"
+    return _judge("role", seen, (role != "master", "fail", "name its master in REDIS_URL"))
 
 
 def _eviction(info: Mapping[str, str]) -> Finding:
     policy = info.get("maxmemory_policy", "noeviction")
     limit = int(info.get("maxmemory", 0))
-    advice = "Redis evicts jobs or leases when its memory is full; set it to noeviction"
+    advice = "Redis evicts jobs or leases when its memory is full; set maxmemory-policy to noeviction"
     return _judge("eviction", f"maxmemory-policy is {policy}", (limit > 0 and policy != "noeviction", "warn", advice))
 
 
@@ -285,7 +286,7 @@ def _workers(queue: Queue) -> Iterator[Finding]:
     served = {name for worker in alive for name in worker["queues"]}
     for name, about in queue.queues().items():
         if about["paused"]:
-            yield Finding("warn", "queue", f"{name} is paused", f"POST /queues/{name}/resume")
+            yield Finding("warn", "queue", f"{name} is paused", f"tinyqueue resume {name}")
         elif alive and about["pending"] and name not in served:
             seen = f"{name}: {about['pending']} pending, no worker serves it"
             yield Finding("warn", "queue", seen, f"tinyqueue worker --queue {name}")

@@ -181,7 +181,7 @@ class Pool(redis.ConnectionPool):
     """
 
     slot = 0
-    home = ("", 0)  # the host and port in the URL; a cluster may have a name for any of its nodes
+    home = ("", 0)  # host and port in the URL; for a cluster, the host name may lead to any node
     nodes: frozenset[tuple[str, int]] = frozenset()  # the known nodes of the cluster
     _refresh_at = 0.0  # when to read them again
 
@@ -476,7 +476,9 @@ UNNAMED = dict.fromkeys(["driver_info"] if "driver_info" in _KNOWN else ["lib_na
 
 
 class Connections:
-    """Lends the connections of a pool to threads. Forks may use it if it was not used before.
+    """Lends the connections of a pool.
+
+    Threads may share it. Forked processes may too, if it was not used before the fork.
 
     After an error of the class `harmless` a connection has no unread reply. `translate` turns an
     error of the client into the one to raise. After `guard`, nobody waits for a server that is

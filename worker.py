@@ -7,22 +7,25 @@
 The methods of a worker are grouped by the thread that runs them:
 
     main      waits for a stop request, enforces timeouts, and checks that the others make progress
-    taker     waits for free slots, then takes a job for each; if there are none, waits for the bell
+    taker     waits for free slots, then takes a job for each; if no jobs are left, waits for the bell
     slots     run handlers: take a job from the inbox, put its outcome into the outbox
-    settler   saves outcomes: all that arrived during the last save, in one transaction
+    settlers  save outcomes, one thread for each shard: all that arrived during the last save, in one
+              transaction
     keeper    sends heartbeats, promotes, reaps, trims, and passes on cancellation requests
 
 A slot is free once its handler has returned. The taker takes no job before a slot is free for it,
-so no job waits behind a long one inside a worker. A worker that stops takes no more jobs. To drain
-is to let the handlers finish and to release what still runs when time is up. `release` and `broken`
-release everything at once; after `broken` the process exits with 70.
+so no job waits behind a long one inside a worker. A worker that stops takes no more jobs. A stop
+has one of three modes. `drain` lets the handlers finish, and releases what still runs when time is
+up. `release` and `broken` release everything at once; after `broken` the process exits with 70.
 """
 
 from __future__ import annotations
 
+import codecs
 import ctypes
 import functools
 import itertools
+import json
 import logging
 import os
 import signal
@@ -37,6 +40,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from datetime import UTC, datetime
 from functools import partial
+from io import TextIOWrapper
 from queue import Empty, SimpleQueue
 from typing import Any, Literal, NoReturn
 
@@ -250,7 +254,7 @@ class Worker:
         settlers = [("settler", partial(self._save_outcomes, part)) for part in self.queue.parts]
         taker, *others = (
             threading.Thread(target=self._run_thread, args=(target,), name=name, daemon=True)
-            for name, target in (("taker", self._take_jobs), ("keeper", self._keep), *settlers)
+            for name, target in (("taker", self._take_jobs), *settlers, ("keeper", self._keep))
         )
         for thread in (taker, *others):
             thread.start()
@@ -570,7 +574,8 @@ class Worker:
             for at, (name, duty, interval) in enumerate(duties):
                 if time.monotonic() < due[at]:
                     continue
-                due[at] = time.monotonic() + interval
+                # A heartbeat of a worker that is not registered yet is none.
+                due[at] = time.monotonic() + (interval if self.id or duty != self._heartbeat else 0.0)
                 try:
                     duty()
                 except TinyQueueError as error:
@@ -592,17 +597,17 @@ class Worker:
             pass
 
     def _pass_on_cancellations(self) -> None:
-        """Tell the handlers that take a Job when its cancellation is requested."""
+        """Set cancel_requested on running jobs whose handlers take a Job."""
         with self.lock:
             jobs = {id: job for id, job in self.held.items() if job.type in HANDLERS and HANDLERS[job.type].wants_job}
         for id in self.queue.cancel_requests([id for id, job in jobs.items() if not job.cancel_requested]):
             jobs[id].cancel_requested = True
 
     def _reap(self) -> None:
-        """Reap workers whose lease has expired, unless Redis was in trouble within the last lease.
+        """Reap lost workers, unless a Redis command failed within the last lease period.
 
-        Such trouble may have kept healthy workers from renewing their leases. A Redis or a machine
-        that stands still causes no error, but this check then comes too long after the last one.
+        Such trouble may have kept healthy workers from renewing their leases. If Redis or this
+        machine freezes, no command fails, but too much time passes between two checks.
         """
         now = time.monotonic()
         lease = self.queue.lease
@@ -621,7 +626,7 @@ class Worker:
                     lost[worker].append(part)
         for worker, parts in lost.items():
             if count := self.queue.reap_in(parts, worker):
-                log.warning("worker %s is dead; %s requeued", worker, plural(count, "job"))
+                log.warning("lease of worker %s expired; %s requeued or ended", worker, plural(count, "job"))
 
     def _trim(self) -> None:
         while self.queue.trim() >= MAX_JOBS and not self.closed.is_set():
@@ -670,10 +675,10 @@ def _log_outcomes(outcomes: list[Outcome], saved: list[Outcome]) -> None:
 
 def _next_step(failed: Outcome) -> str:
     if failed.job.cancel_requested:
-        return "its cancellation was requested"
+        return "cancelled, as requested"
     if failed.after is not None and failed.job.attempts < failed.job.max_attempts:
         return f"next attempt in {failed.after:.1f} s"
-    return "no attempts left"
+    return "it will not be retried" if failed.after is None else "no attempts left"
 
 
 def _one_line(error: Failure | None) -> str:
@@ -729,6 +734,9 @@ class Commands(click.Group):
         return super().parse_args(ctx, args)
 
     def invoke(self, ctx: click.Context) -> Any:
+        if isinstance(sys.stdout, TextIOWrapper):
+            # A terminal in another encoding than UTF-8 gets an escape for what it cannot show.
+            sys.stdout.reconfigure(errors="backslashreplace")
         try:
             return super().invoke(ctx)
         except (SettingsError, InvalidJob) as error:
@@ -859,7 +867,12 @@ def web(ctx: click.Context, arguments: tuple[str, ...]) -> None:
 @click.option("--queue", metavar="NAME", help="Queue to submit to.  [default: the handler's]")
 @click.option("--delay", type=float, metavar="SECONDS", help="Seconds to wait before the job may start.")
 @click.option("--run-at", metavar="TIME", help="Earliest start time: ISO 8601 with a time zone.")
-@click.option("--expires-in", type=float, metavar="SECONDS", help="Seconds after which the job fails if not started.")
+@click.option(
+    "--expires-in",
+    type=float,
+    metavar="SECONDS",
+    help="Seconds until the job expires. An expired job is not run; it fails when a worker takes it.",
+)
 @click.option("--unique-key", metavar="KEY", help="If a job with this key has not ended, print its id instead.")
 @click.pass_obj
 def enqueue(settings: Settings, /, type: str, payload: str, **options: Any) -> None:
@@ -929,7 +942,7 @@ def list_jobs(queue: AnyQueue, filter: Filter, limit: int, as_json: bool) -> Non
 @json_option
 @pass_queue
 def failed(queue: AnyQueue, filter: Filter, limit: int, as_json: bool) -> None:
-    """List the jobs that failed, newest first, with their errors."""
+    """List failed jobs, most recent failure first, with their errors."""
     _list(queue, filter._replace(status="failed"), limit, as_json)
 
 
@@ -1010,7 +1023,7 @@ def _change_each(ids: Sequence[str], change: Callable[[str], Job | None]) -> Non
 @cli.command()
 @click.argument("ids", nargs=-1, metavar="[ID]...")
 @filter_options("failed", "cancelled", default="failed")
-@click.option("--all", "every", is_flag=True, help="All failed jobs. Not needed with another option.")
+@click.option("--all", "every", is_flag=True, help="All failed jobs. Needed if no ID and no other option selects jobs.")
 @pass_queue
 def retry(queue: AnyQueue, ids: tuple[str, ...], filter: Filter, every: bool) -> None:
     """Requeue failed or cancelled jobs with attempts reset, by ID or all that match the options."""
@@ -1024,7 +1037,9 @@ def retry(queue: AnyQueue, ids: tuple[str, ...], filter: Filter, every: bool) ->
 @cli.command()
 @click.argument("ids", nargs=-1, metavar="[ID]...")
 @filter_options()
-@click.option("--all", "every", is_flag=True, help="All pending jobs. Not needed with another option.")
+@click.option(
+    "--all", "every", is_flag=True, help="All pending jobs. Needed if no ID and no other option selects jobs."
+)
 @yes_option
 @pass_queue
 def cancel(queue: AnyQueue, ids: tuple[str, ...], filter: Filter, every: bool, yes: bool) -> None:
@@ -1041,7 +1056,7 @@ def cancel(queue: AnyQueue, ids: tuple[str, ...], filter: Filter, every: bool, y
 @click.argument("names", nargs=-1, required=True, metavar="QUEUE...")
 @pass_queue
 def pause(queue: AnyQueue, names: tuple[str, ...]) -> None:
-    """Stop starting the jobs of a queue. It still accepts jobs."""
+    """Pause a queue: it still accepts jobs, but workers start none of them."""
     known = queue.queues()
     for name in [check_name("queue", name) for name in names]:
         queue.pause(name)
@@ -1052,7 +1067,7 @@ def pause(queue: AnyQueue, names: tuple[str, ...]) -> None:
 @click.argument("names", nargs=-1, required=True, metavar="QUEUE...")
 @pass_queue
 def resume(queue: AnyQueue, names: tuple[str, ...]) -> None:
-    """Start the jobs of a paused queue again."""
+    """Resume a paused queue: workers start its jobs."""
     for name in [check_name("queue", name) for name in names]:
         queue.resume(name)
         click.echo(f"{name} resumed")
@@ -1063,7 +1078,7 @@ def resume(queue: AnyQueue, names: tuple[str, ...]) -> None:
 @yes_option
 @pass_queue
 def purge(queue: AnyQueue, filter: Filter, yes: bool) -> None:
-    """Delete finished jobs now (asks for confirmation)."""
+    """Delete ended jobs now (asks for confirmation)."""
     _confirm("Delete", filter, yes)
     done = _run_in_steps(queue, "purge", filter, partial(queue.purge, filter))
     click.echo(f"{done['purged']} deleted")
@@ -1168,7 +1183,14 @@ def _format_json(value: Any) -> str:
 
 
 def _print_json(value: Any) -> None:
-    click.echo(_format_json(value))
+    text = _format_json(value)
+    if not _prints_unicode():  # JSON has its own escapes, which JSON parsers understand
+        text = json.dumps(json.loads(text), indent=2)
+    click.echo(text)
+
+
+def _prints_unicode() -> bool:
+    return codecs.lookup(sys.stdout.encoding or "utf-8").name.startswith("utf")
 
 
 if __name__ == "__main__":

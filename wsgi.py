@@ -20,13 +20,16 @@ import hmac
 import ipaddress
 import json
 import logging
+import math
 import os
 import re
 import signal
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from functools import cache, cached_property, lru_cache, partial
 from http import HTTPStatus
 from itertools import accumulate
@@ -37,13 +40,11 @@ from urllib.parse import parse_qsl, quote, urlsplit
 import bottle
 import click
 import msgspec
-import waitress
 from bottle import request
-from waitress import wasyncore
-from waitress.channel import HTTPChannel
 
 import tinyqueue_openapi
 from tinyqueue import (
+    BLOCK,
     BUCKETS,
     ENDED,
     HANDLERS,
@@ -63,6 +64,7 @@ from tinyqueue import (
     NotReplicated,
     Once,
     Preview,
+    Queue,
     QueueFull,
     SettingsError,
     TinyQueueError,
@@ -75,10 +77,10 @@ from tinyqueue import (
 )
 from tinyqueue_config import LOG_CONTEXT, WEB_THREADS, Settings, open_queue, plural, set_up_logging
 from tinyqueue_doctor import warnings
+from tinyqueue_server import Lifeline, Parked, Server
 
 log = logging.getLogger("tinyqueue.web")
 
-CONNECTIONS = 500  # open at a time, idle ones included; further clients wait in the listen backlog
 RETRY_AFTER = 5  # seconds
 LONGEST_WAIT = 25  # seconds that GET /jobs/<id>?wait= may take: routers time out after 30
 PREVIEW_BYTES = 500  # length at which a listing cuts off a payload or a result
@@ -163,6 +165,9 @@ def problem(error: TinyQueueError, **more: Any) -> Problem:
 ROLES = {"submit": {"submit"}, "read": {"read"}, "admin": {"submit", "read", "admin"}}
 SECONDS = {"second": 1, "minute": 60, "hour": 3600}
 LOCAL_NAMES = {"localhost", "127.0.0.1", "::1"}
+WRONG_KEYS = (60, 60)  # how many a client may send, in how many seconds, if there is no rate limit
+MAX_CLIENTS = 10_000  # whose wrong keys are counted at a time
+ADDRESS_AND_PORT = re.compile(r"\[([0-9A-Fa-f:.]+)\](?::[0-9]{1,5})?|([0-9.]+):[0-9]{1,5}")
 
 
 class Key(NamedTuple):
@@ -206,6 +211,9 @@ class Access:
         amount, _, unit = settings.rate_limit.partition("/")
         self.limit = int(amount or 0)
         self.window = SECONDS.get(unit, 0)
+        self.lock = threading.Lock()
+        self.wrong_keys = Counter[str]()  # by client, since the window `wrong_keys_since` began
+        self.wrong_keys_since = 0.0
         if self.open and self.keys:
             raise SettingsError("TINYQUEUE_OPEN=1 and TINYQUEUE_API_KEYS contradict each other; unset one of them")
         if self.open:
@@ -224,36 +232,57 @@ class Access:
             # A browser has no key when it opens the page. The page must open even without Redis,
             # which counts the requests, so this one is not counted.
             return ""
-        key = self._find_key() if self.keys else None
+        key = self._find_key(address) if self.keys else None
         if key and role != "any" and role not in key.roles:
             raise Problem(403, "forbidden", f"the key {key.name} lacks the role {role}; use a key that has it")
         if request.method not in ("GET", "HEAD"):
             self._refuse_cross_site()
         if self.limit:
-            self._enforce_rate_limit(queue(), "key-" + key.name if key else "address-" + address)
+            self._enforce_rate_limit(queue(), "key-" + key.name if key else "address-" + _network(address))
         return key.name if key else ""
 
     def _client_address(self) -> str:
         """Return the address that the outermost trusted proxy saw; without proxies, the peer's."""
-        peer = str(request.environ.get("REMOTE_ADDR", "")).removeprefix("::ffff:")
+        peer = str(request.environ.get("REMOTE_ADDR", ""))
         forwarded = request.environ.get("HTTP_X_FORWARDED_FOR", "")
         if not self.proxies or not forwarded:
-            return peer
+            return peer.removeprefix("::ffff:")
         try:
-            return str(ipaddress.ip_address(forwarded.split(",")[-self.proxies].strip()))
+            return _read_address(forwarded.split(",")[-self.proxies].strip())
         except (ValueError, IndexError):
             detail = f"X-Forwarded-For lacks a valid address at position {self.proxies} from the right"
             raise Problem(400, "bad-forwarded-for", f"{detail}; check TINYQUEUE_TRUSTED_PROXIES") from None
 
-    def _find_key(self) -> Key:
+    def _find_key(self, address: str) -> Key:
         scheme, _, secret = request.environ.get("HTTP_AUTHORIZATION", "").partition(" ")
         given = secret.strip().encode("utf-8", "replace") if scheme.lower() == "bearer" else b""
         # Compares with every key, so that the time taken reveals nothing.
         found = [key for key in self.keys if hmac.compare_digest(key.secret, given)]
-        if not found:
-            detail = "missing or unknown API key; send a secret of TINYQUEUE_API_KEYS as Authorization: Bearer SECRET"
-            raise Problem(401, "unauthorized", detail, {"WWW-Authenticate": 'Bearer realm="tinyqueue"'})
-        return found[0]
+        if found:
+            return found[0]
+        if given:
+            self._count_wrong_key(_network(address))
+        detail = "missing or unknown API key; send a secret of TINYQUEUE_API_KEYS as Authorization: Bearer SECRET"
+        raise Problem(401, "unauthorized", detail, {"WWW-Authenticate": 'Bearer realm="tinyqueue"'})
+
+    def _count_wrong_key(self, client: str) -> None:
+        """Raise a Problem if a client has sent too many wrong keys.
+
+        Counts in this process: clients without a key must not cause writes to Redis. A right key is
+        always accepted, because clients behind one address must not lock out each other.
+        """
+        limit, window = (self.limit, self.window) if self.limit else WRONG_KEYS
+        at, left = divmod(time.monotonic(), window)
+        with self.lock:
+            if at != self.wrong_keys_since or len(self.wrong_keys) >= MAX_CLIENTS:
+                self.wrong_keys_since = at
+                self.wrong_keys.clear()
+            self.wrong_keys[client] += 1
+            count = self.wrong_keys[client]
+        if count > limit:
+            seconds = math.ceil(window - left)
+            detail = f"more than {limit} wrong API keys in {window} seconds; try again in {seconds} seconds"
+            raise Problem(429, "too-many-requests", detail, {"Retry-After": str(seconds)})
 
     def _require_local(self, address: str) -> None:
         """Refuse requests from other machines, through a proxy, or under a name that is not local.
@@ -290,6 +319,24 @@ class Access:
             detail = f"more than {self.limit} requests in {self.window} seconds; try again in {seconds} seconds"
             raise Problem(429, "too-many-requests", detail, headers | {"Retry-After": str(seconds)})
         request.environ["tinyqueue.rate_limit_headers"] = headers
+
+
+def _read_address(text: str) -> str:
+    """Read an IP address, perhaps with a port. An IPv4 address inside an IPv6 one becomes IPv4."""
+    if match := ADDRESS_AND_PORT.fullmatch(text):
+        text = match[1] or match[2]
+    address = ipaddress.ip_address(text)
+    return str(getattr(address, "ipv4_mapped", None) or address)
+
+
+@lru_cache(maxsize=1000)
+def _network(address: str) -> str:
+    """Return what counts as one client: an IPv4 address, or the /64 that a host usually gets."""
+    try:
+        parsed = ipaddress.ip_address(_read_address(address).partition("%")[0])
+    except ValueError:  # for example the path of a Unix socket
+        return address
+    return str(ipaddress.ip_network((parsed, 64), strict=False)) if parsed.version == 6 else str(parsed)
 
 
 @lru_cache(maxsize=1000)
@@ -357,7 +404,8 @@ class API(bottle.Bottle):  # type: ignore[misc]
         if settings:
             self.settings = settings
             self.access = Access(settings)
-        self._waiters = threading.BoundedSemaphore(WEB_THREADS // 2)
+        self._blocked = threading.BoundedSemaphore(WEB_THREADS // 2)
+        self._waiters: dict[Queue, Waiter] = {}
         self._scrape_errors = 0  # not yet counted in Redis
         for method, path, name, role in ROUTES:
             for part, pattern in (("<id>", ID.pattern), ("<name>", NAME.pattern)):
@@ -397,7 +445,9 @@ class API(bottle.Bottle):  # type: ignore[misc]
         sent_ids |= {"traceparent": traceparent} if TRACEPARENT.fullmatch(traceparent) else {}
         ids = {"requestId": os.urandom(16).hex()} | sent_ids
         environ["tinyqueue.sent_ids"] = sent_ids
-        began = time.monotonic()
+        if not environ.get("PATH_INFO", "").isascii():  # Bottle would drop bytes that are not UTF-8
+            environ["PATH_INFO"] = quote(environ["PATH_INFO"], encoding="latin-1")
+        began = environ.setdefault("tinyqueue.began", time.monotonic())
         status_line = ""
 
         def start(status: str, headers: list[tuple[str, str]], *more: Any) -> Any:
@@ -407,15 +457,16 @@ class API(bottle.Bottle):  # type: ignore[misc]
 
         context = LOG_CONTEXT.set(ids.copy)
         try:
-            return super().wsgi(environ, start)
+            answer = super().wsgi(environ, start)
+            _log_request(environ, int(status_line[:3]), round((time.monotonic() - began) * 1000))
+            return answer
         finally:
-            _log_request(environ, int(status_line[:3] or 500), round((time.monotonic() - began) * 1000))
             LOG_CONTEXT.reset(context)
 
     def _run_route(self, route: Callable[..., Any], role: str, **args: str) -> Any:
         """Authorize the request and run its route. Respond with JSON, or a problem if it raises."""
         try:
-            if role:
+            if role and "tinyqueue.caller" not in request.environ:  # it is there when a request has waited
                 request.environ["tinyqueue.caller"] = self.access.authorize(role, lambda: self.queue)
             body = route(**args)
         except Problem as error:
@@ -449,7 +500,7 @@ class API(bottle.Bottle):  # type: ignore[misc]
         once = _idempotency_key(fields)
         job = self.queue.submit([draft], once)[0]
         request.environ["tinyqueue.job"] = job.id
-        bottle.response.set_header("Location", f"/jobs/{job.id}")
+        bottle.response.set_header("Location", f"jobs/{job.id}")  # relative, because a proxy may add a prefix
         return self._answer_submit([draft], [job], once)[0]
 
     def submit_batch(self) -> dict[str, Any]:
@@ -520,15 +571,35 @@ class API(bottle.Bottle):  # type: ignore[misc]
     def show(self, id: str) -> dict[str, Any]:
         """Return a job. With ?wait=SECONDS, return it when it has ended or the time is up.
 
-        Does not wait if half of the threads are already waiting, so that the others stay free.
+        Waiting takes no thread of our server. Any other server's thread blocks, so there only a few
+        requests wait. The others are answered at once, with Retry-After.
         """
-        seconds = _query_int(_query(), "wait", 0, 0, 3600)
-        if seconds and self._waiters.acquire(blocking=False):
-            try:
-                return _require_job(self.queue.wait_for(id, min(seconds, LONGEST_WAIT))).answer()
-            finally:
-                self._waiters.release()
-        return _require_job(self.queue.get(id)).answer()
+        seconds = min(_query_int(_query(), "wait", 0, 0, 3600), LONGEST_WAIT)
+        waited = request.environ.get("tinyqueue.waited")
+        if isinstance(waited, TinyQueueError):
+            raise waited
+        job = _require_job(self.queue.get(id))
+        if not seconds or waited or job.status not in UNENDED:
+            return job.answer()
+        if "tinyqueue.can_park" in request.environ:
+            raise Parked(partial(self._waiter_of(id).add, id, seconds, request.environ))
+        if not self._blocked.acquire(blocking=False):
+            bottle.response.set_header("Retry-After", "1")
+            return job.answer()
+        try:
+            return _require_job(self.queue.wait_for(id, seconds)).answer()
+        finally:
+            self._blocked.release()
+
+    def _waiter_of(self, id: str) -> Waiter:
+        queue = self.queue.part_of(id)
+        with self._lock:
+            return self._waiters.setdefault(queue, Waiter(queue))
+
+    def stop_waiting(self) -> None:
+        """Answer all requests that wait for jobs, with the jobs as they are."""
+        for waiter in list(self._waiters.values()):
+            waiter.release_all()
 
     def queues(self) -> dict[str, Any]:
         return {"queues": self.queue.queues()}
@@ -602,7 +673,7 @@ class API(bottle.Bottle):  # type: ignore[misc]
         """
         from prometheus_client.exposition import choose_encoder  # slow to import, and many servers are never scraped
 
-        encode, content_type = choose_encoder(request.get_header("Accept", ""))
+        encode, content_type = choose_encoder(request.environ.get("HTTP_ACCEPT", ""))
         with self._lock:
             missed = self._scrape_errors
             self._scrape_errors = 0
@@ -645,6 +716,88 @@ def _explain_missing(path: str) -> str:
     return "unknown path; see /openapi.json"
 
 
+# Waiting for jobs -----------------------------------------------------------------------------------------------------
+
+
+class Waiting(NamedTuple):
+    """A request that waits for a job until a time. `resume` answers it."""
+
+    until: float
+    environ: dict[str, Any]
+    resume: Callable[[], None]
+
+
+class Waiter:
+    """Waits for the ends of many jobs of a queue in one thread, which runs while there are any."""
+
+    def __init__(self, queue: Queue) -> None:
+        self.queue = queue
+        self.bell = f"waiter-{os.urandom(8).hex()}"  # its token says that there is another job to wait for
+        self.lock = threading.Lock()
+        self.running = False
+        self.waiting: dict[str, list[Waiting]] = {}
+
+    def add(self, id: str, seconds: float, environ: dict[str, Any], resume: Callable[[], None]) -> None:
+        with self.lock:
+            self.waiting.setdefault(id, []).append(Waiting(time.monotonic() + seconds, environ, resume))
+            was_running = self.running
+            self.running = True
+        if not was_running:
+            threading.Thread(target=self._run, name="waiter", daemon=True).start()
+            return
+        with suppress(TinyQueueError):  # then the thread looks after BLOCK seconds
+            self.queue.leave_token(self.bell)
+
+    def release(self, ids: Collection[str], error: TinyQueueError | None = None) -> None:
+        """Answer the requests that wait for these jobs."""
+        with self.lock:
+            found = [entry for id in ids for entry in self.waiting.pop(id, ())]
+        _resume(found, error)
+
+    def release_all(self) -> None:
+        self.release(list(self.waiting))
+
+    def _run(self) -> None:
+        marked: set[str] = set()  # the ids that are awaited
+        checked: set[str] = set()  # those of them that had not ended; all are checked again after BLOCK
+        while left := self._release_late():
+            with self.lock:
+                ids = set(self.waiting)
+            try:
+                self.queue.forget_awaited(marked - ids)
+                marked = ids
+                ended = self.queue.await_ends(ids - checked)
+                checked = ids - ended
+                if not ended:
+                    token = self.queue.wait_for_end(ids, min(left, BLOCK), self.bell)
+                    ended = {token} & ids
+                    checked = checked - ended if token else set()
+            except TinyQueueError as error:
+                self.release(ids, error)
+            else:
+                self.release(ended)
+        with suppress(TinyQueueError):  # a mark that stays costs one token when its job ends
+            self.queue.forget_awaited(marked)
+
+    def _release_late(self) -> float:
+        """Answer requests whose time is up. Return the seconds until the next, 0 if none wait."""
+        now = time.monotonic()
+        with self.lock:
+            late = [entry for entries in self.waiting.values() for entry in entries if entry.until <= now]
+            kept = {id: [entry for entry in entries if entry.until > now] for id, entries in self.waiting.items()}
+            self.waiting = {id: entries for id, entries in kept.items() if entries}
+            self.running = bool(self.waiting)
+            times = [entry.until - now for entries in self.waiting.values() for entry in entries]
+        _resume(late)
+        return min(times, default=0)
+
+
+def _resume(entries: Iterable[Waiting], error: TinyQueueError | None = None) -> None:
+    for entry in entries:
+        entry.environ["tinyqueue.waited"] = error or True
+        entry.resume()
+
+
 # Reading requests -----------------------------------------------------------------------------------------------------
 
 
@@ -653,6 +806,10 @@ def _read_body(limit: int, *types: str) -> bytes:
     if _media_type() not in types:
         detail = f"unsupported media type; send JSON with Content-Type: {' or '.join(types)}"
         raise Problem(415, "unsupported-media-type", detail)
+    coding = request.environ.get("HTTP_CONTENT_ENCODING", "identity").strip().lower()
+    if coding != "identity":
+        detail = f"Content-Encoding {_printable(coding)} is not supported; send the body without compression"
+        raise Problem(415, "unsupported-media-type", detail, {"Accept-Encoding": "identity"})
     body = b""
     if request.content_length <= limit:
         with request.body as stream:
@@ -797,8 +954,18 @@ METRICS = (
     ("jobs_completed", "counter", "type queue", "jobs that ended as completed"),
     ("jobs_failed", "counter", "type queue", "jobs that ended as failed"),
     ("jobs_cancelled", "counter", "type queue", "jobs that ended as cancelled"),
-    ("jobs_retried", "counter", "type queue", "failed attempts after which the job is tried again"),
-    ("jobs_revived", "counter", "type queue", "failed or cancelled jobs made pending again by a retry request"),
+    (
+        "jobs_retried",
+        "counter",
+        "type queue",
+        "failed attempts after which another follows by itself; not the retries of POST /jobs/retry",
+    ),
+    (
+        "jobs_revived",
+        "counter",
+        "type queue",
+        "jobs requeued by POST /jobs/retry, POST /jobs/<id>/retry or worker.py retry",
+    ),
     ("jobs_released", "counter", "type queue", "attempts handed back by a stopping worker"),
     ("jobs_reaped", "counter", "type queue", "attempts lost with their worker"),
     ("scrape_errors", "counter", "", "scrapes that failed because Redis could not be read"),
@@ -929,88 +1096,17 @@ def _explain_listen(settings: Settings, error: OSError) -> str:
     return f"cannot listen on {shown} PORT={settings.port}: {reason}; {todo}"
 
 
-class Channel(HTTPChannel):  # type: ignore[misc]
-    """A connection whose responses are sent by the thread that produces them.
-
-    By default Waitress' event loop tries to send them as well. It then spins while that thread
-    holds the buffer and waits for the interpreter lock: with 256 connections, throughput fell to a
-    hundredth. Above the high watermark the thread waits for the loop, so there the loop must send.
-    """
-
-    def writable(self) -> bool:
-        loop_sends = not self.requests or self.total_outbufs_len > self.adj.outbuf_high_watermark
-        return bool((loop_sends and self.total_outbufs_len) or self.will_close or self.close_when_flushed)
-
-
-class Server:
-    """Serves an API on a socket until `stop` is called, then answers what it has accepted."""
-
-    def __init__(self, api: API, sock: socket.socket) -> None:
-        # It warns whenever a request waits for a thread, which is normal.
-        logging.getLogger("waitress.queue").setLevel(logging.ERROR)
-        self.channels: dict[int, Any] = {}
-        self.shutdown_timeout = api.settings.shutdown_timeout
-        self.stopping = False
-        self.lock = threading.RLock()  # reentrant: a signal handler may take it in the thread that holds it
-        self.waitress = waitress.create_server(
-            api,
-            self.channels,
-            sockets=[sock],
-            threads=WEB_THREADS,
-            connection_limit=CONNECTIONS,
-            # Waitress itself refuses a larger body, in plain text. A smaller one gets our problem.
-            max_request_body_size=4 * api.settings.max_body,
-            max_request_header_size=32768,
-            asyncore_use_poll=True,
-            clear_untrusted_proxy_headers=False,  # Access decides which to trust
-            ident=None,
-        )
-        self.waitress.channel_class = Channel
-
-    def stop(self) -> None:
-        """Begin to stop. May be called from a signal handler and from any thread."""
-        with self.lock:  # run() must not close the trigger between these two lines
-            if not self.stopping:
-                self.stopping = True
-                self.waitress.pull_trigger()
-
-    def run(self) -> None:
-        """Serve until `stop` is called, then accept nothing more and answer what was accepted.
-
-        Returns when everything is answered, or when the shutdown timeout is over.
-        """
-        while not self.stopping:
-            self._poll(1.0)
-        # Closes only the listening socket: responses need the trigger to wake this loop.
-        wasyncore.dispatcher.close(self.waitress)
-        deadline = time.monotonic() + self.shutdown_timeout
-        while self._close_idle() and time.monotonic() < deadline:
-            self._poll(0.2)
-        self._poll(0.05)  # closes the connections that _close_idle has marked
-        self.waitress.task_dispatcher.shutdown(timeout=1)
-        with self.lock:
-            wasyncore.close_all(self.channels)
-
-    def _poll(self, seconds: float) -> None:
-        wasyncore.loop(timeout=seconds, use_poll=True, map=self.channels, count=1)
-
-    def _close_idle(self) -> int:
-        """Close connections that have no request in progress. Returns the number of the others."""
-        busy = 0
-        for channel in list(self.waitress.active_channels.values()):
-            if channel.requests or channel.total_outbufs_len:
-                busy += 1
-            else:
-                channel.will_close = True
-        return busy
-
-
 # Processes ------------------------------------------------------------------------------------------------------------
 
 
-def serve(api: API, sock: socket.socket) -> int:
-    """Serve until a signal, with a worker if REDIS_URL is not set. Returns the exit code."""
+def serve(api: API, sock: socket.socket, lifeline: int | None = None) -> int:
+    """Serve until a signal, with a worker if REDIS_URL is not set. Returns the exit code.
+
+    Also stops when nobody holds the other end of the pipe `lifeline`.
+    """
     server = Server(api, sock)
+    if lifeline is not None:
+        Lifeline(lifeline, server)
     if not api.settings.redis_url:
         return _serve_with_worker(api, server)
     signal.signal(signal.SIGTERM, lambda *_: server.stop())
@@ -1044,20 +1140,24 @@ def _serve_with_worker(api: API, server: Server) -> int:
 def serve_many(api: API, sock: socket.socket) -> int:
     """Serve from WEB_CONCURRENCY processes that share one socket, and replace those that die.
 
-    Returns the exit code. Signals are taken with sigwait, not handled: a handled signal that came
-    just before a blocking wait for a child would take effect only when a child exits.
+    They stop when this process dies. Returns the exit code. Signals are taken with sigwait, not
+    handled: a handled signal that came just before a blocking wait for a child would take effect
+    only when a child exits.
     """
     children: set[int] = set()
     stopping = False
+    lifeline, held = os.pipe()
     signal.pthread_sigmask(signal.SIG_BLOCK, {*SIGNALS, signal.SIGCHLD})
     while children or not stopping:
         while len(children) < api.settings.web_concurrency and not stopping:
             if (child := os.fork()) == 0:
                 signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGCHLD})
-                os._exit(serve(api, sock))  # unblocks SIGTERM and SIGINT when it has handlers for them
+                os.close(held)
+                os._exit(serve(api, sock, lifeline))  # unblocks SIGTERM and SIGINT when it has handlers for them
             children.add(child)
         if signal.sigwait({*SIGNALS, signal.SIGCHLD}) != signal.SIGCHLD:
             stopping = True
+            sock.close()  # otherwise clients could still connect, and nobody would accept them
             for child in children:
                 os.kill(child, signal.SIGTERM)
         for child, status in _exited(children):

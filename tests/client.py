@@ -6,14 +6,17 @@ a server over a socket. `serving` runs a server in this process, `running` in an
 
 from __future__ import annotations
 
+import fcntl
 import io
 import json
 import os
 import re
 import signal
 import socket
+import struct
 import subprocess
 import sys
+import termios
 import threading
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
@@ -97,6 +100,7 @@ class Client:
 
     def _environ(self, method: str, path: str, raw: bytes) -> dict[str, Any]:
         path, _, query = path.partition("?")
+        path = path if path.startswith("/") else f"/{path}"  # a Location is relative to /jobs
         environ: dict[str, Any] = {
             "REQUEST_METHOD": method,
             "SCRIPT_NAME": "",
@@ -167,6 +171,18 @@ class Wire:
     def send(self, raw: bytes) -> None:
         self._socket.sendall(raw)
 
+    def push(self, raw: bytes) -> int:
+        """Send as much as the connection takes at this moment, and return how much that was."""
+        try:
+            return self._socket.send(raw, socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return 0
+
+    def until_read(self) -> None:
+        """Wait until the server's host has acknowledged everything that was sent."""
+        while struct.unpack("i", fcntl.ioctl(self._socket, termios.TIOCOUTQ, b"\0" * 4))[0]:
+            threading.Event().wait(0.005)
+
     def half_close(self) -> None:
         self._socket.shutdown(socket.SHUT_WR)
 
@@ -209,10 +225,11 @@ def serving(api: API) -> Iterator[tuple[Server, tuple[str, int]]]:
 
 
 class Process(NamedTuple):
-    """A server in another process: the address that it listens on, and its log file."""
+    """A server in another process: the address that it listens on, its log file and its id."""
 
     address: tuple[str, int]
     log: Path
+    pid: int
 
 
 @contextmanager
@@ -234,7 +251,7 @@ def running(folder: Path, *command: str, **environ: str) -> Iterator[Process]:
             threading.Event().wait(0.01)
         else:
             raise AssertionError("the server did not log where it listens")
-        yield Process(("127.0.0.1", int(found[1])), log)
+        yield Process(("127.0.0.1", int(found[1])), log, process.pid)
     finally:
         process.send_signal(signal.SIGTERM)
         try:

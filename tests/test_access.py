@@ -353,7 +353,7 @@ def test_refuse_remote_clients_on_every_protected_route(near: Queue, method: str
 @pytest.mark.skipif(not socket.has_dualstack_ipv6(), reason="this machine has no IPv6")
 def test_serve_this_machine_over_ipv4_and_ipv6_when_no_keys_are_set(tmp_path: Path) -> None:
     (tmp_path / "handlers.py").write_text(HANDLERS_PY)
-    with running(tmp_path, HOST="") as ((_, port), log):
+    with running(tmp_path, HOST="") as ((_, port), log, _):
         for address in ("127.0.0.1", "::1"):
             with Wire((address, port)) as wire:
                 wire.send(spell("GET", "/stats"))
@@ -432,6 +432,32 @@ def test_limit_counts_each_address_separately(queue: Queue) -> None:
     assert [Client(api, peer=peer).get("/stats").status for peer in peers] == [200, 200, 200, 429, 429]
 
 
+def test_limit_counts_all_addresses_of_an_ipv6_network_as_one_client(queue: Queue) -> None:
+    peers = ["2001:db8::1", "2001:db8::2", "2001:db8:0:0:ffff::", "2001:db8:0:1::1"]
+    statuses = [open_to_all(queue, peer, rate_limit="2/hour").get("/stats").status for peer in peers]
+    assert statuses == [200, 200, 429, 200]
+
+
+def test_refuse_further_wrong_keys_of_a_client_and_accept_right_ones(near: Queue) -> None:
+    app = API(Settings(api_keys=KEYS), near)
+    wrong = Client(app, "wrong-0123456789ab", "198.51.100.7")
+    assert [wrong.get("/stats").status for _ in range(60)] == [401] * 60
+    answer = wrong.get("/stats")
+    assert (answer.status, answer.kind) == (429, "too-many-requests")
+    assert 1 <= int(answer.headers["retry-after"]) <= 60
+    assert Client(app, "wrong-0123456789ab", "198.51.100.8").get("/stats").status == 401
+    assert Client(app, "", "198.51.100.7").get("/stats").status == 401
+    assert Client(app, READ, "198.51.100.7").get("/stats").status == 200
+    assert counted_clients(near) == set()
+
+
+def test_limit_applies_to_wrong_keys(near: Queue) -> None:
+    app = API(Settings(api_keys=KEYS, rate_limit="2/hour", trusted_proxies=1), near)
+    wrong = Client(app, "wrong-0123456789ab")
+    statuses = [wrong.get("/stats", {"X-Forwarded-For": f"[2001:db8::{n}]:{n}"}).status for n in range(1, 5)]
+    assert statuses == [401, 401, 429, 429]
+
+
 def test_limit_is_shared_by_all_processes_of_one_redis(queue: Queue) -> None:
     apis = [open_to_all(queue, rate_limit="2/hour") for _ in range(2)]
     assert [api.get("/stats").status for api in apis * 2] == [200, 200, 429, 429]
@@ -439,7 +465,7 @@ def test_limit_is_shared_by_all_processes_of_one_redis(queue: Queue) -> None:
 
 @pytest.mark.parametrize("secret", ["", "wrong-0123456789ab", SECRETS["submit"]])
 def test_limit_does_not_count_refused_clients(queue: Queue, secret: str) -> None:
-    api = with_keys(queue, secret, rate_limit="1/hour")
+    api = with_keys(queue, secret, rate_limit="3/hour")
     assert {api.get("/stats").status for _ in range(3)} <= {401, 403}
     assert counted_clients(queue) == set()
 
@@ -484,7 +510,13 @@ def counted_clients(queue: Queue) -> set[str]:
         (1, "9.9.9.9, 1.2.3.4", "1.2.3.4"),
         (1, "nonsense, 1.2.3.4", "1.2.3.4"),
         (1, "\t9.9.9.9,1.2.3.4 ", "1.2.3.4"),
-        (1, "2001:DB8:0::1", "2001:db8::1"),
+        (1, "1.2.3.4:49152", "1.2.3.4"),
+        (1, "2001:DB8:0::1", "2001:db8::/64"),
+        (1, "[2001:db8::7]:49152", "2001:db8::/64"),
+        (1, "[2001:db8::7]", "2001:db8::/64"),
+        (1, "::ffff:1.2.3.4", "1.2.3.4"),
+        (1, "[::FFFF:102:304]:80", "1.2.3.4"),
+        (1, "fe80::1%eth0", "fe80::/64"),
         (2, "9.9.9.9, 1.2.3.4, 5.6.7.8", "1.2.3.4"),
         (2, "1.2.3.4, 5.6.7.8", "1.2.3.4"),
         (3, "9.9.9.9, 1.2.3.4, nonsense, 5.6.7.8", "1.2.3.4"),
@@ -508,7 +540,20 @@ def test_use_the_address_of_the_peer_without_a_forwarded_header(queue: Queue) ->
     [
         *[
             (1, header)
-            for header in ("nonsense", "1.2.3", "1.2.3.4:80", "1.2.3.4,", ",", " ", "[::1]", 'for="[::1]"', "1.2.3.256")
+            for header in ("nonsense", "1.2.3", "1.2.3.4,", ",", " ", 'for="[::1]"', "1.2.3.256", "1.2.3.4:", ":80")
+        ],
+        *[
+            (1, header)
+            for header in (
+                "1.2.3.4:x",
+                "1.2.3.4:123456",
+                "[1.2.3.4",
+                "[::1]x",
+                "[::1]:",
+                "::1]:80",
+                "[]",
+                "[::1]:80:80",
+            )
         ],
         *[
             (1, header)
@@ -703,13 +748,13 @@ def test_logs_and_other_answers_contain_no_secret_and_no_payload(
 
 def test_process_log_contains_no_secret_and_no_payload(tmp_path: Path) -> None:
     (tmp_path / "handlers.py").write_text(HANDLERS_PY)
-    with running(tmp_path, TINYQUEUE_API_KEYS=KEYS, LOG_LEVEL="debug") as (address, log), Wire(address) as wire:
+    with running(tmp_path, TINYQUEUE_API_KEYS=KEYS, LOG_LEVEL="debug") as (address, log, _), Wire(address) as wire:
         body = b'{"type":"fails","payload":{"password":"hunter2"}}'
         wire.send(spell("POST", "/jobs?token=tok123", body, "Authorization: Bearer tok123"))
         assert wire.answer().status == 401
         own = f"Authorization: Bearer {SECRETS['admin']}"
         wire.send(spell("POST", "/jobs?token=tok123", body, own))
-        location = wire.answer().headers["location"]
+        location = "/" + wire.answer().headers["location"]
         wire.send(spell("GET", f"{location}?wait=20", None, own))
         assert wire.answer().json["status"] == "failed"
     assert "ValueError" in log.read_text()

@@ -318,7 +318,10 @@ def test_connect_sends_the_password_of_the_sentinels(start_redis: Any, tmp_path:
 def test_report_unreachable_when_the_sentinels_know_no_master(monitored: Monitored, queue_at: Any) -> None:
     with pytest.raises(Unavailable) as caught:
         queue_at(monitored.url.replace(SERVICE, "others")).ping()
-    assert str(caught.value) == "Redis is unreachable: no sentinel names the master: no master is named others"
+    assert (
+        str(caught.value)
+        == "Redis is unavailable (unreachable): no sentinel names the master: no master is named others"
+    )
 
 
 def test_connect_when_only_one_sentinel_is_alive(monitored: Monitored, queue_at: Any) -> None:

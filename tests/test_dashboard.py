@@ -27,7 +27,7 @@ from typing import Any, Literal
 
 import pytest
 from client import Client, serving
-from conftest import RedisServer, newest, put, raw
+from conftest import RedisServer, newest, put, raw, until
 
 from tinyqueue import Discard, Failure, Job, Outcome, Queue, handler
 from tinyqueue_config import Settings
@@ -421,6 +421,31 @@ def test_focus_stays_on_a_control_or_moves_to_the_heading_when_it_is_removed(ope
     playwright.expect(page.get_by_role("button", name="Submit")).to_be_focused()
 
 
+@pytest.mark.parametrize("page_name", ["constructor", "__proto__", "toString", "hasOwnProperty/x"])
+def test_open_a_page_that_is_named_like_a_member_of_every_object(open: Open, page_name: str) -> None:
+    shows(open(f"#/{page_name}"), "Overview")
+    shows(open(f"#/submit/{page_name}"), "Submit")
+
+
+def test_work_behind_a_proxy_that_removes_a_prefix(open: Open, near: Queue) -> None:
+    page = open("#/jobs")
+    base = page.url.partition("#")[0]
+    page.route(
+        f"{base}tools/queue/**", lambda route: route.continue_(url=route.request.url.replace("/tools/queue", ""))
+    )
+    asked: list[str] = []
+    page.on("request", lambda request: asked.append(request.url))
+    page.goto(f"{base}tools/queue/")
+    shows(page, f"curl '{base}tools/queue/jobs'")
+    page.goto(f"{base}tools/queue/#/submit/echo")
+    page.get_by_label("JSON", exact=False).first.fill('"hello"')
+    page.get_by_role("button", name="Submit").click()
+    job = until(lambda: newest(near, "pending"))[0]
+    page.get_by_role("link", name=job.id).click()
+    shows(page, job.id)
+    assert all(url.startswith((f"{base}tools/queue/", "data:")) for url in asked)
+
+
 @pytest.mark.parametrize(
     ("id", "text"),
     [
@@ -468,7 +493,7 @@ def test_notice_does_not_move_the_page_and_closes_by_itself(open: Open, near: Qu
     button = page.get_by_role("button", name="queue reports")
     before = button.bounding_box()
     button.click()
-    shows(page, "Queue reports paused. It accepts jobs but does not start them.")
+    shows(page, "Queue reports paused. It still accepts jobs, but workers start none of them.")
     playwright.expect(button).to_have_text("Resume")
     assert button.bounding_box()["y"] == before["y"]
     page.clock.run_for(6500)
@@ -811,16 +836,16 @@ def test_redis_outage_is_shown_and_the_page_recovers_when_redis_is_back(
     shows(page, "No jobs yet")
     server.stop()
     page.clock.run_for(2500)
-    shows(page, "Redis is unreachable", "Showing data from")
+    shows(page, "Redis is unavailable (unreachable)", "Showing data from")
     server.start()
     page.clock.run_for(6000)
-    lacks(page, "#banner >> text=Redis is unreachable")
+    lacks(page, "#banner >> text=Redis is unavailable (unreachable)")
 
 
 def test_page_opens_during_a_redis_outage(open: Open, start_redis: Callable[..., RedisServer]) -> None:
     server = start_redis()
     server.stop()
-    shows(open(queue=Queue.from_url(server.url)), "Redis is unreachable")
+    shows(open(queue=Queue.from_url(server.url)), "Redis is unavailable (unreachable)")
 
 
 def test_rate_limit_is_shown(open: Open, near: Queue) -> None:

@@ -21,6 +21,8 @@ import pytest
 from conftest import Server, free_port, until
 
 import tinyqueue
+import tinyqueue_config
+import tinyqueue_server
 import worker
 import wsgi
 from tinyqueue import STATUSES, Failure, Job
@@ -105,7 +107,7 @@ def test_settings_page_names_every_platform_that_requires_a_redis() -> None:
 
 def test_http_page_lists_every_route_with_its_role() -> None:
     listed = [row[:2] for row in rows(HTTP) if re.match("[A-Z]+ /", row[0])]
-    roles = {"": "none", "page": "none"}
+    roles = {"": "none", "page": "none; without keys, local requests only"}
     assert sorted(listed) == sorted(
         [f"{method} {path}", roles.get(role, role)] for method, path, _, role in wsgi.ROUTES
     )
@@ -205,7 +207,7 @@ HANDLER = inspect.signature(tinyqueue.handler).parameters
 NUMBERS = {
     "MAX_JOBS in Python": (README, r"up to ([\d,]+), all or none", tinyqueue.MAX_JOBS),
     "MAX_JOBS in HTTP": (HTTP, r"Submits up to ([\d,]+) jobs", tinyqueue.MAX_JOBS),
-    "MAX_ATTEMPTS": (HTTP, r"how often the job may be started, 1 to ([\d,]+)", tinyqueue.MAX_ATTEMPTS),
+    "MAX_ATTEMPTS": (HTTP, r"maximum number of attempts, 1 to ([\d,]+)", tinyqueue.MAX_ATTEMPTS),
     "MAX_DELAY": (HTTP, r"may start, up to (\d+) days", tinyqueue.MAX_DELAY / 86400),
     "MAX_DEPTH": (HTTP, r"more than ([\d,]+) levels", tinyqueue.MAX_DEPTH),
     "MAX_RESULT": (README, r"at most ([\d,]+) bytes of JSON", tinyqueue.MAX_RESULT),
@@ -214,17 +216,23 @@ NUMBERS = {
     "PAGE_BYTES": (HTTP, r"([\d,]+) MB of their data", tinyqueue.PAGE_BYTES >> 20),
     "PREVIEW_BYTES": (HTTP, r"longer than ([\d,]+) bytes are cut", wsgi.PREVIEW_BYTES),
     "LONGEST_WAIT": (HTTP, r"has ended, after at most (\d+) seconds", wsgi.LONGEST_WAIT),
-    "CONNECTIONS": (HTTP, r"serves ([\d,]+) connections at a time", wsgi.CONNECTIONS),
+    "CONNECTIONS": (HTTP, r"serves ([\d,]+) connections at a time", tinyqueue_server.CONNECTIONS),
+    "time to send": (HTTP, r"has (\d+) seconds to send a request", tinyqueue_server.CLIENT_TIMES[1]),
+    "time to read": (HTTP, r"and (\d+) seconds to read the answer", tinyqueue_server.CLIENT_TIMES[1]),
+    "time to idle": (HTTP, r"may be idle for (\d+) seconds", tinyqueue_server.CLIENT_TIMES[0]),
+    "time at the end": (HTTP, r"has (\d+) seconds for the rest", tinyqueue_server.DRAIN_TIMES[1]),
+    "wrong keys": (HTTP, r"or to (\d+) in a minute", wsgi.WRONG_KEYS[0]),
+    "waiting elsewhere": (HTTP, r"let (\d+) requests wait", tinyqueue_config.WEB_THREADS / 2),
     "MAX_QUEUES": (OPERATIONS, r"There can be ([\d,]+) queues", tinyqueue.MAX_QUEUES),
-    "MAX_QUEUES in HTTP": (HTTP, r"one more than the ([\d,]+) that there can be", tinyqueue.MAX_QUEUES),
+    "MAX_QUEUES in HTTP": (HTTP, r"there are ([\d,]+) queues already", tinyqueue.MAX_QUEUES),
     "KEPT_QUEUES": (OPERATIONS, r"When there are more than (\d+), those without jobs", tinyqueue.KEPT_QUEUES),
     "KEPT": (OPERATIONS, r"at most ([\d,]+) of each", tinyqueue.KEPT),
     "MEMORY_SHARE": (OPERATIONS, r"has used (\d+) % of its `maxmemory`", 100 * tinyqueue.MEMORY_SHARE),
     "SERIES": (OPERATIONS, r"The first ([\d,]+) pairs of type and queue", tinyqueue.SERIES),
     "lease": (README, r"longer than its lease \((\d+) s\)", Settings().lease),
-    "shutdown_timeout": (README, r"lets handlers finish for (\d+) s", Settings().shutdown_timeout),
+    "shutdown_timeout": (README, r"gives running handlers up to (\d+) s", Settings().shutdown_timeout),
     "grace": (DEPLOY, r"needs up to (\d+) seconds", Settings().shutdown_timeout + worker.LAST_WRITE + worker.CLOSING),
-    "worker_concurrency": (README, r"a worker with (\d+) slots", Settings().worker_concurrency),
+    "worker_concurrency": (README, r"runs up to (\d+) jobs at a time", Settings().worker_concurrency),
     "timeout": (README, r"longer than `timeout` \((\d+) s", HANDLER["timeout"].default),
     "backoff": (README, r"`backoff=([\d.]+)`", HANDLER["backoff"].default),
     "backoff_cap": (README, r"`backoff_cap=([\d.]+)`", HANDLER["backoff_cap"].default),

@@ -188,7 +188,7 @@ def test_doctor_warns_when_no_worker_is_alive(queue: Queue) -> None:
 def test_doctor_warns_of_a_paused_queue(queue: Queue) -> None:
     queue.pause("mail")
     found = findings(queue)["queue"]
-    assert (found.level, found.seen, found.advice) == ("warn", "mail is paused", "POST /queues/mail/resume")
+    assert (found.level, found.seen, found.advice) == ("warn", "mail is paused", "tinyqueue resume mail")
 
 
 def test_doctor_warns_of_a_queue_without_a_worker(queue: Queue) -> None:
@@ -434,6 +434,21 @@ def test_repair_counts_again_after_the_counts_were_lost(queue: Queue) -> None:
         "a": (1, 0),
         "b": (0, 1),
     }
+
+
+def test_repair_counts_a_submit_once_whose_cut_connection_delivered_late(
+    near: Queue, far: Queue, proxy: CutProxy
+) -> None:
+    proxy.hold(b"MSETNX")
+    far.enqueue("echo", 1)
+    proxy.deliver()
+    worker = near.register(["default"], 2)
+    [job] = near.dequeue(worker, ["default"], 2)
+    near.complete(job)
+    assert near.stats()["pending"] == 1
+    assert changes(near) == ["pending:default counted again: it was 1, and is 0"]
+    assert near.stats()["pending"] == 0
+    raw(near).delete(near.keys.metrics)  # which counted the submit twice, too
 
 
 def test_repair_drops_entries_of_ended_jobs_that_were_lost(queue: Queue) -> None:

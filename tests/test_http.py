@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import logging
 import os
@@ -109,7 +110,7 @@ def test_submit_answers_201_with_id_and_location(api: Client) -> None:
     assert answer.headers["cache-control"] == "no-store"
     assert answer.json == {"jobId": answer.json["jobId"], "status": "pending"}
     assert ID.fullmatch(answer.json["jobId"])
-    assert answer.headers["location"] == f"/jobs/{answer.json['jobId']}"
+    assert answer.headers["location"] == f"jobs/{answer.json['jobId']}"  # relative to /jobs
 
 
 def test_show_returns_the_whole_record_of_a_new_job(api: Client) -> None:
@@ -446,6 +447,23 @@ def test_accept_a_payload_of_the_greatest_depth_in_every_element(api: Client) ->
 )
 def test_refuse_another_content_type(refuse: Refuse, content_type: str) -> None:
     refuse(415, "unsupported-media-type", echo_with(), headers={"Content-Type": content_type})
+
+
+@pytest.mark.parametrize("coding", ["gzip", "zstd", "br", "GZIP", "identity, gzip", "x" * 500, "\xff"], ids=ascii)
+@pytest.mark.parametrize("path", ["/jobs", "/jobs/batch", "/jobs/retry"])
+def test_refuse_a_compressed_body_and_name_its_encoding(
+    refuse: Refuse, api: Client, queue: Queue, path: str, coding: str
+) -> None:
+    headers = {"Content-Encoding": coding}
+    problem = refuse(415, "unsupported-media-type", gzip.compress(VALID), path=path, headers=headers)
+    assert f"Content-Encoding {ascii(coding.lower())[1:-1][:100]} is not supported" in problem["detail"]
+    answer = api.call("POST", path, VALID, headers)
+    assert (answer.status, answer.headers["accept-encoding"]) == (415, "identity")
+
+
+@pytest.mark.parametrize("coding", ["identity", "Identity", " identity "])
+def test_accept_a_body_that_is_declared_as_not_compressed(api: Client, coding: str) -> None:
+    assert api.call("POST", "/jobs", VALID, {"Content-Encoding": coding}).status == 201
 
 
 def test_refuse_a_request_without_content_type_and_body(refuse: Refuse) -> None:
@@ -1254,7 +1272,7 @@ def test_serve_many_requests_on_one_connection(served: tuple[str, int]) -> None:
     with Wire(served) as wire:
         for _ in range(20):
             wire.send(spell("POST", "/jobs", VALID))
-            location = wire.answer().headers["location"]
+            location = "/" + wire.answer().headers["location"]
             wire.send(spell("GET", location))
             assert wire.answer().json["payload"] == 1
 
@@ -1296,6 +1314,84 @@ def test_refuse_broken_chunks(served: tuple[str, int], queue: Queue, chunks: byt
         wire.send(CHUNKED + chunks + b"\r\n")
         assert wire.answer().status == 400
     assert dump(queue) == {}
+
+
+CHUNKS = b"%x\r\n%b\r\n0\r\n\r\n" % (len(VALID), VALID)
+AMBIGUOUS = {
+    "length and coding": ["POST /jobs HTTP/1.1", "Transfer-Encoding: chunked", "Content-Length: 5"],
+    "length 0 and coding": ["POST /jobs HTTP/1.1", "Content-Length: 0", "Transfer-Encoding: chunked"],
+    "two lengths": ["POST /jobs HTTP/1.1", "Content-Length: 5", "Content-Length: 5"],
+    "coding twice": ["POST /jobs HTTP/1.1", "Transfer-Encoding: chunked", "transfer-encoding: chunked"],
+    "coding twice in a line": ["POST /jobs HTTP/1.1", "Transfer-Encoding: chunked, chunked"],
+    "coding and nothing": ["POST /jobs HTTP/1.1", "Transfer-Encoding: chunked,"],
+    "empty coding": ["POST /jobs HTTP/1.1", "Transfer-Encoding:"],
+    "folded coding": ["POST /jobs HTTP/1.1", "Transfer-Encoding:", " chunked"],
+    "space before the colon": ["POST /jobs HTTP/1.1", "Transfer-Encoding : chunked"],
+    "HTTP/1.0": ["POST /jobs HTTP/1.0", "Connection: keep-alive", "Transfer-Encoding: chunked"],
+    "two hosts": ["POST /jobs HTTP/1.1", "Host: elsewhere", f"Content-Length: {len(VALID)}"],
+}
+
+
+@pytest.mark.parametrize("lines", AMBIGUOUS.values(), ids=AMBIGUOUS.keys())
+def test_refuse_and_close_when_a_proxy_may_have_read_another_request(
+    served: tuple[str, int], queue: Queue, lines: list[str]
+) -> None:
+    with Wire(served) as wire:
+        head = [*lines, "Host: localhost", "Content-Type: application/json", "", ""]
+        wire.send("\r\n".join(head).encode() + CHUNKS + spell("GET", "/health"))
+        answer = wire.answer()
+        assert (answer.status, answer.headers["connection"]) == (400, "close")
+        assert wire.ended()
+    assert dump(queue) == {}
+
+
+@pytest.mark.parametrize("coding", ["gzip", "gzip, chunked", "identity", "chunked, identity", "xchunked"])
+def test_refuse_and_close_when_the_transfer_encoding_is_unknown(served: tuple[str, int], coding: str) -> None:
+    with Wire(served) as wire:
+        wire.send(spell("POST", "/jobs", None, f"Transfer-Encoding: {coding}") + CHUNKS)
+        assert wire.answer().status == 501
+        assert wire.ended()
+
+
+def test_receive_a_refusal_while_the_body_still_arrives(served: tuple[str, int]) -> None:
+    for _ in range(20):
+        with Wire(served) as wire:
+            wire.send(spell("POST", "/jobs", None, f"Content-Length: {1 << 30}", "Content-Type: application/json"))
+            for _ in range(20):
+                wire.push(b" " * 65536)
+            assert wire.answer().status == 413
+
+
+ALIASES = [
+    *["/st%ffats", "/%73tats", "/stats%00", "/%c3%a9stats", "//stats", "///stats", "/stats/"],
+    *["/./stats", "/x/../stats", "/stats;x", "/stats#x", "/Stats", "stats"],
+]
+
+
+@pytest.mark.parametrize("path", ALIASES)
+def test_answer_404_to_another_spelling_of_a_path(served: tuple[str, int], path: str) -> None:
+    with Wire(served) as wire:
+        wire.send(spell("GET", path))
+        assert wire.answer().kind == "not-found"
+
+
+@pytest.mark.parametrize("path", ["/st\xffats", "/\xc3\xa9stats"], ids=ascii)
+def test_answer_400_to_a_path_with_raw_bytes(served: tuple[str, int], path: str) -> None:
+    with Wire(served) as wire:
+        wire.send(spell("GET", path))
+        assert wire.answer().status == 400
+        assert wire.ended()
+
+
+@pytest.mark.parametrize("path", ["/st%ffats", "//stats", "/%c3%a9stats", "/stats%00"])
+def test_app_answers_404_to_another_spelling_of_a_path(refuse: Refuse, path: str) -> None:
+    refuse(404, "not-found", path=path, method="GET")
+
+
+def test_serve_an_absolute_request_target(served: tuple[str, int]) -> None:
+    with Wire(served) as wire:
+        wire.send(spell("GET", "http://localhost/stats?minutes=1"))
+        assert "history" in wire.answer().json
 
 
 def test_serve_a_client_that_waits_for_100_continue(served: tuple[str, int]) -> None:
@@ -1416,6 +1512,33 @@ def test_stop_closes_idle_connections_and_refuses_new_ones(queue: Queue) -> None
         assert half.ended()
         with pytest.raises(ConnectionRefusedError):
             Wire(address)
+
+
+def test_stop_answers_a_request_whose_body_is_arriving(queue: Queue) -> None:
+    with serving(API(Settings(), queue)) as (server, address), Wire(address) as wire:
+        request = spell("POST", "/jobs", VALID)
+        wire.send(request[:-5])
+        wire.until_read()
+        server.stop()
+        until(lambda: refused(address))
+        wire.send(request[-5:])
+        answer = wire.answer()
+        assert (answer.status, answer.headers["connection"]) == (201, "close")
+        assert wire.ended()
+
+
+@pytest.mark.parametrize("version", ["1.0", "1.1"])
+def test_stop_closes_a_busy_connection_with_an_answer_that_says_so(queue: Queue, version: str) -> None:
+    health = f"GET /health HTTP/{version}\r\nHost: localhost\r\nConnection: keep-alive\r\n\r\n".encode()
+    with serving(API(Settings(), queue)) as (server, address), Wire(address) as wire:
+        wire.send(health)
+        assert wire.answer().status == 200
+        server.stop()
+        until(lambda: refused(address))
+        wire.send(health)
+        answer = wire.answer()
+        assert (answer.status, answer.headers["connection"]) == (200, "close")
+        assert wire.ended()
 
 
 def test_stop_answers_accepted_requests(near: Queue) -> None:

@@ -17,10 +17,11 @@ IMPORTS = {  # each module, and those of ours that it may import
     "tinyqueue_config": {"tinyqueue"},
     "tinyqueue_doctor": {"tinyqueue", "tinyqueue_redis"},
     "tinyqueue_openapi": {"tinyqueue"},
+    "tinyqueue_server": {"tinyqueue_config"},
     "handlers": {"tinyqueue"},
     # The two programs start each other, from within a function: `tinyqueue web`, and the workers of an embedded Redis.
     "worker": {"tinyqueue", "tinyqueue_config", "tinyqueue_doctor", "wsgi"},
-    "wsgi": {"tinyqueue", "tinyqueue_config", "tinyqueue_doctor", "tinyqueue_openapi", "worker"},
+    "wsgi": {"tinyqueue", "tinyqueue_config", "tinyqueue_doctor", "tinyqueue_openapi", "tinyqueue_server", "worker"},
 }
 SCREEN = 50  # lines
 PROSE = 100  # columns

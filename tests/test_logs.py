@@ -15,7 +15,7 @@ import pytest
 from client import Client, Wire, running, spell
 from conftest import raw, until
 
-from tinyqueue import HANDLERS, Job, Queue, handler
+from tinyqueue import HANDLERS, Discard, Job, Queue, handler
 from tinyqueue_config import Settings, set_up_logging
 from worker import Worker
 from wsgi import API
@@ -128,7 +128,26 @@ def test_log_of_a_cancelled_running_job_says_so(queue: Queue, types: None, logge
     run_jobs(queue)
     [outcome] = [line for line in lines() if "RuntimeError" in line]
     assert f" WARNING job {job.id} (stops) failed in " in outcome
-    assert outcome.endswith(" ms, attempt 1/3: RuntimeError: stopped; its cancellation was requested")
+    assert outcome.endswith(" ms, attempt 1/3: RuntimeError: stopped; cancelled, as requested")
+
+
+@pytest.mark.parametrize(
+    ("error", "next_step"),
+    [(Discard("pointless"), "it will not be retried"), (ValueError("broken"), "no attempts left")],
+    ids=["discard", "last attempt"],
+)
+def test_log_of_a_final_failure_says_why_no_attempt_follows(
+    queue: Queue, types: None, logged: Any, error: Exception, next_step: str
+) -> None:
+    @handler("gives-up", max_attempts=1)
+    def gives_up(payload: object) -> None:
+        raise error
+
+    lines = logged()
+    queue.enqueue("gives-up", 1)
+    run_jobs(queue)
+    [outcome] = [line for line in lines() if f"{error}; " in line]
+    assert outcome.endswith(f"{error}; {next_step}")
 
 
 @pytest.mark.parametrize("format", ["text", "json"])
@@ -310,7 +329,7 @@ def echo(payload: object) -> None:
 
 def test_log_a_request_and_its_job_in_a_real_server(tmp_path: Path) -> None:
     (tmp_path / "handlers.py").write_text(HANDLERS_PY)
-    with running(tmp_path) as (address, log), Wire(address) as wire:
+    with running(tmp_path) as (address, log, _), Wire(address) as wire:
         wire.send(spell("POST", "/jobs", b'{"type":"echo","payload":1}', "X-Request-ID: r-17"))
         answer = wire.answer()
         assert (answer.status, answer.headers["x-request-id"]) == (201, "r-17")

@@ -404,3 +404,7 @@ def test_dashboard_panels_do_not_overlap(dashboard: Any) -> None:
     cells = [(x, y) for p in places for x in range(p["x"], p["x"] + p["w"]) for y in range(p["y"], p["y"] + p["h"])]
     assert len(cells) == len(set(cells))
     assert all(x < 24 for x, _ in cells)
+
+
+def test_metrics_ignore_an_accept_header_that_is_not_text(queue: Queue, api: Client) -> None:
+    assert api.get("/metrics", {"Accept": "\xff"}).status == 200

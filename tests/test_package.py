@@ -182,7 +182,7 @@ def test_command_ignores_modules_of_the_same_names(scripts: Path, project: Path)
 
 
 def test_web_command_serves_a_project_that_has_modules_of_the_same_names(scripts: Path, project: Path) -> None:
-    with running(project, str(scripts / "tinyqueue"), "web") as (address, _):
+    with running(project, str(scripts / "tinyqueue"), "web") as (address, _, _):
         submitted = ask(address, "POST", "/jobs", b'{"type": "names", "payload": null}')
         ended = ask(address, "GET", f"/jobs/{submitted.json['jobId']}?wait=20").json
         assert (ended["status"], ended["result"]) == ("completed", NAMES)
@@ -191,7 +191,7 @@ def test_web_command_serves_a_project_that_has_modules_of_the_same_names(scripts
 
 
 def test_checkout_serves_a_project_that_has_modules_of_the_same_names(project: Path) -> None:
-    with running(project) as (address, _):
+    with running(project) as (address, _, _):
         submitted = ask(address, "POST", "/jobs", b'{"type": "names", "payload": null}')
         assert ask(address, "GET", f"/jobs/{submitted.json['jobId']}?wait=20").json["result"] == NAMES
 
@@ -235,7 +235,7 @@ def test_application_of_the_wheel_can_be_imported_beside_another_wsgi(scripts: P
 def test_dashboard_and_description_are_served_from_a_target_folder(wheel: Path, project: Path, tmp_path: Path) -> None:
     target = tmp_path / "target"
     fetch(sys.executable, "pip", "install", "--no-deps", "--target", target, wheel)
-    with running(project, sys.executable, "-m", "tinyqueue.wsgi", PYTHONPATH=str(target)) as (address, _):
+    with running(project, sys.executable, "-m", "tinyqueue.wsgi", PYTHONPATH=str(target)) as (address, _, _):
         assert ask(address, "GET", "/openapi.json").json["info"]["version"] == tinyqueue.__version__
         assert ask(address, "GET", "/").body == (target / "tinyqueue" / "dashboard.html").read_bytes()
 

@@ -27,7 +27,7 @@ from conftest import RedisServer, Server, free_port, lapse, newest, raw, until
 import tinyqueue
 import worker
 from tinyqueue import Failure, Filter, NotReplicated, Once, Queue, Unavailable, Verbs
-from tinyqueue_config import Settings
+from tinyqueue_config import Settings, open_queue
 from tinyqueue_doctor import COMMANDS, OLDEST, examine, repair
 from wsgi import ROUTES
 
@@ -241,13 +241,13 @@ def test_tls_with_an_unknown_authority_fails_and_names_the_setting(encrypted: st
     failed = command(folder, encrypted, "stats")
     assert failed.returncode == 1
     [line] = failed.stderr.splitlines()
-    assert line.startswith("Error: Redis is unreachable: ")
+    assert line.startswith("Error: Redis is unavailable (unreachable): ")
     assert line.endswith("?ssl_ca_certs=/path/to/ca.pem to REDIS_URL, or set TINYQUEUE_TLS_VERIFY=0")
     with running(folder, REDIS_URL=encrypted) as web, working(folder, encrypted) as log:
         status, problem = post(web, 1)
         assert status == 503
         assert "TINYQUEUE_TLS_VERIFY=0" in problem["detail"]
-        until(lambda: "cannot take jobs: Redis is unreachable" in log.read_text())
+        until(lambda: "cannot take jobs: Redis is unavailable (unreachable)" in log.read_text())
         assert "TINYQUEUE_TLS_VERIFY=0" in complaints(log)[0]
         assert "Traceback" not in log.read_text() + web.log.read_text()
     assert command(folder, encrypted, "doctor").returncode == 1
@@ -390,6 +390,9 @@ def test_documented_user_may_do_all_that_the_queue_does(admin: redis.Redis, queu
         "restore",
         "part_of",
         "reap_in",
+        "claim",
+        "count_pending",
+        "discard",
     }  # these are called by other verbs, or by the worker
     short.trim()
     with pytest.raises(NotReplicated):
@@ -418,6 +421,8 @@ def test_documented_user_may_touch_no_other_key(admin: redis.Redis, queue_at: An
     client = raw(queue_at(url_of(admin)))
     for words in (
         "GET other",
+        "GET {queue",
+        "GET {queuex.1}:counts",
         "SET {queue} 1",
         "KEYS *",
         "FLUSHALL",
@@ -437,6 +442,17 @@ def test_submit_without_permission_to_wait_raises_not_replicated(admin: redis.Re
         queue.enqueue("echo", 1)
     assert newest(queue, "pending") == caught.value.jobs
     assert "refused: WAIT" in [finding.seen for finding in examine(queue, 0)]
+
+
+def test_documented_user_may_use_shards(admin: redis.Redis) -> None:
+    shards = open_queue(Settings(redis_url=url_of(admin), shards=3))
+    job = shards.submit([shards.draft("echo", 1, unique_key="u")], Once("k", "f"))[0]
+    worker = shards.register(["default"], 1)
+    [started] = shards.dequeue(worker, ["default"])
+    shards.complete(started)
+    assert shards.get(job.id).status == "completed"  # type: ignore[union-attr]
+    assert [finding.about for finding in examine(shards, 0) if finding.level == "fail"] == []
+    shards.disconnect()
 
 
 def test_documented_user_satisfies_doctor(admin: redis.Redis, queue_at: Any) -> None:

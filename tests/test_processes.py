@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, suppress
@@ -388,7 +389,7 @@ def test_drain_without_redis_exits_with_0(start_redis: Callable[..., RedisServer
     redis = start_redis()
     worker = work(url=redis.url)
     redis.kill()
-    worker.until_output("cannot take jobs: Redis is unreachable")
+    worker.until_output("cannot take jobs: Redis is unavailable (unreachable)")
     assert worker.end(SIGTERM, timeout=15) == 0
 
 
@@ -422,7 +423,7 @@ def test_dequeue_continues_after_a_restart_of_redis(durable: RedisServer, work: 
     worker = work(url=durable.url)
     waiting = queue_at(durable.url).enqueue("echo", 1, delay=1)
     durable.kill()
-    worker.until_output("cannot take jobs: Redis is unreachable")
+    worker.until_output("cannot take jobs: Redis is unavailable (unreachable)")
     durable.start()
     queue = queue_at(durable.url)
     assert until_is(queue, queue.enqueue("echo", 2), "completed").attempts == 1
@@ -435,7 +436,7 @@ def test_settle_waits_for_a_restart_of_redis(durable: RedisServer, work: Any, qu
     runs.until("begin a")
     durable.kill()
     runs.open("a")
-    worker.until_output("cannot save outcomes: Redis is unreachable")
+    worker.until_output("cannot save outcomes: Redis is unavailable (unreachable)")
     durable.start()
     assert until_is(queue_at(durable.url), job, "completed").attempts == 1
     assert runs() == ["begin a", "end a"]
@@ -444,7 +445,7 @@ def test_settle_waits_for_a_restart_of_redis(durable: RedisServer, work: Any, qu
 def test_start_before_redis_waits_for_it(durable: RedisServer, start: Any, queue_at: Any) -> None:
     durable.kill()
     worker = start(ROOT / "worker.py", REDIS_URL=durable.url)
-    worker.until_output("cannot take jobs: Redis is unreachable")
+    worker.until_output("cannot take jobs: Redis is unavailable (unreachable)")
     durable.start()
     queue = queue_at(durable.url)
     until_is(queue, queue.enqueue("echo", 1), "completed")
@@ -520,6 +521,48 @@ def test_serve_with_two_processes_handles_no_signal_asynchronously(real: Server,
     [handled] = re.findall(r"^SigCgt:\s*(\w+)$", status, re.M)
     assert not any(int(handled, 16) >> (number - 1) & 1 for number in (SIGTERM, SIGCHLD))
     assert web.end(SIGTERM) == 0
+
+
+def test_web_processes_stop_when_their_parent_is_killed_and_a_restart_listens(real: Server, serve: Any) -> None:
+    web = serve(REDIS_URL=real.url, WEB_CONCURRENCY="2", PORT=str(free_port()))
+    children = until(lambda: len(web.children) == 2 and web.children)
+    assert web.call("GET", "/ready")[0] == 200
+    web.end(SIGKILL)
+    again = serve(REDIS_URL=real.url, WEB_CONCURRENCY="2", PORT=str(web.port))
+    assert again.call("GET", "/ready")[0] == 200
+    until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in children))
+    assert again.end(SIGTERM) == 0
+
+
+@pytest.mark.parametrize("processes", ["1", "2"])
+def test_web_drain_resets_no_busy_connection(real: Server, serve: Any, processes: str) -> None:
+    """30 clients submit all the time, each on one connection, until an answer says that it is closed."""
+    web = serve(REDIS_URL=real.url, WEB_CONCURRENCY=processes)
+    assert web.call("GET", "/ready")[0] == 200
+    body = json.dumps({"type": "sleep", "payload": 0, "delay": 60})
+    answered: list[int] = []
+    last: list[str] = []
+
+    def submit() -> None:
+        with closing(http.client.HTTPConnection("127.0.0.1", web.port, timeout=20)) as connection:
+            while True:
+                connection.request("POST", "/jobs", body, {"Content-Type": "application/json"})
+                answer = connection.getresponse()
+                answer.read()
+                answered.append(answer.status)
+                if answer.getheader("Connection") == "close":
+                    last.append("close")
+                    return
+
+    clients = [threading.Thread(target=submit) for _ in range(30)]
+    for client in clients:
+        client.start()
+    until(lambda: len(answered) > 200)
+    assert web.end(SIGTERM) == 0
+    for client in clients:
+        client.join()
+    assert last == ["close"] * 30
+    assert set(answered) == {201}
 
 
 def test_stop_while_web_processes_start_ends_them(real: Server, start: Any, folder: Path) -> None:
@@ -787,6 +830,21 @@ def test_watch_refreshes_until_it_is_interrupted(near: Queue, start: Any, real: 
     assert watching.end(SIGINT) == 0
 
 
+@pytest.mark.parametrize("encoding", ["latin-1", "cp1252", "cp437", "ascii", "utf-8"])
+def test_commands_print_any_text_in_a_terminal_of_any_encoding(near: Queue, run: Any, encoding: str) -> None:
+    payload = {"text": "Grüße, 日本 🙂"}
+    job = near.enqueue("echo", payload, unique_key="ключ 🙂")
+    for command in (("get", job.id), ("list",), ("stats",), ("doctor",), ("--help",)):
+        done = run(*command, PYTHONIOENCODING=encoding)
+        assert (done.returncode, done.stderr) == (0, b""), command
+    for command in (("get", "--json", job.id), ("list", "--json")):
+        done = run(*command, PYTHONIOENCODING=encoding)
+        # click itself prints UTF-8 in place of ASCII
+        found = json.loads(done.stdout.decode("utf-8" if encoding == "ascii" else encoding))
+        assert (found[0] if isinstance(found, list) else found)["payload"] == payload
+    near.cancel(job.id)
+
+
 def test_pause_and_resume_change_the_given_queues(near: Queue, run: Any) -> None:
     near.enqueue("echo", 1, queue="one")
     assert lines(run("pause", "one", "two")) == ["one paused", "two paused; this queue has no jobs yet"]
@@ -927,7 +985,7 @@ COMMANDS = {
 def test_refuse_commands_without_redis(run: Any, command: str) -> None:
     done = run(*COMMANDS[command], REDIS_URL=f"redis://:s3cret@127.0.0.1:{free_port()}/0")
     assert (done.returncode, done.stdout) == (1, b"")
-    assert done.stderr.startswith(b"Error: Redis is unreachable: ")
+    assert done.stderr.startswith(b"Error: Redis is unavailable (unreachable): ")
     assert b"s3cret" not in done.stderr
 
 
@@ -935,7 +993,7 @@ def test_refuse_commands_without_redis(run: Any, command: str) -> None:
 def test_refuse_commands_with_a_wrong_password(locked: RedisServer, run: Any, command: str) -> None:
     done = run(*COMMANDS[command], REDIS_URL=locked.url.replace("//", "//:s3cret@"))
     assert (done.returncode, done.stdout) == (1, b"")
-    assert done.stderr.startswith(b"Error: Redis is refused: ")
+    assert done.stderr.startswith(b"Error: Redis is unavailable (refused): ")
     assert b"s3cret" not in done.stderr
 
 
@@ -946,7 +1004,7 @@ def locked(start_redis: Callable[..., RedisServer]) -> RedisServer:
 
 def test_run_with_a_wrong_password_waits_without_showing_it(locked: RedisServer, start: Any) -> None:
     worker = start(ROOT / "worker.py", REDIS_URL=locked.url.replace("//", "//:s3cret@"), LOG_LEVEL="debug")
-    worker.until_output("cannot take jobs: Redis is refused")
+    worker.until_output("cannot take jobs: Redis is unavailable (refused)")
     assert worker.end(SIGTERM) == 0
     assert "s3cret" not in worker.output
 

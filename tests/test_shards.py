@@ -17,7 +17,21 @@ from cutproxy import CutProxy
 from test_worker import Running
 
 import tinyqueue
-from tinyqueue import Failure, Filter, InvalidJob, Job, Once, Outcome, Queue, Reaped, Shards, Unavailable, handler
+from tinyqueue import (
+    Failure,
+    Filter,
+    InvalidJob,
+    Job,
+    KeyReused,
+    Once,
+    Outcome,
+    Queue,
+    QueueFull,
+    Reaped,
+    Shards,
+    Unavailable,
+    handler,
+)
 from tinyqueue_config import Settings, open_queue
 from tinyqueue_doctor import examine, warnings
 from wsgi import API
@@ -26,12 +40,19 @@ DEFAULT = ["default"]
 COUNT = 3
 CONSTRUCTORS = {"from_url", "embedded"}
 ONE_BY_ONE = {
+    "await_ends",
+    "wait_for_end",
+    "leave_token",
+    "forget_awaited",
     "running",
     "count_unended",
     "read_entries",
     "read_jobs",
     "restore",
-}  # called for each shard, by reap and by doctor
+    "claim",
+    "count_pending",
+    "discard",
+}  # called for each shard, by other verbs, by doctor and by the web process
 
 
 @pytest.fixture
@@ -120,6 +141,64 @@ def test_submit_with_a_taken_unique_key_returns_its_job(queue: Shards, worker: s
     [job] = queue.dequeue(worker, DEFAULT)
     queue.complete(job)
     assert queue.enqueue("echo", 3, unique_key="u").id != first.id
+
+
+def test_submit_refuses_an_idempotency_key_of_another_request_whatever_its_unique_key(queue: Shards) -> None:
+    def submit(key: str, unique_key: str | None) -> Job:
+        return queue.submit([queue.draft("echo", 1, unique_key=unique_key)], Once(key, f"asks for {unique_key}"))[0]
+
+    unique_keys = [None, *(f"user {at}" for at in range(9))]
+    for first in unique_keys:
+        job = submit(f"key of {first}", first)
+        assert submit(f"key of {first}", first).id == job.id
+        for other in unique_keys:
+            if other != first:
+                with pytest.raises(KeyReused):
+                    submit(f"key of {first}", other)
+    assert queue.stats()["pending"] == len(unique_keys)
+
+
+def test_submit_may_be_repeated_when_it_failed_after_taking_its_idempotency_key(
+    servers: list[RedisServer], apart: Callable[[], Shards]
+) -> None:
+    queue = apart()
+    key = next(f"key {at}" for at in range(99) if queue._index_of(f"key {at}") == 0)
+    user = next(f"user {at}" for at in range(99) if queue._index_of(f"user {at}") == 1)
+    servers[1].kill()
+    drafts = [queue.draft("echo", 1, unique_key=user)]
+    with pytest.raises(Unavailable):
+        queue.submit(drafts, Once(key, "f"))
+    servers[1].start()
+    until(lambda: not is_away(queue.parts[1]))
+    [job] = queue.submit(drafts, Once(key, "f"))
+    assert queue.get(job.id) == job
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_submit_counts_the_pending_jobs_of_all_shards(server: Server, batch: int) -> None:
+    queue = Shards([server.queue(namespace=f"queue.{at}", max_pending=6) for at in range(8)])
+    for at in range(6 // batch):
+        queue.enqueue_many("echo", range(batch), unique_key=None if at % 2 else f"user {at}" if batch == 1 else None)
+    for unique_key in (None, "somebody else"):
+        with pytest.raises(QueueFull, match="queue default has 6 pending jobs; the limit is 6"):
+            queue.enqueue("echo", 7, unique_key=unique_key)
+    assert queue.enqueue("echo", 8, queue="other")
+    queue.disconnect()
+
+
+@pytest.mark.parametrize("junk", [b"junk", b"\xff", b"0199a0f0-0000-7000-8000-000000000000"])
+def test_take_drops_an_entry_that_names_no_job_of_the_shard(
+    queue: Shards, worker: str, junk: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
+    shard = queue.parts[1]
+    raw(shard).lpush(shard.keys.jobs("default"), junk)
+    jobs = [queue.enqueue("echo", at) for at in range(6)]
+    assert {job.id for job in queue.dequeue(worker, DEFAULT, 9)} == {job.id for job in jobs}
+    raw(shard).lpush(shard.keys.proc(worker), junk)
+    assert queue.adopt(worker, [job.id for job in jobs]) == []
+    assert raw(shard).lrange(shard.keys.proc(worker), 0, -1).count(junk) == 0
+    assert [record.getMessage().partition(" of")[0] for record in caplog.records] == ["dropped 1 entries"] * 2
+    queue.deregister(worker)
 
 
 def test_submit_refuses_unique_keys_of_different_shards(queue: Shards) -> None:
@@ -463,7 +542,7 @@ def test_warnings_name_a_shard_that_is_away(servers: list[RedisServer], apart: C
     ready = Client(API(Settings(), queue)).get("/ready").json
     assert ready["status"] == "ok"
     [text] = ready["warnings"]
-    assert text.startswith("shard queue.1: Redis is unreachable")
+    assert text.startswith("shard queue.1: Redis is unavailable (unreachable)")
 
 
 @pytest.mark.usefixtures("no_handlers")

@@ -10,7 +10,7 @@ from typing import Any
 import msgspec
 import pytest
 from client import Answer, Client, Wire, serving, spell
-from conftest import Server, dump, put, raw
+from conftest import Server, dump, newest, put, raw
 
 from tinyqueue import KEY_LENGTH, MAX_DELAY, MAX_DEPTH, MAX_JOBS, Failure, Queue, handler
 from tinyqueue_config import Settings
@@ -654,3 +654,23 @@ def test_complete_succeeds_while_no_job_is_accepted(tight: Queue, real: Server) 
     [job] = queue.dequeue(queue.register(["default"], 1), ["default"])
     queue.complete(job, "done")
     assert api.get(f"/jobs/{job.id}").json["result"] == "done"
+
+
+def test_submit_says_that_the_job_is_stored_when_another_key_is_corrupted(near: Queue) -> None:
+    client = raw(near)
+    client.set(near.keys.bell("default"), "not a list")
+    answer = Client(API(Settings(), near)).post("/jobs", echo_with())
+    assert (answer.status, answer.kind) == (500, "corrupted")
+    assert answer.problem["detail"].endswith("; everything else of this transaction was applied")
+    assert len(newest(near, "pending")) == 1
+    client.delete(near.keys.bell("default"))
+
+
+def test_submit_says_nothing_of_stored_jobs_when_it_could_not_read(near: Queue) -> None:
+    client = raw(near)
+    client.set(near.keys.once("\nk"), "not JSON")
+    answer = Client(API(Settings(), near)).post("/jobs", echo_with(), {"Idempotency-Key": "k"})
+    assert (answer.status, answer.kind) == (500, "corrupted")
+    assert "applied" not in answer.problem["detail"]
+    assert newest(near, "pending") == []
+    client.delete(near.keys.once("\nk"))

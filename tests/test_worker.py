@@ -1198,7 +1198,7 @@ def test_settle_waits_until_redis_has_memory_again(
     until(lambda: len(gate.started) == 2)
     raw(queue).config_set("maxmemory", 1)
     gate.opened.set()
-    until(lambda: "cannot save outcomes: Redis is full" in caplog.text)
+    until(lambda: "cannot save outcomes: Redis is unavailable (full)" in caplog.text)
     assert queue.stats()["processing"] == 2
     raw(queue).config_set("maxmemory", 0)
     assert [until_ended(queue, job).attempts for job in jobs] == [1, 1, 1, 1]
