@@ -2358,7 +2358,7 @@ class Shards(Verbs):
         return [id for ids in _try_each(self.parts, adopt) for id in ids]
 
     def _own(self, shard: Queue, worker: str, ids: Sequence[bytes]) -> list[bytes]:
-        """Return the ids of a shard's own jobs. Drop other entries: `start` would ask another shard."""
+        """Return the ids of a shard's own jobs. Drop others: `start` would ask another shard."""
         own = [id for id in ids if ID.fullmatch(text_of(id)) and self.part_of(text_of(id)) is shard]
         if foreign := [id for id in ids if id not in own]:
             shard.discard(worker, foreign)

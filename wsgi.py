@@ -707,15 +707,6 @@ class API(bottle.Bottle):  # type: ignore[misc]
         return describe()
 
 
-def _explain_missing(path: str) -> str:
-    """Say why no route has this path. A route with an id or a name has only valid ones."""
-    if re.fullmatch("/jobs/[^/]+(/retry)?", path):
-        return "not a job id; an id is a UUID, such as 01900000-0000-7000-8000-000000000000"
-    if re.fullmatch("/queues/[^/]+/(pause|resume)", path):
-        return "not the name of a queue; a name is 1 to 100 of the characters A-Z a-z 0-9 . _ -"
-    return "unknown path; see /openapi.json"
-
-
 # Waiting for jobs -----------------------------------------------------------------------------------------------------
 
 
@@ -796,6 +787,15 @@ def _resume(entries: Iterable[Waiting], error: TinyQueueError | None = None) -> 
     for entry in entries:
         entry.environ["tinyqueue.waited"] = error or True
         entry.resume()
+
+
+def _explain_missing(path: str) -> str:
+    """Say why no route has this path. A route with an id or a name has only valid ones."""
+    if re.fullmatch("/jobs/[^/]+(/retry)?", path):
+        return "not a job id; an id is a UUID, such as 01900000-0000-7000-8000-000000000000"
+    if re.fullmatch("/queues/[^/]+/(pause|resume)", path):
+        return "not the name of a queue; a name is 1 to 100 of the characters A-Z a-z 0-9 . _ -"
+    return "unknown path; see /openapi.json"
 
 
 # Reading requests -----------------------------------------------------------------------------------------------------
