@@ -28,7 +28,8 @@ round trips however many jobs it moves. No Lua.
     expire    pending -> failed               worker, records  registered; expired       record, proc, failed
     complete  processing -> completed         worker, records  registered; same attempt  record, proc, completed
     fail      processing -> pending, failed*  worker, records  registered; same attempt  record, proc, delayed/failed
-    release   processing -> pending, failed*  worker, records  registered; same attempt  record, proc, head of list
+    release   processing -> pending, failed*  worker, records  registered; same attempt  record, proc, head of
+                                                                                         list or delayed
     progress  processing -> processing        worker, record   registered; same attempt  record
     promote   (delayed to list)               records          runAt has come            delayed, list
     reap      processing -> pending, failed*  worker, lease,   lease gone; worker's own  worker, proc, record,
@@ -117,7 +118,7 @@ from bisect import bisect_left
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from contextlib import suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from datetime import UTC, datetime, timedelta
 from functools import partial, reduce
 from typing import Any, Concatenate, Generic, Literal, NamedTuple, ParamSpec, TypeAlias, TypeVar, cast
@@ -125,7 +126,7 @@ from typing import Any, Concatenate, Generic, Literal, NamedTuple, ParamSpec, Ty
 import msgspec
 import redis
 
-from tinyqueue_json import encode, error_text, parse_time, to_json, whole_floats
+from tinyqueue_json import encode, error_text, parse_time, to_json, type_name, whole_floats
 from tinyqueue_redis import (
     Clock,
     Command,
@@ -360,8 +361,9 @@ class Failure(msgspec.Struct, rename="camel", omit_defaults=True):
     @classmethod
     def of(cls, error: BaseException, traceback: str = "") -> Failure:
         """Describe an exception. Escapes text that JSON cannot hold, such as lone surrogates."""
-        message, trace = (text.encode("utf-8", "backslashreplace").decode() for text in (error_text(error), traceback))
-        return cls(type(error).__name__[:100], message[:1000], trace[-4000:])
+        texts = error_text(error), traceback
+        message, trace = (str.encode(text, "utf-8", "backslashreplace").decode() for text in texts)
+        return cls(type_name(error)[:100], message[:1000], trace[-4000:])
 
 
 class Job(msgspec.Struct, rename="camel", omit_defaults=True, dict=True):
@@ -403,10 +405,20 @@ class Job(msgspec.Struct, rename="camel", omit_defaults=True, dict=True):
         """Whether it must run alone: workers were lost while running it beside other jobs."""
         return self.suspicions >= SUSPICIOUS
 
+    def view(self) -> Job:
+        """Return a copy for the handler. What the handler does to it changes nothing stored.
+
+        Only `cancelled` and `set_progress` reach the job itself.
+        """
+        view = _decode_job(encode(self))
+        view.__dict__["_own"] = self
+        return view
+
     @property
     def cancelled(self) -> bool:
         """Whether this running job was asked to stop. If its handler raises, it ends cancelled."""
-        return self.cancel_requested
+        own: Job = self.__dict__.get("_own", self)
+        return own.cancel_requested
 
     def set_progress(self, done: float, of: float = 1.0) -> None:
         """Report from within a handler that `done` of `of` is done.
@@ -414,12 +426,13 @@ class Job(msgspec.Struct, rename="camel", omit_defaults=True, dict=True):
         Writes to Redis at most once a second; the last value is stored with the outcome. Raises
         Reaped if the worker has lost the job.
         """
-        self.progress = round(min(1.0, max(0.0, done / of)), 4) if of else 1.0
+        own: Job = self.__dict__.get("_own", self)
+        own.progress = self.progress = round(float(min(1.0, max(0.0, done / of))), 4) if of else 1.0
         now = time.monotonic()
-        if now - self.__dict__.get("_progress_written", -1.0) >= 1.0 and (queue := self.__dict__.get("_queue")):
-            self.__dict__["_progress_written"] = now
-            with suppress(Unavailable):  # an attempt must not fail because of its progress
-                queue.write_progress(self)
+        if now - own.__dict__.get("_progress_written", -1.0) >= 1.0 and (queue := own.__dict__.get("_queue")):
+            own.__dict__["_progress_written"] = now
+            with shield(), suppress(Unavailable):  # an attempt must not fail because of its progress
+                queue.write_progress(own)
 
     def place(self) -> tuple[int, str]:
         """Its place in a listing: by when it ended, or was created if it has not ended."""
@@ -649,12 +662,16 @@ class Store:
 
     def __init__(self, pool: Any, namespace: str) -> None:
         self.connections = Connections(pool, harmless=TinyQueueError, translate=_translated)
-        self.lend = self.connections.lend
         self.keys = Keys(namespace)
         self.clock = Clock()
         self._memory: tuple[float, dict[str, str]] = (-1e9, {})  # when INFO was read, and its reply
         self._series: frozenset[str] = frozenset()  # the <type>:<queue> that have their own metrics
         self._series_known = False  # whether these were read and no others have been met since
+
+    def lend(self) -> AbstractContextManager[Any]:
+        """Lend a connection. TimedOut cannot interrupt the one who borrows it."""
+        lent = self.connections.lend()
+        return lent if (own := shield()) is NO_SHIELD else _shielded(own, lent)
 
     def read(self, *commands: Command) -> list[Any]:
         """Send commands and return their replies. Despite its name it may write.
@@ -827,7 +844,7 @@ def _made(stored: bytes) -> Made:
 
 
 class Outcome(NamedTuple):
-    """How an attempt ended. `after`: seconds until the next attempt; None: a failure is final."""
+    """How an attempt ended. `after`: seconds until the next; None: a failure is final, a release at once."""
 
     job: Job
     verb: Literal["complete", "fail", "release"]
@@ -1379,7 +1396,8 @@ class Queue(Verbs):
         elif outcome.verb == "release" and job.refunds < MAX_REFUNDS:
             job.attempts -= 1
             job.refunds += 1
-            self._requeue(tx, job, push="RPUSH")
+            run_at = tx.now + round(outcome.after * 1000) if outcome.after else 0
+            self._requeue(tx, job, run_at, push="RPUSH")
         elif outcome.verb == "release":
             self._requeue_or_fail(tx, job, "released too often")
         elif outcome.after is not None and job.attempts < job.max_attempts:
@@ -2228,7 +2246,8 @@ class Shards(Verbs):
 
     def _call_all(self, call: Callable[[Queue], T], must: bool = False) -> list[T]:
         """Like _try_each, in all shards at the same time: one that hangs holds up no other."""
-        return _results(list(self._callers.map(partial(_try_call, call), self.parts)), must)
+        with shield():  # a handler that calls this shares the threads with the worker
+            return _results(list(self._callers.map(partial(_try_call, call), self.parts)), must)
 
     def now(self) -> int:
         """Return the time of a shard that this process knows, or else of the first that answers."""
@@ -2588,11 +2607,15 @@ class Handler(Generic[P, A, R]):
         except (msgspec.DecodeError, RecursionError) as error:
             raise InvalidJob("payload", str(error)) from None
 
-    def run(self, job: Job) -> Any:
-        """Call the function for a job that a worker has started."""
+    def bind(self, job: Job) -> Callable[[], Any]:
+        """Return the call of the function for a started job. Raises InvalidJob like `parse`."""
         payload = self.parse(encode(job.payload))
-        call: Callable[..., Any] = self.function
-        return call(payload, job) if self.wants_job else call(payload)
+        function: Callable[..., Any] = self.function
+        return partial(function, payload, job.view()) if self.wants_job else partial(function, payload)
+
+    def run(self, job: Job) -> Any:
+        """Call the function for a started job."""
+        return self.bind(job)()
 
 
 def _description(payload_type: Any, path: str) -> str:
@@ -2738,6 +2761,52 @@ class TimedOut(BaseException):
 
     def __str__(self) -> str:
         return "the handler exceeded its timeout"
+
+
+class Shield:
+    """Defers TimedOut while the thread of a handler runs code of ours that must not be interrupted.
+
+    An exception between two lines of it could leave a lock or a connection taken for good, and
+    other threads would wait for it for ever. `with shield():` begins such code.
+    """
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.depth = 0  # how many times this thread has entered such code
+        self.late = False  # TimedOut must be raised when it has left it
+
+    def __enter__(self) -> None:
+        before = self.depth
+        try:
+            with self.lock:  # afterwards TimedOut is only deferred; one that is on its way is raised in here
+                self.depth = before + 1
+        except BaseException:
+            self.depth = before
+            raise
+
+    def __exit__(self, *_: object) -> None:
+        with self.lock:
+            self.depth -= 1
+            late = self.late and not self.depth
+            self.late = self.late and not late
+        if late:
+            raise TimedOut
+
+
+NO_SHIELD = nullcontext()  # of a thread that runs no handlers, in which TimedOut is never raised
+THREAD = threading.local()  # its `shield` is set in the threads that run handlers
+
+
+def shield() -> AbstractContextManager[None]:
+    """Return the context in which TimedOut does not interrupt this thread."""
+    own: AbstractContextManager[None] = getattr(THREAD, "shield", NO_SHIELD)
+    return own
+
+
+@contextmanager
+def _shielded(shield: AbstractContextManager[None], lent: AbstractContextManager[T]) -> Iterator[T]:
+    with shield, lent as connection:
+        yield connection
 
 
 def backoff(attempts: int, base: float = 1.0, cap: float = 300.0) -> float:

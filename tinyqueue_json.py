@@ -97,7 +97,12 @@ def error_text(error: BaseException) -> str:
     try:
         return str(error)
     except BaseException as second:  # the exception's own __str__ may be broken
-        return f"(its text raised {type(second).__name__})"
+        return f"(its text raised {type_name(second)})"
+
+
+def type_name(error: BaseException) -> str:
+    name = type.__dict__["__name__"].__get__(type(error))  # a metaclass may have a __name__ that raises
+    return str.__str__(name)
 
 
 # Times ----------------------------------------------------------------------------------------------------------------
