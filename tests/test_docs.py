@@ -22,6 +22,7 @@ from conftest import Server, free_port, until
 
 import tinyqueue
 import tinyqueue_config
+import tinyqueue_json
 import tinyqueue_server
 import worker
 import wsgi
@@ -209,7 +210,7 @@ NUMBERS = {
     "MAX_JOBS in HTTP": (HTTP, r"Submits up to ([\d,]+) jobs", tinyqueue.MAX_JOBS),
     "MAX_ATTEMPTS": (HTTP, r"maximum number of attempts, 1 to ([\d,]+)", tinyqueue.MAX_ATTEMPTS),
     "MAX_DELAY": (HTTP, r"may start, up to (\d+) days", tinyqueue.MAX_DELAY / 86400),
-    "MAX_DEPTH": (HTTP, r"more than ([\d,]+) levels", tinyqueue.MAX_DEPTH),
+    "MAX_DEPTH": (HTTP, r"more than ([\d,]+) levels", tinyqueue_json.MAX_DEPTH),
     "MAX_RESULT": (README, r"at most ([\d,]+) bytes of JSON", tinyqueue.MAX_RESULT),
     "MAX_REFUNDS": (README, r"attempt refunded, at most (ten) times", tinyqueue.MAX_REFUNDS),
     "SCANNED": (HTTP, r"looks at up to ([\d,]+) jobs", tinyqueue.SCANNED),
