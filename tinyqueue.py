@@ -90,7 +90,7 @@ Three rules carry everything
        lost reply loses no job.
 
 Errors, keys, the job and transactions come first. Then the verbs follow the life of a job, up to
-upkeep. Reading, shards, handlers, input checks and JSON come last.
+upkeep. Reading, shards, handlers and input checks come last.
 `grep '# [A-Z].* ---' tinyqueue.py` prints the table of contents.
 """
 
@@ -101,7 +101,6 @@ import heapq
 import importlib
 import inspect
 import itertools
-import json
 import logging
 import math
 import os
@@ -126,6 +125,7 @@ from typing import Any, Concatenate, Generic, Literal, NamedTuple, ParamSpec, Ty
 import msgspec
 import redis
 
+from tinyqueue_json import encode, error_text, parse_time, to_json, whole_floats
 from tinyqueue_redis import (
     Clock,
     Command,
@@ -265,7 +265,6 @@ MAX_QUEUES = 10_000  # with jobs: each adds a row to every report
 KEPT_QUEUES = 100  # without jobs: above this they are forgotten
 MAX_ATTEMPTS = 100
 MAX_DELAY = 366 * 86400  # seconds
-MAX_DEPTH = 100  # levels of arrays and objects in a payload: few enough for every JSON parser
 MAX_RESULT = 262144  # bytes of a result's JSON
 SUSPICIOUS = 2  # after this many lost workers that ran a job along with others, the job runs alone
 # Attempts that release refunds. Without a limit, a job longer than every shutdown timeout would
@@ -361,7 +360,7 @@ class Failure(msgspec.Struct, rename="camel", omit_defaults=True):
     @classmethod
     def of(cls, error: BaseException, traceback: str = "") -> Failure:
         """Describe an exception. Escapes text that JSON cannot hold, such as lone surrogates."""
-        message, trace = (text.encode("utf-8", "backslashreplace").decode() for text in (_text(error), traceback))
+        message, trace = (text.encode("utf-8", "backslashreplace").decode() for text in (error_text(error), traceback))
         return cls(type(error).__name__[:100], message[:1000], trace[-4000:])
 
 
@@ -481,7 +480,7 @@ _ID_PART = len('{"id":"') + 36 + len('",')  # how an encoded job begins; a recor
 
 
 def _record(job: Job) -> bytes:
-    return b"{" + _encode(job)[_ID_PART:]
+    return b"{" + encode(job)[_ID_PART:]
 
 
 def _job(id: str, record: bytes, cut: int | None = None) -> Job:
@@ -500,7 +499,7 @@ def _job(id: str, record: bytes, cut: int | None = None) -> Job:
         return job
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         text = record[:10_000].decode("utf-8", "backslashreplace")
-        shown = text if cut is None else Preview.of(_encode(text), cut)
+        shown = text if cut is None else Preview.of(encode(text), cut)
         return Job(id, "unreadable", shown, status="failed", error=Failure(UNREADABLE, str(error)))
 
 
@@ -1070,7 +1069,7 @@ class Queue(Verbs):
                 self._add_to_queue(tx, job)
                 tx.measure("enqueued", job)
             if once:
-                made = _encode(Made(once.fingerprint, [job.id for job in accepted]))
+                made = encode(Made(once.fingerprint, [job.id for job in accepted]))
                 tx.write("SET", self.keys.once(once.key), made, "PX", self.keep_once_ms)
             return accepted
 
@@ -1120,7 +1119,7 @@ class Queue(Verbs):
 
         def body(tx: Transaction) -> None:
             if not (stored := tx.read(("GET", key))[0]):
-                tx.write("SET", key, _encode(Made(once.fingerprint, [])), "PX", self.keep_once_ms)
+                tx.write("SET", key, encode(Made(once.fingerprint, [])), "PX", self.keep_once_ms)
             elif _made(stored).fingerprint != once.fingerprint:
                 raise KeyReused(KEY_REUSED)
 
@@ -1165,7 +1164,7 @@ class Queue(Verbs):
 
         def body(tx: Transaction) -> str:
             tx.write("SADD", self.keys.workers, worker)
-            tx.write("SET", self.keys.worker(worker), _encode(about))
+            tx.write("SET", self.keys.worker(worker), encode(about))
             tx.write("SET", self.keys.lease(worker), "{}", "PX", self.lease_ms)
             return worker
 
@@ -1555,7 +1554,7 @@ class Queue(Verbs):
         lease that exists can be renewed with one command. An expired one is set again under WATCH
         of the registration.
         """
-        beat = _encode({"at": self.now(), "jobs": list(jobs), "beat": next(_order)})  # each one differs
+        beat = encode({"at": self.now(), "jobs": list(jobs), "beat": next(_order)})  # each one differs
         renewal = ("SET", self.keys.lease(worker), beat, "PX", self.lease_ms)
         if self.store.read((*renewal, "XX"))[0] is not None:
             if jobs:  # if the set of workers was lost, reap must still find this one
@@ -2580,7 +2579,7 @@ class Handler(Generic[P, A, R]):
             return cast(P, self._parse(payload))
         except msgspec.ValidationError as error:
             with suppress(msgspec.ValidationError):
-                return cast(P, self._parse(_encode(_whole_floats(msgspec.json.decode(payload)))))
+                return cast(P, self._parse(encode(whole_floats(msgspec.json.decode(payload)))))
             rule, _, path = str(error).partition(" - at ")
             path = path.strip("`") or "$"
             if " matching regex " in rule:
@@ -2591,7 +2590,7 @@ class Handler(Generic[P, A, R]):
 
     def run(self, job: Job) -> Any:
         """Call the function for a job that a worker has started."""
-        payload = self.parse(_encode(job.payload))
+        payload = self.parse(encode(job.payload))
         call: Callable[..., Any] = self.function
         return call(payload, job) if self.wants_job else call(payload)
 
@@ -2703,7 +2702,7 @@ def load_handlers(modules: str) -> dict[str, Handler[Any, Any, Any]]:
                 raise SettingsError(f"cannot import {module}: {error}") from error
             raise SettingsError(f"TINYQUEUE_HANDLERS: {_missing_module(module)}") from None
         except (Exception, SystemExit) as error:
-            text = " ".join(_text(error).split())
+            text = " ".join(error_text(error).split())
             raise SettingsError(f"cannot import {module}: {type(error).__name__}: {text}") from error
     if not HANDLERS:
         raise SettingsError(f"{modules} registers no handler: decorate a function with @handler('type')")
@@ -2739,13 +2738,6 @@ class TimedOut(BaseException):
 
     def __str__(self) -> str:
         return "the handler exceeded its timeout"
-
-
-def _text(error: BaseException) -> str:
-    try:
-        return str(error)
-    except BaseException as second:  # the exception's own __str__ may be broken
-        return f"(its text raised {type(second).__name__})"
 
 
 def backoff(attempts: int, base: float = 1.0, cap: float = 300.0) -> float:
@@ -2853,116 +2845,13 @@ def _expiry(seconds: float, now: int) -> int:
     return now + max(1, round(seconds * 1000))
 
 
-# ISO 8601 with a zone, as languages write it by default: RFC 3339; basic format; hours and minutes
-# only; fractions of any length; a blank before the zone (Ruby), its name after it (Java, Go).
-TIME = re.compile(
-    r"(?P<day>[0-9]{4}-[0-9]{2}-[0-9]{2}|[0-9]{8})[Tt ]"
-    r"(?P<time>[0-9]{2}(?::?[0-9]{2}(?::?[0-9]{2}(?:[.,](?P<fraction>[0-9]{1,30}))?)?)?) ?"
-    r"(?P<zone>[Zz]|UTC|GMT|[+-][0-9]{2}(?::?[0-9]{2}(?::?[0-9]{2})?)?)"
-    r"(?:\[[!-Z^-~]{1,100}\]){0,3}(?: (?:[A-Z]{1,5}|[+-][0-9]{2,4}))?(?: m=[+-][0-9.]{1,30})?"
-)
-
-
 def _parse_run_at(value: Any, now: int) -> int:
     """Read milliseconds since 1970, or ISO 8601 with a zone."""
     rule = f"must be ISO 8601 with a zone, or milliseconds since 1970, and at most {MAX_DELAY // 86400} days ahead"
     if isinstance(value, str):
-        value = _parse_time(value)
+        value = parse_time(value)
     if isinstance(value, datetime) and value.tzinfo:
         value = (value - datetime.fromtimestamp(0, UTC)) // timedelta(milliseconds=1)
     if isinstance(value, bool) or not isinstance(value, int) or value > now + MAX_DELAY * 1000:
         raise InvalidJob("runAt", rule)
     return max(value, 0)
-
-
-def _parse_time(text: str) -> datetime | None:
-    """Read a time in the part of ISO 8601 that all supported Pythons read alike."""
-    if not (match := TIME.fullmatch(text)):
-        return None
-    digits = match["time"].partition(".")[0].partition(",")[0].replace(":", "").ljust(6, "0")
-    fraction = (match["fraction"] or "").ljust(6, "0")[:6]
-    zone = match["zone"].replace(":", "") if match["zone"][0] in "+-" else "+00"
-    with suppress(ValueError):
-        return datetime.fromisoformat(f"{match['day'].replace('-', '')}T{digits}.{fraction}{zone}")
-    return None
-
-
-# Strict JSON ----------------------------------------------------------------------------------------------------------
-
-
-def _plain(value: Any) -> Any:
-    """Encode a subclass of str, int or float, such as libraries return, as its base class."""
-    for base in (str, int, float):
-        if isinstance(value, base):
-            return base.__str__(value) if base is str else base(value)
-    raise TypeError(f"{type(value).__name__} has no form in JSON")
-
-
-_encode = msgspec.json.Encoder(enc_hook=_plain).encode
-
-
-def to_json(value: Any) -> bytes:
-    """Encode a payload or a result. Dates, sets, bytes and dataclasses are encoded as by msgspec.
-
-    Raises ValueError for what JSON cannot hold, and for more than MAX_DEPTH levels.
-    """
-    try:
-        encoded = _encode(value)
-        decoded = msgspec.json.decode(encoded)  # msgspec does not check what is in a msgspec.Raw
-        if b"null" in encoded:  # msgspec turns NaN into null; json.dumps is slow, but refuses NaN
-            json.dumps(msgspec.to_builtins(value, str_keys=True), allow_nan=False)
-    except (TypeError, ValueError, OverflowError, RecursionError, msgspec.DecodeError) as error:
-        raise ValueError(f"is not JSON: {_text(error) or type(error).__name__}"[:300]) from None
-    if encoded.count(b"[") + encoded.count(b"{") > MAX_DEPTH and _depth(decoded) > MAX_DEPTH:
-        raise ValueError(f"is nested deeper than {MAX_DEPTH} levels")
-    return encoded
-
-
-def from_json(text: bytes, levels: int = MAX_DEPTH) -> Any:
-    """Decode what a client sent, strictly. Raises ValueError with the reason.
-
-    Refuses encodings other than UTF-8, NaN, numbers too large for a float, duplicate names in an
-    object (parsers differ in which value they keep), and more than `levels` levels of nesting.
-    """
-    try:
-        value = json.loads(text.decode(), object_pairs_hook=_object, parse_float=_finite, parse_constant=_finite)
-        if text.count(b"[") + text.count(b"{") > levels and _depth(value) > levels:
-            raise RecursionError
-    except UnicodeDecodeError as error:
-        raise ValueError(f"not UTF-8: {error.reason} at byte {error.start}") from None
-    except RecursionError:
-        raise ValueError(f"nested deeper than {levels} levels") from None
-    return value
-
-
-def _object(members: list[tuple[str, Any]]) -> dict[str, Any]:
-    made = dict(members)
-    if len(made) < len(members):
-        twice = next(name for name, count in Counter(name for name, _ in members).items() if count > 1)
-        raise ValueError(f"duplicate name {ascii(twice)[:100]} in one object")
-    return made
-
-
-def _finite(text: str) -> float:
-    number = float(text)
-    if not math.isfinite(number):
-        raise ValueError(f"JSON cannot hold the number {text[:100]}")
-    return number
-
-
-def _whole_floats(value: Any) -> Any:
-    """Replace 1.0 by 1 throughout. JSON Schema takes both for integers, msgspec only the second."""
-    if isinstance(value, dict):
-        return {name: _whole_floats(part) for name, part in value.items()}
-    if isinstance(value, list):
-        return [_whole_floats(part) for part in value]
-    return int(value) if isinstance(value, float) and value.is_integer() else value
-
-
-def _depth(value: Any) -> int:
-    depth = 0
-    level = [value]
-    while level := [node for node in level if isinstance(node, dict | list)]:
-        depth += 1
-        level = [child for node in level for child in (node.values() if isinstance(node, dict) else node)]
-    return depth

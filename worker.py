@@ -21,9 +21,11 @@ up. `release` and `broken` release everything at once; after `broken` the proces
 
 from __future__ import annotations
 
+import codecs
 import ctypes
 import functools
 import itertools
+import json
 import logging
 import os
 import signal
@@ -38,6 +40,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from datetime import UTC, datetime
 from functools import partial
+from io import TextIOWrapper
 from queue import Empty, SimpleQueue
 from typing import Any, Literal, NoReturn
 
@@ -74,13 +77,12 @@ from tinyqueue import (
     __version__,
     backoff,
     check_name,
-    from_json,
     is_delay,
     load_handlers,
-    to_json,
 )
 from tinyqueue_config import LOG_CONTEXT, Settings, open_queue, plural, set_up_logging, variable
 from tinyqueue_doctor import Finding, examine, find_broken, repair, warnings
+from tinyqueue_json import from_json, to_json
 
 log = logging.getLogger("tinyqueue.worker")
 
@@ -731,6 +733,9 @@ class Commands(click.Group):
         return super().parse_args(ctx, args)
 
     def invoke(self, ctx: click.Context) -> Any:
+        if isinstance(sys.stdout, TextIOWrapper):
+            # A terminal in another encoding than UTF-8 gets an escape for what it cannot show.
+            sys.stdout.reconfigure(errors="backslashreplace")
         try:
             return super().invoke(ctx)
         except (SettingsError, InvalidJob) as error:
@@ -1177,7 +1182,14 @@ def _format_json(value: Any) -> str:
 
 
 def _print_json(value: Any) -> None:
-    click.echo(_format_json(value))
+    text = _format_json(value)
+    if not _prints_unicode():  # JSON has its own escapes, which JSON parsers understand
+        text = json.dumps(json.loads(text), indent=2)
+    click.echo(text)
+
+
+def _prints_unicode() -> bool:
+    return codecs.lookup(sys.stdout.encoding or "utf-8").name.startswith("utf")
 
 
 if __name__ == "__main__":

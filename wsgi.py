@@ -49,7 +49,6 @@ from tinyqueue import (
     ENDED,
     HANDLERS,
     ID,
-    MAX_DEPTH,
     MAX_JOBS,
     NAME,
     SERIES,
@@ -71,12 +70,12 @@ from tinyqueue import (
     Unavailable,
     UnknownType,
     WrongStatus,
-    from_json,
     load_handlers,
     looks_like_name,
 )
 from tinyqueue_config import LOG_CONTEXT, WEB_THREADS, Settings, open_queue, plural, set_up_logging
 from tinyqueue_doctor import warnings
+from tinyqueue_json import MAX_DEPTH, from_json
 from tinyqueue_server import Lifeline, Parked, Server
 
 log = logging.getLogger("tinyqueue.web")

@@ -830,6 +830,21 @@ def test_watch_refreshes_until_it_is_interrupted(near: Queue, start: Any, real: 
     assert watching.end(SIGINT) == 0
 
 
+@pytest.mark.parametrize("encoding", ["latin-1", "cp1252", "cp437", "ascii", "utf-8"])
+def test_commands_print_any_text_in_a_terminal_of_any_encoding(near: Queue, run: Any, encoding: str) -> None:
+    payload = {"text": "Grüße, 日本 🙂"}
+    job = near.enqueue("echo", payload, unique_key="ключ 🙂")
+    for command in (("get", job.id), ("list",), ("stats",), ("doctor",), ("--help",)):
+        done = run(*command, PYTHONIOENCODING=encoding)
+        assert (done.returncode, done.stderr) == (0, b""), command
+    for command in (("get", "--json", job.id), ("list", "--json")):
+        done = run(*command, PYTHONIOENCODING=encoding)
+        # click itself prints UTF-8 in place of ASCII
+        found = json.loads(done.stdout.decode("utf-8" if encoding == "ascii" else encoding))
+        assert (found[0] if isinstance(found, list) else found)["payload"] == payload
+    near.cancel(job.id)
+
+
 def test_pause_and_resume_change_the_given_queues(near: Queue, run: Any) -> None:
     near.enqueue("echo", 1, queue="one")
     assert lines(run("pause", "one", "two")) == ["one paused", "two paused; this queue has no jobs yet"]
