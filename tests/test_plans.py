@@ -538,7 +538,7 @@ def test_wrong_url_is_one_clear_line_in_web_worker_and_commands(folder: Path, wr
     url, reason, advice = wrong
     done = command(folder, url, "stats")
     assert done.returncode == 1
-    assert done.stderr.startswith(f"Error: Redis is {reason}: ")
+    assert done.stderr.startswith(f"Error: Redis is unavailable ({reason}): ")
     assert done.stderr.endswith(f"{advice}\n")
     assert done.stderr.count("\n") == 1
     assert advice in command(folder, url, "doctor").stdout
@@ -547,7 +547,7 @@ def test_wrong_url_is_one_clear_line_in_web_worker_and_commands(folder: Path, wr
             status, problem = call(web, method, path, {"type": "echo", "payload": 1})
             assert (status, problem["reason"]) == (503, reason)
             assert problem["detail"].endswith(advice)
-        until(lambda: f"cannot take jobs: Redis is {reason}: " in log.read_text())
+        until(lambda: f"cannot take jobs: Redis is unavailable ({reason}): " in log.read_text())
         assert "Traceback" not in log.read_text() + web.log.read_text()
 
 
