@@ -28,7 +28,8 @@ round trips however many jobs it moves. No Lua.
     expire    pending -> failed               worker, records  registered; expired       record, proc, failed
     complete  processing -> completed         worker, records  registered; same attempt  record, proc, completed
     fail      processing -> pending, failed*  worker, records  registered; same attempt  record, proc, delayed/failed
-    release   processing -> pending, failed*  worker, records  registered; same attempt  record, proc, head of list
+    release   processing -> pending, failed*  worker, records  registered; same attempt  record, proc, head of
+                                                                                         list or delayed
     progress  processing -> processing        worker, record   registered; same attempt  record
     promote   (delayed to list)               records          runAt has come            delayed, list
     reap      processing -> pending, failed*  worker, lease,   lease gone; worker's own  worker, proc, record,
@@ -90,7 +91,7 @@ Three rules carry everything
        lost reply loses no job.
 
 Errors, keys, the job and transactions come first. Then the verbs follow the life of a job, up to
-upkeep. Reading, shards, handlers, input checks and JSON come last.
+upkeep. Reading, shards, handlers and input checks come last.
 `grep '# [A-Z].* ---' tinyqueue.py` prints the table of contents.
 """
 
@@ -101,7 +102,6 @@ import heapq
 import importlib
 import inspect
 import itertools
-import json
 import logging
 import math
 import os
@@ -118,7 +118,7 @@ from bisect import bisect_left
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from contextlib import suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from datetime import UTC, datetime, timedelta
 from functools import partial, reduce
 from typing import Any, Concatenate, Generic, Literal, NamedTuple, ParamSpec, TypeAlias, TypeVar, cast
@@ -126,6 +126,7 @@ from typing import Any, Concatenate, Generic, Literal, NamedTuple, ParamSpec, Ty
 import msgspec
 import redis
 
+from tinyqueue_json import encode, error_text, parse_time, to_json, type_name, whole_floats
 from tinyqueue_redis import (
     Clock,
     Command,
@@ -265,7 +266,6 @@ MAX_QUEUES = 10_000  # with jobs: each adds a row to every report
 KEPT_QUEUES = 100  # without jobs: above this they are forgotten
 MAX_ATTEMPTS = 100
 MAX_DELAY = 366 * 86400  # seconds
-MAX_DEPTH = 100  # levels of arrays and objects in a payload: few enough for every JSON parser
 MAX_RESULT = 262144  # bytes of a result's JSON
 SUSPICIOUS = 2  # after this many lost workers that ran a job along with others, the job runs alone
 # Attempts that release refunds. Without a limit, a job longer than every shutdown timeout would
@@ -361,8 +361,9 @@ class Failure(msgspec.Struct, rename="camel", omit_defaults=True):
     @classmethod
     def of(cls, error: BaseException, traceback: str = "") -> Failure:
         """Describe an exception. Escapes text that JSON cannot hold, such as lone surrogates."""
-        message, trace = (text.encode("utf-8", "backslashreplace").decode() for text in (_text(error), traceback))
-        return cls(type(error).__name__[:100], message[:1000], trace[-4000:])
+        texts = error_text(error), traceback
+        message, trace = (str.encode(text, "utf-8", "backslashreplace").decode() for text in texts)
+        return cls(type_name(error)[:100], message[:1000], trace[-4000:])
 
 
 class Job(msgspec.Struct, rename="camel", omit_defaults=True, dict=True):
@@ -404,10 +405,20 @@ class Job(msgspec.Struct, rename="camel", omit_defaults=True, dict=True):
         """Whether it must run alone: workers were lost while running it beside other jobs."""
         return self.suspicions >= SUSPICIOUS
 
+    def view(self) -> Job:
+        """Return a copy for the handler. What the handler does to it changes nothing stored.
+
+        Only `cancelled` and `set_progress` reach the job itself.
+        """
+        view = _decode_job(encode(self))
+        view.__dict__["_own"] = self
+        return view
+
     @property
     def cancelled(self) -> bool:
         """Whether this running job was asked to stop. If its handler raises, it ends cancelled."""
-        return self.cancel_requested
+        own: Job = self.__dict__.get("_own", self)
+        return own.cancel_requested
 
     def set_progress(self, done: float, of: float = 1.0) -> None:
         """Report from within a handler that `done` of `of` is done.
@@ -415,12 +426,13 @@ class Job(msgspec.Struct, rename="camel", omit_defaults=True, dict=True):
         Writes to Redis at most once a second; the last value is stored with the outcome. Raises
         Reaped if the worker has lost the job.
         """
-        self.progress = round(min(1.0, max(0.0, done / of)), 4) if of else 1.0
+        own: Job = self.__dict__.get("_own", self)
+        own.progress = self.progress = round(float(min(1.0, max(0.0, done / of))), 4) if of else 1.0
         now = time.monotonic()
-        if now - self.__dict__.get("_progress_written", -1.0) >= 1.0 and (queue := self.__dict__.get("_queue")):
-            self.__dict__["_progress_written"] = now
-            with suppress(Unavailable):  # an attempt must not fail because of its progress
-                queue.write_progress(self)
+        if now - own.__dict__.get("_progress_written", -1.0) >= 1.0 and (queue := own.__dict__.get("_queue")):
+            own.__dict__["_progress_written"] = now
+            with shield(), suppress(Unavailable):  # an attempt must not fail because of its progress
+                queue.write_progress(own)
 
     def place(self) -> tuple[int, str]:
         """Its place in a listing: by when it ended, or was created if it has not ended."""
@@ -481,7 +493,7 @@ _ID_PART = len('{"id":"') + 36 + len('",')  # how an encoded job begins; a recor
 
 
 def _record(job: Job) -> bytes:
-    return b"{" + _encode(job)[_ID_PART:]
+    return b"{" + encode(job)[_ID_PART:]
 
 
 def _job(id: str, record: bytes, cut: int | None = None) -> Job:
@@ -500,7 +512,7 @@ def _job(id: str, record: bytes, cut: int | None = None) -> Job:
         return job
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         text = record[:10_000].decode("utf-8", "backslashreplace")
-        shown = text if cut is None else Preview.of(_encode(text), cut)
+        shown = text if cut is None else Preview.of(encode(text), cut)
         return Job(id, "unreadable", shown, status="failed", error=Failure(UNREADABLE, str(error)))
 
 
@@ -650,12 +662,16 @@ class Store:
 
     def __init__(self, pool: Any, namespace: str) -> None:
         self.connections = Connections(pool, harmless=TinyQueueError, translate=_translated)
-        self.lend = self.connections.lend
         self.keys = Keys(namespace)
         self.clock = Clock()
         self._memory: tuple[float, dict[str, str]] = (-1e9, {})  # when INFO was read, and its reply
         self._series: frozenset[str] = frozenset()  # the <type>:<queue> that have their own metrics
         self._series_known = False  # whether these were read and no others have been met since
+
+    def lend(self) -> AbstractContextManager[Any]:
+        """Lend a connection. TimedOut cannot interrupt the one who borrows it."""
+        lent = self.connections.lend()
+        return lent if (own := shield()) is NO_SHIELD else _shielded(own, lent)
 
     def read(self, *commands: Command) -> list[Any]:
         """Send commands and return their replies. Despite its name it may write.
@@ -828,7 +844,7 @@ def _made(stored: bytes) -> Made:
 
 
 class Outcome(NamedTuple):
-    """How an attempt ended. `after`: seconds until the next attempt; None: a failure is final."""
+    """How an attempt ended. `after`: seconds until the next; None: a failure is final, a release at once."""
 
     job: Job
     verb: Literal["complete", "fail", "release"]
@@ -1070,7 +1086,7 @@ class Queue(Verbs):
                 self._add_to_queue(tx, job)
                 tx.measure("enqueued", job)
             if once:
-                made = _encode(Made(once.fingerprint, [job.id for job in accepted]))
+                made = encode(Made(once.fingerprint, [job.id for job in accepted]))
                 tx.write("SET", self.keys.once(once.key), made, "PX", self.keep_once_ms)
             return accepted
 
@@ -1120,7 +1136,7 @@ class Queue(Verbs):
 
         def body(tx: Transaction) -> None:
             if not (stored := tx.read(("GET", key))[0]):
-                tx.write("SET", key, _encode(Made(once.fingerprint, [])), "PX", self.keep_once_ms)
+                tx.write("SET", key, encode(Made(once.fingerprint, [])), "PX", self.keep_once_ms)
             elif _made(stored).fingerprint != once.fingerprint:
                 raise KeyReused(KEY_REUSED)
 
@@ -1165,7 +1181,7 @@ class Queue(Verbs):
 
         def body(tx: Transaction) -> str:
             tx.write("SADD", self.keys.workers, worker)
-            tx.write("SET", self.keys.worker(worker), _encode(about))
+            tx.write("SET", self.keys.worker(worker), encode(about))
             tx.write("SET", self.keys.lease(worker), "{}", "PX", self.lease_ms)
             return worker
 
@@ -1380,7 +1396,8 @@ class Queue(Verbs):
         elif outcome.verb == "release" and job.refunds < MAX_REFUNDS:
             job.attempts -= 1
             job.refunds += 1
-            self._requeue(tx, job, push="RPUSH")
+            run_at = tx.now + round(outcome.after * 1000) if outcome.after else 0
+            self._requeue(tx, job, run_at, push="RPUSH")
         elif outcome.verb == "release":
             self._requeue_or_fail(tx, job, "released too often")
         elif outcome.after is not None and job.attempts < job.max_attempts:
@@ -1555,7 +1572,7 @@ class Queue(Verbs):
         lease that exists can be renewed with one command. An expired one is set again under WATCH
         of the registration.
         """
-        beat = _encode({"at": self.now(), "jobs": list(jobs), "beat": next(_order)})  # each one differs
+        beat = encode({"at": self.now(), "jobs": list(jobs), "beat": next(_order)})  # each one differs
         renewal = ("SET", self.keys.lease(worker), beat, "PX", self.lease_ms)
         if self.store.read((*renewal, "XX"))[0] is not None:
             if jobs:  # if the set of workers was lost, reap must still find this one
@@ -2229,7 +2246,8 @@ class Shards(Verbs):
 
     def _call_all(self, call: Callable[[Queue], T], must: bool = False) -> list[T]:
         """Like _try_each, in all shards at the same time: one that hangs holds up no other."""
-        return _results(list(self._callers.map(partial(_try_call, call), self.parts)), must)
+        with shield():  # a handler that calls this shares the threads with the worker
+            return _results(list(self._callers.map(partial(_try_call, call), self.parts)), must)
 
     def now(self) -> int:
         """Return the time of a shard that this process knows, or else of the first that answers."""
@@ -2358,7 +2376,7 @@ class Shards(Verbs):
         return [id for ids in _try_each(self.parts, adopt) for id in ids]
 
     def _own(self, shard: Queue, worker: str, ids: Sequence[bytes]) -> list[bytes]:
-        """Return the ids of a shard's own jobs. Drop others: `start` would ask another shard."""
+        """Return the ids of a shard's own jobs. Drop the other entries."""
         own = [id for id in ids if ID.fullmatch(text_of(id)) and self.part_of(text_of(id)) is shard]
         if foreign := [id for id in ids if id not in own]:
             shard.discard(worker, foreign)
@@ -2580,7 +2598,7 @@ class Handler(Generic[P, A, R]):
             return cast(P, self._parse(payload))
         except msgspec.ValidationError as error:
             with suppress(msgspec.ValidationError):
-                return cast(P, self._parse(_encode(_whole_floats(msgspec.json.decode(payload)))))
+                return cast(P, self._parse(encode(whole_floats(msgspec.json.decode(payload)))))
             rule, _, path = str(error).partition(" - at ")
             path = path.strip("`") or "$"
             if " matching regex " in rule:
@@ -2589,11 +2607,15 @@ class Handler(Generic[P, A, R]):
         except (msgspec.DecodeError, RecursionError) as error:
             raise InvalidJob("payload", str(error)) from None
 
+    def bind(self, job: Job) -> Callable[[], Any]:
+        """Return the call of the function for a started job. Raises InvalidJob like `parse`."""
+        payload = self.parse(encode(job.payload))
+        function: Callable[..., Any] = self.function
+        return partial(function, payload, job.view()) if self.wants_job else partial(function, payload)
+
     def run(self, job: Job) -> Any:
-        """Call the function for a job that a worker has started."""
-        payload = self.parse(_encode(job.payload))
-        call: Callable[..., Any] = self.function
-        return call(payload, job) if self.wants_job else call(payload)
+        """Call the function for a started job."""
+        return self.bind(job)()
 
 
 def _description(payload_type: Any, path: str) -> str:
@@ -2703,7 +2725,7 @@ def load_handlers(modules: str) -> dict[str, Handler[Any, Any, Any]]:
                 raise SettingsError(f"cannot import {module}: {error}") from error
             raise SettingsError(f"TINYQUEUE_HANDLERS: {_missing_module(module)}") from None
         except (Exception, SystemExit) as error:
-            text = " ".join(_text(error).split())
+            text = " ".join(error_text(error).split())
             raise SettingsError(f"cannot import {module}: {type(error).__name__}: {text}") from error
     if not HANDLERS:
         raise SettingsError(f"{modules} registers no handler: decorate a function with @handler('type')")
@@ -2741,11 +2763,50 @@ class TimedOut(BaseException):
         return "the handler exceeded its timeout"
 
 
-def _text(error: BaseException) -> str:
-    try:
-        return str(error)
-    except BaseException as second:  # the exception's own __str__ may be broken
-        return f"(its text raised {type(second).__name__})"
+class Shield:
+    """Defers TimedOut while the thread of a handler runs code of ours that must not be interrupted.
+
+    An exception between two lines of it could leave a lock or a connection taken for good, and
+    other threads would wait for it for ever. `with shield():` begins such code.
+    """
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.depth = 0  # how many times this thread has entered such code
+        self.late = False  # TimedOut must be raised when it has left it
+
+    def __enter__(self) -> None:
+        before = self.depth
+        try:
+            with self.lock:  # afterwards TimedOut is only deferred; one that is on its way is raised in here
+                self.depth = before + 1
+        except BaseException:
+            self.depth = before
+            raise
+
+    def __exit__(self, *_: object) -> None:
+        with self.lock:
+            self.depth -= 1
+            late = self.late and not self.depth
+            self.late = self.late and not late
+        if late:
+            raise TimedOut
+
+
+NO_SHIELD = nullcontext()  # of a thread that runs no handlers, in which TimedOut is never raised
+THREAD = threading.local()  # its `shield` is set in the threads that run handlers
+
+
+def shield() -> AbstractContextManager[None]:
+    """Return the context in which TimedOut does not interrupt this thread."""
+    own: AbstractContextManager[None] = getattr(THREAD, "shield", NO_SHIELD)
+    return own
+
+
+@contextmanager
+def _shielded(shield: AbstractContextManager[None], lent: AbstractContextManager[T]) -> Iterator[T]:
+    with shield, lent as connection:
+        yield connection
 
 
 def backoff(attempts: int, base: float = 1.0, cap: float = 300.0) -> float:
@@ -2853,116 +2914,13 @@ def _expiry(seconds: float, now: int) -> int:
     return now + max(1, round(seconds * 1000))
 
 
-# ISO 8601 with a zone, as languages write it by default: RFC 3339; basic format; hours and minutes
-# only; fractions of any length; a blank before the zone (Ruby), its name after it (Java, Go).
-TIME = re.compile(
-    r"(?P<day>[0-9]{4}-[0-9]{2}-[0-9]{2}|[0-9]{8})[Tt ]"
-    r"(?P<time>[0-9]{2}(?::?[0-9]{2}(?::?[0-9]{2}(?:[.,](?P<fraction>[0-9]{1,30}))?)?)?) ?"
-    r"(?P<zone>[Zz]|UTC|GMT|[+-][0-9]{2}(?::?[0-9]{2}(?::?[0-9]{2})?)?)"
-    r"(?:\[[!-Z^-~]{1,100}\]){0,3}(?: (?:[A-Z]{1,5}|[+-][0-9]{2,4}))?(?: m=[+-][0-9.]{1,30})?"
-)
-
-
 def _parse_run_at(value: Any, now: int) -> int:
     """Read milliseconds since 1970, or ISO 8601 with a zone."""
     rule = f"must be ISO 8601 with a zone, or milliseconds since 1970, and at most {MAX_DELAY // 86400} days ahead"
     if isinstance(value, str):
-        value = _parse_time(value)
+        value = parse_time(value)
     if isinstance(value, datetime) and value.tzinfo:
         value = (value - datetime.fromtimestamp(0, UTC)) // timedelta(milliseconds=1)
     if isinstance(value, bool) or not isinstance(value, int) or value > now + MAX_DELAY * 1000:
         raise InvalidJob("runAt", rule)
     return max(value, 0)
-
-
-def _parse_time(text: str) -> datetime | None:
-    """Read a time in the part of ISO 8601 that all supported Pythons read alike."""
-    if not (match := TIME.fullmatch(text)):
-        return None
-    digits = match["time"].partition(".")[0].partition(",")[0].replace(":", "").ljust(6, "0")
-    fraction = (match["fraction"] or "").ljust(6, "0")[:6]
-    zone = match["zone"].replace(":", "") if match["zone"][0] in "+-" else "+00"
-    with suppress(ValueError):
-        return datetime.fromisoformat(f"{match['day'].replace('-', '')}T{digits}.{fraction}{zone}")
-    return None
-
-
-# Strict JSON ----------------------------------------------------------------------------------------------------------
-
-
-def _plain(value: Any) -> Any:
-    """Encode a subclass of str, int or float, such as libraries return, as its base class."""
-    for base in (str, int, float):
-        if isinstance(value, base):
-            return base.__str__(value) if base is str else base(value)
-    raise TypeError(f"{type(value).__name__} has no form in JSON")
-
-
-_encode = msgspec.json.Encoder(enc_hook=_plain).encode
-
-
-def to_json(value: Any) -> bytes:
-    """Encode a payload or a result. Dates, sets, bytes and dataclasses are encoded as by msgspec.
-
-    Raises ValueError for what JSON cannot hold, and for more than MAX_DEPTH levels.
-    """
-    try:
-        encoded = _encode(value)
-        decoded = msgspec.json.decode(encoded)  # msgspec does not check what is in a msgspec.Raw
-        if b"null" in encoded:  # msgspec turns NaN into null; json.dumps is slow, but refuses NaN
-            json.dumps(msgspec.to_builtins(value, str_keys=True), allow_nan=False)
-    except (TypeError, ValueError, OverflowError, RecursionError, msgspec.DecodeError) as error:
-        raise ValueError(f"is not JSON: {_text(error) or type(error).__name__}"[:300]) from None
-    if encoded.count(b"[") + encoded.count(b"{") > MAX_DEPTH and _depth(decoded) > MAX_DEPTH:
-        raise ValueError(f"is nested deeper than {MAX_DEPTH} levels")
-    return encoded
-
-
-def from_json(text: bytes, levels: int = MAX_DEPTH) -> Any:
-    """Decode what a client sent, strictly. Raises ValueError with the reason.
-
-    Refuses encodings other than UTF-8, NaN, numbers too large for a float, duplicate names in an
-    object (parsers differ in which value they keep), and more than `levels` levels of nesting.
-    """
-    try:
-        value = json.loads(text.decode(), object_pairs_hook=_object, parse_float=_finite, parse_constant=_finite)
-        if text.count(b"[") + text.count(b"{") > levels and _depth(value) > levels:
-            raise RecursionError
-    except UnicodeDecodeError as error:
-        raise ValueError(f"not UTF-8: {error.reason} at byte {error.start}") from None
-    except RecursionError:
-        raise ValueError(f"nested deeper than {levels} levels") from None
-    return value
-
-
-def _object(members: list[tuple[str, Any]]) -> dict[str, Any]:
-    made = dict(members)
-    if len(made) < len(members):
-        twice = next(name for name, count in Counter(name for name, _ in members).items() if count > 1)
-        raise ValueError(f"duplicate name {ascii(twice)[:100]} in one object")
-    return made
-
-
-def _finite(text: str) -> float:
-    number = float(text)
-    if not math.isfinite(number):
-        raise ValueError(f"JSON cannot hold the number {text[:100]}")
-    return number
-
-
-def _whole_floats(value: Any) -> Any:
-    """Replace 1.0 by 1 throughout. JSON Schema takes both for integers, msgspec only the second."""
-    if isinstance(value, dict):
-        return {name: _whole_floats(part) for name, part in value.items()}
-    if isinstance(value, list):
-        return [_whole_floats(part) for part in value]
-    return int(value) if isinstance(value, float) and value.is_integer() else value
-
-
-def _depth(value: Any) -> int:
-    depth = 0
-    level = [value]
-    while level := [node for node in level if isinstance(node, dict | list)]:
-        depth += 1
-        level = [child for node in level for child in (node.values() if isinstance(node, dict) else node)]
-    return depth

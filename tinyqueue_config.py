@@ -2,26 +2,38 @@
 
 from __future__ import annotations
 
+import atexit
 import codecs
 import json
 import logging
+import math
 import os
 import re
+import select
+import signal
+import sys
+import threading
+import time
 import typing
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from contextvars import ContextVar
+from datetime import UTC, datetime
 from functools import partial
 from io import StringIO
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from queue import Empty, SimpleQueue
+from typing import Annotated, Any, ClassVar, Literal, NoReturn
 
 import msgspec
 from dotenv import load_dotenv
 from msgspec import Meta
 
-from tinyqueue import WRITERS, AnyQueue, Queue, SettingsError, Shards
+from tinyqueue import WRITERS, AnyQueue, Failure, Queue, SettingsError, Shards
 
 WEB_THREADS = 8  # threads of a web process that answer requests
+SIGNALS = (signal.SIGTERM, signal.SIGINT)  # they stop a process
+EXIT_TIME = 3.0  # seconds that a process which has done its work may take to exit
 SPARE = 2  # spare connections of a process, because one may be on its way between two threads
 
 
@@ -90,6 +102,13 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
             description="seconds without Redis, or unable to take jobs, after which a worker exits",
         ),
     ] = 300
+    max_jobs: Annotated[
+        int, Meta(ge=0, le=10**9, description="jobs after which a worker process stops to be restarted; 0: unlimited")
+    ] = 0
+    max_memory: Annotated[
+        int,
+        Meta(ge=0, le=10**6, description="megabytes in use above which a worker process does the same; 0: unlimited"),
+    ] = 0
     max_body: Annotated[int, Meta(ge=1024, le=16 << 20, description="maximum size of a request body in bytes")] = 262144
     keep_completed: Annotated[int, Meta(ge=1, le=10**9, description="seconds to keep completed jobs")] = 86400
     keep_failed: Annotated[int, Meta(ge=1, le=10**9, description="seconds to keep failed and cancelled jobs")] = 604800
@@ -230,31 +249,110 @@ def plural(number: int, one: str, many: str = "") -> str:
 
 # Logging --------------------------------------------------------------------------------------------------------------
 
+LOGGERS = ("tinyqueue", "tinyqueue.worker", "tinyqueue.web")
+LEVELS = {getattr(logging, name): name for name in ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")}
+MAX_UNREAD = 4 << 20  # bytes of log lines that wait for a slow reader
+PIPE_BUF = 4096  # a write of up to that many bytes is not mixed with those of other processes
+
 # Returns the log fields of the job or request that the thread works on.
 LOG_CONTEXT: ContextVar[Callable[[], dict[str, Any]]] = ContextVar("log_context", default=dict)
 
 
-def _add_context(record: logging.LogRecord) -> bool:
-    """Add the fields of LOG_CONTEXT to those that the line gave as `extra={"fields": {...}}`."""
-    own = getattr(record, "fields", None)
-    record.fields = LOG_CONTEXT.get()() | (own if isinstance(own, dict) else {})
-    return True
+class LogWriter:
+    """Writes log lines to a file from a thread of its own, so no other thread waits for the reader.
+
+    While more than MAX_UNREAD bytes wait for it, further lines are dropped. `report` returns the
+    line that says how many. A forked process has no such thread and writes its lines itself.
+    """
+
+    def __init__(self, file: int, report: Callable[[int], bytes]) -> None:
+        self.file = file
+        self.report = report
+        self.lines: SimpleQueue[bytes] = SimpleQueue()
+        self.lock = threading.Lock()  # never held while anything is written
+        self.unread = 0
+        self.dropped = 0
+        self.forked = False
+        os.register_at_fork(after_in_child=self._after_fork)
+        threading.Thread(target=self._run, name="log", daemon=True).start()
+
+    def put(self, line: bytes) -> None:
+        if self.forked:
+            self._write(line)
+            return
+        with self.lock:
+            if self.unread + len(line) > MAX_UNREAD:
+                self.dropped += 1
+                return
+            self.unread += len(line)
+            self.lines.put(line)
+
+    def flush(self, seconds: float) -> None:
+        """Wait until all lines are written, but not longer than that."""
+        deadline = time.monotonic() + seconds
+        while self.unread and time.monotonic() < deadline:
+            time.sleep(0.005)
+
+    def _run(self) -> None:
+        line = b""
+        reported_at = time.monotonic()
+        while True:
+            batch = line or self.lines.get()
+            line = b""
+            with suppress(Empty):
+                while len(batch) + len(line := self.lines.get_nowait()) <= PIPE_BUF:
+                    batch += line
+                    line = b""
+            self._write(batch)
+            with self.lock:
+                self.unread -= len(batch)
+            if self.dropped and (self.lines.empty() or time.monotonic() - reported_at > 1.0):
+                reported_at = time.monotonic()
+                with self.lock:
+                    dropped = self.dropped
+                    self.dropped = 0
+                self._write(self.report(dropped))
+
+    def _write(self, data: bytes) -> None:
+        with suppress(OSError):  # it is closed, or its reader is gone
+            while data:
+                try:
+                    data = data[os.write(self.file, data) :]
+                except BlockingIOError:
+                    select.select([], [self.file], [])
+
+    def _after_fork(self) -> None:
+        self.forked = True
 
 
 class JSONFormatter(logging.Formatter):
-    """Write a log line as one JSON object. No field replaces its time, level or message."""
+    """Write a log line as one object of strict JSON. No field replaces its time, level or message."""
 
     def format(self, record: logging.LogRecord) -> str:
-        line = {"time": int(record.created * 1000), "level": record.levelname.lower(), "message": record.getMessage()}
+        line = {"time": int(record.created * 1000), "level": _level(record).lower(), "message": record.getMessage()}
         if record.exc_info:
             line["traceback"] = self.formatException(record.exc_info)
-        return json.dumps(line | getattr(record, "fields", {}) | line, default=str)
+        return json.dumps(_strict(line | getattr(record, "fields", {}) | line), allow_nan=False)
+
+
+def _strict(value: Any) -> Any:
+    """Replace what strict JSON cannot hold: NaN and infinities by null, any object by its text."""
+    if isinstance(value, dict):
+        return {_strict(str(name)): _strict(part) for name, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_strict(part) for part in value]
+    if isinstance(value, float):
+        return float(value) if math.isfinite(value) else None
+    if value is None or isinstance(value, int):
+        return value
+    return str.encode(str(value), "utf-8", "backslashreplace").decode()
 
 
 class TextFormatter(logging.Formatter):
     """Write a log line for people. Escapes control characters, so that no text can forge a line.
 
-    The ids to search for follow the message, unless it names them. Tracebacks are indented.
+    The time is UTC. The ids to search for follow the message, unless it names them. Tracebacks are
+    indented.
     """
 
     def format(self, record: logging.LogRecord) -> str:
@@ -263,8 +361,13 @@ class TextFormatter(logging.Formatter):
         ids = {name: str(fields[name]) for name in ("job", "requestId", "traceparent") if name in fields}
         missing = [f"{name}={id}" for name, id in ids.items() if id not in message]
         trace = self.formatException(record.exc_info).splitlines() if record.exc_info else []
-        head = " ".join([self.formatTime(record), record.levelname, message, *missing])
+        at = datetime.fromtimestamp(record.created, UTC).isoformat(" ", "milliseconds").replace("+00:00", "Z")
+        head = " ".join([at, _level(record), message, *missing])
         return "\n    ".join(map(_one_line, [head, *trace]))
+
+
+def _level(record: logging.LogRecord) -> str:
+    return LEVELS.get(record.levelno) or str(record.levelname)  # handlers may have renamed the known ones
 
 
 def _one_line(text: str) -> str:
@@ -273,12 +376,149 @@ def _one_line(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
+class LogHandler(logging.Handler):
+    """Formats a record in the thread that logs it, and gives the line to a writer. Takes no lock.
+
+    Up to Python 3.12, TimedOut can hit a handler between taking the lock of logging.Handler and
+    the `try` that would release it. Then everybody who logs would wait for ever.
+    """
+
+    def __init__(self, formatter: logging.Formatter) -> None:
+        super().__init__()
+        self.formatter = formatter
+        self.encoding = getattr(sys.__stderr__, "encoding", None) or "utf-8"
+        self.writer = LogWriter(_standard_error(), self._report_dropped)
+
+    def createLock(self) -> None:
+        self.lock = None
+
+    def handle(self, record: logging.LogRecord) -> bool:
+        if shown := bool(self.filter(record)):
+            self.write(record)
+        return shown
+
+    def write(self, record: logging.LogRecord) -> None:
+        try:
+            line = self._line(record)
+        except Exception as error:
+            line = self._line(_describe_faulty(record, error))
+        self.writer.put(line)
+
+    def _line(self, record: logging.LogRecord) -> bytes:
+        """Format a record, with the fields of LOG_CONTEXT and those of `extra={"fields": {...}}`."""
+        own = getattr(record, "fields", None)
+        record.fields = LOG_CONTEXT.get()() | (own if isinstance(own, dict) else {})
+        return (self.format(record) + "\n").encode(self.encoding, "backslashreplace")
+
+    def _report_dropped(self, count: int) -> bytes:
+        text = "dropped %d log lines because standard error was not read fast enough"
+        return self._line(logging.LogRecord("tinyqueue", logging.WARNING, "", 0, text, (count,), None))
+
+
+def _describe_faulty(record: logging.LogRecord, error: Exception) -> logging.LogRecord:
+    """Make a record that shows where a record came from that cannot be formatted."""
+    why = Failure.of(error)
+    text = f"cannot format a log line from {record.pathname}:{record.lineno}: {why.type}: {why.message}"
+    return logging.LogRecord("tinyqueue", logging.ERROR, "", 0, "%s", (text,), None)
+
+
+class OwnLogger(logging.Logger):
+    """The class of TinyQueue's loggers in its own processes: they only use `handler`, and no lock.
+
+    So whatever a module of handlers does to `logging` cannot silence, change or stop them.
+    """
+
+    handler: ClassVar[LogHandler]
+    threshold: ClassVar[int]
+
+    def isEnabledFor(self, level: int) -> bool:
+        return level >= self.threshold
+
+    def findCaller(self, *_: Any, **__: Any) -> tuple[str, int, str, None]:
+        return "", 0, "", None  # no line shows it
+
+    def makeRecord(self, *args: Any, **_: Any) -> logging.LogRecord:
+        record = logging.LogRecord(*args[:8])
+        record.__dict__.update(args[8] or {})  # what was given as `extra`
+        return record
+
+    def handle(self, record: logging.LogRecord) -> None:
+        self.handler.write(record)
+
+
+def _standard_error() -> int:
+    """Return a file for the log that stays the same if a handler redirects or closes its own."""
+    try:
+        return os.dup(sys.__stderr__.fileno())  # type: ignore[union-attr]
+    except (AttributeError, ValueError, OSError):
+        return os.open(os.devnull, os.O_WRONLY)
+
+
 def set_up_logging(settings: Settings) -> None:
     """Log to standard error, in the format and from the level that the settings name."""
-    handler = logging.StreamHandler()
-    handler.setFormatter(JSONFormatter() if settings.log_format == "json" else TextFormatter())
-    handler.addFilter(_add_context)
+    handler = LogHandler(JSONFormatter() if settings.log_format == "json" else TextFormatter())
     logging.basicConfig(level=settings.log_level.upper(), handlers=[handler], force=True)
+    logging.captureWarnings(True)  # they would be written to standard error by any thread
+    OwnLogger.handler = handler
+    OwnLogger.threshold = logging.getLevelNamesMapping()[settings.log_level.upper()]
+    for name in LOGGERS:
+        logging.getLogger(name).__class__ = OwnLogger
+
+
+def flush_log(seconds: float) -> None:
+    """Wait until all log lines are written, but not longer than that."""
+    if handler := getattr(OwnLogger, "handler", None):
+        handler.writer.flush(seconds)
+
+
+# Leaving the process --------------------------------------------------------------------------------------------------
+
+
+def exit_now(code: int, seconds: float = EXIT_TIME, functions: bool = True) -> NoReturn:
+    """Exit without waiting for threads that still run.
+
+    With exit code 0 the functions that were registered with atexit run before, unless `functions`
+    is false. All that may take up to `seconds`.
+    """
+    threading.Thread(target=_exit_after, args=(seconds, code), daemon=True).start()
+    if functions and code == 0:
+        with suppress(BaseException):
+            atexit._run_exitfuncs()
+    logging.shutdown()
+    with suppress(OSError, ValueError, AttributeError):
+        sys.stdout.flush()
+        sys.stderr.flush()
+    flush_log(seconds)
+    os._exit(code)
+
+
+def reset_signals_in_children() -> None:
+    """Give processes that this one forks from now on the default signals, not those of this process."""
+    os.register_at_fork(before=_hold_signals, after_in_parent=_let_signals, after_in_child=_reset_signals)
+
+
+FORKED_WITH = threading.local()  # `mask`: the blocked signals of the thread that forks
+
+
+def _hold_signals() -> None:
+    """Block signals during a fork: Python forgets those that come before the child is set up."""
+    FORKED_WITH.mask = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+
+
+def _let_signals() -> None:
+    signal.pthread_sigmask(signal.SIG_SETMASK, FORKED_WITH.mask)
+
+
+def _reset_signals() -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {*SIGNALS, signal.SIGCHLD})
+
+
+def _exit_after(seconds: float, code: int) -> None:
+    """Exit when time is up: one of the functions may hang, or a file whose reader has stalled."""
+    time.sleep(seconds)
+    os._exit(code)
 
 
 # Opening the queue ----------------------------------------------------------------------------------------------------

@@ -29,7 +29,9 @@ CONNECTIONS = 500  # open at a time, idle ones included; further clients wait in
 # Seconds that a connection may be idle, and that a client may take to send a request or to read an
 # answer.
 CLIENT_TIMES = (120, 60)
-DRAIN_TIMES = (1, 5)  # the same while the server stops
+CROWD = 450  # connections above which clients get less time
+CROWDED_TIMES = (3, 20)  # the two times above, in a crowd
+DRAIN_TIMES = (1, 5)  # the two times, while the server stops
 LINGER = 2  # seconds that a client has to close its side
 TRANSFER_ENCODING = re.compile(rb"(?im)^transfer-encoding[ \t]*:(.*)$")
 
@@ -231,8 +233,11 @@ class Server(TcpWSGIServer):  # type: ignore[misc]
         (self.health_thread if is_health else self.task_dispatcher).add_task(task)
 
     def maintenance(self, now: float) -> None:
-        for channel in list(self.active_channels.values()):
-            channel.expire(*(DRAIN_TIMES if self.draining else CLIENT_TIMES))
+        channels = list(self.active_channels.values())
+        is_crowded = len(channels) > CROWD
+        times = DRAIN_TIMES if self.draining else CROWDED_TIMES if is_crowded else CLIENT_TIMES
+        for channel in channels:
+            channel.expire(*times)
 
     def stop(self) -> None:
         """Begin to stop. May be called from a signal handler and from any thread."""

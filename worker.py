@@ -28,6 +28,7 @@ import itertools
 import json
 import logging
 import os
+import resource
 import signal
 import sys
 import textwrap
@@ -36,13 +37,15 @@ import time
 import traceback
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from contextvars import Context
 from datetime import UTC, datetime
 from functools import partial
 from io import TextIOWrapper
+from pathlib import Path
 from queue import Empty, SimpleQueue
-from typing import Any, Literal, NoReturn
+from types import FrameType
+from typing import Any, Literal
 
 import click
 import msgspec
@@ -52,10 +55,12 @@ from tinyqueue import (
     ENDED,
     HANDLERS,
     MAX_JOBS,
+    MAX_REFUNDS,
     MAX_RESULT,
     PROMOTED,
     SCANNED,
     STATUSES,
+    THREAD,
     AnyQueue,
     Corrupted,
     Discard,
@@ -68,6 +73,7 @@ from tinyqueue import (
     Reaped,
     Retry,
     SettingsError,
+    Shield,
     Status,
     TimedOut,
     TinyQueueError,
@@ -77,17 +83,27 @@ from tinyqueue import (
     __version__,
     backoff,
     check_name,
-    from_json,
     is_delay,
     load_handlers,
-    to_json,
 )
-from tinyqueue_config import LOG_CONTEXT, Settings, open_queue, plural, set_up_logging, variable
+from tinyqueue_config import (
+    EXIT_TIME,
+    LOG_CONTEXT,
+    Settings,
+    exit_now,
+    open_queue,
+    plural,
+    reset_signals_in_children,
+    set_up_logging,
+    variable,
+)
 from tinyqueue_doctor import Finding, examine, find_broken, repair, warnings
+from tinyqueue_json import from_json, to_json
 
 log = logging.getLogger("tinyqueue.worker")
 
 TICK = 0.25  # seconds between two checks of the handlers' timeouts
+SHORT_TICK = 0.005  # the same while a handler must be interrupted and is in code that should not be
 GRACE = 5.0  # seconds from a handler's timeout until the handler counts as stuck
 PROMOTE_EVERY = 1.0  # seconds; a delayed job is promoted about that late at most
 REAP_EVERY = 5.0
@@ -95,7 +111,18 @@ TRIM_EVERY = 60.0
 WARN_EVERY = 10.0  # seconds between two log lines with the same warning
 CLOSING = 1.0  # seconds for the end of the threads and to deregister, even if Redis hangs
 LAST_WRITE = 2.0  # seconds to save the last outcomes after the drain: 25 + 2 + 1 is less than the 30 of platforms
-UNKNOWN_TYPE_BACKOFF = 10.0  # seconds, doubling: a worker that knows the type may get the job meanwhile
+UNSETTLED = 100  # jobs that have run and are not settled, above which no more are taken
+UNREADABLE_BACKOFF = 10.0  # seconds, doubling: a worker that can read the job may get it meanwhile
+# Modules in Python that take locks shared by many threads; not all do so in a way that an exception cannot break.
+FRAGILE = frozenset(
+    {"importlib._bootstrap", "importlib._bootstrap_external", "logging", "logging.handlers", "queue", "threading"}
+    | {"_frozen_importlib", "_frozen_importlib_external", "concurrent.futures._base", "concurrent.futures.thread"}
+)
+# Their functions in which threads spend the most time, waiting or making a log record, and which take no such lock.
+HARMLESS = frozenset(
+    {"wait", "join", "_wait_for_tstate_lock", "_log", "makeRecord", "__init__", "findCaller", "getMessage", "format"}
+    | {"debug", "info", "warning", "error", "exception", "callHandlers", "_is_internal_frame", "getEffectiveLevel"}
+)
 STARTED = {"fields": {"event": "started"}}
 EXIT_BROKEN = 70  # EX_SOFTWARE: the process cannot do its work, and a restart may help
 
@@ -106,9 +133,13 @@ EXIT_BROKEN = 70  # EX_SOFTWARE: the process cannot do its work, and a restart m
 def run_job(job: Job) -> Outcome:
     """Run the handler of a started job and return the outcome. Never raises an exception."""
     try:
-        if job.type not in HANDLERS:
-            raise UnknownType(job.type, sorted(HANDLERS))
-        result = HANDLERS[job.type].run(job)
+        try:
+            if job.type not in HANDLERS:
+                raise UnknownType(job.type, sorted(HANDLERS))
+            call = HANDLERS[job.type].bind(job)
+        except InvalidJob as error:
+            return _postpone(job, error)
+        result = call()
         return Outcome(job, "complete", result=None if result is None else _encode_result(result))
     except BaseException as error:  # SystemExit, KeyboardInterrupt and TimedOut too only fail this attempt
         return _fail(job, error)
@@ -125,15 +156,33 @@ def _encode_result(result: Any) -> msgspec.Raw:
     return msgspec.Raw(encoded)
 
 
+def _postpone(job: Job, error: InvalidJob) -> Outcome:
+    """Let a job that this process cannot read wait for one that can, up to MAX_REFUNDS times."""
+    if job.refunds >= MAX_REFUNDS:
+        return _fail(job, error)
+    wait = f"this worker cannot run the job, and it waits for one that can ({job.refunds + 1}/{MAX_REFUNDS})"
+    failure = Failure(type(error).__name__, f"{str(error)[:800]}; {wait}")
+    return Outcome(job, "release", error=failure, after=backoff(job.refunds + 1, UNREADABLE_BACKOFF))
+
+
 def _fail(job: Job, error: BaseException) -> Outcome:
     known = HANDLERS.get(job.type)
-    limits = (known.backoff, known.backoff_cap) if known else (UNKNOWN_TYPE_BACKOFF,)
+    limits = (known.backoff, known.backoff_cap) if known else (UNREADABLE_BACKOFF,)
     after: float | None = backoff(job.attempts, *limits)
-    if isinstance(error, Discard):
-        after = None
-    elif isinstance(error, Retry) and is_delay(wanted := getattr(error, "after", None)):  # a subclass may not set it
-        after = wanted
-    return Outcome(job, "fail", error=Failure.of(error, _format_traceback(error)), after=after)
+    try:
+        if issubclass(type(error), Discard):
+            after = None
+        elif issubclass(type(error), Retry):
+            after = _wanted_delay(error, after)
+        failure = Failure.of(error, _format_traceback(error))
+    except BaseException:  # an exception may raise another whenever it is touched
+        failure = Failure.of(error)
+    return Outcome(job, "fail", error=failure, after=after)
+
+
+def _wanted_delay(error: BaseException, default: float | None) -> float | None:
+    wanted: Any = getattr(error, "after", None)  # a subclass may not set it
+    return float(wanted) if is_delay(wanted) else default
 
 
 def _format_traceback(error: BaseException) -> str:
@@ -152,29 +201,40 @@ def _raise_in_thread(thread: int, error: type[BaseException] | None) -> None:
     ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), ctypes.py_object(error) if error else None)
 
 
-class Slot:
+def _is_fragile(frame: FrameType | None) -> bool:
+    """Whether an exception might leave a lock of Python's library taken that other threads need."""
+    return frame is not None and frame.f_globals.get("__name__") in FRAGILE and frame.f_code.co_name not in HARMLESS
+
+
+class Slot(Shield):
     """A thread that runs jobs. `lock` decides who ends one: its handler, or the main thread."""
 
     def __init__(self) -> None:
-        self.lock = threading.Lock()
+        super().__init__()
+        THREAD.shield = self
         self.thread = threading.get_ident()
         self.process = os.getpid()
         self.job: Job | None = None
         self.deadline = float("inf")
+        self.expired_at = float("inf")  # when the main thread first tried to interrupt it
         self.interrupted = False
 
     def run(self, job: Job) -> Outcome | None:
         """Run a job and return its outcome; None if it was abandoned and this thread must end."""
         timeout = HANDLERS[job.type].timeout if job.type in HANDLERS else None
-        LOG_CONTEXT.set(job.log_fields)  # for the handler's log lines; only this job runs in this thread now
-        log.debug("job %s (%s) started, attempt %d/%d", job.id, job.type, job.attempts, job.max_attempts, extra=STARTED)
+        context = Context()  # of this attempt alone: the next job must not see what this one sets
+        context.run(LOG_CONTEXT.set, job.log_fields)  # for the handler's log lines
+        text = "job %s (%s) started, attempt %d/%d"
+        context.run(log.debug, text, job.id, job.type, job.attempts, job.max_attempts, extra=STARTED)
         began = time.monotonic()
         with self.lock:
             self.job = job
             self.interrupted = False
+            self.late = False
+            self.expired_at = float("inf")
             self.deadline = began + (timeout or float("inf"))
         try:
-            outcome = run_job(job)
+            outcome = context.run(run_job, job)
             job.__dict__["_duration_ms"] = round((time.monotonic() - began) * 1000)
             if os.getpid() != self.process:
                 os._exit(0)  # the handler forked, and this is the child: it must not act as a second worker
@@ -190,22 +250,46 @@ class Slot:
             job, self.job = self.job, None
             return job is not None
 
-    def interrupt(self, now: float) -> None:
-        """Raise TimedOut in the handler if it has exceeded its timeout (main)."""
+    def interrupt(self, now: float) -> bool:
+        """Raise TimedOut in the handler if it has exceeded its timeout (main).
+
+        Returns False if this should be tried again soon, at a better moment.
+        """
         with self.lock:
-            if self.job and not self.interrupted and now > self.deadline:
-                self.interrupted = True
-                _raise_in_thread(self.thread, TimedOut)
+            if not self.job or self.interrupted or now <= self.deadline:
+                return True
+            self.expired_at = min(self.expired_at, now)
+            self.late = self.depth > 0
+            self.interrupted = self.late or self._raise()
+            return self.interrupted
+
+    def _raise(self) -> bool:
+        """Raise TimedOut in the handler, unless it is where that may break something."""
+        if _is_fragile(sys._current_frames().get(self.thread)):
+            return False
+        _raise_in_thread(self.thread, TimedOut)
+        if _is_fragile(sys._current_frames().get(self.thread)):  # it ran on since the first look
+            _raise_in_thread(self.thread, None)
+            return False
+        return True
 
     def is_stuck(self, now: float) -> bool:
-        """Whether the handler still runs although TimedOut was raised in it."""
-        return self.job is not None and self.interrupted and now > self.deadline + GRACE
+        """Whether the handler still runs although TimedOut was raised in it, or could not be."""
+        return self.job is not None and now > self.expired_at + GRACE
 
     def abandon(self) -> Job | None:
         """Take the job away from its handler; None if the handler has just returned (main)."""
         with self.lock:
             job, self.job = self.job, None
             return job
+
+
+def _resident_memory() -> int:
+    """Return the bytes of memory that this process has in use; where there is no /proc, the most it ever had."""
+    try:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+    except OSError:
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 # The worker -----------------------------------------------------------------------------------------------------------
@@ -229,7 +313,6 @@ class Worker:
         self.inbox: SimpleQueue[Job | None] = SimpleQueue()
         # One for each shard, with a settler: a shard that is away holds up no outcome of others.
         self.outboxes: dict[Queue, SimpleQueue[list[Outcome] | None]] = {part: SimpleQueue() for part in queue.parts}
-        self.pool = ThreadPoolExecutor(2 * settings.worker_concurrency, "slot")  # half of it replaces stuck slots
         self.slots: list[Slot] = []
         self.stuck: list[Slot] = []
         self.stopping = threading.Event()  # the taker must take no more jobs
@@ -237,6 +320,9 @@ class Worker:
         self.adopt_at = 0.0  # when the taker next looks for jobs whose replies were lost
         self.all_busy = False  # True while the taker waits for slots: that is not a hang
         self.last_take = time.monotonic()  # when the taker last got an answer, even if no job was there
+        self.last_upkeep = time.monotonic()  # when the keeper last began one of its duties
+        self.exit_by = 0.0  # when this process must have exited, once it stops
+        self.started = 0  # jobs that were started so far
         self.last_reap_check = time.monotonic()
         self.late_reap_check = time.monotonic()  # the last check that came too late after the one before it
         self.warned: dict[str, float] = {}  # when each warning was last logged
@@ -251,18 +337,19 @@ class Worker:
         """Work until a stop is requested, then stop and return the exit code of the process."""
         for _ in range(self.settings.worker_concurrency):
             self._add_slot()
-        settlers = [("settler", partial(self._save_outcomes, part)) for part in self.queue.parts]
-        taker, *others = (
-            threading.Thread(target=self._run_thread, args=(target,), name=name, daemon=True)
-            for name, target in (("taker", self._take_jobs), *settlers, ("keeper", self._keep))
-        )
-        for thread in (taker, *others):
-            thread.start()
+        taker = self._start_thread("taker", self._take_jobs)
+        others = [self._start_thread("settler", partial(self._save_outcomes, part)) for part in self.queue.parts]
+        others.append(self._start_thread("keeper", self._keep))
         mode = self._wait_for_stop()
         self.stopping.set()
         self.free_slots.put(None)  # wakes the taker if it waits for a slot
         log.info("worker stopping (%s); running jobs: %d", mode, len(self.held))
         return self._close(self._drain(mode, taker), *others)
+
+    def _start_thread(self, name: str, target: Callable[[], None]) -> threading.Thread:
+        thread = threading.Thread(target=self._run_thread, args=(target,), name=name, daemon=True)
+        thread.start()
+        return thread
 
     def _run_thread(self, target: Callable[[], None]) -> None:
         """Run a thread. If it crashes, the worker stops, because it cannot work without it."""
@@ -273,27 +360,49 @@ class Worker:
             self.stop("broken")
 
     def _wait_for_stop(self) -> StopMode:
+        pause = TICK
         while True:
             with suppress(Empty):
-                return self.stop_requests.get(timeout=TICK)
-            self._enforce_timeouts()
+                return self.stop_requests.get(timeout=pause)
+            pause = TICK if self._enforce_timeouts() else SHORT_TICK
             if problem := self._find_hang():
                 log.critical("%s; shutting down because a restart may help", problem)
                 return "broken"
+            if limit := self._find_limit():
+                log.info("%s; stopping, to be restarted", limit)
+                return "drain"
 
     def _find_hang(self) -> str:
+        """Return what has not happened for as long as the watchdog allows."""
         now = time.monotonic()
-        if now - self.queue.last_contact > self.settings.watchdog:
-            return f"no contact with Redis for {self.settings.watchdog} s"
-        if not self.all_busy and now - self.last_take > self.settings.watchdog:
-            return f"slots are free, but no jobs could be taken for {self.settings.watchdog} s"
+        unsaved = min((job.__dict__.get("_ended", now) for job in tuple(self.held.values())), default=now)
+        since = {
+            "no contact with Redis": self.queue.last_contact,
+            "slots are free, but no jobs could be taken": now if self.all_busy else self.last_take,
+            "the outcome of a job could not be saved": unsaved,
+            "no heartbeat and no other upkeep": self.last_upkeep,
+        }
+        limit = self.settings.watchdog
+        return next((f"{problem} for {limit} s" for problem, at in since.items() if now - at > limit), "")
+
+    def _find_limit(self) -> str:
+        """Return which of TINYQUEUE_MAX_JOBS and TINYQUEUE_MAX_MEMORY was reached. One job always runs."""
+        jobs, memory = self.settings.max_jobs, self.settings.max_memory
+        if jobs and self.started >= jobs:
+            return f"{self.started} jobs were started"
+        if memory and self.started and (used := _resident_memory() >> 20) >= memory:
+            return f"{used} MB of memory are in use"
         return ""
 
-    def _enforce_timeouts(self) -> None:
-        """Interrupt handlers that exceed their timeout, and replace stuck slots, without Redis."""
+    def _enforce_timeouts(self) -> bool:
+        """Interrupt handlers that exceed their timeout, and replace stuck slots, without Redis.
+
+        Returns False if a handler could not be interrupted yet.
+        """
         now = time.monotonic()
+        done = True
         for slot in tuple(self.slots):
-            slot.interrupt(now)
+            done = slot.interrupt(now) and done
             if not slot.is_stuck(now):
                 continue
             self.stuck.append(slot)  # first, because once it is abandoned its thread may remove it from the list
@@ -301,20 +410,22 @@ class Worker:
                 self.stuck.remove(slot)
                 continue
             log.error("job %s (%s) did not stop after its timeout; its thread was abandoned", job.id, job.type)
-            self._put([_fail(job, TimedOut())])
+            self._hand_over(_fail(job, TimedOut()))
             self.slots.remove(slot)
             if len(self.stuck) >= self.settings.worker_concurrency:
                 self.stop("broken")
             else:
                 self._add_slot()
+        return done
 
     def _add_slot(self) -> None:
-        self.pool.submit(self._run_slot)
+        self._start_thread("slot", self._run_slot)
         self.free_slots.put(None)
 
     def _drain(self, mode: StopMode, taker: threading.Thread) -> StopMode:
         """Let handlers finish until time is up, then release the rest. Returns the last mode."""
         deadline = time.monotonic() + self.settings.shutdown_timeout
+        self.exit_by = deadline + LAST_WRITE + CLOSING
         while (taker.is_alive() or self.held) and mode == "drain" and time.monotonic() < deadline:
             with suppress(Empty):
                 mode = self.stop_requests.get(timeout=0.02)
@@ -350,7 +461,6 @@ class Worker:
             thread.join(max(0.0, until - time.monotonic()))
         for _ in self.slots:
             self.inbox.put(None)
-        self.pool.shutdown(wait=False)
         if self.held:
             problem = "could not save the outcome of %s, which will run again when this worker's lease expires"
             log.error(problem, plural(len(self.held), "job"))
@@ -377,11 +487,14 @@ class Worker:
                 return
             if free < 1:  # a suspect was started before the slots that became free were counted
                 continue
+            if (most := min(free, self._room())) < 1:
+                self.stopping.wait(TICK)
+                continue
             worker = self.id
             try:
                 worker = worker or self._register()
-                taken, jobs = self._next_jobs(worker, free)
-                emptied = taken < free
+                taken, jobs = self._next_jobs(worker, most)
+                emptied = taken < most
                 free -= self._dispatch(jobs)
                 self.last_take = time.monotonic()
                 failures = 0
@@ -418,6 +531,12 @@ class Worker:
                 count += 1
         return count
 
+    def _room(self) -> int:
+        """Return how many jobs may be taken: those that have run and are not settled are bounded."""
+        unsettled = self.settings.worker_concurrency + UNSETTLED - len(self.held)
+        left = self.settings.max_jobs - self.started
+        return min(unsettled, left) if self.settings.max_jobs else unsettled
+
     def _register(self) -> str:
         worker = self.queue.register(self.names, self.settings.worker_concurrency)
         with self.lock:
@@ -440,6 +559,7 @@ class Worker:
     def _dispatch(self, jobs: Sequence[Job]) -> int:
         """Give the started jobs to the slots and return how many; wait for the end of a suspect."""
         started = [job for job in jobs if job.status == "processing"]
+        self.started += len(started)
         with self.lock:
             self.held.update((job.id, job) for job in started)
         for job in started:
@@ -450,7 +570,9 @@ class Worker:
 
     def _dispatch_alone(self, worker: str, suspect: Job) -> int:
         """Start a suspect once nothing else runs, so that no other job dies with this worker."""
-        return self._dispatch(self.queue.start(worker, [suspect.id.encode()], {})) if self._wait_until_idle() else 0
+        if not self._wait_until_idle() or self._room() < 1:
+            return 0
+        return self._dispatch(self.queue.start(worker, [suspect.id.encode()], {}))
 
     def _wait_until_idle(self) -> bool:
         """Wait until every started job is settled. Returns False if the worker is stopping."""
@@ -490,8 +612,13 @@ class Worker:
                 if slot in self.stuck:
                     self.stuck.remove(slot)
                 return
-            self._put([outcome])
+            self._hand_over(outcome)
             self.free_slots.put(None)
+
+    def _hand_over(self, outcome: Outcome) -> None:
+        """Give an outcome to the settler (slots, main)."""
+        outcome.job.__dict__["_ended"] = time.monotonic()
+        self._put([outcome])
 
     # Settler thread ---------------------------------------------------------------------------------------------------
 
@@ -574,8 +701,9 @@ class Worker:
             for at, (name, duty, interval) in enumerate(duties):
                 if time.monotonic() < due[at]:
                     continue
+                self.last_upkeep = time.monotonic()
                 # A heartbeat of a worker that is not registered yet is none.
-                due[at] = time.monotonic() + (interval if self.id or duty != self._heartbeat else 0.0)
+                due[at] = self.last_upkeep + (interval if self.id or duty != self._heartbeat else 0.0)
                 try:
                     duty()
                 except TinyQueueError as error:
@@ -594,7 +722,7 @@ class Worker:
 
     def _promote(self) -> None:
         while self.queue.promote() >= PROMOTED and not self.closed.is_set():
-            pass
+            self.last_upkeep = time.monotonic()
 
     def _pass_on_cancellations(self) -> None:
         """Set cancel_requested on running jobs whose handlers take a Job."""
@@ -625,12 +753,13 @@ class Worker:
                 for worker in expired:
                     lost[worker].append(part)
         for worker, parts in lost.items():
+            self.last_upkeep = time.monotonic()
             if count := self.queue.reap_in(parts, worker):
                 log.warning("lease of worker %s expired; %s requeued or ended", worker, plural(count, "job"))
 
     def _trim(self) -> None:
         while self.queue.trim() >= MAX_JOBS and not self.closed.is_set():
-            pass
+            self.last_upkeep = time.monotonic()
         if broken := find_broken(self.queue):  # by a thread of its own, because the lease must be renewed meanwhile
             threading.Thread(target=self._repair, args=(broken,), daemon=True).start()
 
@@ -661,7 +790,7 @@ def _log_outcomes(outcomes: list[Outcome], saved: list[Outcome]) -> None:
             level, event, detail = logging.WARNING, "lost", ": the job is no longer this worker's"
         elif outcome.error:
             detail = f": {_one_line(outcome.error)[:300]}; {_next_step(outcome)}"
-            level, event = logging.WARNING, "failed"
+            level, event = logging.WARNING, "failed" if outcome.verb == "fail" else "released"
         else:
             level, event, detail = logging.INFO, outcome.verb + "d", ""
         fields = job.log_fields() | {"event": event}
@@ -676,6 +805,8 @@ def _log_outcomes(outcomes: list[Outcome], saved: list[Outcome]) -> None:
 def _next_step(failed: Outcome) -> str:
     if failed.job.cancel_requested:
         return "cancelled, as requested"
+    if failed.verb == "release":
+        return f"not counted, next attempt in {failed.after:.1f} s"
     if failed.after is not None and failed.job.attempts < failed.job.max_attempts:
         return f"next attempt in {failed.after:.1f} s"
     return "it will not be retried" if failed.after is None else "no attempts left"
@@ -689,7 +820,10 @@ def _one_line(error: Failure | None) -> str:
 
 
 def handle_signals(worker: Worker, also: Callable[[], None] = lambda: None) -> None:
-    """Drain at SIGTERM or SIGINT, release at the second SIGINT. Each signal calls `also` first."""
+    """Drain at SIGTERM or SIGINT, release at the second SIGINT. Each signal calls `also` first.
+
+    Processes that handlers fork get the default signals.
+    """
     interrupts = itertools.count()
 
     def handle(number: int, frame: Any) -> None:
@@ -698,15 +832,7 @@ def handle_signals(worker: Worker, also: Callable[[], None] = lambda: None) -> N
 
     signal.signal(signal.SIGTERM, handle)
     signal.signal(signal.SIGINT, handle)
-
-
-def exit_now(code: int) -> NoReturn:
-    """Exit without waiting for abandoned handlers or for threads that handlers have started."""
-    logging.shutdown()
-    with suppress(OSError, ValueError):
-        sys.stdout.flush()
-        sys.stderr.flush()
-    os._exit(code)
+    reset_signals_in_children()
 
 
 def _setting_help(field: str) -> str:
@@ -829,6 +955,8 @@ def filter_options(*statuses: str, required: bool = False, default: str | None =
     "  [default: the queue `default`, then the queues that handlers name]",
 )
 @click.option("--burst", is_flag=True, help="Run the jobs that are due, then exit.")
+@click.option("--max-jobs", type=int, metavar="N", help=_setting_help("max_jobs"))
+@click.option("--max-memory", type=int, metavar="MB", help=_setting_help("max_memory"))
 @click.option("--shutdown-timeout", type=int, metavar="SECONDS", help=_setting_help("shutdown_timeout"))
 @click.option("--log-format", metavar="FORMAT", help=_setting_help("log_format"))
 def run(queues: tuple[str, ...], burst: bool, **overrides: Any) -> None:
@@ -844,7 +972,8 @@ def run(queues: tuple[str, ...], burst: bool, **overrides: Any) -> None:
     log.info(text, slots, ", ".join(worker.names), settings.shards * settings.worker_connections)
     for warning in warnings(queue):
         log.warning("%s", warning)
-    exit_now(worker.run())
+    code = worker.run()
+    exit_now(code, min(EXIT_TIME, max(0.5, worker.exit_by - time.monotonic())))
 
 
 cli.add_command(click.Command("worker", None, run.callback, run.params, run.help, short_help="Same as run."))

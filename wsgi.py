@@ -49,7 +49,6 @@ from tinyqueue import (
     ENDED,
     HANDLERS,
     ID,
-    MAX_DEPTH,
     MAX_JOBS,
     NAME,
     SERIES,
@@ -71,12 +70,21 @@ from tinyqueue import (
     Unavailable,
     UnknownType,
     WrongStatus,
-    from_json,
     load_handlers,
     looks_like_name,
 )
-from tinyqueue_config import LOG_CONTEXT, WEB_THREADS, Settings, open_queue, plural, set_up_logging
+from tinyqueue_config import (
+    LOG_CONTEXT,
+    WEB_THREADS,
+    Settings,
+    exit_now,
+    open_queue,
+    plural,
+    reset_signals_in_children,
+    set_up_logging,
+)
 from tinyqueue_doctor import warnings
+from tinyqueue_json import MAX_DEPTH, from_json
 from tinyqueue_server import Lifeline, Parked, Server
 
 log = logging.getLogger("tinyqueue.web")
@@ -1111,6 +1119,7 @@ def serve(api: API, sock: socket.socket, lifeline: int | None = None) -> int:
         return _serve_with_worker(api, server)
     signal.signal(signal.SIGTERM, lambda *_: server.stop())
     signal.signal(signal.SIGINT, lambda *_: server.stop())
+    reset_signals_in_children()
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
     server.run()
     return 0
@@ -1119,7 +1128,8 @@ def serve(api: API, sock: socket.socket, lifeline: int | None = None) -> int:
 def _serve_with_worker(api: API, server: Server) -> int:
     from tinyqueue.worker import EXIT_BROKEN, Worker, handle_signals  # needed only here
 
-    worker = Worker(api.queue, api.settings)
+    forever = msgspec.structs.replace(api.settings, max_jobs=0, max_memory=0)  # a restart would lose all jobs
+    worker = Worker(api.queue, forever)
     exit_code: int = EXIT_BROKEN
 
     def work() -> None:
@@ -1153,7 +1163,9 @@ def serve_many(api: API, sock: socket.socket) -> int:
             if (child := os.fork()) == 0:
                 signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGCHLD})
                 os.close(held)
-                os._exit(serve(api, sock, lifeline))  # unblocks SIGTERM and SIGINT when it has handlers for them
+                set_up_logging(api.settings)  # the thread that writes the log is not in this process
+                # serve unblocks SIGTERM and SIGINT when it has handlers for them
+                exit_now(serve(api, sock, lifeline), functions=False)
             children.add(child)
         if signal.sigwait({*SIGNALS, signal.SIGCHLD}) != signal.SIGCHLD:
             stopping = True
@@ -1196,8 +1208,7 @@ def run() -> None:
         log.info("web server on %s, and a worker with %s in this process", url, slots)
         log.warning("JOBS ARE NOT PERSISTED: REDIS_URL is not set; all jobs are lost when this process exits")
     exit_code = serve_many(api, sock) if processes > 1 else serve(api, sock)
-    logging.shutdown()
-    os._exit(exit_code)
+    exit_now(exit_code)
 
 
 @click.command(epilog="\b\n" + Settings.help())

@@ -22,6 +22,7 @@ from conftest import Server, free_port, until
 
 import tinyqueue
 import tinyqueue_config
+import tinyqueue_json
 import tinyqueue_server
 import worker
 import wsgi
@@ -209,7 +210,7 @@ NUMBERS = {
     "MAX_JOBS in HTTP": (HTTP, r"Submits up to ([\d,]+) jobs", tinyqueue.MAX_JOBS),
     "MAX_ATTEMPTS": (HTTP, r"maximum number of attempts, 1 to ([\d,]+)", tinyqueue.MAX_ATTEMPTS),
     "MAX_DELAY": (HTTP, r"may start, up to (\d+) days", tinyqueue.MAX_DELAY / 86400),
-    "MAX_DEPTH": (HTTP, r"more than ([\d,]+) levels", tinyqueue.MAX_DEPTH),
+    "MAX_DEPTH": (HTTP, r"more than ([\d,]+) levels", tinyqueue_json.MAX_DEPTH),
     "MAX_RESULT": (README, r"at most ([\d,]+) bytes of JSON", tinyqueue.MAX_RESULT),
     "MAX_REFUNDS": (README, r"attempt refunded, at most (ten) times", tinyqueue.MAX_REFUNDS),
     "SCANNED": (HTTP, r"looks at up to ([\d,]+) jobs", tinyqueue.SCANNED),
@@ -220,6 +221,9 @@ NUMBERS = {
     "time to send": (HTTP, r"has (\d+) seconds to send a request", tinyqueue_server.CLIENT_TIMES[1]),
     "time to read": (HTTP, r"and (\d+) seconds to read the answer", tinyqueue_server.CLIENT_TIMES[1]),
     "time to idle": (HTTP, r"may be idle for (\d+) seconds", tinyqueue_server.CLIENT_TIMES[0]),
+    "crowd": (HTTP, r"While more than ([\d,]+) connections are open", tinyqueue_server.CROWD),
+    "time in a crowd": (HTTP, r"these times are (\d+), \d+ and", tinyqueue_server.CROWDED_TIMES[1]),
+    "time to idle in a crowd": (HTTP, r"these times are \d+, \d+ and (\d+) s", tinyqueue_server.CROWDED_TIMES[0]),
     "time at the end": (HTTP, r"has (\d+) seconds for the rest", tinyqueue_server.DRAIN_TIMES[1]),
     "wrong keys": (HTTP, r"or to (\d+) in a minute", wsgi.WRONG_KEYS[0]),
     "waiting elsewhere": (HTTP, r"let (\d+) requests wait", tinyqueue_config.WEB_THREADS / 2),

@@ -11,8 +11,9 @@ import pytest
 from client import NO_BODY, Client, Wire, serving, spell
 from conftest import dump, put
 
-from tinyqueue import CURSOR, KEY_LENGTH, MAX_ATTEMPTS, MAX_DELAY, MAX_DEPTH, Queue, handler
+from tinyqueue import CURSOR, KEY_LENGTH, MAX_ATTEMPTS, MAX_DELAY, Queue, handler
 from tinyqueue_config import Settings
+from tinyqueue_json import MAX_DEPTH
 from wsgi import API, ROUTES
 
 SEEDS = range(8)

@@ -25,8 +25,9 @@ from conftest import Server, dump, free_port, put, raw, until
 
 import tinyqueue
 import tinyqueue_redis
-from tinyqueue import ID, MAX_ATTEMPTS, MAX_DELAY, MAX_DEPTH, STATUSES, Queue, handler
+from tinyqueue import ID, MAX_ATTEMPTS, MAX_DELAY, STATUSES, Queue, handler
 from tinyqueue_config import Settings
+from tinyqueue_json import MAX_DEPTH
 from wsgi import API, FIELDS, RETRY_AFTER, ROUTES
 
 REPOSITORY = Path(tinyqueue.__file__).parent

@@ -13,15 +13,19 @@ import pytest
 REPOSITORY = Path(__file__).parent.parent
 IMPORTS = {  # each module, and those of ours that it may import
     "tinyqueue_redis": set(),
-    "tinyqueue": {"tinyqueue_redis"},
+    "tinyqueue_json": set(),
+    "tinyqueue": {"tinyqueue_json", "tinyqueue_redis"},
     "tinyqueue_config": {"tinyqueue"},
     "tinyqueue_doctor": {"tinyqueue", "tinyqueue_redis"},
     "tinyqueue_openapi": {"tinyqueue"},
     "tinyqueue_server": {"tinyqueue_config"},
     "handlers": {"tinyqueue"},
     # The two programs start each other, from within a function: `tinyqueue web`, and the workers of an embedded Redis.
-    "worker": {"tinyqueue", "tinyqueue_config", "tinyqueue_doctor", "wsgi"},
-    "wsgi": {"tinyqueue", "tinyqueue_config", "tinyqueue_doctor", "tinyqueue_openapi", "tinyqueue_server", "worker"},
+    "worker": {"tinyqueue", "tinyqueue_config", "tinyqueue_doctor", "tinyqueue_json", "wsgi"},
+    "wsgi": {
+        *("tinyqueue", "tinyqueue_config", "tinyqueue_doctor", "tinyqueue_json", "tinyqueue_openapi"),
+        *("tinyqueue_server", "worker"),
+    },
 }
 SCREEN = 50  # lines
 PROSE = 100  # columns

@@ -5,18 +5,24 @@ from __future__ import annotations
 import io
 import json
 import logging
+import os
 import re
 import threading
+import time
+import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
+import msgspec
 import pytest
 from client import Client, Wire, running, spell
 from conftest import raw, until
 
 from tinyqueue import HANDLERS, Discard, Job, Queue, handler
-from tinyqueue_config import Settings, set_up_logging
+from tinyqueue_config import LOGGERS, LogWriter, Settings, flush_log, set_up_logging
 from worker import Worker
 from wsgi import API
 
@@ -26,22 +32,25 @@ Lines = Callable[[], list[str]]
 
 
 @pytest.fixture
-def logged() -> Iterator[Callable[..., Lines]]:
-    """Log into memory: logged(log_format="json") returns a function that returns the lines."""
+def logged(capfd: pytest.CaptureFixture[str]) -> Iterator[Callable[..., Lines]]:
+    """Set up the log: logged(log_format="json") returns a function that returns the lines."""
     root = logging.getLogger()
     before = root.level, list(root.handlers)
+    text = io.StringIO()
+
+    def lines() -> list[str]:
+        flush_log(10)
+        text.write(capfd.readouterr().err)
+        return text.getvalue().splitlines()
 
     def start(**settings: Any) -> Lines:
         set_up_logging(Settings(**settings))
-        [stream] = root.handlers
-        assert isinstance(stream, logging.StreamHandler)
-        text = io.StringIO()
-        stream.setStream(text)
-        return lambda: text.getvalue().splitlines()
+        return lines
 
     yield start
-    for made in root.handlers:
-        made.close()
+    logging.captureWarnings(False)
+    for name in LOGGERS:
+        logging.getLogger(name).__class__ = logging.Logger
     root.setLevel(before[0])
     root.handlers[:] = before[1]
 
@@ -161,7 +170,7 @@ def test_log_of_nasty_text_stays_on_one_line(queue: Queue, types: None, logged: 
         assert (
             json.loads(line)["level"]
             if format == "json"
-            else re.match(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} [A-Z]+ ", line)
+            else re.match(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d\.\d{3}Z [A-Z]+ ", line)
         )
     assert not [line for line in lines() if line.startswith("2026-01-01 00:00:00,000")]
 
@@ -185,6 +194,128 @@ def test_log_fields_replace_no_standard_member(logged: Any) -> None:
     assert (first["level"], first["message"], first["more"]) == ("info", "true", "{1}")
     assert first["time"] > 0
     assert second["message"] == "other"
+
+
+class TextRaises:
+    def __str__(self) -> str:
+        raise ZeroDivisionError("text")
+
+
+FAULTY: dict[str, tuple[Any, ...]] = {
+    "too few values": ("%s and %s", NASTY),
+    "wrong kind of value": ("%d", NASTY),
+    "value that raises": ("%s", TextRaises()),
+    "message that raises": (TextRaises(),),
+}
+
+
+@pytest.mark.parametrize("format", ["text", "json"])
+@pytest.mark.parametrize("kind", FAULTY)
+def test_log_of_a_faulty_call_is_one_line_that_names_the_place(logged: Any, format: str, kind: str) -> None:
+    lines = logged(log_format=format)
+    logging.getLogger("mine").info(*FAULTY[kind])
+    [line] = lines()
+    assert line.isprintable()
+    text = f"cannot format a log line from {__file__}:"
+    assert json.loads(line)["message"].startswith(text) if format == "json" else f"Z ERROR {text}" in line
+
+
+FIELDS: dict[str, Any] = {
+    "NaN": float("nan"),
+    "infinities": [float("inf"), {"deep": (-float("inf"),)}],
+    "lone surrogate": "\ud800",
+    "other keys": {1: 2, None: 3, "\udfff": 4},
+    "object": object(),
+    "object that raises": TextRaises(),
+    "long number": 10**5000,
+    "nested": [[]],
+}
+FIELDS["nested"][0].append(FIELDS["nested"])
+
+
+@pytest.mark.parametrize("kind", FIELDS)
+def test_log_of_any_field_is_strict_json(logged: Any, kind: str) -> None:
+    lines = logged(log_format="json")
+    logging.getLogger("mine").info("said", extra={"fields": {"field": FIELDS[kind], "\ud800": 1}})
+    [line] = lines()
+    assert msgspec.json.decode(line)["level"] in ("info", "error")  # msgspec takes strict JSON only
+
+
+def test_log_of_nan_in_a_field_is_null(logged: Any) -> None:
+    lines = logged(log_format="json")
+    logging.getLogger("mine").info("said", extra={"fields": {"field": [float("nan"), 1.5, True]}})
+    assert json.loads(lines()[0])["field"] == [None, 1.5, True]
+
+
+def test_log_of_a_time_as_text_is_utc_in_any_zone(logged: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    lines = logged()
+    monkeypatch.setenv("TZ", "Asia/Kathmandu")
+    time.tzset()
+    try:
+        before = datetime.now(UTC)
+        logging.getLogger("mine").info("now")
+        at = datetime.fromisoformat(lines()[0].partition(" INFO")[0])
+        assert abs(at - before) < timedelta(seconds=60)
+    finally:
+        monkeypatch.undo()
+        time.tzset()
+
+
+def test_log_of_a_warning_of_python_is_one_line(logged: Any) -> None:
+    lines = logged()
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        warnings.warn("old\nnews", UserWarning, stacklevel=1)
+    [line] = lines()
+    assert "Z WARNING " in line
+    assert "UserWarning: old\\nnews" in line
+
+
+# A reader that stalls -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def pipe() -> Iterator[tuple[BinaryIO, int]]:
+    """The two ends of a pipe. What is written to it waits until it is read."""
+    reader, writer = os.pipe()
+    with open(reader, "rb") as file:
+        yield file, writer
+
+
+def test_put_lines_while_nobody_reads_drops_and_counts_them(pipe: tuple[BinaryIO, int]) -> None:
+    reader, file = pipe
+    writer = LogWriter(file, lambda count: b"dropped %d\n" % count)
+    line = b"x" * 999 + b"\n"
+    for _ in range(6000):
+        writer.put(line)
+    assert writer.dropped > 1000
+    read: Counter[bytes] = Counter()
+    while read[line] + sum(int(report.split()[1]) for report in read if report != line) < 6000:
+        read[reader.readline()] += 1
+    writer.put(b"last\n")
+    assert reader.readline() == b"last\n"
+    assert read[line] < 5000
+
+
+def test_put_lines_in_a_forked_process_writes_them(pipe: tuple[BinaryIO, int]) -> None:
+    reader, file = pipe
+    writer = LogWriter(file, lambda count: b"")
+    with writer.lock:  # as if another thread held it at the fork
+        if (child := os.fork()) == 0:
+            writer.put(b"child\n")
+            os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0
+    writer.put(b"parent\n")
+    assert [reader.readline(), reader.readline()] == [b"child\n", b"parent\n"]
+
+
+def test_put_lines_whose_reader_is_gone_raises_nothing(pipe: tuple[BinaryIO, int]) -> None:
+    reader, file = pipe
+    writer = LogWriter(file, lambda count: b"")
+    reader.close()
+    writer.put(b"lost\n")
+    writer.flush(10)
+    assert writer.unread == 0
 
 
 # Requests -------------------------------------------------------------------------------------------------------------

@@ -322,6 +322,17 @@ VERBS = {
 }
 
 
+def play_waiting(queue: Any) -> None:
+    """Call every verb that waits for the end of a job."""
+    waiting = newest(queue, "pending")[0].id
+    ended = queue.cancel(queue.enqueue("echo", 8).id).id
+    queue.wait_for(waiting, 0.05)
+    assert queue.await_ends([waiting, ended]) == {ended}
+    queue.leave_token("bell")
+    assert queue.wait_for_end([waiting], 0.05, "bell") == "bell"
+    queue.forget_awaited([waiting, ended])
+
+
 def play(queue: Any) -> None:
     """Call every verb of a queue, in each of the cases in which it writes something else."""
     queue.enqueue("echo", 0, max_attempts=1)
@@ -365,7 +376,7 @@ def play(queue: Any) -> None:
     queue.page(limit=1)
     queue.page(cursor="9999999999999999.g")
     queue.get(completed.id)
-    queue.wait_for(newest(queue, "pending")[0].id, 0.05)
+    play_waiting(queue)
     queue.spend("somebody", 1, 60)
     for look in ("queues", "stats", "workers", "now", "ping"):
         getattr(queue, look)()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import http.client
 import json
 import os
@@ -71,6 +72,10 @@ def fork(payload: int) -> int:
     os.waitpid(child, 0)
     note("parent")
     return payload
+
+@handler("raise")
+def raise_error(payload: int) -> None:
+    raise ValueError(payload)
 
 @handler("thread")
 def thread(seconds: float) -> None:
@@ -408,6 +413,221 @@ def test_burst_runs_due_jobs_and_exits(near: Queue, run: Any) -> None:
     assert run("--burst").returncode == 0
     until_is(near, job, "completed")
     until_is(near, later, "pending")
+
+
+# What handlers do to their process ------------------------------------------------------------------------------------
+
+CHILDREN = """
+import multiprocessing, os, signal, time
+from tinyqueue import handler
+
+fork = multiprocessing.get_context("fork")
+
+def sleep(began: object) -> None:
+    began.set()
+    time.sleep(300)
+
+@handler("children", timeout=20, max_attempts=1)
+def children(way: str) -> object:
+    if way == "pool":
+        with fork.Pool(2) as pool:
+            return pool.map(abs, [-1, -2])
+    began = fork.Event()
+    child = fork.Process(target=sleep, args=(began,))
+    child.start()
+    if way == "terminate":  # at once: a signal must not be lost while the child is set up
+        child.terminate()
+    else:
+        began.wait()
+        os.kill(child.pid, signal.SIGINT)
+    child.join(10)
+    return child.exitcode
+"""
+
+
+@pytest.mark.parametrize("embedded", [False, True], ids=["worker", "web"])
+def test_stop_of_forked_children_ends_them(near: Queue, folder: Path, *, work: Any, serve: Any, embedded: bool) -> None:
+    (folder / "handlers.py").write_text(CHILDREN)
+    if embedded:
+        web = serve()
+    else:
+        work()
+    for way, expected in {"pool": [1, 2], "terminate": -SIGTERM, "interrupt": 1}.items():
+        if embedded:
+            id = web.call("POST", "/jobs", {"type": "children", "payload": way})[1]["jobId"]
+            job = until(lambda id=id: (now := web.call("GET", f"/jobs/{id}")[1])["status"] == "completed" and now)
+            assert job["result"] == expected
+        else:
+            assert until_is(near, near.enqueue("children", way), "completed").result == expected
+
+
+EXITS = """
+import atexit, os, time
+from tinyqueue import handler
+
+def note(text: str) -> None:
+    with open("runs", "a") as file:
+        file.write(text + "\\n")
+
+@handler("echo")
+def echo(payload: int) -> None:
+    pass
+
+@handler("hang-at-exit")
+def hang(payload: int) -> None:
+    atexit.register(time.sleep, 300)
+
+atexit.register(note, "at exit")
+"""
+
+
+@pytest.mark.parametrize("way", ["worker", "burst", "web", "embedded"])
+def test_exit_runs_the_functions_of_atexit(  # noqa: PLR0917
+    near: Queue, real: Server, folder: Path, work: Any, serve: Any, runs: Runs, way: str
+) -> None:
+    (folder / "handlers.py").write_text(EXITS)
+    near.enqueue("echo", 1)
+    if way in ("web", "embedded"):
+        web = serve(REDIS_URL=real.url if way == "web" else "")
+        assert web.call("GET", "/health")[0] == 200
+        assert web.end(SIGTERM) == 0
+    elif way == "burst":
+        burst = work("--burst")
+        assert burst.end() == 0
+    else:
+        assert work().end(SIGTERM) == 0
+    assert runs() == ["at exit"]
+
+
+def test_exit_waits_only_a_few_seconds_for_the_functions_of_atexit(near: Queue, folder: Path, work: Any) -> None:
+    (folder / "handlers.py").write_text(EXITS)
+    worker = work()
+    until_is(near, near.enqueue("hang-at-exit", 1), "completed")
+    assert worker.end(SIGTERM, timeout=10) == 0
+
+
+def test_max_jobs_drains_the_worker_after_that_many(near: Queue, work: Any) -> None:
+    jobs = near.enqueue_many("echo", range(10))
+    worker = work("--max-jobs", "4", "--concurrency", "3")
+    assert worker.end() == 0
+    assert [near.get(job.id).status for job in jobs] == ["completed"] * 4 + ["pending"] * 6
+    assert "4 jobs were started; stopping, to be restarted" in worker.output
+    assert near.workers() == []
+
+
+def test_max_memory_drains_the_worker_above_it(near: Queue, folder: Path, work: Any) -> None:
+    (folder / "handlers.py").write_text(
+        "from tinyqueue import handler\n"
+        "kept = []\n"
+        "@handler('leak')\n"
+        "def leak(megabytes: int) -> None:\n"
+        "    kept.append(b'x' * (megabytes << 20))\n"
+    )
+    worker = work("--max-memory", "200")
+    until_is(near, near.enqueue("leak", 1), "completed")
+    assert worker.code is None
+    until_is(near, near.enqueue("leak", 200), "completed")
+    assert worker.end() == 0
+    assert re.search(r"2\d\d MB of memory are in use; stopping, to be restarted", worker.output)
+
+
+def test_max_memory_below_what_a_worker_needs_runs_a_job_each_time(near: Queue, work: Any) -> None:
+    jobs = near.enqueue_many("echo", range(2))
+    worker = work("--max-memory", "1", "--concurrency", "1")
+    assert worker.end() == 0
+    assert near.get(jobs[0].id).status == "completed"
+
+
+LOG_VANDALS = """
+import io, logging, logging.config
+from tinyqueue import handler
+
+def broken(*args, **options):
+    raise RuntimeError
+
+def vandalize() -> None:
+    logging.config.dictConfig({"version": 1})
+    logging.config.fileConfig(io.StringIO(
+        "[loggers]\\nkeys=root\\n[handlers]\\nkeys=\\n[formatters]\\nkeys=\\n[logger_root]\\nhandlers=\\n"
+    ))
+    logging.basicConfig(level=logging.CRITICAL, format="mine %(message)s", force=True)
+    logging.getLogger().handlers.clear()
+    for name in ("tinyqueue", "tinyqueue.worker"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+        logging.getLogger(name).addFilter(lambda record: False)
+        logging.getLogger(name).disabled = True
+        logging.getLogger(name).propagate = False
+    logging.addLevelName(logging.INFO, "\\033[32mmine")
+    logging.setLogRecordFactory(broken)
+    logging.disable(logging.CRITICAL)
+
+@handler("echo")
+def echo(payload: int) -> None:
+    vandalize()
+"""
+
+
+@pytest.mark.parametrize("moment", ["import", "job"])
+def test_log_survives_what_handlers_do_to_logging(near: Queue, folder: Path, *, work: Any, moment: str) -> None:
+    (folder / "handlers.py").write_text(LOG_VANDALS + ("vandalize()\n" if moment == "import" else ""))
+    worker = work("--concurrency", "1")
+    jobs = near.enqueue_many("echo", range(2))
+    for job in jobs:
+        until_is(near, job, "completed")
+    assert worker.end(SIGTERM) == 0
+    for job in jobs:
+        assert re.search(rf"(?m)^[-0-9]+ [:.0-9]+Z INFO job {job.id} \(echo\) completed in ", worker.output)
+    assert worker.output.splitlines()[-1].endswith("Z INFO worker stopped")
+
+
+# A log that nobody reads ----------------------------------------------------------------------------------------------
+
+
+class Unread(Web):
+    """A process whose output is a pipe that nobody reads."""
+
+    def __init__(self, folder: Path, command: list[str], environ: dict[str, str]) -> None:
+        self.reader, writer = os.pipe()
+        fcntl.fcntl(writer, fcntl.F_SETPIPE_SZ, 4096)
+        self.log = folder / "nothing"
+        self.log.touch()
+        self.popen = subprocess.Popen(
+            command, cwd=folder, env=environ, stdout=writer, stderr=writer, start_new_session=True
+        )
+        os.close(writer)
+        self.pid = self.popen.pid
+
+    @property
+    def port(self) -> int:
+        return self.given_port
+
+    given_port = 0
+
+    def kill(self) -> None:
+        super().kill()
+        os.close(self.reader)
+
+
+def test_settle_while_nobody_reads_the_log_goes_on(near: Queue, real: Server, start: Any) -> None:
+    worker = start(ROOT / "worker.py", kind=Unread, REDIS_URL=real.url, LOG_LEVEL="debug")
+    jobs = near.enqueue_many("echo", range(600))
+    until(lambda: near.stats()["completed"] == len(jobs))
+    assert worker.end(SIGTERM, timeout=10) == 0
+    assert near.workers() == []
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_serve_while_nobody_reads_the_log_goes_on(near: Queue, real: Server, *, start: Any, processes: int) -> None:
+    port = free_port()
+    environ = {"PORT": str(port), "LOG_LEVEL": "debug", "WEB_CONCURRENCY": str(processes)}
+    web = start(ROOT / "wsgi.py", kind=Unread, REDIS_URL=real.url, **environ)
+    web.given_port = port
+    until(lambda: not web.refuses())
+    for n in range(100):
+        assert web.call("POST", "/jobs", {"type": "echo", "payload": n})[0] == 201
+        assert web.call("GET", "/health")[0] == 200
+    assert web.end(SIGTERM, timeout=15) == 0
+    assert near.stats()["pending"] == 100
 
 
 # Outages of Redis -----------------------------------------------------------------------------------------------------
@@ -775,7 +995,7 @@ def test_print_text_of_handlers_with_control_characters_escaped(
     assert all(character.isprintable() or character == "\n" for character in shown)
 
 
-@pytest.mark.parametrize(("type", "code"), [("echo", 0), ("old", 1)])
+@pytest.mark.parametrize(("type", "code"), [("echo", 0), ("raise", 1)])
 def test_get_with_watch_waits_for_the_end_and_exits_accordingly(
     near: Queue, run: Any, work: Any, type: str, code: int
 ) -> None:

@@ -85,6 +85,15 @@ def test_answer_while_hundreds_of_connections_are_idle(server: Process) -> None:
     assert_answers_soon(server)
 
 
+def test_answer_although_more_clients_are_idle_than_may_connect(server: Process) -> None:
+    with ExitStack() as stack:
+        for _ in range(520):
+            stack.enter_context(Wire(server.address))
+        with Wire(server.address) as wire:
+            wire.send(spell("GET", "/health"))
+            assert wire.answer().status == 200
+
+
 def test_answer_while_other_clients_do_not_read_their_answers(server: Process) -> None:
     with ExitStack() as stack:
         wires = [stack.enter_context(Wire(server.address)) for _ in range(20)]
@@ -267,7 +276,7 @@ def test_wait_counts_as_one_request_and_is_logged_once(
 ) -> None:
     caplog.set_level("DEBUG", "tinyqueue.web")
     with serving(API(Settings(rate_limit="9/hour"), near)) as (_, address), Wire(address) as wire:
-        wire.send(spell("GET", delayed.replace("25", "1")))
+        wire.send(spell("GET", delayed.removesuffix("25") + "1"))
         assert wire.answer().headers["ratelimit"].startswith('"default";r=8;')
     lines = [record for record in caplog.records if getattr(record, "fields", {}).get("event") == "request"]
     assert [line.fields["status"] for line in lines] == [200]
@@ -276,7 +285,7 @@ def test_wait_counts_as_one_request_and_is_logged_once(
 
 def test_wait_forgets_the_job_when_the_time_is_up(near: Queue, delayed: str) -> None:
     with serving(API(Settings(), near)) as (_, address), Wire(address) as wire:
-        wire.send(spell("GET", delayed.replace("25", "1")))
+        wire.send(spell("GET", delayed.removesuffix("25") + "1"))
         assert wire.answer().status == 200
         until(lambda: not raw(near).scard(near.keys.awaited))
 

@@ -12,8 +12,9 @@ import pytest
 from client import Answer, Client, Wire, serving, spell
 from conftest import Server, dump, newest, put, raw
 
-from tinyqueue import KEY_LENGTH, MAX_DELAY, MAX_DEPTH, MAX_JOBS, Failure, Queue, handler
+from tinyqueue import KEY_LENGTH, MAX_DELAY, MAX_JOBS, Failure, Queue, handler
 from tinyqueue_config import Settings
+from tinyqueue_json import MAX_DEPTH
 from wsgi import API, RETRY_AFTER
 
 NDJSON = {"Content-Type": "application/x-ndjson"}

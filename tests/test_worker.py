@@ -9,7 +9,9 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from contextvars import ContextVar
 from datetime import UTC, datetime
+from decimal import Decimal, getcontext
 from typing import Any
 
 import msgspec
@@ -296,39 +298,170 @@ def test_fail_delays_the_next_attempt_by_the_backoff(queue: Queue, work: Any) ->
     assert 1_000_000 <= waiting.run_at - waiting.started_at <= 1_520_000
 
 
-def test_fail_of_an_unknown_type_is_retried_later(queue: Queue, work: Any, echo: None) -> None:
-    job, after = queue.enqueue("unknown", None), queue.enqueue("echo", 1)
+# Jobs that this worker cannot read ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def unreadable(queue: Queue) -> Callable[[str], Job]:
+    """Enqueue a job of an unknown type, or with a payload that the handler's type does not allow."""
+
+    def enqueue(kind: str) -> Job:
+        job = queue.enqueue("changed", {"to": 1}, max_attempts=1)
+        if kind == "payload":
+
+            @handler("changed", backoff=0.01)
+            def changed(payload: dict[str, str]) -> None: ...
+
+        return job
+
+    return enqueue
+
+
+UNREADABLE_KINDS = {
+    "type": ("UnknownType", "type: no handler is registered for 'changed'; registered: echo; "),
+    "payload": ("InvalidJob", "payload[...]: Expected `str`"),
+}
+
+
+@pytest.mark.parametrize("kind", UNREADABLE_KINDS)
+def test_postpone_a_job_that_the_worker_cannot_read_without_spending_an_attempt(
+    queue: Queue, work: Any, echo: None, unreadable: Any, kind: str
+) -> None:
+    job, after = unreadable(kind), queue.enqueue("echo", 1)
     work(queue, slots=1)
     waiting = until(lambda: (now := queue.get(job.id)) and now.error and now)
-    assert (waiting.status, waiting.error.type) == ("pending", "UnknownType")
-    assert "registered: echo" in waiting.error.message
-    assert waiting.run_at - waiting.started_at >= 10_000
+    assert (waiting.status, waiting.attempts, waiting.refunds) == ("pending", 0, 1)
+    type, message = UNREADABLE_KINDS[kind]
+    assert waiting.error.type == type
+    assert waiting.error.message.startswith(message)
+    assert waiting.error.message.endswith("this worker cannot run the job, and it waits for one that can (1/10)")
+    assert waiting.error.traceback == ""
+    assert 10_000 <= waiting.run_at - waiting.started_at <= 16_000
     assert until_ended(queue, after).status == "completed"
 
 
-def test_fail_of_an_unknown_type_ends_after_the_last_attempt(
-    queue: Queue, work: Any, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("kind", UNREADABLE_KINDS)
+def test_postpone_a_job_until_a_worker_can_read_it(
+    queue: Queue, work: Any, echo: None, unreadable: Any, *, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(worker, "UNKNOWN_TYPE_BACKOFF", 0.01)
-    job = queue.enqueue("unknown", None)
-    work(queue)
-    ended = until_ended(queue, job)
-    assert (ended.status, ended.attempts) == ("failed", 3)
-
-
-def test_fail_of_a_payload_that_no_longer_matches_names_the_path(queue: Queue, work: Any) -> None:
-    job = queue.enqueue("changed", {"to": 1}, max_attempts=1)
+    monkeypatch.setattr(worker, "UNREADABLE_BACKOFF", 0.01)
+    job = unreadable(kind)
+    old = work(queue)
+    until(lambda: found(queue, job).refunds >= 2)
+    assert old.end("drain") == 0
+    HANDLERS.pop("changed", None)
 
     @handler("changed")
-    def changed(payload: dict[str, str]) -> None: ...
+    def changed(payload: dict[str, int]) -> int:
+        return payload["to"]
 
     work(queue)
     ended = until_ended(queue, job)
-    assert ended.status == "failed"
+    assert (ended.status, ended.result, ended.attempts, ended.error) == ("completed", 1, 1, None)
+
+
+@pytest.mark.parametrize("kind", UNREADABLE_KINDS)
+def test_postpone_a_job_that_no_worker_can_read_only_ten_times(
+    queue: Queue, work: Any, echo: None, unreadable: Any, *, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(worker, "UNREADABLE_BACKOFF", 0.001)
+    job = unreadable(kind)
+    work(queue)
+    ended = until_ended(queue, job)
+    assert (ended.status, ended.attempts, ended.refunds) == ("failed", 1, 10)
     assert ended.error
-    assert ended.error.type == "InvalidJob"
-    assert ended.error.message.startswith("payload[...]: Expected `str`")
-    assert ended.error.traceback == ""
+    assert ended.error.type == UNREADABLE_KINDS[kind][0]
+
+
+def test_postpone_no_job_whose_handler_submits_an_invalid_job(queue: Queue, work: Any, echo: None) -> None:
+    @handler("parent", max_attempts=1)
+    def parent(payload: Any) -> None:
+        queue.enqueue("echo", object())
+
+    job = queue.enqueue("parent", None)
+    work(queue)
+    ended = until_ended(queue, job)
+    assert ended.error
+    assert (ended.status, ended.error.type, ended.refunds) == ("failed", "InvalidJob", 0)
+
+
+# What handlers and exceptions can break -------------------------------------------------------------------------------
+
+
+def change_payload(job: Job) -> None:
+    job.payload["object"] = object()
+
+
+def change_fields(job: Job) -> None:
+    job.attempts += 1
+    job.worker = "other"
+    job.max_attempts = job.refunds = job.suspicions = 77
+    job.started_at = 5
+    job.type = object()  # type: ignore[assignment]
+    job.id = "none"
+
+
+def change_error(job: Job) -> None:
+    assert job.error
+    job.error.message = object()  # type: ignore[assignment]
+
+
+def delete_everything(job: Job) -> None:
+    for name in job.__struct_fields__:
+        delattr(job, name)
+
+
+class Odd(float):
+    def __repr__(self) -> str:
+        return "odd"
+
+
+def report_odd_progress(job: Job) -> None:
+    job.set_progress(Odd(0.5))
+    job.set_progress(Decimal("0.25"), of=Decimal(1))  # type: ignore[arg-type]
+
+
+CHANGES = (change_payload, change_fields, change_error, delete_everything, report_odd_progress)
+
+
+@pytest.mark.parametrize("end", ["completed", "failed"])
+@pytest.mark.parametrize("change", CHANGES)
+def test_change_of_the_job_by_its_handler_breaks_nothing(
+    queue: Queue, work: Any, echo: None, *, change: Callable[[Job], None], end: str
+) -> None:
+    @handler("change", backoff=0.01)
+    def change_job(payload: Any, job: Job) -> str:
+        if job.attempts == 1:
+            raise ValueError("first")
+        change(job)
+        if end == "failed":
+            raise Discard("enough")
+        return "done"
+
+    job, after = queue.enqueue("change", {"a": 1}), queue.enqueue("echo", 1)
+    running = work(queue, slots=1)
+    ended = until_ended(queue, job, 5)
+    assert (ended.status, ended.attempts, ended.max_attempts, ended.payload) == (end, 2, 3, {"a": 1})
+    assert (ended.refunds, ended.suspicions) == (0, 0)
+    assert until_ended(queue, after).attempts == 1
+    assert running.end("drain") == 0
+
+
+def test_cancel_reaches_a_handler_that_has_changed_its_job(queue: Queue, work: Any) -> None:
+    changed = threading.Event()
+
+    @handler("change")
+    def change(payload: Any, job: Job) -> None:
+        job.payload = object()
+        changed.set()
+        until(lambda: job.cancelled)
+        raise RuntimeError("stopped")
+
+    job = queue.enqueue("change", 1)
+    work(queue)
+    changed.wait(10)
+    queue.cancel(job.id)
+    assert until_ended(queue, job).status == "cancelled"
 
 
 class Custom(BaseException):
@@ -343,6 +476,45 @@ class TextRaises(Exception):
 class TextExits(Exception):
     def __str__(self) -> str:
         raise SystemExit(3)
+
+
+class TextCannotBeEncoded(Exception):
+    class Text(str):
+        def encode(self, *_: Any) -> bytes:  # type: ignore[override]
+            raise ZeroDivisionError
+
+    def __str__(self) -> str:
+        return self.Text("text")
+
+
+class NameRaises(type):
+    @property
+    def __name__(cls) -> str:  # type: ignore[override]
+        raise ZeroDivisionError
+
+
+class TypeHasNoName(Exception, metaclass=NameRaises):
+    pass
+
+
+class EverythingRaises(Exception):
+    """Whatever is asked of it raises another of its kind."""
+
+    def __getattribute__(self, name: str) -> Any:
+        raise EverythingRaises
+
+    def __str__(self) -> str:
+        raise EverythingRaises
+
+
+class TextHasNoEnd(Exception):
+    def __str__(self) -> str:
+        return str(self)
+
+
+class OddNumber(int):
+    def __mul__(self, other: Any) -> Any:
+        raise ZeroDivisionError
 
 
 class RetryWithoutInit(Retry):
@@ -385,6 +557,10 @@ def retry_after(after: Any) -> Callable[[], BaseException]:
 BROKEN: dict[str, Callable[[], BaseException]] = {
     "text that raises": TextRaises,
     "text that exits": TextExits,
+    "text that cannot be encoded": TextCannotBeEncoded,
+    "text without end": TextHasNoEnd,
+    "type without a name": TypeHasNoName,
+    "everything raises": EverythingRaises,
     "surrogates": lambda: ValueError("\ud800"),
     "long": lambda: ValueError("x" * 5000),
     "group": lambda: BaseExceptionGroup("two", [ValueError("a"), Custom("b")]),
@@ -393,6 +569,7 @@ BROKEN: dict[str, Callable[[], BaseException]] = {
     "retry after NaN": retry_after(float("nan")),
     "retry after infinity": retry_after(float("inf")),
     "retry after minus one": retry_after(-1),
+    "retry after an odd number": retry_after(OddNumber(0)),
 }
 
 
@@ -537,6 +714,26 @@ def test_set_progress_is_visible_while_the_handler_runs(queue: Queue, work: Any,
     until(lambda: (now := queue.get(job.id)) and now.progress == 0.25)
     go_on.set()
     assert until_ended(queue, job).progress == 0.75
+
+
+# What one job leaves for the next -------------------------------------------------------------------------------------
+
+
+def test_context_of_a_job_is_not_seen_by_the_next(queue: Queue, work: Any) -> None:
+    tenant = ContextVar("tenant", default="nobody")
+    seen: list[tuple[str, int]] = []
+
+    @handler("tenant")
+    def serve_tenant(payload: str) -> None:
+        seen.append((tenant.get(), getcontext().prec))
+        tenant.set(payload)
+        getcontext().prec = 5
+
+    jobs = queue.enqueue_many("tenant", ["a", "b", "c"])
+    work(queue, slots=1)
+    for job in jobs:
+        until_ended(queue, job)
+    assert seen == [("nobody", 28)] * 3
 
 
 # Slots and order ------------------------------------------------------------------------------------------------------
@@ -904,6 +1101,60 @@ def test_timeout_of_too_many_stuck_handlers_stops_the_worker(
     assert (left.status, left.attempts, queue.workers()) == ("pending", 0, [])
 
 
+def test_timeout_leaves_no_lock_of_the_queue_taken(
+    near: Queue, work: Any, echo: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Handlers are timed out while they report progress and submit jobs, which takes connections."""
+    monkeypatch.setattr(worker, "TICK", 0.001)
+
+    @handler("busy", timeout=0.001, max_attempts=1)
+    def busy(payload: int, job: Job) -> None:
+        while True:
+            near.write_progress(job)
+            near.get(job.id)
+
+    near.enqueue_many("busy", range(150))
+    running = work(near, slots=4, watchdog=10)
+    until(lambda: near.stats()["failed"] == 150, 60)
+    assert {job.error and job.error.type for job in newest(near, "failed", 200)} == {"TimedOut"}
+    assert len(near.pool._in_use_connections) + len(near.pool._available_connections) <= 4 + 4 + 3
+    assert until_ended(near, near.enqueue("echo", 1)).status == "completed"
+    assert running.end("drain") == 0
+
+
+def test_timeout_of_a_handler_that_waits_for_an_event_is_raised(queue: Queue, work: Any) -> None:
+    never = threading.Event()
+
+    @handler("waits", timeout=0.05, max_attempts=1)
+    def waits(payload: Any) -> None:
+        while not never.wait(0.02):
+            pass
+
+    job = queue.enqueue("waits", None)
+    work(queue)
+    ended = until_ended(queue, job, 2)
+    assert ended.error
+    assert ended.error.type == "TimedOut"
+
+
+def test_timeout_during_a_call_of_the_queue_is_raised_after_it(near: Queue, work: Any) -> None:
+    steps = []
+
+    @handler("asks", timeout=0.05, max_attempts=1)
+    def asks(payload: Any) -> None:
+        other = near.enqueue("nobody", 1, queue="unserved")
+        steps.append(near.wait_for(other.id, 0.3))
+        steps.append("reached only if the call was not interrupted")
+
+    job = near.enqueue("asks", None)
+    work(near)
+    ended = until_ended(near, job, 5)
+    assert ended.error
+    assert ended.error.type == "TimedOut"
+    assert steps == []
+    near.cancel(newest(near, "pending")[0].id)
+
+
 def test_timeout_never_interrupts_the_next_job(queue: Queue, work: Any, echo: None) -> None:
     """Handlers return at about the time at which their timeout is raised."""
     durations = [0.018 + n * 0.0005 for n in range(30)]
@@ -1163,6 +1414,24 @@ def test_watchdog_stops_a_worker_that_cannot_take_jobs(server: Server, work: Any
     queue = server.queue()
     raw(queue).set(queue.keys.jobs("default"), "not a list")
     assert work(queue, watchdog=0.5).end() == EXIT_BROKEN
+
+
+def test_watchdog_stops_a_worker_that_cannot_save_outcomes(
+    server: Server, work: Any, echo: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(worker, "LAST_WRITE", 0.3)
+    ran: list[int] = []
+
+    @handler("note")
+    def note(payload: int) -> None:
+        ran.append(payload)
+
+    queue = server.queue()
+    queue.enqueue_many("note", range(1000))
+    raw(queue).set(queue.keys.awaited, "not a set")
+    running = work(queue, slots=2, watchdog=1)
+    assert running.end() == EXIT_BROKEN
+    assert len(ran) <= 2 + worker.UNSETTLED
 
 
 def test_watchdog_stops_a_worker_without_redis(start_redis: Callable[..., RedisServer], work: Any) -> None:
