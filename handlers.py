@@ -59,7 +59,8 @@ log = logging.getLogger(__name__)
 
 # The types include constraints, so a submit with an invalid payload is refused. Without them, an
 # address with a line break could add a header to the e-mail. A dataclass can be a payload type too,
-# but only a Struct can refuse unknown fields, which are often misspelled.
+# but only a Struct can refuse unknown fields, which are often misspelled. The error for a text that
+# breaks a pattern has the description in place of the pattern.
 Address = Annotated[
     str,
     Meta(
