@@ -16,8 +16,13 @@ job from Python, and mypy checks that payload. The handler decides the outcome o
     job.set_progress(3, 10)  the job shows a progress of 30 % while it runs on
 
 A handler runs in one of several threads of a process. Use a lock for anything that handlers share.
+Each attempt has its own context variables. Values in threading.local() stay for the next job of the
+thread, so set them at the start of a handler. The job that a handler receives is its own copy.
+Processes that a handler forks have the default signal handlers.
+
 When a handler exceeds its `timeout`, TimedOut is raised in it at its next line of Python. A call
-that waits for the network does not notice that, so give it a timeout of its own.
+that waits for the network does not notice that, so give it a timeout of its own. Calls of the queue
+are not interrupted: TimedOut is raised when they return.
 
 A job can run twice, because a worker can die after the work and before its outcome is saved. Make
 the second run harmless. Mark the effect with job.id, which is the same in every attempt

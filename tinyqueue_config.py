@@ -99,7 +99,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         Meta(
             ge=10,
             le=86400,
-            description="seconds without Redis, or unable to take jobs, after which a worker exits",
+            description="seconds without Redis, or unable to take jobs or save outcomes, after which a worker exits",
         ),
     ] = 300
     max_jobs: Annotated[

@@ -973,7 +973,7 @@ def run(queues: tuple[str, ...], burst: bool, **overrides: Any) -> None:
     for warning in warnings(queue):
         log.warning("%s", warning)
     code = worker.run()
-    exit_now(code, min(EXIT_TIME, max(0.5, worker.exit_by - time.monotonic())))
+    exit_now(code, min(EXIT_TIME, max(0.2, worker.exit_by - time.monotonic())))
 
 
 cli.add_command(click.Command("worker", None, run.callback, run.params, run.help, short_help="Same as run."))

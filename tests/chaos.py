@@ -26,6 +26,7 @@ fails, its evidence is printed and the exit code is 1.
 
 from __future__ import annotations
 
+import fcntl
 import http.client
 import json
 import multiprocessing
@@ -68,13 +69,16 @@ PATIENCE = 40.0  # seconds after which the world must be quiet
 WORKERS = ("worker-0", "worker-1")
 
 HANDLERS = """
-import os, signal, sys, threading, time
+import logging, os, signal, sys, threading, time
 from contextlib import contextmanager
 from tinyqueue import Discard, Job, handler
 
 MARKS = os.open("marks", os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
 PROCESS = os.getpid()
 SOON = {"backoff": 0.05, "backoff_cap": 0.2}
+quiet = logging.getLogger("quiet")  # has a handler of Python's library
+quiet.addHandler(logging.FileHandler(os.devnull))
+quiet.propagate = False
 
 def mark(what, job):
     if os.getpid() == PROCESS:  # not in a forked child
@@ -121,6 +125,23 @@ def hang(payload: dict, job: Job) -> None:
         while True:
             time.sleep(0.01)
 
+@handler("loud", max_attempts=2, timeout=0.3, **SOON)
+def loud(payload: dict, job: Job) -> None:
+    with marked(job):
+        while True:
+            quiet.info("said to a file")
+            logging.debug("said to nobody")
+
+@handler("mutate", max_attempts=10, timeout=10, **SOON)
+def mutate(payload: dict, job: Job) -> str:
+    with marked(job):
+        job.payload["object"] = object()
+        job.max_attempts = job.refunds = job.started_at = 77
+        job.type = job.queue = object()
+    job.attempts += 1
+    job.id = "none"
+    return payload["token"]
+
 @handler("stuck", max_attempts=1, timeout=0.3, **SOON)
 def stuck(payload: dict, job: Job) -> None:
     with marked(job):
@@ -144,13 +165,24 @@ def thread(payload: dict, job: Job) -> str:
         threading.Thread(target=time.sleep, args=(1.0,)).start()
         return payload["token"]
 """
-HARMFUL = ("poison", "hang", "stuck", "exit", "fork", "thread")  # types of jobs that are a fault themselves
+HARMFUL = (
+    "poison",
+    "hang",
+    "loud",
+    "mutate",
+    "stuck",
+    "exit",
+    "fork",
+    "thread",
+)  # types of jobs that are a fault themselves
 MAX_ATTEMPTS = {
     "work": 10,
     "flaky": 3,
     "discard": 3,
     "poison": 2,
     "hang": 2,
+    "loud": 2,
+    "mutate": 10,
     "stuck": 1,
     "exit": 2,
     "fork": 10,
@@ -158,7 +190,7 @@ MAX_ATTEMPTS = {
 }
 FAILS_WITH = {
     **{"flaky": "OSError", "discard": "Discard", "poison": "WorkerLost"},
-    **{"hang": "TimedOut", "stuck": "TimedOut", "exit": "SystemExit"},
+    **{"hang": "TimedOut", "loud": "TimedOut", "stuck": "TimedOut", "exit": "SystemExit"},
 }
 SUSPICIONS = 2  # times that a job may kill its worker without losing an attempt
 
@@ -262,7 +294,7 @@ def plan(seed: int) -> Plan:
     others = rng.sample([kind for kind in kinds if kind != kinds[seed % len(kinds)]], rng.randrange(3))
     faults = []
     for kind in [kinds[seed % len(kinds)], *others]:
-        victim = rng.choice(("web", *WORKERS) if kind.startswith("link-") else WORKERS)
+        victim = rng.choice(("web", *WORKERS) if kind.startswith(("link-", "log-")) else WORKERS)
         seconds = rng.uniform(*(LONG if kind.endswith("-long") else SHORT))
         faults.append(Fault(kind, round(rng.uniform(0.1, 0.8), 3), victim, round(seconds, 3)))
     types = rng.choices(("work", "flaky", "discard"), (8, 2, 1), k=rng.randrange(16, 24))
@@ -339,6 +371,7 @@ class World:
         self.signals: list[Signal] = []
         self.deaths: list[Death] = []
         self.cuts: list[Cut] = []
+        self.reading = {name: threading.Event() for name in self.proxies}  # set while its log is read
         self.processes = {name: self._spawn(name) for name in self.proxies}
         self.supervisor = threading.Thread(target=self._supervise, daemon=True)
         self.supervisor.start()
@@ -374,17 +407,27 @@ class World:
         if name in self.wrong_clocks and CC:
             environ["LD_PRELOAD"] = str(self.folder / "clock.so")
         program = ROOT / ("wsgi.py" if name == "web" else "worker.py")
-        with (self.folder / f"{name}.log").open("ab") as log:
-            process = subprocess.Popen(
-                [sys.executable, str(program)],
-                cwd=self.folder,
-                env=environ,
-                stdout=log,
-                stderr=log,
-                start_new_session=True,
-            )
+        log, its_log = os.pipe()
+        fcntl.fcntl(log, fcntl.F_SETPIPE_SZ, 4096)
+        process = subprocess.Popen(
+            [sys.executable, str(program)],
+            cwd=self.folder,
+            env=environ,
+            stdout=its_log,
+            stderr=its_log,
+            start_new_session=True,
+        )
+        os.close(its_log)
+        self.reading[name].set()
+        threading.Thread(target=self._copy_log, args=(log, name), daemon=True).start()
         self.names[process.pid] = name
         return process
+
+    def _copy_log(self, log: int, name: str) -> None:
+        with open(log, "rb", buffering=0) as source, (self.folder / f"{name}.log").open("ab", buffering=0) as target:
+            while data := source.read(4096):
+                target.write(data)
+                self.reading[name].wait()
 
     def _supervise(self) -> None:
         parent = os.getppid()
@@ -760,6 +803,13 @@ def link_cut(world: World, fault: Fault) -> None:
         time.sleep(fault.seconds / 10)
 
 
+def log_stall(world: World, fault: Fault) -> None:
+    """Do not read the log of a process for some time."""
+    world.reading[fault.victim].clear()
+    time.sleep(fault.seconds)
+    world.reading[fault.victim].set()
+
+
 def harmful_jobs(world: World, fault: Fault) -> None:
     """Do nothing: the submits of the plan include harmful jobs."""
 
@@ -796,6 +846,8 @@ KINDS: dict[str, Callable[[World, Fault], None]] = {
     "link-reset-long": link_reset,
     "link-delay": link_delay,
     "link-cut": link_cut,
+    "log-stall": log_stall,
+    "log-stall-long": log_stall,
     **dict.fromkeys(HARMFUL, harmful_jobs),
 }
 

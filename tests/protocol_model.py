@@ -202,6 +202,7 @@ class World:
             yield f"{at} fails {job} for good, the reply is lost", failed.worker(at, doubts=worker.doubts | {doubt})
             back = over.record(job, status="pending", worker=None, attempts=attempts - 1)
             yield f"{at} releases {job}", back._replace(list=(*state.list, job))
+            yield f"{at} cannot read {job}", back._replace(delayed=state.delayed | {job})
 
     def sleeps(self, state: State, at: int) -> Iterator[Step]:
         worker = state.workers[at]

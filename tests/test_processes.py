@@ -1271,7 +1271,7 @@ def test_worker_stops_within_its_time_while_redis_hangs(
         began = time.monotonic()
         assert worker.end(SIGTERM) == 1
         assert time.monotonic() - began < 4 + LAST_WRITE + CLOSING + 0.7
-        assert f"could not save the outcome of {1 + busy} jobs" in worker.output
+        assert f"could not save the outcome of {1 + busy} job" in worker.output
     finally:
         os.kill(server.process.pid, SIGCONT)
 
