@@ -844,7 +844,7 @@ def _made(stored: bytes) -> Made:
 
 
 class Outcome(NamedTuple):
-    """How an attempt ended. `after`: seconds until the next; None: a failure is final, a release at once."""
+    """How an attempt ended. `after`: seconds until the next; None: never, or after a release now."""
 
     job: Job
     verb: Literal["complete", "fail", "release"]

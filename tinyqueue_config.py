@@ -326,7 +326,7 @@ class LogWriter:
 
 
 class JSONFormatter(logging.Formatter):
-    """Write a log line as one object of strict JSON. No field replaces its time, level or message."""
+    """Write a log line as an object of strict JSON. No field replaces time, level or message."""
 
     def format(self, record: logging.LogRecord) -> str:
         line = {"time": int(record.created * 1000), "level": _level(record).lower(), "message": record.getMessage()}
@@ -405,7 +405,7 @@ class LogHandler(logging.Handler):
         self.writer.put(line)
 
     def _line(self, record: logging.LogRecord) -> bytes:
-        """Format a record, with the fields of LOG_CONTEXT and those of `extra={"fields": {...}}`."""
+        """Format a record with the fields of LOG_CONTEXT and of `extra={"fields": {...}}`."""
         own = getattr(record, "fields", None)
         record.fields = LOG_CONTEXT.get()() | (own if isinstance(own, dict) else {})
         return (self.format(record) + "\n").encode(self.encoding, "backslashreplace")
@@ -493,7 +493,7 @@ def exit_now(code: int, seconds: float = EXIT_TIME, functions: bool = True) -> N
 
 
 def reset_signals_in_children() -> None:
-    """Give processes that this one forks from now on the default signals, not those of this process."""
+    """Give processes that this one forks from now on the default signal handlers."""
     os.register_at_fork(before=_hold_signals, after_in_parent=_let_signals, after_in_child=_reset_signals)
 
 

@@ -113,12 +113,12 @@ CLOSING = 1.0  # seconds for the end of the threads and to deregister, even if R
 LAST_WRITE = 2.0  # seconds to save the last outcomes after the drain: 25 + 2 + 1 is less than the 30 of platforms
 UNSETTLED = 100  # jobs that have run and are not settled, above which no more are taken
 UNREADABLE_BACKOFF = 10.0  # seconds, doubling: a worker that can read the job may get it meanwhile
-# Modules in Python that take locks shared by many threads; not all do so in a way that an exception cannot break.
+# Modules in Python that take locks shared by many threads, some so that an exception breaks them.
 FRAGILE = frozenset(
     {"importlib._bootstrap", "importlib._bootstrap_external", "logging", "logging.handlers", "queue", "threading"}
     | {"_frozen_importlib", "_frozen_importlib_external", "concurrent.futures._base", "concurrent.futures.thread"}
 )
-# Their functions in which threads spend the most time, waiting or making a log record, and which take no such lock.
+# Functions of these that take no such lock, in which threads wait or make a log record.
 HARMLESS = frozenset(
     {"wait", "join", "_wait_for_tstate_lock", "_log", "makeRecord", "__init__", "findCaller", "getMessage", "format"}
     | {"debug", "info", "warning", "error", "exception", "callHandlers", "_is_internal_frame", "getEffectiveLevel"}
@@ -285,7 +285,7 @@ class Slot(Shield):
 
 
 def _resident_memory() -> int:
-    """Return the bytes of memory that this process has in use; where there is no /proc, the most it ever had."""
+    """Return the bytes of memory in use; without /proc, the most that were ever in use."""
     try:
         return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
     except OSError:
@@ -386,7 +386,7 @@ class Worker:
         return next((f"{problem} for {limit} s" for problem, at in since.items() if now - at > limit), "")
 
     def _find_limit(self) -> str:
-        """Return which of TINYQUEUE_MAX_JOBS and TINYQUEUE_MAX_MEMORY was reached. One job always runs."""
+        """Return which of MAX_JOBS and MAX_MEMORY was reached. One job always runs."""
         jobs, memory = self.settings.max_jobs, self.settings.max_memory
         if jobs and self.started >= jobs:
             return f"{self.started} jobs were started"
@@ -532,7 +532,7 @@ class Worker:
         return count
 
     def _room(self) -> int:
-        """Return how many jobs may be taken: those that have run and are not settled are bounded."""
+        """Return how many jobs to take: those that have run and are not settled are bounded."""
         unsettled = self.settings.worker_concurrency + UNSETTLED - len(self.held)
         left = self.settings.max_jobs - self.started
         return min(unsettled, left) if self.settings.max_jobs else unsettled
