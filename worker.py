@@ -103,7 +103,7 @@ from tinyqueue_json import from_json, to_json
 log = logging.getLogger("tinyqueue.worker")
 
 TICK = 0.25  # seconds between two checks of the handlers' timeouts
-SHORT_TICK = 0.005  # the same while a handler must be interrupted and is in code that should not be
+SHORT_TICK = 0.005  # the same while a handler cannot be interrupted yet, or while too many outcomes are unsaved
 GRACE = 5.0  # seconds from a handler's timeout until the handler counts as stuck
 PROMOTE_EVERY = 1.0  # seconds; a delayed job is promoted about that late at most
 REAP_EVERY = 5.0
@@ -113,15 +113,14 @@ CLOSING = 1.0  # seconds for the end of the threads and to deregister, even if R
 LAST_WRITE = 2.0  # seconds to save the last outcomes after the drain: 25 + 2 + 1 is less than the 30 of platforms
 UNSETTLED = 100  # jobs that have run and are not settled, above which no more are taken
 UNREADABLE_BACKOFF = 10.0  # seconds, doubling: a worker that can read the job may get it meanwhile
-# Modules in Python that take locks shared by many threads, some so that an exception breaks them.
-FRAGILE = frozenset(
-    {"importlib._bootstrap", "importlib._bootstrap_external", "logging", "logging.handlers", "queue", "threading"}
-    | {"_frozen_importlib", "_frozen_importlib_external", "concurrent.futures._base", "concurrent.futures.thread"}
+# Functions of Python's library that take and release locks. An exception in one of them can leave
+# its lock taken.
+FRAGILE_MODULES = frozenset(
+    {"logging", "threading", "concurrent.futures._base", "importlib._bootstrap", "_frozen_importlib"}
 )
-# Functions of these that take no such lock, in which threads wait or make a log record.
-HARMLESS = frozenset(
-    {"wait", "join", "_wait_for_tstate_lock", "_log", "makeRecord", "__init__", "findCaller", "getMessage", "format"}
-    | {"debug", "info", "warning", "error", "exception", "callHandlers", "_is_internal_frame", "getEffectiveLevel"}
+FRAGILE_FUNCTIONS = frozenset(
+    {"acquire", "release", "_acquireLock", "_releaseLock", "_acquire_restore", "_release_save"}
+    | {"__enter__", "__exit__", "_get_module_lock", "_lock_unlock_module"}
 )
 STARTED = {"fields": {"event": "started"}}
 EXIT_BROKEN = 70  # EX_SOFTWARE: the process cannot do its work, and a restart may help
@@ -202,8 +201,10 @@ def _raise_in_thread(thread: int, error: type[BaseException] | None) -> None:
 
 
 def _is_fragile(frame: FrameType | None) -> bool:
-    """Whether an exception might leave a lock of Python's library taken that other threads need."""
-    return frame is not None and frame.f_globals.get("__name__") in FRAGILE and frame.f_code.co_name not in HARMLESS
+    """Whether an exception now might leave a lock of Python's library taken that other threads need."""
+    if frame is None or frame.f_code.co_name not in FRAGILE_FUNCTIONS:
+        return False
+    return frame.f_globals.get("__name__") in FRAGILE_MODULES
 
 
 class Slot(Shield):
@@ -488,7 +489,7 @@ class Worker:
             if free < 1:  # a suspect was started before the slots that became free were counted
                 continue
             if (most := min(free, self._room())) < 1:
-                self.stopping.wait(TICK)
+                self.stopping.wait(SHORT_TICK)
                 continue
             worker = self.id
             try:

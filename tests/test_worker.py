@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import re
 import threading
 import time
@@ -1120,6 +1121,33 @@ def test_timeout_leaves_no_lock_of_the_queue_taken(
     assert len(near.pool._in_use_connections) + len(near.pool._available_connections) <= 4 + 4 + 3
     assert until_ended(near, near.enqueue("echo", 1)).status == "completed"
     assert running.end("drain") == 0
+
+
+def test_timeout_of_handlers_that_log_leaves_no_lock_of_logging_taken(
+    near: Queue, work: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Up to Python 3.12, logging takes its locks in a way that an exception can break."""
+    monkeypatch.setattr(worker, "TICK", 0.001)
+    own = logging.getLogger("own")
+    own.propagate = False
+    own.addHandler(logging.FileHandler(os.devnull))
+
+    @handler("loud", timeout=0.001, max_attempts=1)
+    def loud(payload: int) -> None:
+        while True:
+            own.warning("said")
+            logging.getLogger(f"new.{payload}").isEnabledFor(logging.DEBUG)
+
+    near.enqueue_many("loud", range(300))
+    running = work(near, slots=4)
+    until(lambda: near.stats()["failed"] == 300, 60)
+    last = threading.Thread(target=own.warning, args=("last",), daemon=True)
+    last.start()
+    last.join(10)
+    assert not last.is_alive()
+    assert running.end("drain") == 0
+    own.handlers[0].close()
+    own.handlers.clear()
 
 
 def test_timeout_of_a_handler_that_waits_for_an_event_is_raised(queue: Queue, work: Any) -> None:
