@@ -844,7 +844,7 @@ def _made(stored: bytes) -> Made:
 
 
 class Outcome(NamedTuple):
-    """How an attempt ended. `after`: seconds until the next; None: never, or after a release now."""
+    """How an attempt ended. `after`: seconds until the next; None: never, or released: now."""
 
     job: Job
     verb: Literal["complete", "fail", "release"]

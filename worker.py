@@ -201,7 +201,7 @@ def _raise_in_thread(thread: int, error: type[BaseException] | None) -> None:
 
 
 def _is_fragile(frame: FrameType | None) -> bool:
-    """Whether an exception now might leave a lock of Python's library taken that other threads need."""
+    """Whether an exception now might leave a lock taken that other threads need."""
     if frame is None or frame.f_code.co_name not in FRAGILE_FUNCTIONS:
         return False
     return frame.f_globals.get("__name__") in FRAGILE_MODULES

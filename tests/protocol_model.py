@@ -80,6 +80,9 @@ class World:
         self.jobs = range(jobs)
         self.pill = pill
         self.without = without
+        # Larger worlds would have millions of states.
+        self.timed = jobs * workers <= 2 and jobs == 1  # has jobs that are not due
+        self.detailed = jobs * workers == 1  # has lost replies of settle, and retries, too
         self.first = State((Record(),) * jobs, (Worker(),) * workers, tuple(self.jobs), completed=(0,) * jobs)
 
     def guarded(self, guard: str) -> bool:
@@ -99,7 +102,7 @@ class World:
         for job in self.jobs:
             if not state.records[job].due:
                 yield f"the time of {job} comes", state.record(job, due=True)
-            if state.records[job].status == "failed" and not self.pill and not state.records[job].retries:
+            if state.records[job].status == "failed" and self.detailed and not state.records[job].retries:
                 yield (
                     f"retry {job}",
                     state.record(job, status="pending", attempts=0, retries=1)._replace(list=(job, *state.list)),
@@ -152,7 +155,11 @@ class World:
                 delayed = state.delayed | {job} if record.status == "pending" else state.delayed
                 dropped = less(worker.proc, job)
                 yield f"{at} drops {job}", known.worker(at, proc=dropped)._replace(delayed=delayed)
-                yield f"{at} drops {job}, the reply is lost", again.worker(at, proc=dropped)._replace(delayed=delayed)
+                if self.detailed:
+                    yield (
+                        f"{at} drops {job}, the reply is lost",
+                        again.worker(at, proc=dropped)._replace(delayed=delayed),
+                    )
 
     def unused(self, state: State, job: int) -> int:
         """The smallest number that no worker remembers; a counter would make the world infinite."""
@@ -194,15 +201,19 @@ class World:
             if attempts < MAX_ATTEMPTS:
                 yield (
                     f"{at} fails {job}",
-                    over.record(job, status="pending", due=False, worker=None)._replace(delayed=state.delayed | {job}),
+                    over.record(job, status="pending", due=not self.timed, worker=None)._replace(
+                        delayed=state.delayed | {job}
+                    ),
                 )
             failed = over.record(job, status="failed", worker=None)  # at any attempt: a handler may give up early
             doubt = (job, attempts, state.records[job].begun)
             yield f"{at} fails {job} for good", failed
-            yield f"{at} fails {job} for good, the reply is lost", failed.worker(at, doubts=worker.doubts | {doubt})
+            if self.detailed:
+                yield f"{at} fails {job} for good, the reply is lost", failed.worker(at, doubts=worker.doubts | {doubt})
             back = over.record(job, status="pending", worker=None, attempts=attempts - 1)
             yield f"{at} releases {job}", back._replace(list=(*state.list, job))
-            yield f"{at} cannot read {job}", back._replace(delayed=state.delayed | {job})
+            if self.timed:
+                yield f"{at} cannot read {job}", back._replace(delayed=state.delayed | {job})
 
     def sleeps(self, state: State, at: int) -> Iterator[Step]:
         worker = state.workers[at]

@@ -7,7 +7,8 @@ from protocol_model import GUARDS, World, search
 
 
 @pytest.mark.parametrize(
-    ("jobs", "workers", "pill"), [(1, 2, False), (1, 3, False), (2, 1, False), (2, 2, True), (3, 2, True)]
+    ("jobs", "workers", "pill"),
+    [(1, 1, False), (1, 2, False), (1, 3, False), (2, 1, False), (2, 2, True), (3, 2, True)],
 )
 def test_protocol_holds_in_every_interleaving(jobs: int, workers: int, pill: bool) -> None:
     states, why, path = search(World(jobs, workers, pill))
@@ -17,5 +18,8 @@ def test_protocol_holds_in_every_interleaving(jobs: int, workers: int, pill: boo
 
 @pytest.mark.parametrize("guard", GUARDS)
 def test_protocol_fails_without_any_of_its_guards(guard: str) -> None:
-    pill = guard in ("beside", "alone")
-    assert search(World(2, 1, pill, guard) if pill else World(1, 2, pill, guard))[1], GUARDS[guard]
+    if guard in ("beside", "alone"):
+        world = World(2, 1, pill=True, without=guard)
+    else:
+        world = World(1, 1 if guard == "leave" else 2, without=guard)
+    assert search(world)[1], GUARDS[guard]
