@@ -64,7 +64,7 @@ from tinyqueue import ENDED, Job, Queue, Unavailable  # noqa: E402
 
 LEASE = 2  # seconds; renewed after at most 0.92, so that 1.08 are left at any time
 SHORT = (0.1, 0.8)  # seconds of a fault during which no lease expires
-LONG = (2.6, 3.3)  # seconds of a fault during which every lease expires
+LONG = (3.6, 4.3)  # seconds of a fault during which a reaper sees a lease unchanged for too long
 PATIENCE = 40.0  # seconds after which the world must be quiet
 WORKERS = ("worker-0", "worker-1")
 

@@ -49,7 +49,9 @@ class Text(msgspec.Struct, tag="text"):
 
 def run(folder: Path, *command: object) -> str:
     """Run a command, which must succeed, and return its output."""
-    done = subprocess.run([*map(str, command)], cwd=folder, capture_output=True, text=True, check=False)
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # the generator formats by ruff
+    environ = os.environ | {"PATH": path}
+    done = subprocess.run([*map(str, command)], cwd=folder, env=environ, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
