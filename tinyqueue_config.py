@@ -274,7 +274,10 @@ class LogWriter:
         self.dropped = 0
         self.forked = False
         os.register_at_fork(after_in_child=self._after_fork)
+        # A signal that this thread took while the main thread blocks it would kill the process.
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
         threading.Thread(target=self._run, name="log", daemon=True).start()
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
     def put(self, line: bytes) -> None:
         if self.forked:

@@ -425,7 +425,8 @@ fork = multiprocessing.get_context("fork")
 
 def sleep(began: object) -> None:
     began.set()
-    time.sleep(300)
+    while True:
+        time.sleep(0.05)  # a signal that comes just before a sleep is handled after it
 
 @handler("children", timeout=20, max_attempts=1)
 def children(way: str) -> object:
@@ -740,6 +741,18 @@ def test_serve_with_two_processes_handles_no_signal_asynchronously(real: Server,
     status = Path(f"/proc/{web.pid}/status").read_text()
     [handled] = re.findall(r"^SigCgt:\s*(\w+)$", status, re.M)
     assert not any(int(handled, 16) >> (number - 1) & 1 for number in (SIGTERM, SIGCHLD))
+    assert web.end(SIGTERM) == 0
+
+
+def test_serve_with_two_processes_leaves_signals_to_the_main_thread(real: Server, serve: Any) -> None:
+    """Another thread of the parent that takes a SIGTERM would kill it before it stops the children."""
+    web = serve(REDIS_URL=real.url, WEB_CONCURRENCY="2")
+    until(lambda: len(web.children) == 2)
+    others = [task for task in Path(f"/proc/{web.pid}/task").iterdir() if task.name != str(web.pid)]
+    assert others
+    for task in others:
+        [blocked] = re.findall(r"^SigBlk:\s*(\w+)$", (task / "status").read_text(), re.M)
+        assert int(blocked, 16) >> (SIGTERM - 1) & 1
     assert web.end(SIGTERM) == 0
 
 
