@@ -1055,7 +1055,7 @@ class Queue(Verbs):
         nothing -> pending. In place of a job whose uniqueKey is taken, returns the job that has it.
         With `once`, a second submit under the same key returns the jobs of the first. Watches the
         keys of `once` and of uniqueKeys; ids are new and need no watch. After a lost reply, the ids
-        or `once` show whether all is stored. If the first EXEC arrives late all the same, the jobs
+        or `once` show whether all is stored. If the first EXEC still arrives late, the jobs
         are safe, but counted twice until a worker repairs the counts. Raises InvalidJob for more
         than MAX_JOBS, KeyReused, QueueFull, Unavailable if Redis' memory is nearly used up, and
         NotReplicated if the jobs are stored but fewer than `min_replicas` replicas have them within

@@ -747,7 +747,7 @@ class Worker:
         for part in self.queue.parts:
             try:
                 expired = part.lost_workers(own=self.id)
-            except TinyQueueError as error:  # the other shards need their jobs back all the same
+            except TinyQueueError as error:  # the other shards still need their jobs back
                 self._warn("reap workers", error)
                 continue
             if now - max(self.late_reap_check, part.last_trouble) >= lease:
