@@ -637,7 +637,7 @@ def test_serve_while_nobody_reads_the_log_goes_on(near: Queue, real: Server, *, 
 @pytest.fixture
 def durable(start_redis: Callable[..., RedisServer]) -> RedisServer:
     """Start a Redis that keeps its data when it is killed."""
-    return start_redis("--appendonly", "yes")
+    return start_redis("--appendonly", "yes", "--appendfsync", "always")
 
 
 def test_dequeue_continues_after_a_restart_of_redis(durable: RedisServer, work: Any, queue_at: Any) -> None:
