@@ -20,6 +20,8 @@ def test_protocol_holds_in_every_interleaving(jobs: int, workers: int, pill: boo
 def test_protocol_fails_without_any_of_its_guards(guard: str) -> None:
     if guard in ("beside", "alone"):
         world = World(2, 1, pill=True, without=guard)
+    elif guard == "cycle":
+        world = World(2, 1, without=guard)
     else:
         world = World(1, 1 if guard == "leave" else 2, without=guard)
     assert search(world)[1], GUARDS[guard]
