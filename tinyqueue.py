@@ -48,6 +48,7 @@ round trips however many jobs it moves. No Lua.
 
     dequeue is take, then start or expire. enqueue is written by submit, expire by start, and
     request by cancel. complete, fail and release are written by settle, many in one transaction.
+    exchange is settle and dequeue in three round trips: a busy worker does nothing else.
     Every verb that fills a list rings its bell, and every verb keeps the counts and the metrics.
     Whatever ends a job frees its uniqueKey and leaves a token for those who wait for it.
 

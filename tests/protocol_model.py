@@ -14,7 +14,7 @@ import itertools
 import sys
 from collections import deque
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import click
 
@@ -323,12 +323,19 @@ def lost(state: State, at: int) -> State:
     )
 
 
-def search(world: World) -> tuple[int, str, list[str]]:
+class Searched(Protocol):
+    first: Any
+
+    def steps(self, state: Any) -> Iterator[tuple[str, Any]]: ...
+    def wrong(self, state: Any) -> str: ...
+
+
+def search(world: Searched) -> tuple[int, str, list[str]]:
     """Visit all states, nearest first, up to a wrong one.
 
     Returns how many were visited, what is wrong, and the steps to it.
     """
-    came: dict[State, tuple[str, State] | None] = {world.first: None}
+    came: dict[Any, tuple[str, Any] | None] = {world.first: None}
     todo = deque([world.first])
     while todo:
         state = todo.popleft()
