@@ -1432,11 +1432,12 @@ class Queue(Verbs):
     ) -> tuple[list[Outcome], list[Job]]:
         """Settle outcomes, and take and start up to `most` jobs, as settle, take and start do.
 
-        Returns the outcomes that were not written, and the jobs. Takes three round trips: one
-        transaction takes the ids, and is sent with the reads of the outcomes' records. Another
-        writes all the rest. If this raises, the ids that it took are in the worker's own list, where
-        `adopt` finds them. `held` includes the jobs of the outcomes. So a suspect is never started,
-        but returned pending.
+        Returns the outcomes that were not written, and the jobs. Takes three round trips. The first
+        takes the ids, in a transaction of its own, and reads the records of the outcomes. A queue
+        that has too few ids costs one more. The second reads the records of the taken ids, and the
+        third writes all the rest. If this raises, the ids that it took are in the worker's own
+        list, where `adopt` finds them. `held` includes the jobs of the outcomes, so a suspect is
+        not started, but returned pending.
         """
         keys = [self.keys.job(outcome.job.id) for outcome in outcomes]
         untried = self._not_paused(names) if most else []

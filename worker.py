@@ -769,7 +769,7 @@ class Worker:
         _log_outcomes(outcomes, saved)
 
     def _give_up(self, worker: str, reaped: Reaped) -> None:
-        """Drop all jobs after this worker was reaped, and requeue what it just took (taker, slots)."""
+        """Drop all jobs of a reaped worker, and requeue what it just took (taker, slots)."""
         self._drop_jobs(worker, reaped)
         self.adopt_at = 0.0
         for part in reaped.parts or self.queue.parts:

@@ -29,7 +29,7 @@ def test_protocol_fails_without_any_of_its_guards(guard: str) -> None:
     assert search(world)[1], GUARDS[guard]
 
 
-@pytest.mark.parametrize(("slots", "jobs"), [(1, 3), (2, 4), (3, 4)])
+@pytest.mark.parametrize(("slots", "jobs"), [(1, 9), (2, 4), (3, 4)])
 def test_slots_pass_on_jobs_and_outcomes_in_every_interleaving(slots: int, jobs: int) -> None:
     states, why, path = search(Cycle(slots, jobs))
     assert not why, f"{why}: {path}"
