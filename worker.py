@@ -89,7 +89,9 @@ from tinyqueue import (
 from tinyqueue_config import (
     EXIT_TIME,
     LOG_CONTEXT,
+    SIGNALS,
     Settings,
+    exit_at_sigterm,
     exit_now,
     open_queue,
     plural,
@@ -834,6 +836,7 @@ def handle_signals(worker: Worker, also: Callable[[], None] = lambda: None) -> N
     signal.signal(signal.SIGTERM, handle)
     signal.signal(signal.SIGINT, handle)
     reset_signals_in_children()
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
 
 
 def _setting_help(field: str) -> str:
@@ -963,6 +966,7 @@ def filter_options(*statuses: str, required: bool = False, default: str | None =
 def run(queues: tuple[str, ...], burst: bool, **overrides: Any) -> None:
     """Run jobs until SIGTERM or Ctrl-C."""
     settings = Settings.read(**overrides)
+    exit_at_sigterm()
     queue = _open(settings)
     names = [check_name("queue", name) for name in queues]
     load_handlers(settings.handlers)
