@@ -78,8 +78,10 @@ from tinyqueue import (
 from tinyqueue_config import (
     EXIT_TIME,
     LOG_CONTEXT,
+    SIGNALS,
     Settings,
     error_line,
+    exit_at_sigterm,
     exit_now,
     plural,
     reset_signals_in_children,
@@ -818,6 +820,7 @@ def handle_signals(worker: Worker, also: Callable[[], None] = lambda: None) -> N
     signal.signal(signal.SIGTERM, handle)
     signal.signal(signal.SIGINT, handle)
     reset_signals_in_children()
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
 
 
 def _setting_help(field: str) -> str:
@@ -846,6 +849,7 @@ cli = tinyqueue_cli.cli  # the console script `tinyqueue` runs tinyqueue.worker:
 def run(queues: tuple[str, ...], burst: bool, **overrides: Any) -> None:
     """Run jobs until SIGTERM or Ctrl-C."""
     settings = Settings.read(**overrides)
+    exit_at_sigterm()
     queue = tinyqueue_cli.require_queue(settings)
     names = [check_name("queue", name) for name in queues]
     load_handlers(settings.handlers)

@@ -67,9 +67,13 @@ from tinyqueue import (
 from tinyqueue_access import ROLES, Access
 from tinyqueue_config import (
     LOG_CONTEXT,
+    SIGNALS,
     WEB_THREADS,
     Settings,
+    exit_at_sigterm,
     exit_now,
+    fork_held,
+    hold_signals,
     open_queue,
     plural,
     reset_signals_in_children,
@@ -84,7 +88,6 @@ log = logging.getLogger("tinyqueue.web")
 
 LONGEST_WAIT = 25  # seconds that GET /jobs/<id>?wait= may take: routers time out after 30
 PREVIEW_BYTES = 500  # length at which a listing cuts off a payload or a result
-SIGNALS = (signal.SIGTERM, signal.SIGINT)
 IPV6 = re.compile("[0-9a-fA-F:.]{2,45}")
 REQUEST_ID = re.compile("[!-~]{1,128}")
 # As in W3C Trace Context.
@@ -865,9 +868,9 @@ def _serve_with_worker(api: API, server: Server) -> int:
         finally:  # also if the worker crashes: a server must not accept jobs that nobody runs
             server.stop()
 
+    handle_signals(worker, server.stop)
     thread = threading.Thread(target=work, name="worker")
     thread.start()
-    handle_signals(worker, server.stop)
     server.run()
     thread.join()
     return exit_code
@@ -878,15 +881,14 @@ def serve_many(api: API, sock: socket.socket) -> int:
 
     They stop when this process dies. Returns the exit code. Signals are taken with sigwait, not
     handled: a handled signal that came just before a blocking wait for a child would take effect
-    only when a child exits.
+    only when a child exits. Requires `hold_signals`.
     """
     children: set[int] = set()
     stopping = False
     lifeline, held = os.pipe()
-    signal.pthread_sigmask(signal.SIG_BLOCK, {*SIGNALS, signal.SIGCHLD})
     while children or not stopping:
         while len(children) < api.settings.web_concurrency and not stopping:
-            if (child := os.fork()) == 0:
+            if (child := fork_held()) == 0:
                 signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGCHLD})
                 os.close(held)
                 set_up_logging(api.settings)  # the thread that writes the log is not in this process
@@ -912,16 +914,20 @@ def _exited(children: set[int]) -> list[tuple[int, int]]:
     return [(child, status) for child, status in found if child]
 
 
-def run() -> None:
-    """Serve as the settings say, and exit the process at the end."""
+def run(processes: int = 0) -> None:
+    """Serve as the settings say, or from so many processes, and exit the process at the end."""
     settings = Settings.read()
+    processes = (processes or settings.web_concurrency) if settings.redis_url else 1
+    if processes > 1:
+        hold_signals()
+    else:
+        exit_at_sigterm()
     set_up_logging(settings)
     load_handlers(settings.handlers)
     queue = open_queue(settings, settings.web_connections)
     api = API(settings, queue)
     sock = listen(settings)
     url = f"http://{settings.host or 'localhost'}:{sock.getsockname()[1]}"
-    processes = settings.web_concurrency if settings.redis_url else 1
     if settings.redis_url:
         for warning in warnings(queue):
             log.warning("%s", warning)
@@ -947,7 +953,11 @@ def main(reload: bool) -> None:
 
             # By default it looks once a second, and kills a server that does not stop within one.
             patience = Settings.read().shutdown_timeout + 5
-            hupper.start_reloader("tinyqueue.wsgi.run", reload_interval=0.2, shutdown_interval=patience)
+            # hupper has threads of its own, which would take the signals that serve_many waits for.
+            one = {"processes": 1}
+            hupper.start_reloader(
+                "tinyqueue.wsgi.run", reload_interval=0.2, shutdown_interval=patience, worker_kwargs=one
+            )
         run()
     except SettingsError as error:
         raise click.UsageError(str(error)) from None
