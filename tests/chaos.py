@@ -412,8 +412,11 @@ class World:
         """Move the wall clock of Redis by so many seconds."""
         with self.redis_lock:
             [ahead] = struct.unpack("q", self.clock.read_bytes())
+            before, _ = self.command_redis("TIME")
             with self.clock.open("r+b") as file:  # in place: the server has it mapped
                 file.write(struct.pack("q", ahead + by))
+            after, _ = self.command_redis("TIME")
+            assert not CC or abs(after - before - by) < 30, "the clock of Redis did not move"
 
     # Processes --------------------------------------------------------------------------------------------------------
 
@@ -492,6 +495,14 @@ class World:
         password = self.password or None
         with redis.Redis(port=self.redis.port, password=password, retry=None, socket_timeout=10) as client:
             return client.execute_command(*command)
+
+    def assert_refused(self, error: type[redis.RedisError]) -> None:
+        """Check that Redis refuses a write, which shows that a fault is there."""
+        try:
+            self.command_redis("SET", "refused", "")
+        except error:
+            return
+        raise AssertionError(f"Redis did not refuse a write with {error.__name__}")
 
     def cut_off(self, victim: str, seconds: float) -> None:
         """Wait while a victim is cut off. Record it if its lease expires meanwhile."""
@@ -746,8 +757,8 @@ def redis_loading(world: World, fault: Fault) -> None:
 
 
 def client_kill(world: World, fault: Fault) -> None:
-    with world.redis_lock:
-        world.command_redis("CLIENT", "KILL", "TYPE", "normal")
+    with world.redis_lock:  # nobody is connected yet if Redis was just restarted
+        until(lambda: world.command_redis("CLIENT", "KILL", "TYPE", "normal"))
 
 
 def client_pause(world: World, fault: Fault) -> None:
@@ -759,6 +770,7 @@ def client_pause(world: World, fault: Fault) -> None:
 def redis_full(world: World, fault: Fault) -> None:
     with world.redis_lock:
         world.command_redis("CONFIG", "SET", "maxmemory", "1mb")
+        world.assert_refused(redis.exceptions.OutOfMemoryError)
         time.sleep(fault.seconds)
         world.command_redis("CONFIG", "SET", "maxmemory", "0")
 
@@ -767,6 +779,7 @@ def read_only(world: World, fault: Fault) -> None:
     """Make Redis a replica, as in a failover. Its master is unreachable, so it keeps its data."""
     with world.redis_lock:
         world.command_redis("REPLICAOF", "127.0.0.1", "1")
+        world.assert_refused(redis.ReadOnlyError)
         time.sleep(fault.seconds)
         world.command_redis("REPLICAOF", "NO", "ONE")
 
@@ -775,6 +788,7 @@ def password(world: World, fault: Fault) -> None:
     """Change the password for a while, and close all connections so that they need it."""
     with world.redis_lock:
         world.command_redis("CONFIG", "SET", "requirepass", "other")
+        world.assert_refused(redis.AuthenticationError)
         world.password = "other"
         world.command_redis("CLIENT", "KILL", "TYPE", "normal", "SKIPME", "yes")
         time.sleep(fault.seconds)
