@@ -73,6 +73,7 @@ def worker(queue: Queue) -> str:
 @pytest.fixture
 def work(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Worker]]:
     """Start workers in threads. They are stopped at the end of the test."""
+    monkeypatch.setattr(process, "BLOCK", 0.1)
     monkeypatch.setattr(process, "TICK", 0.02)
     monkeypatch.setattr(process, "PROMOTE_EVERY", 0.02)
     started: list[Worker] = []
