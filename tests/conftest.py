@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import re
 import shutil
 import signal
@@ -16,7 +17,8 @@ import socket
 import subprocess
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,10 +35,18 @@ from wsgi import API
 # Real servers ---------------------------------------------------------------------------------------------------------
 
 
-def free_port() -> int:
+# Below those that Linux gives to outgoing connections: one of these might get the port of a server
+# that a test has killed and is about to restart.
+PORTS = range(11_000, 32_000)
+
+
+def free_port(ports: Sequence[int] = PORTS) -> int:
     """Return a TCP port of 127.0.0.1 on which nothing listens at the moment."""
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        return int(server.getsockname()[1])
+    chance = random.SystemRandom()  # hypothesis seeds the other one
+    while True:
+        port = chance.choice(ports)
+        with suppress(OSError), socket.create_server(("127.0.0.1", port)):
+            return port
 
 
 class RedisServer:
