@@ -691,7 +691,8 @@ class Worker:
             if all(outcome.job.worker == worker for outcome in outcomes):
                 others, jobs = self.queue.parts[0].exchange(worker, outcomes, self.names, most, held)
                 started = self._begin(jobs)  # before the outcomes leave `held`: no waiter may find it empty
-                self.adopt_at = self.adopt_at if started == len(jobs) else 0.0
+                if started < len(jobs):  # a suspect, or a reply was lost
+                    self.adopt_at = 0.0
                 self.last_take = time.monotonic()
                 self._note_saved(outcomes, [outcome for outcome in outcomes if outcome not in others])
                 return started
