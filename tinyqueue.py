@@ -586,9 +586,11 @@ class Transaction:
         """Send commands and return their replies. The first call also sends WATCH.
 
         `before` is a transaction of its own. Its EXEC clears all watches, so it is sent before
-        WATCH. Its reply comes last.
+        WATCH. Earlier watches are removed, because a change of their keys would abort it. Its reply
+        comes last.
         """
-        ahead = list(before)
+        ahead = [("UNWATCH",), *before] if before and self._watching else list(before)
+        applied_at = len(ahead) - 1
         if self._watch and (before or not self._watching):
             ahead.append(("WATCH", *self._watch))
             self._watching = True
@@ -598,7 +600,7 @@ class Transaction:
         if stale:
             self._clock.read(replies.pop())
             self.now = self._clock.now()
-        applied = replies[len(before) - 1 : len(before)] if before else []
+        applied = [replies[applied_at]] if before else []
         return replies[len(ahead) :] + applied
 
     def read_watched(self, keys: Sequence[str], work: Callable[[], R]) -> tuple[R, list[Any]]:
