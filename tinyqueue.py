@@ -1343,7 +1343,9 @@ class Queue(Verbs):
         registered, *replies = tx.read(("EXISTS", self.keys.worker(worker)), *more, *records, before=before)
         if not registered:
             raise Reaped(f"worker {worker} was reaped")
-        return replies if records else [*replies, []]
+        if not records:
+            replies.insert(len(more), [])
+        return replies
 
     def _stays(self, job: Job, worker: str, held: Mapping[str, Job] | None, company: bool, again: bool) -> bool:
         """Whether to return a taken job as it is: a suspect in company, or one started before."""
