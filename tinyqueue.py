@@ -1479,7 +1479,7 @@ class Queue(Verbs):
         """Return the attempt in the record if it is still the one that the worker holds."""
         try:
             stored = _decode_attempt(record or b"{}")
-        except msgspec.DecodeError:
+        except (msgspec.DecodeError, RecursionError):
             return None
         ours = Attempt("processing", job.worker, job.attempts, job.refunds, job.started_at, stored.cancel_requested)
         return stored if stored == ours else None
