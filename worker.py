@@ -577,11 +577,13 @@ class Worker:
 
     @contextmanager
     def _in_cycle(self) -> Iterator[None]:
-        """Hold the cycle, then wake a slot for what has piled up (taker)."""
-        with self.cycle:
-            yield
-        if self.inbox or self.outcomes:
-            self._wake_slot()
+        """Hold the cycle, then wake a slot for what has piled up, even after an error (taker)."""
+        try:
+            with self.cycle:
+                yield
+        finally:
+            if self.inbox or self.outcomes:
+                self._wake_slot()
 
     def _begin(self, jobs: Sequence[Job]) -> int:
         """Give the started jobs to the slots and return how many. The caller holds the cycle."""

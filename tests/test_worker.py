@@ -1307,6 +1307,27 @@ def test_drain_while_a_job_arrives_loses_nothing(queue: Queue, work: Any) -> Non
     assert ran == dict.fromkeys(range(8), 1)
 
 
+def test_drain_saves_an_outcome_that_came_during_a_take_that_failed(
+    near: Queue, real: Server, proxy: CutProxy, work: Any, gates: Any
+) -> None:
+    """The slot could not save it, because the taker was busy. The taker must leave it to somebody when it ends."""
+    gate = gates()
+    job = near.enqueue("gate", 0)
+    running = work(real.queue(proxy.url), slots=2)
+    until(lambda: gate.started)
+
+    def meanwhile() -> None:
+        gate.opened.set()
+        until(lambda: running.worker.outcomes)
+        running.stop("drain")
+        until(running.worker.stopping.is_set)
+
+    proxy.drop_request(b"RPOPLPUSH", meanwhile)
+    left = near.enqueue("gate", 1)
+    assert running.end() == 0
+    assert (until_ended(near, job).attempts, found(near, left).status) == (1, "pending")
+
+
 # Lost leases ----------------------------------------------------------------------------------------------------------
 
 
