@@ -1328,6 +1328,22 @@ def test_drain_saves_an_outcome_that_came_during_a_take_that_failed(
     assert (until_ended(near, job).attempts, found(near, left).status) == (1, "pending")
 
 
+def test_release_saves_an_outcome_that_came_during_a_take_that_hangs(
+    near: Queue, real: Server, proxy: CutProxy, work: Any, gates: Any
+) -> None:
+    gate = gates()
+    job = near.enqueue("gate", 0)
+    running = work(real.queue(proxy.url), slots=2)
+    until(lambda: gate.started)
+    proxy.hold(b"RPOPLPUSH", cut=False)
+    near.enqueue("gate", 1)
+    until(lambda: proxy.idle)
+    gate.opened.set()
+    until(lambda: running.worker.outcomes)
+    assert running.end("release") == 0
+    assert until_ended(near, job).attempts == 1
+
+
 # Lost leases ----------------------------------------------------------------------------------------------------------
 
 
