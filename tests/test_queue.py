@@ -24,6 +24,7 @@ from conftest import RedisServer, Server, check_consistency, dump, find_lost, fr
 from cutproxy import CutProxy
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from redis._parsers import _RESP2Parser  # private to the client
 
 import tinyqueue
 import tinyqueue_redis
@@ -2285,6 +2286,65 @@ def test_exchange_takes_three_round_trips(
     assert round_trips(10, ["low", "default"]) == 3
     assert len(jobs) == 10
     assert round_trips(0, ["low"]) == 2
+
+
+# Replies --------------------------------------------------------------------------------------------------------------
+
+PARSERS: dict[str, dict[str, Any]] = {"hiredis": {}, "python": {"parser_class": _RESP2Parser}}
+
+
+@pytest.fixture(params=PARSERS)
+def parsing(request: pytest.FixtureRequest, near: Queue, proxy: CutProxy) -> Iterator[Queue]:
+    """A queue on the data of `near`, through `proxy`, whose client parses replies in C or in Python."""
+    pool = connect(proxy.url)
+    pool.connection_kwargs |= PARSERS[request.param]
+    yield Queue(pool)
+    pool.disconnect()
+
+
+def test_exchange_with_each_parser_of_the_client(near: Queue, parsing: Queue) -> None:
+    worker = parsing.register(DEFAULT, 300)
+    jobs = parsing.enqueue_many("echo", ["x" * 3000] * 500)
+    running = parsing.dequeue(worker, DEFAULT, 200)
+    lost, started = exchange(parsing, *map(done, running), most=300)
+    assert (lost, ids(running + started)) == ([], ids(jobs))
+    assert (near.stats()["completed"], near.stats()["processing"]) == (200, 300)
+    assert [near.get(job.id) for job in started[:5]] == started[:5]
+    assert exchange(parsing, *map(done, started)) == ([], [])
+
+
+@pytest.mark.parametrize("at", [b"SADD", b"RPOPLPUSH", b"EXISTS", b"MGET", b"MSET", b"LREM", b"HINCRBY"])
+def test_exchange_whose_replies_arrive_in_parts(parsing: Queue, proxy: CutProxy, at: bytes) -> None:
+    job = put(parsing, "processing")
+    waiting = parsing.enqueue_many("echo", range(3))
+    proxy.split(at, lambda: None)
+    lost, started = exchange(parsing, done(job), most=3)
+    assert (lost, ids(started)) == ([], ids(waiting))
+    assert parsing.get(job.id).result == 7
+
+
+@pytest.mark.parametrize("wrong", [("GET", "a list"), ("NOSUCHCOMMAND",)])
+@pytest.mark.parametrize("at", [0, 1, 2])
+def test_ask_with_an_error_among_the_replies_raises_it(parsing: Queue, at: int, wrong: tuple[str, ...]) -> None:
+    raw(parsing).lpush("a list", 1)
+    commands: list[Any] = [("PING",), ("PING",)]
+    commands.insert(at, wrong)
+    with pytest.raises(Corrupted, match="WRONGTYPE" if wrong[0] == "GET" else "unknown command"):
+        parsing.store.read(*commands)
+    assert parsing.store.read(("ECHO", "next")) == [b"next"]  # and not a reply that was left unread
+    raw(parsing).delete("a list")
+
+
+def test_exchange_with_an_error_among_the_replies_raises_it(parsing: Queue, near: Queue, proxy: CutProxy) -> None:
+    """Redis refuses one command of the transaction, and with it all others."""
+    job = put(near, "processing")
+    waiting = near.enqueue("echo", 1)
+    parsing.now()
+    proxy.answer(b"MSET", b"+OK\r\n+QUEUED\r\n-OOM command not allowed\r\n" + b"+QUEUED\r\n" * 50)
+    with unavailable("full"):
+        exchange(parsing, done(job))
+    assert near.settle(job.worker, [done(job)]) == []
+    assert ids(near.start(job.worker, near.adopt(job.worker, []), {})) == [waiting.id]
 
 
 # Failures of Redis ---------------------------------------------------------------------------------------------------
