@@ -587,9 +587,11 @@ class Transaction:
         """Send commands and return their replies. The first call also sends WATCH.
 
         `before` is a transaction of its own. Its EXEC clears all watches, so it is sent before
-        WATCH. Its reply comes last.
+        WATCH. Earlier watches are removed, because a change of their keys would abort it. Its reply
+        comes last.
         """
-        ahead = list(before)
+        ahead = [("UNWATCH",), *before] if before and self._watching else list(before)
+        applied_at = len(ahead) - 1
         if self._watch and (before or not self._watching):
             ahead.append(("WATCH", *self._watch))
             self._watching = True
@@ -599,7 +601,7 @@ class Transaction:
         if stale:
             self._clock.read(replies.pop())
             self.now = self._clock.now()
-        applied = replies[len(before) - 1 : len(before)] if before else []
+        applied = [replies[applied_at]] if before else []
         return replies[len(ahead) :] + applied
 
     def read_watched(self, keys: Sequence[str], work: Callable[[], R]) -> tuple[R, list[Any]]:
@@ -1344,7 +1346,9 @@ class Queue(Verbs):
         registered, *replies = tx.read(("EXISTS", self.keys.worker(worker)), *more, *records, before=before)
         if not registered:
             raise Reaped(f"worker {worker} was reaped")
-        return replies if records else [*replies, []]
+        if not records:
+            replies.insert(len(more), [])
+        return replies
 
     def _stays(self, job: Job, worker: str, held: Mapping[str, Job] | None, company: bool, again: bool) -> bool:
         """Whether to return a taken job as it is: a suspect in company, or one started before."""
@@ -1478,7 +1482,7 @@ class Queue(Verbs):
         """Return the attempt in the record if it is still the one that the worker holds."""
         try:
             stored = _decode_attempt(record or b"{}")
-        except msgspec.DecodeError:
+        except (msgspec.DecodeError, RecursionError):
             return None
         ours = Attempt("processing", job.worker, job.attempts, job.refunds, job.started_at, stored.cancel_requested)
         return stored if stored == ours else None

@@ -445,7 +445,11 @@ class Worker:
         return mode
 
     def _release_jobs(self) -> None:
-        """Release the jobs in the inbox and those that run. Their handlers run until the exit."""
+        """Release the jobs in the inbox and those that run. Their handlers run until the exit.
+
+        Settles outcomes that wait behind a take without a reply.
+        """
+        self._put(self._collect_outcomes())
         jobs = [job for slot in tuple(self.slots) if (job := slot.abandon())]
         with suppress(IndexError):
             while True:
@@ -567,11 +571,13 @@ class Worker:
 
     @contextmanager
     def _in_cycle(self) -> Iterator[None]:
-        """Hold the cycle, then wake a slot for what has piled up (taker)."""
-        with self.cycle:
-            yield
-        if self.inbox or self.outcomes:
-            self._wake_slot()
+        """Hold the cycle, then wake a slot for what has piled up, even after an error (taker)."""
+        try:
+            with self.cycle:
+                yield
+        finally:
+            if self.inbox or self.outcomes:
+                self._wake_slot()
 
     def _begin(self, jobs: Sequence[Job]) -> int:
         """Give the started jobs to the slots and return how many. The caller holds the cycle."""
@@ -672,13 +678,21 @@ class Worker:
         if not self.outcomes or not self.cycle.acquire(blocking=False):
             return False
         try:
-            outcomes = [self.outcomes.popleft() for _ in range(min(len(self.outcomes), MAX_JOBS))]
-            started = self._save_and_start(self.id, outcomes)
+            outcomes = self._collect_outcomes()
+            started = self._save_and_start(self.id, outcomes) if outcomes else 0
         finally:
             self.cycle.release()
         for _ in range(len(outcomes) - started):
             self.free_slots.put(None)
         return True
+
+    def _collect_outcomes(self) -> list[Outcome]:
+        """Take the outcomes that have piled up (slots, main)."""
+        outcomes: list[Outcome] = []
+        with suppress(IndexError):
+            while len(outcomes) < MAX_JOBS:
+                outcomes.append(self.outcomes.popleft())
+        return outcomes
 
     def _save_and_start(self, worker: str, outcomes: list[Outcome]) -> int:
         """Exchange outcomes for jobs and return how many. Leaves trouble to settler and taker."""
