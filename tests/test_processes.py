@@ -440,7 +440,9 @@ def children(way: str) -> object:
         child.terminate()
     else:
         began.wait()
-        os.kill(child.pid, signal.SIGINT)
+        while child.is_alive():  # Python 3.13.0 loses some signals in a process that a thread has forked
+            os.kill(child.pid, signal.SIGINT)
+            child.join(0.2)
     child.join(10)
     return child.exitcode
 """
