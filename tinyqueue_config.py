@@ -247,6 +247,11 @@ def plural(number: int, one: str, many: str = "") -> str:
     return f"{number} {one if number == 1 else many or one + 's'}"
 
 
+def error_line(error: Failure | None) -> str:
+    """Return the type and the message of a job's error in one line."""
+    return " ".join(f"{error.type}: {error.message}".split()) if error else ""
+
+
 # Logging --------------------------------------------------------------------------------------------------------------
 
 LOGGERS = ("tinyqueue", "tinyqueue.worker", "tinyqueue.web")
