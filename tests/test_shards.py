@@ -443,8 +443,13 @@ def kill(server: RedisServer) -> None:
 @pytest.mark.parametrize("fail", [kill, hang])
 @pytest.mark.parametrize("dead", [0, 1])
 def test_submit_succeeds_while_a_shard_is_away(
-    servers: list[RedisServer], apart: Callable[[], Shards], fail: Callable[[RedisServer], None], dead: int
+    servers: list[RedisServer],
+    apart: Callable[[], Shards],
+    monkeypatch: pytest.MonkeyPatch,
+    fail: Callable[[RedisServer], None],
+    dead: int,
 ) -> None:
+    monkeypatch.setattr(tinyqueue_redis, "SOCKET_TIMEOUT", 1.0)
     queue = apart()
     fail(servers[dead])
     assert {shard_of(queue.enqueue("echo", at)) for at in range(6)} == {1 - dead}
