@@ -118,29 +118,28 @@ from bisect import bisect_left
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
-from datetime import UTC, datetime, timedelta
+from contextlib import suppress
+from datetime import datetime
 from functools import partial, reduce
 from typing import Any, Concatenate, Generic, Literal, NamedTuple, ParamSpec, TypeAlias, TypeVar, cast
 
 import msgspec
 import redis
 
-from tinyqueue_json import encode, error_text, parse_time, to_json, type_name, whole_floats
+from tinyqueue_json import Mismatch, encode, error_text, is_number, milliseconds, parser, to_json, type_name
 from tinyqueue_redis import (
     Clock,
     Command,
     Connections,
     Pool,
     ask,
-    ask_each,
     connect,
     explain,
     memory_use,
     pairs,
-    parse_info,
     read_reply,
     send,
+    shield,
     text_of,
 )
 
@@ -285,7 +284,6 @@ WRITERS = 4  # handlers of a worker that write progress at the same time; the ot
 BLOCK = 2.0  # seconds of one wait for the bell
 CATCH_UP = 1000  # milliseconds that replicas have to receive a write
 PAUSE_AGE = 0.1  # seconds for which the known set of paused queues is used
-MEMORY_AGE = 2.0  # seconds for which a reading of Redis' memory is used
 SERIES = 1000  # pairs of type and queue in the metrics: each adds some thirty lines to a scrape
 BUCKETS = (10, 50, 250, 1000, 5000, 15_000, 60_000, 300_000, 1_800_000, math.inf)  # ms
 NAME = re.compile(r"[A-Za-z0-9._-]{1,100}")  # of queues, types, workers: cannot spell another key
@@ -405,12 +403,14 @@ class Job(msgspec.Struct, rename="camel", omit_defaults=True, dict=True):
         """Whether it must run alone: workers were lost while running it beside other jobs."""
         return self.suspicions >= SUSPICIOUS
 
-    def view(self) -> Job:
-        """Return a copy for the handler. What the handler does to it changes nothing stored.
+    def view(self, payload: bytes) -> Job:
+        """Return a copy for the handler, with its payload in JSON decoded again.
 
-        Only `cancelled` and `set_progress` reach the job itself.
+        What the handler does to it changes nothing stored: only `cancelled` and `set_progress`
+        reach the job itself.
         """
-        view = _decode_job(encode(self))
+        error = msgspec.structs.replace(self.error) if self.error else None
+        view = msgspec.structs.replace(self, payload=msgspec.json.decode(payload), error=error)
         view.__dict__["_own"] = self
         return view
 
@@ -662,16 +662,12 @@ class Store:
 
     def __init__(self, pool: Any, namespace: str) -> None:
         self.connections = Connections(pool, harmless=TinyQueueError, translate=_translated)
+        self.lend = self.connections.lend
+        self.memory = self.connections.memory
         self.keys = Keys(namespace)
         self.clock = Clock()
-        self._memory: tuple[float, dict[str, str]] = (-1e9, {})  # when INFO was read, and its reply
         self._series: frozenset[str] = frozenset()  # the <type>:<queue> that have their own metrics
         self._series_known = False  # whether these were read and no others have been met since
-
-    def lend(self) -> AbstractContextManager[Any]:
-        """Lend a connection. TimedOut cannot interrupt the one who borrows it."""
-        lent = self.connections.lend()
-        return lent if (own := shield()) is NO_SHIELD else _shielded(own, lent)
 
     def read(self, *commands: Command) -> list[Any]:
         """Send commands and return their replies. Despite its name it may write.
@@ -780,20 +776,6 @@ class Store:
                     sums[f"{event}:{name}:{BUCKETS[at]}"] += count
         added: list[Command] = [("SADD", self.keys.series, *new)] if new else []
         return added + [("HINCRBY", self.keys.metrics, field, by) for field, by in sums.items() if by]
-
-    def memory(self) -> dict[str, str]:
-        """Return INFO memory, up to MEMORY_AGE seconds old; empty if Redis does not give it."""
-        read_at, info = self._memory
-        if time.monotonic() - read_at > MEMORY_AGE:
-            info = {}
-            try:
-                with self.lend() as connection:
-                    info = parse_info(ask_each(connection, [("INFO", "memory")])[0])
-            except Unavailable as trouble:
-                if trouble.reason == "timeout":  # the submit would only wait as long again
-                    raise
-            self._memory = (time.monotonic(), info)
-        return info
 
 
 def _checked(replies: list[Any]) -> list[Any]:
@@ -2170,14 +2152,6 @@ def _place_of(cursor: str) -> Place:
 # Shards ---------------------------------------------------------------------------------------------------------------
 
 
-class Registration(NamedTuple):
-    """What a worker registered with, and the shards in which it is not registered at present."""
-
-    queues: Sequence[str]
-    concurrency: int
-    absent: set[Queue]
-
-
 class Shards(Verbs):
     """Many queues as one. Each has its own namespace, such as `{queue.0}`, and so its own slot.
 
@@ -2198,7 +2172,8 @@ class Shards(Verbs):
         self.lease_ms = shards[0].lease_ms
         self.keep_ms = shards[0].keep_ms
         self._turn = itertools.count(random.randrange(len(shards)))
-        self._registrations: dict[str, Registration] = {}  # by worker, of those that this process registered
+        # By worker, of those that this process registered: how, and where it is not at present.
+        self._registrations: dict[str, tuple[Callable[[Queue], str], set[Queue]]] = {}
         self._open_threads()
         for shard in shards:
             shard.store.connections.guard(f"shard {shard.keys.prefix[1:-2]}")
@@ -2223,12 +2198,12 @@ class Shards(Verbs):
     def _index_of(self, key: str) -> int:
         return zlib.crc32(key.encode()) % len(self.parts)
 
-    def _by_shard(self, items: Iterable[T], id: Callable[[T], str]) -> list[tuple[Queue, list[T]]]:
+    def _by_shard(self, items: Iterable[T], id: Callable[[T], str]) -> dict[Queue, list[T]]:
         """Group items by the shard of the job whose id `id` returns."""
         parts: defaultdict[Queue, list[T]] = defaultdict(list)
         for item in items:
             parts[self.part_of(id(item))].append(item)
-        return list(parts.items())
+        return parts
 
     def _from(self, first: int) -> list[Queue]:
         """Return all shards, beginning with that one."""
@@ -2236,18 +2211,23 @@ class Shards(Verbs):
         return [*self.parts[first:], *self.parts[:first]]
 
     def _try_first(self, call: Callable[[Queue], T], first: int = 0) -> T:
-        """Return the result of the first shard that is available, beginning with that one."""
+        """Return the result of the first shard that is available, beginning with that one.
+
+        A call that may have written something is not repeated in another shard.
+        """
         for shard in self._from(first):
             try:
                 return call(shard)
             except Unavailable as error:
                 trouble = error
+                if error.doubtful:
+                    break
         raise trouble
 
     def _call_all(self, call: Callable[[Queue], T], must: bool = False) -> list[T]:
         """Like _try_each, in all shards at the same time: one that hangs holds up no other."""
         with shield():  # a handler that calls this shares the threads with the worker
-            return _results(list(self._callers.map(partial(_try_call, call), self.parts)), must)
+            return _try_each(self.parts, call, must, self._callers.map)
 
     def now(self) -> int:
         """Return the time of a shard that this process knows, or else of the first that answers."""
@@ -2265,33 +2245,25 @@ class Shards(Verbs):
         elif once and (at := self._index_of(once.key)) not in indexes:
             self.parts[at].claim(once)
         if indexes:
-            return self._submit_to(indexes.pop(), jobs, once)
-        first = next(self._turn)
-        for at in range(first, first + len(self.parts)):
-            try:
-                return self._submit_to(at % len(self.parts), jobs, once)
-            except Unavailable as error:
-                trouble = error
-                if error.doubtful:  # the jobs may be stored, and must not be stored again elsewhere
-                    break
-        raise trouble
+            return self._submit_to(self.parts[indexes.pop()], jobs, once)
+        return self._try_first(lambda shard: self._submit_to(shard, jobs, once), next(self._turn))
 
-    def _submit_to(self, at: int, jobs: Sequence[Job], once: Once | None) -> list[Job]:
+    def _submit_to(self, shard: Queue, jobs: Sequence[Job], once: Once | None) -> list[Job]:
         for job in jobs:
-            job.id = f"{job.id[:-2]}{at:02x}"
-        shard = self.parts[at]
+            job.id = f"{job.id[:-2]}{self.parts.index(shard):02x}"
         elsewhere: Counter[str] = Counter()
-        if shard.max_pending:
-            names = list({job.queue for job in jobs})
-            others = [part for part in self.parts if part is not shard]
-            for counts in map(partial(_try_call, lambda part: part.count_pending(names)), others):
-                elsewhere.update(counts if isinstance(counts, dict) else {})  # what is away counts for nothing
+        names = list({job.queue for job in jobs})
+        for part in self.parts if shard.max_pending else ():
+            if part is not shard:
+                with suppress(TinyQueueError):  # what is away counts for nothing
+                    elsewhere.update(part.count_pending(names))
         return shard.submit(jobs, once, elsewhere)
 
     def register(self, queues: Sequence[str], concurrency: int, worker: str = "") -> str:
         """Like Queue.register, in every shard that answers. The heartbeat adds the others."""
         worker = worker or _new_worker_id()
-        self._registrations[worker] = Registration(queues, concurrency, set(self.parts))
+        register = partial(Queue.register, queues=queues, concurrency=concurrency, worker=worker)
+        self._registrations[worker] = register, set(self.parts)
         try:
             self._call_all(lambda shard: self._register_in(shard, worker))
         except TinyQueueError:
@@ -2300,14 +2272,13 @@ class Shards(Verbs):
         return worker
 
     def _register_in(self, shard: Queue, worker: str) -> None:
-        queues, concurrency, absent = self._registrations[worker]
-        shard.register(queues, concurrency, worker)
+        register, absent = self._registrations[worker]
+        register(shard)
         absent.discard(shard)
 
     def _absent(self, worker: str) -> set[Queue]:
         """Return the shards in which a worker of this process is known not to be registered."""
-        known = self._registrations.get(worker)
-        return known.absent if known else set()
+        return self._registrations[worker][1] if worker in self._registrations else set()
 
     def _fenced(self, worker: str, call: Callable[[Queue], T]) -> Callable[[Queue], T]:
         """Note where a worker was reaped: it takes nothing there until it registers again."""
@@ -2403,7 +2374,7 @@ class Shards(Verbs):
         return self.part_of(id).cancel(id)
 
     def cancel_requests(self, ids: Sequence[str]) -> list[str]:
-        parts = dict(self._by_shard(ids, str))
+        parts = self._by_shard(ids, str)
         found = _try_each(list(parts), lambda shard: shard.cancel_requests(parts[shard]))
         return [id for part in found for id in part]
 
@@ -2421,7 +2392,7 @@ class Shards(Verbs):
 
         Raises Reaped after that, if any shard has reaped it. It registers there at the next call.
         """
-        parts = dict(self._by_shard(jobs, str))
+        parts = self._by_shard(jobs, str)
         absent = set(self._absent(worker))
 
         def beat(shard: Queue) -> None:
@@ -2452,7 +2423,7 @@ class Shards(Verbs):
         return sum(self._call_all(Queue.trim))
 
     def forget(self, status: str, ids: Sequence[bytes]) -> int:
-        return sum(shard.forget(status, part) for shard, part in self._by_shard(ids, text_of))
+        return sum(shard.forget(status, part) for shard, part in self._by_shard(ids, text_of).items())
 
     def ping(self) -> None:
         """Raise Unavailable unless a shard accepts writes. `warnings` names those that do not."""
@@ -2478,11 +2449,7 @@ class Shards(Verbs):
         return seen, f"{horizon[0]}.{horizon[1]}" if horizon[1] else ""
 
     def queues(self) -> dict[str, dict[str, Any]]:
-        found: dict[str, dict[str, Any]] = {}
-        for shard in self.parts:
-            for name, about in shard.queues().items():
-                found[name] = _added(found[name], about) if name in found else about
-        return dict(sorted(found.items()))
+        return dict(sorted(reduce(_added, (shard.queues() for shard in self.parts)).items()))
 
     def stats(self, minutes: int = 0) -> dict[str, Any]:
         """Like Queue.stats, added up.
@@ -2490,11 +2457,9 @@ class Shards(Verbs):
         A worker registers in every shard that answers, so `workers` is the highest count of any.
         """
         each = [shard.stats(minutes) for shard in self.parts]
-        history: dict[int, Any] = {}
-        for minute in itertools.chain(*(stats.pop("history", ()) for stats in each)):
-            at = minute["at"]  # not the index: a minute may begin between reading two shards
-            history[at] = _added(history[at], minute) | {"at": at} if at in history else minute
-        total = reduce(_added, each) | {"workers": max(stats["workers"] for stats in each)}
+        # By time, not by index: a minute may begin between reading two shards.
+        history = reduce(_added, ({minute["at"]: minute for minute in stats.pop("history", ())} for stats in each))
+        total: dict[str, Any] = reduce(_added, each)
         return total | ({"history": [history[at] for at in sorted(history)[-minutes:]]} if minutes else {})
 
     def workers(self) -> list[dict[str, Any]]:
@@ -2518,26 +2483,23 @@ class Shards(Verbs):
         return self._try_first(lambda shard: shard.spend(who, limit, seconds), self._index_of(who))
 
 
-def _try_call(call: Callable[[Queue], T], shard: Queue) -> T | TinyQueueError:
-    try:
-        return call(shard)
-    except TinyQueueError as error:
-        return error
-
-
-def _try_each(parts: Sequence[Queue], call: Callable[[Queue], T], must: bool = False) -> list[T]:
+def _try_each(
+    parts: Sequence[Queue], call: Callable[[Queue], T], must: bool = False, run: Callable[..., Iterable[Any]] = map
+) -> list[T]:
     """Call it for each of these shards, even after errors, and return the results.
 
     Raises Reaped if any call did. Raises the first error if all failed, or with `must` if any did.
     """
-    return _results([_try_call(call, part) for part in parts], must)
 
+    def attempt(part: Queue) -> T | TinyQueueError:
+        try:
+            return call(part)
+        except TinyQueueError as error:
+            return error
 
-def _results(replies: Sequence[T | TinyQueueError], must: bool) -> list[T]:
-    """Return the results, or raise an error among them, as _try_each says."""
+    replies = list(run(attempt, parts))
     errors = [reply for reply in replies if isinstance(reply, TinyQueueError)]
-    reaped = [error for error in errors if isinstance(error, Reaped)]
-    if reaped:
+    if reaped := [error for error in errors if isinstance(error, Reaped)]:
         reaped[0].parts = [part for error in reaped for part in error.parts]
         raise reaped[0]
     if errors and (must or len(errors) == len(replies)):
@@ -2545,18 +2507,17 @@ def _results(replies: Sequence[T | TinyQueueError], must: bool) -> list[T]:
     return [reply for reply in replies if not isinstance(reply, TinyQueueError)]
 
 
-def _added(one: Any, other: Any) -> Any:
-    """Add up the reports of two shards.
+HIGHEST = ("oldestWaitingMs", "workers", "at")  # of two shards' reports; other numbers are added up
 
-    Takes the higher of two ages. A queue is paused if either shard reports it paused.
-    """
-    if not isinstance(one, dict):
-        return one or other if isinstance(one, bool) else one + other
-    both = {
-        name: _added(one[name], other[name]) if name in one and name in other else one.get(name, other.get(name))
-        for name in {**one, **other}
-    }
-    return both | {name: max(one[name], other[name]) for name in ("oldestWaitingMs",) if name in one}
+
+def _added(one: Any, other: Any, name: Any = "") -> Any:
+    """Add up the reports of two shards. A queue is paused if either shard reports it paused."""
+    if isinstance(one, dict):
+        both = one.keys() & other.keys()
+        return {**one, **other, **{name: _added(one[name], other[name], name) for name in both}}
+    if name in HIGHEST or isinstance(one, bool):
+        return max(one, other)
+    return one + other
 
 
 AnyQueue: TypeAlias = Queue | Shards
@@ -2583,7 +2544,7 @@ class Handler(Generic[P, A, R]):
         self.backoff_cap: float = options["backoff_cap"]
         self.queue: str = check_name("queue", options["queue"])
         self.payload_type, self.wants_job = _signature(function)
-        self._parse = msgspec.json.Decoder(self.payload_type).decode
+        self._parse = parser(self.payload_type)
 
     def __call__(self, payload: P, *args: A.args, **kwargs: A.kwargs) -> R:
         return self.function(payload, *args, **kwargs)
@@ -2596,51 +2557,19 @@ class Handler(Generic[P, A, R]):
         """Decode a payload as the handler's type. Raises InvalidJob with the path of a mismatch."""
         try:
             return cast(P, self._parse(payload))
-        except msgspec.ValidationError as error:
-            with suppress(msgspec.ValidationError):
-                return cast(P, self._parse(encode(whole_floats(msgspec.json.decode(payload)))))
-            rule, _, path = str(error).partition(" - at ")
-            path = path.strip("`") or "$"
-            if " matching regex " in rule:
-                rule = _description(self.payload_type, path) or rule
-            raise InvalidJob("payload", rule, path) from None
-        except (msgspec.DecodeError, RecursionError) as error:
-            raise InvalidJob("payload", str(error)) from None
+        except Mismatch as error:
+            raise InvalidJob("payload", error.rule, error.path) from None
 
     def bind(self, job: Job) -> Callable[[], Any]:
         """Return the call of the function for a started job. Raises InvalidJob like `parse`."""
-        payload = self.parse(encode(job.payload))
+        encoded = encode(job.payload)
+        payload = self.parse(encoded)
         function: Callable[..., Any] = self.function
-        return partial(function, payload, job.view()) if self.wants_job else partial(function, payload)
+        return partial(function, payload, job.view(encoded)) if self.wants_job else partial(function, payload)
 
     def run(self, job: Job) -> Any:
         """Call the function for a started job."""
         return self.bind(job)()
-
-
-def _description(payload_type: Any, path: str) -> str:
-    """Return the description that a payload's type gives for the part at a path, or nothing."""
-    (root,), parts = msgspec.json.schema_components([payload_type])
-    schemas = _alternatives(root, parts)
-    for name, index in re.findall(r"\.([^.[]+)|\[([^]]*)\]", path):
-        found: list[Any] = []
-        for schema in schemas:
-            items = schema.get("prefixItems", ())
-            if name:
-                found.append(schema.get("properties", {}).get(name))
-            elif index.isdigit() and int(index) < len(items):
-                found.append(items[int(index)])
-            else:
-                found += [schema.get("items"), schema.get("additionalProperties")]
-        schemas = [part for schema in found if isinstance(schema, dict) for part in _alternatives(schema, parts)]
-    return next((str(schema["description"]) for schema in schemas if "description" in schema), "")
-
-
-def _alternatives(schema: dict[str, Any], parts: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Return a schema with its reference resolved, or the alternatives that it consists of."""
-    if "$ref" in schema:
-        return _alternatives(parts[schema["$ref"].rpartition("/")[2]], parts)
-    return [schema, *(one for part in schema.get("anyOf", ()) for one in _alternatives(part, parts))]
 
 
 def handler(
@@ -2667,7 +2596,7 @@ def handler(
     if callable(type):
         raise TypeError("handler needs the type of the jobs: write @handler('send-email'), not @handler")
     check_name("type", type)
-    if not all(_is_number(value) for value in (300 if timeout is None else timeout, backoff, backoff_cap)):
+    if not all(is_number(value) for value in (300 if timeout is None else timeout, backoff, backoff_cap)):
         raise TypeError(f"handler {type!r}: timeout, backoff and backoff_cap must be numbers of seconds")
     if timeout is not None and not timeout > 0:
         raise TypeError(f"handler {type!r}: timeout must be above 0, or None")
@@ -2763,52 +2692,6 @@ class TimedOut(BaseException):
         return "the handler exceeded its timeout"
 
 
-class Shield:
-    """Defers TimedOut while the thread of a handler runs code of ours that must not be interrupted.
-
-    An exception between two lines of it could leave a lock or a connection taken for good, and
-    other threads would wait for it for ever. `with shield():` begins such code.
-    """
-
-    def __init__(self) -> None:
-        self.lock = threading.Lock()
-        self.depth = 0  # how many times this thread has entered such code
-        self.late = False  # TimedOut must be raised when it has left it
-
-    def __enter__(self) -> None:
-        before = self.depth
-        try:
-            with self.lock:  # afterwards TimedOut is only deferred; one that is on its way is raised in here
-                self.depth = before + 1
-        except BaseException:
-            self.depth = before
-            raise
-
-    def __exit__(self, *_: object) -> None:
-        with self.lock:
-            self.depth -= 1
-            late = self.late and not self.depth
-            self.late = self.late and not late
-        if late:
-            raise TimedOut
-
-
-NO_SHIELD = nullcontext()  # of a thread that runs no handlers, in which TimedOut is never raised
-THREAD = threading.local()  # its `shield` is set in the threads that run handlers
-
-
-def shield() -> AbstractContextManager[None]:
-    """Return the context in which TimedOut does not interrupt this thread."""
-    own: AbstractContextManager[None] = getattr(THREAD, "shield", NO_SHIELD)
-    return own
-
-
-@contextmanager
-def _shielded(shield: AbstractContextManager[None], lent: AbstractContextManager[T]) -> Iterator[T]:
-    with shield, lent as connection:
-        yield connection
-
-
 def backoff(attempts: int, base: float = 1.0, cap: float = 300.0) -> float:
     """Return the seconds to wait after that attempt: doubling from `base` to `cap`, with jitter.
 
@@ -2879,48 +2762,35 @@ def _text_key(field: str, value: Any) -> str:
     return value
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
 def is_delay(value: Any) -> bool:
     """Whether a job may be delayed by that many seconds."""
-    return _is_number(value) and 0 <= value <= MAX_DELAY
+    return is_number(value) and 0 <= value <= MAX_DELAY
 
 
 def _whole(field: str, value: Any, low: int, high: int) -> int:
-    if not _is_number(value) or not low <= value <= high or value % 1:
+    if not is_number(value) or not low <= value <= high or value % 1:
         raise InvalidJob(field, f"must be a whole number from {low} to {high}")
     return int(value)
 
 
 def _first_run(delay: float | None, run_at: Any, now: int) -> int:
     """Return when a job with that `delay` or `runAt` may start. 0 means now."""
-    at = 0
+    at: int | None = 0
     if delay is not None and run_at is not None:
         raise InvalidJob("delay", "must not be given together with runAt")
     if run_at is not None:
-        at = _parse_run_at(run_at, now)
+        at = milliseconds(run_at)
+        if at is None or at > now + MAX_DELAY * 1000:
+            rule = "must be ISO 8601 with a zone, or milliseconds since 1970, and at most"
+            raise InvalidJob("runAt", f"{rule} {MAX_DELAY // 86400} days ahead")
     if delay is not None:
         if not is_delay(delay):
             raise InvalidJob("delay", f"must be a number of seconds from 0 to {MAX_DELAY}")
         at = now + round(delay * 1000)
-    return at if at > now else 0
+    return at if at and at > now else 0
 
 
 def _expiry(seconds: float, now: int) -> int:
     if not is_delay(seconds) or not seconds:
         raise InvalidJob("expiresIn", f"must be a number of seconds above 0, at most {MAX_DELAY}")
     return now + max(1, round(seconds * 1000))
-
-
-def _parse_run_at(value: Any, now: int) -> int:
-    """Read milliseconds since 1970, or ISO 8601 with a zone."""
-    rule = f"must be ISO 8601 with a zone, or milliseconds since 1970, and at most {MAX_DELAY // 86400} days ahead"
-    if isinstance(value, str):
-        value = parse_time(value)
-    if isinstance(value, datetime) and value.tzinfo:
-        value = (value - datetime.fromtimestamp(0, UTC)) // timedelta(milliseconds=1)
-    if isinstance(value, bool) or not isinstance(value, int) or value > now + MAX_DELAY * 1000:
-        raise InvalidJob("runAt", rule)
-    return max(value, 0)

@@ -60,7 +60,6 @@ from tinyqueue import (
     PROMOTED,
     SCANNED,
     STATUSES,
-    THREAD,
     AnyQueue,
     Corrupted,
     Discard,
@@ -73,7 +72,6 @@ from tinyqueue import (
     Reaped,
     Retry,
     SettingsError,
-    Shield,
     Status,
     TimedOut,
     TinyQueueError,
@@ -99,6 +97,7 @@ from tinyqueue_config import (
 )
 from tinyqueue_doctor import Finding, examine, find_broken, repair, warnings
 from tinyqueue_json import from_json, to_json
+from tinyqueue_redis import THREAD, Shield
 
 log = logging.getLogger("tinyqueue.worker")
 
@@ -231,7 +230,7 @@ class Slot(Shield):
         with self.lock:
             self.job = job
             self.interrupted = False
-            self.late = False
+            self.late = None
             self.expired_at = float("inf")
             self.deadline = began + (timeout or float("inf"))
         try:
@@ -260,8 +259,8 @@ class Slot(Shield):
             if not self.job or self.interrupted or now <= self.deadline:
                 return True
             self.expired_at = min(self.expired_at, now)
-            self.late = self.depth > 0
-            self.interrupted = self.late or self._raise()
+            self.late = TimedOut if self.depth else None
+            self.interrupted = bool(self.late) or self._raise()
             return self.interrupted
 
     def _raise(self) -> bool:

@@ -21,7 +21,7 @@ IMPORTS = {  # each module, and those of ours that it may import
     "tinyqueue_server": {"tinyqueue_config"},
     "handlers": {"tinyqueue"},
     # The two programs start each other, from within a function: `tinyqueue web`, and the workers of an embedded Redis.
-    "worker": {"tinyqueue", "tinyqueue_config", "tinyqueue_doctor", "tinyqueue_json", "wsgi"},
+    "worker": {"tinyqueue", "tinyqueue_config", "tinyqueue_doctor", "tinyqueue_json", "tinyqueue_redis", "wsgi"},
     "wsgi": {
         *("tinyqueue", "tinyqueue_config", "tinyqueue_doctor", "tinyqueue_json", "tinyqueue_openapi"),
         *("tinyqueue_server", "worker"),
