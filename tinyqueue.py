@@ -99,7 +99,6 @@ from __future__ import annotations
 
 import hashlib
 import heapq
-import importlib
 import inspect
 import itertools
 import logging
@@ -108,7 +107,6 @@ import os
 import random
 import re
 import socket
-import sys
 import threading
 import time
 import typing
@@ -126,7 +124,7 @@ from typing import Any, Concatenate, Generic, Literal, NamedTuple, ParamSpec, Ty
 import msgspec
 import redis
 
-from tinyqueue_json import Mismatch, encode, error_text, is_number, milliseconds, parser, to_json, type_name
+from tinyqueue_json import Mismatch, created_at, describe, encode, is_number, milliseconds, new_id, parser, to_json
 from tinyqueue_redis import (
     Clock,
     Command,
@@ -135,7 +133,6 @@ from tinyqueue_redis import (
     ask,
     connect,
     explain,
-    memory_use,
     pairs,
     read_reply,
     send,
@@ -158,44 +155,12 @@ class TinyQueueError(Exception):
     """The base of all errors of TinyQueue. What does not exist is None or empty, not an error."""
 
 
-class SettingsError(TinyQueueError):
-    """A setting or the handlers module is wrong. The text is one line that says what to do."""
-
-
-class InvalidJob(TinyQueueError):
-    """A field of a job, or another argument such as a cursor, is invalid. Nothing was changed.
-
-    `field` is the wrong field as JSON clients know it, and `rule` says what it must be. `path` is
-    the place inside the payload (``$.to``), or empty.
-    """
-
-    def __init__(self, field: str, rule: str, path: str = "") -> None:
-        super().__init__(f"{field}{path.removeprefix('$')}: {rule}")
-        self.field = field
-        self.rule = rule
-        self.path = path
-
-
-class UnknownType(InvalidJob):
-    """No handler is registered for that type. `known` lists the registered types."""
-
-    def __init__(self, type: str, known: Sequence[str]) -> None:
-        todo = "restart this process after adding a handler"
-        rule = f"no handler is registered for {type!r}; registered: {', '.join(known) or 'none'}; {todo}"
-        super().__init__("type", rule)
-        self.type = type
-        self.known = list(known)
-
-
 class KeyReused(TinyQueueError):
     """The Idempotency-Key was used before, for a different request. Nothing was stored."""
 
 
 class QueueFull(TinyQueueError):
-    """A queue would have more pending jobs than TINYQUEUE_MAX_PENDING. Nothing was stored.
-
-    Or there would be more than MAX_QUEUES queues.
-    """
+    """More than TINYQUEUE_MAX_PENDING jobs of a queue, or MAX_QUEUES queues. Nothing was stored."""
 
 
 class NotReplicated(TinyQueueError):
@@ -247,9 +212,7 @@ class Reaped(TinyQueueError):
     `parts` is empty.
     """
 
-    def __init__(self, text: str) -> None:
-        super().__init__(text)
-        self.parts: list[Queue] = []
+    parts: Sequence[Queue] = ()
 
 
 def _translated(error: Exception) -> TinyQueueError:
@@ -358,10 +321,9 @@ class Failure(msgspec.Struct, rename="camel", omit_defaults=True):
 
     @classmethod
     def of(cls, error: BaseException, traceback: str = "") -> Failure:
-        """Describe an exception. Escapes text that JSON cannot hold, such as lone surrogates."""
-        texts = error_text(error), traceback
-        message, trace = (str.encode(text, "utf-8", "backslashreplace").decode() for text in texts)
-        return cls(type_name(error)[:100], message[:1000], trace[-4000:])
+        """Describe an exception."""
+        type, message, trace = describe(error, traceback)
+        return cls(type[:100], message[:1000], trace[-4000:])
 
 
 class Job(msgspec.Struct, rename="camel", omit_defaults=True, dict=True):
@@ -464,30 +426,7 @@ class Attempt(msgspec.Struct, rename="camel"):
     cancel_requested: bool = False
 
 
-class Preview(str):
-    """The beginning of the JSON of a payload or a result that a listing cuts."""
-
-    __slots__ = ()
-
-    @classmethod
-    def of(cls, value: msgspec.Raw | bytes, size: int) -> Preview | msgspec.Raw:
-        """Copy what is shown, because a Raw keeps the whole record in memory."""
-        text = memoryview(value)
-        if len(text) > size:
-            return cls(str(text[:size], "utf-8", "ignore"))
-        str(text, "utf-8")  # raises UnicodeDecodeError: nothing else has read it
-        return msgspec.Raw(bytes(text))
-
-
-class _Listed(Job):
-    """A job whose payload and result are not decoded."""
-
-    payload: msgspec.Raw
-    result: msgspec.Raw = msgspec.Raw(b"null")
-
-
 _decode_job = msgspec.json.Decoder(Job).decode
-_decode_listed = msgspec.json.Decoder(_Listed).decode
 _decode_attempt = msgspec.json.Decoder(Attempt).decode
 _ID_PART = len('{"id":"') + 36 + len('",')  # how an encoded job begins; a record leaves this out
 
@@ -496,24 +435,16 @@ def _record(job: Job) -> bytes:
     return b"{" + encode(job)[_ID_PART:]
 
 
-def _job(id: str, record: bytes, cut: int | None = None) -> Job:
-    """Read a record. An unreadable one becomes a failed job that shows it, so no reader crashes.
-
-    With `cut`, its payload and its result stay JSON: a Raw, or a Preview of that many bytes.
-    """
+def _job(id: str, record: bytes, decode: Callable[[bytes], Job] = _decode_job) -> Job:
+    """Read a record. An unreadable one becomes a failed job that shows it, so no reader crashes."""
     try:
-        decode = _decode_job if cut is None else _decode_listed
         job = decode(b'{"id":"%b",%b' % (id.encode(), record[1:]))
         if job.id != id:
             raise msgspec.DecodeError("a record must not hold an id")
-        if cut is not None:
-            job.payload = Preview.of(job.payload, cut)
-            job.result = Preview.of(job.result, cut)
         return job
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         text = record[:10_000].decode("utf-8", "backslashreplace")
-        shown = text if cut is None else Preview.of(encode(text), cut)
-        return Job(id, "unreadable", shown, status="failed", error=Failure(UNREADABLE, str(error)))
+        return Job(id, "unreadable", text, status="failed", error=Failure(UNREADABLE, str(error)))
 
 
 def _expired(job: Job, now: int) -> bool:
@@ -532,22 +463,6 @@ def _attempt(job: Job) -> tuple[str, int, int, int]:
 
 def _runs(job: Job, worker: str) -> bool:
     return job.status == "processing" and job.worker == worker
-
-
-def created_at(id: str) -> int:
-    """When the job of that id was created: a UUIDv7 (RFC 9562) begins with milliseconds."""
-    return int(id[:8] + id[9:13], 16)
-
-
-_order = itertools.count()
-
-
-def _new_id(now: int) -> str:
-    """Make a UUIDv7 from Redis time in ms. A counter keeps the ids of one millisecond in order."""
-    noise = int.from_bytes(os.urandom(8), "big")
-    number = now << 80 | 7 << 76 | (next(_order) & 0xFFF) << 64 | 2 << 62 | noise & 0x3FFFFFFFFFFFFFFF
-    digits = f"{number:032x}"
-    return f"{digits[:8]}-{digits[8:12]}-{digits[12:16]}-{digits[16:20]}-{digits[20:]}"
 
 
 # Transactions ---------------------------------------------------------------------------------------------------------
@@ -730,7 +645,7 @@ class Store:
     def _run(self, tx: Transaction, body: Callable[[Transaction], R]) -> tuple[R, list[Command]]:
         try:
             result = body(tx)
-            return result, tx.commands() + self._metric_commands(tx)
+            return result, tx.commands() + _metric_commands(self, tx)
         except TinyQueueError:
             tx.unwatch()
             raise
@@ -754,29 +669,6 @@ class Store:
         else:
             self._series |= set(map(text_of, found))
 
-    def _metric_commands(self, tx: Transaction) -> list[Command]:
-        """Add up the events of all jobs of one type and queue.
-
-        Above SERIES of them, new ones count as other, so that invented names fill neither Redis nor
-        Prometheus. Processes that meet new ones at the same moment may exceed SERIES a little.
-        """
-        met = {f"{type}:{queue}" for _, type, queue in tx.measured}
-        new = sorted(met - self._series)[: max(0, SERIES - len(self._series))]
-        if new:
-            self._series |= set(new)
-            self._series_known = False
-        sums: Counter[str] = Counter()
-        for (event, type, queue), times in tx.measured.items():
-            name = known if (known := f"{type}:{queue}") in self._series else "other:other"
-            if times[0] < 0:
-                sums[f"{event}:{name}"] += len(times)
-            else:
-                sums[f"{event}Ms:{name}"] += sum(times)
-                for at, count in Counter([bisect_left(BUCKETS, ms) for ms in times]).items():
-                    sums[f"{event}:{name}:{BUCKETS[at]}"] += count
-        added: list[Command] = [("SADD", self.keys.series, *new)] if new else []
-        return added + [("HINCRBY", self.keys.metrics, field, by) for field, by in sums.items() if by]
-
 
 def _checked(replies: list[Any]) -> list[Any]:
     """Return the replies to EXEC, or raise the first error. The other commands were applied."""
@@ -797,7 +689,7 @@ def _read_count(value: bytes | None) -> int:
         raise Corrupted(f"expected a count, found {value!r}") from None
 
 
-# The queue ------------------------------------------------------------------------------------------------------------
+# Transitions of jobs --------------------------------------------------------------------------------------------------
 
 
 class Once(msgspec.Struct):
@@ -835,138 +727,8 @@ class Outcome(NamedTuple):
     after: float | None = None
 
 
-class Verbs(ABC):
-    """The verbs that Queue and Shards share, because they only call other verbs.
-
-    `parts` are the shards, or the queue itself.
-    """
-
-    parts: list[Queue]
-
-    @abstractmethod
-    def now(self) -> int: ...
-    @abstractmethod
-    def part_of(self, id: str) -> Queue: ...
-    @abstractmethod
-    def submit(self, jobs: Sequence[Job], once: Once | None = None) -> list[Job]: ...
-    @abstractmethod
-    def take(self, worker: str, names: Sequence[str], most: int) -> list[bytes]: ...
-    @abstractmethod
-    def adopt(self, worker: str, held: Collection[str]) -> list[bytes]: ...
-    @abstractmethod
-    def start(self, worker: str, ids: Sequence[bytes]) -> list[Job]: ...
-    @abstractmethod
-    def settle(self, worker: str, outcomes: Sequence[Outcome]) -> list[Outcome]: ...
-    @abstractmethod
-    def cancel(self, id: str) -> Job | None: ...
-    @abstractmethod
-    def retry(self, id: str) -> Job | None: ...
-    @abstractmethod
-    def forget(self, status: str, ids: Sequence[bytes]) -> int: ...
-    @abstractmethod
-    def page(
-        self, filter: Filter, *, limit: int = 50, cursor: str = "", cut: int | None = None
-    ) -> tuple[list[Job], str]: ...
-
-    @property
-    def last_contact(self) -> float:
-        """When Redis last carried out a command, in monotonic seconds. With shards: any of them."""
-        return max(part.store.connections.last_contact for part in self.parts)
-
-    @property
-    def memory_use(self) -> float:
-        """The share of maxmemory that Redis uses, or 0 without a limit; of shards the highest."""
-        return max(memory_use(part.store.memory()) for part in self.parts)
-
-    @property
-    def last_trouble(self) -> float:
-        """When Redis last failed to carry out a command."""
-        return max(part.store.connections.last_trouble for part in self.parts)
-
-    def disconnect(self) -> None:
-        """Close all connections. Do this before a fork: each process must open its own."""
-        for part in self.parts:
-            part.store.connections.disconnect()
-
-    def draft(self, type: str, payload: Any, **options: Any) -> Job:
-        """Check and make a job without storing it. Options as for `make_job`."""
-        return make_job(self.now(), type, payload, **options)
-
-    def enqueue(self, type: str, payload: Any, **options: Any) -> Job:
-        """Check and store one job. Options as for `make_job`, errors as for `submit`."""
-        return self.submit([self.draft(type, payload, **options)])[0]
-
-    def enqueue_many(self, type: str, payloads: Iterable[Any], **options: Any) -> list[Job]:
-        """Check and store up to 1,000 jobs of one type, all or none."""
-        return self.submit([self.draft(type, payload, **options) for payload in payloads])
-
-    def dequeue(self, worker: str, names: Sequence[str], most: int = 1) -> list[Job]:
-        """Take and start up to `most` jobs. Return an empty list if there are none."""
-        ids = self.take(worker, names, most)
-        jobs = self.start(worker, ids) if ids else []
-        if left := {job.id.encode() for job in jobs if job.status == "pending" and not job.suspect}:
-            jobs += self.start(worker, [id for id in self.adopt(worker, ()) if id in left])
-        return [job for job in jobs if job.status == "processing"]
-
-    def complete(self, job: Job, result: Any = None) -> None:
-        """Complete a started job with its result. Raises Reaped if its worker has lost it."""
-        self._settle_one(Outcome(job, "complete", result=result))
-
-    def fail(self, job: Job, error: Failure, after: float | None = None) -> None:
-        """Fail an attempt. The next starts `after` seconds later, if any is left; None: never."""
-        self._settle_one(Outcome(job, "fail", error=error, after=after))
-
-    def release(self, job: Job) -> None:
-        """Requeue a started job at the head of its queue. Refunds up to MAX_REFUNDS attempts."""
-        self._settle_one(Outcome(job, "release"))
-
-    def reap_in(self, parts: Sequence[Queue], worker: str) -> int:
-        """Reap a worker in some of the shards. Returns how many of its jobs were requeued.
-
-        Jobs in different shards count as run beside each other. So does whatever it may have run in
-        a shard that is away. The other shards are reaped even if one fails.
-        """
-        ran: dict[Queue, int] = {}
-        for part in self.parts:
-            with suppress(Unavailable):
-                ran[part] = part.running(worker)
-        beside = sum(ran.values()) + len(self.parts) - len(ran)
-        return sum(_try_each(parts, lambda part: part.reap(worker, beside - ran.get(part, 1))))
-
-    def _settle_one(self, outcome: Outcome) -> None:
-        if self.settle(outcome.job.worker, [outcome]):
-            raise Reaped(f"job {outcome.job.id} is no longer with worker {outcome.job.worker}")
-
-    def change_many(self, verb: Literal["cancel", "retry"], filter: Filter, cursor: str = "") -> dict[str, Any]:
-        """Look at up to 1,000 jobs and cancel or retry those that match.
-
-        Continue with the returned cursor. Each job is changed in its own transaction. Those whose
-        status changed meanwhile are counted as skipped.
-        """
-        jobs, cursor = self.page(filter, limit=SCANNED, cursor=cursor, cut=0)
-        change = self.cancel if verb == "cancel" else self.retry
-        done = 0
-        for job in jobs:
-            with suppress(WrongStatus):
-                done += change(job.id) is not None
-        return {"cancelled" if verb == "cancel" else "retried": done, "skipped": len(jobs) - done, "cursor": cursor}
-
-    def purge(self, filter: Filter, cursor: str = "") -> dict[str, Any]:
-        """Look at up to 1,000 ended jobs and delete those that match.
-
-        Continue with the returned cursor.
-        """
-        if filter.status not in ENDED:
-            raise InvalidJob("status", f"must be one of {', '.join(ENDED)}: other jobs have not ended")
-        jobs, cursor = self.page(filter, limit=SCANNED, cursor=cursor, cut=0)
-        return {"purged": self.forget(filter.status, [job.id.encode() for job in jobs]), "cursor": cursor}
-
-
-class Queue(Verbs):
-    """A queue in one namespace.
-
-    Threads may share it. Forked processes may too, if it was not used before the fork.
-    """
+class Transitions:
+    """What Queue does to the jobs of its namespace: all transitions, the upkeep and the reading."""
 
     def __init__(
         self,
@@ -982,8 +744,9 @@ class Queue(Verbs):
     ) -> None:
         self.store = Store(pool, check_name("namespace", namespace))
         self.pool = pool
+        self.clock = self.store.clock
         self.keys = self.store.keys
-        self.parts = [self]  # the queues that this one consists of: itself
+        self.parts = [cast(Queue, self)]  # the queues that this one consists of: itself
         self.lease = lease
         self.lease_ms = int(lease * 1000)
         kept = {"completed": keep_completed, "failed": keep_failed, "cancelled": keep_failed}
@@ -997,35 +760,9 @@ class Queue(Verbs):
         self._lost: dict[str, bytes | None] = {}  # those that were seen unchanged for too long
         self._writers = threading.BoundedSemaphore(WRITERS)
 
-    @property
-    def clock(self) -> Clock:
-        return self.store.clock
-
-    @classmethod
-    def from_url(
-        cls, url: str, *, namespace: str = "queue", connections: int = 100, tls_verify: bool = True, **options: Any
-    ) -> Queue:
-        """Make a queue at a redis, rediss, unix or redis+sentinel URL. Connects on first use."""
-        try:
-            pool = connect(url, tag=namespace, connections=connections, tls_verify=tls_verify)
-        except ValueError as error:
-            raise SettingsError(str(error)) from None
-        return cls(pool, namespace=namespace, **options)
-
-    @classmethod
-    def embedded(cls, **options: Any) -> Queue:
-        """Make a queue on a Redis in this process, for tests and a first run. Persists nothing."""
-        import fakeredis  # slow to import
-
-        return cls(fakeredis.FakeRedis(server=fakeredis.FakeServer(), protocol=2).connection_pool, **options)
-
     def now(self) -> int:
         """Redis TIME in milliseconds."""
         return self.store.now()
-
-    def part_of(self, id: str) -> Queue:
-        """Return the queue that has the job of that id: this one."""
-        return self
 
     # Enqueue ----------------------------------------------------------------------------------------------------------
 
@@ -1045,7 +782,7 @@ class Queue(Verbs):
         """
         if len(jobs) > MAX_JOBS:
             raise InvalidJob("jobs", f"must be at most {MAX_JOBS} at a time")
-        if memory_use(self.store.memory()) > MEMORY_SHARE:
+        if self.store.connections.memory_use > MEMORY_SHARE:
             raise Unavailable("full", f"more than {MEMORY_SHARE:.0%} of its maxmemory is used")
         ids = {job.id for job in jobs}
         unique = [self.keys.unique(key) for key in dict.fromkeys(job.unique_key for job in jobs if job.unique_key)]
@@ -1111,18 +848,14 @@ class Queue(Verbs):
     def claim(self, once: Once) -> None:
         """Take an Idempotency-Key for a submit that goes to another shard. Raises KeyReused.
 
-        Nothing -> once, without job ids. Watches the key. The other shard has the record with the
-        ids. The key stays taken if that submit fails. The same request may then be sent again.
+        The other shard has the record with the job ids. The key stays taken if that submit fails.
+        The same request may then be sent again.
         """
         key = self.keys.once(once.key)
-
-        def body(tx: Transaction) -> None:
-            if not (stored := tx.read(("GET", key))[0]):
-                tx.write("SET", key, encode(Made(once.fingerprint, [])), "PX", self.keep_once_ms)
-            elif _made(stored).fingerprint != once.fingerprint:
-                raise KeyReused(KEY_REUSED)
-
-        self.store.transact([key], body)
+        claim = ("SET", key, encode(Made(once.fingerprint, [])), "NX", "PX", self.keep_once_ms)
+        stored = self.store.read(claim, ("GET", key))[1]
+        if stored and _made(stored).fingerprint != once.fingerprint:
+            raise KeyReused(KEY_REUSED)
 
     def count_pending(self, names: Sequence[str]) -> dict[str, int]:
         """Count the pending jobs of some queues."""
@@ -1554,7 +1287,7 @@ class Queue(Verbs):
         lease that exists can be renewed with one command. An expired one is set again under WATCH
         of the registration.
         """
-        beat = encode({"at": self.now(), "jobs": list(jobs), "beat": next(_order)})  # each one differs
+        beat = encode({"at": self.now(), "jobs": list(jobs), "beat": time.monotonic_ns()})  # each one differs
         renewal = ("SET", self.keys.lease(worker), beat, "PX", self.lease_ms)
         if self.store.read((*renewal, "XX"))[0] is not None:
             if jobs:  # if the set of workers was lost, reap must still find this one
@@ -1718,40 +1451,28 @@ class Queue(Verbs):
                 self._forget_empty(empty[at : at + 100])
 
     def _forget_empty(self, names: Sequence[str]) -> None:
-        """Delete the counts of queues without jobs, and first what is left in their lists.
+        """Delete the counts of queues without jobs. Drop up to 100 ids from the list of each.
 
-        Watches the counts, which every verb changes that makes a job pending.
+        The ids are those of cancelled jobs. Watches the counts, which every verb changes that makes
+        a job pending, and the lists.
         """
-        fields = [field + name for name in names for field in ("pending:", "processing:")]
-
-        def body(tx: Transaction) -> list[str]:
-            counts, *sizes = tx.read(
-                ("HMGET", self.keys.counts, *fields), *(("LLEN", self.keys.jobs(name)) for name in names)
-            )
-            used = {
-                field.partition(":")[2]
-                for field, count in zip(fields, counts, strict=True)
-                if count not in (None, b"0")
-            }
-            left = [name for name, size in zip(names, sizes, strict=True) if size and name not in used]
-            if gone := set(names) - used - set(left):
-                tx.write("HDEL", self.keys.counts, *(field for field in fields if field.partition(":")[2] in gone))
-                tx.write("DEL", *map(self.keys.bell, gone))
-            return left
-
-        for name in self.store.transact([self.keys.counts], body):
-            self._drop_leftovers(self.keys.jobs(name))
-
-    def _drop_leftovers(self, key: str) -> None:
-        """Drop up to 1,000 ids from a list of cancelled jobs, as a worker would that takes them."""
+        lists = [self.keys.jobs(name) for name in names]
 
         def body(tx: Transaction) -> None:
-            ids = tx.read(("LRANGE", key, -MAX_JOBS, -1))[0]
-            for job in self._read_jobs(tx, ids, watch=True):
+            fields = [(f"pending:{name}", f"processing:{name}") for name in names]
+            counts, *entries = tx.read(
+                ("HMGET", self.keys.counts, *itertools.chain(*fields)), *(("LRANGE", key, -100, -1) for key in lists)
+            )
+            idle = [at for at in range(len(names)) if {*counts[2 * at : 2 * at + 2]} <= {None, b"0"}]
+            for job in self._read_jobs(tx, itertools.chain(*(entries[at] for at in idle)), watch=True):
                 self._set_aside(tx, job)
-            tx.write("LTRIM", key, 0, -1 - len(ids))
+            for at in idle:
+                tx.write("LTRIM", lists[at], 0, -1 - len(entries[at]))
+                if len(entries[at]) < 100:
+                    tx.gather("HDEL", self.keys.counts, *fields[at])
+                    tx.write("DEL", self.keys.bell(names[at]))
 
-        self.store.transact([key], body)
+        self.store.transact([self.keys.counts, *lists], body)
 
     def forget(self, status: str, ids: Sequence[bytes]) -> int:
         """Delete ended jobs and their entries in the index of that status. Return how many.
@@ -1761,27 +1482,22 @@ class Queue(Verbs):
         is full, Redis refuses every transaction, and so every retry. Then this deletes without one.
         """
         index = self.keys.ended[status]
-        keys = [self.keys.job(text_of(id)) for id in ids]
+        watched = [self.keys.job(text_of(id)) for id in ids] if status != "completed" else []
 
-        def choose(tx: Transaction) -> list[Command]:
-            scores = tx.read(*(("ZSCORE", index, id) for id in ids)) if status != "completed" else ids
-            gone = [at for at, score in enumerate(scores) if score is not None]
-            return [("DEL", *(keys[at] for at in gone)), ("ZREM", index, *(ids[at] for at in gone))] if gone else []
-
-        def body(tx: Transaction) -> list[Command]:
-            chosen = choose(tx)
-            for command in chosen:
-                tx.write(*command)
-            return chosen
+        def delete(tx: Transaction, write: Callable[..., Any]) -> int:
+            scores = tx.read(*(("ZSCORE", index, id) for id in ids)) if watched else ids
+            gone = [id for id, score in zip(ids, scores, strict=True) if score is not None]
+            if gone:
+                write("DEL", *(self.keys.job(text_of(id)) for id in gone))
+                write("ZREM", index, *gone)
+            return len(gone)
 
         try:
-            chosen = self.store.transact(keys if status != "completed" else (), body)
+            return self.store.transact(watched, lambda tx: delete(tx, tx.write))
         except Unavailable as trouble:
             if trouble.reason != "full":
                 raise
-            if chosen := self.store.transact((), choose):
-                self.store.read(*chosen)
-        return len(chosen[0]) - 1 if chosen else 0
+        return self.store.transact((), lambda tx: delete(tx, lambda *command: tx.read(command)))
 
     # Reading ----------------------------------------------------------------------------------------------------------
 
@@ -1829,12 +1545,9 @@ class Queue(Verbs):
         if not job or job.status not in UNENDED:
             return job
         while job and job.status in UNENDED and (left := until - time.monotonic()) > 0:
-            # Read it again, because it may have ended before it was marked as awaited.
-            _, record = self.store.read(("SADD", self.keys.awaited, id), ("GET", self.keys.job(id)))
-            job = _job(id, record) if record else None
-            if job and job.status in UNENDED:
+            if not self.await_ends([id]):
                 self.wait_for_end([id], min(left, BLOCK))
-                job = self.get(id)
+            job = self.get(id)
         self.forget_awaited([id])
         return job
 
@@ -1903,7 +1616,7 @@ class Queue(Verbs):
             for _, group in itertools.groupby(zip(sizes, part, strict=True), lambda item: item[0] // READ_BYTES):
                 wanted = [id for _, id in group]
                 for id, record in zip(wanted, self.store.read(("MGET", *map(self.keys.job, wanted)))[0], strict=True):
-                    yield (_job(id, record, cut), len(record)) if record else (None, 0)
+                    yield (_listed(id, record, cut), len(record)) if record else (None, 0)
 
     def _find_entries(self, filter: Filter, before: Place) -> list[Entry]:
         """Return the first SCANNED + 1 places after the cursor at which a job may be listed."""
@@ -2096,6 +1809,30 @@ class Queue(Verbs):
         return limit - used, seconds - now // 1000 % seconds
 
 
+def _metric_commands(store: Store, tx: Transaction) -> list[Command]:
+    """Add up the events of all jobs of one type and queue.
+
+    Above SERIES of them, new ones count as other, so that invented names fill neither Redis nor
+    Prometheus. Processes that meet new ones at the same moment may exceed SERIES a little.
+    """
+    met = {f"{type}:{queue}" for _, type, queue in tx.measured}
+    new = sorted(met - store._series)[: max(0, SERIES - len(store._series))]
+    if new:
+        store._series |= set(new)
+        store._series_known = False
+    sums: Counter[str] = Counter()
+    for (event, type, queue), times in tx.measured.items():
+        name = known if (known := f"{type}:{queue}") in store._series else "other:other"
+        if times[0] < 0:
+            sums[f"{event}:{name}"] += len(times)
+        else:
+            sums[f"{event}Ms:{name}"] += sum(times)
+            for at, count in Counter([bisect_left(BUCKETS, ms) for ms in times]).items():
+                sums[f"{event}:{name}:{BUCKETS[at]}"] += count
+    added: list[Command] = [("SADD", store.keys.series, *new)] if new else []
+    return added + [("HINCRBY", store.keys.metrics, field, by) for field, by in sums.items() if by]
+
+
 def _queues_in(counts: Iterable[tuple[str, bytes]]) -> set[str]:
     return {field.partition(":")[2] for field, _ in counts if ":" in field}
 
@@ -2124,6 +1861,46 @@ def _worker(id: str, about: bytes, lease: bytes | None) -> dict[str, Any]:
 # Filters and cursors --------------------------------------------------------------------------------------------------
 
 
+class Preview(str):
+    """The beginning of the JSON of a payload or a result that a listing cuts."""
+
+    __slots__ = ()
+
+    @classmethod
+    def of(cls, value: msgspec.Raw | bytes, size: int) -> Preview | msgspec.Raw:
+        """Copy what is shown, because a Raw keeps the whole record in memory."""
+        text = memoryview(value)
+        if len(text) > size:
+            return cls(str(text[:size], "utf-8", "ignore"))
+        str(text, "utf-8")  # raises UnicodeDecodeError: nothing else has read it
+        return msgspec.Raw(bytes(text))
+
+
+class _Listed(Job):
+    """A job whose payload and result are not decoded."""
+
+    payload: msgspec.Raw
+    result: msgspec.Raw = msgspec.Raw(b"null")
+
+
+_decode_listed = msgspec.json.Decoder(_Listed).decode
+
+
+def _listed(id: str, record: bytes, cut: int | None) -> Job:
+    """Read a record. With `cut`, payload and result stay JSON: a Raw, or a Preview of that size."""
+    if cut is None:
+        return _job(id, record)
+
+    def decode(text: bytes) -> Job:
+        job = _decode_listed(text)
+        return msgspec.structs.replace(job, payload=Preview.of(job.payload, cut), result=Preview.of(job.result, cut))
+
+    job = _job(id, record, decode)
+    if not isinstance(job, _Listed):  # the record cannot be read
+        job.payload = Preview.of(encode(job.payload), cut)
+    return job
+
+
 class Filter(NamedTuple):
     """Which jobs a listing returns or a bulk change touches: those that match all that is given."""
 
@@ -2149,7 +1926,191 @@ def _place_of(cursor: str) -> Place:
     return int(match[1]), match[2]
 
 
-# Shards ---------------------------------------------------------------------------------------------------------------
+# Queues and shards ----------------------------------------------------------------------------------------------------
+
+
+class Verbs(ABC):
+    """The verbs that need nothing but other verbs, or the same verb of the shards.
+
+    `parts` are the shards, or the queue itself.
+    """
+
+    parts: list[Queue]
+
+    @abstractmethod
+    def now(self) -> int: ...
+    @abstractmethod
+    def part_of(self, id: str) -> Queue: ...
+    @abstractmethod
+    def submit(self, jobs: Sequence[Job], once: Once | None = None) -> list[Job]: ...
+    @abstractmethod
+    def take(self, worker: str, names: Sequence[str], most: int) -> list[bytes]: ...
+    @abstractmethod
+    def adopt(self, worker: str, held: Collection[str]) -> list[bytes]: ...
+    @abstractmethod
+    def start(self, worker: str, ids: Sequence[bytes]) -> list[Job]: ...
+    @abstractmethod
+    def settle(self, worker: str, outcomes: Sequence[Outcome]) -> list[Outcome]: ...
+
+    @property
+    def last_contact(self) -> float:
+        """When Redis last carried out a command, in monotonic seconds. With shards: any of them."""
+        return max(part.store.connections.last_contact for part in self.parts)
+
+    @property
+    def memory_use(self) -> float:
+        """The share of maxmemory that Redis uses, or 0 without a limit; of shards the highest."""
+        return max(part.store.connections.memory_use for part in self.parts)
+
+    @property
+    def last_trouble(self) -> float:
+        """When Redis last failed to carry out a command."""
+        return max(part.store.connections.last_trouble for part in self.parts)
+
+    def disconnect(self) -> None:
+        """Close all connections. Do this before a fork: each process must open its own."""
+        for part in self.parts:
+            part.store.connections.disconnect()
+
+    def draft(self, type: str, payload: Any, **options: Any) -> Job:
+        """Check and make a job without storing it. Options as for `make_job`."""
+        return make_job(self.now(), type, payload, **options)
+
+    def enqueue(self, type: str, payload: Any, **options: Any) -> Job:
+        """Check and store one job. Options as for `make_job`, errors as for `submit`."""
+        return self.submit([self.draft(type, payload, **options)])[0]
+
+    def enqueue_many(self, type: str, payloads: Iterable[Any], **options: Any) -> list[Job]:
+        """Check and store up to 1,000 jobs of one type, all or none."""
+        return self.submit([self.draft(type, payload, **options) for payload in payloads])
+
+    def dequeue(self, worker: str, names: Sequence[str], most: int = 1) -> list[Job]:
+        """Take and start up to `most` jobs. Return an empty list if there are none."""
+        ids = self.take(worker, names, most)
+        jobs = self.start(worker, ids) if ids else []
+        if left := {job.id.encode() for job in jobs if job.status == "pending" and not job.suspect}:
+            jobs += self.start(worker, [id for id in self.adopt(worker, ()) if id in left])
+        return [job for job in jobs if job.status == "processing"]
+
+    def complete(self, job: Job, result: Any = None) -> None:
+        """Complete a started job with its result. Raises Reaped if its worker has lost it."""
+        self._settle_one(Outcome(job, "complete", result=result))
+
+    def fail(self, job: Job, error: Failure, after: float | None = None) -> None:
+        """Fail an attempt. The next starts `after` seconds later, if any is left; None: never."""
+        self._settle_one(Outcome(job, "fail", error=error, after=after))
+
+    def release(self, job: Job) -> None:
+        """Requeue a started job at the head of its queue. Refunds up to MAX_REFUNDS attempts."""
+        self._settle_one(Outcome(job, "release"))
+
+    def reap_in(self, parts: Sequence[Queue], worker: str) -> int:
+        """Reap a worker in some of the shards. Returns how many of its jobs were requeued.
+
+        Jobs in different shards count as run beside each other. So does whatever it may have run in
+        a shard that is away. The other shards are reaped even if one fails.
+        """
+        ran: dict[Queue, int] = {}
+        for part in self.parts:
+            with suppress(Unavailable):
+                ran[part] = part.running(worker)
+        beside = sum(ran.values()) + len(self.parts) - len(ran)
+        return sum(_try_each(parts, lambda part: part.reap(worker, beside - ran.get(part, 1))))
+
+    def _settle_one(self, outcome: Outcome) -> None:
+        if self.settle(outcome.job.worker, [outcome]):
+            raise Reaped(f"job {outcome.job.id} is no longer with worker {outcome.job.worker}")
+
+    def get(self, id: str) -> Job | None:
+        return self.part_of(id).get(id)
+
+    def wait_for(self, id: str, seconds: float) -> Job | None:
+        return self.part_of(id).wait_for(id, seconds)
+
+    def cancel(self, id: str) -> Job | None:
+        return self.part_of(id).cancel(id)
+
+    def retry(self, id: str) -> Job | None:
+        return self.part_of(id).retry(id)
+
+    def write_progress(self, job: Job) -> None:
+        self.part_of(job.id).write_progress(job)
+
+    def _by_shard(self, items: Iterable[T], id: Callable[[T], str]) -> dict[Queue, list[T]]:
+        """Group items by the shard of the job whose id `id` returns."""
+        parts: defaultdict[Queue, list[T]] = defaultdict(list)
+        for item in items:
+            parts[self.part_of(id(item))].append(item)
+        return parts
+
+    def forget(self, status: str, ids: Sequence[bytes]) -> int:
+        return sum(shard.forget(status, part) for shard, part in self._by_shard(ids, text_of).items())
+
+    def page(
+        self, filter: Filter | None = None, *, limit: int = 50, cursor: str = "", cut: int | None = None
+    ) -> tuple[list[Job], str]:
+        """Like Queue.page. Merges the pages of the shards as far as all of them have looked."""
+        pages = [shard.page(filter, limit=limit, cursor=cursor, cut=cut) for shard in self.parts]
+        horizon = max((_place_of(cursor) for _, cursor in pages if cursor), default=(0, ""))
+        found = sorted((job for jobs, _ in pages for job in jobs), key=Job.place, reverse=True)
+        seen = [job for job in found if job.place() >= horizon]
+        if len(seen) > limit:
+            at, id = seen[limit - 1].place()
+            return seen[:limit], f"{at}.{id}"
+        return seen, f"{horizon[0]}.{horizon[1]}" if horizon[1] else ""
+
+    def change_many(self, verb: Literal["cancel", "retry"], filter: Filter, cursor: str = "") -> dict[str, Any]:
+        """Look at up to 1,000 jobs and cancel or retry those that match.
+
+        Continue with the returned cursor. Each job is changed in its own transaction. Those whose
+        status changed meanwhile are counted as skipped.
+        """
+        jobs, cursor = self.page(filter, limit=SCANNED, cursor=cursor, cut=0)
+        change = self.cancel if verb == "cancel" else self.retry
+        done = 0
+        for job in jobs:
+            with suppress(WrongStatus):
+                done += change(job.id) is not None
+        return {"cancelled" if verb == "cancel" else "retried": done, "skipped": len(jobs) - done, "cursor": cursor}
+
+    def purge(self, filter: Filter, cursor: str = "") -> dict[str, Any]:
+        """Look at up to 1,000 ended jobs and delete those that match.
+
+        Continue with the returned cursor.
+        """
+        if filter.status not in ENDED:
+            raise InvalidJob("status", f"must be one of {', '.join(ENDED)}: other jobs have not ended")
+        jobs, cursor = self.page(filter, limit=SCANNED, cursor=cursor, cut=0)
+        return {"purged": self.forget(filter.status, [job.id.encode() for job in jobs]), "cursor": cursor}
+
+
+class Queue(Transitions, Verbs):
+    """A queue in one namespace.
+
+    Threads may share it. Forked processes may too, if it was not used before the fork.
+    """
+
+    @classmethod
+    def from_url(
+        cls, url: str, *, namespace: str = "queue", connections: int = 100, tls_verify: bool = True, **options: Any
+    ) -> Queue:
+        """Make a queue at a redis, rediss, unix or redis+sentinel URL. Connects on first use."""
+        try:
+            pool = connect(url, tag=namespace, connections=connections, tls_verify=tls_verify)
+        except ValueError as error:
+            raise SettingsError(str(error)) from None
+        return cls(pool, namespace=namespace, **options)
+
+    @classmethod
+    def embedded(cls, **options: Any) -> Queue:
+        """Make a queue on a Redis in this process, for tests and a first run. Persists nothing."""
+        import fakeredis  # slow to import
+
+        return cls(fakeredis.FakeRedis(server=fakeredis.FakeServer(), protocol=2).connection_pool, **options)
+
+    def part_of(self, id: str) -> Queue:
+        """Return the queue that has the job of that id: this one."""
+        return self
 
 
 class Shards(Verbs):
@@ -2181,7 +2142,7 @@ class Shards(Verbs):
     def _open_threads(self) -> None:
         self._waiters = ThreadPoolExecutor(len(self.parts), "bell")
         self._callers = ThreadPoolExecutor(2 * len(self.parts), "shard")
-        self._waits: dict[int, Future[bool]] = {}
+        self._waits: dict[Queue, Future[bool]] = {}
 
     def disconnect(self) -> None:
         """Close all connections and end all threads. A fork would not take the threads along."""
@@ -2197,13 +2158,6 @@ class Shards(Verbs):
 
     def _index_of(self, key: str) -> int:
         return zlib.crc32(key.encode()) % len(self.parts)
-
-    def _by_shard(self, items: Iterable[T], id: Callable[[T], str]) -> dict[Queue, list[T]]:
-        """Group items by the shard of the job whose id `id` returns."""
-        parts: defaultdict[Queue, list[T]] = defaultdict(list)
-        for item in items:
-            parts[self.part_of(id(item))].append(item)
-        return parts
 
     def _from(self, first: int) -> list[Queue]:
         """Return all shards, beginning with that one."""
@@ -2249,8 +2203,9 @@ class Shards(Verbs):
         return self._try_first(lambda shard: self._submit_to(shard, jobs, once), next(self._turn))
 
     def _submit_to(self, shard: Queue, jobs: Sequence[Job], once: Once | None) -> list[Job]:
+        at = self.parts.index(shard)
         for job in jobs:
-            job.id = f"{job.id[:-2]}{self.parts.index(shard):02x}"
+            job.id = f"{job.id[:-2]}{at:02x}"
         elsewhere: Counter[str] = Counter()
         names = list({job.queue for job in jobs})
         for part in self.parts if shard.max_pending else ():
@@ -2295,12 +2250,12 @@ class Shards(Verbs):
 
     def wait(self, names: Sequence[str], seconds: float = BLOCK) -> bool:
         """Like Queue.wait, in all shards. Waits that outlast this call go on in the next one."""
-        for at, shard in enumerate(self.parts):
-            if at not in self._waits:
-                self._waits[at] = self._waiters.submit(self._wait_in, shard, names, seconds)
+        for shard in self.parts:
+            if shard not in self._waits:
+                self._waits[shard] = self._waiters.submit(self._wait_in, shard, names, seconds)
         done, _ = wait(self._waits.values(), return_when=FIRST_COMPLETED)
-        answered = [self._waits.pop(at) for at, future in list(self._waits.items()) if future in done]
-        rung = [future.result() for future in answered]
+        self._waits = {shard: future for shard, future in self._waits.items() if future not in done}
+        rung = [future.result() for future in done]
         return any(rung)
 
     def _wait_in(self, shard: Queue, names: Sequence[str], seconds: float) -> bool:
@@ -2367,19 +2322,10 @@ class Shards(Verbs):
             error.doubtful = error.doubtful or len(parts) > 1  # the other shards may have written theirs
             raise
 
-    def write_progress(self, job: Job) -> None:
-        self.part_of(job.id).write_progress(job)
-
-    def cancel(self, id: str) -> Job | None:
-        return self.part_of(id).cancel(id)
-
     def cancel_requests(self, ids: Sequence[str]) -> list[str]:
         parts = self._by_shard(ids, str)
         found = _try_each(list(parts), lambda shard: shard.cancel_requests(parts[shard]))
         return [id for part in found for id in part]
-
-    def retry(self, id: str) -> Job | None:
-        return self.part_of(id).retry(id)
 
     def pause(self, name: str) -> None:
         self._call_all(lambda shard: shard.pause(name), must=True)
@@ -2422,31 +2368,9 @@ class Shards(Verbs):
     def trim(self) -> int:
         return sum(self._call_all(Queue.trim))
 
-    def forget(self, status: str, ids: Sequence[bytes]) -> int:
-        return sum(shard.forget(status, part) for shard, part in self._by_shard(ids, text_of).items())
-
     def ping(self) -> None:
         """Raise Unavailable unless a shard accepts writes. `warnings` names those that do not."""
         self._call_all(Queue.ping)
-
-    def get(self, id: str) -> Job | None:
-        return self.part_of(id).get(id)
-
-    def wait_for(self, id: str, seconds: float) -> Job | None:
-        return self.part_of(id).wait_for(id, seconds)
-
-    def page(
-        self, filter: Filter | None = None, *, limit: int = 50, cursor: str = "", cut: int | None = None
-    ) -> tuple[list[Job], str]:
-        """Like Queue.page. Merges the pages of the shards as far as all of them have looked."""
-        pages = [shard.page(filter, limit=limit, cursor=cursor, cut=cut) for shard in self.parts]
-        horizon = max((_place_of(cursor) for _, cursor in pages if cursor), default=(0, ""))
-        found = sorted((job for jobs, _ in pages for job in jobs), key=Job.place, reverse=True)
-        seen = [job for job in found if job.place() >= horizon]
-        if len(seen) > limit:
-            at, id = seen[limit - 1].place()
-            return seen[:limit], f"{at}.{id}"
-        return seen, f"{horizon[0]}.{horizon[1]}" if horizon[1] else ""
 
     def queues(self) -> dict[str, dict[str, Any]]:
         return dict(sorted(reduce(_added, (shard.queues() for shard in self.parts)).items()))
@@ -2549,7 +2473,7 @@ class Handler(Generic[P, A, R]):
     def __call__(self, payload: P, *args: A.args, **kwargs: A.kwargs) -> R:
         return self.function(payload, *args, **kwargs)
 
-    def enqueue(self, queue: AnyQueue, payload: P, /, **options: Any) -> Job:
+    def enqueue(self, queue: Verbs, payload: P, /, **options: Any) -> Job:
         """Enqueue a job of this type; mypy checks the payload too. Options as for `make_job`."""
         return queue.enqueue(self.type, payload, **options)
 
@@ -2637,38 +2561,8 @@ def _signature(function: Callable[..., Any]) -> tuple[Any, bool]:
     return hints[parameters[0].name], len(parameters) == 2
 
 
-def load_handlers(modules: str) -> dict[str, Handler[Any, Any, Any]]:
-    """Import the modules that register handlers, from the working directory first.
-
-    Raises SettingsError if one cannot be imported, or if none registers a handler.
-    """
-    if sys.path[:1] != [os.getcwd()]:
-        sys.path.insert(0, os.getcwd())
-    for module in filter(None, (name.strip() for name in modules.split(","))):
-        if not all(part.isidentifier() for part in module.split(".")):
-            raise SettingsError(f"TINYQUEUE_HANDLERS: {_missing_module(module)}")
-        try:
-            importlib.import_module(module)
-        except ModuleNotFoundError as error:
-            if error.name != module.partition(".")[0] and error.name != module:
-                raise SettingsError(f"cannot import {module}: {error}") from error
-            raise SettingsError(f"TINYQUEUE_HANDLERS: {_missing_module(module)}") from None
-        except (Exception, SystemExit) as error:
-            text = " ".join(error_text(error).split())
-            raise SettingsError(f"cannot import {module}: {type(error).__name__}: {text}") from error
-    if not HANDLERS:
-        raise SettingsError(f"{modules} registers no handler: decorate a function with @handler('type')")
-    return HANDLERS
-
-
-def _missing_module(module: str) -> str:
-    name = f"module {module}" if looks_like_name(module) else "such module (name not shown; it may be a secret)"
-    return f"there is no {name} here; create it, or name the module of your handlers"
-
-
-def looks_like_name(text: str) -> bool:
-    """Check that a text is a dotted name, rather than a URL or a random secret."""
-    return all(re.fullmatch(r"(?:[^\W\d]|-){1,24}[0-9]{0,2}|[\w-]{1,12}", part) for part in text.split("."))
+class SettingsError(TinyQueueError):
+    """A setting or the handlers module is wrong. The text is one line that says what to do."""
 
 
 class Retry(Exception):
@@ -2705,6 +2599,31 @@ def backoff(attempts: int, base: float = 1.0, cap: float = 300.0) -> float:
 # Checking a job -------------------------------------------------------------------------------------------------------
 
 
+class InvalidJob(TinyQueueError):
+    """A field of a job, or another argument such as a cursor, is invalid. Nothing was changed.
+
+    `field` is the wrong field as JSON clients know it, and `rule` says what it must be. `path` is
+    the place inside the payload (``$.to``), or empty.
+    """
+
+    def __init__(self, field: str, rule: str, path: str = "") -> None:
+        super().__init__(f"{field}{path.removeprefix('$')}: {rule}")
+        self.field = field
+        self.rule = rule
+        self.path = path
+
+
+class UnknownType(InvalidJob):
+    """No handler is registered for that type. `known` lists the registered types."""
+
+    def __init__(self, type: str, known: Sequence[str]) -> None:
+        todo = "restart this process after adding a handler"
+        rule = f"no handler is registered for {type!r}; registered: {', '.join(known) or 'none'}; {todo}"
+        super().__init__("type", rule)
+        self.type = type
+        self.known = list(known)
+
+
 def make_job(
     now: int,
     type: str,
@@ -2739,7 +2658,7 @@ def make_job(
     if expires_at and starts_at >= expires_at:
         raise InvalidJob("expiresIn", "must end after the job may start, which delay or runAt says")
     return Job(
-        id=_new_id(now),
+        id=new_id(now),
         type=type,
         payload=payload,
         max_attempts=_whole("maxAttempts", max_attempts, 1, MAX_ATTEMPTS),

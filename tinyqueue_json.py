@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
+import os
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -96,6 +98,15 @@ def error_text(error: BaseException) -> str:
         return f"(its text raised {type_name(second)})"
 
 
+def describe(error: BaseException, traceback: str) -> tuple[str, str, str]:
+    """Return the type, the text and the traceback of an exception.
+
+    Escapes what JSON cannot hold, such as lone surrogates.
+    """
+    message, trace = (str.encode(text, "utf-8", "backslashreplace").decode() for text in (error_text(error), traceback))
+    return type_name(error), message, trace
+
+
 def type_name(error: BaseException) -> str:
     name = type.__dict__["__name__"].__get__(type(error))  # a metaclass may have a __name__ that raises
     return str.__str__(name)
@@ -168,7 +179,7 @@ def _whole_floats(value: Any) -> Any:
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
-# Times ----------------------------------------------------------------------------------------------------------------
+# Times and ids --------------------------------------------------------------------------------------------------------
 
 # ISO 8601 with a zone, as languages write it by default: RFC 3339; basic format; hours and minutes
 # only; fractions of any length; a blank before the zone (Ruby), its name after it (Java, Go).
@@ -199,3 +210,19 @@ def milliseconds(value: Any) -> int | None:
     if isinstance(value, datetime) and value.tzinfo:
         value = (value - datetime.fromtimestamp(0, UTC)) // timedelta(milliseconds=1)
     return value if isinstance(value, int) and not isinstance(value, bool) else None
+
+
+def created_at(id: str) -> int:
+    """When an id was made: a UUIDv7 (RFC 9562) begins with milliseconds."""
+    return int(id[:8] + id[9:13], 16)
+
+
+_order = itertools.count()
+
+
+def new_id(now: int) -> str:
+    """Make a UUIDv7 from Redis time in ms. A counter keeps the ids of one millisecond in order."""
+    noise = int.from_bytes(os.urandom(8), "big")
+    number = now << 80 | 7 << 76 | (next(_order) & 0xFFF) << 64 | 2 << 62 | noise & 0x3FFFFFFFFFFFFFFF
+    digits = f"{number:032x}"
+    return f"{digits[:8]}-{digits[8:12]}-{digits[12:16]}-{digits[16:20]}-{digits[20:]}"

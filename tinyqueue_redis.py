@@ -638,6 +638,10 @@ class Connections:
             self._memory = (time.monotonic(), info)
         return info
 
+    @property
+    def memory_use(self) -> float:
+        return memory_use(self.memory())
+
     def _follow(self, error: redis.RedisError | OSError) -> None:
         reason, _ = explain(error)
         if reason:

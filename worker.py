@@ -82,13 +82,13 @@ from tinyqueue import (
     backoff,
     check_name,
     is_delay,
-    load_handlers,
 )
 from tinyqueue_config import (
     EXIT_TIME,
     LOG_CONTEXT,
     Settings,
     exit_now,
+    load_handlers,
     open_queue,
     plural,
     reset_signals_in_children,

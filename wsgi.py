@@ -70,14 +70,14 @@ from tinyqueue import (
     Unavailable,
     UnknownType,
     WrongStatus,
-    load_handlers,
-    looks_like_name,
 )
 from tinyqueue_config import (
     LOG_CONTEXT,
     WEB_THREADS,
     Settings,
     exit_now,
+    load_handlers,
+    looks_like_name,
     open_queue,
     plural,
     reset_signals_in_children,

@@ -15,7 +15,7 @@ IMPORTS = {  # each module, and those of ours that it may import
     "tinyqueue_redis": set(),
     "tinyqueue_json": set(),
     "tinyqueue": {"tinyqueue_json", "tinyqueue_redis"},
-    "tinyqueue_config": {"tinyqueue"},
+    "tinyqueue_config": {"tinyqueue", "tinyqueue_json"},
     "tinyqueue_doctor": {"tinyqueue", "tinyqueue_redis"},
     "tinyqueue_openapi": {"tinyqueue"},
     "tinyqueue_server": {"tinyqueue_config"},
