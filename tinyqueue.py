@@ -134,6 +134,7 @@ from tinyqueue_redis import (
     connect,
     explain,
     pairs,
+    read_replies,
     read_reply,
     send,
     shield,
@@ -520,7 +521,7 @@ class Transaction:
         """
         waits = [("WAIT", self.replicas, CATCH_UP)] if self.replicas else []
         send(self._connection, [("MULTI",), *writes, ("EXEC",), *waits])
-        *_, done = [self._connection.read_response() for _ in range(len(writes) + 2)]
+        *_, done = read_replies(self._connection, len(writes) + 2)
         reached = read_reply(self._connection) if waits else 0
         return done, reached if isinstance(reached, int) else 0
 

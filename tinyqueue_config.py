@@ -20,7 +20,7 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from contextvars import ContextVar
 from datetime import UTC, datetime
-from functools import partial
+from functools import cache, partial
 from io import StringIO
 from pathlib import Path
 from queue import Empty, SimpleQueue
@@ -249,6 +249,11 @@ def plural(number: int, one: str, many: str = "") -> str:
     return f"{number} {one if number == 1 else many or one + 's'}"
 
 
+def error_line(error: Failure | None) -> str:
+    """Return the type and the message of a job's error in one line."""
+    return " ".join(f"{error.type}: {error.message}".split()) if error else ""
+
+
 # Logging --------------------------------------------------------------------------------------------------------------
 
 LOGGERS = ("tinyqueue", "tinyqueue.worker", "tinyqueue.web")
@@ -276,10 +281,7 @@ class LogWriter:
         self.dropped = 0
         self.forked = False
         os.register_at_fork(after_in_child=self._after_fork)
-        # A signal that this thread took while the main thread blocks it would kill the process.
-        mask = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
         threading.Thread(target=self._run, name="log", daemon=True).start()
-        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
     def put(self, line: bytes) -> None:
         if self.forked:
@@ -476,7 +478,7 @@ def flush_log(seconds: float) -> None:
         handler.writer.flush(seconds)
 
 
-# Leaving the process --------------------------------------------------------------------------------------------------
+# Signals, and leaving the process -------------------------------------------------------------------------------------
 
 
 def exit_now(code: int, seconds: float = EXIT_TIME, functions: bool = True) -> NoReturn:
@@ -497,27 +499,66 @@ def exit_now(code: int, seconds: float = EXIT_TIME, functions: bool = True) -> N
     os._exit(code)
 
 
+def exit_at_sigterm() -> None:
+    """Exit at SIGTERM, as a process that has done nothing yet may. Call this first in a process.
+
+    Without a handler, Linux keeps SIGTERM from the first process of a container. What started this
+    process may have blocked signals.
+    """
+    reset_signals_in_children()
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+
+
+def hold_signals() -> None:
+    """Block signals that the main thread takes with sigwait. Call this first in a process.
+
+    Threads that start later have them blocked too. One that took SIGTERM would kill the process,
+    and one that took SIGCHLD would keep it from the main thread.
+    """
+    reset_signals_in_children()
+    signal.pthread_sigmask(signal.SIG_BLOCK, {*SIGNALS, signal.SIGCHLD})
+
+
+@cache
 def reset_signals_in_children() -> None:
-    """Give processes that this one forks from now on the default signal handlers."""
-    os.register_at_fork(before=_hold_signals, after_in_parent=_let_signals, after_in_child=_reset_signals)
+    """Give processes that this one forks from now on the default signal handlers, none blocked."""
+    os.register_at_fork(before=_block_signals, after_in_parent=_restore_mask, after_in_child=_reset_signals)
 
 
-FORKED_WITH = threading.local()  # `mask`: the blocked signals of the thread that forks
+class Forking(threading.local):
+    """What the thread that forks needs to know after it."""
+
+    mask: frozenset[int] | set[Any] = frozenset()  # the signals that it blocks
+    held = False  # whether the child keeps these
 
 
-def _hold_signals() -> None:
+FORKING = Forking()
+
+
+def fork_held() -> int:
+    """Fork a process that blocks the signals of `hold_signals` until it has handlers."""
+    FORKING.held = True
+    try:
+        return os.fork()
+    finally:
+        FORKING.held = False
+
+
+def _block_signals() -> None:
     """Block signals during a fork: Python forgets those that come before the child is set up."""
-    FORKED_WITH.mask = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    FORKING.mask = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
 
 
-def _let_signals() -> None:
-    signal.pthread_sigmask(signal.SIG_SETMASK, FORKED_WITH.mask)
+def _restore_mask() -> None:
+    signal.pthread_sigmask(signal.SIG_SETMASK, FORKING.mask)
 
 
 def _reset_signals() -> None:
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, {*SIGNALS, signal.SIGCHLD})
+    if not FORKING.held:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {*SIGNALS, signal.SIGCHLD})
 
 
 def _exit_after(seconds: float, code: int) -> None:

@@ -16,7 +16,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 from urllib.parse import parse_qsl, unquote, urlencode, urlsplit
 
 import redis
@@ -29,6 +29,7 @@ from redis.sentinel import MasterNotFoundError, Sentinel, SentinelConnectionPool
 log = logging.getLogger("tinyqueue")
 
 Command = tuple[Any, ...]
+E = TypeVar("E", bound=BaseException)
 
 SOCKET_TIMEOUT = 4.0  # seconds for a reply; longer than the longest blocking command, which is 2 s
 CONNECT_TIMEOUT = 2.0
@@ -101,14 +102,36 @@ def explain(error: Exception) -> tuple[str, str]:
 # Commands on a connection ---------------------------------------------------------------------------------------------
 
 
+# What the client raises for a connection that another thread closes meanwhile, besides errors of
+# its own: its socket is gone.
+CLOSED = AttributeError, TypeError, ValueError
+
+
+def _closed(error: Exception) -> Exception:
+    text = f"the client failed as if another thread had closed the connection ({type(error).__name__}: {error})"
+    return redis.ConnectionError(text)
+
+
 def send(connection: Any, commands: Sequence[Command]) -> None:
-    connection.send_packed_command([b"".join(map(pack_command, commands))])
+    packet = b"".join(map(pack_command, commands))
+    try:
+        connection.send_packed_command([packet])
+    except CLOSED as error:
+        raise _closed(error) from error
+
+
+def read_replies(connection: Any, count: int) -> list[Any]:
+    """Return the next replies, or raise the first error."""
+    try:
+        return [connection.read_response() for _ in range(count)]
+    except CLOSED as error:
+        raise _closed(error) from error
 
 
 def ask(connection: Any, commands: Sequence[Command]) -> list[Any]:
     """Send commands in one packet and return their replies, or raise the first error."""
     send(connection, commands)
-    return [connection.read_response() for _ in commands]
+    return read_replies(connection, len(commands))
 
 
 def ask_each(connection: Any, commands: Sequence[Command]) -> list[Any]:
@@ -119,7 +142,7 @@ def ask_each(connection: Any, commands: Sequence[Command]) -> list[Any]:
 
 def read_reply(connection: Any) -> Any:
     try:
-        return connection.read_response()
+        return read_replies(connection, 1)[0]
     except redis.ResponseError as error:
         return error
 
@@ -392,9 +415,9 @@ class Sentinels(Sentinel):
                 raise
             finally:
                 pool.release(connection)
-        except (redis.RedisError, OSError) as error:
+        except (redis.RedisError, OSError, *CLOSED) as error:
             self._skipped[sentinel] = time.monotonic() + SKIP_SENTINEL
-            return error
+            return _connect_error(error)
         if isinstance(address, Exception):
             return address
         if not address:
@@ -430,13 +453,22 @@ class SentinelPool(SentinelConnectionPool):
             with self._following:
                 if not (self._follower and self._follower.is_alive()):
                     self._ask()
-                    self._follower = threading.Thread(target=self._follow, name="sentinels", daemon=True)
-                    self._follower.start()
+                    follower = threading.Thread(target=self._follow, name="sentinels", daemon=True)
+                    with suppress(RuntimeError):  # no more threads; then each use asks
+                        follower.start()
+                        self._follower = follower
+
+    def rest(self) -> None:
+        """Stop asking until a connection is lent again."""
+        self._lent_at = -math.inf
+        if self._follower:
+            self._follower.join(2 * PROBE_TIMEOUT)
 
     def _follow(self) -> None:
+        time.sleep(FOLLOW_EVERY)
         while time.monotonic() - self._lent_at < FOLLOW_FOR:
-            time.sleep(FOLLOW_EVERY)
             self._ask()
+            time.sleep(FOLLOW_EVERY)
 
     def _ask(self) -> None:
         before = self.master_address
@@ -462,13 +494,13 @@ class SentinelPool(SentinelConnectionPool):
 # Lending connections --------------------------------------------------------------------------------------------------
 
 
-def _connect_error(error: BaseException) -> BaseException:
+def _connect_error(error: E) -> E | Exception:
     """Classify an error while connecting: no refusal and no wrong name is a fault of the data."""
     if isinstance(error, redis.ResponseError) and not explain(error)[0]:
         return redis.exceptions.AuthorizationError(str(error))
     if isinstance(error, UnicodeError):
         return redis.ConnectionError("the host name in REDIS_URL is not valid")
-    return error
+    return _closed(error) if isinstance(error, CLOSED) else error
 
 
 def _reason(translated: Exception) -> str:
@@ -542,8 +574,10 @@ class Connections:
         self.last_trouble = time.monotonic()  # when it last failed to; at first, neither is known
         self._warm: list[tuple[Any, int, float]] = []  # connections just used, by process and time
         self._sentinel_pool = pool if isinstance(pool, SentinelPool) else None
+        self._closings = 0  # how often `disconnect` was called
         self._guarded = ""  # the name of the server in log lines; empty: callers wait for it
         self._away: tuple[int, Exception] | None = None  # the process that found it away, and how
+        self._asker: threading.Thread | None = None  # the thread that asks whether it is back
         self._lock = threading.Lock()
         self._memory: tuple[float, dict[str, str]] = (-1e9, {})  # when INFO was read, and its reply
 
@@ -568,11 +602,12 @@ class Connections:
             if self._sentinel_pool:
                 self._sentinel_pool.keep_up()
             connection = None
+            closings = self._closings
             try:
                 connection = self._checked_out()
                 yield connection
             except BaseException as error:
-                if connection and not isinstance(error, self.harmless):
+                if connection and (closings != self._closings or not isinstance(error, self.harmless)):
                     connection.disconnect()
                 self._cool_down(connection)
                 if connection is None:
@@ -585,10 +620,27 @@ class Connections:
                 raise
             self.last_contact = time.monotonic()
             self._warm.append((connection, os.getpid(), self.last_contact))
+            if closings != self._closings:
+                self._close_idle()
 
     def disconnect(self) -> None:
-        """Close all connections. Do this before a fork: each process must open its own."""
-        self.pool.disconnect()
+        """Close all connections. Do this before a fork: each process must open its own.
+
+        A connection that a thread uses is closed when it is returned. The client would connect it
+        again without its WATCH if it was closed earlier. The threads that ask servers end: a fork
+        would not take them along, but the locks that they hold.
+        """
+        self._closings += 1
+        self._away = None
+        if self._asker:
+            self._asker.join(PROBE_TIMEOUT)
+        if self._sentinel_pool:
+            self._sentinel_pool.rest()
+        self._close_idle()
+
+    def _close_idle(self) -> None:
+        self._cool_down(None)
+        self.pool.disconnect(inuse_connections=False)
 
     def _refuse(self, process: int, error: Exception) -> None:
         if process == os.getpid():
@@ -603,17 +655,26 @@ class Connections:
         with self._lock:
             if self._away and self._away[0] == os.getpid():
                 return
-            self._away = os.getpid(), error
+            self._away = away = os.getpid(), error
+            name = "asks " + self._guarded
+            asker = threading.Thread(target=self._ask_until_it_answers, args=(away,), name=name, daemon=True)
+            try:
+                asker.start()
+            except RuntimeError:  # no more threads; then callers wait for the server
+                self._away = None
+                return
+            self._asker = asker
         log.warning("%s does not answer and is left out until it does: %s", self._guarded, text)
-        threading.Thread(target=self._ask_until_it_answers, name="asks " + self._guarded, daemon=True).start()
 
-    def _ask_until_it_answers(self) -> None:
+    def _ask_until_it_answers(self, away: tuple[int, Exception]) -> None:
         try:
-            while not self._answers():
+            while self._away is away and not self._answers():
                 time.sleep(ASK_AGAIN)
+            if self._away is away:
+                log.warning("%s answers again", self._guarded)
         finally:
-            self._away = None
-        log.warning("%s answers again", self._guarded)
+            if self._away is away:
+                self._away = None
 
     def _answers(self) -> bool:
         """Whether the server answers, be it that it refuses the command."""

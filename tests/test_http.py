@@ -28,7 +28,8 @@ import tinyqueue_redis
 from tinyqueue import ID, MAX_ATTEMPTS, MAX_DELAY, STATUSES, Queue, handler
 from tinyqueue_config import Settings
 from tinyqueue_json import MAX_DEPTH
-from wsgi import API, FIELDS, RETRY_AFTER, ROUTES
+from tinyqueue_problems import RETRY_AFTER
+from wsgi import API, FIELDS, ROUTES
 
 REPOSITORY = Path(tinyqueue.__file__).parent
 SECRET = "S3cr3tPw"

@@ -73,6 +73,7 @@ def worker(queue: Queue) -> str:
 @pytest.fixture
 def work(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Worker]]:
     """Start workers in threads. They are stopped at the end of the test."""
+    monkeypatch.setattr(process, "BLOCK", 0.1)
     monkeypatch.setattr(process, "TICK", 0.02)
     monkeypatch.setattr(process, "PROMOTE_EVERY", 0.02)
     started: list[Worker] = []
@@ -1276,9 +1277,9 @@ def test_stats_count_jobs_that_ended_in_the_last_minute(queue: Queue) -> None:
     assert queue.stats()["lastMinute"] == expected
     queue.clock.ahead += 1000
     assert queue.stats()["lastMinute"] == expected
-    queue.clock.ahead += 45_000
-    assert queue.stats()["lastMinute"]["completed"] in (0, 1)
-    queue.clock.ahead += 15_000
+    queue.clock.ahead += 30_000  # in the middle of the next minute, half of the last one counts
+    assert queue.stats()["lastMinute"] == {"completed": 1, "failed": 0, "cancelled": 0}
+    queue.clock.ahead += 30_000
     assert queue.stats()["lastMinute"] == dict.fromkeys(ENDED, 0)
     assert queue.stats()["total"] == expected
     [minute] = [key for key in dump(queue) if key.startswith(queue.keys.prefix + "minute:")]
