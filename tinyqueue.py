@@ -124,7 +124,7 @@ from typing import Any, Concatenate, Generic, Literal, NamedTuple, ParamSpec, Ty
 import msgspec
 import redis
 
-from tinyqueue_json import Mismatch, created_at, describe, encode, is_number, milliseconds, new_id, parser, to_json
+from tinyqueue_json import Mismatch, Preview, created_at, describe, encode, epoch_ms, is_number, new_id, parser, to_json
 from tinyqueue_redis import (
     Clock,
     Command,
@@ -323,8 +323,7 @@ class Failure(msgspec.Struct, rename="camel", omit_defaults=True):
     @classmethod
     def of(cls, error: BaseException, traceback: str = "") -> Failure:
         """Describe an exception."""
-        type, message, trace = describe(error, traceback)
-        return cls(type[:100], message[:1000], trace[-4000:])
+        return cls(*describe(error, traceback))
 
 
 class Job(msgspec.Struct, rename="camel", omit_defaults=True, dict=True):
@@ -592,12 +591,6 @@ class Store:
         """
         return self.transact((), lambda tx: tx.read(*commands), counts=False)
 
-    def now(self) -> int:
-        """Redis TIME in milliseconds."""
-        if self.clock.stale:
-            self.read()
-        return self.clock.now()
-
     # The transaction loop. Skip it on a first reading: a body reads, then writes; it is repeated
     # until no watched key has changed.
     def transact(
@@ -763,7 +756,9 @@ class Transitions:
 
     def now(self) -> int:
         """Redis TIME in milliseconds."""
-        return self.store.now()
+        if self.clock.stale:
+            self.store.read()
+        return self.clock.now()
 
     # Enqueue ----------------------------------------------------------------------------------------------------------
 
@@ -846,23 +841,6 @@ class Transitions:
             tx.write("SET", self.keys.unique(key), job.id)
         return accepted
 
-    def claim(self, once: Once) -> None:
-        """Take an Idempotency-Key for a submit that goes to another shard. Raises KeyReused.
-
-        The other shard has the record with the job ids. The key stays taken if that submit fails.
-        The same request may then be sent again.
-        """
-        key = self.keys.once(once.key)
-        claim = ("SET", key, encode(Made(once.fingerprint, [])), "NX", "PX", self.keep_once_ms)
-        stored = self.store.read(claim, ("GET", key))[1]
-        if stored and _made(stored).fingerprint != once.fingerprint:
-            raise KeyReused(KEY_REUSED)
-
-    def count_pending(self, names: Sequence[str]) -> dict[str, int]:
-        """Count the pending jobs of some queues."""
-        counts = self.store.read(("HMGET", self.keys.counts, *("pending:" + name for name in names)))[0]
-        return dict(zip(names, map(_read_count, counts), strict=True))
-
     def _check_room(self, tx: Transaction, wanted: Mapping[str, int], elsewhere: Mapping[str, int]) -> None:
         """Raise QueueFull. Watches nothing: concurrent submits may exceed the limits a little."""
         if self.max_pending:
@@ -890,9 +868,8 @@ class Transitions:
 
     def register(self, queues: Sequence[str], concurrency: int, worker: str = "") -> str:
         """Register a new worker and return its id. It must renew its lease with heartbeats."""
-        host = _host()
         worker = worker or _new_worker_id()
-        about = {"host": host, "pid": os.getpid(), "queues": list(queues), "concurrency": concurrency}
+        about = {"host": _host(), "pid": os.getpid(), "queues": list(queues), "concurrency": concurrency}
         about["startedAt"] = self.now()
 
         def body(tx: Transaction) -> str:
@@ -1809,6 +1786,25 @@ class Transitions:
         used = self.store.read(("INCR", key), ("EXPIRE", key, seconds))[0]
         return limit - used, seconds - now // 1000 % seconds
 
+    # For submits to other shards --------------------------------------------------------------------------------------
+
+    def claim(self, once: Once) -> None:
+        """Take an Idempotency-Key for a submit that goes to another shard. Raises KeyReused.
+
+        The other shard has the record with the job ids. The key stays taken if that submit fails.
+        The same request may then be sent again.
+        """
+        key = self.keys.once(once.key)
+        claim = ("SET", key, encode(Made(once.fingerprint, [])), "NX", "PX", self.keep_once_ms)
+        stored = self.store.read(claim, ("GET", key))[1]
+        if stored and _made(stored).fingerprint != once.fingerprint:
+            raise KeyReused(KEY_REUSED)
+
+    def count_pending(self, names: Sequence[str]) -> dict[str, int]:
+        """Count the pending jobs of some queues."""
+        counts = self.store.read(("HMGET", self.keys.counts, *("pending:" + name for name in names)))[0]
+        return dict(zip(names, map(_read_count, counts), strict=True))
+
 
 def _metric_commands(store: Store, tx: Transaction) -> list[Command]:
     """Add up the events of all jobs of one type and queue.
@@ -1860,21 +1856,6 @@ def _worker(id: str, about: bytes, lease: bytes | None) -> dict[str, Any]:
 
 
 # Filters and cursors --------------------------------------------------------------------------------------------------
-
-
-class Preview(str):
-    """The beginning of the JSON of a payload or a result that a listing cuts."""
-
-    __slots__ = ()
-
-    @classmethod
-    def of(cls, value: msgspec.Raw | bytes, size: int) -> Preview | msgspec.Raw:
-        """Copy what is shown, because a Raw keeps the whole record in memory."""
-        text = memoryview(value)
-        if len(text) > size:
-            return cls(str(text[:size], "utf-8", "ignore"))
-        str(text, "utf-8")  # raises UnicodeDecodeError: nothing else has read it
-        return msgspec.Raw(bytes(text))
 
 
 class _Listed(Job):
@@ -2085,6 +2066,10 @@ class Verbs(ABC):
         return {"purged": self.forget(filter.status, [job.id.encode() for job in jobs]), "cursor": cursor}
 
 
+class SettingsError(TinyQueueError):
+    """A setting or the handlers module is wrong. The text is one line that says what to do."""
+
+
 class Queue(Transitions, Verbs):
     """A queue in one namespace.
 
@@ -2129,10 +2114,7 @@ class Shards(Verbs):
 
     def __init__(self, shards: Sequence[Queue]) -> None:
         self.parts = list(shards)
-        self.clock = shards[0].clock
         self.lease = shards[0].lease
-        self.lease_ms = shards[0].lease_ms
-        self.keep_ms = shards[0].keep_ms
         self._turn = itertools.count(random.randrange(len(shards)))
         # By worker, of those that this process registered: how, and where it is not at present.
         self._registrations: dict[str, tuple[Callable[[Queue], str], set[Queue]]] = {}
@@ -2562,10 +2544,6 @@ def _signature(function: Callable[..., Any]) -> tuple[Any, bool]:
     return hints[parameters[0].name], len(parameters) == 2
 
 
-class SettingsError(TinyQueueError):
-    """A setting or the handlers module is wrong. The text is one line that says what to do."""
-
-
 class Retry(Exception):
     """Raised by a handler to fail this attempt. Retry in `after` seconds, or after the backoff."""
 
@@ -2699,7 +2677,7 @@ def _first_run(delay: float | None, run_at: Any, now: int) -> int:
     if delay is not None and run_at is not None:
         raise InvalidJob("delay", "must not be given together with runAt")
     if run_at is not None:
-        at = milliseconds(run_at)
+        at = epoch_ms(run_at)
         if at is None or at > now + MAX_DELAY * 1000:
             rule = "must be ISO 8601 with a zone, or milliseconds since 1970, and at most"
             raise InvalidJob("runAt", f"{rule} {MAX_DELAY // 86400} days ahead")

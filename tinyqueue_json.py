@@ -87,6 +87,21 @@ def _depth(value: Any) -> int:
     return depth
 
 
+class Preview(str):
+    """The beginning of the JSON of a payload or a result that a listing cuts."""
+
+    __slots__ = ()
+
+    @classmethod
+    def of(cls, value: msgspec.Raw | bytes, size: int) -> Preview | msgspec.Raw:
+        """Copy what is shown, because a Raw keeps the whole record in memory."""
+        text = memoryview(value)
+        if len(text) > size:
+            return cls(str(text[:size], "utf-8", "ignore"))
+        str(text, "utf-8")  # raises UnicodeDecodeError: nothing else has read it
+        return msgspec.Raw(bytes(text))
+
+
 def is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
@@ -99,12 +114,12 @@ def error_text(error: BaseException) -> str:
 
 
 def describe(error: BaseException, traceback: str) -> tuple[str, str, str]:
-    """Return the type, the text and the traceback of an exception.
+    """Return the type, the text and the end of the traceback of an exception, each shortened.
 
     Escapes what JSON cannot hold, such as lone surrogates.
     """
     message, trace = (str.encode(text, "utf-8", "backslashreplace").decode() for text in (error_text(error), traceback))
-    return type_name(error), message, trace
+    return type_name(error)[:100], message[:1000], trace[-4000:]
 
 
 def type_name(error: BaseException) -> str:
@@ -203,7 +218,7 @@ def parse_time(text: str) -> datetime | None:
     return None
 
 
-def milliseconds(value: Any) -> int | None:
+def epoch_ms(value: Any) -> int | None:
     """Read milliseconds since 1970 from such a number, a datetime, or ISO 8601 with a zone."""
     if isinstance(value, str):
         value = parse_time(value)

@@ -55,7 +55,6 @@ from tinyqueue import (
     InvalidJob,
     Job,
     Once,
-    Preview,
     Queue,
     SettingsError,
     TinyQueueError,
@@ -80,7 +79,7 @@ from tinyqueue_config import (
     set_up_logging,
 )
 from tinyqueue_doctor import warnings
-from tinyqueue_json import MAX_DEPTH, from_json
+from tinyqueue_json import MAX_DEPTH, Preview, from_json
 from tinyqueue_problems import HEADERS, Problem, kind_of_status, problem, response_headers
 from tinyqueue_server import Lifeline, Parked, Server
 
