@@ -90,8 +90,8 @@ Three rules carry everything
     3. Waiting never holds work. An idle worker blocks on the bell, never on a list of jobs, so a
        lost reply loses no job.
 
-Errors, keys, the job and transactions come first. Then the verbs follow the life of a job, up to
-upkeep. Reading, shards, handlers and input checks come last.
+Keys, the job and transactions come first. Then the verbs follow the life of a job, up to upkeep.
+Reading, errors, shards, handlers and input checks come last.
 `grep '# [A-Z].* ---' tinyqueue.py` prints the table of contents.
 """
 
@@ -147,79 +147,6 @@ __version__ = "0.1.0"
 __path__ = [os.path.dirname(os.path.abspath(__file__))]
 
 log = logging.getLogger("tinyqueue")
-
-
-# Errors ---------------------------------------------------------------------------------------------------------------
-
-
-class TinyQueueError(Exception):
-    """The base of all errors of TinyQueue. What does not exist is None or empty, not an error."""
-
-
-class KeyReused(TinyQueueError):
-    """The Idempotency-Key was used before, for a different request. Nothing was stored."""
-
-
-class QueueFull(TinyQueueError):
-    """More than TINYQUEUE_MAX_PENDING jobs of a queue, or MAX_QUEUES queues. Nothing was stored."""
-
-
-class NotReplicated(TinyQueueError):
-    """The jobs are stored and will run, but on fewer replicas than TINYQUEUE_MIN_REPLICAS.
-
-    A failover now may lose them. `jobs` lists them. Submitting again makes new jobs, except under
-    the same Idempotency-Key: that waits for the replicas once more.
-    """
-
-    def __init__(self, jobs: Sequence[Job], reached: int, wanted: int) -> None:
-        stored = f"job {jobs[0].id} is" if len(jobs) == 1 else f"{len(jobs)} jobs are"
-        them = "it" if len(jobs) == 1 else "them"
-        super().__init__(f"{stored} stored and will run, but only {reached} of {wanted} replicas have {them} so far")
-        self.jobs = list(jobs)
-
-
-class WrongStatus(TinyQueueError):
-    """The job's status does not allow the verb. Nothing was changed. `job` is the current job."""
-
-    def __init__(self, verb: str, job: Job, why: str = "") -> None:
-        super().__init__(f"cannot {verb} job {job.id}: {why or f'it is {job.status}'}")
-        self.verb = verb
-        self.job = job
-
-
-class Unavailable(TinyQueueError):
-    """Redis did not carry out a command.
-
-    `reason` is unreachable, timeout, loading, full, read-only, refused or busy. `doubtful` means
-    that a write was sent and its reply was lost: the write may have been applied.
-    """
-
-    def __init__(self, reason: str, detail: str, doubtful: bool = False) -> None:
-        super().__init__(f"Redis is unavailable ({reason}): {detail}")
-        self.reason = reason
-        self.doubtful = doubtful
-
-
-class Corrupted(TinyQueueError):
-    """A key holds what TinyQueue never writes. `applied`: all other commands were carried out."""
-
-    applied = False
-
-
-class Reaped(TinyQueueError):
-    """The worker was reaped and its jobs were requeued. It must drop them and register again.
-
-    `parts` are the shards that reaped it. It keeps the jobs of the other shards. Without shards,
-    `parts` is empty.
-    """
-
-    parts: Sequence[Queue] = ()
-
-
-def _translated(error: Exception) -> TinyQueueError:
-    """Translate an error of the Redis client."""
-    reason, text = explain(error)
-    return Unavailable(reason, text) if reason else Corrupted(f"Redis answered: {text}")
 
 
 # Bounds: a part of the contract, not tunables -------------------------------------------------------------------------
@@ -738,7 +665,6 @@ class Transitions:
     ) -> None:
         self.store = Store(pool, check_name("namespace", namespace))
         self.pool = pool
-        self.clock = self.store.clock
         self.keys = self.store.keys
         self.parts = [cast(Queue, self)]  # the queues that this one consists of: itself
         self.lease = lease
@@ -753,6 +679,10 @@ class Transitions:
         self._leases: dict[str, tuple[bytes | None, float]] = {}  # as last seen, and since when
         self._lost: dict[str, bytes | None] = {}  # those that were seen unchanged for too long
         self._writers = threading.BoundedSemaphore(WRITERS)
+
+    @property
+    def clock(self) -> Clock:
+        return self.store.clock
 
     def now(self) -> int:
         """Redis TIME in milliseconds."""
@@ -1908,6 +1838,108 @@ def _place_of(cursor: str) -> Place:
     return int(match[1]), match[2]
 
 
+# Errors ---------------------------------------------------------------------------------------------------------------
+
+
+class TinyQueueError(Exception):
+    """The base of all errors of TinyQueue. What does not exist is None or empty, not an error."""
+
+
+class SettingsError(TinyQueueError):
+    """A setting or the handlers module is wrong. The text is one line that says what to do."""
+
+
+class InvalidJob(TinyQueueError):
+    """A field of a job, or another argument such as a cursor, is invalid. Nothing was changed.
+
+    `field` is the wrong field as JSON clients know it, and `rule` says what it must be. `path` is
+    the place inside the payload (``$.to``), or empty.
+    """
+
+    def __init__(self, field: str, rule: str, path: str = "") -> None:
+        super().__init__(f"{field}{path.removeprefix('$')}: {rule}")
+        self.field = field
+        self.rule = rule
+        self.path = path
+
+
+class UnknownType(InvalidJob):
+    """No handler is registered for that type. `known` lists the registered types."""
+
+    def __init__(self, type: str, known: Sequence[str]) -> None:
+        todo = "restart this process after adding a handler"
+        rule = f"no handler is registered for {type!r}; registered: {', '.join(known) or 'none'}; {todo}"
+        super().__init__("type", rule)
+        self.type = type
+        self.known = list(known)
+
+
+class KeyReused(TinyQueueError):
+    """The Idempotency-Key was used before, for a different request. Nothing was stored."""
+
+
+class QueueFull(TinyQueueError):
+    """More than TINYQUEUE_MAX_PENDING jobs of a queue, or MAX_QUEUES queues. Nothing was stored."""
+
+
+class NotReplicated(TinyQueueError):
+    """The jobs are stored and will run, but on fewer replicas than TINYQUEUE_MIN_REPLICAS.
+
+    A failover now may lose them. `jobs` lists them. Submitting again makes new jobs, except under
+    the same Idempotency-Key: that waits for the replicas once more.
+    """
+
+    def __init__(self, jobs: Sequence[Job], reached: int, wanted: int) -> None:
+        stored = f"job {jobs[0].id} is" if len(jobs) == 1 else f"{len(jobs)} jobs are"
+        them = "it" if len(jobs) == 1 else "them"
+        super().__init__(f"{stored} stored and will run, but only {reached} of {wanted} replicas have {them} so far")
+        self.jobs = list(jobs)
+
+
+class WrongStatus(TinyQueueError):
+    """The job's status does not allow the verb. Nothing was changed. `job` is the current job."""
+
+    def __init__(self, verb: str, job: Job, why: str = "") -> None:
+        super().__init__(f"cannot {verb} job {job.id}: {why or f'it is {job.status}'}")
+        self.verb = verb
+        self.job = job
+
+
+class Unavailable(TinyQueueError):
+    """Redis did not carry out a command.
+
+    `reason` is unreachable, timeout, loading, full, read-only, refused or busy. `doubtful` means
+    that a write was sent and its reply was lost: the write may have been applied.
+    """
+
+    def __init__(self, reason: str, detail: str, doubtful: bool = False) -> None:
+        super().__init__(f"Redis is unavailable ({reason}): {detail}")
+        self.reason = reason
+        self.doubtful = doubtful
+
+
+class Corrupted(TinyQueueError):
+    """A key holds what TinyQueue never writes. `applied`: all other commands were carried out."""
+
+    applied = False
+
+
+class Reaped(TinyQueueError):
+    """The worker was reaped and its jobs were requeued. It must drop them and register again.
+
+    `parts` are the shards that reaped it. It keeps the jobs of the other shards. Without shards,
+    `parts` is empty.
+    """
+
+    parts: Sequence[Queue] = ()
+
+
+def _translated(error: Exception) -> TinyQueueError:
+    """Translate an error of the Redis client."""
+    reason, text = explain(error)
+    return Unavailable(reason, text) if reason else Corrupted(f"Redis answered: {text}")
+
+
 # Queues and shards ----------------------------------------------------------------------------------------------------
 
 
@@ -2064,10 +2096,6 @@ class Verbs(ABC):
             raise InvalidJob("status", f"must be one of {', '.join(ENDED)}: other jobs have not ended")
         jobs, cursor = self.page(filter, limit=SCANNED, cursor=cursor, cut=0)
         return {"purged": self.forget(filter.status, [job.id.encode() for job in jobs]), "cursor": cursor}
-
-
-class SettingsError(TinyQueueError):
-    """A setting or the handlers module is wrong. The text is one line that says what to do."""
 
 
 class Queue(Transitions, Verbs):
@@ -2370,14 +2398,9 @@ class Shards(Verbs):
         return total | ({"history": [history[at] for at in sorted(history)[-minutes:]]} if minutes else {})
 
     def workers(self) -> list[dict[str, Any]]:
-        found: dict[str, dict[str, Any]] = {}
-        for shard in self.parts:
-            for about in shard.workers():
-                known = found.setdefault(about["id"], about | {"jobs": [], "lastHeartbeat": 0})
-                known["jobs"] = known["jobs"] + about["jobs"]
-                known["lastHeartbeat"] = max(known["lastHeartbeat"], about["lastHeartbeat"])
-                known["alive"] = known["alive"] or about["alive"]  # its lease may be gone in one shard
-        return list(found.values())
+        """Like Queue.workers. A worker is alive if any shard has its lease."""
+        each = ({worker["id"]: worker for worker in shard.workers()} for shard in self.parts)
+        return list(reduce(_added, each).values())
 
     def metrics(self) -> dict[str, dict[tuple[str, ...], int]]:
         return reduce(_added, (shard.metrics() for shard in self.parts))
@@ -2414,11 +2437,13 @@ def _try_each(
     return [reply for reply in replies if not isinstance(reply, TinyQueueError)]
 
 
-HIGHEST = ("oldestWaitingMs", "workers", "at")  # of two shards' reports; other numbers are added up
+# Of these, two reports show the higher one. Most are the same in both.
+HIGHEST = {"oldestWaitingMs", "workers", "at", "lastHeartbeat", "startedAt"}
+HIGHEST |= {"id", "host", "pid", "queues", "concurrency"}
 
 
 def _added(one: Any, other: Any, name: Any = "") -> Any:
-    """Add up the reports of two shards. A queue is paused if either shard reports it paused."""
+    """Add up the reports of two shards. What is true in either is true."""
     if isinstance(one, dict):
         both = one.keys() & other.keys()
         return {**one, **other, **{name: _added(one[name], other[name], name) for name in both}}
@@ -2576,31 +2601,6 @@ def backoff(attempts: int, base: float = 1.0, cap: float = 300.0) -> float:
 
 
 # Checking a job -------------------------------------------------------------------------------------------------------
-
-
-class InvalidJob(TinyQueueError):
-    """A field of a job, or another argument such as a cursor, is invalid. Nothing was changed.
-
-    `field` is the wrong field as JSON clients know it, and `rule` says what it must be. `path` is
-    the place inside the payload (``$.to``), or empty.
-    """
-
-    def __init__(self, field: str, rule: str, path: str = "") -> None:
-        super().__init__(f"{field}{path.removeprefix('$')}: {rule}")
-        self.field = field
-        self.rule = rule
-        self.path = path
-
-
-class UnknownType(InvalidJob):
-    """No handler is registered for that type. `known` lists the registered types."""
-
-    def __init__(self, type: str, known: Sequence[str]) -> None:
-        todo = "restart this process after adding a handler"
-        rule = f"no handler is registered for {type!r}; registered: {', '.join(known) or 'none'}; {todo}"
-        super().__init__("type", rule)
-        self.type = type
-        self.known = list(known)
 
 
 def make_job(

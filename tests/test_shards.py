@@ -285,6 +285,13 @@ def test_stats_adds_up_all_shards(queue: Shards, worker: str) -> None:
     assert queue.metrics()["enqueued"] == {("echo", "default"): 3, ("echo", "slow"): 1}
 
 
+@pytest.mark.parametrize("name", ["oldestWaitingMs", "workers", "queues", "at"])
+def test_stats_adds_up_a_queue_that_is_named_like_a_part_of_them(queue: Shards, name: str) -> None:
+    for at in range(COUNT):
+        queue.enqueue("echo", at, queue=name)
+    assert queue.stats()["queues"][name]["pending"] == COUNT
+
+
 def test_history_adds_up_minutes_when_one_shard_is_ahead(queue: Shards, worker: str) -> None:
     for at in range(6):
         queue.enqueue("echo", at)
