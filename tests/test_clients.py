@@ -63,7 +63,8 @@ def run(folder: Path, *command: object) -> str:
 @pytest.fixture(scope="session")
 def examples() -> dict[str, Any]:
     """The document of the handlers that the project ships, which this process may have changed."""
-    program = "import json, tinyqueue, wsgi; tinyqueue.load_handlers('handlers'); print(json.dumps(wsgi.describe()))"
+    imports = "import json, tinyqueue_config, wsgi"
+    program = f"{imports}; tinyqueue_config.load_handlers('handlers'); print(json.dumps(wsgi.describe()))"
     document: dict[str, Any] = json.loads(run(HANDLERS_PY.parent, sys.executable, "-c", program))
     return document
 

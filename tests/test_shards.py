@@ -30,7 +30,9 @@ from tinyqueue import (
     QueueFull,
     Reaped,
     Shards,
+    Transitions,
     Unavailable,
+    Verbs,
     handler,
 )
 from tinyqueue_config import Settings, open_queue
@@ -77,8 +79,9 @@ def shard_of(job: Job) -> int:
 
 
 def test_shards_have_every_verb_of_a_queue() -> None:
-    public = {name for name, member in vars(Queue).items() if not name.startswith("_") and inspect.isroutine(member)}
-    assert public - CONSTRUCTORS - ONE_BY_ONE - vars(Shards).keys() == set()
+    members = {**vars(Transitions), **vars(Queue)}
+    public = {name for name, member in members.items() if not name.startswith("_") and inspect.isroutine(member)}
+    assert public - CONSTRUCTORS - ONE_BY_ONE - vars(Verbs).keys() - vars(Shards).keys() == set()
 
 
 def test_submit_spreads_jobs_over_all_shards(queue: Shards) -> None:
@@ -282,6 +285,13 @@ def test_stats_adds_up_all_shards(queue: Shards, worker: str) -> None:
     assert sum(minute["started"] for minute in queue.stats(minutes=5)["history"]) == 1
     assert len(queue.stats(minutes=5)["history"]) == 5
     assert queue.metrics()["enqueued"] == {("echo", "default"): 3, ("echo", "slow"): 1}
+
+
+@pytest.mark.parametrize("name", ["oldestWaitingMs", "workers", "queues", "at"])
+def test_stats_adds_up_a_queue_that_is_named_like_a_part_of_them(queue: Shards, name: str) -> None:
+    for at in range(COUNT):
+        queue.enqueue("echo", at, queue=name)
+    assert queue.stats()["queues"][name]["pending"] == COUNT
 
 
 def test_history_adds_up_minutes_when_one_shard_is_ahead(queue: Shards, worker: str) -> None:
