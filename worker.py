@@ -61,7 +61,6 @@ from tinyqueue import (
     MAX_REFUNDS,
     MAX_RESULT,
     PROMOTED,
-    THREAD,
     AnyQueue,
     Corrupted,
     Discard,
@@ -72,7 +71,6 @@ from tinyqueue import (
     Queue,
     Reaped,
     Retry,
-    Shield,
     TimedOut,
     TinyQueueError,
     Unavailable,
@@ -80,7 +78,6 @@ from tinyqueue import (
     backoff,
     check_name,
     is_delay,
-    load_handlers,
 )
 from tinyqueue_config import (
     EXIT_TIME,
@@ -90,12 +87,14 @@ from tinyqueue_config import (
     error_line,
     exit_at_sigterm,
     exit_now,
+    load_handlers,
     plural,
     reset_signals_in_children,
     variable,
 )
 from tinyqueue_doctor import find_broken, repair, warnings
 from tinyqueue_json import to_json
+from tinyqueue_redis import THREAD, Shield
 
 log = logging.getLogger("tinyqueue.worker")
 
@@ -229,7 +228,7 @@ class Slot(Shield):
         with self.lock:
             self.job = job
             self.interrupted = False
-            self.late = False
+            self.late = None
             self.expired_at = float("inf")
             self.deadline = began + (timeout or float("inf"))
         try:
@@ -258,8 +257,8 @@ class Slot(Shield):
             if not self.job or self.interrupted or now <= self.deadline:
                 return True
             self.expired_at = min(self.expired_at, now)
-            self.late = self.depth > 0
-            self.interrupted = self.late or self._raise()
+            self.late = TimedOut if self.depth else None
+            self.interrupted = bool(self.late) or self._raise()
             return self.interrupted
 
     def _raise(self) -> bool:
