@@ -621,23 +621,6 @@ class Once(msgspec.Struct):
     replayed: bool = False
 
 
-class Made(msgspec.Struct):
-    """What the key once:<key> holds: the fingerprint of the first submit, and the jobs it made."""
-
-    fingerprint: str
-    ids: list[str]
-
-
-KEY_REUSED = "this Idempotency-Key was used for another request"
-
-
-def _made(stored: bytes) -> Made:
-    try:
-        return msgspec.json.decode(stored, type=Made)
-    except msgspec.DecodeError as error:
-        raise Corrupted(f"the record of an Idempotency-Key cannot be read: {error}") from None
-
-
 class Outcome(NamedTuple):
     """How an attempt ended. `after`: seconds until the next; None: never, or released: now."""
 
@@ -1736,26 +1719,45 @@ class Transitions:
         return dict(zip(names, map(_read_count, counts), strict=True))
 
 
+class Made(msgspec.Struct):
+    """What the key once:<key> holds: the fingerprint of the first submit, and the jobs it made."""
+
+    fingerprint: str
+    ids: list[str]
+
+
+KEY_REUSED = "this Idempotency-Key was used for another request"
+
+
+def _made(stored: bytes) -> Made:
+    try:
+        return msgspec.json.decode(stored, type=Made)
+    except msgspec.DecodeError as error:
+        raise Corrupted(f"the record of an Idempotency-Key cannot be read: {error}") from None
+
+
 def _metric_commands(store: Store, tx: Transaction) -> list[Command]:
     """Add up the events of all jobs of one type and queue.
 
     Above SERIES of them, new ones count as other, so that invented names fill neither Redis nor
     Prometheus. Processes that meet new ones at the same moment may exceed SERIES a little.
     """
+    if not tx.measured:
+        return []
     met = {f"{type}:{queue}" for _, type, queue in tx.measured}
     new = sorted(met - store._series)[: max(0, SERIES - len(store._series))]
     if new:
         store._series |= set(new)
         store._series_known = False
-    sums: Counter[str] = Counter()
+    sums: defaultdict[str, int] = defaultdict(int)
     for (event, type, queue), times in tx.measured.items():
         name = known if (known := f"{type}:{queue}") in store._series else "other:other"
         if times[0] < 0:
             sums[f"{event}:{name}"] += len(times)
         else:
             sums[f"{event}Ms:{name}"] += sum(times)
-            for at, count in Counter([bisect_left(BUCKETS, ms) for ms in times]).items():
-                sums[f"{event}:{name}:{BUCKETS[at]}"] += count
+            for ms in times:
+                sums[f"{event}:{name}:{BUCKETS[bisect_left(BUCKETS, ms)]}"] += 1
     added: list[Command] = [("SADD", store.keys.series, *new)] if new else []
     return added + [("HINCRBY", store.keys.metrics, field, by) for field, by in sums.items() if by]
 
