@@ -422,8 +422,11 @@ class Sentinels(Sentinel):
             return address
         if not address:
             return LookupError(f"no master is named {service}")
-        epoch = dict(pairs(about)).get("config-epoch", b"0") if isinstance(about, list) else 0
-        return int(epoch), (text_of(address[0]), int(address[1]))
+        try:
+            epoch = dict(pairs(about)).get("config-epoch", b"0") if isinstance(about, list) else 0
+            return int(epoch), (text_of(address[0]), int(address[1]))
+        except (AttributeError, LookupError, TypeError, ValueError):
+            return LookupError("what answered is not a sentinel")
 
     def _explain(self, errors: Sequence[Exception]) -> Exception:
         refusal = next((error for error in errors if explain(error)[0] == "refused"), None)
