@@ -644,23 +644,6 @@ class Once(msgspec.Struct):
     replayed: bool = False
 
 
-class Made(msgspec.Struct):
-    """What the key once:<key> holds: the fingerprint of the first submit, and the jobs it made."""
-
-    fingerprint: str
-    ids: list[str]
-
-
-KEY_REUSED = "this Idempotency-Key was used for another request"
-
-
-def _made(stored: bytes) -> Made:
-    try:
-        return msgspec.json.decode(stored, type=Made)
-    except msgspec.DecodeError as error:
-        raise Corrupted(f"the record of an Idempotency-Key cannot be read: {error}") from None
-
-
 class Outcome(NamedTuple):
     """How an attempt ended. `after`: seconds until the next; None: never, or released: now."""
 
@@ -1840,6 +1823,23 @@ class Transitions:
         """Count the pending jobs of some queues."""
         counts = self.store.read(("HMGET", self.keys.counts, *("pending:" + name for name in names)))[0]
         return dict(zip(names, map(_read_count, counts), strict=True))
+
+
+class Made(msgspec.Struct):
+    """What the key once:<key> holds: the fingerprint of the first submit, and the jobs it made."""
+
+    fingerprint: str
+    ids: list[str]
+
+
+KEY_REUSED = "this Idempotency-Key was used for another request"
+
+
+def _made(stored: bytes) -> Made:
+    try:
+        return msgspec.json.decode(stored, type=Made)
+    except msgspec.DecodeError as error:
+        raise Corrupted(f"the record of an Idempotency-Key cannot be read: {error}") from None
 
 
 def _metric_commands(store: Store, tx: Transaction) -> list[Command]:
