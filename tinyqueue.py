@@ -316,6 +316,8 @@ class Transaction:
 
         Returns the result of the work, and the values.
         """
+        if not keys:
+            return work(), []
         send(self._connection, [("WATCH", *keys), ("MGET", *keys)])
         try:
             done = work()
@@ -886,28 +888,27 @@ class Queue(Verbs):
         as they are, and `adopt` finds those that are still in the list. `others` counts the ids
         started at the same time in other shards. Raises Reaped if the worker is not registered.
         """
-        named = _named(ids)
-        keys = list(map(self.keys.job, named))
+        records: Records = dict.fromkeys(_named(ids))
+        keys = list(map(self.keys.job, records))
         company = bool(held) or len(ids) + others > 1
-        gone: list[str] = []
 
         def body(tx: Transaction) -> list[Job]:
             [found] = self._read_fenced(tx, worker, keys)
-            records = dict(zip(named, found, strict=True))
-            gone[:] = [id for id, record in records.items() if record is None]
+            records.update(zip(records, found, strict=True))
             return self._start(tx, worker, ids, records, held=held, company=company)
 
         started = self.store.transact([self.keys.worker(worker), *keys], body)
-        return self._after_start(started, ids, named, gone)
+        return self._after_start(started, ids, records)
 
     def _start(
         self, tx: Transaction, worker: str, ids: Sequence[bytes], records: Records, *, held: Held, company: bool
     ) -> list[Job]:
         started: list[Job] = []
         changed: list[Any] = []
+        unread = records.copy()
         for entry in ids:
             id = text_of(entry)
-            record = records.pop(id, None)  # a second entry of one id finds none and is dropped
+            record = unread.pop(id, None)  # a second entry of one id finds none and is dropped
             job = read_job(id, record) if record is not None else None
             if job and self._stays(job, worker, held, company, tx.again):
                 started.append(job)
@@ -923,13 +924,11 @@ class Queue(Verbs):
             tx.write("MSET", *changed)
         return started
 
-    def _after_start(
-        self, jobs: list[Job], ids: Sequence[bytes], named: Sequence[str], gone: Sequence[str]
-    ) -> list[Job]:
+    def _after_start(self, jobs: list[Job], ids: Sequence[bytes], records: Records) -> list[Job]:
         """Report the taken ids that no job has, and let the handlers of the jobs write progress."""
-        if len(named) < len(set(ids)):
-            log.warning("dropped %d entries of a queue that are not job ids", len(set(ids)) - len(named))
-        _warn_of_gone(gone)
+        if len(records) < len(set(ids)):
+            log.warning("dropped %d entries of a queue that are not job ids", len(set(ids)) - len(records))
+        _warn_of_gone([id for id, record in records.items() if record is None])
         for job in jobs:
             job.__dict__["_queue"] = self
         return jobs
@@ -1048,13 +1047,12 @@ class Queue(Verbs):
         keys = [self.keys.job(outcome.job.id) for outcome in outcomes]
         untried = self._not_paused(names) if most else []
         ids: list[bytes] = []  # those that an earlier try took stay taken
-        named: list[str] = []
-        gone: list[str] = []
+        taken: Records = {}
 
         def read(tx: Transaction) -> tuple[list[bytes], list[bytes | None]]:
             take = self._moves(worker, untried.pop(0), most - len(ids)) if untried and len(ids) < most else []
-            awaited, records, *taken = self._read_fenced(tx, worker, keys, ("SMEMBERS", self.keys.awaited), before=take)
-            for added, paused, *moved in taken:
+            awaited, records, *moves = self._read_fenced(tx, worker, keys, ("SMEMBERS", self.keys.awaited), before=take)
+            for added, paused, *moved in moves:
                 _checked([added])
                 self._note_paused(paused)
                 ids.extend(id for id in moved if isinstance(id, bytes))  # an error is left to `take`
@@ -1066,16 +1064,13 @@ class Queue(Verbs):
                 awaited, records = read(tx)
             tx.awaited = set(awaited)
             settle = partial(self._settle, tx, worker, outcomes, records)
-            named[:] = _named(ids)
-            if not named:
-                return settle(), self._start(tx, worker, ids, {}, held=held, company=True)
-            lost, found = tx.read_watched(list(map(self.keys.job, named)), settle)
-            taken = dict(zip(named, found, strict=True))
-            gone[:] = [id for id, record in taken.items() if record is None]
+            taken.update(dict.fromkeys(_named(ids)))
+            lost, found = tx.read_watched(list(map(self.keys.job, taken)), settle)
+            taken.update(zip(taken, found, strict=True))
             return lost, self._start(tx, worker, ids, taken, held=held, company=True)
 
         lost, started = self.store.transact([self.keys.worker(worker), *keys], body)
-        return lost, self._after_start(started, ids, named, gone)
+        return lost, self._after_start(started, ids, taken)
 
     def _write_outcome(self, tx: Transaction, outcome: Outcome, cancel_requested: bool) -> None:
         job = msgspec.structs.replace(outcome.job, updated_at=max(tx.now, outcome.job.started_at))
