@@ -640,7 +640,9 @@ class Worker:
             self.last_take = time.monotonic()
 
     def _nothing_is_due(self) -> bool:
-        return not self.queue.promote() and not self.held and not self.queue.waiting(self.names, due=True)
+        if self.queue.promote() or self.held or self.queue.waiting(self.names, due=True):
+            return False
+        return time.monotonic() < self.adopt_at  # or else an exchange has failed, which may have taken jobs
 
     # Slot threads -----------------------------------------------------------------------------------------------------
 
@@ -715,7 +717,8 @@ class Worker:
             if all(outcome.job.worker == worker for outcome in outcomes):
                 others, jobs = self.queue.parts[0].exchange(worker, outcomes, self.names, most, held)
                 started = self._begin(jobs)  # before the outcomes leave `held`: no waiter may find it empty
-                self.adopt_at = self.adopt_at if started == len(jobs) else 0.0
+                if started < len(jobs):  # some were left in the list
+                    self.adopt_at = 0.0
                 self.last_take = time.monotonic()
                 self._note_saved(outcomes, [outcome for outcome in outcomes if outcome not in others])
                 return started
