@@ -1,9 +1,10 @@
-"""Settings from the environment, logging, and opening the queue that the settings name."""
+"""Settings from the environment, logging, and what the settings name: the queue and handlers."""
 
 from __future__ import annotations
 
 import atexit
 import codecs
+import importlib
 import json
 import logging
 import math
@@ -19,7 +20,7 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from contextvars import ContextVar
 from datetime import UTC, datetime
-from functools import partial
+from functools import cache, partial
 from io import StringIO
 from pathlib import Path
 from queue import Empty, SimpleQueue
@@ -29,7 +30,8 @@ import msgspec
 from dotenv import load_dotenv
 from msgspec import Meta
 
-from tinyqueue import WRITERS, AnyQueue, Failure, Queue, SettingsError, Shards
+from tinyqueue import HANDLERS, WRITERS, AnyQueue, Failure, Handler, Queue, SettingsError, Shards
+from tinyqueue_json import error_text
 
 WEB_THREADS = 8  # threads of a web process that answer requests
 SIGNALS = (signal.SIGTERM, signal.SIGINT)  # they stop a process
@@ -217,8 +219,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 
     @property
     def worker_connections(self) -> int:
-        """How many a worker may open to each shard: for three threads, and to write progress."""
-        return 3 + min(self.worker_concurrency, WRITERS) + SPARE
+        """How many a worker may open to each shard: for four threads, and to write progress."""
+        return 4 + min(self.worker_concurrency, WRITERS) + SPARE
 
 
 def _read_dotenv() -> str:
@@ -245,6 +247,11 @@ def _read_dotenv() -> str:
 def plural(number: int, one: str, many: str = "") -> str:
     """Count something: 1 job, 2 jobs."""
     return f"{number} {one if number == 1 else many or one + 's'}"
+
+
+def error_line(error: Failure | None) -> str:
+    """Return the type and the message of a job's error in one line."""
+    return " ".join(f"{error.type}: {error.message}".split()) if error else ""
 
 
 # Logging --------------------------------------------------------------------------------------------------------------
@@ -274,10 +281,7 @@ class LogWriter:
         self.dropped = 0
         self.forked = False
         os.register_at_fork(after_in_child=self._after_fork)
-        # A signal that this thread took while the main thread blocks it would kill the process.
-        mask = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
         threading.Thread(target=self._run, name="log", daemon=True).start()
-        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
     def put(self, line: bytes) -> None:
         if self.forked:
@@ -474,7 +478,7 @@ def flush_log(seconds: float) -> None:
         handler.writer.flush(seconds)
 
 
-# Leaving the process --------------------------------------------------------------------------------------------------
+# Signals, and leaving the process -------------------------------------------------------------------------------------
 
 
 def exit_now(code: int, seconds: float = EXIT_TIME, functions: bool = True) -> NoReturn:
@@ -495,27 +499,66 @@ def exit_now(code: int, seconds: float = EXIT_TIME, functions: bool = True) -> N
     os._exit(code)
 
 
+def exit_at_sigterm() -> None:
+    """Exit at SIGTERM, as a process that has done nothing yet may. Call this first in a process.
+
+    Without a handler, Linux keeps SIGTERM from the first process of a container. What started this
+    process may have blocked signals.
+    """
+    reset_signals_in_children()
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+
+
+def hold_signals() -> None:
+    """Block signals that the main thread takes with sigwait. Call this first in a process.
+
+    Threads that start later have them blocked too. One that took SIGTERM would kill the process,
+    and one that took SIGCHLD would keep it from the main thread.
+    """
+    reset_signals_in_children()
+    signal.pthread_sigmask(signal.SIG_BLOCK, {*SIGNALS, signal.SIGCHLD})
+
+
+@cache
 def reset_signals_in_children() -> None:
-    """Give processes that this one forks from now on the default signal handlers."""
-    os.register_at_fork(before=_hold_signals, after_in_parent=_let_signals, after_in_child=_reset_signals)
+    """Give processes that this one forks from now on the default signal handlers, none blocked."""
+    os.register_at_fork(before=_block_signals, after_in_parent=_restore_mask, after_in_child=_reset_signals)
 
 
-FORKED_WITH = threading.local()  # `mask`: the blocked signals of the thread that forks
+class Forking(threading.local):
+    """What the thread that forks needs to know after it."""
+
+    mask: frozenset[int] | set[Any] = frozenset()  # the signals that it blocks
+    held = False  # whether the child keeps these
 
 
-def _hold_signals() -> None:
+FORKING = Forking()
+
+
+def fork_held() -> int:
+    """Fork a process that blocks the signals of `hold_signals` until it has handlers."""
+    FORKING.held = True
+    try:
+        return os.fork()
+    finally:
+        FORKING.held = False
+
+
+def _block_signals() -> None:
     """Block signals during a fork: Python forgets those that come before the child is set up."""
-    FORKED_WITH.mask = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    FORKING.mask = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
 
 
-def _let_signals() -> None:
-    signal.pthread_sigmask(signal.SIG_SETMASK, FORKED_WITH.mask)
+def _restore_mask() -> None:
+    signal.pthread_sigmask(signal.SIG_SETMASK, FORKING.mask)
 
 
 def _reset_signals() -> None:
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, {*SIGNALS, signal.SIGCHLD})
+    if not FORKING.held:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {*SIGNALS, signal.SIGCHLD})
 
 
 def _exit_after(seconds: float, code: int) -> None:
@@ -524,7 +567,7 @@ def _exit_after(seconds: float, code: int) -> None:
     os._exit(code)
 
 
-# Opening the queue ----------------------------------------------------------------------------------------------------
+# Opening the queue and the handlers -----------------------------------------------------------------------------------
 
 
 def open_queue(settings: Settings, connections: int = 100) -> AnyQueue:
@@ -542,3 +585,37 @@ def open_queue(settings: Settings, connections: int = 100) -> AnyQueue:
     if settings.shards == 1:
         return make(namespace=settings.namespace, **options)
     return Shards([make(namespace=f"{settings.namespace}.{at}", **options) for at in range(settings.shards)])
+
+
+def load_handlers(modules: str) -> dict[str, Handler[Any, Any, Any]]:
+    """Import the modules that register handlers, from the working directory first.
+
+    Raises SettingsError if one cannot be imported, or if none registers a handler.
+    """
+    if sys.path[:1] != [os.getcwd()]:
+        sys.path.insert(0, os.getcwd())
+    for module in filter(None, (name.strip() for name in modules.split(","))):
+        if not all(part.isidentifier() for part in module.split(".")):
+            raise SettingsError(f"TINYQUEUE_HANDLERS: {_missing_module(module)}")
+        try:
+            importlib.import_module(module)
+        except ModuleNotFoundError as error:
+            if error.name != module.partition(".")[0] and error.name != module:
+                raise SettingsError(f"cannot import {module}: {error}") from error
+            raise SettingsError(f"TINYQUEUE_HANDLERS: {_missing_module(module)}") from None
+        except (Exception, SystemExit) as error:
+            text = " ".join(error_text(error).split())
+            raise SettingsError(f"cannot import {module}: {type(error).__name__}: {text}") from error
+    if not HANDLERS:
+        raise SettingsError(f"{modules} registers no handler: decorate a function with @handler('type')")
+    return HANDLERS
+
+
+def _missing_module(module: str) -> str:
+    name = f"module {module}" if looks_like_name(module) else "such module (name not shown; it may be a secret)"
+    return f"there is no {name} here; create it, or name the module of your handlers"
+
+
+def looks_like_name(text: str) -> bool:
+    """Check that a text is a dotted name, rather than a URL or a random secret."""
+    return all(re.fullmatch(r"(?:[^\W\d]|-){1,24}[0-9]{0,2}|[\w-]{1,12}", part) for part in text.split("."))

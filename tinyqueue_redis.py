@@ -16,8 +16,8 @@ import re
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
-from typing import Any, NamedTuple
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from typing import Any, NamedTuple, TypeVar
 from urllib.parse import parse_qsl, unquote, urlencode, urlsplit
 
 import redis
@@ -35,6 +35,7 @@ except ImportError:
 log = logging.getLogger("tinyqueue")
 
 Command = tuple[Any, ...]
+E = TypeVar("E", bound=BaseException)
 
 SOCKET_TIMEOUT = 4.0  # seconds for a reply; longer than the longest blocking command, which is 2 s
 CONNECT_TIMEOUT = 2.0
@@ -46,6 +47,7 @@ FOLLOW_EVERY = 0.25  # seconds between two questions to the sentinels who the ma
 FOLLOW_FOR = 10.0  # seconds without use of the master, after which they are asked no more until the next
 SKIP_SENTINEL = 5.0  # seconds for which a sentinel that did not answer is not asked again
 ASK_AGAIN = 0.25  # seconds until a server that did not answer is asked again
+MEMORY_AGE = 2.0  # seconds for which a reading of Redis' memory is used
 
 
 # What an error means --------------------------------------------------------------------------------------------------
@@ -106,33 +108,50 @@ def explain(error: Exception) -> tuple[str, str]:
 # Commands on a connection ---------------------------------------------------------------------------------------------
 
 
+# What the client raises for a connection that another thread closes meanwhile, besides errors of
+# its own: its socket is gone.
+CLOSED = AttributeError, TypeError, ValueError
+
+
+def _closed(error: Exception) -> Exception:
+    text = f"the client failed as if another thread had closed the connection ({type(error).__name__}: {error})"
+    return redis.ConnectionError(text)
+
+
 def send(connection: Any, commands: Sequence[Command]) -> None:
-    connection.send_packed_command([b"".join(map(pack_command, commands))])
+    packet = b"".join(map(pack_command, commands))
+    try:
+        connection.send_packed_command([packet])
+    except CLOSED as error:
+        raise _closed(error) from error
+
+
+def read_replies(connection: Any, count: int) -> list[Any]:
+    """Return the next replies, or raise the first error.
+
+    Those that arrived with one another are taken out of the client's parser at once: one by one
+    takes four times as long. `_parser` and `_reader` are private to the client. Without them, as in
+    its parser in Python, replies are read one by one.
+    """
+    reader = NOT_ENOUGH_DATA and getattr(getattr(connection, "_parser", None), "_reader", None)
+    replies: list[Any] = []
+    try:
+        while len(replies) < count:
+            replies.append(connection.read_response())
+            if reader:
+                replies += itertools.islice(iter(reader.gets, NOT_ENOUGH_DATA), count - len(replies))
+    except CLOSED as error:
+        raise _closed(error) from error
+    for reply in replies:
+        if isinstance(reply, Exception):
+            raise reply
+    return replies
 
 
 def ask(connection: Any, commands: Sequence[Command]) -> list[Any]:
     """Send commands in one packet and return their replies, or raise the first error."""
     send(connection, commands)
     return read_replies(connection, len(commands))
-
-
-def read_replies(connection: Any, count: int) -> list[Any]:
-    """Read replies, or raise the first error.
-
-    Those that arrived with one another are taken out of the client's parser at once: one by one
-    takes four times as long. `_parser` and `_reader` are private to the client. Without them, as in
-    its parser in Python, replies are read one by one.
-    """
-    replies: list[Any] = []
-    reader = NOT_ENOUGH_DATA and getattr(getattr(connection, "_parser", None), "_reader", None)
-    while len(replies) < count:
-        replies.append(connection.read_response())
-        if reader:
-            replies += itertools.islice(iter(reader.gets, NOT_ENOUGH_DATA), count - len(replies))
-    for reply in replies:
-        if isinstance(reply, Exception):
-            raise reply
-    return replies
 
 
 def ask_each(connection: Any, commands: Sequence[Command]) -> list[Any]:
@@ -143,7 +162,7 @@ def ask_each(connection: Any, commands: Sequence[Command]) -> list[Any]:
 
 def read_reply(connection: Any) -> Any:
     try:
-        return connection.read_response()
+        return read_replies(connection, 1)[0]
     except redis.ResponseError as error:
         return error
 
@@ -416,15 +435,18 @@ class Sentinels(Sentinel):
                 raise
             finally:
                 pool.release(connection)
-        except (redis.RedisError, OSError) as error:
+        except (redis.RedisError, OSError, *CLOSED) as error:
             self._skipped[sentinel] = time.monotonic() + SKIP_SENTINEL
-            return error
+            return _connect_error(error)
         if isinstance(address, Exception):
             return address
         if not address:
             return LookupError(f"no master is named {service}")
-        epoch = dict(pairs(about)).get("config-epoch", b"0") if isinstance(about, list) else 0
-        return int(epoch), (text_of(address[0]), int(address[1]))
+        try:
+            epoch = dict(pairs(about)).get("config-epoch", b"0") if isinstance(about, list) else 0
+            return int(epoch), (text_of(address[0]), int(address[1]))
+        except (AttributeError, LookupError, TypeError, ValueError):
+            return LookupError("what answered is not a sentinel")
 
     def _explain(self, errors: Sequence[Exception]) -> Exception:
         refusal = next((error for error in errors if explain(error)[0] == "refused"), None)
@@ -454,13 +476,22 @@ class SentinelPool(SentinelConnectionPool):
             with self._following:
                 if not (self._follower and self._follower.is_alive()):
                     self._ask()
-                    self._follower = threading.Thread(target=self._follow, name="sentinels", daemon=True)
-                    self._follower.start()
+                    follower = threading.Thread(target=self._follow, name="sentinels", daemon=True)
+                    with suppress(RuntimeError):  # no more threads; then each use asks
+                        follower.start()
+                        self._follower = follower
+
+    def rest(self) -> None:
+        """Stop asking until a connection is lent again."""
+        self._lent_at = -math.inf
+        if self._follower:
+            self._follower.join(2 * PROBE_TIMEOUT)
 
     def _follow(self) -> None:
+        time.sleep(FOLLOW_EVERY)
         while time.monotonic() - self._lent_at < FOLLOW_FOR:
-            time.sleep(FOLLOW_EVERY)
             self._ask()
+            time.sleep(FOLLOW_EVERY)
 
     def _ask(self) -> None:
         before = self.master_address
@@ -486,18 +517,65 @@ class SentinelPool(SentinelConnectionPool):
 # Lending connections --------------------------------------------------------------------------------------------------
 
 
-def _connect_error(error: BaseException) -> BaseException:
+def _connect_error(error: E) -> E | Exception:
     """Classify an error while connecting: no refusal and no wrong name is a fault of the data."""
     if isinstance(error, redis.ResponseError) and not explain(error)[0]:
         return redis.exceptions.AuthorizationError(str(error))
     if isinstance(error, UnicodeError):
         return redis.ConnectionError("the host name in REDIS_URL is not valid")
-    return error
+    return _closed(error) if isinstance(error, CLOSED) else error
+
+
+def _reason(translated: Exception) -> str:
+    """Return the word of `explain` for the error that was translated into this one."""
+    cause = translated.__cause__
+    return explain(cause)[0] if isinstance(cause, Exception) else ""
 
 
 # Keeps the client from sending CLIENT SETINFO: it would take a greeting for the reply.
 _KNOWN = inspect.signature(redis.Redis.__init__).parameters
 UNNAMED = dict.fromkeys(["driver_info"] if "driver_info" in _KNOWN else ["lib_name", "lib_version"])
+
+
+class Shield:
+    """Defers an exception for a thread while the thread runs code that must not be interrupted.
+
+    An exception between two lines of it could leave a lock or a connection taken for good, and
+    other threads would wait for it for ever. `with shield():` begins such code.
+    """
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.depth = 0  # how many times this thread has entered such code
+        self.late: type[BaseException] | None = None  # what to raise when it has left it
+
+    def __enter__(self) -> None:
+        before = self.depth
+        try:
+            with self.lock:  # afterwards exceptions are only deferred; one that is on its way is raised in here
+                self.depth = before + 1
+        except BaseException:
+            self.depth = before
+            raise
+
+    def __exit__(self, *_: object) -> None:
+        late = None
+        with self.lock:
+            self.depth -= 1
+            if not self.depth:
+                late, self.late = self.late, None
+        if late:
+            raise late
+
+
+NO_SHIELD = nullcontext()  # of a thread in which nobody raises exceptions
+THREAD = threading.local()  # its `shield` is set in the threads that run handlers
+
+
+def shield() -> AbstractContextManager[None]:
+    """Return the context in which nothing interrupts this thread."""
+    own: AbstractContextManager[None] = getattr(THREAD, "shield", NO_SHIELD)
+    return own
 
 
 class Connections:
@@ -519,9 +597,12 @@ class Connections:
         self.last_trouble = time.monotonic()  # when it last failed to; at first, neither is known
         self._warm: list[tuple[Any, int, float]] = []  # connections just used, by process and time
         self._sentinel_pool = pool if isinstance(pool, SentinelPool) else None
+        self._closings = 0  # how often `disconnect` was called
         self._guarded = ""  # the name of the server in log lines; empty: callers wait for it
         self._away: tuple[int, Exception] | None = None  # the process that found it away, and how
+        self._asker: threading.Thread | None = None  # the thread that asks whether it is back
         self._lock = threading.Lock()
+        self._memory: tuple[float, dict[str, str]] = (-1e9, {})  # when INFO was read, and its reply
 
     @property
     def away(self) -> bool:
@@ -534,33 +615,55 @@ class Connections:
 
     @contextmanager
     def lend(self, asking: bool = False) -> Iterator[Any]:
-        """Lend a connection. Closes it after an error that may have left a reply on it."""
-        if self._away and not asking:
-            self._refuse(*self._away)
-        if self._sentinel_pool:
-            self._sentinel_pool.keep_up()
-        connection = None
-        try:
-            connection = self._checked_out()
-            yield connection
-        except BaseException as error:
-            if connection and not isinstance(error, self.harmless):
-                connection.disconnect()
-            self._cool_down(connection)
-            if connection is None:
-                error = _connect_error(error)
-            if isinstance(error, redis.RedisError | OSError):
-                self._follow(error)
-                if self._guarded and not asking:
-                    self._note_away(error, connected=connection is not None)
-                raise self.translate(error) from error
-            raise
-        self.last_contact = time.monotonic()
-        self._warm.append((connection, os.getpid(), self.last_contact))
+        """Lend a connection. Closes it after an error that may have left a reply on it.
+
+        Nothing interrupts the thread that borrows it.
+        """
+        with shield():
+            if self._away and not asking:
+                self._refuse(*self._away)
+            if self._sentinel_pool:
+                self._sentinel_pool.keep_up()
+            connection = None
+            closings = self._closings
+            try:
+                connection = self._checked_out()
+                yield connection
+            except BaseException as error:
+                if connection and (closings != self._closings or not isinstance(error, self.harmless)):
+                    connection.disconnect()
+                self._cool_down(connection)
+                if connection is None:
+                    error = _connect_error(error)
+                if isinstance(error, redis.RedisError | OSError):
+                    self._follow(error)
+                    if self._guarded and not asking:
+                        self._note_away(error, connected=connection is not None)
+                    raise self.translate(error) from error
+                raise
+            self.last_contact = time.monotonic()
+            self._warm.append((connection, os.getpid(), self.last_contact))
+            if closings != self._closings:
+                self._close_idle()
 
     def disconnect(self) -> None:
-        """Close all connections. Do this before a fork: each process must open its own."""
-        self.pool.disconnect()
+        """Close all connections. Do this before a fork: each process must open its own.
+
+        A connection that a thread uses is closed when it is returned. The client would connect it
+        again without its WATCH if it was closed earlier. The threads that ask servers end: a fork
+        would not take them along, but the locks that they hold.
+        """
+        self._closings += 1
+        self._away = None
+        if self._asker:
+            self._asker.join(PROBE_TIMEOUT)
+        if self._sentinel_pool:
+            self._sentinel_pool.rest()
+        self._close_idle()
+
+    def _close_idle(self) -> None:
+        self._cool_down(None)
+        self.pool.disconnect(inuse_connections=False)
 
     def _refuse(self, process: int, error: Exception) -> None:
         if process == os.getpid():
@@ -575,17 +678,26 @@ class Connections:
         with self._lock:
             if self._away and self._away[0] == os.getpid():
                 return
-            self._away = os.getpid(), error
+            self._away = away = os.getpid(), error
+            name = "asks " + self._guarded
+            asker = threading.Thread(target=self._ask_until_it_answers, args=(away,), name=name, daemon=True)
+            try:
+                asker.start()
+            except RuntimeError:  # no more threads; then callers wait for the server
+                self._away = None
+                return
+            self._asker = asker
         log.warning("%s does not answer and is left out until it does: %s", self._guarded, text)
-        threading.Thread(target=self._ask_until_it_answers, name="asks " + self._guarded, daemon=True).start()
 
-    def _ask_until_it_answers(self) -> None:
+    def _ask_until_it_answers(self, away: tuple[int, Exception]) -> None:
         try:
-            while not self._answers():
+            while self._away is away and not self._answers():
                 time.sleep(ASK_AGAIN)
+            if self._away is away:
+                log.warning("%s answers again", self._guarded)
         finally:
-            self._away = None
-        log.warning("%s answers again", self._guarded)
+            if self._away is away:
+                self._away = None
 
     def _answers(self) -> bool:
         """Whether the server answers, be it that it refuses the command."""
@@ -593,9 +705,26 @@ class Connections:
             with self.lend(asking=True) as connection:
                 ask(connection, [("TIME",)])
         except self.harmless as error:
-            cause = error.__cause__
-            return not (isinstance(cause, Exception) and explain(cause)[0] in ("timeout", "unreachable"))
+            return _reason(error) not in ("timeout", "unreachable")
         return True
+
+    def memory(self) -> dict[str, str]:
+        """Return INFO memory, up to MEMORY_AGE seconds old; empty if Redis does not give it."""
+        read_at, info = self._memory
+        if time.monotonic() - read_at > MEMORY_AGE:
+            info = {}
+            try:
+                with self.lend() as connection:
+                    info = parse_info(ask_each(connection, [("INFO", "memory")])[0])
+            except self.harmless as error:
+                if _reason(error) in ("", "timeout"):  # the caller's next command would only wait as long again
+                    raise
+            self._memory = (time.monotonic(), info)
+        return info
+
+    @property
+    def memory_use(self) -> float:
+        return memory_use(self.memory())
 
     def _follow(self, error: redis.RedisError | OSError) -> None:
         reason, _ = explain(error)

@@ -16,26 +16,22 @@ from __future__ import annotations
 import base64
 import errno
 import hashlib
-import hmac
-import ipaddress
 import json
 import logging
-import math
 import os
 import re
 import signal
 import socket
 import threading
 import time
-from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from functools import cache, cached_property, lru_cache, partial
+from functools import cache, cached_property, partial
 from http import HTTPStatus
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
-from urllib.parse import parse_qsl, quote, urlsplit
+from urllib.parse import parse_qsl, quote
 
 import bottle
 import click
@@ -55,304 +51,46 @@ from tinyqueue import (
     STATUSES,
     UNENDED,
     AnyQueue,
-    Corrupted,
     Filter,
     InvalidJob,
     Job,
-    KeyReused,
-    NotReplicated,
     Once,
-    Preview,
     Queue,
-    QueueFull,
     SettingsError,
     TinyQueueError,
     Unavailable,
     UnknownType,
-    WrongStatus,
-    load_handlers,
-    looks_like_name,
 )
+from tinyqueue_access import ROLES, Access
 from tinyqueue_config import (
     LOG_CONTEXT,
+    SIGNALS,
     WEB_THREADS,
     Settings,
+    exit_at_sigterm,
     exit_now,
+    fork_held,
+    hold_signals,
+    load_handlers,
+    looks_like_name,
     open_queue,
     plural,
     reset_signals_in_children,
     set_up_logging,
 )
 from tinyqueue_doctor import warnings
-from tinyqueue_json import MAX_DEPTH, from_json
+from tinyqueue_json import MAX_DEPTH, Preview, from_json
+from tinyqueue_problems import HEADERS, Problem, kind_of_status, problem, response_headers
 from tinyqueue_server import Lifeline, Parked, Server
 
 log = logging.getLogger("tinyqueue.web")
 
-RETRY_AFTER = 5  # seconds
 LONGEST_WAIT = 25  # seconds that GET /jobs/<id>?wait= may take: routers time out after 30
 PREVIEW_BYTES = 500  # length at which a listing cuts off a payload or a result
-SIGNALS = (signal.SIGTERM, signal.SIGINT)
 IPV6 = re.compile("[0-9a-fA-F:.]{2,45}")
 REQUEST_ID = re.compile("[!-~]{1,128}")
 # As in W3C Trace Context.
 TRACEPARENT = re.compile("(?!ff)[0-9a-f]{2}-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}")
-
-
-# Problems -------------------------------------------------------------------------------------------------------------
-
-
-class Problem(Exception):
-    """A request that was refused or failed. `more` and `headers` are added to the response."""
-
-    def __init__(
-        self, status: int, kind: str, detail: str, headers: Mapping[str, str] | None = None, **more: Any
-    ) -> None:
-        super().__init__(detail)
-        self.status = status
-        self.kind = kind
-        self.headers = headers or {}
-        self.more = more
-
-    def body(self) -> dict[str, Any]:
-        title = self.kind.replace("-", " ").capitalize()
-        about = {"type": f"urn:tinyqueue:{self.kind}", "title": title, "status": self.status, "detail": str(self)}
-        return about | self.more
-
-    def response(self) -> bottle.HTTPResponse:
-        if self.kind != _slug(self.status):
-            # Not the detail, which may repeat a part of the payload.
-            where = f"{self.more.get('field', '')}{self.more.get('path', '').removeprefix('$')}"
-            request.environ["tinyqueue.reason"] = " ".join(filter(None, (self.kind, where)))
-        headers = {**_response_headers(), "Content-Type": "application/problem+json", **self.headers}
-        return bottle.HTTPResponse(msgspec.json.encode(self.body()), self.status, headers)
-
-
-def _slug(status: int) -> str:
-    return HTTPStatus(status).phrase.lower().replace(" ", "-")
-
-
-# The status and the kind of each error of the queue. The first class that matches counts.
-PROBLEMS: tuple[tuple[type[TinyQueueError], int, str], ...] = (
-    (UnknownType, 422, "unknown-type"),
-    (InvalidJob, 422, "invalid-job"),
-    (KeyReused, 422, "idempotency-key-reused"),
-    (WrongStatus, 409, "wrong-status"),
-    (QueueFull, 503, "queue-full"),
-    (NotReplicated, 503, "not-replicated"),
-    (Unavailable, 503, "unavailable"),
-    (SettingsError, 503, "misconfigured"),
-    (Corrupted, 500, "corrupted"),
-    (TinyQueueError, 500, "internal"),
-)
-
-
-def problem(error: TinyQueueError, **more: Any) -> Problem:
-    """Turn an error of the queue into a problem."""
-    status, kind = next((status, kind) for cls, status, kind in PROBLEMS if isinstance(error, cls))
-    match error:
-        case UnknownType():
-            more |= {"field": error.field, "known": error.known}
-        case InvalidJob():
-            more |= {"field": error.field} | ({"path": error.path} if error.path else {})
-        case NotReplicated():
-            ids = [job.id for job in error.jobs]
-            more |= {"jobIds": ids} | ({"jobId": ids[0]} if len(ids) == 1 else {})
-        case WrongStatus():
-            more |= {"jobStatus": error.job.status}
-        case Unavailable():
-            more |= {"reason": error.reason}
-    if status >= 500:
-        log.warning("%s %s failed: %s", request.method, ascii(request.path), error)
-    return Problem(status, kind, str(error), {"Retry-After": str(RETRY_AFTER)} if status == 503 else None, **more)
-
-
-# Access control -------------------------------------------------------------------------------------------------------
-
-# Each role, with the roles that it includes.
-ROLES = {"submit": {"submit"}, "read": {"read"}, "admin": {"submit", "read", "admin"}}
-SECONDS = {"second": 1, "minute": 60, "hour": 3600}
-LOCAL_NAMES = {"localhost", "127.0.0.1", "::1"}
-WRONG_KEYS = (60, 60)  # how many a client may send, in how many seconds, if there is no rate limit
-MAX_CLIENTS = 10_000  # whose wrong keys are counted at a time
-ADDRESS_AND_PORT = re.compile(r"\[([0-9A-Fa-f:.]+)\](?::[0-9]{1,5})?|([0-9.]+):[0-9]{1,5}")
-
-
-class Key(NamedTuple):
-    """An API key. `roles` are its own role and the roles that it includes."""
-
-    name: str
-    roles: set[str]
-    secret: bytes
-
-
-def read_keys(text: str) -> list[Key]:
-    """Read TINYQUEUE_API_KEYS.
-
-    Raises SettingsError for anything malformed or ambiguous. The error never contains a secret.
-    """
-    keys: list[Key] = []
-    for number, entry in enumerate(text.split(",") if text else (), 1):
-        name, role, secret = (*entry.strip().split(":", 2), "", "")[:3]
-        where = f"TINYQUEUE_API_KEYS: entry {number}"
-        if not NAME.fullmatch(name) or role not in ROLES:
-            raise SettingsError(f"{where} must be name:role:secret; the roles are {', '.join(ROLES)}")
-        if len(secret) < 16 or not secret.isascii() or not secret.isprintable() or " " in secret:
-            raise SettingsError(f"{where} ({name}): the secret needs 16 or more printable ASCII characters, no spaces")
-        if any(name == key.name or secret.encode() == key.secret for key in keys):
-            raise SettingsError(f"{where} ({name}): duplicate name or secret")
-        keys.append(Key(name, ROLES[role], secret.encode()))
-    return keys
-
-
-class Access:
-    """Decides who may do what.
-
-    Without keys, only this machine is served, like in Redis' protected mode. TINYQUEUE_OPEN=1
-    serves everyone instead.
-    """
-
-    def __init__(self, settings: Settings) -> None:
-        self.keys = read_keys(settings.api_keys)
-        self.open = settings.open
-        self.proxies = settings.trusted_proxies
-        amount, _, unit = settings.rate_limit.partition("/")
-        self.limit = int(amount or 0)
-        self.window = SECONDS.get(unit, 0)
-        self.lock = threading.Lock()
-        self.wrong_keys = Counter[str]()  # by client, since the window `wrong_keys_since` began
-        self.wrong_keys_since = 0.0
-        if self.open and self.keys:
-            raise SettingsError("TINYQUEUE_OPEN=1 and TINYQUEUE_API_KEYS contradict each other; unset one of them")
-        if self.open:
-            log.warning("TINYQUEUE_OPEN=1: anyone who can reach this server may submit, read, cancel and retry jobs")
-
-    def authorize(self, role: str, queue: Callable[[], AnyQueue]) -> str:
-        """Check that the current request may use a route that requires `role`, or raise a Problem.
-
-        Returns the name of the caller's key, or an empty string without keys. `queue` is only
-        called to count the request, if there is a rate limit.
-        """
-        address = self._client_address()
-        if not self.keys and not self.open:
-            self._require_local(address)
-        if role == "page":
-            # A browser has no key when it opens the page. The page must open even without Redis,
-            # which counts the requests, so this one is not counted.
-            return ""
-        key = self._find_key(address) if self.keys else None
-        if key and role != "any" and role not in key.roles:
-            raise Problem(403, "forbidden", f"the key {key.name} lacks the role {role}; use a key that has it")
-        if request.method not in ("GET", "HEAD"):
-            self._refuse_cross_site()
-        if self.limit:
-            self._enforce_rate_limit(queue(), "key-" + key.name if key else "address-" + _network(address))
-        return key.name if key else ""
-
-    def _client_address(self) -> str:
-        """Return the address that the outermost trusted proxy saw; without proxies, the peer's."""
-        peer = str(request.environ.get("REMOTE_ADDR", ""))
-        forwarded = request.environ.get("HTTP_X_FORWARDED_FOR", "")
-        if not self.proxies or not forwarded:
-            return peer.removeprefix("::ffff:")
-        try:
-            return _read_address(forwarded.split(",")[-self.proxies].strip())
-        except (ValueError, IndexError):
-            detail = f"X-Forwarded-For lacks a valid address at position {self.proxies} from the right"
-            raise Problem(400, "bad-forwarded-for", f"{detail}; check TINYQUEUE_TRUSTED_PROXIES") from None
-
-    def _find_key(self, address: str) -> Key:
-        scheme, _, secret = request.environ.get("HTTP_AUTHORIZATION", "").partition(" ")
-        given = secret.strip().encode("utf-8", "replace") if scheme.lower() == "bearer" else b""
-        # Compares with every key, so that the time taken reveals nothing.
-        found = [key for key in self.keys if hmac.compare_digest(key.secret, given)]
-        if found:
-            return found[0]
-        if given:
-            self._count_wrong_key(_network(address))
-        detail = "missing or unknown API key; send a secret of TINYQUEUE_API_KEYS as Authorization: Bearer SECRET"
-        raise Problem(401, "unauthorized", detail, {"WWW-Authenticate": 'Bearer realm="tinyqueue"'})
-
-    def _count_wrong_key(self, client: str) -> None:
-        """Raise a Problem if a client has sent too many wrong keys.
-
-        Counts in this process: clients without a key must not cause writes to Redis. A right key is
-        always accepted, because clients behind one address must not lock out each other.
-        """
-        limit, window = (self.limit, self.window) if self.limit else WRONG_KEYS
-        at, left = divmod(time.monotonic(), window)
-        with self.lock:
-            if at != self.wrong_keys_since or len(self.wrong_keys) >= MAX_CLIENTS:
-                self.wrong_keys_since = at
-                self.wrong_keys.clear()
-            self.wrong_keys[client] += 1
-            count = self.wrong_keys[client]
-        if count > limit:
-            seconds = math.ceil(window - left)
-            detail = f"more than {limit} wrong API keys in {window} seconds; try again in {seconds} seconds"
-            raise Problem(429, "too-many-requests", detail, {"Retry-After": str(seconds)})
-
-    def _require_local(self, address: str) -> None:
-        """Refuse requests from other machines, through a proxy, or under a name that is not local.
-
-        The last rule stops DNS rebinding: a website may point its own name to 127.0.0.1.
-        """
-        env = request.environ
-        forwarded = "HTTP_X_FORWARDED_FOR" in env or "HTTP_FORWARDED" in env
-        if not forwarded and _is_local(address, env.get("HTTP_HOST", "localhost")):
-            return
-        fix = "set TINYQUEUE_API_KEYS, or TINYQUEUE_OPEN=1 to let anyone do everything"
-        raise Problem(403, "protected", f"without API keys this server accepts only local requests; {fix}")
-
-    def _refuse_cross_site(self) -> None:
-        """Refuse what a browser sends for a page of another site.
-
-        Clients that are not browsers do not send these headers.
-        """
-        env = request.environ
-        site = env.get("HTTP_SEC_FETCH_SITE", "none")
-        origin = env.get("HTTP_ORIGIN")
-        same_origin = origin is None or origin.partition("://")[2] == env.get("HTTP_HOST")
-        if site not in ("same-origin", "none") or not same_origin:
-            detail = "a page of another site sent this request; use this server's dashboard or no browser"
-            raise Problem(403, "cross-site", detail)
-
-    def _enforce_rate_limit(self, queue: AnyQueue, client: str) -> None:
-        left, seconds = queue.spend(client, self.limit, self.window)
-        headers = {
-            "RateLimit-Policy": f'"default";q={self.limit};w={self.window}',
-            "RateLimit": f'"default";r={max(left, 0)};t={seconds}',
-        }
-        if left < 0:
-            detail = f"more than {self.limit} requests in {self.window} seconds; try again in {seconds} seconds"
-            raise Problem(429, "too-many-requests", detail, headers | {"Retry-After": str(seconds)})
-        request.environ["tinyqueue.rate_limit_headers"] = headers
-
-
-def _read_address(text: str) -> str:
-    """Read an IP address, perhaps with a port. An IPv4 address inside an IPv6 one becomes IPv4."""
-    if match := ADDRESS_AND_PORT.fullmatch(text):
-        text = match[1] or match[2]
-    address = ipaddress.ip_address(text)
-    return str(getattr(address, "ipv4_mapped", None) or address)
-
-
-@lru_cache(maxsize=1000)
-def _network(address: str) -> str:
-    """Return what counts as one client: an IPv4 address, or the /64 that a host usually gets."""
-    try:
-        parsed = ipaddress.ip_address(_read_address(address).partition("%")[0])
-    except ValueError:  # for example the path of a Unix socket
-        return address
-    return str(ipaddress.ip_network((parsed, 64), strict=False)) if parsed.version == 6 else str(parsed)
-
-
-@lru_cache(maxsize=1000)
-def _is_local(address: str, host: str) -> bool:
-    try:
-        return ipaddress.ip_address(address).is_loopback and urlsplit("//" + host).hostname in LOCAL_NAMES
-    except ValueError:
-        return False
 
 
 # The API --------------------------------------------------------------------------------------------------------------
@@ -393,11 +131,6 @@ FIELDS = {
 }
 # JSON or query name -> field of Filter
 FILTERS = {"status": "status", "type": "type", "queue": "queue", "errorType": "error_type"}
-HEADERS = {
-    "Cache-Control": "no-store",
-    "X-Content-Type-Options": "nosniff",
-    "Content-Security-Policy": "default-src 'none'; frame-ancestors 'none'",
-}
 
 
 class API(bottle.Bottle):  # type: ignore[misc]
@@ -483,7 +216,7 @@ class API(bottle.Bottle):  # type: ignore[misc]
             return problem(error).response()
         if isinstance(body, bottle.HTTPResponse):
             return body
-        bottle.response.headers.update(_response_headers())
+        bottle.response.headers.update(response_headers())
         bottle.response.content_type = "application/json"
         return msgspec.json.encode(body)
 
@@ -495,7 +228,7 @@ class API(bottle.Bottle):  # type: ignore[misc]
         else:
             details = {404: _explain_missing(request.path), 405: "unsupported method; see the Allow header"}
             detail = details.get(error.status_code, HTTPStatus(error.status_code).phrase)
-            response = Problem(error.status_code, _slug(error.status_code), detail, headers).response()
+            response = Problem(error.status_code, kind_of_status(error.status_code), detail, headers).response()
         response.apply(bottle.response)
         return response.body
 
@@ -697,7 +430,7 @@ class API(bottle.Bottle):  # type: ignore[misc]
         except Unavailable:  # Redis may be read-only or full: the next scrape counts them
             with self._lock:
                 self._scrape_errors += missed
-        return bottle.HTTPResponse(encode(scrape), 200, _response_headers() | {"Content-Type": content_type})
+        return bottle.HTTPResponse(encode(scrape), 200, response_headers() | {"Content-Type": content_type})
 
     def dashboard(self) -> bottle.HTTPResponse:
         """Return the dashboard. The page contains no data; it requests it like any other client."""
@@ -901,11 +634,6 @@ def _printable(name: str) -> str:
 
 
 # Writing responses ----------------------------------------------------------------------------------------------------
-
-
-def _response_headers() -> dict[str, str]:
-    rate_limit_headers: dict[str, str] = request.environ.get("tinyqueue.rate_limit_headers", {})
-    return HEADERS | rate_limit_headers
 
 
 def _require_job(job: Job | None) -> Job:
@@ -1139,9 +867,9 @@ def _serve_with_worker(api: API, server: Server) -> int:
         finally:  # also if the worker crashes: a server must not accept jobs that nobody runs
             server.stop()
 
+    handle_signals(worker, server.stop)
     thread = threading.Thread(target=work, name="worker")
     thread.start()
-    handle_signals(worker, server.stop)
     server.run()
     thread.join()
     return exit_code
@@ -1152,15 +880,14 @@ def serve_many(api: API, sock: socket.socket) -> int:
 
     They stop when this process dies. Returns the exit code. Signals are taken with sigwait, not
     handled: a handled signal that came just before a blocking wait for a child would take effect
-    only when a child exits.
+    only when a child exits. Requires `hold_signals`.
     """
     children: set[int] = set()
     stopping = False
     lifeline, held = os.pipe()
-    signal.pthread_sigmask(signal.SIG_BLOCK, {*SIGNALS, signal.SIGCHLD})
     while children or not stopping:
         while len(children) < api.settings.web_concurrency and not stopping:
-            if (child := os.fork()) == 0:
+            if (child := fork_held()) == 0:
                 signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGCHLD})
                 os.close(held)
                 set_up_logging(api.settings)  # the thread that writes the log is not in this process
@@ -1186,16 +913,20 @@ def _exited(children: set[int]) -> list[tuple[int, int]]:
     return [(child, status) for child, status in found if child]
 
 
-def run() -> None:
-    """Serve as the settings say, and exit the process at the end."""
+def run(processes: int = 0) -> None:
+    """Serve as the settings say, or from so many processes, and exit the process at the end."""
     settings = Settings.read()
+    processes = (processes or settings.web_concurrency) if settings.redis_url else 1
+    if processes > 1:
+        hold_signals()
+    else:
+        exit_at_sigterm()
     set_up_logging(settings)
     load_handlers(settings.handlers)
     queue = open_queue(settings, settings.web_connections)
     api = API(settings, queue)
     sock = listen(settings)
     url = f"http://{settings.host or 'localhost'}:{sock.getsockname()[1]}"
-    processes = settings.web_concurrency if settings.redis_url else 1
     if settings.redis_url:
         for warning in warnings(queue):
             log.warning("%s", warning)
@@ -1221,7 +952,11 @@ def main(reload: bool) -> None:
 
             # By default it looks once a second, and kills a server that does not stop within one.
             patience = Settings.read().shutdown_timeout + 5
-            hupper.start_reloader("tinyqueue.wsgi.run", reload_interval=0.2, shutdown_interval=patience)
+            # hupper has threads of its own, which would take the signals that serve_many waits for.
+            one = {"processes": 1}
+            hupper.start_reloader(
+                "tinyqueue.wsgi.run", reload_interval=0.2, shutdown_interval=patience, worker_kwargs=one
+            )
         run()
     except SettingsError as error:
         raise click.UsageError(str(error)) from None

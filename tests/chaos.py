@@ -20,7 +20,9 @@ does not depend on Redis. The judge requires:
     processes exit only because of a fault, and check_consistency finds no error
 
 No fault lasts between SHORT and LONG, because it would then depend on the heartbeat whether a lease
-expires. An outage of Redis is never a cause for a second run, however long it lasts. If a trial
+expires. Whether a long fault interrupts a job depends on the machine. A plan of `plan_interruption`
+leaves that to nothing: its fault hits the worker that runs a job, and lasts until the job has begun
+again. An outage of Redis is never a cause for a second run, however long it lasts. If a trial
 fails, its evidence is printed and the exit code is 1.
 """
 
@@ -29,6 +31,7 @@ from __future__ import annotations
 import fcntl
 import http.client
 import json
+import math
 import multiprocessing
 import os
 import random
@@ -44,7 +47,7 @@ import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
-from contextlib import closing, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -57,7 +60,7 @@ import redis
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from conftest import RedisServer, check_consistency, free_port  # noqa: E402
+from conftest import RedisServer, check_consistency, free_port, until  # noqa: E402
 from cutproxy import CutProxy  # noqa: E402
 
 from tinyqueue import ENDED, Job, Queue, Unavailable  # noqa: E402
@@ -67,9 +70,10 @@ SHORT = (0.1, 0.8)  # seconds of a fault during which no lease expires
 LONG = (3.6, 4.3)  # seconds of a fault during which a reaper sees a lease unchanged for too long
 PATIENCE = 40.0  # seconds after which the world must be quiet
 WORKERS = ("worker-0", "worker-1")
+RUNNER = "runner"  # as a victim: the worker that runs the first job
 
 HANDLERS = """
-import logging, os, signal, sys, threading, time
+import logging, os, pathlib, signal, sys, threading, time
 from contextlib import contextmanager
 from tinyqueue import Discard, Job, handler
 
@@ -164,6 +168,13 @@ def thread(payload: dict, job: Job) -> str:
     with marked(job):
         threading.Thread(target=time.sleep, args=(1.0,)).start()
         return payload["token"]
+
+@handler("interrupted", max_attempts=10, timeout=60, **SOON)
+def interrupted(payload: dict, job: Job) -> str:
+    with marked(job):
+        while pathlib.Path("marks").read_text().count(f"begin {job.id} ") < 2:
+            time.sleep(0.01)
+        return payload["token"]
 """
 HARMFUL = (
     "poison",
@@ -187,6 +198,7 @@ MAX_ATTEMPTS = {
     "exit": 2,
     "fork": 10,
     "thread": 10,
+    "interrupted": 10,
 }
 FAILS_WITH = {
     **{"flaky": "OSError", "discard": "Discard", "poison": "WorkerLost"},
@@ -247,7 +259,11 @@ time_t time(time_t *result) {
 
 
 class Fault(NamedTuple):
-    """A fault that begins `at` seconds after the start of the trial."""
+    """A fault that begins `at` seconds after the start of the trial.
+
+    With the victim RUNNER it begins when a worker runs a job. If `seconds` is infinite, it lasts
+    until that job has begun again.
+    """
 
     kind: str
     at: float
@@ -300,6 +316,12 @@ def plan(seed: int) -> Plan:
     types = rng.choices(("work", "flaky", "discard"), (8, 2, 1), k=rng.randrange(16, 24))
     types += [kind for kind in [kinds[seed % len(kinds)], *others] if kind in HARMFUL for _ in range(2)]
     return Plan(seed, faults, [_draw_submit(rng, f"{seed}-{n}", type) for n, type in enumerate(types)])
+
+
+def plan_interruption(kind: str) -> Plan:
+    """Plan a fault that surely interrupts a job: its handler ends only after it has begun twice."""
+    submit = Submit(kind, 0.0, "http", "interrupted", [{"token": kind}], 0.0, patient=True, cancel=False)
+    return Plan(0, [Fault(kind, 0.0, RUNNER, math.inf)], [submit])
 
 
 def _draw_submit(rng: random.Random, token: str, type: str) -> Submit:
@@ -390,8 +412,11 @@ class World:
         """Move the wall clock of Redis by so many seconds."""
         with self.redis_lock:
             [ahead] = struct.unpack("q", self.clock.read_bytes())
+            before, _ = self.command_redis("TIME")
             with self.clock.open("r+b") as file:  # in place: the server has it mapped
                 file.write(struct.pack("q", ahead + by))
+            after, _ = self.command_redis("TIME")
+            assert not CC or abs(after - before - by) < 30, "the clock of Redis did not move"
 
     # Processes --------------------------------------------------------------------------------------------------------
 
@@ -471,10 +496,21 @@ class World:
         with redis.Redis(port=self.redis.port, password=password, retry=None, socket_timeout=10) as client:
             return client.execute_command(*command)
 
+    def assert_refused(self, error: type[redis.RedisError]) -> None:
+        """Check that Redis refuses a write, which shows that a fault is there."""
+        try:
+            self.command_redis("SET", "refused", "")
+        except error:
+            return
+        raise AssertionError(f"Redis did not refuse a write with {error.__name__}")
+
     def cut_off(self, victim: str, seconds: float) -> None:
         """Wait while a victim is cut off. Record it if its lease expires meanwhile."""
         begin = time.monotonic()
-        time.sleep(seconds)
+        if seconds == math.inf:
+            until(lambda: len(self._runs()) > 1, PATIENCE)
+        else:
+            time.sleep(seconds)
         if seconds >= LONG[0]:
             self.cuts.append(Cut(begin, time.monotonic() + 1.0, victim))  # the victim learns of it a little later
 
@@ -515,6 +551,9 @@ class World:
 
     def _inject(self, fault: Fault, begun: float) -> None:
         time.sleep(max(0.0, begun + fault.at - time.monotonic()))
+        if fault.victim == RUNNER:
+            [run] = until(self._runs, PATIENCE)
+            fault = fault._replace(victim=self.names[run.pid])
         if fault.kind not in HARMFUL:
             KINDS[fault.kind](self, fault)
 
@@ -559,13 +598,15 @@ class World:
         made = [key for family in (keys.job("*"), keys.prefix + "once:*") for key in self.client.keys(family)]
         self.client.delete(*made, keys.ended["completed"], keys.ended["failed"], keys.ended["cancelled"])
 
+    def _runs(self) -> list[Run]:
+        return read_marks([line.split() for line in (self.folder / "marks").read_text().splitlines()])
+
     def _evidence(self, plan: Plan) -> Evidence:
-        marks = [line.split() for line in (self.folder / "marks").read_text().splitlines()]
         logs = {
             name: (self.folder / f"{name}.log").read_text(errors="replace").splitlines()[-400:] for name in self.proxies
         }
         signals, deaths, cuts = list(self.signals), list(self.deaths), list(self.cuts)
-        return Evidence(plan, self._records(), read_marks(marks), signals, deaths, cuts, dict(self.names), logs)
+        return Evidence(plan, self._records(), self._runs(), signals, deaths, cuts, dict(self.names), logs)
 
     # Submitting -------------------------------------------------------------------------------------------------------
 
@@ -716,8 +757,8 @@ def redis_loading(world: World, fault: Fault) -> None:
 
 
 def client_kill(world: World, fault: Fault) -> None:
-    with world.redis_lock:
-        world.command_redis("CLIENT", "KILL", "TYPE", "normal")
+    with world.redis_lock:  # nobody is connected yet if Redis was just restarted
+        until(lambda: world.command_redis("CLIENT", "KILL", "TYPE", "normal"))
 
 
 def client_pause(world: World, fault: Fault) -> None:
@@ -729,6 +770,7 @@ def client_pause(world: World, fault: Fault) -> None:
 def redis_full(world: World, fault: Fault) -> None:
     with world.redis_lock:
         world.command_redis("CONFIG", "SET", "maxmemory", "1mb")
+        world.assert_refused(redis.exceptions.OutOfMemoryError)
         time.sleep(fault.seconds)
         world.command_redis("CONFIG", "SET", "maxmemory", "0")
 
@@ -737,6 +779,7 @@ def read_only(world: World, fault: Fault) -> None:
     """Make Redis a replica, as in a failover. Its master is unreachable, so it keeps its data."""
     with world.redis_lock:
         world.command_redis("REPLICAOF", "127.0.0.1", "1")
+        world.assert_refused(redis.ReadOnlyError)
         time.sleep(fault.seconds)
         world.command_redis("REPLICAOF", "NO", "ONE")
 
@@ -745,6 +788,7 @@ def password(world: World, fault: Fault) -> None:
     """Change the password for a while, and close all connections so that they need it."""
     with world.redis_lock:
         world.command_redis("CONFIG", "SET", "requirepass", "other")
+        world.assert_refused(redis.AuthenticationError)
         world.password = "other"
         world.command_redis("CLIENT", "KILL", "TYPE", "normal", "SKIPME", "yes")
         time.sleep(fault.seconds)
@@ -1070,21 +1114,29 @@ def _work(todo: Any, done: Any) -> None:
     signal.signal(SIGTERM, lambda *_: sys.exit(1))
     seed = todo.get()
     while seed is not None:
-        with tempfile.TemporaryDirectory(prefix="chaos-") as name:
-            _build_clocks(Path(name))
-            world = World(Path(name))
-            try:
+        try:
+            with open_world() as world:
                 failed = False
                 while seed is not None and not failed:
                     result = world.trial(plan(seed))
                     failed = bool(result.failures)
                     done.put(result)
                     seed = todo.get()
-            except Exception:
-                done.put(f"seed {seed}: {traceback.format_exc()}")
-                seed = todo.get()
-            finally:
-                world.close()
+        except Exception:
+            done.put(f"seed {seed}: {traceback.format_exc()}")
+            seed = todo.get()
+
+
+@contextmanager
+def open_world() -> Iterator[World]:
+    """Start a world in a temporary folder, and end it at the end."""
+    with tempfile.TemporaryDirectory(prefix="chaos-") as name:
+        _build_clocks(Path(name))
+        world = World(Path(name))
+        try:
+            yield world
+        finally:
+            world.close()
 
 
 def _build_clocks(folder: Path) -> None:

@@ -6,8 +6,9 @@ Submits batches through one web process to one worker. A twentieth of the jobs i
 another twentieth fails once and is retried. Ended jobs are kept for a second. Measures before the
 first job, after 40 % of them (the warm-up) and at the end, each time after all jobs were deleted.
 
-Exits with 1 if something has grown: the keys and the memory of Redis since the start; the memory,
-the threads, the open files and the connections of the processes since the warm-up.
+Exits with 1 if something has grown: the memory of Redis since the start; the memory, the threads
+and the open files of the processes since the warm-up. Also if Redis has a key that an idle queue
+does not need, or more connections than the settings promise.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -34,6 +35,7 @@ sys.path.insert(0, str(ROOT))
 from conftest import RedisServer, check_consistency, free_port, until  # noqa: E402
 
 from tinyqueue import Queue  # noqa: E402
+from tinyqueue_config import Settings  # noqa: E402
 
 HANDLERS = """
 from tinyqueue import Discard, Job, handler
@@ -48,18 +50,17 @@ def soak(n: int, job: Job) -> int:
 """
 BATCH = 1000
 DELETED_WITHIN = 150.0  # seconds; a worker trims once a minute
-SLACK = {
-    "keys": 2,  # the counts and the bell
-    "used": 1 << 20,
-    "rss": 5 << 20,
-    "threads": 0,
-    "files": 0,
-    "connections": 0,
-}
+SLACK = {"used": 1 << 20, "rss": 5 << 20, "threads": 0, "files": 0}
+SLOTS = 10
+# Once one queue was used, these stay for as long as there is a worker, or for two hours.
+STEADY = re.compile(r"counts|metrics|series|workers|worker:.*|lease:.*|minute:.*|bell:default|mark|promoter|repairer")
 
 
 class Measurement(NamedTuple):
-    """The use of resources at one time. `keys` excludes the minutes, which stay for two hours."""
+    """The use of resources at one time. `keys` are those that an idle queue does not need.
+
+    `files` of a process excludes its connections.
+    """
 
     jobs: int
     keys: int
@@ -73,8 +74,11 @@ def measure_process(pid: int) -> dict[str, int]:
     """Measure the memory, the threads and the open files of a process."""
     resident = re.search(r"VmRSS:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text())
     assert resident
-    counts = {"threads": len(os.listdir(f"/proc/{pid}/task")), "files": len(os.listdir(f"/proc/{pid}/fd"))}
-    return {"rss": int(resident[1]) << 10, **counts}
+    files = 0
+    for file in Path(f"/proc/{pid}/fd").iterdir():
+        with suppress(FileNotFoundError):  # closed meanwhile
+            files += not os.readlink(file).startswith("socket:")
+    return {"rss": int(resident[1]) << 10, "threads": len(os.listdir(f"/proc/{pid}/task")), "files": files}
 
 
 class Soak:
@@ -87,7 +91,8 @@ class Soak:
         self.queue = Queue.from_url(self.redis.url, keep_completed=1, keep_failed=1)
         port = free_port()
         environ = {"PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT), "HOST": "127.0.0.1", "PORT": str(port)}
-        environ |= {"REDIS_URL": self.redis.url, "TINYQUEUE_HANDLERS": "soakhandlers", "WORKER_CONCURRENCY": "10"}
+        environ |= {"REDIS_URL": self.redis.url, "TINYQUEUE_HANDLERS": "soakhandlers"}
+        environ |= {"WORKER_CONCURRENCY": str(SLOTS)}
         environ |= {"TINYQUEUE_KEEP_COMPLETED": "1", "TINYQUEUE_KEEP_FAILED": "1", "LOG_LEVEL": "error"}
         self.processes = [
             subprocess.Popen([sys.executable, str(ROOT / program)], cwd=folder, env=environ)
@@ -126,7 +131,8 @@ class Soak:
         until(lambda: self._deleted(jobs), timeout=DELETED_WITHIN)
         check_consistency(self.queue)
         with redis.Redis(connection_pool=self.queue.pool) as client:
-            keys = {key for key in client.scan_iter() if b":minute:" not in key and not key.endswith(b":promoter")}
+            names = {key.decode().removeprefix(self.queue.keys.prefix) for key in client.scan_iter()}
+            keys = {name for name in names if not STEADY.fullmatch(name)}
             memory, clients = client.info("memory"), client.info("clients")
         web, worker = (measure_process(process.pid) for process in self.processes)
         return Measurement(jobs, len(keys), memory["used_memory"], web, worker, clients["connected_clients"])
@@ -148,26 +154,39 @@ def soaking() -> Iterator[Soak]:
             soak.close()
 
 
-# Name, key of SLACK, reader, and the measurement to compare with.
-Column = tuple[str, str, Callable[[Measurement], int], int]
+def connections() -> int:
+    """Return how many connections the web process, the worker and this process may have together."""
+    settings = Settings(worker_concurrency=SLOTS)
+    return settings.web_connections + settings.worker_connections + 1
+
+
+# Name, reader, and the most that is allowed at the end.
+Column = tuple[str, Callable[[Measurement], int], Callable[[list[Measurement]], int]]
 COLUMNS: list[Column] = [
-    ("keys", "keys", lambda at: at.keys, 0),
-    ("Redis memory", "used", lambda at: at.used, 0),
-    ("connections", "connections", lambda at: at.connections, 1),
-    *((f"web {what}", what, lambda at, what=what: at.web[what], 1) for what in ("rss", "threads", "files")),
-    *((f"worker {what}", what, lambda at, what=what: at.worker[what], 1) for what in ("rss", "threads", "files")),
+    ("needless keys", lambda at: at.keys, lambda found: 0),
+    ("Redis memory", lambda at: at.used, lambda found: found[0].used + SLACK["used"]),
+    ("connections", lambda at: at.connections, lambda found: connections()),
+    *(
+        (
+            f"{process} {what}",
+            lambda at, process=process, what=what: getattr(at, process)[what],
+            lambda found, process=process, what=what: getattr(found[1], process)[what] + SLACK[what],
+        )
+        for process in ("web", "worker")
+        for what in ("rss", "threads", "files")
+    ),
 ]
 
 
 def grown(found: list[Measurement]) -> list[str]:
-    """List what has grown by more than its slack."""
-    return [name for name, what, read, since in COLUMNS if read(found[-1]) > read(found[since]) + SLACK[what]]
+    """List what is more than is allowed at the end."""
+    return [name for name, read, most in COLUMNS if read(found[-1]) > most(found)]
 
 
 def table(found: list[Measurement]) -> str:
     lines = [f"{'':<16}" + "".join(f"{at.jobs:>12,} jobs" for at in found)]
-    for name, what, read, _ in COLUMNS:
-        cells = (f"{read(at) / (1 << 20):.2f} MB" if what in ("used", "rss") else str(read(at)) for at in found)
+    for name, read, _ in COLUMNS:
+        cells = (f"{n / (1 << 20):.2f} MB" if (n := read(at)) >= 1 << 20 else str(n) for at in found)
         lines.append(f"{name:<16}" + "".join(f"{cell:>17}" for cell in cells))
     return "\n".join(lines)
 

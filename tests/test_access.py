@@ -19,8 +19,9 @@ from conftest import dump, free_port, put, raw
 
 import wsgi
 from tinyqueue import Queue, SettingsError, handler
+from tinyqueue_access import Access
 from tinyqueue_config import Settings
-from wsgi import API, ROUTES, Access
+from wsgi import API, ROUTES
 
 SECRETS = {"submit": "submit-0123456789", "read": "read-0123456789ab", "admin": "admin:0123456789ab"}
 KEYS = ",".join(f"{role}-key:{role}:{secret}" for role, secret in SECRETS.items())

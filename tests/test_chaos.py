@@ -1,14 +1,14 @@
-"""Fifty chaos trials, always the same ones, and tests of the plan and of the judge."""
+"""Fifty chaos trials, always the same ones, sure interruptions, and tests of the plan and of the judge."""
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from signal import SIGKILL, SIGTERM
 from typing import Any
 
 import pytest
 from chaos import (
+    CC,
     KINDS,
     Cut,
     Death,
@@ -19,9 +19,12 @@ from chaos import (
     Signal,
     Submit,
     Verdict,
+    World,
     cause_of,
     judge,
+    open_world,
     plan,
+    plan_interruption,
     read_marks,
     run_trials,
 )
@@ -39,8 +42,46 @@ def test_inject_faults_without_losing_or_repeating_jobs(start_redis: Callable[..
     done = [result for result in results if not isinstance(result, str)]
     failed = {result.plan.seed: (result.failures, result.evidence) for result in done if result.failures}
     assert failed == {}
-    causes = sum((result.verdict.explained for result in done), Counter[str]())
-    assert causes.keys() == {"failed", "killed", "told to stop", "cut off"}  # every kind of fault had an effect
+    assert {kind for result in done for kind in result.plan.kinds} == set(KINDS)
+
+
+@pytest.fixture(scope="module")
+def world(start_redis: Callable[..., Any]) -> Iterator[World]:
+    with open_world() as world:
+        yield world
+
+
+@pytest.mark.parametrize(
+    ("kind", "cause"),
+    [
+        ("kill-worker", "killed"),
+        ("kill-tree", "killed"),
+        ("term", "told to stop"),
+        ("term-thrice", "told to stop"),
+        ("stop-long", "cut off"),
+        ("link-stall-long", "cut off"),
+        ("link-reset-long", "cut off"),
+    ],
+)
+def test_run_a_job_again_after_a_fault_that_surely_interrupts_it(world: World, kind: str, cause: str) -> None:
+    result = world.trial(plan_interruption(kind))
+    assert result.failures == [], result.evidence
+    assert result.verdict.explained == {cause: 1}, result.evidence
+
+
+@pytest.mark.parametrize("kind", ["clock-ahead", "clock-back", "wrong-clock"])
+def test_run_jobs_while_a_clock_is_wrong(world: World, kind: str) -> None:
+    if not CC:
+        pytest.skip("no C compiler: NO FAULT CHANGES A CLOCK")
+    result = world.trial(Plan(0, [Fault(kind, 0.0, "worker-0", 0.1)], plan(1).submits))
+    assert result.failures == [], result.evidence
+
+
+def test_run_a_job_again_after_its_handler_failed(world: World) -> None:
+    flaky = submit(type="flaky", payloads=[{"token": "t.0", "fails": 2}], ids=[])
+    result = world.trial(Plan(0, [], [flaky]))
+    assert result.failures == [], result.evidence
+    assert result.verdict.explained == {"failed": 2}, result.evidence
 
 
 # The plan -------------------------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import redis
-from conftest import RedisServer, check_consistency, free_port, newest, put, until
+from conftest import PORTS, RedisServer, check_consistency, free_port, newest, put, until
 from redis.crc import key_slot
 from test_availability import Load, service, stopped
 
@@ -21,9 +21,7 @@ SLOTS = 16384
 
 def cluster_port() -> int:
     """Return a free port low enough for its bus port, which is 10,000 higher."""
-    while (port := free_port()) > 55_000:
-        pass
-    return port
+    return free_port([port for port in PORTS if port + 10_000 in PORTS])
 
 
 class Node(RedisServer):

@@ -21,8 +21,10 @@ import pytest
 from conftest import Server, free_port, until
 
 import tinyqueue
+import tinyqueue_access
 import tinyqueue_config
 import tinyqueue_json
+import tinyqueue_problems
 import tinyqueue_server
 import worker
 import wsgi
@@ -116,7 +118,8 @@ def test_http_page_lists_every_route_with_its_role() -> None:
 
 def kinds_of_the_code() -> set[tuple[int, str]]:
     """Status and kind of every problem: in PROBLEMS, in each `Problem(...)` of the source, and of Bottle's own."""
-    calls = [node for node in ast.walk(ast.parse(inspect.getsource(wsgi))) if isinstance(node, ast.Call)]
+    trees = [ast.parse(inspect.getsource(module)) for module in (tinyqueue_access, tinyqueue_problems, wsgi)]
+    calls = [node for tree in trees for node in ast.walk(tree) if isinstance(node, ast.Call)]
     raised = {
         (call.args[0].value, call.args[1].value)
         for call in calls
@@ -126,7 +129,8 @@ def kinds_of_the_code() -> set[tuple[int, str]]:
         and isinstance(call.args[1], ast.Constant)
     }
     bottle = {(404, "not-found"), (405, "method-not-allowed"), (500, "internal-server-error")}
-    return {(status, kind) for _, status, kind in wsgi.PROBLEMS} | raised | bottle  # type: ignore[arg-type]
+    of_the_queue = {(status, kind) for _, status, kind in tinyqueue_problems.PROBLEMS}
+    return of_the_queue | raised | bottle  # type: ignore[arg-type]
 
 
 def kinds_of(document: str) -> set[tuple[int, str]]:
@@ -225,7 +229,7 @@ NUMBERS = {
     "time in a crowd": (HTTP, r"these times are (\d+), \d+ and", tinyqueue_server.CROWDED_TIMES[1]),
     "time to idle in a crowd": (HTTP, r"these times are \d+, \d+ and (\d+) s", tinyqueue_server.CROWDED_TIMES[0]),
     "time at the end": (HTTP, r"has (\d+) seconds for the rest", tinyqueue_server.DRAIN_TIMES[1]),
-    "wrong keys": (HTTP, r"or to (\d+) in a minute", wsgi.WRONG_KEYS[0]),
+    "wrong keys": (HTTP, r"or to (\d+) in a minute", tinyqueue_access.WRONG_KEYS[0]),
     "waiting elsewhere": (HTTP, r"let (\d+) requests wait", tinyqueue_config.WEB_THREADS / 2),
     "MAX_QUEUES": (OPERATIONS, r"There can be ([\d,]+) queues", tinyqueue.MAX_QUEUES),
     "MAX_QUEUES in HTTP": (HTTP, r"there are ([\d,]+) queues already", tinyqueue.MAX_QUEUES),
@@ -540,6 +544,13 @@ def test_deploy_heroku_settings_are_valid_and_let_the_key_in(checkout: Checkout)
 
 def test_readme_test_command_is_what_ci_runs() -> None:
     assert block(README, ".[test]").strip() in (REPOSITORY / ".ci" / "run").read_text().splitlines()
+
+
+def test_ci_leaves_out_only_tests_that_exist() -> None:
+    named = re.findall(r"tests/\S+", (REPOSITORY / ".ci" / "run").read_text())
+    assert named
+    for file, _, test in (name.partition("::") for name in named):
+        assert f"def {test or 'test_'}" in (REPOSITORY / file).read_text()
 
 
 # Docstrings -----------------------------------------------------------------------------------------------------------

@@ -15,16 +15,22 @@ IMPORTS = {  # each module, and those of ours that it may import
     "tinyqueue_redis": set(),
     "tinyqueue_json": set(),
     "tinyqueue": {"tinyqueue_json", "tinyqueue_redis"},
-    "tinyqueue_config": {"tinyqueue"},
+    "tinyqueue_config": {"tinyqueue", "tinyqueue_json"},
     "tinyqueue_doctor": {"tinyqueue", "tinyqueue_redis"},
+    "tinyqueue_cli": {"tinyqueue", "tinyqueue_config", "tinyqueue_doctor", "tinyqueue_json"},
     "tinyqueue_openapi": {"tinyqueue"},
+    "tinyqueue_problems": {"tinyqueue"},
+    "tinyqueue_access": {"tinyqueue", "tinyqueue_config", "tinyqueue_problems"},
     "tinyqueue_server": {"tinyqueue_config"},
     "handlers": {"tinyqueue"},
     # The two programs start each other, from within a function: `tinyqueue web`, and the workers of an embedded Redis.
-    "worker": {"tinyqueue", "tinyqueue_config", "tinyqueue_doctor", "tinyqueue_json", "wsgi"},
+    "worker": {
+        *("tinyqueue", "tinyqueue_cli", "tinyqueue_config", "tinyqueue_doctor", "tinyqueue_json"),
+        *("tinyqueue_redis", "wsgi"),
+    },
     "wsgi": {
-        *("tinyqueue", "tinyqueue_config", "tinyqueue_doctor", "tinyqueue_json", "tinyqueue_openapi"),
-        *("tinyqueue_server", "worker"),
+        *("tinyqueue", "tinyqueue_access", "tinyqueue_config", "tinyqueue_doctor", "tinyqueue_json"),
+        *("tinyqueue_openapi", "tinyqueue_problems", "tinyqueue_server", "worker"),
     },
 }
 SCREEN = 50  # lines

@@ -15,7 +15,8 @@ from conftest import Server, dump, newest, put, raw
 from tinyqueue import KEY_LENGTH, MAX_DELAY, MAX_JOBS, Failure, Queue, handler
 from tinyqueue_config import Settings
 from tinyqueue_json import MAX_DEPTH
-from wsgi import API, RETRY_AFTER
+from tinyqueue_problems import RETRY_AFTER
+from wsgi import API
 
 NDJSON = {"Content-Type": "application/x-ndjson"}
 
