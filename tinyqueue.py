@@ -1059,7 +1059,7 @@ class Transitions:
             take = self._moves(worker, untried[0], most - len(ids)) if untried and len(ids) < most else []
             awaited, records, *taken = self._read_fenced(tx, worker, keys, ("SMEMBERS", self.keys.awaited), before=take)
             for added, paused, *moved in taken:
-                del untried[0]  # not before: the first node of a cluster may have sent this to another
+                del untried[0]  # not before, because a node of a cluster may have redirected this
                 _checked([added])
                 self._note_paused(paused)
                 ids.extend(id for id in moved if isinstance(id, bytes))  # an error is left to `take`
