@@ -1050,9 +1050,10 @@ class Queue(Verbs):
         taken: Records = {}
 
         def read(tx: Transaction) -> tuple[list[bytes], list[bytes | None]]:
-            take = self._moves(worker, untried.pop(0), most - len(ids)) if untried and len(ids) < most else []
+            take = self._moves(worker, untried[0], most - len(ids)) if untried and len(ids) < most else []
             awaited, records, *moves = self._read_fenced(tx, worker, keys, ("SMEMBERS", self.keys.awaited), before=take)
             for added, paused, *moved in moves:
+                del untried[0]  # not before, because a node of a cluster may have redirected this
                 _checked([added])
                 self._note_paused(paused)
                 ids.extend(id for id in moved if isinstance(id, bytes))  # an error is left to `take`

@@ -630,7 +630,9 @@ class Worker:
             self.last_take = time.monotonic()
 
     def _nothing_is_due(self) -> bool:
-        return not self.queue.promote() and not self.held and not self.queue.waiting(self.names, due=True)
+        if self.queue.promote() or self.held or self.queue.waiting(self.names, due=True):
+            return False
+        return time.monotonic() < self.adopt_at  # or else an exchange has failed, which may have taken jobs
 
     # Slot threads -----------------------------------------------------------------------------------------------------
 

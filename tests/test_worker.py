@@ -1181,6 +1181,33 @@ def test_burst_runs_a_job_that_another_worker_is_promoting(queue: Queue, work: A
     assert found(queue, job).status == "completed"
 
 
+def test_burst_runs_a_job_that_a_failed_exchange_took_while_it_looked_for_jobs(
+    near: Queue, real: Server, proxy: CutProxy, work: Any, gates: Any, *, echo: None
+) -> None:
+    gate = gates()
+    first = near.enqueue("gate", 0)
+    running = work(real.queue(proxy.url), slots=2, burst=True)
+    until(lambda: gate.started)
+    looking: list[int] = []
+    go_on = threading.Event()
+
+    def block() -> None:
+        looking.append(1)
+        go_on.wait(10)
+
+    for _ in range(2):  # the keeper promotes jobs too
+        proxy.before(b"ZRANGEBYSCORE", block)
+    until(lambda: len(looking) == 2)
+    second = near.enqueue("echo", 1)
+    proxy.drop_request(second.id.encode())  # after it was taken
+    gate.opened.set()
+    until_ended(near, first)
+    until(lambda: not running.worker.held)
+    go_on.set()
+    assert running.end() == 0
+    assert found(near, second).status == "completed"
+
+
 # Timeouts -------------------------------------------------------------------------------------------------------------
 
 
