@@ -482,14 +482,6 @@ def _checked(replies: list[Any]) -> list[Any]:
     return replies
 
 
-def _read_count(value: bytes | None) -> int:
-    """Read a count, which is 0 until something was counted."""
-    try:
-        return int(value or 0)
-    except ValueError:
-        raise Corrupted(f"expected a count, found {value!r}") from None
-
-
 # Verbs ----------------------------------------------------------------------------------------------------------------
 
 Held = Mapping[str, Job] | None  # the jobs that a worker has started and not settled, by id
@@ -514,10 +506,7 @@ class Outcome(NamedTuple):
 
 
 class Verbs(ABC):
-    """The verbs that need nothing but other verbs, or the same verb of the shards.
-
-    `parts` are the shards, or the queue itself.
-    """
+    """The verbs that need nothing but other verbs. `parts` are the shards, or the queue itself."""
 
     parts: list[Queue]
 
@@ -992,12 +981,6 @@ class Queue(Verbs):
         """
         known = Counter(id.encode() for id in held)
         return list((Counter(self.store.read(("LRANGE", self.keys.proc(worker), 0, -1))[0]) - known).elements())
-
-    def discard(self, worker: str, entries: Sequence[bytes]) -> None:
-        """Drop entries of the worker's own list that cannot name a job of this queue."""
-        shown = ", ".join(text_of(entry)[:50] for entry in entries[:3])
-        log.warning("dropped %d entries of a list that name no job of this shard: %s", len(entries), ascii(shown))
-        self.store.read(*(("LREM", self.keys.proc(worker), 1, entry) for entry in entries))
 
     # Settle -----------------------------------------------------------------------------------------------------------
 
@@ -1788,7 +1771,7 @@ class Queue(Verbs):
         used = self.store.read(("INCR", key), ("EXPIRE", key, seconds))[0]
         return limit - used, seconds - now // 1000 % seconds
 
-    # For submits to other shards --------------------------------------------------------------------------------------
+    # For shards -------------------------------------------------------------------------------------------------------
 
     def claim(self, once: Once) -> None:
         """Take an Idempotency-Key for a submit that goes to another shard. Raises KeyReused.
@@ -1806,6 +1789,12 @@ class Queue(Verbs):
         """Count the pending jobs of some queues."""
         counts = self.store.read(("HMGET", self.keys.counts, *("pending:" + name for name in names)))[0]
         return dict(zip(names, map(_read_count, counts), strict=True))
+
+    def discard(self, worker: str, entries: Sequence[bytes]) -> None:
+        """Drop entries of the worker's own list that cannot name a job of this queue."""
+        shown = ", ".join(text_of(entry)[:50] for entry in entries[:3])
+        log.warning("dropped %d entries of a list that name no job of this shard: %s", len(entries), ascii(shown))
+        self.store.read(*(("LREM", self.keys.proc(worker), 1, entry) for entry in entries))
 
 
 class Made(msgspec.Struct):
@@ -1871,6 +1860,14 @@ def _named(entries: Iterable[bytes]) -> list[str]:
 def is_suspect(job: Job) -> bool:
     """Whether a job must run alone: workers were lost while running it beside other jobs."""
     return job.suspicions >= SUSPICIOUS
+
+
+def _read_count(value: bytes | None) -> int:
+    """Read a count, which is 0 until something was counted."""
+    try:
+        return int(value or 0)
+    except ValueError:
+        raise Corrupted(f"expected a count, found {value!r}") from None
 
 
 def _queues_in(counts: Iterable[tuple[str, bytes]]) -> set[str]:
