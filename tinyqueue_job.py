@@ -210,7 +210,7 @@ class Job(msgspec.Struct, rename="camel", omit_defaults=True, dict=True):
         return self.status == "processing" and self.worker == worker
 
     def same_attempt(self, other: Job) -> bool:
-        """Whether both are the same attempt. Compares times too, because a retry resets `attempts`."""
+        """Whether both are the same attempt. Compares times: a retry resets `attempts`."""
         ours = (self.worker, self.attempts, self.refunds, self.started_at)
         return ours == (other.worker, other.attempts, other.refunds, other.started_at)
 
