@@ -126,11 +126,11 @@ from typing import Any, Concatenate, Generic, Literal, NamedTuple, ParamSpec, Ty
 import msgspec
 import redis
 
+from tinyqueue_connections import Connections
 from tinyqueue_json import encode, error_text, parse_time, to_json, type_name, whole_floats
 from tinyqueue_redis import (
     Clock,
     Command,
-    Connections,
     Pool,
     ask,
     ask_each,

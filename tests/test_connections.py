@@ -12,7 +12,8 @@ from conftest import RedisServer, Server, free_port, until
 from cutproxy import CutProxy
 
 from tinyqueue import Queue, Shards, Unavailable
-from tinyqueue_redis import Connections, ask, connect
+from tinyqueue_connections import Connections
+from tinyqueue_redis import ask, connect
 
 
 class Trouble(Exception):
