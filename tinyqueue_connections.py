@@ -11,7 +11,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from typing import Any
 
 import redis
@@ -25,20 +25,13 @@ WARM = 1.0  # seconds after its last use for which a connection is lent again wi
 ASK_AGAIN = 0.25  # seconds until a server that did not answer is asked again
 
 
-# Keeps the client from sending CLIENT SETINFO: it would take a greeting for the reply.
-_KNOWN = inspect.signature(redis.Redis.__init__).parameters
-UNNAMED = dict.fromkeys(["driver_info"] if "driver_info" in _KNOWN else ["lib_name", "lib_version"])
-
-
 class Connections:
     """Lends the connections of a pool.
 
     Threads may share it. Forked processes may too, if it was not used before the fork.
 
     After an error of the class `harmless` a connection has no unread reply. `translate` turns an
-    error of the client into the one to raise. After `guard`, nobody waits for a server that is
-    known to be away: `lend` raises the last error at once until the server answers a thread that
-    asks it.
+    error of the client into the one to raise.
     """
 
     def __init__(self, pool: Any, harmless: type[Exception], translate: Callable[[Exception], Exception]) -> None:
@@ -48,46 +41,45 @@ class Connections:
         self.last_contact = time.monotonic()  # when Redis last carried out a command
         self.last_trouble = time.monotonic()  # when it last failed to; at first, neither is known
         self._warm: list[tuple[Any, int, float]] = []  # connections just used, by process and time
-        self._sentinel_pool = pool if isinstance(pool, SentinelPool) else None
+        self._is_current = pool.is_current if isinstance(pool, SentinelPool) else None
         self._closings = 0  # how often `disconnect` was called
-        self._guarded = ""  # the name of the server in log lines; empty: callers wait for it
-        self._away: tuple[int, Exception] | None = None  # the process that found it away, and how
-        self._asker: threading.Thread | None = None  # the thread that asks whether it is back
-        self._lock = threading.Lock()
+        self._guard: Guard | None = None
 
     @property
     def away(self) -> bool:
         """Whether a guarded server is known not to answer."""
-        return self._away is not None
+        return bool(self._guard and self._guard.error)
 
     def guard(self, name: str) -> None:
         """Let nobody wait for this server while it is away. `name` is for the log."""
-        self._guarded = name
+        self._guard = Guard(name, self._answers)
+
+    def lend(self) -> AbstractContextManager[Any]:
+        """Lend a connection. Closes it after an error that may have left a reply on it.
+
+        Raises the last error of a guarded server at once until the server answers again.
+        """
+        guard = self._guard
+        if guard and guard.away and (error := guard.error):
+            raise self.translate(error) from error
+        return self._lend(guard)
 
     @contextmanager
-    def lend(self, asking: bool = False) -> Iterator[Any]:
-        """Lend a connection. Closes it after an error that may have left a reply on it."""
-        if self._away and not asking:
-            self._refuse(*self._away)
-        if self._sentinel_pool:
-            self._sentinel_pool.keep_up()
+    def _lend(self, guard: Guard | None = None) -> Iterator[Any]:
         connection = None
         closings = self._closings
         try:
-            connection = self._checked_out()
+            connection = self._take_warm() or get_connection(self.pool)
             yield connection
         except BaseException as error:
-            if connection and (closings != self._closings or not isinstance(error, self.harmless)):
-                connection.disconnect()
-            self._cool_down(connection)
-            if connection is None:
-                error = connect_error(error)
-            if isinstance(error, redis.RedisError | OSError):
-                self._follow(error)
-                if self._guarded and not asking:
-                    self._note_away(error, connected=connection is not None)
-                raise self.translate(error) from error
-            raise
+            keep = isinstance(error, self.harmless) and closings == self._closings
+            self._return_all(connection, keep)
+            if not isinstance(error, redis.RedisError | OSError):
+                raise
+            self._follow(error)
+            if guard:
+                guard.note(error, connected=connection is not None)
+            raise self.translate(error) from error
         self.last_contact = time.monotonic()
         self._warm.append((connection, os.getpid(), self.last_contact))
         if closings != self._closings:
@@ -101,60 +93,37 @@ class Connections:
         would not take them along, but the locks that they hold.
         """
         self._closings += 1
-        self._away = None
-        if self._asker:
-            self._asker.join(PROBE_TIMEOUT)
-        if self._sentinel_pool:
-            self._sentinel_pool.rest()
+        if self._guard:
+            self._guard.rest()
+        if isinstance(self.pool, SentinelPool):
+            self.pool.rest()
         self._close_idle()
 
+    def _take_warm(self) -> Any:
+        """Take a connection that was used within the last second. Return None if there is none."""
+        try:
+            while True:
+                connection, process, used = self._warm.pop()
+                recent = process == os.getpid() and time.monotonic() - used < WARM
+                if recent and (self._is_current is None or self._is_current(connection)):
+                    return connection
+                self.pool.release(connection)
+        except IndexError:
+            return None
+
+    def _return_all(self, connection: Any = None, keep: bool = True) -> None:
+        """Return a connection, and the warm ones: the pool checks them, as others may be broken."""
+        if connection:
+            if not keep:
+                connection.disconnect()
+            self.pool.release(connection)
+        with suppress(IndexError):
+            while True:
+                self.pool.release(self._warm.pop()[0])
+
     def _close_idle(self) -> None:
-        self._cool_down(None)
+        self._return_all()
         self.pool.disconnect(inuse_connections=False)
-
-    def _refuse(self, process: int, error: Exception) -> None:
-        if process == os.getpid():
-            raise self.translate(error) from error
-        self._away = None  # the thread that asks the server has not survived the fork
-
-    def _note_away(self, error: Exception, connected: bool) -> None:
-        """Start asking a server that did not answer. A connection that was only cut is no sign."""
-        reason, text = explain(error)
-        if reason != "timeout" and (reason != "unreachable" or connected):
-            return
-        with self._lock:
-            if self._away and self._away[0] == os.getpid():
-                return
-            self._away = away = os.getpid(), error
-            name = "asks " + self._guarded
-            asker = threading.Thread(target=self._ask_until_it_answers, args=(away,), name=name, daemon=True)
-            try:
-                asker.start()
-            except RuntimeError:  # no more threads; then callers wait for the server
-                self._away = None
-                return
-            self._asker = asker
-        log.warning("%s does not answer and is left out until it does: %s", self._guarded, text)
-
-    def _ask_until_it_answers(self, away: tuple[int, Exception]) -> None:
-        try:
-            while self._away is away and not self._answers():
-                time.sleep(ASK_AGAIN)
-            if self._away is away:
-                log.warning("%s answers again", self._guarded)
-        finally:
-            if self._away is away:
-                self._away = None
-
-    def _answers(self) -> bool:
-        """Whether the server answers, be it that it refuses the command."""
-        try:
-            with self.lend(asking=True) as connection:
-                ask(connection, [("TIME",)])
-        except self.harmless as error:
-            cause = error.__cause__
-            return not (isinstance(cause, Exception) and explain(cause)[0] in ("timeout", "unreachable"))
-        return True
 
     def _follow(self, error: redis.RedisError | OSError) -> None:
         reason, _ = explain(error)
@@ -163,42 +132,99 @@ class Connections:
         if isinstance(self.pool, Pool):
             self.pool.follow(error, reason)
 
-    def _checked_out(self) -> Any:
-        """Take a connection used within the last second, or else one that the pool must check."""
-        with suppress(IndexError):
-            while True:
-                connection, process, used = self._warm.pop()
-                current = self._sentinel_pool is None or self._sentinel_pool.is_current(connection)
-                if current and process == os.getpid() and time.monotonic() - used < WARM:
-                    return connection
-                self.pool.release(connection)
+    def _answers(self) -> bool:
+        """Whether the server answers, be it that it refuses the command."""
         try:
-            return self.pool.get_connection()
-        except redis.ConnectionError as error:
-            clear = isinstance(error, MasterNotFoundError) or "connecting to" in str(error)
-            if clear or explain(error)[0] != "unreachable":
-                raise
-            raise self._greeting() or error from error  # the server has spoken first, or has hung up
+            with self._lend() as connection:
+                ask(connection, [("TIME",)])
+        except self.harmless as error:
+            cause = error.__cause__
+            return not (isinstance(cause, Exception) and explain(cause)[0] in ("timeout", "unreachable"))
+        return True
 
-    def _greeting(self) -> Exception | None:
-        """Return what a server says to a new connection before any command: why it refuses."""
-        brief = {"socket_timeout": PROBE_TIMEOUT, "socket_connect_timeout": PROBE_TIMEOUT, **UNNAMED}
-        connection = self.pool.connection_class(**{**self.pool.connection_kwargs, **brief})
+
+class Guard:
+    """Keeps others from waiting for a server that is away. A thread asks until it answers."""
+
+    def __init__(self, name: str, answers: Callable[[], bool]) -> None:
+        self.name = name
+        self.answers = answers
+        self.away: tuple[int, Exception] | None = None  # the process that found it away, and how
+        self._asker: threading.Thread | None = None
+        self._lock = threading.Lock()
+
+    @property
+    def error(self) -> Exception | None:
+        """The error of a server that is away. The thread that asks does not survive a fork."""
+        away = self.away
+        return away[1] if away and away[0] == os.getpid() else None
+
+    def note(self, error: Exception, connected: bool) -> None:
+        """Start asking a server that did not answer. A connection that was only cut is no sign."""
+        reason, text = explain(error)
+        if reason != "timeout" and (reason != "unreachable" or connected):
+            return
+        with self._lock:
+            if self.error:
+                return
+            self.away = away = os.getpid(), error
+            asker = threading.Thread(target=self._ask, args=(away,), name="asks " + self.name, daemon=True)
+            try:
+                asker.start()
+            except RuntimeError:  # no more threads; then callers wait for the server
+                self.away = None
+                return
+            self._asker = asker
+        log.warning("%s does not answer and is left out until it does: %s", self.name, text)
+
+    def rest(self) -> None:
+        """Stop asking. The next error starts it again."""
+        self.away = None
+        if self._asker:
+            self._asker.join(PROBE_TIMEOUT)
+
+    def _ask(self, away: tuple[int, Exception]) -> None:
         try:
-            connection.connect()
-            connection.read_response()
-        except redis.TimeoutError:
-            return None
-        except (redis.RedisError, OSError) as error:
-            return error
+            while self.away is away and not self.answers():
+                time.sleep(ASK_AGAIN)
+            if self.away is away:
+                log.warning("%s answers again", self.name)
         finally:
-            connection.disconnect()
-        return None
+            if self.away is away:
+                self.away = None
 
-    def _cool_down(self, connection: Any) -> None:
-        """Return all connections to the pool, which checks them: others may be broken too."""
-        if connection:
-            self.pool.release(connection)
-        with suppress(IndexError):
-            while True:
-                self.pool.release(self._warm.pop()[0])
+
+# Connecting -----------------------------------------------------------------------------------------------------------
+
+# Keeps the client from sending CLIENT SETINFO: it would take a greeting for the reply.
+_KNOWN = inspect.signature(redis.Redis.__init__).parameters
+UNNAMED = dict.fromkeys(["driver_info"] if "driver_info" in _KNOWN else ["lib_name", "lib_version"])
+
+
+def get_connection(pool: Any) -> Any:
+    """Take a checked connection from a pool. Raises what explains best why there is none."""
+    try:
+        return pool.get_connection()
+    except redis.ConnectionError as error:
+        clear = isinstance(error, MasterNotFoundError) or "connecting to" in str(error)
+        if clear or explain(error)[0] != "unreachable":
+            raise
+        raise _greeting(pool) or error from error  # the server has spoken first, or has hung up
+    except Exception as error:
+        raise connect_error(error) from error
+
+
+def _greeting(pool: Any) -> Exception | None:
+    """Return what a server says to a new connection before any command: why it refuses."""
+    brief = {"socket_timeout": PROBE_TIMEOUT, "socket_connect_timeout": PROBE_TIMEOUT, **UNNAMED}
+    connection = pool.connection_class(**{**pool.connection_kwargs, **brief})
+    try:
+        connection.connect()
+        connection.read_response()
+    except redis.TimeoutError:
+        return None
+    except (redis.RedisError, OSError) as error:
+        return connect_error(error)
+    finally:
+        connection.disconnect()
+    return None

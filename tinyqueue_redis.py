@@ -14,7 +14,7 @@ import threading
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 from urllib.parse import parse_qsl, unquote, urlencode, urlsplit
 
 import redis
@@ -27,7 +27,6 @@ from redis.sentinel import MasterNotFoundError, Sentinel, SentinelConnectionPool
 log = logging.getLogger("tinyqueue")
 
 Command = tuple[Any, ...]
-E = TypeVar("E", bound=BaseException)
 
 SOCKET_TIMEOUT = 4.0  # seconds for a reply; longer than the longest blocking command, which is 2 s
 CONNECT_TIMEOUT = 2.0
@@ -104,7 +103,7 @@ def closed(error: Exception) -> Exception:
     return redis.ConnectionError(text)
 
 
-def connect_error(error: E) -> E | Exception:
+def connect_error(error: Exception) -> Exception:
     """Classify an error while connecting: no refusal and no wrong name is a fault of the data."""
     if isinstance(error, redis.ResponseError) and not explain(error)[0]:
         return redis.exceptions.AuthorizationError(str(error))
@@ -453,8 +452,35 @@ class SentinelPool(SentinelConnectionPool):
         self._follower: threading.Thread | None = None
         self._following = threading.Lock()
 
-    def keep_up(self) -> None:
-        """Have the sentinels asked while connections are lent. Call this before each."""
+    def get_connection(self, *_: Any, **__: Any) -> Any:
+        self._keep_up()
+        return super().get_connection()
+
+    def is_current(self, connection: Any) -> bool:
+        """Whether a connection leads to the present master. Call this before it is lent again."""
+        self._keep_up()
+        return self._leads_to_master(connection)
+
+    def release(self, connection: Any) -> None:
+        """Take a connection back. It will connect to the present master when it is lent again."""
+        if not self._leads_to_master(connection):
+            connection.disconnect()
+        super().release(connection)
+
+    def owns_connection(self, connection: Any) -> bool:
+        return bool(redis.ConnectionPool.owns_connection(self, connection))
+
+    def rest(self) -> None:
+        """Stop asking until a connection is lent again."""
+        self._lent_at = -math.inf
+        if self._follower:
+            self._follower.join(2 * PROBE_TIMEOUT)
+
+    def _leads_to_master(self, connection: Any) -> bool:
+        return bool((connection.host, connection.port) == self.master_address)
+
+    def _keep_up(self) -> None:
+        """Have the sentinels asked while connections are lent."""
         self._lent_at = time.monotonic()
         if not (self._follower and self._follower.is_alive()):  # it does not survive a fork
             with self._following:
@@ -464,12 +490,6 @@ class SentinelPool(SentinelConnectionPool):
                     with suppress(RuntimeError):  # no more threads; then each use asks
                         follower.start()
                         self._follower = follower
-
-    def rest(self) -> None:
-        """Stop asking until a connection is lent again."""
-        self._lent_at = -math.inf
-        if self._follower:
-            self._follower.join(2 * PROBE_TIMEOUT)
 
     def _follow(self) -> None:
         time.sleep(FOLLOW_EVERY)
@@ -483,16 +503,3 @@ class SentinelPool(SentinelConnectionPool):
             self.get_master_address()  # type: ignore[no-untyped-call]
         if before and self.master_address != before:
             log.warning("the sentinels have moved the queue to %s:%d", *self.master_address)
-
-    def is_current(self, connection: Any) -> bool:
-        """Whether a connection leads to the present master."""
-        return bool((connection.host, connection.port) == self.master_address)
-
-    def owns_connection(self, connection: Any) -> bool:
-        return bool(redis.ConnectionPool.owns_connection(self, connection))
-
-    def release(self, connection: Any) -> None:
-        """Take a connection back. It will connect to the present master when it is lent again."""
-        if not self.is_current(connection):
-            connection.disconnect()
-        super().release(connection)
