@@ -41,9 +41,8 @@ from tinyqueue import (
     WrongStatus,
     __version__,
     check_name,
-    load_handlers,
 )
-from tinyqueue_config import Settings, error_line, open_queue, set_up_logging
+from tinyqueue_config import Settings, error_line, load_handlers, open_queue, set_up_logging
 from tinyqueue_doctor import Finding, examine, repair
 from tinyqueue_json import from_json, to_json
 

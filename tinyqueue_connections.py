@@ -11,18 +11,76 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from typing import Any
 
 import redis
 from redis.sentinel import MasterNotFoundError
 
-from tinyqueue_redis import PROBE_TIMEOUT, Pool, SentinelPool, ask, connect_error, explain
+from tinyqueue_redis import (
+    PROBE_TIMEOUT,
+    Pool,
+    SentinelPool,
+    ask,
+    ask_each,
+    connect_error,
+    explain,
+    memory_use,
+    parse_info,
+)
 
 log = logging.getLogger("tinyqueue")
 
 WARM = 1.0  # seconds after its last use for which a connection is lent again without a check
 ASK_AGAIN = 0.25  # seconds until a server that did not answer is asked again
+MEMORY_AGE = 2.0  # seconds for which a reading of Redis' memory is used
+
+
+# Not being interrupted ------------------------------------------------------------------------------------------------
+
+
+class Shield:
+    """Defers an exception for a thread while the thread runs code that must not be interrupted.
+
+    An exception between two lines of it could leave a lock or a connection taken for good, and
+    other threads would wait for it for ever. `with shield():` begins such code.
+    """
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.depth = 0  # how many times this thread has entered such code
+        self.late: type[BaseException] | None = None  # what to raise when it has left it
+
+    def __enter__(self) -> None:
+        before = self.depth
+        try:
+            with self.lock:  # afterwards exceptions are only deferred; one that is on its way is raised in here
+                self.depth = before + 1
+        except BaseException:
+            self.depth = before
+            raise
+
+    def __exit__(self, *_: object) -> None:
+        late = None
+        with self.lock:
+            self.depth -= 1
+            if not self.depth:
+                late, self.late = self.late, None
+        if late:
+            raise late
+
+
+NO_SHIELD = nullcontext()  # of a thread in which nobody raises exceptions
+THREAD = threading.local()  # its `shield` is set in the threads that run handlers
+
+
+def shield() -> AbstractContextManager[None]:
+    """Return the context in which nothing interrupts this thread."""
+    own: AbstractContextManager[None] = getattr(THREAD, "shield", NO_SHIELD)
+    return own
+
+
+# Lending connections --------------------------------------------------------------------------------------------------
 
 
 class Connections:
@@ -44,6 +102,7 @@ class Connections:
         self._is_current = pool.is_current if isinstance(pool, SentinelPool) else None
         self._closings = 0  # how often `disconnect` was called
         self._guard: Guard | None = None
+        self._memory: tuple[float, dict[str, str]] = (-1e9, {})  # when INFO was read, and its reply
 
     @property
     def away(self) -> bool:
@@ -57,7 +116,8 @@ class Connections:
     def lend(self) -> AbstractContextManager[Any]:
         """Lend a connection. Closes it after an error that may have left a reply on it.
 
-        Raises the last error of a guarded server at once until the server answers again.
+        Nothing interrupts the thread that borrows it. Raises the last error of a guarded server at
+        once until the server answers again.
         """
         guard = self._guard
         if guard and guard.away and (error := guard.error):
@@ -68,22 +128,23 @@ class Connections:
     def _lend(self, guard: Guard | None = None) -> Iterator[Any]:
         connection = None
         closings = self._closings
-        try:
-            connection = self._take_warm() or get_connection(self.pool)
-            yield connection
-        except BaseException as error:
-            keep = isinstance(error, self.harmless) and closings == self._closings
-            self._return_all(connection, keep)
-            if not isinstance(error, redis.RedisError | OSError):
-                raise
-            self._follow(error)
-            if guard:
-                guard.note(error, connected=connection is not None)
-            raise self.translate(error) from error
-        self.last_contact = time.monotonic()
-        self._warm.append((connection, os.getpid(), self.last_contact))
-        if closings != self._closings:
-            self._close_idle()
+        with shield():
+            try:
+                connection = self._take_warm() or get_connection(self.pool)
+                yield connection
+            except BaseException as error:
+                keep = isinstance(error, self.harmless) and closings == self._closings
+                self._return_all(connection, keep)
+                if not isinstance(error, redis.RedisError | OSError):
+                    raise
+                self._follow(error)
+                if guard:
+                    guard.note(error, connected=connection is not None)
+                raise self.translate(error) from error
+            self.last_contact = time.monotonic()
+            self._warm.append((connection, os.getpid(), self.last_contact))
+            if closings != self._closings:
+                self._close_idle()
 
     def disconnect(self) -> None:
         """Close all connections. Do this before a fork: each process must open its own.
@@ -138,9 +199,32 @@ class Connections:
             with self._lend() as connection:
                 ask(connection, [("TIME",)])
         except self.harmless as error:
-            cause = error.__cause__
-            return not (isinstance(cause, Exception) and explain(cause)[0] in ("timeout", "unreachable"))
+            return _reason(error) not in ("timeout", "unreachable")
         return True
+
+    def memory(self) -> dict[str, str]:
+        """Return INFO memory, up to MEMORY_AGE seconds old; empty if Redis does not give it."""
+        read_at, info = self._memory
+        if time.monotonic() - read_at > MEMORY_AGE:
+            info = {}
+            try:
+                with self.lend() as connection:
+                    info = parse_info(ask_each(connection, [("INFO", "memory")])[0])
+            except self.harmless as error:
+                if _reason(error) in ("", "timeout"):  # the caller's next command would only wait as long again
+                    raise
+            self._memory = (time.monotonic(), info)
+        return info
+
+    @property
+    def memory_use(self) -> float:
+        return memory_use(self.memory())
+
+
+def _reason(translated: Exception) -> str:
+    """Return the word of `explain` for the error that was translated into this one."""
+    cause = translated.__cause__
+    return explain(cause)[0] if isinstance(cause, Exception) else ""
 
 
 class Guard:
