@@ -6,6 +6,7 @@ This module knows nothing of queues. `connect` makes a pool from a URL, `ask` se
 
 from __future__ import annotations
 
+import itertools
 import logging
 import math
 import random
@@ -23,6 +24,11 @@ from redis.backoff import NoBackoff
 from redis.crc import key_slot
 from redis.retry import Retry as NoRetries
 from redis.sentinel import MasterNotFoundError, Sentinel, SentinelConnectionPool
+
+try:
+    from redis._parsers.hiredis import NOT_ENOUGH_DATA  # private to the client
+except ImportError:
+    NOT_ENOUGH_DATA = None
 
 log = logging.getLogger("tinyqueue")
 
@@ -124,11 +130,25 @@ def send(connection: Any, commands: Sequence[Command]) -> None:
 
 
 def read_replies(connection: Any, count: int) -> list[Any]:
-    """Return the next replies, or raise the first error."""
+    """Return the next replies, or raise the first error.
+
+    Those that arrived with one another are taken out of the client's parser at once: one by one
+    takes four times as long. `_parser` and `_reader` are private to the client. Without them, as in
+    its parser in Python, replies are read one by one.
+    """
+    reader = NOT_ENOUGH_DATA and getattr(getattr(connection, "_parser", None), "_reader", None)
+    replies: list[Any] = []
     try:
-        return [connection.read_response() for _ in range(count)]
+        while len(replies) < count:
+            replies.append(connection.read_response())
+            if reader:
+                replies += itertools.islice(iter(reader.gets, NOT_ENOUGH_DATA), count - len(replies))
     except CLOSED as error:
         raise closed(error) from error
+    for reply in replies:
+        if isinstance(reply, Exception):
+            raise reply
+    return replies
 
 
 def ask(connection: Any, commands: Sequence[Command]) -> list[Any]:
