@@ -56,6 +56,7 @@ ONE_BY_ONE = {
     "claim",
     "count_pending",
     "discard",
+    "exchange",
 }  # called for each shard, by other verbs, by doctor and by the web process
 
 
