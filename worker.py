@@ -92,9 +92,9 @@ from tinyqueue_config import (
     reset_signals_in_children,
     variable,
 )
-from tinyqueue_connections import THREAD, Shield
 from tinyqueue_doctor import find_broken, repair, warnings
 from tinyqueue_json import to_json
+from tinyqueue_redis import THREAD, Shield
 
 log = logging.getLogger("tinyqueue.worker")
 
