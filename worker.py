@@ -681,7 +681,11 @@ class Worker:
             return False
         try:
             outcomes = self._collect_outcomes()
-            started = self._save_and_start(self.id, outcomes) if outcomes else 0
+            try:
+                started = self._save_and_start(self.id, outcomes) if outcomes else 0
+            except BaseException:  # the worker will stop, and the settlers save these before
+                self._put(outcomes, again=True)
+                raise
         finally:
             self.cycle.release()
         for _ in range(len(outcomes) - started):
