@@ -501,9 +501,7 @@ def process_warnings() -> list[str]:
     """Return what is wrong with how a process that runs handlers was started."""
     if os.getpid() != 1:
         return []
-    what = (
-        "this worker is process 1 and does not reap the processes that handlers leave behind"
-    )
+    what = "this worker is process 1 and does not reap the processes that handlers leave behind"
     where = "docker run --init, init: true in Compose, shareProcessNamespace: true in Kubernetes"
     return [f"{what}: start the container with an init ({where})"]
 
