@@ -1,7 +1,7 @@
 """The command line: the group of commands, and those that submit, inspect, manage and diagnose.
 
-worker.py adds the commands that start processes: `run`, `worker` and `web`. It is the program that
-runs all of them.
+worker.py adds the commands that start processes: `run`, `worker` and `web`. It is also the program
+that has all commands. This module knows nothing of how jobs run.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ class Commands(click.Group):
 
     def invoke(self, ctx: click.Context) -> Any:
         if isinstance(sys.stdout, TextIOWrapper):
-            # A terminal in another encoding than UTF-8 gets an escape for what it cannot show.
+            # A terminal with another encoding than UTF-8 gets escapes for what it cannot show.
             sys.stdout.reconfigure(errors="backslashreplace")
         try:
             return super().invoke(ctx)
@@ -145,7 +145,7 @@ yes_option = click.option("--yes", is_flag=True, help="Do not ask for confirmati
 
 
 def filter_options(*statuses: str, required: bool = False, default: str | None = None) -> Callable[[Command], Command]:
-    """Add the options that select jobs, --status only with `statuses`; pass them as `filter`."""
+    """Add the options that select jobs, and pass them as `filter`. --status needs `statuses`."""
 
     def add(command: Command) -> Command:
         @functools.wraps(command)
@@ -476,7 +476,7 @@ def _check_workers(settings: Settings) -> str:
     if not workers:
         raise click.ClickException(f"no worker is registered that runs on this host ({host_name()})")
     if lost := [about["id"] for about in workers if not about["alive"]]:
-        raise click.ClickException(f"no lease within the last {settings.lease} s: {' '.join(lost)}; restart the worker")
+        raise click.ClickException(f"no heartbeat for {settings.lease} s: {' '.join(lost)}; restart the worker")
     return f"{plural(len(workers), 'worker')} with a lease: {' '.join(about['id'] for about in workers)}"
 
 

@@ -1,4 +1,7 @@
-"""Settings from the environment, logging, and what the settings name: the queue and handlers."""
+"""What a process needs before it works: settings from the environment, logging and signals.
+
+Also opens what the settings name: the queue and the handlers.
+"""
 
 from __future__ import annotations
 
@@ -219,7 +222,11 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 
     @property
     def worker_connections(self) -> int:
-        """How many a worker may open to each shard: for four threads, and to write progress."""
+        """How many a worker may open to each shard.
+
+        The taker, an exchange, the settler and the keeper use one each. WRITERS slots at a time
+        write progress.
+        """
         return 4 + min(self.worker_concurrency, WRITERS) + SPARE
 
 

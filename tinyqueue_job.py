@@ -1,6 +1,6 @@
 """What a job is: its errors, its record, its handlers, and the checks of what a client sends.
 
-It knows no queue. tinyqueue.py imports all of it, and users import it from there.
+This module knows no queue. tinyqueue.py imports all of it, and users import it from there.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ ID = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-7[0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9a-f
 
 
 class TinyQueueError(Exception):
-    """The base of all errors of TinyQueue. What does not exist is None or empty, not an error."""
+    """The base of all errors of TinyQueue. For an unknown job, methods return None instead."""
 
 
 class SettingsError(TinyQueueError):
@@ -71,7 +71,7 @@ class KeyReused(TinyQueueError):
 
 
 class QueueFull(TinyQueueError):
-    """More than TINYQUEUE_MAX_PENDING jobs of a queue, or MAX_QUEUES queues. Nothing was stored."""
+    """A submit would exceed TINYQUEUE_MAX_PENDING or MAX_QUEUES. Nothing was stored."""
 
 
 class NotReplicated(TinyQueueError):
@@ -195,7 +195,7 @@ class Job(msgspec.Struct, rename="camel", omit_defaults=True, dict=True):
 
     @property
     def unreadable(self) -> bool:
-        """Whether its record cannot be read, so that it only shows the record."""
+        """Whether its record cannot be read. Then the payload shows the text of the record."""
         return bool(self.error and self.error.type == UNREADABLE)
 
     def has_expired(self, now: int) -> bool:
@@ -203,7 +203,7 @@ class Job(msgspec.Struct, rename="camel", omit_defaults=True, dict=True):
         return bool(self.expires_at) and not self.started_at and self.expires_at <= now
 
     def waited(self, now: int) -> int:
-        """Milliseconds since a pending job could start; release, fail and retry have updated it."""
+        """Milliseconds since a pending job could start. Release, fail and retry set updated_at."""
         return max(0, now - max(self.created_at, self.run_at, self.updated_at))
 
     def runs_on(self, worker: str) -> bool:
@@ -380,8 +380,8 @@ def handler(
     receives the job. The return value, as JSON, is the job's result.
 
     `timeout` is in seconds; None means unlimited. After failed attempt n the job waits for
-    `backoff` * 2 ** (n - 1) seconds and up to half as much again, but at most `backoff_cap`; once
-    it has reached the cap, for two thirds of it or more.
+    `backoff` * 2 ** (n - 1) seconds or up to half as much again, but not longer than `backoff_cap`.
+    Waits that would be longer are spread between two thirds of `backoff_cap` and all of it.
     Mistakes raise TypeError or InvalidJob when the module is imported.
     """
     if callable(type):
@@ -452,8 +452,8 @@ class TimedOut(BaseException):
 def backoff(attempts: int, base: float = 1.0, cap: float = 300.0) -> float:
     """Return the seconds to wait after that attempt: doubling from `base` to `cap`, with jitter.
 
-    The jitter is a third of the wait, at the cap too: jobs that failed together must not come back
-    together.
+    The jitter is up to a third of the wait, at the cap too, so that jobs that failed together do
+    not come back together.
     """
     longest = min(cap, base * 2 ** min(attempts - 1, 60) * 1.5)
     return random.uniform(max(min(base, cap), longest / 1.5), longest)
@@ -494,7 +494,7 @@ def make_job(
     starts_at = _first_run(delay, run_at, now)
     expires_at = _expiry(expires_in, now) if expires_in is not None else 0
     if expires_at and starts_at >= expires_at:
-        raise InvalidJob("expiresIn", "must end after the job may start, which delay or runAt says")
+        raise InvalidJob("expiresIn", "must end after the job may start: raise it, or lower delay or runAt")
     return Job(
         id=new_id(now),
         type=type,
@@ -553,6 +553,6 @@ def _expiry(seconds: float, now: int) -> int:
     return now + max(1, round(seconds * 1000))
 
 
-# Users import all this from tinyqueue, so tracebacks and pickles must name it there.
+# Users import these classes from tinyqueue, so tracebacks and pickles must name that module.
 for _defined in [value for value in globals().values() if isinstance(value, type) and value.__module__ == __name__]:
     _defined.__module__ = "tinyqueue"
