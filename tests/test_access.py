@@ -83,6 +83,7 @@ NEEDED_ROLES = {
     ("POST", "/queues/<name>/pause"): "admin",
     ("POST", "/queues/<name>/resume"): "admin",
     ("GET", "/stats"): "read",
+    ("GET", "/scale"): "read",
     ("GET", "/workers"): "read",
     ("GET", "/metrics"): "read",
 }

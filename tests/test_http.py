@@ -889,6 +889,7 @@ REQUESTS = [
     ("POST", "/queues/default/pause", NO_BODY),
     ("POST", "/queues/default/resume", NO_BODY),
     ("GET", "/workers", NO_BODY),
+    ("GET", "/scale?queue=default", NO_BODY),
 ]
 NAMED = [f"{method} {path}".replace(NO_JOB, "id") for method, path, _ in REQUESTS]
 
