@@ -1176,7 +1176,7 @@ class Queue(Verbs):
 
     def register(self, queues: Sequence[str], concurrency: int, worker: str = "") -> str:
         """Register a new worker and return its id. It must renew its lease with heartbeats."""
-        host = _host()
+        host = host_name()
         worker = worker or _new_worker_id()
         about = {"host": host, "pid": os.getpid(), "queues": list(queues), "concurrency": concurrency}
         about["startedAt"] = self.now()
@@ -2165,12 +2165,13 @@ def _warn_of_gone(ids: Sequence[str]) -> None:
         log.warning(text, len(ids), ids[0])
 
 
-def _host() -> str:
+def host_name() -> str:
+    """Return the name of this host as workers register it."""
     return re.sub(r"[^A-Za-z0-9._-]", "-", socket.gethostname())[:60] or "host"
 
 
 def _new_worker_id() -> str:
-    return f"{_host()}-{os.getpid()}-{os.urandom(4).hex()}"
+    return f"{host_name()}-{os.getpid()}-{os.urandom(4).hex()}"
 
 
 def _worker(id: str, about: bytes, lease: bytes | None) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
 from functools import partial
+from http import HTTPStatus
 from io import TextIOWrapper
 from typing import Any
 
@@ -41,10 +42,11 @@ from tinyqueue import (
     WrongStatus,
     __version__,
     check_name,
+    host_name,
     load_handlers,
 )
-from tinyqueue_config import Settings, error_line, open_queue, set_up_logging
-from tinyqueue_doctor import Finding, examine, repair
+from tinyqueue_config import Settings, error_line, open_queue, plural, set_up_logging
+from tinyqueue_doctor import Finding, examine, local_workers, repair
 from tinyqueue_json import from_json, to_json
 
 # The group ------------------------------------------------------------------------------------------------------------
@@ -54,8 +56,9 @@ SECTIONS = {
     "Submit jobs": ("enqueue",),
     "Inspect": ("stats", "workers", "list", "failed", "get"),
     "Manage jobs and queues": ("retry", "cancel", "pause", "resume", "purge"),
-    "Diagnose": ("doctor",),
+    "Diagnose": ("doctor", "check"),
 }
+WEB_TIMEOUT = 5.0  # seconds for a web process to answer /health
 Command = Callable[..., None]
 
 
@@ -446,6 +449,39 @@ def _print_findings(findings: Sequence[Finding]) -> None:
     for finding in findings:
         advice = f" -> {finding.advice}" if finding.advice else ""
         click.echo(f"{finding.level:<5} {finding.about:<13} {finding.seen}{advice}")
+
+
+@cli.command()
+@click.option("--web", is_flag=True, help="Check the web process that HOST and PORT name instead.")
+@click.pass_obj
+def check(settings: Settings, web: bool) -> None:
+    """Check that the workers of this host renew their leases. Exits with 1 if one does not."""
+    click.echo(_check_web(settings) if web else _check_workers(settings))
+
+
+def _check_workers(settings: Settings) -> str:
+    workers = local_workers(require_queue(settings))
+    if not workers:
+        raise click.ClickException(f"no worker is registered that runs on this host ({host_name()})")
+    if lost := [about["id"] for about in workers if not about["alive"]]:
+        raise click.ClickException(f"no lease within the last {settings.lease} s: {' '.join(lost)}; restart the worker")
+    return f"{plural(len(workers), 'worker')} with a lease: {' '.join(about['id'] for about in workers)}"
+
+
+def _check_web(settings: Settings) -> str:
+    """Ask a web process for /health, which needs neither Redis nor an API key."""
+    from http.client import HTTPConnection, HTTPException  # slow to import, and no other command needs it
+
+    host = "localhost" if settings.host in ("", "*") else settings.host
+    connection = HTTPConnection(host, settings.port, timeout=WEB_TIMEOUT)
+    try:
+        connection.request("GET", "/health")
+        status = connection.getresponse().status
+    except (OSError, HTTPException) as error:
+        raise click.ClickException(f"the web process on port {settings.port} does not answer: {error}") from None
+    if status != HTTPStatus.OK:
+        raise click.ClickException(f"the web process on port {settings.port} answers with {status}")
+    return f"the web process on port {settings.port} answers"
 
 
 # Output ---------------------------------------------------------------------------------------------------------------

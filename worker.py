@@ -84,6 +84,7 @@ from tinyqueue_config import (
     exit_at_sigterm,
     exit_now,
     plural,
+    process_warnings,
     reset_signals_in_children,
     variable,
 )
@@ -858,7 +859,7 @@ def run(queues: tuple[str, ...], burst: bool, **overrides: Any) -> None:
     text = "worker started: %s, queues: %s; up to %d connections to Redis"
     slots = plural(settings.worker_concurrency, "slot")
     log.info(text, slots, ", ".join(worker.names), settings.shards * settings.worker_connections)
-    for warning in warnings(queue):
+    for warning in (*process_warnings(), *warnings(queue)):
         log.warning("%s", warning)
     code = worker.run()
     exit_now(code, min(EXIT_TIME, max(0.2, worker.exit_by - time.monotonic())))

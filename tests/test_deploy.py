@@ -1,0 +1,256 @@
+"""Files for deployment: the locked requirements, the image, and what checks and starts processes in it."""
+
+from __future__ import annotations
+
+import configparser
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from signal import SIGCONT, SIGSTOP, SIGTERM
+
+import pytest
+from client import running
+from conftest import RedisServer, Server, free_port, lapse, raw, until
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+import tinyqueue
+from tinyqueue import AnyQueue, Queue, Shards, Unavailable, host_name
+from tinyqueue_doctor import local_workers
+
+ROOT = Path(tinyqueue.__file__).parent
+HEALTH_TIMEOUT = 10  # seconds that a health check may take
+
+
+# Locked requirements --------------------------------------------------------------------------------------------------
+
+
+def declared() -> dict[str, Requirement]:
+    """What setup.cfg requires at run time, without extras."""
+    parser = configparser.ConfigParser()
+    parser.read(ROOT / "setup.cfg")
+    lines = parser["options"]["install_requires"].splitlines()
+    requirements = [Requirement(line) for line in lines if line and not line.startswith("#")]
+    return {canonicalize_name(requirement.name): requirement for requirement in requirements}
+
+
+def locked() -> dict[str, tuple[Requirement, str]]:
+    """What requirements.txt locks, each with the lines that follow it: its hashes and who needs it."""
+    text = (ROOT / "requirements.txt").read_text()
+    entries = re.findall(r"^([a-z0-9].*?) \\\n((?: .*\n)+)", text, re.M)
+    requirements = [(Requirement(line), rest) for line, rest in entries]
+    return {canonicalize_name(requirement.name): (requirement, rest) for requirement, rest in requirements}
+
+
+def test_lock_pins_every_dependency_at_a_version_that_setup_cfg_allows() -> None:
+    pins = {name: str(requirement.specifier).removeprefix("==") for name, (requirement, _) in locked().items()}
+    refused = {name: pins.get(name) for name, rule in declared().items() if pins.get(name, "0") not in rule.specifier}
+    assert refused == {}, "renew requirements.txt; docs/deploy.md has the command"
+
+
+def test_lock_contains_nothing_that_no_dependency_needs() -> None:
+    direct = {name for name, (_, rest) in locked().items() if re.search(r"tinyqueue \(setup\.cfg\)$", rest, re.M)}
+    assert direct == declared().keys(), "renew requirements.txt; docs/deploy.md has the command"
+    parents = re.findall(r"^    #(?: via)? +([a-z0-9-]+)$", "".join(rest for _, rest in locked().values()), re.M)
+    assert {parent for parent in parents if parent != "via"} <= locked().keys()
+
+
+def test_lock_has_an_exact_version_and_hashes_for_every_requirement() -> None:
+    lines = [line for line in (ROOT / "requirements.txt").read_text().splitlines() if re.match("[^ #]", line)]
+    assert len(lines) == len(locked()) > len(declared())
+    for requirement, rest in locked().values():
+        assert re.fullmatch(r"==[^,*]+", str(requirement.specifier))
+        assert re.search(r"^    --hash=sha256:[0-9a-f]{64}\b", rest, re.M)
+
+
+# The check of processes -----------------------------------------------------------------------------------------------
+
+REGISTER = "import sys, tinyqueue; print(tinyqueue.Queue.from_url(sys.argv[1]).register(['default'], 1))"
+
+
+def alive(queue: AnyQueue) -> dict[str, bool]:
+    return {about["id"]: about["alive"] for about in local_workers(queue)}
+
+
+def register_elsewhere(url: str) -> str:
+    """Register a worker from a process that ends without deregistering it."""
+    return subprocess.check_output([sys.executable, "-c", REGISTER, url], cwd=ROOT, text=True).strip()
+
+
+def test_local_workers_holds_a_worker_before_its_first_heartbeat(queue: Queue) -> None:
+    assert alive(queue) == {}
+    worker = queue.register(["default"], 1)
+    assert alive(queue) == {worker: True}
+
+
+def test_local_workers_shows_a_worker_without_a_lease_as_dead(queue: Queue) -> None:
+    worker = queue.register(["default"], 1)
+    lapse(queue, worker)
+    assert alive(queue) == {worker: False}
+    queue.heartbeat(worker)
+    assert alive(queue) == {worker: True}
+
+
+def test_local_workers_replaces_a_worker_by_a_later_one_of_the_same_process(queue: Queue) -> None:
+    """A container that restarts has the same host name, and its processes have the same ids."""
+    old = queue.register(["default"], 1)
+    lapse(queue, old)
+    queue.clock.ahead += 1000
+    new = queue.register(["default"], 1)
+    assert alive(queue) == {new: True}
+
+
+def test_local_workers_omits_a_worker_whose_process_has_ended(near: Queue, real: Server) -> None:
+    gone = register_elsewhere(real.url)
+    assert alive(near) == {}
+    assert gone in {about["id"] for about in near.workers()}
+
+
+def test_local_workers_omits_workers_of_other_hosts(queue: Queue) -> None:
+    worker = queue.register(["default"], 1)
+    about = raw(queue).get(queue.keys.worker(worker))
+    assert isinstance(about, bytes)
+    raw(queue).set(queue.keys.worker(worker), about.replace(host_name().encode(), b"elsewhere"))
+    assert alive(queue) == {}
+
+
+@pytest.fixture
+def apart(start_redis: Callable[..., RedisServer]) -> Iterator[tuple[Shards, list[RedisServer]]]:
+    """A queue of two shards, each on a server of its own."""
+    servers = [start_redis(), start_redis()]
+    shards = Shards([Queue.from_url(server.url, namespace=f"queue.{at}") for at, server in enumerate(servers)])
+    yield shards, servers
+    shards.disconnect()
+
+
+def test_local_workers_succeeds_while_one_shard_is_away(apart: tuple[Shards, list[RedisServer]]) -> None:
+    shards, servers = apart
+    worker = shards.register(["default"], 1)
+    lapse(shards.parts[0], worker)
+    assert alive(shards) == {worker: True}
+    servers[0].kill()
+    assert alive(shards) == {worker: True}
+    servers[1].kill()
+    with pytest.raises(Unavailable):
+        local_workers(shards)
+
+
+def check(url: str, *options: str, **environ: str) -> tuple[int, str]:
+    """Run `worker.py check`. Returns its exit code and what it prints."""
+    environ = {"PATH": os.environ["PATH"], "REDIS_URL": url, "TINYQUEUE_HANDLERS": "missing_module"} | environ
+    done = subprocess.run(
+        [sys.executable, ROOT / "worker.py", "check", *options],
+        env=environ,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=30,
+        check=False,
+    )
+    return done.returncode, done.stdout
+
+
+def test_check_follows_the_workers_of_this_host(near: Queue, real: Server) -> None:
+    none = f"Error: no worker is registered that runs on this host ({host_name()})\n"
+    assert check(real.url) == (1, none)
+    worker = near.register(["default"], 1)
+    assert check(real.url) == (0, f"1 worker with a lease: {worker}\n")
+    lapse(near, worker)
+    code, said = check(real.url)
+    assert (code, said) == (1, f"Error: no lease within the last 30 s: {worker}; restart the worker\n")
+
+
+@pytest.mark.parametrize("environ", [{}, {"TINYQUEUE_SHARDS": "3"}], ids=["one", "shards"])
+def test_check_passes_for_two_workers_and_fails_when_one_hangs(real: Server, environ: dict[str, str]) -> None:
+    environ = {"TINYQUEUE_LEASE": "2"} | environ
+    command = [sys.executable, ROOT / "worker.py"]
+    both = {"PATH": os.environ["PATH"], "REDIS_URL": real.url} | environ
+    processes = [subprocess.Popen(command, env=both, stderr=subprocess.DEVNULL) for _ in range(2)]
+    try:
+        until(lambda: check(real.url, **environ)[1].startswith("2 workers with a lease: "))
+        processes[0].send_signal(SIGSTOP)
+        until(lambda: check(real.url, **environ)[0] == 1)
+        processes[0].send_signal(SIGCONT)
+        until(lambda: check(real.url, **environ)[0] == 0)
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+
+
+def test_check_fails_with_one_line_while_redis_is_away_or_hangs(start_redis: Callable[..., RedisServer]) -> None:
+    server = start_redis()
+    assert server.process
+    server.process.send_signal(SIGSTOP)
+    began = time.monotonic()
+    code, said = check(server.url)
+    assert time.monotonic() - began < HEALTH_TIMEOUT
+    assert (code, said.count("\n"), said[:7]) == (1, 1, "Error: ")
+    server.kill()
+    code, said = check(server.url)
+    assert (code, said.count("\n"), said[:7]) == (1, 1, "Error: ")
+
+
+def test_check_of_a_web_process_needs_no_redis(tmp_path: Path) -> None:
+    port = free_port()
+    away = f"redis://127.0.0.1:{free_port()}/0"
+    code, said = check("", "--web", PORT=str(port))
+    assert (code, said.count("\n")) == (1, 1)
+    assert said.startswith(f"Error: the web process on port {port} does not answer: ")
+    with running(tmp_path, PORT=str(port), REDIS_URL=away, TINYQUEUE_API_KEYS="ops:admin:0123456789abcdef0123"):
+        for host in ("", "*"):
+            assert check("", "--web", PORT=str(port), HOST=host) == (0, f"the web process on port {port} answers\n")
+
+
+def test_check_of_a_web_process_that_hangs_fails_in_time(tmp_path: Path) -> None:
+    with running(tmp_path) as server:
+        os.kill(server.pid, SIGSTOP)
+        began = time.monotonic()
+        code, said = check("", "--web", PORT=str(server.address[1]))
+        assert time.monotonic() - began < HEALTH_TIMEOUT
+        os.kill(server.pid, SIGCONT)
+    assert (code, said.count("\n")) == (1, 1)
+    assert said.endswith("timed out\n")
+
+
+# Process 1 ------------------------------------------------------------------------------------------------------------
+
+WARNING = "WARNING this worker is process 1 and does not reap the processes that handlers leave behind"
+
+
+@pytest.fixture
+def unshare() -> list[str]:
+    """A command that runs another as the first process of a process namespace."""
+    command = ["unshare", "--pid", "--fork", "--kill-child"]
+    if subprocess.run([*command, "true"], capture_output=True, check=False).returncode:
+        pytest.skip("this user cannot make a process namespace")
+    return command
+
+
+def log_of(*command: str | Path, **environ: str) -> str:
+    environ = {"PATH": os.environ["PATH"]} | environ
+    done = subprocess.run(command, env=environ, stderr=subprocess.PIPE, text=True, timeout=60, check=True)
+    return done.stderr
+
+
+def test_worker_warns_if_it_is_process_1(real: Server, unshare: list[str]) -> None:
+    log = log_of(*unshare, sys.executable, ROOT / "worker.py", "--burst", REDIS_URL=real.url)
+    assert log.count(WARNING) == 1
+    assert "docker run --init, init: true in Compose, shareProcessNamespace: true in Kubernetes" in log
+
+
+def test_worker_does_not_warn_below_an_init(real: Server, unshare: list[str]) -> None:
+    script = f"{sys.executable} {ROOT / 'worker.py'} --burst; exit $?"
+    assert "process 1" not in log_of(*unshare, "sh", "-c", script, REDIS_URL=real.url)
+
+
+def test_web_process_with_a_worker_warns_if_it_is_process_1(tmp_path: Path, unshare: list[str]) -> None:
+    with running(tmp_path, *unshare, sys.executable, str(ROOT / "wsgi.py")) as server:
+        until(lambda: server.log.read_text().count(WARNING) == 1)
+        [first] = Path(f"/proc/{server.pid}/task/{server.pid}/children").read_text().split()
+        os.kill(int(first), SIGTERM)
+        until(lambda: not Path(f"/proc/{first}").exists())
