@@ -453,10 +453,23 @@ def _print_findings(findings: Sequence[Finding]) -> None:
 
 @cli.command()
 @click.option("--web", is_flag=True, help="Check the web process that HOST and PORT name instead.")
+@click.option("--any", "either", is_flag=True, help="Check the web process first, and the workers if that fails.")
 @click.pass_obj
-def check(settings: Settings, web: bool) -> None:
+def check(settings: Settings, web: bool, either: bool) -> None:
     """Check that the workers of this host renew their leases. Exits with 1 if one does not."""
-    click.echo(_check_web(settings) if web else _check_workers(settings))
+    checks = [_check_web] if web else [_check_workers]
+    if either:
+        checks = [_check_web, _check_workers]
+    problems = []
+    for passes in checks:
+        try:
+            click.echo(passes(settings))
+            return
+        except (click.ClickException, TinyQueueError) as error:
+            if not either:
+                raise
+            problems.append(str(error))
+    raise click.ClickException("; ".join(problems))
 
 
 def _check_workers(settings: Settings) -> str:

@@ -3,24 +3,32 @@
 from __future__ import annotations
 
 import configparser
+import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from signal import SIGCONT, SIGSTOP, SIGTERM
+from typing import Any
 
 import pytest
+import yaml
 from client import running
 from conftest import RedisServer, Server, free_port, lapse, raw, until
+from dotenv import dotenv_values
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 import tinyqueue
+import wsgi
 from tinyqueue import AnyQueue, Queue, Shards, Unavailable, host_name
+from tinyqueue_config import Settings
 from tinyqueue_doctor import local_workers
+from worker import CLOSING, LAST_WRITE
 
 ROOT = Path(tinyqueue.__file__).parent
 HEALTH_TIMEOUT = 10  # seconds that a health check may take
@@ -254,3 +262,167 @@ def test_web_process_with_a_worker_warns_if_it_is_process_1(tmp_path: Path, unsh
         [first] = Path(f"/proc/{server.pid}/task/{server.pid}/children").read_text().split()
         os.kill(int(first), SIGTERM)
         until(lambda: not Path(f"/proc/{first}").exists())
+
+
+# Compose --------------------------------------------------------------------------------------------------------------
+
+SECRETS = {"REDIS_PASSWORD": "s3cret", "TINYQUEUE_API_KEYS": "ops:admin:0123456789abcdef0123"}
+
+
+def tool(name: str) -> str:
+    """The path of a program that the tests need beside Python packages, or of one that a package has."""
+    found = shutil.which(name, path=f"{Path(sys.prefix) / 'bin'}:{os.environ['PATH']}")
+    if not found and os.environ.get("CI") == "true":
+        pytest.fail(f"there is no {name}")
+    return found or pytest.skip(f"there is no {name}")
+
+
+def compose() -> dict[str, Any]:
+    """The services of docker-compose.yml, with the variables replaced as Compose does it."""
+    text = (ROOT / "docker-compose.yml").read_text()
+    names = "|".join(SECRETS)
+    text = re.sub(rf"\$\{{({names}):\?[^}}]+\}}", lambda match: SECRETS[match[1]], text)
+    services: dict[str, Any] = yaml.safe_load(text)["services"]
+    return services
+
+
+def settings_of(service: str, **env_file: str) -> Settings:
+    return Settings.read({**env_file, **compose()[service]["environment"]})
+
+
+def megabytes(text: str) -> int:
+    assert text[-1] == "m"
+    return int(text[:-1])
+
+
+def seconds(text: str) -> int:
+    assert text[-1] == "s"
+    return int(text[:-1])
+
+
+def option(command: list[str], name: str) -> str:
+    return command[command.index(name) + 1]
+
+
+def test_compose_file_follows_its_schema() -> None:
+    command = [tool("check-jsonschema"), "--builtin-schema", "vendor.compose-spec", ROOT / "docker-compose.yml"]
+    subprocess.run(command, check=True, timeout=60)
+
+
+def test_compose_refuses_to_start_without_secrets() -> None:
+    text = (ROOT / "docker-compose.yml").read_text()
+    assert {name for name in SECRETS if f"${{{name}:?" in text} == SECRETS.keys()
+    assert not [name for name in SECRETS if re.search(rf"\$\{{?{name}(?!:\?)\b", text)]
+
+
+@pytest.mark.parametrize("service", ["web", "worker"])
+def test_compose_gives_a_process_time_to_stop(service: str) -> None:
+    settings = settings_of(service)
+    drain = settings.shutdown_timeout + LAST_WRITE + CLOSING
+    assert drain < seconds(compose()[service]["stop_grace_period"])
+
+
+@pytest.mark.parametrize("service", ["web", "worker"])
+def test_compose_starts_a_process_with_few_rights(service: str) -> None:
+    about = compose()[service]
+    assert about["init"] is True
+    assert about["read_only"] is True
+    assert about["cap_drop"] == ["ALL"]
+    assert about["security_opt"] == ["no-new-privileges:true"]
+    assert about["restart"] == "unless-stopped"
+    assert about["depends_on"]["redis"]["condition"] == "service_healthy"
+    assert about["pids_limit"] > 500 + 20  # the most slots, and other threads
+    assert about["logging"]["options"]["max-size"]
+
+
+def test_compose_scales_workers() -> None:
+    about = compose()["worker"]
+    assert not {"container_name", "hostname", "ports", "network_mode"} & about.keys()
+
+
+@pytest.mark.parametrize("service", ["web", "worker"])
+def test_compose_sets_valid_settings(service: str) -> None:
+    settings = settings_of(service, HOST="127.0.0.1", PORT="80", REDIS_URL="redis://elsewhere")
+    assert (settings.host, settings.port, settings.log_format) == ("", 3000, "json")
+    assert settings.redis_url == f"redis://:{SECRETS['REDIS_PASSWORD']}@redis:6379/0"
+
+
+def test_compose_requires_api_keys_and_publishes_to_this_machine_only() -> None:
+    settings = settings_of("web")
+    assert wsgi.API(settings).access.keys
+    assert compose()["web"]["ports"] == ["${PUBLISH:-127.0.0.1:3000}:3000"]
+
+
+def test_compose_restarts_a_worker_before_its_memory_is_full() -> None:
+    about = compose()["worker"]
+    assert 0 < settings_of("worker").max_memory < 0.9 * megabytes(about["mem_limit"])
+
+
+def test_compose_checks_each_process_in_time() -> None:
+    services = compose()
+    assert services["web"]["healthcheck"]["test"] == ["CMD", "python", "worker.py", "check", "--web"]
+    assert services["worker"]["healthcheck"]["test"] == ["CMD", "python", "worker.py", "check"]
+    for service in ("web", "worker"):
+        assert seconds(services[service]["healthcheck"]["timeout"]) >= HEALTH_TIMEOUT
+
+
+def test_compose_keeps_the_data_of_redis(start_redis: Callable[..., RedisServer]) -> None:
+    """The command of the service is run, by the redis-server that is here."""
+    about = compose()["redis"]
+    [program, *options] = about["command"]
+    server = start_redis(*options)
+    assert program == "redis-server"
+    url = server.url.replace("redis://", f"redis://:{about['environment']['REDISCLI_AUTH']}@")
+    done = subprocess.run(
+        [sys.executable, ROOT / "worker.py", "doctor", "--json"],
+        env={"PATH": os.environ["PATH"], "REDIS_URL": url},
+        capture_output=True,
+        check=False,
+        timeout=30,
+    )
+    found = {finding["about"]: finding for finding in json.loads(done.stdout)}
+    assert [name for name, finding in found.items() if finding["level"] != "ok"] == ["workers"]
+    assert found["persistence"]["seen"] == "appendonly yes"
+    assert found["eviction"]["seen"] == "maxmemory-policy is noeviction"
+    assert "no maxmemory" not in found["memory"]["seen"]
+    assert check(server.url)[0] == 1  # it needs the password
+    assert megabytes(about["mem_limit"]) >= 2 * int(option(options, "--maxmemory").removesuffix("mb"))
+    assert about["volumes"] == ["redis-data:/data"]
+
+
+def test_compose_waits_until_redis_answers(start_redis: Callable[..., RedisServer]) -> None:
+    about = compose()["redis"]
+    server = start_redis(*about["command"][1:])
+    [kind, script] = about["healthcheck"]["test"]
+    assert kind == "CMD-SHELL"
+    script = script.replace("redis-cli", f"{tool('redis-cli')} -p {server.port}")
+    environ = {"PATH": os.environ["PATH"], **about["environment"]}
+    assert subprocess.run(["sh", "-c", script], env=environ, check=False).returncode == 0
+    environ["REDISCLI_AUTH"] = "wrong"
+    assert subprocess.run(["sh", "-c", script], env=environ, check=False, stderr=subprocess.DEVNULL).returncode == 1
+    server.stop()
+    assert subprocess.run(["sh", "-c", script], env=environ, check=False, stderr=subprocess.DEVNULL).returncode == 1
+
+
+def test_env_example_becomes_a_valid_env_as_it_says(tmp_path: Path) -> None:
+    shutil.copy(ROOT / ".env.example", tmp_path)
+    [comment] = re.findall(r"^#     (sed .*?)\n#\n", (ROOT / ".env.example").read_text(), re.M | re.S)
+    tool("openssl")
+    subprocess.run(["sh", "-ec", comment.replace("\n#", "\n")], cwd=tmp_path, check=True, timeout=30)
+    values = dotenv_values(tmp_path / ".env")
+    assert values.keys() >= {*SECRETS, "PUBLISH"}
+    assert re.fullmatch("[0-9a-f]{48}", values["REDIS_PASSWORD"] or "")
+    settings = Settings.read({name: value or "" for name, value in values.items()} | {"REDIS_URL": "redis://redis"})
+    assert wsgi.API(settings).access.keys[0].name == "ops"
+    assert (tmp_path / ".env").stat().st_mode & 0o77 == 0
+
+
+# The image ------------------------------------------------------------------------------------------------------------
+
+
+def test_dockerfile_follows_the_rules_of_hadolint() -> None:
+    subprocess.run([tool("hadolint"), ROOT / "Dockerfile"], check=True, timeout=60)
+
+
+def test_dockerfile_labels_this_version() -> None:
+    assert f"ARG VERSION={tinyqueue.__version__}\n" in (ROOT / "Dockerfile").read_text()
