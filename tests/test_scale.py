@@ -2,16 +2,44 @@
 
 from __future__ import annotations
 
+import http.client
+import json
+import math
+import os
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from pathlib import Path
 from typing import Any
 
 import pytest
-from client import Client
-from conftest import Server, put, raw
+import yaml
+from client import Client, running
+from conftest import Server, free_port, put, raw, until
 
+import worker
 from tinyqueue import SAMPLED, Failure, Job, Queue, Shards, handler
 from tinyqueue_config import Settings
 from wsgi import API, MAX_SCALED
 
+KUBERNETES = Path(worker.__file__).parent / "deploy" / "k8s"
+# A gate runs until a file with its name exists.
+HANDLERS = """
+import os, time
+from tinyqueue import handler
+
+@handler("gate", timeout=None)
+def gate(name: str) -> None:
+    with open("runs", "a") as file:
+        file.write(f"begin {name}\\n")
+    while not os.path.exists(name):
+        time.sleep(0.01)
+    with open("runs", "a") as file:
+        file.write(f"end {name}\\n")
+"""
 NOTHING = {"ready": 0, "processing": 0, "load": 0, "oldestWaitingMs": 0}
 
 
@@ -188,3 +216,172 @@ def test_scale_needs_the_role_read(near: Queue) -> None:
     app = API(Settings(api_keys=keys), near)
     secrets = ("", "submit-0123456789", "reader-0123456789")
     assert [Client(app, secret).get("/scale").status for secret in secrets] == [401, 403, 200]
+
+
+# An autoscaler --------------------------------------------------------------------------------------------------------
+
+
+class Scaler:
+    """Stands in for KEDA: it follows a ScaledObject. One step is one polling interval of its clock."""
+
+    def __init__(self, read: Callable[[], float], scale_to: Callable[[int], None]) -> None:
+        [self.spec] = [spec["spec"] for spec in manifests("keda.yaml") if spec["kind"] == "ScaledObject"]
+        [trigger] = self.spec["triggers"]
+        self.target = float(trigger["metadata"]["targetValue"])
+        self.activation = float(trigger["metadata"]["activationTargetValue"])
+        self.read = read
+        self.scale_to = scale_to
+        self.clock = 0
+        self.active_at = -1_000_000
+        self.failures = 0
+        self.workers = 0
+        self.wanted: list[tuple[int, int]] = []  # when, and how many: it scales in to the highest of the last ones
+
+    def step(self) -> int:
+        """Read the metric once and set the number of workers. Returns it."""
+        self.clock += self.spec["pollingInterval"]
+        try:
+            value = self.read()
+        except OSError:
+            self.failures += 1
+            fallback = self.spec["fallback"]
+            if self.failures >= fallback["failureThreshold"]:  # as currentReplicasIfHigher says
+                self._set(max(fallback["replicas"], self.workers))
+        else:
+            self.failures = 0
+            self._set(self._count_wanted(value))
+        return self.workers
+
+    def _count_wanted(self, value: float) -> int:
+        if value > self.activation:
+            self.active_at = self.clock
+        elif self.clock - self.active_at > self.spec["cooldownPeriod"]:
+            return self.spec["minReplicaCount"]
+        if not self.workers:
+            return int(value > self.activation)
+        now = max(1, min(self.spec["maxReplicaCount"], math.ceil(value / self.target)))
+        behavior = self.spec["advanced"]["horizontalPodAutoscalerConfig"]["behavior"]["scaleDown"]
+        self.wanted.append((self.clock, now))
+        recent = [count for at, count in self.wanted if self.clock - at <= behavior["stabilizationWindowSeconds"]]
+        return max(recent) if now < self.workers else now
+
+    def _set(self, count: int) -> None:
+        if count != self.workers:
+            self.scale_to(count)
+            self.workers = count
+
+
+def manifests(name: str) -> list[Any]:
+    return list(yaml.safe_load_all((KUBERNETES / name).read_text()))
+
+
+class Fleet:
+    """Starts workers with the settings of the manifests, and stops the newest as Kubernetes does: by SIGTERM."""
+
+    def __init__(self, folder: Path, url: str) -> None:
+        self.folder = folder
+        [config] = manifests("settings.yaml")
+        path = {"PATH": os.environ["PATH"], "PYTHONPATH": str(folder), "TINYQUEUE_LEASE": "2"}
+        self.environ = config["data"] | path | {"REDIS_URL": url}
+        self.running: list[subprocess.Popen[bytes]] = []
+        self.stopping: list[subprocess.Popen[bytes]] = []
+
+    def scale_to(self, count: int) -> None:
+        while len(self.running) > count:
+            process = self.running.pop()
+            process.terminate()
+            self.stopping.append(process)
+        while len(self.running) < count:
+            with (self.folder / "workers.log").open("ab") as log:
+                command = [sys.executable, worker.__file__]
+                self.running.append(subprocess.Popen(command, cwd=self.folder, env=self.environ, stderr=log))
+
+    def kill(self) -> None:
+        for process in self.running + self.stopping:
+            process.kill()
+            process.wait()
+
+
+@pytest.fixture
+def fleet(tmp_path: Path, real: Server) -> Iterator[Fleet]:
+    (tmp_path / "handlers.py").write_text(HANDLERS)
+    fleet = Fleet(tmp_path, real.url)
+    yield fleet
+    fleet.kill()
+
+
+def read_metric(port: int, key: str) -> float:
+    """Read the metric as the manifest says: the path of its URL, the field, and the key of the Secret."""
+    [spec] = [spec["spec"] for spec in manifests("keda.yaml") if spec["kind"] == "ScaledObject"]
+    metadata = spec["triggers"][0]["metadata"]
+    path = "/" + metadata["url"].split("/", 3)[3]
+    with closing(http.client.HTTPConnection("127.0.0.1", port, timeout=20)) as connection:
+        connection.request("GET", path, headers={"Authorization": f"Bearer {key}"})
+        answer = connection.getresponse()
+        assert answer.status == 200
+        return float(json.loads(answer.read())[metadata["valueLocation"]])
+
+
+def test_scaler_starts_and_stops_workers_by_the_load_and_cuts_off_no_job(
+    near: Queue, real: Server, fleet: Fleet, tmp_path: Path
+) -> None:
+    """0 -> 3 -> 0 workers. On the way, a delayed job starts none, and losing the metric stops none."""
+    key = "reader-0123456789"
+    port = free_port()
+    web = {"REDIS_URL": real.url, "PORT": str(port), "TINYQUEUE_API_KEYS": f"scaler:read:{key}"}
+    scaler = Scaler(lambda: read_metric(port, key), fleet.scale_to)
+
+    def runs() -> Counter[str]:
+        return Counter((tmp_path / "runs").read_text().splitlines()) if (tmp_path / "runs").exists() else Counter()
+
+    names = [f"gate-{at}" for at in range(12)]
+    with running(tmp_path, **web):
+        near.enqueue("gate", "delayed", delay=3600)
+        assert [scaler.step() for _ in range(3)] == [0, 0, 0]
+        jobs = near.enqueue_many("gate", names)
+        submitted = time.monotonic()
+        assert scaler.step() == 1
+        until(runs)
+        first_start = scaler.spec["pollingInterval"] + time.monotonic() - submitted
+        assert first_start < 30
+        assert scaler.step() == 3
+        until(lambda: near.stats()["processing"] == len(jobs))
+    assert [scaler.step() for _ in range(60)] == [3] * 60  # the metric cannot be read for ten minutes
+    with running(tmp_path, **web):
+        until(lambda: sum(len(about["jobs"]) for about in near.workers()) == len(jobs))  # each has sent a heartbeat
+        last = {near.get(about["jobs"][0]).payload for about in near.workers()}  # one of each worker
+        for name in set(names) - last:
+            (tmp_path / name).touch()
+        until(lambda: near.stats()["processing"] == len(last) == 3)
+        while scaler.step() == 3:  # until it has seen the lower load for long enough
+            pass
+        assert scaler.workers == 1
+        assert scaler.step() == 1  # the load is 3: the jobs of the stopping workers
+        assert near.stats()["processing"] == 3
+        assert [process.poll() for process in fleet.stopping] == [None, None]
+        for name in last:
+            (tmp_path / name).touch()
+        assert [process.wait(20) for process in fleet.stopping] == [0, 0]
+        until(lambda: near.scale()["load"] == 0)
+        while scaler.step() == 1:
+            pass
+        assert scaler.workers == 0
+        assert [process.wait(20) for process in fleet.stopping] == [0, 0, 0]
+    assert runs() == Counter([f"{event} {name}" for event in ("begin", "end") for name in names])
+    ended = [near.get(job.id) for job in jobs]
+    assert {(job.status, job.attempts) for job in ended if job} == {("completed", 1)}
+    assert near.metrics().keys() & {"released", "reaped", "retried"} == set()
+
+
+def test_scaler_without_the_metric_keeps_workers_and_starts_the_fallback() -> None:
+    """The values of the manifest, without processes: no number of failures ends in no worker."""
+
+    def fail() -> float:
+        raise ConnectionRefusedError
+
+    counts: list[int] = []
+    scaler = Scaler(fail, counts.append)
+    assert [scaler.step() for _ in range(4)] == [0, 0, 2, 2]
+    scaler.workers = 7
+    assert [scaler.step() for _ in range(100)] == [7] * 100
+    assert counts == [2]
