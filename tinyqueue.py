@@ -2088,6 +2088,7 @@ class Queue(Verbs):
         for name, size in zip(waiting, sizes, strict=True):
             unpromoted = max(math.ceil(share[name] * late / max(len(first), 1)), int(late > len(first)))
             ready += min(counts["pending:" + name], size + unpromoted)
+        ready = min(ready, sum(sizes) + late)
         ages = [_waited(job, now) for job in (*promotable, *self._pending_among(heads)) if job.queue in waiting]
         processing = sum(counts.get("processing:" + name, 0) for name in names)
         return {
@@ -2099,7 +2100,9 @@ class Queue(Verbs):
 
     def _pending_among(self, entries: Iterable[bytes]) -> list[Job]:
         ids = list(filter(ID.fullmatch, map(text_of, entries)))
-        return [job for job, _ in self.read_jobs(ids, 0) if job and job.status == "pending"]
+        records = self.store.read(("MGET", *map(self.keys.job, ids)))[0] if ids else []
+        jobs = (_job(id, record, 0) for id, record in zip(ids, records, strict=True) if record)
+        return [job for job in jobs if job.status == "pending"]
 
     def _history(self, now: int, minutes: int) -> list[dict[str, int]]:
         """Count what started and ended in each minute, oldest first. The last is not over yet."""

@@ -122,6 +122,7 @@ def test_scale_estimates_the_queues_of_many_unpromoted_jobs_and_leaves_no_queue_
     queue.clock.ahead += 2000
     assert counts(queue, "late") == (1, 0)
     assert counts(queue, "early") == (3 * SAMPLED, 0)
+    assert counts(queue) == (3 * SAMPLED + 1, 0)
     while queue.promote():
         pass
     assert [counts(queue, "late"), counts(queue, "early")] == [(5, 0), (3 * SAMPLED, 0)]
@@ -156,11 +157,15 @@ def test_scale_costs_the_same_few_commands_however_many_jobs_there_are(near: Que
 
     near.enqueue("echo", 1)
     near.enqueue("echo", 1, queue="mail", delay=60)
+    near.enqueue_many("echo", [1, 2], queue="mail", delay=1)
+    near.clock.ahead += 1000
     near.scale()  # reads the time
     few = cost()
     for _ in range(5):
         near.enqueue_many("echo", range(1000))
         near.enqueue_many("echo", range(1000), queue="mail", delay=60)
+        near.enqueue_many("echo", range(1000), queue="mail", delay=1)
+    near.clock.ahead += 1000
     assert cost() == few <= 10
 
 
