@@ -11,7 +11,7 @@ COPY requirements.txt /build/
 RUN /build/bin/pip --python /opt/venv/bin/python install --no-cache-dir --disable-pip-version-check \
     --require-hashes --only-binary :all: --requirement /build/requirements.txt
 COPY . /app
-RUN rm /app/requirements.txt && /opt/venv/bin/python -m compileall -q /app && mkdir /data
+RUN rm /app/requirements.txt && chmod -R a+rX /app && /opt/venv/bin/python -m compileall -q /app && mkdir /data
 
 FROM ${BASE_IMAGE}${BASE_DIGEST:+@${BASE_DIGEST}}
 ARG BASE_IMAGE

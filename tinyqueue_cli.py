@@ -43,9 +43,8 @@ from tinyqueue import (
     __version__,
     check_name,
     host_name,
-    load_handlers,
 )
-from tinyqueue_config import Settings, error_line, open_queue, plural, set_up_logging
+from tinyqueue_config import Settings, error_line, load_handlers, open_queue, plural, set_up_logging
 from tinyqueue_doctor import Finding, examine, local_workers, repair
 from tinyqueue_json import from_json, to_json
 

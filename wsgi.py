@@ -55,15 +55,12 @@ from tinyqueue import (
     InvalidJob,
     Job,
     Once,
-    Preview,
     Queue,
     SettingsError,
     TinyQueueError,
     Unavailable,
     UnknownType,
     check_name,
-    load_handlers,
-    looks_like_name,
 )
 from tinyqueue_access import ROLES, Access
 from tinyqueue_config import (
@@ -75,6 +72,8 @@ from tinyqueue_config import (
     exit_now,
     fork_held,
     hold_signals,
+    load_handlers,
+    looks_like_name,
     open_queue,
     plural,
     process_warnings,
@@ -82,7 +81,7 @@ from tinyqueue_config import (
     set_up_logging,
 )
 from tinyqueue_doctor import warnings
-from tinyqueue_json import MAX_DEPTH, from_json
+from tinyqueue_json import MAX_DEPTH, Preview, from_json
 from tinyqueue_problems import HEADERS, Problem, kind_of_status, problem, response_headers
 from tinyqueue_server import Lifeline, Parked, Server
 

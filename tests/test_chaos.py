@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from chaos import (
+    CC,
     KINDS,
     Cut,
     Death,
@@ -54,9 +55,7 @@ def world(start_redis: Callable[..., Any]) -> Iterator[World]:
     ("kind", "cause"),
     [
         ("kill-worker", "killed"),
-        ("kill-tree", "killed"),
         ("term", "told to stop"),
-        ("term-thrice", "told to stop"),
         ("stop-long", "cut off"),
         ("link-stall-long", "cut off"),
         ("link-reset-long", "cut off"),
@@ -66,6 +65,14 @@ def test_run_a_job_again_after_a_fault_that_surely_interrupts_it(world: World, k
     result = world.trial(plan_interruption(kind))
     assert result.failures == [], result.evidence
     assert result.verdict.explained == {cause: 1}, result.evidence
+
+
+def test_run_jobs_while_clocks_are_wrong(world: World) -> None:
+    if not CC:
+        pytest.skip("no C compiler: NO FAULT CHANGES A CLOCK")
+    faults = [Fault(kind, 0.0, "worker-0", 0.1) for kind in ("clock-ahead", "clock-back", "wrong-clock")]
+    result = world.trial(Plan(0, faults, plan(1).submits))
+    assert result.failures == [], result.evidence
 
 
 def test_run_a_job_again_after_its_handler_failed(world: World) -> None:

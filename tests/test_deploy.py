@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import configparser
+import fcntl
+import http.client
 import json
 import os
 import re
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
-from signal import SIGCONT, SIGSTOP, SIGTERM
-from typing import Any
+from signal import SIGCONT, SIGKILL, SIGSTOP, SIGTERM
+from typing import Any, NamedTuple
 
 import pytest
 import yaml
@@ -214,6 +218,18 @@ def test_check_of_a_web_process_needs_no_redis(tmp_path: Path) -> None:
             assert check("", "--web", PORT=str(port), HOST=host) == (0, f"the web process on port {port} answers\n")
 
 
+def test_check_of_any_process_passes_for_either_and_names_both_problems(near: Queue, real: Server) -> None:
+    port = free_port()
+    refused = f"Error: the web process on port {port} does not answer: [Errno 111] Connection refused; "
+    none = f"no worker is registered that runs on this host ({host_name()})\n"
+    assert check(real.url, "--any", PORT=str(port)) == (1, refused + none)
+    worker = near.register(["default"], 1)
+    assert check(real.url, "--any", PORT=str(port)) == (0, f"1 worker with a lease: {worker}\n")
+    code, said = check("", "--any", PORT=str(port))
+    assert code == 1
+    assert said.startswith(refused + "REDIS_URL is not set")
+
+
 def test_check_of_a_web_process_that_hangs_fails_in_time(tmp_path: Path) -> None:
     with running(tmp_path) as server:
         os.kill(server.pid, SIGSTOP)
@@ -272,8 +288,6 @@ SECRETS = {"REDIS_PASSWORD": "s3cret", "TINYQUEUE_API_KEYS": "ops:admin:01234567
 def tool(name: str) -> str:
     """The path of a program that the tests need beside Python packages, or of one that a package has."""
     found = shutil.which(name, path=f"{Path(sys.prefix) / 'bin'}:{os.environ['PATH']}")
-    if not found and os.environ.get("CI") == "true":
-        pytest.fail(f"there is no {name}")
     return found or pytest.skip(f"there is no {name}")
 
 
@@ -407,8 +421,10 @@ def test_compose_waits_until_redis_answers(start_redis: Callable[..., RedisServe
 def test_env_example_becomes_a_valid_env_as_it_says(tmp_path: Path) -> None:
     shutil.copy(ROOT / ".env.example", tmp_path)
     [comment] = re.findall(r"^#     (sed .*?)\n#\n", (ROOT / ".env.example").read_text(), re.M | re.S)
+    script = comment.replace("\n#", "\n")
+    assert " ".join(script.split()) in " ".join((ROOT / "docs" / "deploy.md").read_text().split())
     tool("openssl")
-    subprocess.run(["sh", "-ec", comment.replace("\n#", "\n")], cwd=tmp_path, check=True, timeout=30)
+    subprocess.run(["sh", "-ec", script], cwd=tmp_path, check=True, timeout=30)
     values = dotenv_values(tmp_path / ".env")
     assert values.keys() >= {*SECRETS, "PUBLISH"}
     assert re.fullmatch("[0-9a-f]{48}", values["REDIS_PASSWORD"] or "")
@@ -426,3 +442,269 @@ def test_dockerfile_follows_the_rules_of_hadolint() -> None:
 
 def test_dockerfile_labels_this_version() -> None:
     assert f"ARG VERSION={tinyqueue.__version__}\n" in (ROOT / "Dockerfile").read_text()
+
+
+CA = Path("/etc/ssl/certs/ca-certificates.crt")  # the same on Debian's machines and in their containers
+SECRET = "not-for-the-image"
+
+# A module of the user, which imports a folder. Its job waits until the test puts something into the list `gate`.
+GATES = """
+import os
+import redis
+from shop import NAME
+from tinyqueue import handler
+
+@handler("gate")
+def gate(name: str) -> str:
+    with redis.Redis.from_url(os.environ["REDIS_URL"], socket_timeout=None) as client:
+        client.rpush("begun", name)
+        client.blpop("gate", 60)
+    return NAME
+"""
+
+
+@contextmanager
+def memory_at(folder: str) -> Iterator[str]:
+    """A file system in memory: dpkg waits for the disk after each package, for two minutes in all."""
+    subprocess.run(["mount", "-t", "tmpfs", "tmpfs", folder], check=True)
+    try:
+        yield f"{folder}/root"
+    finally:
+        subprocess.run(["umount", folder], check=True)
+
+
+class Buildah:
+    """Runs buildah with a storage of its own, which stays for later runs of the tests."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        storage = ["--root", str(folder / "storage"), "--runroot", str(folder / "run"), "--storage-driver", "vfs"]
+        self.command = [tool("buildah"), *storage]
+
+    def __call__(self, command: str, *arguments: str | Path) -> str:
+        environ = os.environ | {"BUILDAH_ISOLATION": "chroot"}
+        whole = [*self.command, command, *arguments]
+        done = subprocess.run(whole, env=environ, capture_output=True, text=True, timeout=600, check=False)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout.strip()
+
+    def base(self) -> str:
+        """The name of an image with Python, which the first run on this machine makes from Debian's packages."""
+        name = "localhost/tinyqueue-tests-base"
+        if not self("images", "--quiet", "--filter", f"reference={name}"):
+            with tempfile.TemporaryDirectory() as mount, memory_at(mount) as root:
+                packages = "--include=python3,python3-venv,ca-certificates"
+                command = [tool("debootstrap"), "--variant=minbase", packages, "bookworm", root]
+                subprocess.run(command, check=True, stdout=subprocess.DEVNULL, timeout=900)
+                container = self("from", "scratch")
+                self("add", container, root, "/")
+                self("config", "--env", f"PIP_CERT={CA}", container)
+                self("commit", container, name)
+        return name
+
+
+@pytest.fixture(scope="module")
+def buildah() -> Iterator[Buildah]:
+    """Buildah, for this run of the tests alone. It has no containers."""
+    if os.getuid():
+        pytest.skip("this user cannot run containers: only root can without a daemon")
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "tinyqueue-tests")
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        buildah = Buildah(folder)
+        buildah("rm", "--all")  # an earlier run may have been killed
+        yield buildah
+        buildah("rm", "--all")
+
+
+class Image(NamedTuple):
+    root: Path
+    config: dict[str, Any]
+
+
+@pytest.fixture(scope="module")
+def image(buildah: Buildah, tmp_path_factory: pytest.TempPathFactory) -> Image:
+    """The image of this project with a module of the user, unpacked. Nothing secret may be in it."""
+    context = tmp_path_factory.mktemp("context")
+    shutil.copytree(ROOT, context, ignore=shutil.ignore_patterns(".git", ".venv", ".*_cache"), dirs_exist_ok=True)
+    (context / ".git").mkdir()
+    (context / "gates.py").write_text(GATES)
+    (context / "shop").mkdir()
+    (context / "shop" / "__init__.py").write_text("NAME = 'shop'\n")
+    with (context / ".dockerignore").open("a") as listed:
+        listed.write("!shop/\n")
+    for name in (".git/config", ".env", "dump.rdb", "tests/key.pem"):
+        (context / name).write_text(SECRET)
+    certificates = ["--volume", f"{CA}:{CA}:ro"] if CA.exists() else []  # of a proxy between here and the packages
+    options = ["--format", "docker", "--build-arg", f"BASE_IMAGE={buildah.base()}", *certificates]
+    tag = "localhost/tinyqueue-tests"
+    buildah("bud", *options, "--tag", tag, context)
+    about = json.loads(buildah("inspect", "--type", "image", tag))
+    root = buildah("mount", buildah("from", tag))
+    buildah("rmi", "--prune", "--force")  # the image of an earlier run, which has lost its tag
+    return Image(Path(root), about["Docker"]["config"])
+
+
+def test_image_contains_only_what_runs(image: Image) -> None:
+    modules = {path.name for path in ROOT.glob("*.py")} - {"setup.py"}
+    files = {str(path.relative_to(image.root / "app")) for path in (image.root / "app").rglob("*") if path.is_file()}
+    assert {name for name in files if "__pycache__" not in name} == modules | {
+        "gates.py",
+        "shop/__init__.py",
+        "dashboard.html",
+        "openapi.json",
+    }
+    assert not [path for path in (image.root / "app").rglob("*.py") if SECRET in path.read_text()]
+    assert {name for name in modules if f"__pycache__/{name[:-3]}." not in " ".join(files)} == set()
+
+
+def test_image_contains_no_tools_to_build_and_no_caches(image: Image) -> None:
+    programs = {path.name for folder in image.root.glob("**/bin") for path in folder.iterdir()}
+    assert programs >= {"python", "python3"}
+    assert not programs & {"pip", "pip3", "cc", "gcc", "g++", "c++", "make", "ld", "as", "cargo", "git", "uv"}
+    packages = {path.name for path in image.root.glob("opt/venv/lib/*/site-packages/*")}
+    assert packages >= {"redis", "waitress"}
+    assert not packages & {"pip", "setuptools", "wheel", "pytest"}
+    assert not [path for name in ("build", "root/.cache", "app/tests") if (path := image.root / name).exists()]
+    assert not list((image.root / "tmp").iterdir())
+
+
+def test_image_says_how_it_runs(image: Image) -> None:
+    config = image.config
+    assert config["User"] == "10001:10001"
+    assert config["Cmd"] == ["python", "wsgi.py"]
+    assert not config["Entrypoint"]
+    assert config["StopSignal"] == "SIGTERM"
+    assert config["Healthcheck"]["Test"] == ["CMD", "python", "worker.py", "check", "--any"]
+    assert config["Healthcheck"]["Timeout"] >= 2 * HEALTH_TIMEOUT * 10**9
+    labels = {name.removeprefix("org.opencontainers.image."): text for name, text in config["Labels"].items()}
+    assert labels["version"] == tinyqueue.__version__
+    assert labels["base.name"] == "localhost/tinyqueue-tests-base"
+    assert {"title", "description", "licenses", "revision", "created", "base.digest"} <= labels.keys()
+
+
+# A root that cannot be written, a host name, processes of its own, and a user without rights, as Compose does it.
+ENTER = """
+root=$1 data=$2 name=$3 user=$4; shift 4
+mount --bind "$root" "$root"
+mount -o remount,bind,ro "$root"
+mount -t proc proc "$root/proc"
+mount -t tmpfs tmpfs "$root/tmp"
+mount --bind /dev "$root/dev"
+mount --bind "$data" "$root/data"
+echo "$name" > /proc/sys/kernel/hostname
+exec chroot --userspec="$user" "$root" "$@"
+"""
+
+
+class Container:
+    """A process of the image: `process` is its first one, as seen from this machine."""
+
+    def __init__(self, image: Image, folder: Path, command: list[str], settings: dict[str, str]) -> None:
+        self.name = folder.name
+        self.log = folder / "log"
+        self.user, self.group = map(int, image.config["User"].split(":"))
+        (folder / "data").mkdir()
+        os.chown(folder / "data", self.user, self.group)  # as Docker does it with a new volume
+        variables = [*image.config["Env"], *(f"{name}={value}" for name, value in settings.items())]
+        self.env = ["env", "-i", "-C", image.config["WorkingDir"], *variables]
+        unshare = ["unshare", "--mount", "--uts", "--pid", "--fork", "sh", "-ec", ENTER, "sh"]
+        where = [str(image.root), str(folder / "data"), folder.name, image.config["User"]]
+        with self.log.open("wb") as log:
+            self.outer = subprocess.Popen([*unshare, *where, *self.env, *command], stdout=log, stderr=log)
+        children = Path(f"/proc/{self.outer.pid}/task/{self.outer.pid}/children")
+        self.pid = int(until(lambda: self.outer.poll() is None and children.read_text()))
+
+    def until_log(self, text: str) -> None:
+        with suppress(AssertionError):
+            until(lambda: text in self.log.read_text() or self.outer.poll() is not None)
+        assert text in self.log.read_text(), self.log.read_text()
+
+    def run(self, *command: str) -> subprocess.CompletedProcess[str]:
+        """Run a command inside, as `docker exec` does."""
+        enter = ["nsenter", "--target", str(self.pid), "--mount", "--uts", "--pid", "--root"]
+        user = ["--setuid", str(self.user), "--setgid", str(self.group)]
+        whole = [*enter, *user, *self.env, *command]
+        return subprocess.run(whole, capture_output=True, text=True, timeout=60, check=False)
+
+    def kill(self) -> None:
+        if self.outer.poll() is None:
+            os.kill(self.pid, SIGKILL)  # and with it all processes inside
+            self.outer.wait(30)
+
+    def stop(self) -> int:
+        """Send SIGTERM to the first process and return its exit code."""
+        os.kill(self.pid, SIGTERM)
+        return self.outer.wait(30)
+
+
+@pytest.fixture
+def start(image: Image, tmp_path: Path, real: Server) -> Iterator[Callable[..., Container]]:
+    """Start a process of the image on the real server."""
+    started: list[Container] = []
+
+    def start(*command: str, **settings: str) -> Container:
+        folder = tmp_path / f"container{len(started)}"
+        folder.mkdir()
+        settings = {"REDIS_URL": real.url, "TINYQUEUE_HANDLERS": "handlers,gates"} | settings
+        started.append(Container(image, folder, list(command), settings))
+        return started[-1]
+
+    yield start
+    for container in started:
+        container.kill()
+
+
+def test_image_serves_and_runs_jobs_on_a_read_only_root(
+    image: Image, start: Callable[..., Container], near: Queue
+) -> None:
+    port = free_port()
+    web = start(*image.config["Cmd"], PORT=str(port), HOST="127.0.0.1")
+    worker = start("python", "worker.py", PORT=str(port + 1), EXPORT_DIR="/data/exports")
+    web.until_log("web server on")
+    worker.until_log("worker started")
+    export = {"type": "export-data", "payload": {"format": "csv", "rows": [{"a": 1}]}}
+    with closing(http.client.HTTPConnection("127.0.0.1", port, timeout=20)) as connection:
+        connection.request("POST", "/jobs", json.dumps(export), {"Content-Type": "application/json"})
+        id = json.loads(connection.getresponse().read())["jobId"]
+    job = near.wait_for(id, 20)
+    assert job
+    assert job.status == "completed", job.error
+    for container in (web, worker):
+        passed = container.run(*image.config["Healthcheck"]["Test"][1:])
+        assert (passed.returncode, passed.stderr) == (0, "")
+        status = Path(f"/proc/{container.pid}/status").read_text()
+        assert re.findall(r"^Uid:\t(\d+)\t(\d+)\t(\d+)\t(\d+)$", status, re.M) == [("10001",) * 4]
+        assert re.search(r"^CapEff:\t0+$", status, re.M)
+        assert "Read-only file system" in container.run("touch", "/app/file").stderr
+    assert worker.run("python", "worker.py", "check").stdout.startswith(f"1 worker with a lease: {worker.name}-1-")
+    assert web.run("python", "worker.py", "check").returncode == 1
+    assert web.stop() == 0
+    assert worker.stop() == 0
+    assert "Traceback" not in web.log.read_text() + worker.log.read_text()
+
+
+@pytest.mark.parametrize(("timeout", "outcome"), [("20", "completed"), ("0", "pending")])
+def test_image_loses_no_job_at_sigterm(
+    start: Callable[..., Container], near: Queue, *, timeout: str, outcome: str
+) -> None:
+    job = near.enqueue("gate", "one")
+    waiting = near.enqueue("gate", "two")
+    settings = {"TINYQUEUE_SHUTDOWN_TIMEOUT": timeout, "WORKER_CONCURRENCY": "1"}
+    worker = start("python", "worker.py", **settings)
+    assert raw(near).blpop(["begun"], 20)
+    os.kill(worker.pid, SIGTERM)
+    worker.until_log("worker stopping")
+    if outcome == "completed":
+        raw(near).rpush("gate", "open")
+    assert worker.outer.wait(30) == 0
+    left = [near.get(job.id), near.get(waiting.id)]
+    assert [(job.status, job.attempts) for job in left if job] == [
+        (outcome, int(outcome == "completed")),
+        ("pending", 0),
+    ]
+    start("python", "worker.py")
+    raw(near).rpush("gate", "open", "open")
+    until(lambda: near.stats()["completed"] == 2)
+    raw(near).delete("begun", "gate")
