@@ -125,11 +125,11 @@ from typing import Any, Concatenate, Generic, Literal, NamedTuple, ParamSpec, Ty
 import msgspec
 import redis
 
-from tinyqueue_connections import Connections, shield
 from tinyqueue_json import Mismatch, Preview, created_at, describe, encode, epoch_ms, is_number, new_id, parser, to_json
 from tinyqueue_redis import (
     Clock,
     Command,
+    Connections,
     Pool,
     ask,
     connect,
@@ -138,6 +138,7 @@ from tinyqueue_redis import (
     read_replies,
     read_reply,
     send,
+    shield,
     text_of,
 )
 

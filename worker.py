@@ -93,9 +93,9 @@ from tinyqueue_config import (
     reset_signals_in_children,
     variable,
 )
-from tinyqueue_connections import THREAD, Shield
 from tinyqueue_doctor import find_broken, repair, warnings
 from tinyqueue_json import to_json
+from tinyqueue_redis import THREAD, Shield
 
 log = logging.getLogger("tinyqueue.worker")
 
@@ -346,13 +346,13 @@ class Worker:
         for _ in range(self.settings.worker_concurrency):
             self._add_slot()
         taker = self._start_thread("taker", self._take_jobs)
-        others = [self._start_thread("settler", partial(self._save_outcomes, part)) for part in self.queue.parts]
-        others.append(self._start_thread("keeper", self._keep))
+        settlers = [self._start_thread("settler", partial(self._save_outcomes, part)) for part in self.queue.parts]
+        keeper = self._start_thread("keeper", self._keep)
         mode = self._wait_for_stop()
         self.stopping.set()
         self.free_slots.put(None)  # wakes the taker if it waits for a slot
         log.info("worker stopping (%s); running jobs: %d", mode, len(self.held))
-        return self._close(self._drain(mode, taker), *others)
+        return self._close(self._drain(mode, taker), keeper, *settlers)
 
     def _start_thread(self, name: str, target: Callable[[], None]) -> threading.Thread:
         thread = threading.Thread(target=self._run_thread, args=(target,), name=name, daemon=True)
@@ -460,16 +460,16 @@ class Worker:
             jobs.sort(key=lambda job: position.get(job.id, 0))
             self._put([Outcome(job, "release") for job in jobs])
 
-    def _close(self, mode: StopMode, *threads: threading.Thread) -> int:
+    def _close(self, mode: StopMode, keeper: threading.Thread, *settlers: threading.Thread) -> int:
         """End the threads, deregister and return the exit code, within a second."""
         until = time.monotonic() + CLOSING
         self.closed.set()
         for outbox in self.outboxes.values():
             outbox.put(None)
         # Redis may hang, and so may a thread of the process that waits for it.
-        leave = threading.Thread(target=self._deregister, name="leaver", daemon=True)
+        leave = threading.Thread(target=self._deregister, args=(keeper,), name="leaver", daemon=True)
         leave.start()
-        for thread in (*threads, leave):
+        for thread in (*settlers, leave):
             thread.join(max(0.0, until - time.monotonic()))
         for _ in self.slots:
             self.wakes.put(False)
@@ -480,8 +480,9 @@ class Worker:
         log.info("worker stopped")
         return EXIT_BROKEN if mode == "broken" else int(bool(self.held))
 
-    def _deregister(self) -> None:
+    def _deregister(self, keeper: threading.Thread) -> None:
         """Remove this worker from every shard, except those that have jobs it has not settled."""
+        keeper.join(CLOSING / 2)  # a heartbeat that is on its way would renew the lease
         with self.lock:
             unsettled = {self.queue.part_of(id) for id in self.held}
         for part in self.queue.parts if self.id else ():

@@ -12,8 +12,7 @@ from conftest import RedisServer, Server, free_port, until
 from cutproxy import CutProxy
 
 from tinyqueue import Queue, Shards, Unavailable
-from tinyqueue_connections import Connections
-from tinyqueue_redis import ask, connect
+from tinyqueue_redis import Connections, ask, connect
 
 
 class Trouble(Exception):

@@ -24,7 +24,6 @@ from client import NO_BODY, PROBLEM, Answer, Client, Wire, serving, spell
 from conftest import Server, dump, free_port, put, raw, until
 
 import tinyqueue
-import tinyqueue_connections
 import tinyqueue_redis
 import tinyqueue_server
 from tinyqueue import ID, MAX_ATTEMPTS, MAX_DELAY, STATUSES, Queue, handler
@@ -1008,7 +1007,7 @@ def replica(queue: Queue) -> Iterator[None]:
 
 
 def test_submit_answers_503_while_redis_is_full(near: Queue, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tinyqueue_connections, "MEMORY_AGE", 0.2)
+    monkeypatch.setattr(tinyqueue_redis, "MEMORY_AGE", 0.2)
     api = Client(API(Settings(), near))
     with configured(near, "maxmemory", "1", "0"):
         assert_unavailable(api.post("/jobs", echo_with()), "full")

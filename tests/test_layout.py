@@ -13,9 +13,8 @@ import pytest
 REPOSITORY = Path(__file__).parent.parent
 IMPORTS = {  # each module, and those of ours that it may import
     "tinyqueue_redis": set(),
-    "tinyqueue_connections": {"tinyqueue_redis"},
     "tinyqueue_json": set(),
-    "tinyqueue": {"tinyqueue_connections", "tinyqueue_json", "tinyqueue_redis"},
+    "tinyqueue": {"tinyqueue_json", "tinyqueue_redis"},
     "tinyqueue_config": {"tinyqueue", "tinyqueue_json"},
     "tinyqueue_doctor": {"tinyqueue", "tinyqueue_redis"},
     "tinyqueue_cli": {"tinyqueue", "tinyqueue_config", "tinyqueue_doctor", "tinyqueue_json"},
@@ -27,7 +26,7 @@ IMPORTS = {  # each module, and those of ours that it may import
     # The two programs start each other, from within a function: `tinyqueue web`, and the workers of an embedded Redis.
     "worker": {
         *("tinyqueue", "tinyqueue_cli", "tinyqueue_config", "tinyqueue_doctor", "tinyqueue_json"),
-        *("tinyqueue_connections", "wsgi"),
+        *("tinyqueue_redis", "wsgi"),
     },
     "wsgi": {
         *("tinyqueue", "tinyqueue_access", "tinyqueue_config", "tinyqueue_doctor", "tinyqueue_json"),

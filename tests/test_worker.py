@@ -1501,6 +1501,37 @@ def test_drain_of_an_idle_worker_deregisters_it(queue: Queue, work: Any) -> None
     assert queue.workers() == []
 
 
+def test_drain_deregisters_a_worker_whose_heartbeat_is_on_its_way(
+    near: Queue, real: Server, proxy: CutProxy, work: Any
+) -> None:
+    """It must not renew the lease between the two steps of the deregistration."""
+    sent = threading.Event()
+    go_on = threading.Event()
+
+    def hold() -> None:
+        sent.set()
+        go_on.wait(10)
+
+    proxy.before(b'{"at":', hold)
+    running = work(real.queue(proxy.url))
+    assert sent.wait(10)
+    [about] = near.workers()
+    lease, registration = near.keys.lease(about["id"]), near.keys.worker(about["id"])
+
+    def renewed() -> None:
+        go_on.set()
+        with suppress(AssertionError):
+            until(lambda: raw(near).exists(lease), 0.3)
+
+    proxy.before(f"WATCH\r\n${len(registration)}\r\n{registration}".encode(), renewed)
+    running.stop("drain")
+    with suppress(AssertionError):
+        until(lambda: not raw(near).exists(lease), 0.2)
+    go_on.set()
+    assert running.end() == 0
+    assert near.workers() == []
+
+
 def test_drain_before_the_worker_has_started_succeeds(queue: Queue, work: Any) -> None:
     assert work(queue).end("drain") == 0
 
