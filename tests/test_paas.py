@@ -228,6 +228,7 @@ def test_files_build_the_same_image() -> None:
     about = read(".do/app.yaml")
     builds += [component["dockerfile_path"] for component in about["services"] + about["workers"]]
     assert set(builds) == {"Dockerfile"}
+    assert (ROOT / "Dockerfile").exists()
 
 
 # The names ------------------------------------------------------------------------------------------------------------
