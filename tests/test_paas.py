@@ -314,8 +314,9 @@ def call(environ: Mapping[str, str], method: str, path: str, body: str | None = 
     with closing(http.client.HTTPConnection("localhost", int(environ["PORT"]), timeout=30)) as connection:
         connection.request(method, path, body, headers)
         answer = connection.getresponse()
-        assert answer.status < 300, answer.read()
-        return json.loads(answer.read())
+        text = answer.read()
+        assert answer.status < 300, text
+        return json.loads(text) if answer.headers["Content-Type"] == "application/json" else text.decode()
 
 
 def test_procfile_serves_and_runs_jobs_as_on_heroku(self_signed: str, tmp_path: Path) -> None:
@@ -328,6 +329,7 @@ def test_procfile_serves_and_runs_jobs_as_on_heroku(self_signed: str, tmp_path: 
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # the Procfile says python
     runner = ("sh", "-c", "exec python -m honcho start >&2")
     with running(tmp_path, *runner, PATH=path, **environ) as processes:
+        assert "<title>TinyQueue</title>" in call(environ | {"TINYQUEUE_API_KEYS": ""}, "GET", "/")  # asks for the key
         assert call(environ, "GET", "/whoami") == {
             "name": "admin",
             "roles": ["submit", "read", "admin"],

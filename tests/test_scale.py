@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 import yaml
 from client import Client, running
-from conftest import Server, free_port, put, raw, until
+from conftest import Server, free_port, lapse, put, raw, until
 
 import worker
 from tinyqueue import SAMPLED, Failure, Job, Queue, Shards, handler
@@ -95,6 +95,12 @@ def test_scale_ignores_the_waiting_jobs_of_a_paused_queue_but_not_its_running_on
     assert queue.scale() == queue.scale(["default"]) == NOTHING | {"processing": 1, "load": 1}
     queue.resume("default")
     assert counts(queue, "default") == (1, 1)
+
+
+def test_scale_counts_a_running_job_whose_worker_was_lost(queue: Queue) -> None:
+    """So an autoscaler keeps or starts a worker, which reaps the lost one."""
+    lapse(queue, put(queue, "processing").worker)
+    assert counts(queue) == (0, 1)
 
 
 def test_scale_counts_due_jobs_that_no_worker_has_promoted_in_their_queues(queue: Queue) -> None:
@@ -376,6 +382,17 @@ def test_scaler_starts_and_stops_workers_by_the_load_and_cuts_off_no_job(
     ended = [near.get(job.id) for job in jobs]
     assert {(job.status, job.attempts) for job in ended if job} == {("completed", 1)}
     assert near.metrics().keys() & {"released", "reaped", "retried"} == set()
+
+
+def test_scaler_starts_a_worker_for_a_due_job_that_nobody_has_promoted(near: Queue, fleet: Fleet) -> None:
+    job = near.enqueue("gate", "handlers.py", delay=0.2)  # a file that exists
+    scaler = Scaler(lambda: near.scale(["default"])["load"], fleet.scale_to)
+    assert scaler.step() == 0
+    until(lambda: near.now() >= job.run_at)
+    assert scaler.step() == 1
+    until(lambda: (now := near.get(job.id)) and now.status == "completed")
+    fleet.scale_to(0)
+    assert [process.wait(20) for process in fleet.stopping] == [0]
 
 
 def test_scaler_without_the_metric_keeps_workers_and_starts_the_fallback() -> None:
