@@ -78,6 +78,7 @@ from tinyqueue import (
     backoff,
     check_name,
     is_delay,
+    is_suspect,
 )
 from tinyqueue_config import (
     EXIT_TIME,
@@ -513,7 +514,7 @@ class Worker:
                 failures = 0
                 self._finish_start(jobs)
                 for job in (job for job in jobs if job.status == "pending"):
-                    if job.suspect:
+                    if is_suspect(job):
                         free -= self._start_alone(worker, job)
                     else:  # a reply was lost: adopt finds what is still in the list
                         self.adopt_at = 0.0
@@ -591,7 +592,7 @@ class Worker:
 
     def _finish_start(self, jobs: Sequence[Job]) -> None:
         """Wait for the end of a suspect."""
-        if any(job.suspect and job.status == "processing" for job in jobs):
+        if any(is_suspect(job) and job.status == "processing" for job in jobs):
             self._wait_until_idle()
 
     def _start_alone(self, worker: str, suspect: Job) -> int:
@@ -682,7 +683,11 @@ class Worker:
             return False
         try:
             outcomes = self._collect_outcomes()
-            started = self._save_and_start(self.id, outcomes) if outcomes else 0
+            try:
+                started = self._save_and_start(self.id, outcomes) if outcomes else 0
+            except BaseException:  # the worker will stop, and the settlers save these before
+                self._put(outcomes, again=True)
+                raise
         finally:
             self.cycle.release()
         for _ in range(len(outcomes) - started):
