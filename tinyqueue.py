@@ -52,6 +52,10 @@ round trips however many jobs it moves. No Lua.
     Every verb that fills a list rings its bell, and every verb keeps the counts and the metrics.
     Whatever ends a job frees its uniqueKey and leaves a token for those who wait for it.
 
+    A slot is a thread of a worker that runs one job at a time (in a cluster: Redis' hash slot). To
+    trim is to delete ended jobs that were kept long enough. A shard is one of several queues that
+    are used as one. doctor is the command that checks Redis and the settings.
+
 Keys. All share one hash tag, the namespace, and so one slot of a cluster.
 
     {queue}:job:<id>          string  the record: the job as JSON, without id and default values
