@@ -59,6 +59,10 @@ round trips however many jobs it moves. No Lua.
     worker at a time takes, adopts and starts, or an id would be started twice. A worker that was
     reaped may wake up and take ids. take lists it as a worker again, so reap requeues them too.
 
+    A slot is a thread of a worker that runs one job at a time (in a cluster: Redis' hash slot). To
+    trim is to delete ended jobs that were kept long enough. A shard is one of several queues that
+    are used as one. doctor is the command that checks Redis and the settings.
+
 Keys. All share one hash tag, the namespace, and so one slot of a cluster.
 
     {queue}:job:<id>          string  the record: the job as JSON, without id and default values
