@@ -59,6 +59,10 @@ round trips however many jobs it moves. No Lua.
     worker at a time takes, adopts and starts, or an id would be started twice. A worker that was
     reaped may wake up and take ids. take lists it as a worker again, so reap requeues them too.
 
+    A slot is a thread of a worker that runs one job at a time (in a cluster: Redis' hash slot). To
+    trim is to delete ended jobs that were kept long enough. A shard is one of several queues that
+    are used as one. doctor is the command that checks Redis and the settings.
+
 Keys. All share one hash tag, the namespace, and so one slot of a cluster.
 
     {queue}:job:<id>          string  the record: the job as JSON, without id and default values
@@ -204,6 +208,7 @@ SUSPICIOUS = 2  # after this many lost workers that ran a job along with others,
 # Attempts that release refunds. Without a limit, a job longer than every shutdown timeout would
 # never end.
 MAX_REFUNDS = 10
+SAMPLED = 100  # due jobs that a count for scaling reads while no worker promotes them
 SCANNED = 1000  # jobs that one page of a listing or one bulk change looks at
 PAGE_BYTES = 32 << 20  # of the records that it looks at
 READ_BYTES = 1 << 20  # of the records that it reads with one command
@@ -1736,6 +1741,48 @@ class Queue(Verbs):
             **({"history": self._history(now, minutes)} if minutes else {}),
         }
 
+    def scale(self, names: Sequence[str] = ()) -> dict[str, int]:
+        """Count the jobs that need workers now, of these queues or of all.
+
+        `ready` jobs are due, and their queue is not paused. `load` adds the jobs in `processing`.
+        Due jobs that no worker has promoted yet are ready too. If these are more than SAMPLED, only
+        the first are read. The others are expected to have the same queues, and at least one job is
+        counted for every queue that may have one. So a first worker starts, which promotes them.
+        """
+        now = self.now()
+        due = self.keys.delayed, "-inf", now
+        reads = ("ZCOUNT", *due), ("ZRANGEBYSCORE", *due, "LIMIT", 0, SAMPLED)
+        tables = ("HGETALL", self.keys.counts), ("SMEMBERS", self.keys.paused)
+        counted, paused, late, first = self.store.read(*tables, *reads)
+        self._note_paused(paused)
+        counts = {field: _read_count(value) for field, value in pairs(counted)}
+        names = list(dict.fromkeys(names)) or sorted(_queues_in(pairs(counted)))
+        waiting = self._not_paused([name for name in names if counts.get("pending:" + name)])
+        lists = [self.keys.jobs(name) for name in waiting]
+        found = self.store.read(*(("LLEN", key) for key in lists), *(("LINDEX", key, -1) for key in lists))
+        sizes, heads = found[: len(lists)], filter(None, found[len(lists) :])
+        promotable = self._pending_among(first)
+        share = Counter(job.queue for job in promotable)
+        ready = 0
+        for name, size in zip(waiting, sizes, strict=True):
+            unpromoted = max(math.ceil(share[name] * late / max(len(first), 1)), int(late > len(first)))
+            ready += min(counts["pending:" + name], size + unpromoted)
+        ready = min(ready, sum(sizes) + late)
+        ages = [job.waited(now) for job in (*promotable, *self._pending_among(heads)) if job.queue in waiting]
+        processing = sum(counts.get("processing:" + name, 0) for name in names)
+        return {
+            "ready": ready,
+            "processing": processing,
+            "load": ready + processing,
+            "oldestWaitingMs": max(ages, default=0),
+        }
+
+    def _pending_among(self, entries: Iterable[bytes]) -> list[Job]:
+        ids = _named(entries)
+        records = self.store.read(("MGET", *map(self.keys.job, ids)))[0] if ids else []
+        jobs = (_listed(id, record, 0) for id, record in zip(ids, records, strict=True) if record)
+        return [job for job in jobs if job.status == "pending"]
+
     def _history(self, now: int, minutes: int) -> list[dict[str, int]]:
         """Count what started and ended in each minute, oldest first. The last is not over yet."""
         fields = ("started", *ENDED, "waitedMs")
@@ -2293,6 +2340,9 @@ class Shards(Verbs):
         history = reduce(_added, ({minute["at"]: minute for minute in stats.pop("history", ())} for stats in each))
         total: dict[str, Any] = reduce(_added, each)
         return total | ({"history": [history[at] for at in sorted(history)[-minutes:]]} if minutes else {})
+
+    def scale(self, names: Sequence[str] = ()) -> dict[str, int]:
+        return reduce(_added, (shard.scale(names) for shard in self.parts))
 
     def workers(self) -> list[dict[str, Any]]:
         """Like Queue.workers. A worker is alive if any shard has its lease."""
