@@ -104,9 +104,8 @@ Three rules carry everything
 
 tinyqueue_job.py says what a job is: its errors, its record, its handlers and the checks of input.
 Here come first the bounds, the keys and transactions, and the verbs that are made of other verbs.
-Then the verbs of the queue follow the life of a job, up to upkeep. Reading, metrics and shards come
-last.
-`grep '# [A-Z].* ---' tinyqueue.py` prints the table of contents.
+Then the verbs of the queue follow the life of a job, up to upkeep. Reading, metrics and shards
+come last. `grep '# [A-Z].* ---' tinyqueue.py` prints the table of contents.
 """
 
 from __future__ import annotations
@@ -412,8 +411,8 @@ class Store:
         self.memory = self.connections.memory
         self.keys = Keys(namespace)
         self.clock = Clock()
-        self._series: frozenset[str] = frozenset()  # the <type>:<queue> that have their own metrics
-        self._series_known = False  # whether these were read and no others have been met since
+        self.series: frozenset[str] = frozenset()  # the <type>:<queue> that have their own metrics
+        self.series_known = False  # whether these were read and no others have been met since
 
     def read(self, *commands: Command) -> list[Any]:
         """Send commands and return their replies. Despite its name it may write.
@@ -434,7 +433,7 @@ class Store:
         repeat them if so. After a time-out the first EXEC may still arrive. Only a watch makes a
         second EXEC safe then, so without a watch this raises Unavailable.
         """
-        if counts and not self._series_known:
+        if counts and not self.series_known:
             _learn_series(self)
         late = False
         for _ in range(TRIES):
@@ -1760,7 +1759,8 @@ class Queue(Verbs):
         waiting = self._not_paused([name for name in names if counts.get("pending:" + name)])
         lists = [self.keys.jobs(name) for name in waiting]
         found = self.store.read(*(("LLEN", key) for key in lists), *(("LINDEX", key, -1) for key in lists))
-        sizes, heads = found[: len(lists)], filter(None, found[len(lists) :])
+        sizes = found[: len(lists)]
+        heads = filter(None, found[len(lists) :])
         promotable = self._pending_among(first)
         share = Counter(job.queue for job in promotable)
         ready = 0
@@ -1930,15 +1930,15 @@ def _worker(id: str, about: bytes, lease: bytes | None) -> dict[str, Any]:
 
 
 def _learn_series(store: Store) -> None:
-    store._series_known = True  # at once, so that other threads do not read them too
+    store.series_known = True  # at once, so that other threads do not read them too
     try:
         found = store.read(("SMEMBERS", store.keys.series))[0]
     except Unavailable as trouble:
-        store._series_known = False
+        store.series_known = False
         if trouble.reason == "timeout":  # the transaction would only wait as long again
             raise
     else:
-        store._series |= set(map(text_of, found))
+        store.series |= set(map(text_of, found))
 
 
 def _metric_commands(store: Store, tx: Transaction) -> list[Command]:
@@ -1950,13 +1950,13 @@ def _metric_commands(store: Store, tx: Transaction) -> list[Command]:
     if not tx.measured:
         return []
     met = {f"{type}:{queue}" for _, type, queue in tx.measured}
-    new = sorted(met - store._series)[: max(0, SERIES - len(store._series))]
+    new = sorted(met - store.series)[: max(0, SERIES - len(store.series))]
     if new:
-        store._series |= set(new)
-        store._series_known = False
+        store.series |= set(new)
+        store.series_known = False
     sums: defaultdict[str, int] = defaultdict(int)
     for (event, type, queue), times in tx.measured.items():
-        name = known if (known := f"{type}:{queue}") in store._series else "other:other"
+        name = known if (known := f"{type}:{queue}") in store.series else "other:other"
         if times[0] < 0:
             sums[f"{event}:{name}"] += len(times)
         else:
