@@ -193,6 +193,7 @@ def test_zeros_of_many_types_and_queues_stay_within_the_limit(
     queue: Queue, monkeypatch: pytest.MonkeyPatch, no_handlers: None
 ) -> None:
     monkeypatch.setattr(wsgi, "SERIES", 10)
+
     def greet(payload: dict[str, Any]) -> None: ...
 
     for number in range(8):
