@@ -28,7 +28,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from contextlib import suppress
 from functools import cache, cached_property, partial
 from http import HTTPStatus
-from itertools import accumulate
+from itertools import accumulate, product
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 from urllib.parse import parse_qsl, quote
@@ -726,6 +726,8 @@ METRICS = (
     ("job_waiting_seconds", "histogram", "type queue", "time from when a job could start until it started"),
     ("job_running_seconds", "histogram", "type queue", "time from an attempt's start until its outcome was stored"),
 )
+# Alerts watch these, so they are exposed before the first job of a type in a queue that is served.
+FAILURES = {"jobs_failed", "jobs_reaped"}
 
 
 class Scrape:
@@ -738,6 +740,8 @@ class Scrape:
         workers = [worker for worker in queue.workers() if worker["alive"]]
         pairs = dict.fromkeys(labels[:2] for counts in counters.values() for labels in counts)
         pairs |= dict.fromkeys((type, handler.queue) for type, handler in HANDLERS.items())
+        served = dict.fromkeys(name for worker in workers for name in worker["queues"])
+        unused = [pair for pair in product(HANDLERS, served) if pair not in pairs][: max(0, SERIES - len(pairs))]
         queues = sorted(stats["queues"].items(), key=lambda item: -item[1]["pending"] - item[1]["processing"])[:SERIES]
         self.values: dict[str, Any] = {
             "jobs": {(name, status): queue[status] for name, queue in queues for status in UNENDED},
@@ -758,7 +762,8 @@ class Scrape:
             if kind == "counter" and labels:
                 counts = started if what == "jobs_started" else counters.get(what.removeprefix("jobs_"), {})
                 # Also zeros: Prometheus sees no increase when a counter first appears with a value.
-                self.values[what] = {pair: counts.get(pair, 0) for pair in pairs}
+                more = unused if what in FAILURES else ()
+                self.values[what] = {pair: counts.get(pair, 0) for pair in (*pairs, *more)}
 
     def collect(self) -> Iterator[Any]:
         from prometheus_client import core
