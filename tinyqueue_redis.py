@@ -26,6 +26,8 @@ from redis.crc import key_slot
 from redis.retry import Retry as NoRetries
 from redis.sentinel import MasterNotFoundError, Sentinel, SentinelConnectionPool
 
+from tinyqueue_embedded import SCHEME, EmbeddedConnection, StartError, folder_of
+
 log = logging.getLogger("tinyqueue")
 
 Command = tuple[Any, ...]
@@ -295,8 +297,10 @@ def connect(url: str, *, tag: str = "queue", connections: int = 100, tls_verify:
         "socket_keepalive": True,
         "health_check_interval": 0,
     }
-    if url.startswith("unix:"):
+    if url.startswith(("unix:", SCHEME)):
         del options["socket_keepalive"]
+    if url.startswith(SCHEME):
+        return redis.ConnectionPool(EmbeddedConnection, folder=folder_of(url), **options)
     if url.startswith("rediss") and not tls_verify:
         log.warning("TINYQUEUE_TLS_VERIFY=0: the certificate of the Redis server is not verified")
         options |= {"ssl_cert_reqs": "none", "ssl_check_hostname": False}
@@ -306,7 +310,7 @@ def connect(url: str, *, tag: str = "queue", connections: int = 100, tls_verify:
     except _WrongURL:
         raise
     except (ValueError, TypeError, redis.RedisError) as error:
-        forms = "redis://, rediss://, unix:// or redis+sentinel://host:port,host:port/service"
+        forms = "redis://, rediss://, unix://, embedded: or redis+sentinel://host:port,host:port/service"
         hint = "unknown option after ?" if isinstance(error, TypeError) else f"use {forms}"
         text = f"REDIS_URL cannot be used: {hint}; percent-encode special characters in the password"
         raise _WrongURL(text) from None
@@ -652,7 +656,7 @@ class Connections:
         try:
             return self.pool.get_connection()
         except redis.ConnectionError as error:
-            clear = isinstance(error, MasterNotFoundError) or "connecting to" in str(error)
+            clear = isinstance(error, MasterNotFoundError | StartError) or "connecting to" in str(error)
             if clear or explain(error)[0] != "unreachable":
                 raise
             raise self._greeting() or error from error  # the server has spoken first, or has hung up
