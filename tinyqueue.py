@@ -90,8 +90,8 @@ Three rules carry everything
     3. Waiting never holds work. An idle worker blocks on the bell, never on a list of jobs, so a
        lost reply loses no job.
 
-Errors, keys, the job and transactions come first. Then the verbs follow the life of a job, up to
-upkeep. Reading, shards, handlers and input checks come last.
+Keys, the job and transactions come first. Then the verbs follow the life of a job, up to upkeep.
+Reading, errors, shards, handlers and input checks come last.
 `grep '# [A-Z].* ---' tinyqueue.py` prints the table of contents.
 """
 
@@ -99,7 +99,6 @@ from __future__ import annotations
 
 import hashlib
 import heapq
-import importlib
 import inspect
 import itertools
 import logging
@@ -108,7 +107,6 @@ import os
 import random
 import re
 import socket
-import sys
 import threading
 import time
 import typing
@@ -118,30 +116,28 @@ from bisect import bisect_left
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
-from datetime import UTC, datetime, timedelta
+from contextlib import suppress
+from datetime import datetime
 from functools import partial, reduce
 from typing import Any, Concatenate, Generic, Literal, NamedTuple, ParamSpec, TypeAlias, TypeVar, cast
 
 import msgspec
 import redis
 
-from tinyqueue_json import encode, error_text, parse_time, to_json, type_name, whole_floats
+from tinyqueue_json import Mismatch, Preview, created_at, describe, encode, epoch_ms, is_number, new_id, parser, to_json
 from tinyqueue_redis import (
     Clock,
     Command,
     Connections,
     Pool,
     ask,
-    ask_each,
     connect,
     explain,
-    memory_use,
     pairs,
-    parse_info,
     read_replies,
     read_reply,
     send,
+    shield,
     text_of,
 )
 
@@ -151,113 +147,6 @@ __version__ = "0.1.0"
 __path__ = [os.path.dirname(os.path.abspath(__file__))]
 
 log = logging.getLogger("tinyqueue")
-
-
-# Errors ---------------------------------------------------------------------------------------------------------------
-
-
-class TinyQueueError(Exception):
-    """The base of all errors of TinyQueue. What does not exist is None or empty, not an error."""
-
-
-class SettingsError(TinyQueueError):
-    """A setting or the handlers module is wrong. The text is one line that says what to do."""
-
-
-class InvalidJob(TinyQueueError):
-    """A field of a job, or another argument such as a cursor, is invalid. Nothing was changed.
-
-    `field` is the wrong field as JSON clients know it, and `rule` says what it must be. `path` is
-    the place inside the payload (``$.to``), or empty.
-    """
-
-    def __init__(self, field: str, rule: str, path: str = "") -> None:
-        super().__init__(f"{field}{path.removeprefix('$')}: {rule}")
-        self.field = field
-        self.rule = rule
-        self.path = path
-
-
-class UnknownType(InvalidJob):
-    """No handler is registered for that type. `known` lists the registered types."""
-
-    def __init__(self, type: str, known: Sequence[str]) -> None:
-        todo = "restart this process after adding a handler"
-        rule = f"no handler is registered for {type!r}; registered: {', '.join(known) or 'none'}; {todo}"
-        super().__init__("type", rule)
-        self.type = type
-        self.known = list(known)
-
-
-class KeyReused(TinyQueueError):
-    """The Idempotency-Key was used before, for a different request. Nothing was stored."""
-
-
-class QueueFull(TinyQueueError):
-    """A queue would have more pending jobs than TINYQUEUE_MAX_PENDING. Nothing was stored.
-
-    Or there would be more than MAX_QUEUES queues.
-    """
-
-
-class NotReplicated(TinyQueueError):
-    """The jobs are stored and will run, but on fewer replicas than TINYQUEUE_MIN_REPLICAS.
-
-    A failover now may lose them. `jobs` lists them. Submitting again makes new jobs, except under
-    the same Idempotency-Key: that waits for the replicas once more.
-    """
-
-    def __init__(self, jobs: Sequence[Job], reached: int, wanted: int) -> None:
-        stored = f"job {jobs[0].id} is" if len(jobs) == 1 else f"{len(jobs)} jobs are"
-        them = "it" if len(jobs) == 1 else "them"
-        super().__init__(f"{stored} stored and will run, but only {reached} of {wanted} replicas have {them} so far")
-        self.jobs = list(jobs)
-
-
-class WrongStatus(TinyQueueError):
-    """The job's status does not allow the verb. Nothing was changed. `job` is the current job."""
-
-    def __init__(self, verb: str, job: Job, why: str = "") -> None:
-        super().__init__(f"cannot {verb} job {job.id}: {why or f'it is {job.status}'}")
-        self.verb = verb
-        self.job = job
-
-
-class Unavailable(TinyQueueError):
-    """Redis did not carry out a command.
-
-    `reason` is unreachable, timeout, loading, full, read-only, refused or busy. `doubtful` means
-    that a write was sent and its reply was lost: the write may have been applied.
-    """
-
-    def __init__(self, reason: str, detail: str, doubtful: bool = False) -> None:
-        super().__init__(f"Redis is unavailable ({reason}): {detail}")
-        self.reason = reason
-        self.doubtful = doubtful
-
-
-class Corrupted(TinyQueueError):
-    """A key holds what TinyQueue never writes. `applied`: all other commands were carried out."""
-
-    applied = False
-
-
-class Reaped(TinyQueueError):
-    """The worker was reaped and its jobs were requeued. It must drop them and register again.
-
-    `parts` are the shards that reaped it. It keeps the jobs of the other shards. Without shards,
-    `parts` is empty.
-    """
-
-    def __init__(self, text: str) -> None:
-        super().__init__(text)
-        self.parts: list[Queue] = []
-
-
-def _translated(error: Exception) -> TinyQueueError:
-    """Translate an error of the Redis client."""
-    reason, text = explain(error)
-    return Unavailable(reason, text) if reason else Corrupted(f"Redis answered: {text}")
 
 
 # Bounds: a part of the contract, not tunables -------------------------------------------------------------------------
@@ -286,7 +175,6 @@ WRITERS = 4  # handlers of a worker that write progress at the same time; the ot
 BLOCK = 2.0  # seconds of one wait for the bell
 CATCH_UP = 1000  # milliseconds that replicas have to receive a write
 PAUSE_AGE = 0.1  # seconds for which the known set of paused queues is used
-MEMORY_AGE = 2.0  # seconds for which a reading of Redis' memory is used
 SERIES = 1000  # pairs of type and queue in the metrics: each adds some thirty lines to a scrape
 BUCKETS = (10, 50, 250, 1000, 5000, 15_000, 60_000, 300_000, 1_800_000, math.inf)  # ms
 NAME = re.compile(r"[A-Za-z0-9._-]{1,100}")  # of queues, types, workers: cannot spell another key
@@ -361,10 +249,8 @@ class Failure(msgspec.Struct, rename="camel", omit_defaults=True):
 
     @classmethod
     def of(cls, error: BaseException, traceback: str = "") -> Failure:
-        """Describe an exception. Escapes text that JSON cannot hold, such as lone surrogates."""
-        texts = error_text(error), traceback
-        message, trace = (str.encode(text, "utf-8", "backslashreplace").decode() for text in texts)
-        return cls(type_name(error)[:100], message[:1000], trace[-4000:])
+        """Describe an exception."""
+        return cls(*describe(error, traceback))
 
 
 class Job(msgspec.Struct, rename="camel", omit_defaults=True, dict=True):
@@ -406,12 +292,14 @@ class Job(msgspec.Struct, rename="camel", omit_defaults=True, dict=True):
         """Whether it must run alone: workers were lost while running it beside other jobs."""
         return self.suspicions >= SUSPICIOUS
 
-    def view(self) -> Job:
-        """Return a copy for the handler. What the handler does to it changes nothing stored.
+    def view(self, payload: bytes) -> Job:
+        """Return a copy for the handler, with its payload in JSON decoded again.
 
-        Only `cancelled` and `set_progress` reach the job itself.
+        What the handler does to it changes nothing stored: only `cancelled` and `set_progress`
+        reach the job itself.
         """
-        view = _decode_job(encode(self))
+        error = msgspec.structs.replace(self.error) if self.error else None
+        view = msgspec.structs.replace(self, payload=msgspec.json.decode(payload), error=error)
         view.__dict__["_own"] = self
         return view
 
@@ -465,30 +353,7 @@ class Attempt(msgspec.Struct, rename="camel"):
     cancel_requested: bool = False
 
 
-class Preview(str):
-    """The beginning of the JSON of a payload or a result that a listing cuts."""
-
-    __slots__ = ()
-
-    @classmethod
-    def of(cls, value: msgspec.Raw | bytes, size: int) -> Preview | msgspec.Raw:
-        """Copy what is shown, because a Raw keeps the whole record in memory."""
-        text = memoryview(value)
-        if len(text) > size:
-            return cls(str(text[:size], "utf-8", "ignore"))
-        str(text, "utf-8")  # raises UnicodeDecodeError: nothing else has read it
-        return msgspec.Raw(bytes(text))
-
-
-class _Listed(Job):
-    """A job whose payload and result are not decoded."""
-
-    payload: msgspec.Raw
-    result: msgspec.Raw = msgspec.Raw(b"null")
-
-
 _decode_job = msgspec.json.Decoder(Job).decode
-_decode_listed = msgspec.json.Decoder(_Listed).decode
 _decode_attempt = msgspec.json.Decoder(Attempt).decode
 _ID_PART = len('{"id":"') + 36 + len('",')  # how an encoded job begins; a record leaves this out
 
@@ -497,24 +362,16 @@ def _record(job: Job) -> bytes:
     return b"{" + encode(job)[_ID_PART:]
 
 
-def _job(id: str, record: bytes, cut: int | None = None) -> Job:
-    """Read a record. An unreadable one becomes a failed job that shows it, so no reader crashes.
-
-    With `cut`, its payload and its result stay JSON: a Raw, or a Preview of that many bytes.
-    """
+def _job(id: str, record: bytes, decode: Callable[[bytes], Job] = _decode_job) -> Job:
+    """Read a record. An unreadable one becomes a failed job that shows it, so no reader crashes."""
     try:
-        decode = _decode_job if cut is None else _decode_listed
         job = decode(b'{"id":"%b",%b' % (id.encode(), record[1:]))
         if job.id != id:
             raise msgspec.DecodeError("a record must not hold an id")
-        if cut is not None:
-            job.payload = Preview.of(job.payload, cut)
-            job.result = Preview.of(job.result, cut)
         return job
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         text = record[:10_000].decode("utf-8", "backslashreplace")
-        shown = text if cut is None else Preview.of(encode(text), cut)
-        return Job(id, "unreadable", shown, status="failed", error=Failure(UNREADABLE, str(error)))
+        return Job(id, "unreadable", text, status="failed", error=Failure(UNREADABLE, str(error)))
 
 
 def _expired(job: Job, now: int) -> bool:
@@ -533,22 +390,6 @@ def _attempt(job: Job) -> tuple[str, int, int, int]:
 
 def _runs(job: Job, worker: str) -> bool:
     return job.status == "processing" and job.worker == worker
-
-
-def created_at(id: str) -> int:
-    """When the job of that id was created: a UUIDv7 (RFC 9562) begins with milliseconds."""
-    return int(id[:8] + id[9:13], 16)
-
-
-_order = itertools.count()
-
-
-def _new_id(now: int) -> str:
-    """Make a UUIDv7 from Redis time in ms. A counter keeps the ids of one millisecond in order."""
-    noise = int.from_bytes(os.urandom(8), "big")
-    number = now << 80 | 7 << 76 | (next(_order) & 0xFFF) << 64 | 2 << 62 | noise & 0x3FFFFFFFFFFFFFFF
-    digits = f"{number:032x}"
-    return f"{digits[:8]}-{digits[8:12]}-{digits[12:16]}-{digits[16:20]}-{digits[20:]}"
 
 
 # Transactions ---------------------------------------------------------------------------------------------------------
@@ -663,16 +504,12 @@ class Store:
 
     def __init__(self, pool: Any, namespace: str) -> None:
         self.connections = Connections(pool, harmless=TinyQueueError, translate=_translated)
+        self.lend = self.connections.lend
+        self.memory = self.connections.memory
         self.keys = Keys(namespace)
         self.clock = Clock()
-        self._memory: tuple[float, dict[str, str]] = (-1e9, {})  # when INFO was read, and its reply
         self._series: frozenset[str] = frozenset()  # the <type>:<queue> that have their own metrics
         self._series_known = False  # whether these were read and no others have been met since
-
-    def lend(self) -> AbstractContextManager[Any]:
-        """Lend a connection. TimedOut cannot interrupt the one who borrows it."""
-        lent = self.connections.lend()
-        return lent if (own := shield()) is NO_SHIELD else _shielded(own, lent)
 
     def read(self, *commands: Command) -> list[Any]:
         """Send commands and return their replies. Despite its name it may write.
@@ -680,12 +517,6 @@ class Store:
         Each command is carried out by itself, unless they include MULTI and EXEC.
         """
         return self.transact((), lambda tx: tx.read(*commands), counts=False)
-
-    def now(self) -> int:
-        """Redis TIME in milliseconds."""
-        if self.clock.stale:
-            self.read()
-        return self.clock.now()
 
     # The transaction loop. Skip it on a first reading: a body reads, then writes; it is repeated
     # until no watched key has changed.
@@ -735,7 +566,7 @@ class Store:
     def _run(self, tx: Transaction, body: Callable[[Transaction], R]) -> tuple[R, list[Command]]:
         try:
             result = body(tx)
-            return result, tx.commands() + self._metric_commands(tx)
+            return result, tx.commands() + _metric_commands(self, tx)
         except TinyQueueError:
             tx.unwatch()
             raise
@@ -759,43 +590,6 @@ class Store:
         else:
             self._series |= set(map(text_of, found))
 
-    def _metric_commands(self, tx: Transaction) -> list[Command]:
-        """Add up the events of all jobs of one type and queue.
-
-        Above SERIES of them, new ones count as other, so that invented names fill neither Redis nor
-        Prometheus. Processes that meet new ones at the same moment may exceed SERIES a little.
-        """
-        met = {f"{type}:{queue}" for _, type, queue in tx.measured}
-        new = sorted(met - self._series)[: max(0, SERIES - len(self._series))]
-        if new:
-            self._series |= set(new)
-            self._series_known = False
-        sums: Counter[str] = Counter()
-        for (event, type, queue), times in tx.measured.items():
-            name = known if (known := f"{type}:{queue}") in self._series else "other:other"
-            if times[0] < 0:
-                sums[f"{event}:{name}"] += len(times)
-            else:
-                sums[f"{event}Ms:{name}"] += sum(times)
-                for at, count in Counter([bisect_left(BUCKETS, ms) for ms in times]).items():
-                    sums[f"{event}:{name}:{BUCKETS[at]}"] += count
-        added: list[Command] = [("SADD", self.keys.series, *new)] if new else []
-        return added + [("HINCRBY", self.keys.metrics, field, by) for field, by in sums.items() if by]
-
-    def memory(self) -> dict[str, str]:
-        """Return INFO memory, up to MEMORY_AGE seconds old; empty if Redis does not give it."""
-        read_at, info = self._memory
-        if time.monotonic() - read_at > MEMORY_AGE:
-            info = {}
-            try:
-                with self.lend() as connection:
-                    info = parse_info(ask_each(connection, [("INFO", "memory")])[0])
-            except Unavailable as trouble:
-                if trouble.reason == "timeout":  # the submit would only wait as long again
-                    raise
-            self._memory = (time.monotonic(), info)
-        return info
-
 
 def _checked(replies: list[Any]) -> list[Any]:
     """Return the replies to EXEC, or raise the first error. The other commands were applied."""
@@ -816,7 +610,7 @@ def _read_count(value: bytes | None) -> int:
         raise Corrupted(f"expected a count, found {value!r}") from None
 
 
-# The queue ------------------------------------------------------------------------------------------------------------
+# Transitions of jobs --------------------------------------------------------------------------------------------------
 
 
 class Once(msgspec.Struct):
@@ -854,138 +648,8 @@ class Outcome(NamedTuple):
     after: float | None = None
 
 
-class Verbs(ABC):
-    """The verbs that Queue and Shards share, because they only call other verbs.
-
-    `parts` are the shards, or the queue itself.
-    """
-
-    parts: list[Queue]
-
-    @abstractmethod
-    def now(self) -> int: ...
-    @abstractmethod
-    def part_of(self, id: str) -> Queue: ...
-    @abstractmethod
-    def submit(self, jobs: Sequence[Job], once: Once | None = None) -> list[Job]: ...
-    @abstractmethod
-    def take(self, worker: str, names: Sequence[str], most: int) -> list[bytes]: ...
-    @abstractmethod
-    def adopt(self, worker: str, held: Collection[str]) -> list[bytes]: ...
-    @abstractmethod
-    def start(self, worker: str, ids: Sequence[bytes]) -> list[Job]: ...
-    @abstractmethod
-    def settle(self, worker: str, outcomes: Sequence[Outcome]) -> list[Outcome]: ...
-    @abstractmethod
-    def cancel(self, id: str) -> Job | None: ...
-    @abstractmethod
-    def retry(self, id: str) -> Job | None: ...
-    @abstractmethod
-    def forget(self, status: str, ids: Sequence[bytes]) -> int: ...
-    @abstractmethod
-    def page(
-        self, filter: Filter, *, limit: int = 50, cursor: str = "", cut: int | None = None
-    ) -> tuple[list[Job], str]: ...
-
-    @property
-    def last_contact(self) -> float:
-        """When Redis last carried out a command, in monotonic seconds. With shards: any of them."""
-        return max(part.store.connections.last_contact for part in self.parts)
-
-    @property
-    def memory_use(self) -> float:
-        """The share of maxmemory that Redis uses, or 0 without a limit; of shards the highest."""
-        return max(memory_use(part.store.memory()) for part in self.parts)
-
-    @property
-    def last_trouble(self) -> float:
-        """When Redis last failed to carry out a command."""
-        return max(part.store.connections.last_trouble for part in self.parts)
-
-    def disconnect(self) -> None:
-        """Close all connections. Do this before a fork: each process must open its own."""
-        for part in self.parts:
-            part.store.connections.disconnect()
-
-    def draft(self, type: str, payload: Any, **options: Any) -> Job:
-        """Check and make a job without storing it. Options as for `make_job`."""
-        return make_job(self.now(), type, payload, **options)
-
-    def enqueue(self, type: str, payload: Any, **options: Any) -> Job:
-        """Check and store one job. Options as for `make_job`, errors as for `submit`."""
-        return self.submit([self.draft(type, payload, **options)])[0]
-
-    def enqueue_many(self, type: str, payloads: Iterable[Any], **options: Any) -> list[Job]:
-        """Check and store up to 1,000 jobs of one type, all or none."""
-        return self.submit([self.draft(type, payload, **options) for payload in payloads])
-
-    def dequeue(self, worker: str, names: Sequence[str], most: int = 1) -> list[Job]:
-        """Take and start up to `most` jobs. Return an empty list if there are none."""
-        ids = self.take(worker, names, most)
-        jobs = self.start(worker, ids) if ids else []
-        if left := {job.id.encode() for job in jobs if job.status == "pending" and not job.suspect}:
-            jobs += self.start(worker, [id for id in self.adopt(worker, ()) if id in left])
-        return [job for job in jobs if job.status == "processing"]
-
-    def complete(self, job: Job, result: Any = None) -> None:
-        """Complete a started job with its result. Raises Reaped if its worker has lost it."""
-        self._settle_one(Outcome(job, "complete", result=result))
-
-    def fail(self, job: Job, error: Failure, after: float | None = None) -> None:
-        """Fail an attempt. The next starts `after` seconds later, if any is left; None: never."""
-        self._settle_one(Outcome(job, "fail", error=error, after=after))
-
-    def release(self, job: Job) -> None:
-        """Requeue a started job at the head of its queue. Refunds up to MAX_REFUNDS attempts."""
-        self._settle_one(Outcome(job, "release"))
-
-    def reap_in(self, parts: Sequence[Queue], worker: str) -> int:
-        """Reap a worker in some of the shards. Returns how many of its jobs were requeued.
-
-        Jobs in different shards count as run beside each other. So does whatever it may have run in
-        a shard that is away. The other shards are reaped even if one fails.
-        """
-        ran: dict[Queue, int] = {}
-        for part in self.parts:
-            with suppress(Unavailable):
-                ran[part] = part.running(worker)
-        beside = sum(ran.values()) + len(self.parts) - len(ran)
-        return sum(_try_each(parts, lambda part: part.reap(worker, beside - ran.get(part, 1))))
-
-    def _settle_one(self, outcome: Outcome) -> None:
-        if self.settle(outcome.job.worker, [outcome]):
-            raise Reaped(f"job {outcome.job.id} is no longer with worker {outcome.job.worker}")
-
-    def change_many(self, verb: Literal["cancel", "retry"], filter: Filter, cursor: str = "") -> dict[str, Any]:
-        """Look at up to 1,000 jobs and cancel or retry those that match.
-
-        Continue with the returned cursor. Each job is changed in its own transaction. Those whose
-        status changed meanwhile are counted as skipped.
-        """
-        jobs, cursor = self.page(filter, limit=SCANNED, cursor=cursor, cut=0)
-        change = self.cancel if verb == "cancel" else self.retry
-        done = 0
-        for job in jobs:
-            with suppress(WrongStatus):
-                done += change(job.id) is not None
-        return {"cancelled" if verb == "cancel" else "retried": done, "skipped": len(jobs) - done, "cursor": cursor}
-
-    def purge(self, filter: Filter, cursor: str = "") -> dict[str, Any]:
-        """Look at up to 1,000 ended jobs and delete those that match.
-
-        Continue with the returned cursor.
-        """
-        if filter.status not in ENDED:
-            raise InvalidJob("status", f"must be one of {', '.join(ENDED)}: other jobs have not ended")
-        jobs, cursor = self.page(filter, limit=SCANNED, cursor=cursor, cut=0)
-        return {"purged": self.forget(filter.status, [job.id.encode() for job in jobs]), "cursor": cursor}
-
-
-class Queue(Verbs):
-    """A queue in one namespace.
-
-    Threads may share it. Forked processes may too, if it was not used before the fork.
-    """
+class Transitions:
+    """What Queue does to the jobs of its namespace: all transitions, the upkeep and the reading."""
 
     def __init__(
         self,
@@ -1002,7 +666,7 @@ class Queue(Verbs):
         self.store = Store(pool, check_name("namespace", namespace))
         self.pool = pool
         self.keys = self.store.keys
-        self.parts = [self]  # the queues that this one consists of: itself
+        self.parts = [cast(Queue, self)]  # the queues that this one consists of: itself
         self.lease = lease
         self.lease_ms = int(lease * 1000)
         kept = {"completed": keep_completed, "failed": keep_failed, "cancelled": keep_failed}
@@ -1020,31 +684,11 @@ class Queue(Verbs):
     def clock(self) -> Clock:
         return self.store.clock
 
-    @classmethod
-    def from_url(
-        cls, url: str, *, namespace: str = "queue", connections: int = 100, tls_verify: bool = True, **options: Any
-    ) -> Queue:
-        """Make a queue at a redis, rediss, unix or redis+sentinel URL. Connects on first use."""
-        try:
-            pool = connect(url, tag=namespace, connections=connections, tls_verify=tls_verify)
-        except ValueError as error:
-            raise SettingsError(str(error)) from None
-        return cls(pool, namespace=namespace, **options)
-
-    @classmethod
-    def embedded(cls, **options: Any) -> Queue:
-        """Make a queue on a Redis in this process, for tests and a first run. Persists nothing."""
-        import fakeredis  # slow to import
-
-        return cls(fakeredis.FakeRedis(server=fakeredis.FakeServer(), protocol=2).connection_pool, **options)
-
     def now(self) -> int:
         """Redis TIME in milliseconds."""
-        return self.store.now()
-
-    def part_of(self, id: str) -> Queue:
-        """Return the queue that has the job of that id: this one."""
-        return self
+        if self.clock.stale:
+            self.store.read()
+        return self.clock.now()
 
     # Enqueue ----------------------------------------------------------------------------------------------------------
 
@@ -1064,7 +708,7 @@ class Queue(Verbs):
         """
         if len(jobs) > MAX_JOBS:
             raise InvalidJob("jobs", f"must be at most {MAX_JOBS} at a time")
-        if memory_use(self.store.memory()) > MEMORY_SHARE:
+        if self.store.connections.memory_use > MEMORY_SHARE:
             raise Unavailable("full", f"more than {MEMORY_SHARE:.0%} of its maxmemory is used")
         ids = {job.id for job in jobs}
         unique = [self.keys.unique(key) for key in dict.fromkeys(job.unique_key for job in jobs if job.unique_key)]
@@ -1127,27 +771,6 @@ class Queue(Verbs):
             tx.write("SET", self.keys.unique(key), job.id)
         return accepted
 
-    def claim(self, once: Once) -> None:
-        """Take an Idempotency-Key for a submit that goes to another shard. Raises KeyReused.
-
-        Nothing -> once, without job ids. Watches the key. The other shard has the record with the
-        ids. The key stays taken if that submit fails. The same request may then be sent again.
-        """
-        key = self.keys.once(once.key)
-
-        def body(tx: Transaction) -> None:
-            if not (stored := tx.read(("GET", key))[0]):
-                tx.write("SET", key, encode(Made(once.fingerprint, [])), "PX", self.keep_once_ms)
-            elif _made(stored).fingerprint != once.fingerprint:
-                raise KeyReused(KEY_REUSED)
-
-        self.store.transact([key], body)
-
-    def count_pending(self, names: Sequence[str]) -> dict[str, int]:
-        """Count the pending jobs of some queues."""
-        counts = self.store.read(("HMGET", self.keys.counts, *("pending:" + name for name in names)))[0]
-        return dict(zip(names, map(_read_count, counts), strict=True))
-
     def _check_room(self, tx: Transaction, wanted: Mapping[str, int], elsewhere: Mapping[str, int]) -> None:
         """Raise QueueFull. Watches nothing: concurrent submits may exceed the limits a little."""
         if self.max_pending:
@@ -1175,9 +798,8 @@ class Queue(Verbs):
 
     def register(self, queues: Sequence[str], concurrency: int, worker: str = "") -> str:
         """Register a new worker and return its id. It must renew its lease with heartbeats."""
-        host = _host()
         worker = worker or _new_worker_id()
-        about = {"host": host, "pid": os.getpid(), "queues": list(queues), "concurrency": concurrency}
+        about = {"host": _host(), "pid": os.getpid(), "queues": list(queues), "concurrency": concurrency}
         about["startedAt"] = self.now()
 
         def body(tx: Transaction) -> str:
@@ -1573,7 +1195,7 @@ class Queue(Verbs):
         lease that exists can be renewed with one command. An expired one is set again under WATCH
         of the registration.
         """
-        beat = encode({"at": self.now(), "jobs": list(jobs), "beat": next(_order)})  # each one differs
+        beat = encode({"at": self.now(), "jobs": list(jobs), "beat": time.monotonic_ns()})  # each one differs
         renewal = ("SET", self.keys.lease(worker), beat, "PX", self.lease_ms)
         if self.store.read((*renewal, "XX"))[0] is not None:
             if jobs:  # if the set of workers was lost, reap must still find this one
@@ -1737,40 +1359,28 @@ class Queue(Verbs):
                 self._forget_empty(empty[at : at + 100])
 
     def _forget_empty(self, names: Sequence[str]) -> None:
-        """Delete the counts of queues without jobs, and first what is left in their lists.
+        """Delete the counts of queues without jobs. Drop up to 100 ids from the list of each.
 
-        Watches the counts, which every verb changes that makes a job pending.
+        The ids are those of cancelled jobs. Watches the counts, which every verb changes that makes
+        a job pending, and the lists.
         """
-        fields = [field + name for name in names for field in ("pending:", "processing:")]
-
-        def body(tx: Transaction) -> list[str]:
-            counts, *sizes = tx.read(
-                ("HMGET", self.keys.counts, *fields), *(("LLEN", self.keys.jobs(name)) for name in names)
-            )
-            used = {
-                field.partition(":")[2]
-                for field, count in zip(fields, counts, strict=True)
-                if count not in (None, b"0")
-            }
-            left = [name for name, size in zip(names, sizes, strict=True) if size and name not in used]
-            if gone := set(names) - used - set(left):
-                tx.write("HDEL", self.keys.counts, *(field for field in fields if field.partition(":")[2] in gone))
-                tx.write("DEL", *map(self.keys.bell, gone))
-            return left
-
-        for name in self.store.transact([self.keys.counts], body):
-            self._drop_leftovers(self.keys.jobs(name))
-
-    def _drop_leftovers(self, key: str) -> None:
-        """Drop up to 1,000 ids from a list of cancelled jobs, as a worker would that takes them."""
+        lists = [self.keys.jobs(name) for name in names]
 
         def body(tx: Transaction) -> None:
-            ids = tx.read(("LRANGE", key, -MAX_JOBS, -1))[0]
-            for job in self._read_jobs(tx, ids, watch=True):
+            fields = [(f"pending:{name}", f"processing:{name}") for name in names]
+            counts, *entries = tx.read(
+                ("HMGET", self.keys.counts, *itertools.chain(*fields)), *(("LRANGE", key, -100, -1) for key in lists)
+            )
+            idle = [at for at in range(len(names)) if {*counts[2 * at : 2 * at + 2]} <= {None, b"0"}]
+            for job in self._read_jobs(tx, itertools.chain(*(entries[at] for at in idle)), watch=True):
                 self._set_aside(tx, job)
-            tx.write("LTRIM", key, 0, -1 - len(ids))
+            for at in idle:
+                tx.write("LTRIM", lists[at], 0, -1 - len(entries[at]))
+                if len(entries[at]) < 100:
+                    tx.gather("HDEL", self.keys.counts, *fields[at])
+                    tx.write("DEL", self.keys.bell(names[at]))
 
-        self.store.transact([key], body)
+        self.store.transact([self.keys.counts, *lists], body)
 
     def forget(self, status: str, ids: Sequence[bytes]) -> int:
         """Delete ended jobs and their entries in the index of that status. Return how many.
@@ -1780,27 +1390,22 @@ class Queue(Verbs):
         is full, Redis refuses every transaction, and so every retry. Then this deletes without one.
         """
         index = self.keys.ended[status]
-        keys = [self.keys.job(text_of(id)) for id in ids]
+        watched = [self.keys.job(text_of(id)) for id in ids] if status != "completed" else []
 
-        def choose(tx: Transaction) -> list[Command]:
-            scores = tx.read(*(("ZSCORE", index, id) for id in ids)) if status != "completed" else ids
-            gone = [at for at, score in enumerate(scores) if score is not None]
-            return [("DEL", *(keys[at] for at in gone)), ("ZREM", index, *(ids[at] for at in gone))] if gone else []
-
-        def body(tx: Transaction) -> list[Command]:
-            chosen = choose(tx)
-            for command in chosen:
-                tx.write(*command)
-            return chosen
+        def delete(tx: Transaction, write: Callable[..., Any]) -> int:
+            scores = tx.read(*(("ZSCORE", index, id) for id in ids)) if watched else ids
+            gone = [id for id, score in zip(ids, scores, strict=True) if score is not None]
+            if gone:
+                write("DEL", *(self.keys.job(text_of(id)) for id in gone))
+                write("ZREM", index, *gone)
+            return len(gone)
 
         try:
-            chosen = self.store.transact(keys if status != "completed" else (), body)
+            return self.store.transact(watched, lambda tx: delete(tx, tx.write))
         except Unavailable as trouble:
             if trouble.reason != "full":
                 raise
-            if chosen := self.store.transact((), choose):
-                self.store.read(*chosen)
-        return len(chosen[0]) - 1 if chosen else 0
+        return self.store.transact((), lambda tx: delete(tx, lambda *command: tx.read(command)))
 
     # Reading ----------------------------------------------------------------------------------------------------------
 
@@ -1848,12 +1453,9 @@ class Queue(Verbs):
         if not job or job.status not in UNENDED:
             return job
         while job and job.status in UNENDED and (left := until - time.monotonic()) > 0:
-            # Read it again, because it may have ended before it was marked as awaited.
-            _, record = self.store.read(("SADD", self.keys.awaited, id), ("GET", self.keys.job(id)))
-            job = _job(id, record) if record else None
-            if job and job.status in UNENDED:
+            if not self.await_ends([id]):
                 self.wait_for_end([id], min(left, BLOCK))
-                job = self.get(id)
+            job = self.get(id)
         self.forget_awaited([id])
         return job
 
@@ -1922,7 +1524,7 @@ class Queue(Verbs):
             for _, group in itertools.groupby(zip(sizes, part, strict=True), lambda item: item[0] // READ_BYTES):
                 wanted = [id for _, id in group]
                 for id, record in zip(wanted, self.store.read(("MGET", *map(self.keys.job, wanted)))[0], strict=True):
-                    yield (_job(id, record, cut), len(record)) if record else (None, 0)
+                    yield (_listed(id, record, cut), len(record)) if record else (None, 0)
 
     def _find_entries(self, filter: Filter, before: Place) -> list[Entry]:
         """Return the first SCANNED + 1 places after the cursor at which a job may be listed."""
@@ -2114,6 +1716,49 @@ class Queue(Verbs):
         used = self.store.read(("INCR", key), ("EXPIRE", key, seconds))[0]
         return limit - used, seconds - now // 1000 % seconds
 
+    # For submits to other shards --------------------------------------------------------------------------------------
+
+    def claim(self, once: Once) -> None:
+        """Take an Idempotency-Key for a submit that goes to another shard. Raises KeyReused.
+
+        The other shard has the record with the job ids. The key stays taken if that submit fails.
+        The same request may then be sent again.
+        """
+        key = self.keys.once(once.key)
+        claim = ("SET", key, encode(Made(once.fingerprint, [])), "NX", "PX", self.keep_once_ms)
+        stored = self.store.read(claim, ("GET", key))[1]
+        if stored and _made(stored).fingerprint != once.fingerprint:
+            raise KeyReused(KEY_REUSED)
+
+    def count_pending(self, names: Sequence[str]) -> dict[str, int]:
+        """Count the pending jobs of some queues."""
+        counts = self.store.read(("HMGET", self.keys.counts, *("pending:" + name for name in names)))[0]
+        return dict(zip(names, map(_read_count, counts), strict=True))
+
+
+def _metric_commands(store: Store, tx: Transaction) -> list[Command]:
+    """Add up the events of all jobs of one type and queue.
+
+    Above SERIES of them, new ones count as other, so that invented names fill neither Redis nor
+    Prometheus. Processes that meet new ones at the same moment may exceed SERIES a little.
+    """
+    met = {f"{type}:{queue}" for _, type, queue in tx.measured}
+    new = sorted(met - store._series)[: max(0, SERIES - len(store._series))]
+    if new:
+        store._series |= set(new)
+        store._series_known = False
+    sums: Counter[str] = Counter()
+    for (event, type, queue), times in tx.measured.items():
+        name = known if (known := f"{type}:{queue}") in store._series else "other:other"
+        if times[0] < 0:
+            sums[f"{event}:{name}"] += len(times)
+        else:
+            sums[f"{event}Ms:{name}"] += sum(times)
+            for at, count in Counter([bisect_left(BUCKETS, ms) for ms in times]).items():
+                sums[f"{event}:{name}:{BUCKETS[at]}"] += count
+    added: list[Command] = [("SADD", store.keys.series, *new)] if new else []
+    return added + [("HINCRBY", store.keys.metrics, field, by) for field, by in sums.items() if by]
+
 
 def _queues_in(counts: Iterable[tuple[str, bytes]]) -> set[str]:
     return {field.partition(":")[2] for field, _ in counts if ":" in field}
@@ -2143,6 +1788,31 @@ def _worker(id: str, about: bytes, lease: bytes | None) -> dict[str, Any]:
 # Filters and cursors --------------------------------------------------------------------------------------------------
 
 
+class _Listed(Job):
+    """A job whose payload and result are not decoded."""
+
+    payload: msgspec.Raw
+    result: msgspec.Raw = msgspec.Raw(b"null")
+
+
+_decode_listed = msgspec.json.Decoder(_Listed).decode
+
+
+def _listed(id: str, record: bytes, cut: int | None) -> Job:
+    """Read a record. With `cut`, payload and result stay JSON: a Raw, or a Preview of that size."""
+    if cut is None:
+        return _job(id, record)
+
+    def decode(text: bytes) -> Job:
+        job = _decode_listed(text)
+        return msgspec.structs.replace(job, payload=Preview.of(job.payload, cut), result=Preview.of(job.result, cut))
+
+    job = _job(id, record, decode)
+    if not isinstance(job, _Listed):  # the record cannot be read
+        job.payload = Preview.of(encode(job.payload), cut)
+    return job
+
+
 class Filter(NamedTuple):
     """Which jobs a listing returns or a bulk change touches: those that match all that is given."""
 
@@ -2168,15 +1838,293 @@ def _place_of(cursor: str) -> Place:
     return int(match[1]), match[2]
 
 
-# Shards ---------------------------------------------------------------------------------------------------------------
+# Errors ---------------------------------------------------------------------------------------------------------------
 
 
-class Registration(NamedTuple):
-    """What a worker registered with, and the shards in which it is not registered at present."""
+class TinyQueueError(Exception):
+    """The base of all errors of TinyQueue. What does not exist is None or empty, not an error."""
 
-    queues: Sequence[str]
-    concurrency: int
-    absent: set[Queue]
+
+class SettingsError(TinyQueueError):
+    """A setting or the handlers module is wrong. The text is one line that says what to do."""
+
+
+class InvalidJob(TinyQueueError):
+    """A field of a job, or another argument such as a cursor, is invalid. Nothing was changed.
+
+    `field` is the wrong field as JSON clients know it, and `rule` says what it must be. `path` is
+    the place inside the payload (``$.to``), or empty.
+    """
+
+    def __init__(self, field: str, rule: str, path: str = "") -> None:
+        super().__init__(f"{field}{path.removeprefix('$')}: {rule}")
+        self.field = field
+        self.rule = rule
+        self.path = path
+
+
+class UnknownType(InvalidJob):
+    """No handler is registered for that type. `known` lists the registered types."""
+
+    def __init__(self, type: str, known: Sequence[str]) -> None:
+        todo = "restart this process after adding a handler"
+        rule = f"no handler is registered for {type!r}; registered: {', '.join(known) or 'none'}; {todo}"
+        super().__init__("type", rule)
+        self.type = type
+        self.known = list(known)
+
+
+class KeyReused(TinyQueueError):
+    """The Idempotency-Key was used before, for a different request. Nothing was stored."""
+
+
+class QueueFull(TinyQueueError):
+    """More than TINYQUEUE_MAX_PENDING jobs of a queue, or MAX_QUEUES queues. Nothing was stored."""
+
+
+class NotReplicated(TinyQueueError):
+    """The jobs are stored and will run, but on fewer replicas than TINYQUEUE_MIN_REPLICAS.
+
+    A failover now may lose them. `jobs` lists them. Submitting again makes new jobs, except under
+    the same Idempotency-Key: that waits for the replicas once more.
+    """
+
+    def __init__(self, jobs: Sequence[Job], reached: int, wanted: int) -> None:
+        stored = f"job {jobs[0].id} is" if len(jobs) == 1 else f"{len(jobs)} jobs are"
+        them = "it" if len(jobs) == 1 else "them"
+        super().__init__(f"{stored} stored and will run, but only {reached} of {wanted} replicas have {them} so far")
+        self.jobs = list(jobs)
+
+
+class WrongStatus(TinyQueueError):
+    """The job's status does not allow the verb. Nothing was changed. `job` is the current job."""
+
+    def __init__(self, verb: str, job: Job, why: str = "") -> None:
+        super().__init__(f"cannot {verb} job {job.id}: {why or f'it is {job.status}'}")
+        self.verb = verb
+        self.job = job
+
+
+class Unavailable(TinyQueueError):
+    """Redis did not carry out a command.
+
+    `reason` is unreachable, timeout, loading, full, read-only, refused or busy. `doubtful` means
+    that a write was sent and its reply was lost: the write may have been applied.
+    """
+
+    def __init__(self, reason: str, detail: str, doubtful: bool = False) -> None:
+        super().__init__(f"Redis is unavailable ({reason}): {detail}")
+        self.reason = reason
+        self.doubtful = doubtful
+
+
+class Corrupted(TinyQueueError):
+    """A key holds what TinyQueue never writes. `applied`: all other commands were carried out."""
+
+    applied = False
+
+
+class Reaped(TinyQueueError):
+    """The worker was reaped and its jobs were requeued. It must drop them and register again.
+
+    `parts` are the shards that reaped it. It keeps the jobs of the other shards. Without shards,
+    `parts` is empty.
+    """
+
+    parts: Sequence[Queue] = ()
+
+
+def _translated(error: Exception) -> TinyQueueError:
+    """Translate an error of the Redis client."""
+    reason, text = explain(error)
+    return Unavailable(reason, text) if reason else Corrupted(f"Redis answered: {text}")
+
+
+# Queues and shards ----------------------------------------------------------------------------------------------------
+
+
+class Verbs(ABC):
+    """The verbs that need nothing but other verbs, or the same verb of the shards.
+
+    `parts` are the shards, or the queue itself.
+    """
+
+    parts: list[Queue]
+
+    @abstractmethod
+    def now(self) -> int: ...
+    @abstractmethod
+    def part_of(self, id: str) -> Queue: ...
+    @abstractmethod
+    def submit(self, jobs: Sequence[Job], once: Once | None = None) -> list[Job]: ...
+    @abstractmethod
+    def take(self, worker: str, names: Sequence[str], most: int) -> list[bytes]: ...
+    @abstractmethod
+    def adopt(self, worker: str, held: Collection[str]) -> list[bytes]: ...
+    @abstractmethod
+    def start(self, worker: str, ids: Sequence[bytes]) -> list[Job]: ...
+    @abstractmethod
+    def settle(self, worker: str, outcomes: Sequence[Outcome]) -> list[Outcome]: ...
+
+    @property
+    def last_contact(self) -> float:
+        """When Redis last carried out a command, in monotonic seconds. With shards: any of them."""
+        return max(part.store.connections.last_contact for part in self.parts)
+
+    @property
+    def memory_use(self) -> float:
+        """The share of maxmemory that Redis uses, or 0 without a limit; of shards the highest."""
+        return max(part.store.connections.memory_use for part in self.parts)
+
+    @property
+    def last_trouble(self) -> float:
+        """When Redis last failed to carry out a command."""
+        return max(part.store.connections.last_trouble for part in self.parts)
+
+    def disconnect(self) -> None:
+        """Close all connections. Do this before a fork: each process must open its own."""
+        for part in self.parts:
+            part.store.connections.disconnect()
+
+    def draft(self, type: str, payload: Any, **options: Any) -> Job:
+        """Check and make a job without storing it. Options as for `make_job`."""
+        return make_job(self.now(), type, payload, **options)
+
+    def enqueue(self, type: str, payload: Any, **options: Any) -> Job:
+        """Check and store one job. Options as for `make_job`, errors as for `submit`."""
+        return self.submit([self.draft(type, payload, **options)])[0]
+
+    def enqueue_many(self, type: str, payloads: Iterable[Any], **options: Any) -> list[Job]:
+        """Check and store up to 1,000 jobs of one type, all or none."""
+        return self.submit([self.draft(type, payload, **options) for payload in payloads])
+
+    def dequeue(self, worker: str, names: Sequence[str], most: int = 1) -> list[Job]:
+        """Take and start up to `most` jobs. Return an empty list if there are none."""
+        ids = self.take(worker, names, most)
+        jobs = self.start(worker, ids) if ids else []
+        if left := {job.id.encode() for job in jobs if job.status == "pending" and not job.suspect}:
+            jobs += self.start(worker, [id for id in self.adopt(worker, ()) if id in left])
+        return [job for job in jobs if job.status == "processing"]
+
+    def complete(self, job: Job, result: Any = None) -> None:
+        """Complete a started job with its result. Raises Reaped if its worker has lost it."""
+        self._settle_one(Outcome(job, "complete", result=result))
+
+    def fail(self, job: Job, error: Failure, after: float | None = None) -> None:
+        """Fail an attempt. The next starts `after` seconds later, if any is left; None: never."""
+        self._settle_one(Outcome(job, "fail", error=error, after=after))
+
+    def release(self, job: Job) -> None:
+        """Requeue a started job at the head of its queue. Refunds up to MAX_REFUNDS attempts."""
+        self._settle_one(Outcome(job, "release"))
+
+    def reap_in(self, parts: Sequence[Queue], worker: str) -> int:
+        """Reap a worker in some of the shards. Returns how many of its jobs were requeued.
+
+        Jobs in different shards count as run beside each other. So does whatever it may have run in
+        a shard that is away. The other shards are reaped even if one fails.
+        """
+        ran: dict[Queue, int] = {}
+        for part in self.parts:
+            with suppress(Unavailable):
+                ran[part] = part.running(worker)
+        beside = sum(ran.values()) + len(self.parts) - len(ran)
+        return sum(_try_each(parts, lambda part: part.reap(worker, beside - ran.get(part, 1))))
+
+    def _settle_one(self, outcome: Outcome) -> None:
+        if self.settle(outcome.job.worker, [outcome]):
+            raise Reaped(f"job {outcome.job.id} is no longer with worker {outcome.job.worker}")
+
+    def get(self, id: str) -> Job | None:
+        return self.part_of(id).get(id)
+
+    def wait_for(self, id: str, seconds: float) -> Job | None:
+        return self.part_of(id).wait_for(id, seconds)
+
+    def cancel(self, id: str) -> Job | None:
+        return self.part_of(id).cancel(id)
+
+    def retry(self, id: str) -> Job | None:
+        return self.part_of(id).retry(id)
+
+    def write_progress(self, job: Job) -> None:
+        self.part_of(job.id).write_progress(job)
+
+    def _by_shard(self, items: Iterable[T], id: Callable[[T], str]) -> dict[Queue, list[T]]:
+        """Group items by the shard of the job whose id `id` returns."""
+        parts: defaultdict[Queue, list[T]] = defaultdict(list)
+        for item in items:
+            parts[self.part_of(id(item))].append(item)
+        return parts
+
+    def forget(self, status: str, ids: Sequence[bytes]) -> int:
+        return sum(shard.forget(status, part) for shard, part in self._by_shard(ids, text_of).items())
+
+    def page(
+        self, filter: Filter | None = None, *, limit: int = 50, cursor: str = "", cut: int | None = None
+    ) -> tuple[list[Job], str]:
+        """Like Queue.page. Merges the pages of the shards as far as all of them have looked."""
+        pages = [shard.page(filter, limit=limit, cursor=cursor, cut=cut) for shard in self.parts]
+        horizon = max((_place_of(cursor) for _, cursor in pages if cursor), default=(0, ""))
+        found = sorted((job for jobs, _ in pages for job in jobs), key=Job.place, reverse=True)
+        seen = [job for job in found if job.place() >= horizon]
+        if len(seen) > limit:
+            at, id = seen[limit - 1].place()
+            return seen[:limit], f"{at}.{id}"
+        return seen, f"{horizon[0]}.{horizon[1]}" if horizon[1] else ""
+
+    def change_many(self, verb: Literal["cancel", "retry"], filter: Filter, cursor: str = "") -> dict[str, Any]:
+        """Look at up to 1,000 jobs and cancel or retry those that match.
+
+        Continue with the returned cursor. Each job is changed in its own transaction. Those whose
+        status changed meanwhile are counted as skipped.
+        """
+        jobs, cursor = self.page(filter, limit=SCANNED, cursor=cursor, cut=0)
+        change = self.cancel if verb == "cancel" else self.retry
+        done = 0
+        for job in jobs:
+            with suppress(WrongStatus):
+                done += change(job.id) is not None
+        return {"cancelled" if verb == "cancel" else "retried": done, "skipped": len(jobs) - done, "cursor": cursor}
+
+    def purge(self, filter: Filter, cursor: str = "") -> dict[str, Any]:
+        """Look at up to 1,000 ended jobs and delete those that match.
+
+        Continue with the returned cursor.
+        """
+        if filter.status not in ENDED:
+            raise InvalidJob("status", f"must be one of {', '.join(ENDED)}: other jobs have not ended")
+        jobs, cursor = self.page(filter, limit=SCANNED, cursor=cursor, cut=0)
+        return {"purged": self.forget(filter.status, [job.id.encode() for job in jobs]), "cursor": cursor}
+
+
+class Queue(Transitions, Verbs):
+    """A queue in one namespace.
+
+    Threads may share it. Forked processes may too, if it was not used before the fork.
+    """
+
+    @classmethod
+    def from_url(
+        cls, url: str, *, namespace: str = "queue", connections: int = 100, tls_verify: bool = True, **options: Any
+    ) -> Queue:
+        """Make a queue at a redis, rediss, unix or redis+sentinel URL. Connects on first use."""
+        try:
+            pool = connect(url, tag=namespace, connections=connections, tls_verify=tls_verify)
+        except ValueError as error:
+            raise SettingsError(str(error)) from None
+        return cls(pool, namespace=namespace, **options)
+
+    @classmethod
+    def embedded(cls, **options: Any) -> Queue:
+        """Make a queue on a Redis in this process, for tests and a first run. Persists nothing."""
+        import fakeredis  # slow to import
+
+        return cls(fakeredis.FakeRedis(server=fakeredis.FakeServer(), protocol=2).connection_pool, **options)
+
+    def part_of(self, id: str) -> Queue:
+        """Return the queue that has the job of that id: this one."""
+        return self
 
 
 class Shards(Verbs):
@@ -2194,12 +2142,10 @@ class Shards(Verbs):
 
     def __init__(self, shards: Sequence[Queue]) -> None:
         self.parts = list(shards)
-        self.clock = shards[0].clock
         self.lease = shards[0].lease
-        self.lease_ms = shards[0].lease_ms
-        self.keep_ms = shards[0].keep_ms
         self._turn = itertools.count(random.randrange(len(shards)))
-        self._registrations: dict[str, Registration] = {}  # by worker, of those that this process registered
+        # By worker, of those that this process registered: how, and where it is not at present.
+        self._registrations: dict[str, tuple[Callable[[Queue], str], set[Queue]]] = {}
         self._open_threads()
         for shard in shards:
             shard.store.connections.guard(f"shard {shard.keys.prefix[1:-2]}")
@@ -2207,7 +2153,7 @@ class Shards(Verbs):
     def _open_threads(self) -> None:
         self._waiters = ThreadPoolExecutor(len(self.parts), "bell")
         self._callers = ThreadPoolExecutor(2 * len(self.parts), "shard")
-        self._waits: dict[int, Future[bool]] = {}
+        self._waits: dict[Queue, Future[bool]] = {}
 
     def disconnect(self) -> None:
         """Close all connections and end all threads. A fork would not take the threads along."""
@@ -2224,31 +2170,29 @@ class Shards(Verbs):
     def _index_of(self, key: str) -> int:
         return zlib.crc32(key.encode()) % len(self.parts)
 
-    def _by_shard(self, items: Iterable[T], id: Callable[[T], str]) -> list[tuple[Queue, list[T]]]:
-        """Group items by the shard of the job whose id `id` returns."""
-        parts: defaultdict[Queue, list[T]] = defaultdict(list)
-        for item in items:
-            parts[self.part_of(id(item))].append(item)
-        return list(parts.items())
-
     def _from(self, first: int) -> list[Queue]:
         """Return all shards, beginning with that one."""
         first %= len(self.parts)
         return [*self.parts[first:], *self.parts[:first]]
 
     def _try_first(self, call: Callable[[Queue], T], first: int = 0) -> T:
-        """Return the result of the first shard that is available, beginning with that one."""
+        """Return the result of the first shard that is available, beginning with that one.
+
+        A call that may have written something is not repeated in another shard.
+        """
         for shard in self._from(first):
             try:
                 return call(shard)
             except Unavailable as error:
                 trouble = error
+                if error.doubtful:
+                    break
         raise trouble
 
     def _call_all(self, call: Callable[[Queue], T], must: bool = False) -> list[T]:
         """Like _try_each, in all shards at the same time: one that hangs holds up no other."""
         with shield():  # a handler that calls this shares the threads with the worker
-            return _results(list(self._callers.map(partial(_try_call, call), self.parts)), must)
+            return _try_each(self.parts, call, must, self._callers.map)
 
     def now(self) -> int:
         """Return the time of a shard that this process knows, or else of the first that answers."""
@@ -2266,33 +2210,26 @@ class Shards(Verbs):
         elif once and (at := self._index_of(once.key)) not in indexes:
             self.parts[at].claim(once)
         if indexes:
-            return self._submit_to(indexes.pop(), jobs, once)
-        first = next(self._turn)
-        for at in range(first, first + len(self.parts)):
-            try:
-                return self._submit_to(at % len(self.parts), jobs, once)
-            except Unavailable as error:
-                trouble = error
-                if error.doubtful:  # the jobs may be stored, and must not be stored again elsewhere
-                    break
-        raise trouble
+            return self._submit_to(self.parts[indexes.pop()], jobs, once)
+        return self._try_first(lambda shard: self._submit_to(shard, jobs, once), next(self._turn))
 
-    def _submit_to(self, at: int, jobs: Sequence[Job], once: Once | None) -> list[Job]:
+    def _submit_to(self, shard: Queue, jobs: Sequence[Job], once: Once | None) -> list[Job]:
+        at = self.parts.index(shard)
         for job in jobs:
             job.id = f"{job.id[:-2]}{at:02x}"
-        shard = self.parts[at]
         elsewhere: Counter[str] = Counter()
-        if shard.max_pending:
-            names = list({job.queue for job in jobs})
-            others = [part for part in self.parts if part is not shard]
-            for counts in map(partial(_try_call, lambda part: part.count_pending(names)), others):
-                elsewhere.update(counts if isinstance(counts, dict) else {})  # what is away counts for nothing
+        names = list({job.queue for job in jobs})
+        for part in self.parts if shard.max_pending else ():
+            if part is not shard:
+                with suppress(TinyQueueError):  # what is away counts for nothing
+                    elsewhere.update(part.count_pending(names))
         return shard.submit(jobs, once, elsewhere)
 
     def register(self, queues: Sequence[str], concurrency: int, worker: str = "") -> str:
         """Like Queue.register, in every shard that answers. The heartbeat adds the others."""
         worker = worker or _new_worker_id()
-        self._registrations[worker] = Registration(queues, concurrency, set(self.parts))
+        register = partial(Queue.register, queues=queues, concurrency=concurrency, worker=worker)
+        self._registrations[worker] = register, set(self.parts)
         try:
             self._call_all(lambda shard: self._register_in(shard, worker))
         except TinyQueueError:
@@ -2301,14 +2238,13 @@ class Shards(Verbs):
         return worker
 
     def _register_in(self, shard: Queue, worker: str) -> None:
-        queues, concurrency, absent = self._registrations[worker]
-        shard.register(queues, concurrency, worker)
+        register, absent = self._registrations[worker]
+        register(shard)
         absent.discard(shard)
 
     def _absent(self, worker: str) -> set[Queue]:
         """Return the shards in which a worker of this process is known not to be registered."""
-        known = self._registrations.get(worker)
-        return known.absent if known else set()
+        return self._registrations[worker][1] if worker in self._registrations else set()
 
     def _fenced(self, worker: str, call: Callable[[Queue], T]) -> Callable[[Queue], T]:
         """Note where a worker was reaped: it takes nothing there until it registers again."""
@@ -2325,12 +2261,12 @@ class Shards(Verbs):
 
     def wait(self, names: Sequence[str], seconds: float = BLOCK) -> bool:
         """Like Queue.wait, in all shards. Waits that outlast this call go on in the next one."""
-        for at, shard in enumerate(self.parts):
-            if at not in self._waits:
-                self._waits[at] = self._waiters.submit(self._wait_in, shard, names, seconds)
+        for shard in self.parts:
+            if shard not in self._waits:
+                self._waits[shard] = self._waiters.submit(self._wait_in, shard, names, seconds)
         done, _ = wait(self._waits.values(), return_when=FIRST_COMPLETED)
-        answered = [self._waits.pop(at) for at, future in list(self._waits.items()) if future in done]
-        rung = [future.result() for future in answered]
+        self._waits = {shard: future for shard, future in self._waits.items() if future not in done}
+        rung = [future.result() for future in done]
         return any(rung)
 
     def _wait_in(self, shard: Queue, names: Sequence[str], seconds: float) -> bool:
@@ -2397,19 +2333,10 @@ class Shards(Verbs):
             error.doubtful = error.doubtful or len(parts) > 1  # the other shards may have written theirs
             raise
 
-    def write_progress(self, job: Job) -> None:
-        self.part_of(job.id).write_progress(job)
-
-    def cancel(self, id: str) -> Job | None:
-        return self.part_of(id).cancel(id)
-
     def cancel_requests(self, ids: Sequence[str]) -> list[str]:
-        parts = dict(self._by_shard(ids, str))
+        parts = self._by_shard(ids, str)
         found = _try_each(list(parts), lambda shard: shard.cancel_requests(parts[shard]))
         return [id for part in found for id in part]
-
-    def retry(self, id: str) -> Job | None:
-        return self.part_of(id).retry(id)
 
     def pause(self, name: str) -> None:
         self._call_all(lambda shard: shard.pause(name), must=True)
@@ -2422,7 +2349,7 @@ class Shards(Verbs):
 
         Raises Reaped after that, if any shard has reaped it. It registers there at the next call.
         """
-        parts = dict(self._by_shard(jobs, str))
+        parts = self._by_shard(jobs, str)
         absent = set(self._absent(worker))
 
         def beat(shard: Queue) -> None:
@@ -2452,38 +2379,12 @@ class Shards(Verbs):
     def trim(self) -> int:
         return sum(self._call_all(Queue.trim))
 
-    def forget(self, status: str, ids: Sequence[bytes]) -> int:
-        return sum(shard.forget(status, part) for shard, part in self._by_shard(ids, text_of))
-
     def ping(self) -> None:
         """Raise Unavailable unless a shard accepts writes. `warnings` names those that do not."""
         self._call_all(Queue.ping)
 
-    def get(self, id: str) -> Job | None:
-        return self.part_of(id).get(id)
-
-    def wait_for(self, id: str, seconds: float) -> Job | None:
-        return self.part_of(id).wait_for(id, seconds)
-
-    def page(
-        self, filter: Filter | None = None, *, limit: int = 50, cursor: str = "", cut: int | None = None
-    ) -> tuple[list[Job], str]:
-        """Like Queue.page. Merges the pages of the shards as far as all of them have looked."""
-        pages = [shard.page(filter, limit=limit, cursor=cursor, cut=cut) for shard in self.parts]
-        horizon = max((_place_of(cursor) for _, cursor in pages if cursor), default=(0, ""))
-        found = sorted((job for jobs, _ in pages for job in jobs), key=Job.place, reverse=True)
-        seen = [job for job in found if job.place() >= horizon]
-        if len(seen) > limit:
-            at, id = seen[limit - 1].place()
-            return seen[:limit], f"{at}.{id}"
-        return seen, f"{horizon[0]}.{horizon[1]}" if horizon[1] else ""
-
     def queues(self) -> dict[str, dict[str, Any]]:
-        found: dict[str, dict[str, Any]] = {}
-        for shard in self.parts:
-            for name, about in shard.queues().items():
-                found[name] = _added(found[name], about) if name in found else about
-        return dict(sorted(found.items()))
+        return dict(sorted(reduce(_added, (shard.queues() for shard in self.parts)).items()))
 
     def stats(self, minutes: int = 0) -> dict[str, Any]:
         """Like Queue.stats, added up.
@@ -2491,22 +2392,15 @@ class Shards(Verbs):
         A worker registers in every shard that answers, so `workers` is the highest count of any.
         """
         each = [shard.stats(minutes) for shard in self.parts]
-        history: dict[int, Any] = {}
-        for minute in itertools.chain(*(stats.pop("history", ()) for stats in each)):
-            at = minute["at"]  # not the index: a minute may begin between reading two shards
-            history[at] = _added(history[at], minute) | {"at": at} if at in history else minute
-        total = reduce(_added, each) | {"workers": max(stats["workers"] for stats in each)}
+        # By time, not by index: a minute may begin between reading two shards.
+        history = reduce(_added, ({minute["at"]: minute for minute in stats.pop("history", ())} for stats in each))
+        total: dict[str, Any] = reduce(_added, each)
         return total | ({"history": [history[at] for at in sorted(history)[-minutes:]]} if minutes else {})
 
     def workers(self) -> list[dict[str, Any]]:
-        found: dict[str, dict[str, Any]] = {}
-        for shard in self.parts:
-            for about in shard.workers():
-                known = found.setdefault(about["id"], about | {"jobs": [], "lastHeartbeat": 0})
-                known["jobs"] = known["jobs"] + about["jobs"]
-                known["lastHeartbeat"] = max(known["lastHeartbeat"], about["lastHeartbeat"])
-                known["alive"] = known["alive"] or about["alive"]  # its lease may be gone in one shard
-        return list(found.values())
+        """Like Queue.workers. A worker is alive if any shard has its lease."""
+        each = ({worker["id"]: worker for worker in shard.workers()} for shard in self.parts)
+        return list(reduce(_added, each).values())
 
     def metrics(self) -> dict[str, dict[tuple[str, ...], int]]:
         return reduce(_added, (shard.metrics() for shard in self.parts))
@@ -2519,26 +2413,23 @@ class Shards(Verbs):
         return self._try_first(lambda shard: shard.spend(who, limit, seconds), self._index_of(who))
 
 
-def _try_call(call: Callable[[Queue], T], shard: Queue) -> T | TinyQueueError:
-    try:
-        return call(shard)
-    except TinyQueueError as error:
-        return error
-
-
-def _try_each(parts: Sequence[Queue], call: Callable[[Queue], T], must: bool = False) -> list[T]:
+def _try_each(
+    parts: Sequence[Queue], call: Callable[[Queue], T], must: bool = False, run: Callable[..., Iterable[Any]] = map
+) -> list[T]:
     """Call it for each of these shards, even after errors, and return the results.
 
     Raises Reaped if any call did. Raises the first error if all failed, or with `must` if any did.
     """
-    return _results([_try_call(call, part) for part in parts], must)
 
+    def attempt(part: Queue) -> T | TinyQueueError:
+        try:
+            return call(part)
+        except TinyQueueError as error:
+            return error
 
-def _results(replies: Sequence[T | TinyQueueError], must: bool) -> list[T]:
-    """Return the results, or raise an error among them, as _try_each says."""
+    replies = list(run(attempt, parts))
     errors = [reply for reply in replies if isinstance(reply, TinyQueueError)]
-    reaped = [error for error in errors if isinstance(error, Reaped)]
-    if reaped:
+    if reaped := [error for error in errors if isinstance(error, Reaped)]:
         reaped[0].parts = [part for error in reaped for part in error.parts]
         raise reaped[0]
     if errors and (must or len(errors) == len(replies)):
@@ -2546,18 +2437,19 @@ def _results(replies: Sequence[T | TinyQueueError], must: bool) -> list[T]:
     return [reply for reply in replies if not isinstance(reply, TinyQueueError)]
 
 
-def _added(one: Any, other: Any) -> Any:
-    """Add up the reports of two shards.
+# Of these, two reports show the higher one. Most are the same in both.
+HIGHEST = {"oldestWaitingMs", "workers", "at", "lastHeartbeat", "startedAt"}
+HIGHEST |= {"id", "host", "pid", "queues", "concurrency"}
 
-    Takes the higher of two ages. A queue is paused if either shard reports it paused.
-    """
-    if not isinstance(one, dict):
-        return one or other if isinstance(one, bool) else one + other
-    both = {
-        name: _added(one[name], other[name]) if name in one and name in other else one.get(name, other.get(name))
-        for name in {**one, **other}
-    }
-    return both | {name: max(one[name], other[name]) for name in ("oldestWaitingMs",) if name in one}
+
+def _added(one: Any, other: Any, name: Any = "") -> Any:
+    """Add up the reports of two shards. What is true in either is true."""
+    if isinstance(one, dict):
+        both = one.keys() & other.keys()
+        return {**one, **other, **{name: _added(one[name], other[name], name) for name in both}}
+    if name in HIGHEST or isinstance(one, bool):
+        return max(one, other)
+    return one + other
 
 
 AnyQueue: TypeAlias = Queue | Shards
@@ -2584,12 +2476,12 @@ class Handler(Generic[P, A, R]):
         self.backoff_cap: float = options["backoff_cap"]
         self.queue: str = check_name("queue", options["queue"])
         self.payload_type, self.wants_job = _signature(function)
-        self._parse = msgspec.json.Decoder(self.payload_type).decode
+        self._parse = parser(self.payload_type)
 
     def __call__(self, payload: P, *args: A.args, **kwargs: A.kwargs) -> R:
         return self.function(payload, *args, **kwargs)
 
-    def enqueue(self, queue: AnyQueue, payload: P, /, **options: Any) -> Job:
+    def enqueue(self, queue: Verbs, payload: P, /, **options: Any) -> Job:
         """Enqueue a job of this type; mypy checks the payload too. Options as for `make_job`."""
         return queue.enqueue(self.type, payload, **options)
 
@@ -2597,51 +2489,19 @@ class Handler(Generic[P, A, R]):
         """Decode a payload as the handler's type. Raises InvalidJob with the path of a mismatch."""
         try:
             return cast(P, self._parse(payload))
-        except msgspec.ValidationError as error:
-            with suppress(msgspec.ValidationError):
-                return cast(P, self._parse(encode(whole_floats(msgspec.json.decode(payload)))))
-            rule, _, path = str(error).partition(" - at ")
-            path = path.strip("`") or "$"
-            if " matching regex " in rule:
-                rule = _description(self.payload_type, path) or rule
-            raise InvalidJob("payload", rule, path) from None
-        except (msgspec.DecodeError, RecursionError) as error:
-            raise InvalidJob("payload", str(error)) from None
+        except Mismatch as error:
+            raise InvalidJob("payload", error.rule, error.path) from None
 
     def bind(self, job: Job) -> Callable[[], Any]:
         """Return the call of the function for a started job. Raises InvalidJob like `parse`."""
-        payload = self.parse(encode(job.payload))
+        encoded = encode(job.payload)
+        payload = self.parse(encoded)
         function: Callable[..., Any] = self.function
-        return partial(function, payload, job.view()) if self.wants_job else partial(function, payload)
+        return partial(function, payload, job.view(encoded)) if self.wants_job else partial(function, payload)
 
     def run(self, job: Job) -> Any:
         """Call the function for a started job."""
         return self.bind(job)()
-
-
-def _description(payload_type: Any, path: str) -> str:
-    """Return the description that a payload's type gives for the part at a path, or nothing."""
-    (root,), parts = msgspec.json.schema_components([payload_type])
-    schemas = _alternatives(root, parts)
-    for name, index in re.findall(r"\.([^.[]+)|\[([^]]*)\]", path):
-        found: list[Any] = []
-        for schema in schemas:
-            items = schema.get("prefixItems", ())
-            if name:
-                found.append(schema.get("properties", {}).get(name))
-            elif index.isdigit() and int(index) < len(items):
-                found.append(items[int(index)])
-            else:
-                found += [schema.get("items"), schema.get("additionalProperties")]
-        schemas = [part for schema in found if isinstance(schema, dict) for part in _alternatives(schema, parts)]
-    return next((str(schema["description"]) for schema in schemas if "description" in schema), "")
-
-
-def _alternatives(schema: dict[str, Any], parts: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Return a schema with its reference resolved, or the alternatives that it consists of."""
-    if "$ref" in schema:
-        return _alternatives(parts[schema["$ref"].rpartition("/")[2]], parts)
-    return [schema, *(one for part in schema.get("anyOf", ()) for one in _alternatives(part, parts))]
 
 
 def handler(
@@ -2668,7 +2528,7 @@ def handler(
     if callable(type):
         raise TypeError("handler needs the type of the jobs: write @handler('send-email'), not @handler")
     check_name("type", type)
-    if not all(_is_number(value) for value in (300 if timeout is None else timeout, backoff, backoff_cap)):
+    if not all(is_number(value) for value in (300 if timeout is None else timeout, backoff, backoff_cap)):
         raise TypeError(f"handler {type!r}: timeout, backoff and backoff_cap must be numbers of seconds")
     if timeout is not None and not timeout > 0:
         raise TypeError(f"handler {type!r}: timeout must be above 0, or None")
@@ -2709,40 +2569,6 @@ def _signature(function: Callable[..., Any]) -> tuple[Any, bool]:
     return hints[parameters[0].name], len(parameters) == 2
 
 
-def load_handlers(modules: str) -> dict[str, Handler[Any, Any, Any]]:
-    """Import the modules that register handlers, from the working directory first.
-
-    Raises SettingsError if one cannot be imported, or if none registers a handler.
-    """
-    if sys.path[:1] != [os.getcwd()]:
-        sys.path.insert(0, os.getcwd())
-    for module in filter(None, (name.strip() for name in modules.split(","))):
-        if not all(part.isidentifier() for part in module.split(".")):
-            raise SettingsError(f"TINYQUEUE_HANDLERS: {_missing_module(module)}")
-        try:
-            importlib.import_module(module)
-        except ModuleNotFoundError as error:
-            if error.name != module.partition(".")[0] and error.name != module:
-                raise SettingsError(f"cannot import {module}: {error}") from error
-            raise SettingsError(f"TINYQUEUE_HANDLERS: {_missing_module(module)}") from None
-        except (Exception, SystemExit) as error:
-            text = " ".join(error_text(error).split())
-            raise SettingsError(f"cannot import {module}: {type(error).__name__}: {text}") from error
-    if not HANDLERS:
-        raise SettingsError(f"{modules} registers no handler: decorate a function with @handler('type')")
-    return HANDLERS
-
-
-def _missing_module(module: str) -> str:
-    name = f"module {module}" if looks_like_name(module) else "such module (name not shown; it may be a secret)"
-    return f"there is no {name} here; create it, or name the module of your handlers"
-
-
-def looks_like_name(text: str) -> bool:
-    """Check that a text is a dotted name, rather than a URL or a random secret."""
-    return all(re.fullmatch(r"(?:[^\W\d]|-){1,24}[0-9]{0,2}|[\w-]{1,12}", part) for part in text.split("."))
-
-
 class Retry(Exception):
     """Raised by a handler to fail this attempt. Retry in `after` seconds, or after the backoff."""
 
@@ -2762,52 +2588,6 @@ class TimedOut(BaseException):
 
     def __str__(self) -> str:
         return "the handler exceeded its timeout"
-
-
-class Shield:
-    """Defers TimedOut while the thread of a handler runs code of ours that must not be interrupted.
-
-    An exception between two lines of it could leave a lock or a connection taken for good, and
-    other threads would wait for it for ever. `with shield():` begins such code.
-    """
-
-    def __init__(self) -> None:
-        self.lock = threading.Lock()
-        self.depth = 0  # how many times this thread has entered such code
-        self.late = False  # TimedOut must be raised when it has left it
-
-    def __enter__(self) -> None:
-        before = self.depth
-        try:
-            with self.lock:  # afterwards TimedOut is only deferred; one that is on its way is raised in here
-                self.depth = before + 1
-        except BaseException:
-            self.depth = before
-            raise
-
-    def __exit__(self, *_: object) -> None:
-        with self.lock:
-            self.depth -= 1
-            late = self.late and not self.depth
-            self.late = self.late and not late
-        if late:
-            raise TimedOut
-
-
-NO_SHIELD = nullcontext()  # of a thread that runs no handlers, in which TimedOut is never raised
-THREAD = threading.local()  # its `shield` is set in the threads that run handlers
-
-
-def shield() -> AbstractContextManager[None]:
-    """Return the context in which TimedOut does not interrupt this thread."""
-    own: AbstractContextManager[None] = getattr(THREAD, "shield", NO_SHIELD)
-    return own
-
-
-@contextmanager
-def _shielded(shield: AbstractContextManager[None], lent: AbstractContextManager[T]) -> Iterator[T]:
-    with shield, lent as connection:
-        yield connection
 
 
 def backoff(attempts: int, base: float = 1.0, cap: float = 300.0) -> float:
@@ -2857,7 +2637,7 @@ def make_job(
     if expires_at and starts_at >= expires_at:
         raise InvalidJob("expiresIn", "must end after the job may start, which delay or runAt says")
     return Job(
-        id=_new_id(now),
+        id=new_id(now),
         type=type,
         payload=payload,
         max_attempts=_whole("maxAttempts", max_attempts, 1, MAX_ATTEMPTS),
@@ -2880,48 +2660,35 @@ def _text_key(field: str, value: Any) -> str:
     return value
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
 def is_delay(value: Any) -> bool:
     """Whether a job may be delayed by that many seconds."""
-    return _is_number(value) and 0 <= value <= MAX_DELAY
+    return is_number(value) and 0 <= value <= MAX_DELAY
 
 
 def _whole(field: str, value: Any, low: int, high: int) -> int:
-    if not _is_number(value) or not low <= value <= high or value % 1:
+    if not is_number(value) or not low <= value <= high or value % 1:
         raise InvalidJob(field, f"must be a whole number from {low} to {high}")
     return int(value)
 
 
 def _first_run(delay: float | None, run_at: Any, now: int) -> int:
     """Return when a job with that `delay` or `runAt` may start. 0 means now."""
-    at = 0
+    at: int | None = 0
     if delay is not None and run_at is not None:
         raise InvalidJob("delay", "must not be given together with runAt")
     if run_at is not None:
-        at = _parse_run_at(run_at, now)
+        at = epoch_ms(run_at)
+        if at is None or at > now + MAX_DELAY * 1000:
+            rule = "must be ISO 8601 with a zone, or milliseconds since 1970, and at most"
+            raise InvalidJob("runAt", f"{rule} {MAX_DELAY // 86400} days ahead")
     if delay is not None:
         if not is_delay(delay):
             raise InvalidJob("delay", f"must be a number of seconds from 0 to {MAX_DELAY}")
         at = now + round(delay * 1000)
-    return at if at > now else 0
+    return at if at and at > now else 0
 
 
 def _expiry(seconds: float, now: int) -> int:
     if not is_delay(seconds) or not seconds:
         raise InvalidJob("expiresIn", f"must be a number of seconds above 0, at most {MAX_DELAY}")
     return now + max(1, round(seconds * 1000))
-
-
-def _parse_run_at(value: Any, now: int) -> int:
-    """Read milliseconds since 1970, or ISO 8601 with a zone."""
-    rule = f"must be ISO 8601 with a zone, or milliseconds since 1970, and at most {MAX_DELAY // 86400} days ahead"
-    if isinstance(value, str):
-        value = parse_time(value)
-    if isinstance(value, datetime) and value.tzinfo:
-        value = (value - datetime.fromtimestamp(0, UTC)) // timedelta(milliseconds=1)
-    if isinstance(value, bool) or not isinstance(value, int) or value > now + MAX_DELAY * 1000:
-        raise InvalidJob("runAt", rule)
-    return max(value, 0)

@@ -1,9 +1,10 @@
-"""Settings from the environment, logging, and opening the queue that the settings name."""
+"""Settings from the environment, logging, and what the settings name: the queue and handlers."""
 
 from __future__ import annotations
 
 import atexit
 import codecs
+import importlib
 import json
 import logging
 import math
@@ -29,8 +30,9 @@ import msgspec
 from dotenv import load_dotenv
 from msgspec import Meta
 
-from tinyqueue import WRITERS, AnyQueue, Failure, Queue, SettingsError, Shards, Unavailable
+from tinyqueue import HANDLERS, WRITERS, AnyQueue, Failure, Handler, Queue, SettingsError, Shards, Unavailable
 from tinyqueue_embedded import SCHEME, START_TIME, StartError, folder_of, local_redis
+from tinyqueue_json import error_text
 
 WEB_THREADS = 8  # threads of a web process that answer requests
 SIGNALS = (signal.SIGTERM, signal.SIGINT)  # they stop a process
@@ -572,7 +574,7 @@ def _exit_after(seconds: float, code: int) -> None:
     os._exit(code)
 
 
-# Opening the queue ----------------------------------------------------------------------------------------------------
+# Opening the queue and the handlers -----------------------------------------------------------------------------------
 
 
 def open_queue(settings: Settings, connections: int = 100) -> AnyQueue:
@@ -603,3 +605,37 @@ def start_redis(url: str) -> None:
         raise SettingsError(str(error)) from None
     except StartError as error:
         raise Unavailable("unreachable", str(error)) from None
+
+
+def load_handlers(modules: str) -> dict[str, Handler[Any, Any, Any]]:
+    """Import the modules that register handlers, from the working directory first.
+
+    Raises SettingsError if one cannot be imported, or if none registers a handler.
+    """
+    if sys.path[:1] != [os.getcwd()]:
+        sys.path.insert(0, os.getcwd())
+    for module in filter(None, (name.strip() for name in modules.split(","))):
+        if not all(part.isidentifier() for part in module.split(".")):
+            raise SettingsError(f"TINYQUEUE_HANDLERS: {_missing_module(module)}")
+        try:
+            importlib.import_module(module)
+        except ModuleNotFoundError as error:
+            if error.name != module.partition(".")[0] and error.name != module:
+                raise SettingsError(f"cannot import {module}: {error}") from error
+            raise SettingsError(f"TINYQUEUE_HANDLERS: {_missing_module(module)}") from None
+        except (Exception, SystemExit) as error:
+            text = " ".join(error_text(error).split())
+            raise SettingsError(f"cannot import {module}: {type(error).__name__}: {text}") from error
+    if not HANDLERS:
+        raise SettingsError(f"{modules} registers no handler: decorate a function with @handler('type')")
+    return HANDLERS
+
+
+def _missing_module(module: str) -> str:
+    name = f"module {module}" if looks_like_name(module) else "such module (name not shown; it may be a secret)"
+    return f"there is no {name} here; create it, or name the module of your handlers"
+
+
+def looks_like_name(text: str) -> bool:
+    """Check that a text is a dotted name, rather than a URL or a random secret."""
+    return all(re.fullmatch(r"(?:[^\W\d]|-){1,24}[0-9]{0,2}|[\w-]{1,12}", part) for part in text.split("."))

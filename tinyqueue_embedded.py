@@ -38,10 +38,9 @@ import shutil
 import signal
 import socket
 import stat
-import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NoReturn
@@ -116,7 +115,7 @@ class LocalRedis:
     # Connecting -------------------------------------------------------------------------------------------------------
 
     def connect(self, timeout: float) -> socket.socket:
-        """Return a new connection. Starts the server if none runs, and waits up to `timeout` for it.
+        """Return a new connection. Starts the server if none runs; waits up to `timeout` seconds.
 
         Raises StartError.
         """
@@ -399,10 +398,10 @@ class EmbeddedConnection(redis.UnixDomainSocketConnection):
     """A connection to the Redis of a folder. Starts that if it does not run."""
 
     def __init__(self, folder: str = "", **options: Any) -> None:
-        super().__init__(path=os.path.join(folder, SOCKET), **options)
+        super().__init__(path=os.path.join(folder, SOCKET), **options)  # type: ignore[no-untyped-call]
         self.folder = folder
 
     def _connect(self) -> socket.socket:
-        connection = local_redis(self.folder).connect(self.socket_connect_timeout)
+        connection = local_redis(self.folder).connect(float(self.socket_connect_timeout or START_TIME))
         connection.settimeout(self.socket_timeout)
         return connection

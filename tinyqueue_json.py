@@ -1,13 +1,16 @@
-"""Strict JSON, and times as clients write them. Nothing in here knows what a job is."""
+"""Strict JSON, JSON read as a type, and times as clients write them. It knows nothing of jobs."""
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
+import os
 import re
 from collections import Counter
+from collections.abc import Callable, Mapping
 from contextlib import suppress
-from datetime import datetime
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import msgspec
@@ -75,15 +78,6 @@ def _finite(text: str) -> float:
     return number
 
 
-def whole_floats(value: Any) -> Any:
-    """Replace 1.0 by 1 throughout. JSON Schema takes both for integers, msgspec only the second."""
-    if isinstance(value, dict):
-        return {name: whole_floats(part) for name, part in value.items()}
-    if isinstance(value, list):
-        return [whole_floats(part) for part in value]
-    return int(value) if isinstance(value, float) and value.is_integer() else value
-
-
 def _depth(value: Any) -> int:
     depth = 0
     level = [value]
@@ -93,6 +87,25 @@ def _depth(value: Any) -> int:
     return depth
 
 
+class Preview(str):
+    """The beginning of the JSON of a payload or a result that a listing cuts."""
+
+    __slots__ = ()
+
+    @classmethod
+    def of(cls, value: msgspec.Raw | bytes, size: int) -> Preview | msgspec.Raw:
+        """Copy what is shown, because a Raw keeps the whole record in memory."""
+        text = memoryview(value)
+        if len(text) > size:
+            return cls(str(text[:size], "utf-8", "ignore"))
+        str(text, "utf-8")  # raises UnicodeDecodeError: nothing else has read it
+        return msgspec.Raw(bytes(text))
+
+
+def is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
 def error_text(error: BaseException) -> str:
     try:
         return str(error)
@@ -100,12 +113,88 @@ def error_text(error: BaseException) -> str:
         return f"(its text raised {type_name(second)})"
 
 
+def describe(error: BaseException, traceback: str) -> tuple[str, str, str]:
+    """Return the type, the text and the end of the traceback of an exception, each shortened.
+
+    Escapes what JSON cannot hold, such as lone surrogates.
+    """
+    message, trace = (str.encode(text, "utf-8", "backslashreplace").decode() for text in (error_text(error), traceback))
+    return type_name(error)[:100], message[:1000], trace[-4000:]
+
+
 def type_name(error: BaseException) -> str:
     name = type.__dict__["__name__"].__get__(type(error))  # a metaclass may have a __name__ that raises
     return str.__str__(name)
 
 
-# Times ----------------------------------------------------------------------------------------------------------------
+# JSON of a type -------------------------------------------------------------------------------------------------------
+
+
+class Mismatch(ValueError):
+    """A text is not JSON of the type. `rule` says what the value at `path` must be."""
+
+    def __init__(self, rule: str, path: str = "") -> None:
+        super().__init__(rule)
+        self.rule = rule
+        self.path = path
+
+
+def parser(type: Any) -> Callable[[bytes], Any]:
+    """Return a function that decodes JSON as a type. It raises Mismatch."""
+    decode = msgspec.json.Decoder(type).decode
+
+    def parse(text: bytes) -> Any:
+        try:
+            return decode(text)
+        except msgspec.ValidationError as error:
+            with suppress(msgspec.ValidationError):
+                return decode(encode(_whole_floats(msgspec.json.decode(text))))
+            rule, _, path = str(error).partition(" - at ")
+            path = path.strip("`") or "$"
+            if " matching regex " in rule:
+                rule = _description(type, path) or rule
+            raise Mismatch(rule, path) from None
+        except (msgspec.DecodeError, RecursionError) as error:
+            raise Mismatch(str(error)) from None
+
+    return parse
+
+
+def _description(type: Any, path: str) -> str:
+    """Return the description that a type gives for the part at a path, or nothing."""
+    (root,), parts = msgspec.json.schema_components([type])
+    schemas = _alternatives(root, parts)
+    for name, index in re.findall(r"\.([^.[]+)|\[([^]]*)\]", path):
+        found: list[Any] = []
+        for schema in schemas:
+            items = schema.get("prefixItems", ())
+            if name:
+                found.append(schema.get("properties", {}).get(name))
+            elif index.isdigit() and int(index) < len(items):
+                found.append(items[int(index)])
+            else:
+                found += [schema.get("items"), schema.get("additionalProperties")]
+        schemas = [part for schema in found if isinstance(schema, dict) for part in _alternatives(schema, parts)]
+    return next((str(schema["description"]) for schema in schemas if "description" in schema), "")
+
+
+def _alternatives(schema: dict[str, Any], parts: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return a schema with its reference resolved, or the alternatives that it consists of."""
+    if "$ref" in schema:
+        return _alternatives(parts[schema["$ref"].rpartition("/")[2]], parts)
+    return [schema, *(one for part in schema.get("anyOf", ()) for one in _alternatives(part, parts))]
+
+
+def _whole_floats(value: Any) -> Any:
+    """Replace 1.0 by 1 throughout. JSON Schema takes both for integers, msgspec only the second."""
+    if isinstance(value, dict):
+        return {name: _whole_floats(part) for name, part in value.items()}
+    if isinstance(value, list):
+        return [_whole_floats(part) for part in value]
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+# Times and ids --------------------------------------------------------------------------------------------------------
 
 # ISO 8601 with a zone, as languages write it by default: RFC 3339; basic format; hours and minutes
 # only; fractions of any length; a blank before the zone (Ruby), its name after it (Java, Go).
@@ -127,3 +216,28 @@ def parse_time(text: str) -> datetime | None:
     with suppress(ValueError):
         return datetime.fromisoformat(f"{match['day'].replace('-', '')}T{digits}.{fraction}{zone}")
     return None
+
+
+def epoch_ms(value: Any) -> int | None:
+    """Read milliseconds since 1970 from such a number, a datetime, or ISO 8601 with a zone."""
+    if isinstance(value, str):
+        value = parse_time(value)
+    if isinstance(value, datetime) and value.tzinfo:
+        value = (value - datetime.fromtimestamp(0, UTC)) // timedelta(milliseconds=1)
+    return value if isinstance(value, int) and not isinstance(value, bool) else None
+
+
+def created_at(id: str) -> int:
+    """When an id was made: a UUIDv7 (RFC 9562) begins with milliseconds."""
+    return int(id[:8] + id[9:13], 16)
+
+
+_order = itertools.count()
+
+
+def new_id(now: int) -> str:
+    """Make a UUIDv7 from Redis time in ms. A counter keeps the ids of one millisecond in order."""
+    noise = int.from_bytes(os.urandom(8), "big")
+    number = now << 80 | 7 << 76 | (next(_order) & 0xFFF) << 64 | 2 << 62 | noise & 0x3FFFFFFFFFFFFFFF
+    digits = f"{number:032x}"
+    return f"{digits[:8]}-{digits[8:12]}-{digits[12:16]}-{digits[16:20]}-{digits[20:]}"

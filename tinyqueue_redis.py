@@ -15,7 +15,7 @@ import re
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from typing import Any, NamedTuple, TypeVar
 from urllib.parse import parse_qsl, unquote, urlencode, urlsplit
 
@@ -43,6 +43,7 @@ FOLLOW_EVERY = 0.25  # seconds between two questions to the sentinels who the ma
 FOLLOW_FOR = 10.0  # seconds without use of the master, after which they are asked no more until the next
 SKIP_SENTINEL = 5.0  # seconds for which a sentinel that did not answer is not asked again
 ASK_AGAIN = 0.25  # seconds until a server that did not answer is asked again
+MEMORY_AGE = 2.0  # seconds for which a reading of Redis' memory is used
 
 
 # What an error means --------------------------------------------------------------------------------------------------
@@ -425,8 +426,11 @@ class Sentinels(Sentinel):
             return address
         if not address:
             return LookupError(f"no master is named {service}")
-        epoch = dict(pairs(about)).get("config-epoch", b"0") if isinstance(about, list) else 0
-        return int(epoch), (text_of(address[0]), int(address[1]))
+        try:
+            epoch = dict(pairs(about)).get("config-epoch", b"0") if isinstance(about, list) else 0
+            return int(epoch), (text_of(address[0]), int(address[1]))
+        except (AttributeError, LookupError, TypeError, ValueError):
+            return LookupError("what answered is not a sentinel")
 
     def _explain(self, errors: Sequence[Exception]) -> Exception:
         refusal = next((error for error in errors if explain(error)[0] == "refused"), None)
@@ -506,9 +510,56 @@ def _connect_error(error: E) -> E | Exception:
     return _closed(error) if isinstance(error, CLOSED) else error
 
 
+def _reason(translated: Exception) -> str:
+    """Return the word of `explain` for the error that was translated into this one."""
+    cause = translated.__cause__
+    return explain(cause)[0] if isinstance(cause, Exception) else ""
+
+
 # Keeps the client from sending CLIENT SETINFO: it would take a greeting for the reply.
 _KNOWN = inspect.signature(redis.Redis.__init__).parameters
 UNNAMED = dict.fromkeys(["driver_info"] if "driver_info" in _KNOWN else ["lib_name", "lib_version"])
+
+
+class Shield:
+    """Defers an exception for a thread while the thread runs code that must not be interrupted.
+
+    An exception between two lines of it could leave a lock or a connection taken for good, and
+    other threads would wait for it for ever. `with shield():` begins such code.
+    """
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.depth = 0  # how many times this thread has entered such code
+        self.late: type[BaseException] | None = None  # what to raise when it has left it
+
+    def __enter__(self) -> None:
+        before = self.depth
+        try:
+            with self.lock:  # afterwards exceptions are only deferred; one that is on its way is raised in here
+                self.depth = before + 1
+        except BaseException:
+            self.depth = before
+            raise
+
+    def __exit__(self, *_: object) -> None:
+        late = None
+        with self.lock:
+            self.depth -= 1
+            if not self.depth:
+                late, self.late = self.late, None
+        if late:
+            raise late
+
+
+NO_SHIELD = nullcontext()  # of a thread in which nobody raises exceptions
+THREAD = threading.local()  # its `shield` is set in the threads that run handlers
+
+
+def shield() -> AbstractContextManager[None]:
+    """Return the context in which nothing interrupts this thread."""
+    own: AbstractContextManager[None] = getattr(THREAD, "shield", NO_SHIELD)
+    return own
 
 
 class Connections:
@@ -535,6 +586,7 @@ class Connections:
         self._away: tuple[int, Exception] | None = None  # the process that found it away, and how
         self._asker: threading.Thread | None = None  # the thread that asks whether it is back
         self._lock = threading.Lock()
+        self._memory: tuple[float, dict[str, str]] = (-1e9, {})  # when INFO was read, and its reply
 
     @property
     def away(self) -> bool:
@@ -547,32 +599,36 @@ class Connections:
 
     @contextmanager
     def lend(self, asking: bool = False) -> Iterator[Any]:
-        """Lend a connection. Closes it after an error that may have left a reply on it."""
-        if self._away and not asking:
-            self._refuse(*self._away)
-        if self._sentinel_pool:
-            self._sentinel_pool.keep_up()
-        connection = None
-        closings = self._closings
-        try:
-            connection = self._checked_out()
-            yield connection
-        except BaseException as error:
-            if connection and (closings != self._closings or not isinstance(error, self.harmless)):
-                connection.disconnect()
-            self._cool_down(connection)
-            if connection is None:
-                error = _connect_error(error)
-            if isinstance(error, redis.RedisError | OSError):
-                self._follow(error)
-                if self._guarded and not asking:
-                    self._note_away(error, connected=connection is not None)
-                raise self.translate(error) from error
-            raise
-        self.last_contact = time.monotonic()
-        self._warm.append((connection, os.getpid(), self.last_contact))
-        if closings != self._closings:
-            self._close_idle()
+        """Lend a connection. Closes it after an error that may have left a reply on it.
+
+        Nothing interrupts the thread that borrows it.
+        """
+        with shield():
+            if self._away and not asking:
+                self._refuse(*self._away)
+            if self._sentinel_pool:
+                self._sentinel_pool.keep_up()
+            connection = None
+            closings = self._closings
+            try:
+                connection = self._checked_out()
+                yield connection
+            except BaseException as error:
+                if connection and (closings != self._closings or not isinstance(error, self.harmless)):
+                    connection.disconnect()
+                self._cool_down(connection)
+                if connection is None:
+                    error = _connect_error(error)
+                if isinstance(error, redis.RedisError | OSError):
+                    self._follow(error)
+                    if self._guarded and not asking:
+                        self._note_away(error, connected=connection is not None)
+                    raise self.translate(error) from error
+                raise
+            self.last_contact = time.monotonic()
+            self._warm.append((connection, os.getpid(), self.last_contact))
+            if closings != self._closings:
+                self._close_idle()
 
     def disconnect(self) -> None:
         """Close all connections. Do this before a fork: each process must open its own.
@@ -633,9 +689,26 @@ class Connections:
             with self.lend(asking=True) as connection:
                 ask(connection, [("TIME",)])
         except self.harmless as error:
-            cause = error.__cause__
-            return not (isinstance(cause, Exception) and explain(cause)[0] in ("timeout", "unreachable"))
+            return _reason(error) not in ("timeout", "unreachable")
         return True
+
+    def memory(self) -> dict[str, str]:
+        """Return INFO memory, up to MEMORY_AGE seconds old; empty if Redis does not give it."""
+        read_at, info = self._memory
+        if time.monotonic() - read_at > MEMORY_AGE:
+            info = {}
+            try:
+                with self.lend() as connection:
+                    info = parse_info(ask_each(connection, [("INFO", "memory")])[0])
+            except self.harmless as error:
+                if _reason(error) in ("", "timeout"):  # the caller's next command would only wait as long again
+                    raise
+            self._memory = (time.monotonic(), info)
+        return info
+
+    @property
+    def memory_use(self) -> float:
+        return memory_use(self.memory())
 
     def _follow(self, error: redis.RedisError | OSError) -> None:
         reason, _ = explain(error)

@@ -54,7 +54,6 @@ from tinyqueue import (
     MAX_REFUNDS,
     MAX_RESULT,
     PROMOTED,
-    THREAD,
     AnyQueue,
     Corrupted,
     Discard,
@@ -65,7 +64,6 @@ from tinyqueue import (
     Queue,
     Reaped,
     Retry,
-    Shield,
     TimedOut,
     TinyQueueError,
     Unavailable,
@@ -73,7 +71,6 @@ from tinyqueue import (
     backoff,
     check_name,
     is_delay,
-    load_handlers,
 )
 from tinyqueue_config import (
     EXIT_TIME,
@@ -83,12 +80,14 @@ from tinyqueue_config import (
     error_line,
     exit_at_sigterm,
     exit_now,
+    load_handlers,
     plural,
     reset_signals_in_children,
     variable,
 )
 from tinyqueue_doctor import find_broken, repair, warnings
 from tinyqueue_json import to_json
+from tinyqueue_redis import THREAD, Shield
 
 log = logging.getLogger("tinyqueue.worker")
 
@@ -221,7 +220,7 @@ class Slot(Shield):
         with self.lock:
             self.job = job
             self.interrupted = False
-            self.late = False
+            self.late = None
             self.expired_at = float("inf")
             self.deadline = began + (timeout or float("inf"))
         try:
@@ -250,8 +249,8 @@ class Slot(Shield):
             if not self.job or self.interrupted or now <= self.deadline:
                 return True
             self.expired_at = min(self.expired_at, now)
-            self.late = self.depth > 0
-            self.interrupted = self.late or self._raise()
+            self.late = TimedOut if self.depth else None
+            self.interrupted = bool(self.late) or self._raise()
             return self.interrupted
 
     def _raise(self) -> bool:

@@ -55,14 +55,11 @@ from tinyqueue import (
     InvalidJob,
     Job,
     Once,
-    Preview,
     Queue,
     SettingsError,
     TinyQueueError,
     Unavailable,
     UnknownType,
-    load_handlers,
-    looks_like_name,
 )
 from tinyqueue_access import ROLES, Access
 from tinyqueue_config import (
@@ -74,13 +71,15 @@ from tinyqueue_config import (
     exit_now,
     fork_held,
     hold_signals,
+    load_handlers,
+    looks_like_name,
     open_queue,
     plural,
     reset_signals_in_children,
     set_up_logging,
 )
 from tinyqueue_doctor import warnings
-from tinyqueue_json import MAX_DEPTH, from_json
+from tinyqueue_json import MAX_DEPTH, Preview, from_json
 from tinyqueue_problems import HEADERS, Problem, kind_of_status, problem, response_headers
 from tinyqueue_server import Lifeline, Parked, Server
 

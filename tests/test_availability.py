@@ -77,6 +77,9 @@ def replicated(start_redis: Callable[..., RedisServer]) -> Callable[[int], tuple
         master = start_redis(*options)
         replicas = [start_redis(*options, "--replicaof", "127.0.0.1", str(master.port)) for _ in range(count)]
         until(lambda: count_online(master) == count)
+        with redis.Redis(port=master.port) as client:
+            client.flushall()
+            until(lambda: client.wait(count, 1000) == count)  # the first acknowledgement may take long
         return master, replicas
 
     return start

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from chaos import (
+    CC,
     KINDS,
     Cut,
     Death,
@@ -66,6 +67,14 @@ def test_run_a_job_again_after_a_fault_that_surely_interrupts_it(world: World, k
     result = world.trial(plan_interruption(kind))
     assert result.failures == [], result.evidence
     assert result.verdict.explained == {cause: 1}, result.evidence
+
+
+@pytest.mark.parametrize("kind", ["clock-ahead", "clock-back", "wrong-clock"])
+def test_run_jobs_while_a_clock_is_wrong(world: World, kind: str) -> None:
+    if not CC:
+        pytest.skip("no C compiler: NO FAULT CHANGES A CLOCK")
+    result = world.trial(Plan(0, [Fault(kind, 0.0, "worker-0", 0.1)], plan(1).submits))
+    assert result.failures == [], result.evidence
 
 
 def test_run_a_job_again_after_its_handler_failed(world: World) -> None:

@@ -9,6 +9,7 @@ from contextlib import suppress
 
 import pytest
 from conftest import RedisServer, Server, free_port, until
+from cutproxy import CutProxy
 
 from tinyqueue import Queue, Shards, Unavailable
 from tinyqueue_redis import Connections, ask, connect
@@ -152,6 +153,19 @@ def test_thread_that_asks_a_hanging_shard_survives_that_its_connection_is_closed
     until(lambda: not connections.away)
     queue.ping()
     queue.disconnect()
+
+
+@pytest.mark.parametrize("address", [b"*2\r\n$9\r\n127.0.0.1\r\n$4\r\nport\r\n", b"*1\r\n$1\r\nh\r\n", b":1\r\n"])
+def test_answer_that_no_sentinel_gives_is_reported_as_unavailable(
+    real: Server, proxy: CutProxy, address: bytes
+) -> None:
+    queue = real.queue(f"redis+sentinel://127.0.0.1:{proxy.port}/jobs/0")
+    for _ in range(20):
+        proxy.answer(b"SENTINEL", address + b"*0\r\n")
+    with pytest.raises(Unavailable, match="what answered is not a sentinel"):
+        queue.ping()
+    queue.disconnect()
+    proxy.heal()
 
 
 def test_sentinel_url_with_an_impossible_host_name_is_reported_as_unavailable() -> None:

@@ -15,7 +15,8 @@ import msgspec
 import pytest
 from msgspec import Meta
 
-from tinyqueue import HANDLERS, InvalidJob, Job, Queue, SettingsError, handler, load_handlers
+from tinyqueue import HANDLERS, InvalidJob, Job, Queue, SettingsError, handler
+from tinyqueue_config import load_handlers
 
 pytestmark = pytest.mark.usefixtures("no_handlers")
 
@@ -205,7 +206,7 @@ def test_load_handlers_twice_changes_nothing(folder: Path) -> None:
 def test_load_handlers_prefers_the_users_own_file(tmp_path: Path) -> None:
     """The console script runs like this, and could also import this repository's handlers."""
     (tmp_path / "handlers.py").write_text(GREET.format(type="greet", text="Hello "))
-    script = "import json, tinyqueue; print(json.dumps(sorted(tinyqueue.load_handlers('handlers'))))"
+    script = "import json, tinyqueue_config as c; print(json.dumps(sorted(c.load_handlers('handlers'))))"
     run = [sys.executable, "-P", "-c", script]  # -P: not from the working directory by itself
     done = subprocess.run(
         run, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, check=True

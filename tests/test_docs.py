@@ -546,6 +546,13 @@ def test_readme_test_command_is_what_ci_runs() -> None:
     assert block(README, ".[test]").strip() in (REPOSITORY / ".ci" / "run").read_text().splitlines()
 
 
+def test_ci_leaves_out_only_tests_that_exist() -> None:
+    named = re.findall(r"tests/\S+", (REPOSITORY / ".ci" / "run").read_text())
+    assert named
+    for file, _, test in (name.partition("::") for name in named):
+        assert f"def {test or 'test_'}" in (REPOSITORY / file).read_text()
+
+
 # Docstrings -----------------------------------------------------------------------------------------------------------
 
 

@@ -25,6 +25,7 @@ from conftest import Server, dump, free_port, put, raw, until
 
 import tinyqueue
 import tinyqueue_redis
+import tinyqueue_server
 from tinyqueue import ID, MAX_ATTEMPTS, MAX_DELAY, STATUSES, Queue, handler
 from tinyqueue_config import Settings
 from tinyqueue_json import MAX_DEPTH
@@ -1004,12 +1005,13 @@ def replica(queue: Queue) -> Iterator[None]:
         client.execute_command("REPLICAOF", "NO", "ONE")
 
 
-def test_submit_answers_503_while_redis_is_full(near: Queue) -> None:
+def test_submit_answers_503_while_redis_is_full(near: Queue, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tinyqueue, "MEMORY_AGE", 0.2)
     api = Client(API(Settings(), near))
     with configured(near, "maxmemory", "1", "0"):
         assert_unavailable(api.post("/jobs", echo_with()), "full")
         assert dump(near) == {}
-    until(lambda: api.post("/jobs", echo_with()).status == 201)  # the queue checks the memory every two seconds
+    until(lambda: api.post("/jobs", echo_with()).status == 201)  # once the reading is old
 
 
 def test_submit_answers_503_while_redis_is_read_only(near: Queue) -> None:
@@ -1504,7 +1506,8 @@ def test_serve_deep_json_in_a_thread(served: tuple[str, int]) -> None:
         assert wire.answer().kind == "not-json"
 
 
-def test_stop_closes_idle_connections_and_refuses_new_ones(queue: Queue) -> None:
+def test_stop_closes_idle_connections_and_refuses_new_ones(queue: Queue, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tinyqueue_server, "DRAIN_TIMES", (1, 1))
     with serving(API(Settings(), queue)) as (server, address), Wire(address) as idle, Wire(address) as half:
         half.send(b"POST /jobs HTT")
         idle.send(spell("GET", "/health"))

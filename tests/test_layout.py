@@ -16,7 +16,7 @@ IMPORTS = {  # each module, and those of ours that it may import
     "tinyqueue_redis": {"tinyqueue_embedded"},
     "tinyqueue_json": set(),
     "tinyqueue": {"tinyqueue_json", "tinyqueue_redis"},
-    "tinyqueue_config": {"tinyqueue", "tinyqueue_embedded"},
+    "tinyqueue_config": {"tinyqueue", "tinyqueue_embedded", "tinyqueue_json"},
     "tinyqueue_doctor": {"tinyqueue", "tinyqueue_redis"},
     "tinyqueue_cli": {
         *("tinyqueue", "tinyqueue_config", "tinyqueue_doctor", "tinyqueue_embedded", "tinyqueue_json"),
@@ -27,7 +27,10 @@ IMPORTS = {  # each module, and those of ours that it may import
     "tinyqueue_server": {"tinyqueue_config"},
     "handlers": {"tinyqueue"},
     # The two programs start each other, from within a function: `tinyqueue web`, and the workers of an embedded Redis.
-    "worker": {"tinyqueue", "tinyqueue_cli", "tinyqueue_config", "tinyqueue_doctor", "tinyqueue_json", "wsgi"},
+    "worker": {
+        *("tinyqueue", "tinyqueue_cli", "tinyqueue_config", "tinyqueue_doctor", "tinyqueue_json"),
+        *("tinyqueue_redis", "wsgi"),
+    },
     "wsgi": {
         *("tinyqueue", "tinyqueue_access", "tinyqueue_config", "tinyqueue_doctor", "tinyqueue_json"),
         *("tinyqueue_openapi", "tinyqueue_problems", "tinyqueue_server", "worker"),

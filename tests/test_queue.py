@@ -1790,8 +1790,8 @@ def test_transition_without_a_reply_waits_for_one_timeout(
 
 def test_wait_that_blocks_does_not_set_the_clock_back(queue: Queue, server: Server) -> None:
     fresh = server.queue()  # which reads the time together with its wait
-    fresh.wait(DEFAULT, 0.3)
-    assert abs(fresh.now() - queue.now()) < 200
+    fresh.wait(DEFAULT, 1.0)
+    assert abs(fresh.now() - queue.now()) < 900  # on a slow machine, a reply is read late, too
 
 
 def test_submit_without_a_reply_waits_for_one_timeout(
