@@ -429,7 +429,7 @@ def _run_in_steps(queue: AnyQueue, verb: str, filter: Filter, step: Callable[[st
 @cli.command()
 @click.pass_obj
 def redis(settings: Settings, /) -> None:
-    """Run the Redis of REDIS_URL=embedded:FOLDER until SIGTERM, for a supervisor such as systemd."""
+    """Run the Redis of REDIS_URL=embedded:FOLDER until SIGTERM, for systemd and the like."""
     if not settings.is_local:
         raise SettingsError("REDIS_URL names no folder; set it to embedded:FOLDER")
     set_up_logging(settings)

@@ -58,6 +58,7 @@ POLL = 0.01  # seconds between two tries
 LONGEST_PATH = 103  # bytes of the path of a socket: macOS allows 103, Linux 107
 SPACE = 1 << 18  # bytes that must be free on the disk before the server is started
 MAX_LOG = 1 << 20  # bytes of its log from which a new one is begun
+LOG_PREFIX = re.compile(r"^\d+:\w \d+ \w+ \d+ [\d:.]+ [*#.-] ")  # process, time and level
 PROGRAMS = "redis-server", "valkey-server"
 OPTIONS = (
     # No network, only the socket.
@@ -108,6 +109,8 @@ class LocalRedis:
     def __init__(self, folder: str) -> None:
         self.folder = folder
         self._users = -1  # the open file whose lock says that this process uses the server
+        self._locks: set[int] = set()  # open files of the server's lock; no forked process may keep them
+        self._was_connected = False
         self._has_left = False
         self._failure: tuple[float, StartError] | None = None  # when the last start failed, and why
         self._joining = threading.Lock()
@@ -160,8 +163,10 @@ class LocalRedis:
     def forget(self) -> None:
         """Let a forked process join by itself. Call this there after the fork."""
         self._joining = threading.Lock()  # another thread may have held it
-        if self._users >= 0:
-            os.close(self._users)
+        for file in (*self._locks, self._users):
+            with suppress(OSError):
+                os.close(file)
+        self._locks = set()
         self._users = -1
         self._failure = None
 
@@ -192,6 +197,7 @@ class LocalRedis:
         launched = False
         while True:
             if connection := self._try_connect():
+                self._was_connected = True
                 return connection
             with self._server_lock() as lock:
                 if lock is not None and launched:
@@ -240,12 +246,14 @@ class LocalRedis:
     def _server_lock(self) -> Iterator[int | None]:
         """Yield the file of the server's lock, locked, or None if a server has it.
 
-        Who gets the file as an open file keeps the lock when this has closed it.
+        A process that has inherited the open file keeps the lock when this has closed it.
         """
         lock = self._open(LOCK)
+        self._locks.add(lock)
         try:
             yield lock if _try_lock(lock, fcntl.LOCK_EX) else None
         finally:
+            self._locks.discard(lock)
             os.close(lock)
 
     def _launch(self, lock: int) -> None:
@@ -256,7 +264,10 @@ class LocalRedis:
         with suppress(FileNotFoundError):
             if os.stat(log_path).st_size > MAX_LOG:
                 os.replace(log_path, log_path + ".1")
-        log.info("starting %s for %s", program, self.folder)
+        if self._was_connected:
+            log.warning("the Redis in %s has died; starting %s", self.folder, program)
+        else:
+            log.info("starting %s in %s", program, self.folder)
         own = ("--daemonize", "yes", "--logfile", LOG, "--pidfile", "redis.pid")
         launcher = os.posix_spawn(
             "/bin/sh",
@@ -292,9 +303,8 @@ class LocalRedis:
     def _last_words(self) -> str:
         """Say why the server has exited, by the end of its log."""
         with suppress(OSError):
-            lines = Path(self._path(LOG)).read_bytes()[-4096:].decode(errors="replace").splitlines()
-            said = [re.sub(r"^\d+:\w \d+ \w+ \d+ [\d:.]+ [*#.-] ", "", line).strip() for line in lines if line.strip()]
-            if said:
+            lines = Path(self._path(LOG)).read_text(errors="replace")[-4096:].splitlines()
+            if said := [LOG_PREFIX.sub("", line).strip() for line in lines if "WARNING" not in line]:
                 return f"has exited: {' '.join(said[-2:])} (from {self._path(LOG)})"
         return "has exited and logged nothing"
 
