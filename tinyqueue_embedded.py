@@ -51,7 +51,7 @@ log = logging.getLogger("tinyqueue")
 
 SCHEME = "embedded:"
 LOCK, USERS, SOCKET, LOG = "lock", "users", "redis.sock", "redis.log"
-START_TIME = 10.0  # seconds until a new server must accept connections
+START_TIME = 5.0  # seconds until a new server must accept connections
 STOP_TIME = 2.5  # seconds for the last process to stop the server; it has 3 to exit
 RETRY_START = 1.0  # seconds after which a server that died at its start is started again
 POLL = 0.01  # seconds between two tries
@@ -278,6 +278,7 @@ class LocalRedis:
                 (os.POSIX_SPAWN_OPEN, 1, log_path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600),
                 (os.POSIX_SPAWN_DUP2, 1, 2),
                 (os.POSIX_SPAWN_DUP2, lock, lock),  # leaves it open in the new process
+                *((os.POSIX_SPAWN_CLOSE, file) for file in _inheritable_files()),
             ],
             setsigmask=(),
             setsigdef=(signal.SIGINT, signal.SIGTERM, signal.SIGCHLD, signal.SIGPIPE),
@@ -375,6 +376,19 @@ def _try_lock(file: int, kind: int) -> bool:
 
 def _is_same(file: int, path: str) -> bool:
     return os.path.samestat(os.fstat(file), os.stat(path))
+
+
+def _inheritable_files() -> list[int]:
+    """List the open files that a new process would get, such as the pipe to a supervisor.
+
+    The server must not hold them: it may live longer than this process.
+    """
+    inheritable = []
+    for file in map(int, os.listdir("/dev/fd")):
+        with suppress(OSError):  # another thread has closed it
+            if file > 2 and os.get_inheritable(file):
+                inheritable.append(file)
+    return inheritable
 
 
 def _user_name(uid: int) -> str:
