@@ -13,6 +13,7 @@ import json
 import os
 import random
 import re
+import shutil
 import stat
 import subprocess
 import sys
@@ -29,6 +30,7 @@ import pytest
 from conftest import NO_REDIS, REDIS, check_consistency, free_port, until
 from test_processes import HANDLERS, ROOT, Process, Web, environment
 
+import worker
 from tinyqueue import Queue, SettingsError
 from tinyqueue_config import Settings
 from tinyqueue_embedded import LONGEST_PATH, folder_of
@@ -536,6 +538,56 @@ def test_data_of_the_wheels_server_is_read_by_another(box: Box, without_path: di
     assert box.run("enqueue", "echo", "1", **without_path).returncode == 0
     assert box.run("enqueue", "echo", "1").returncode == 0
     assert '"pending": 2' in box.run("stats", "--json", **without_path).stdout
+
+
+# One box --------------------------------------------------------------------------------------------------------------
+
+
+def test_whole_system_fits_into_its_memory(box: Box) -> None:
+    shutil.copy(ROOT / "handlers.py", box.folder)
+    web = box.web()
+    worker = box.worker()
+    mail = {"type": "send-email", "payload": {"to": "user@example.com", "subject": "Hello", "body": "Hi"}}
+    ids = [web.call("POST", "/jobs", mail)[1]["jobId"] for _ in range(20)]
+    until(lambda: all(web.call("GET", f"/jobs/{id}")[1]["status"] == "completed" for id in ids))
+    [server] = box.servers
+    used = {pid: resident(pid) for pid in (web.pid, worker.pid, server)}
+    assert sum(used.values()) < MEMORY, used
+
+
+def resident(pid: int) -> float:
+    """Return the resident memory of a process in megabytes."""
+    [kilobytes] = re.findall(r"^Rss: +(\d+) kB", Path(f"/proc/{pid}/smaps_rollup").read_text(), re.M)
+    return int(kilobytes) / 1024
+
+
+UNITS = sorted((ROOT / "deploy" / "systemd").glob("*.service"))
+
+
+def test_units_pass_the_check_of_systemd(tmp_path: Path) -> None:
+    analyze = shutil.which("systemd-analyze")
+    if not analyze:
+        assert os.environ.get("CI") != "true", "no systemd-analyze on PATH"
+        pytest.skip("no systemd-analyze on PATH: THE UNITS ARE NOT CHECKED")
+    assert len(UNITS) == 3
+    for unit in UNITS:
+        text = unit.read_text().replace("/opt/tinyqueue/.venv/bin/tinyqueue", sys.executable)  # a file that exists
+        (tmp_path / unit.name).write_text(text)
+    paths = [tmp_path / unit.name for unit in UNITS]
+    done = subprocess.run([analyze, "verify", *paths], capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stdout + done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize("unit", UNITS, ids=lambda unit: unit.name)
+def test_units_run_a_command_that_exists(unit: Path) -> None:
+    [command] = re.findall(r"^ExecStart=/opt/tinyqueue/\.venv/bin/tinyqueue (\w+)$", unit.read_text(), re.M)
+    assert command in worker.cli.commands
+
+
+@pytest.mark.parametrize("unit", UNITS, ids=lambda unit: unit.name)
+def test_units_leave_time_to_stop(unit: Path) -> None:
+    [seconds] = re.findall(r"^TimeoutStopSec=(\d+)$", unit.read_text(), re.M)
+    assert int(seconds) > Settings().shutdown_timeout + worker.LAST_WRITE + worker.CLOSING
 
 
 # Everything killed at once --------------------------------------------------------------------------------------------
