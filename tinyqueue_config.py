@@ -31,7 +31,7 @@ from dotenv import load_dotenv
 from msgspec import Meta
 
 from tinyqueue import HANDLERS, WRITERS, AnyQueue, Failure, Handler, Queue, SettingsError, Shards, Unavailable
-from tinyqueue_embedded import SCHEME, START_TIME, StartError, folder_of, local_redis
+from tinyqueue_embedded import SCHEME, StartError, folder_of, local_redis
 from tinyqueue_json import error_text
 
 WEB_THREADS = 8  # threads of a web process that answer requests
@@ -600,7 +600,7 @@ def open_queue(settings: Settings, connections: int = 100) -> AnyQueue:
 def start_redis(url: str) -> None:
     """Start the Redis of an embedded: URL unless it runs. Raises SettingsError or Unavailable."""
     try:
-        local_redis(folder_of(url)).connect(START_TIME).close()
+        local_redis(folder_of(url)).start()
     except ValueError as error:
         raise SettingsError(str(error)) from None
     except StartError as error:

@@ -52,6 +52,7 @@ log = logging.getLogger("tinyqueue")
 SCHEME = "embedded:"
 LOCK, USERS, SOCKET, LOG = "lock", "users", "redis.sock", "redis.log"
 START_TIME = 5.0  # seconds until a new server must accept connections
+LOAD_TIME = 60.0  # seconds that a process which starts waits until the server has loaded its data
 STOP_TIME = 2.5  # seconds for the last process to stop the server; it has 3 to exit
 RETRY_START = 1.0  # seconds after which a server that died at its start is started again
 POLL = 0.01  # seconds between two tries
@@ -116,6 +117,18 @@ class LocalRedis:
         self._joining = threading.Lock()
 
     # Connecting -------------------------------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Start the server unless it runs, and wait until it has loaded its data.
+
+        Raises StartError. A server that needs longer than LOAD_TIME refuses commands until then.
+        """
+        deadline = time.monotonic() + LOAD_TIME
+        with self.connect(START_TIME) as connection:
+            while (reply := _ping(connection)).startswith(b"-LOADING") and time.monotonic() < deadline:
+                time.sleep(POLL)
+        if not reply:
+            raise StartError(f"the Redis in {self.folder} {self._last_words()}")
 
     def connect(self, timeout: float) -> socket.socket:
         """Return a new connection. Starts the server if none runs; waits up to `timeout` seconds.
@@ -363,6 +376,17 @@ class LocalRedis:
         }
         remedy = remedies.get(error.errno or 0, "name another folder in REDIS_URL")
         return StartError(f"cannot keep a Redis in {self.folder}: {error.strerror or error}; {remedy}")
+
+
+def _ping(connection: socket.socket) -> bytes:
+    """Return the reply of the server, or nothing if it has exited."""
+    try:
+        connection.sendall(b"PING\r\n")
+        return connection.recv(4096)
+    except TimeoutError:
+        return b"-TIMEOUT"  # it hangs, which the first command will report
+    except OSError:
+        return b""
 
 
 def _try_lock(file: int, kind: int) -> bool:

@@ -314,6 +314,16 @@ def test_server_that_was_killed_is_started_again_by_whoever_notices(box: Box) ->
     assert [web.call("GET", f"/jobs/{job['id']}")[1]["status"] for job in jobs] == ["completed"] * 4
 
 
+def test_start_waits_until_the_data_is_loaded(box: Box) -> None:
+    user = box.use()
+    server_of(user)
+    with box.queue() as queue:
+        for _ in range(20):
+            queue.enqueue_many("gate", ["x" * 1000] * 1000)
+    end(user)
+    assert box.stats()["pending"] == 20_000
+
+
 def test_start_replaces_the_socket_of_a_killed_server(box: Box) -> None:
     assert box.run("enqueue", "echo", "1").returncode == 0
     user = box.use()
