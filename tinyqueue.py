@@ -48,6 +48,7 @@ round trips however many jobs it moves. No Lua.
 
     dequeue is take, then start or expire. enqueue is written by submit, expire by start, and
     request by cancel. complete, fail and release are written by settle, many in one transaction.
+    exchange is settle and dequeue in three round trips: a busy worker does nothing else.
     Every verb that fills a list rings its bell, and every verb keeps the counts and the metrics.
     Whatever ends a job frees its uniqueKey and leaves a token for those who wait for it.
 
@@ -171,7 +172,7 @@ KEPT = 100_000  # ended jobs that are kept, of each status
 BELLS = 64  # wake-up tokens of a queue
 PROMOTED = 500  # jobs moved by one promote
 TRIES = 50  # of a transaction whose watched keys keep changing
-WRITERS = 4  # handlers of a worker that write progress at the same time; the others wait
+WRITERS = 3  # handlers of a worker that write progress at the same time; the others wait
 BLOCK = 2.0  # seconds of one wait for the bell
 CATCH_UP = 1000  # milliseconds that replicas have to receive a write
 PAUSE_AGE = 0.1  # seconds for which the known set of paused queues is used
@@ -410,7 +411,7 @@ class Transaction:
         self._keys = keys
         self._clock = clock
         self._watch = watch
-        self._watches = bool(watch)
+        self._watching = False
         self.now = clock.now()
         self.again = again  # an earlier try lost the reply to EXEC, and may have been applied
         self.replicas = 0  # how many must receive the writes
@@ -418,24 +419,46 @@ class Transaction:
         self.measured: defaultdict[tuple[str, str, str], list[int]] = defaultdict(list)
         self._writes: list[Command] = []
         self._gathered: dict[tuple[str, str], list[Any]] = {}
-        self._bells: Counter[str] = Counter()
-        self._counts: Counter[str] = Counter()
-        self._minute: Counter[str] = Counter()
+        # Not Counter, which takes a microsecond to make.
+        self._bells: defaultdict[str, int] = defaultdict(int)
+        self._counts: defaultdict[str, int] = defaultdict(int)
+        self._minute: defaultdict[str, int] = defaultdict(int)
 
-    def read(self, *commands: Command) -> list[Any]:
-        """Send commands and return their replies. The first call also sends WATCH."""
-        ahead: list[Command] = [("WATCH", *self._watch)] if self._watch else []
-        self._watch = ()
-        if not self._clock.stale:
-            return ask(self._connection, [*ahead, *commands])[len(ahead) :]
+    def read(self, *commands: Command, before: Sequence[Command] = ()) -> list[Any]:
+        """Send commands and return their replies. The first call also sends WATCH.
+
+        `before` is a transaction of its own. Its EXEC clears all watches, so it is sent before
+        WATCH. Earlier watches are removed, because a change of their keys would abort it. Its reply
+        comes last.
+        """
+        ahead = [("UNWATCH",), *before] if before and self._watching else list(before)
+        applied_at = len(ahead) - 1
+        if self._watch and (before or not self._watching):
+            ahead.append(("WATCH", *self._watch))
+            self._watching = True
+        stale = self._clock.stale
         # TIME comes last, because one of the commands may block.
-        replies = ask(self._connection, [*ahead, *commands, ("TIME",)])
-        self._clock.read(replies[-1])
-        self.now = self._clock.now()
-        return replies[len(ahead) : -1]
+        replies = ask(self._connection, [*ahead, *commands, *([("TIME",)] if stale else [])])
+        if stale:
+            self._clock.read(replies.pop())
+            self.now = self._clock.now()
+        applied = [replies[applied_at]] if before else []
+        return replies[len(ahead) :] + applied
+
+    def read_watched(self, keys: Sequence[str], work: Callable[[], R]) -> tuple[R, list[Any]]:
+        """Watch more keys and read them. While Redis answers, do some work, which must not read.
+
+        Returns the result of the work, and the values.
+        """
+        send(self._connection, [("WATCH", *keys), ("MGET", *keys)])
+        try:
+            done = work()
+        finally:
+            values = read_replies(self._connection, 2)[1]
+        return done, values
 
     def unwatch(self) -> None:
-        if self._watches:
+        if self._watching:
             ask(self._connection, [("UNWATCH",)])
 
     def execute(self, writes: Sequence[Command]) -> tuple[list[Any] | None, int]:
@@ -447,7 +470,7 @@ class Transaction:
         """
         waits = [("WAIT", self.replicas, CATCH_UP)] if self.replicas else []
         send(self._connection, [("MULTI",), *writes, ("EXEC",), *waits])
-        *_, done = read_replies(self._connection, len(writes) + 2)
+        done = read_replies(self._connection, len(writes) + 2)[-1]
         reached = read_reply(self._connection) if waits else 0
         return done, reached if isinstance(reached, int) else 0
 
@@ -619,23 +642,6 @@ class Once(msgspec.Struct):
     key: str
     fingerprint: str
     replayed: bool = False
-
-
-class Made(msgspec.Struct):
-    """What the key once:<key> holds: the fingerprint of the first submit, and the jobs it made."""
-
-    fingerprint: str
-    ids: list[str]
-
-
-KEY_REUSED = "this Idempotency-Key was used for another request"
-
-
-def _made(stored: bytes) -> Made:
-    try:
-        return msgspec.json.decode(stored, type=Made)
-    except msgspec.DecodeError as error:
-        raise Corrupted(f"the record of an Idempotency-Key cannot be read: {error}") from None
 
 
 class Outcome(NamedTuple):
@@ -838,10 +844,8 @@ class Transitions:
         taken: list[bytes] = []
         broken: Corrupted | None = None
         for name in self._not_paused(names):
-            moves = [("RPOPLPUSH", self.keys.jobs(name), self.keys.proc(worker))] * (most - len(taken))
-            around = ("SADD", self.keys.workers, worker), ("SMEMBERS", self.keys.paused)
             try:
-                added, paused, *ids = self.store.read(("MULTI",), *around, *moves, ("EXEC",))[-1]
+                added, paused, *ids = self.store.read(*self._moves(worker, name, most - len(taken)))[-1]
                 _checked([added, *ids])
             except Corrupted as error:  # one list of the wrong type must not stop the other queues
                 broken = error
@@ -853,6 +857,12 @@ class Transitions:
         if broken and not taken:
             raise broken
         return taken
+
+    def _moves(self, worker: str, name: str, most: int) -> list[Command]:
+        """Return the transaction that takes ids from one queue."""
+        move = ("RPOPLPUSH", self.keys.jobs(name), self.keys.proc(worker))
+        around = ("SADD", self.keys.workers, worker), ("SMEMBERS", self.keys.paused)
+        return [("MULTI",), *around, *[move] * most, ("EXEC",)]
 
     def start(
         self, worker: str, ids: Sequence[bytes], held: Mapping[str, Job] | None = None, others: int = 0
@@ -868,50 +878,80 @@ class Transitions:
         as they are, and `adopt` finds those that are still in the list. `others` counts the ids
         started at the same time in other shards. Raises Reaped if the worker is not registered.
         """
-        texts = list(map(text_of, ids))
-        named = list(dict.fromkeys(id for id in texts if ID.fullmatch(id)))
-        if len(named) < len(set(texts)):
-            log.warning("dropped %d entries of a queue that are not job ids", len(set(texts)) - len(named))
-        record_keys = [self.keys.job(id) for id in named]
-        company = bool(held) or len(texts) + others > 1
+        named = _named(ids)
+        keys = list(map(self.keys.job, named))
+        company = bool(held) or len(ids) + others > 1
+        gone: list[str] = []
 
         def body(tx: Transaction) -> list[Job]:
-            [found] = self._read_fenced(tx, worker, record_keys)
+            [found] = self._read_fenced(tx, worker, keys)
             records = dict(zip(named, found, strict=True))
             gone[:] = [id for id, record in records.items() if record is None]
-            started: list[Job] = []
-            changed: list[Any] = []
-            for id, entry in zip(texts, ids, strict=True):
-                record = records.pop(id, None)  # a second entry of one id finds none and is dropped
-                job = _job(id, record) if record is not None else None
-                if job and self._stays(job, worker, held, company, tx.again):
-                    started.append(job)
-                elif tx.again:
-                    continue
-                elif job and job.status == "pending" and not _expired(job, tx.now) and job.run_at <= tx.now:
-                    changed += [self.keys.job(id), _record(self._begin(tx, job, worker))]
-                    started.append(job)
-                else:
-                    tx.write("LREM", self.keys.proc(worker), 1, entry)
-                    self._drop(tx, job)
-            if changed:
-                tx.write("MSET", *changed)
-            return started
+            return self._start(tx, worker, ids, records, held=held, company=company)
 
-        gone: list[str] = []
-        started = self.store.transact([self.keys.worker(worker), *record_keys], body)
-        _warn_of_gone(gone)
-        for job in started:
-            job.__dict__["_queue"] = self  # for set_progress
+        started = self.store.transact([self.keys.worker(worker), *keys], body)
+        return self._after_start(started, ids, named, gone)
+
+    def _start(
+        self,
+        tx: Transaction,
+        worker: str,
+        ids: Sequence[bytes],
+        records: dict[str, bytes | None],
+        *,
+        held: Mapping[str, Job] | None,
+        company: bool,
+    ) -> list[Job]:
+        started: list[Job] = []
+        changed: list[Any] = []
+        for entry in ids:
+            id = text_of(entry)
+            record = records.pop(id, None)  # a second entry of one id finds none and is dropped
+            job = _job(id, record) if record is not None else None
+            if job and self._stays(job, worker, held, company, tx.again):
+                started.append(job)
+            elif tx.again:
+                continue
+            elif job and job.status == "pending" and not _expired(job, tx.now) and job.run_at <= tx.now:
+                changed += [self.keys.job(id), _record(self._begin(tx, job, worker))]
+                started.append(job)
+            else:
+                tx.write("LREM", self.keys.proc(worker), 1, entry)
+                self._drop(tx, job)
+        if changed:
+            tx.write("MSET", *changed)
         return started
 
-    def _read_fenced(self, tx: Transaction, worker: str, record_keys: Sequence[str], *more: Command) -> list[Any]:
-        """Return the replies to `more`, and the records. Raises Reaped without a registration."""
+    def _after_start(
+        self, jobs: list[Job], ids: Sequence[bytes], named: Sequence[str], gone: Sequence[str]
+    ) -> list[Job]:
+        """Report the taken ids that no job has, and let the handlers of the jobs write progress."""
+        if len(named) < len(set(ids)):
+            log.warning("dropped %d entries of a queue that are not job ids", len(set(ids)) - len(named))
+        _warn_of_gone(gone)
+        for job in jobs:
+            job.__dict__["_queue"] = self
+        return jobs
+
+    def _read_fenced(
+        self,
+        tx: Transaction,
+        worker: str,
+        record_keys: Sequence[str],
+        *more: Command,
+        before: Sequence[Command] = (),
+    ) -> list[Any]:
+        """Return the replies to `more`, the records, and the reply to `before` if that is given.
+
+        Raises Reaped without a registration.
+        """
         records = [("MGET", *record_keys)] if record_keys else []
-        registered, *replies = tx.read(("EXISTS", self.keys.worker(worker)), *more, *records)
+        registered, *replies = tx.read(("EXISTS", self.keys.worker(worker)), *more, *records, before=before)
         if not registered:
             raise Reaped(f"worker {worker} was reaped")
-        return replies if records else [*replies, []]
+        if not records:
+            replies.insert(len(more), [])
+        return replies
 
     def _stays(self, job: Job, worker: str, held: Mapping[str, Job] | None, company: bool, again: bool) -> bool:
         """Whether to return a taken job as it is: a suspect in company, or one started before."""
@@ -975,28 +1015,78 @@ class Transitions:
         that it settled are left alone, and the list is empty. Raises Reaped, with nothing written,
         if the worker is not registered.
         """
-        record_keys = [self.keys.job(outcome.job.id) for outcome in outcomes]
+        keys = [self.keys.job(outcome.job.id) for outcome in outcomes]
 
         def body(tx: Transaction) -> list[Outcome]:
-            awaited, records = self._read_fenced(tx, worker, record_keys, ("SMEMBERS", self.keys.awaited))
+            awaited, records = self._read_fenced(tx, worker, keys, ("SMEMBERS", self.keys.awaited))
             tx.awaited = set(awaited)
-            lost = []
-            # Backwards, because released jobs go to the head of their queue: the first goes last.
-            for outcome, record in zip(reversed(outcomes), reversed(records), strict=True):
-                if attempt := self._same_attempt(outcome.job, record):
-                    tx.write("LREM", self.keys.proc(worker), 1, outcome.job.id)
-                    self._write_outcome(tx, outcome, attempt.cancel_requested)
-                else:
-                    lost.append(outcome)
-            return [] if tx.again else lost
+            return self._settle(tx, worker, outcomes, records)
 
-        return self.store.transact([self.keys.worker(worker), *record_keys], body, again)
+        return self.store.transact([self.keys.worker(worker), *keys], body, again)
+
+    def _settle(
+        self, tx: Transaction, worker: str, outcomes: Sequence[Outcome], records: Sequence[bytes | None]
+    ) -> list[Outcome]:
+        lost = []
+        # Backwards, because released jobs go to the head of their queue: the first goes last.
+        for outcome, record in zip(reversed(outcomes), reversed(records), strict=True):
+            if attempt := self._same_attempt(outcome.job, record):
+                tx.write("LREM", self.keys.proc(worker), -1, outcome.job.id)
+                self._write_outcome(tx, outcome, attempt.cancel_requested)
+            else:
+                lost.append(outcome)
+        return [] if tx.again else lost
+
+    def exchange(
+        self, worker: str, outcomes: Sequence[Outcome], names: Sequence[str], most: int, held: Mapping[str, Job]
+    ) -> tuple[list[Outcome], list[Job]]:
+        """Settle outcomes, and take and start up to `most` jobs, as settle, take and start do.
+
+        Returns the outcomes that were not written, and the jobs. Takes three round trips. The first
+        takes the ids, in a transaction of its own, and reads the records of the outcomes. A queue
+        that has too few ids costs one more. The second reads the records of the taken ids, and the
+        third writes all the rest. If this raises, the ids that it took are in the worker's own
+        list, where `adopt` finds them. `held` includes the jobs of the outcomes, so a suspect is
+        not started, but returned pending.
+        """
+        keys = [self.keys.job(outcome.job.id) for outcome in outcomes]
+        untried = self._not_paused(names) if most else []
+        ids: list[bytes] = []  # those that an earlier try took stay taken
+        named: list[str] = []
+        gone: list[str] = []
+
+        def read(tx: Transaction) -> tuple[list[bytes], list[bytes | None]]:
+            take = self._moves(worker, untried[0], most - len(ids)) if untried and len(ids) < most else []
+            awaited, records, *taken = self._read_fenced(tx, worker, keys, ("SMEMBERS", self.keys.awaited), before=take)
+            for added, paused, *moved in taken:
+                del untried[0]  # not before, because a node of a cluster may have redirected this
+                _checked([added])
+                self._note_paused(paused)
+                ids.extend(id for id in moved if isinstance(id, bytes))  # an error is left to `take`
+            return awaited, records
+
+        def body(tx: Transaction) -> tuple[list[Outcome], list[Job]]:
+            awaited, records = read(tx)
+            while untried and len(ids) < most:
+                awaited, records = read(tx)
+            tx.awaited = set(awaited)
+            settle = partial(self._settle, tx, worker, outcomes, records)
+            named[:] = _named(ids)
+            if not named:
+                return settle(), self._start(tx, worker, ids, {}, held=held, company=True)
+            lost, found = tx.read_watched(list(map(self.keys.job, named)), settle)
+            taken = dict(zip(named, found, strict=True))
+            gone[:] = [id for id, record in taken.items() if record is None]
+            return lost, self._start(tx, worker, ids, taken, held=held, company=True)
+
+        lost, started = self.store.transact([self.keys.worker(worker), *keys], body)
+        return lost, self._after_start(started, ids, named, gone)
 
     def _same_attempt(self, job: Job, record: bytes | None) -> Attempt | None:
         """Return the attempt in the record if it is still the one that the worker holds."""
         try:
             stored = _decode_attempt(record or b"{}")
-        except msgspec.DecodeError:
+        except (msgspec.DecodeError, RecursionError):
             return None
         ours = Attempt("processing", job.worker, job.attempts, job.refunds, job.started_at, stored.cancel_requested)
         return stored if stored == ours else None
@@ -1237,7 +1327,7 @@ class Transitions:
 
     def _read_jobs(self, tx: Transaction, entries: Iterable[bytes], watch: bool = False) -> Iterator[Job]:
         """Read the jobs that list entries name, each once. Skip entries that name none."""
-        ids = list(dict.fromkeys(filter(ID.fullmatch, map(text_of, entries))))
+        ids = _named(entries)
         keys = [self.keys.job(id) for id in ids]
         records = tx.read(*([("WATCH", *keys)] if watch else []), ("MGET", *keys))[-1] if ids else []
         if watch:
@@ -1736,28 +1826,52 @@ class Transitions:
         return dict(zip(names, map(_read_count, counts), strict=True))
 
 
+class Made(msgspec.Struct):
+    """What the key once:<key> holds: the fingerprint of the first submit, and the jobs it made."""
+
+    fingerprint: str
+    ids: list[str]
+
+
+KEY_REUSED = "this Idempotency-Key was used for another request"
+
+
+def _made(stored: bytes) -> Made:
+    try:
+        return msgspec.json.decode(stored, type=Made)
+    except msgspec.DecodeError as error:
+        raise Corrupted(f"the record of an Idempotency-Key cannot be read: {error}") from None
+
+
 def _metric_commands(store: Store, tx: Transaction) -> list[Command]:
     """Add up the events of all jobs of one type and queue.
 
     Above SERIES of them, new ones count as other, so that invented names fill neither Redis nor
     Prometheus. Processes that meet new ones at the same moment may exceed SERIES a little.
     """
+    if not tx.measured:
+        return []
     met = {f"{type}:{queue}" for _, type, queue in tx.measured}
     new = sorted(met - store._series)[: max(0, SERIES - len(store._series))]
     if new:
         store._series |= set(new)
         store._series_known = False
-    sums: Counter[str] = Counter()
+    sums: defaultdict[str, int] = defaultdict(int)
     for (event, type, queue), times in tx.measured.items():
         name = known if (known := f"{type}:{queue}") in store._series else "other:other"
         if times[0] < 0:
             sums[f"{event}:{name}"] += len(times)
         else:
             sums[f"{event}Ms:{name}"] += sum(times)
-            for at, count in Counter([bisect_left(BUCKETS, ms) for ms in times]).items():
-                sums[f"{event}:{name}:{BUCKETS[at]}"] += count
+            for ms in times:
+                sums[f"{event}:{name}:{BUCKETS[bisect_left(BUCKETS, ms)]}"] += 1
     added: list[Command] = [("SADD", store.keys.series, *new)] if new else []
     return added + [("HINCRBY", store.keys.metrics, field, by) for field, by in sums.items() if by]
+
+
+def _named(entries: Iterable[bytes]) -> list[str]:
+    """Return the ids among the entries of a list, each once."""
+    return list(dict.fromkeys(filter(ID.fullmatch, map(text_of, entries))))
 
 
 def _queues_in(counts: Iterable[tuple[str, bytes]]) -> set[str]:

@@ -226,8 +226,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 
     @property
     def worker_connections(self) -> int:
-        """How many a worker may open to each shard: for three threads, and to write progress."""
-        return 3 + min(self.worker_concurrency, WRITERS) + SPARE
+        """How many a worker may open to each shard: for four threads, and to write progress."""
+        return 4 + min(self.worker_concurrency, WRITERS) + SPARE
 
 
 def _read_dotenv() -> str:

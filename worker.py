@@ -9,16 +9,22 @@ The other commands are in tinyqueue_cli.py.
 The methods of a worker are grouped by the thread that runs them:
 
     main      waits for a stop request, enforces timeouts, and checks that the others make progress
-    taker     waits for free slots, then takes a job for each; if no jobs are left, waits for the bell
-    slots     run handlers: take a job from the inbox, put its outcome into the outbox
-    settlers  save outcomes, one thread for each shard: all that arrived during the last save, in one
-              transaction
+    slots     run handlers. One that finds no job in the inbox exchanges all outcomes that have piled
+              up for as many new jobs, in one transaction, while the others run handlers
+    taker     takes jobs for slots that got none so; if no jobs are left, waits for the bell. Adopts
+              jobs after a lost reply, and starts suspects alone
+    settlers  save outcomes that could not be exchanged, one thread for each shard
     keeper    sends heartbeats, promotes, reaps, trims, and passes on cancellation requests
 
-A slot is free once its handler has returned. The taker takes no job before a slot is free for it,
-so no job waits behind a long one inside a worker. A worker that stops takes no more jobs. A stop
-has one of three modes. `drain` lets the handlers finish, and releases what still runs when time is
-up. `release` and `broken` release everything at once; after `broken` the process exits with 70.
+A slot is free once its handler has returned and its outcome was exchanged. No job is taken before
+a slot is free for it, so no job waits behind a long one inside a worker. The jobs in the inbox and
+the running handlers, with the outcomes that nobody saves yet, are never more than the slots. So
+there is always an idle slot to wake for them. tests/cycle_model.py checks that in every
+interleaving.
+
+A worker that stops takes no more jobs. A stop has one of three modes. `drain` lets the handlers
+finish, and releases what still runs when time is up. `release` and `broken` release everything at
+once; after `broken` the process exits with 70.
 """
 
 from __future__ import annotations
@@ -33,9 +39,10 @@ import sys
 import threading
 import time
 import traceback
-from collections import defaultdict
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections import defaultdict, deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from contextvars import Context
 from functools import partial
 from pathlib import Path
@@ -214,8 +221,9 @@ class Slot(Shield):
         timeout = HANDLERS[job.type].timeout if job.type in HANDLERS else None
         context = Context()  # of this attempt alone: the next job must not see what this one sets
         context.run(LOG_CONTEXT.set, job.log_fields)  # for the handler's log lines
-        text = "job %s (%s) started, attempt %d/%d"
-        context.run(log.debug, text, job.id, job.type, job.attempts, job.max_attempts, extra=STARTED)
+        if log.isEnabledFor(logging.DEBUG):
+            text = "job %s (%s) started, attempt %d/%d"
+            context.run(log.debug, text, job.id, job.type, job.attempts, job.max_attempts, extra=STARTED)
         began = time.monotonic()
         with self.lock:
             self.job = job
@@ -285,6 +293,7 @@ def _resident_memory() -> int:
 # The worker -----------------------------------------------------------------------------------------------------------
 
 StopMode = Literal["drain", "release", "broken"]
+Batch = tuple[list[Outcome], bool]  # outcomes to save, and whether they may have been saved before
 
 
 class Worker:
@@ -300,9 +309,17 @@ class Worker:
         self.lock = threading.Lock()  # for `id` and `held` together
         self.stop_requests: SimpleQueue[StopMode] = SimpleQueue()
         self.free_slots: SimpleQueue[None] = SimpleQueue()  # an entry for each slot that waits for a job
-        self.inbox: SimpleQueue[Job | None] = SimpleQueue()
+        self.inbox: deque[Job] = deque()  # jobs that were started, for the slots
+        self.outcomes: deque[Outcome] = deque()  # of the slots, not yet exchanged
+        self.wakes: SimpleQueue[bool] = SimpleQueue()  # wakes a slot: True to look for work, False to end
+        self.waking = False  # a slot was woken and has not looked yet
+        # Held by the thread that takes, adopts and starts jobs. An id whose reply is on its way to
+        # one thread would be started twice if another adopted it.
+        self.cycle = threading.Lock()
+        self.alone = False  # nothing else must start: a suspect runs, or will when all others have ended
         # One for each shard, with a settler: a shard that is away holds up no outcome of others.
-        self.outboxes: dict[Queue, SimpleQueue[list[Outcome] | None]] = {part: SimpleQueue() for part in queue.parts}
+        self.outboxes: dict[Queue, SimpleQueue[Batch | None]] = {part: SimpleQueue() for part in queue.parts}
+        self.pool = ThreadPoolExecutor(2 * settings.worker_concurrency, "slot")  # stuck slots are replaced
         self.slots: list[Slot] = []
         self.stuck: list[Slot] = []
         self.stopping = threading.Event()  # the taker must take no more jobs
@@ -328,13 +345,13 @@ class Worker:
         for _ in range(self.settings.worker_concurrency):
             self._add_slot()
         taker = self._start_thread("taker", self._take_jobs)
-        others = [self._start_thread("settler", partial(self._save_outcomes, part)) for part in self.queue.parts]
-        others.append(self._start_thread("keeper", self._keep))
+        settlers = [self._start_thread("settler", partial(self._save_outcomes, part)) for part in self.queue.parts]
+        keeper = self._start_thread("keeper", self._keep)
         mode = self._wait_for_stop()
         self.stopping.set()
         self.free_slots.put(None)  # wakes the taker if it waits for a slot
         log.info("worker stopping (%s); running jobs: %d", mode, len(self.held))
-        return self._close(self._drain(mode, taker), *others)
+        return self._close(self._drain(mode, taker), keeper, *settlers)
 
     def _start_thread(self, name: str, target: Callable[[], None]) -> threading.Thread:
         thread = threading.Thread(target=self._run_thread, args=(target,), name=name, daemon=True)
@@ -400,7 +417,7 @@ class Worker:
                 self.stuck.remove(slot)
                 continue
             log.error("job %s (%s) did not stop after its timeout; its thread was abandoned", job.id, job.type)
-            self._hand_over(_fail(job, TimedOut()))
+            self._put([_fail(job, TimedOut())])
             self.slots.remove(slot)
             if len(self.stuck) >= self.settings.worker_concurrency:
                 self.stop("broken")
@@ -409,7 +426,7 @@ class Worker:
         return done
 
     def _add_slot(self) -> None:
-        self._start_thread("slot", self._run_slot)
+        self.pool.submit(self._run_thread, self._run_slot)
         self.free_slots.put(None)
 
     def _drain(self, mode: StopMode, taker: threading.Thread) -> StopMode:
@@ -427,38 +444,44 @@ class Worker:
         return mode
 
     def _release_jobs(self) -> None:
-        """Release the jobs in the inbox and those that run. Their handlers run until the exit."""
+        """Release the jobs in the inbox and those that run. Their handlers run until the exit.
+
+        Settles outcomes that wait behind a take without a reply.
+        """
+        self._put(self._collect_outcomes())
         jobs = [job for slot in tuple(self.slots) if (job := slot.abandon())]
-        with suppress(Empty):
-            while job := self.inbox.get_nowait():
-                jobs.append(job)
+        with suppress(IndexError):
+            while True:
+                jobs.append(self.inbox.popleft())
         if jobs:  # in one batch, in the order they were taken: so the queue has them in their old order again
             with self.lock:
                 position = {id: at for at, id in enumerate(self.held)}
             jobs.sort(key=lambda job: position.get(job.id, 0))
             self._put([Outcome(job, "release") for job in jobs])
 
-    def _close(self, mode: StopMode, *threads: threading.Thread) -> int:
+    def _close(self, mode: StopMode, keeper: threading.Thread, *settlers: threading.Thread) -> int:
         """End the threads, deregister and return the exit code, within a second."""
         until = time.monotonic() + CLOSING
         self.closed.set()
         for outbox in self.outboxes.values():
             outbox.put(None)
         # Redis may hang, and so may a thread of the process that waits for it.
-        leave = threading.Thread(target=self._deregister, name="leaver", daemon=True)
+        leave = threading.Thread(target=self._deregister, args=(keeper,), name="leaver", daemon=True)
         leave.start()
-        for thread in (*threads, leave):
+        for thread in (*settlers, leave):
             thread.join(max(0.0, until - time.monotonic()))
         for _ in self.slots:
-            self.inbox.put(None)
+            self.wakes.put(False)
+        self.pool.shutdown(wait=False)
         if self.held:
             problem = "could not save the outcome of %s, which will run again when this worker's lease expires"
             log.error(problem, plural(len(self.held), "job"))
         log.info("worker stopped")
         return EXIT_BROKEN if mode == "broken" else int(bool(self.held))
 
-    def _deregister(self) -> None:
+    def _deregister(self, keeper: threading.Thread) -> None:
         """Remove this worker from every shard, except those that have jobs it has not settled."""
+        keeper.join(CLOSING / 2)  # a heartbeat that is on its way would renew the lease
         with self.lock:
             unsettled = {self.queue.part_of(id) for id in self.held}
         for part in self.queue.parts if self.id else ():
@@ -477,30 +500,28 @@ class Worker:
                 return
             if free < 1:  # a suspect was started before the slots that became free were counted
                 continue
-            if (most := min(free, self._room())) < 1:
-                self.stopping.wait(SHORT_TICK)
-                continue
             worker = self.id
             try:
                 worker = worker or self._register()
-                taken, jobs = self._next_jobs(worker, most)
-                emptied = taken < most
-                free -= self._dispatch(jobs)
+                with self._in_cycle():
+                    most = min(free, self._room())
+                    taken, jobs = self._next_jobs(worker, most)
+                    started = self._begin(jobs)
+                free -= started
                 self.last_take = time.monotonic()
                 failures = 0
+                self._finish_start(jobs)
                 for job in (job for job in jobs if job.status == "pending"):
                     if job.suspect:
-                        free -= self._dispatch_alone(worker, job)
+                        free -= self._start_alone(worker, job)
                     else:  # a reply was lost: adopt finds what is still in the list
                         self.adopt_at = 0.0
-                if emptied:
+                if most < 1:
+                    self.stopping.wait(SHORT_TICK)
+                elif taken < most:
                     self._wait_for_bell(worker)
             except Reaped as error:
-                self._drop_jobs(worker, error)
-                self.adopt_at = 0.0
-                for part in error.parts or self.queue.parts:
-                    with suppress(TinyQueueError):
-                        part.reap(worker)  # requeues what was just taken under the old registration
+                self._give_up(worker, error)
             except TinyQueueError as error:
                 self.adopt_at = 0.0
                 failures += 1
@@ -536,6 +557,8 @@ class Worker:
 
     def _next_jobs(self, worker: str, free: int) -> tuple[int, list[Job]]:
         """Take and start jobs for the free slots. Returns how many ids were taken, and the jobs."""
+        if free < 1:
+            return 0, []
         with self.lock:  # before `adopt` reads the list: then a job that is settled meanwhile is still known here
             held = dict(self.held)
         ids: list[bytes] = []
@@ -546,30 +569,48 @@ class Worker:
             ids += self.queue.take(worker, self.names, free - len(ids))
         return len(ids), self.queue.start(worker, ids, held) if ids else []
 
-    def _dispatch(self, jobs: Sequence[Job]) -> int:
-        """Give the started jobs to the slots and return how many; wait for the end of a suspect."""
+    @contextmanager
+    def _in_cycle(self) -> Iterator[None]:
+        """Hold the cycle, then wake a slot for what has piled up, even after an error (taker)."""
+        try:
+            with self.cycle:
+                yield
+        finally:
+            if self.inbox or self.outcomes:
+                self._wake_slot()
+
+    def _begin(self, jobs: Sequence[Job]) -> int:
+        """Give the started jobs to the slots and return how many. The caller holds the cycle."""
         started = [job for job in jobs if job.status == "processing"]
         self.started += len(started)
         with self.lock:
             self.held.update((job.id, job) for job in started)
-        for job in started:
-            self.inbox.put(job)
-        if any(job.suspect for job in started):
-            self._wait_until_idle()
+        self.inbox += started
         return len(started)
 
-    def _dispatch_alone(self, worker: str, suspect: Job) -> int:
+    def _finish_start(self, jobs: Sequence[Job]) -> None:
+        """Wait for the end of a suspect."""
+        if any(job.suspect and job.status == "processing" for job in jobs):
+            self._wait_until_idle()
+
+    def _start_alone(self, worker: str, suspect: Job) -> int:
         """Start a suspect once nothing else runs, so that no other job dies with this worker."""
         if not self._wait_until_idle() or self._room() < 1:
             return 0
-        return self._dispatch(self.queue.start(worker, [suspect.id.encode()], {}))
+        with self._in_cycle():
+            jobs = self.queue.start(worker, [suspect.id.encode()], {})
+            started = self._begin(jobs)
+        self._finish_start(jobs)
+        return started
 
     def _wait_until_idle(self) -> bool:
         """Wait until every started job is settled. Returns False if the worker is stopping."""
         self.all_busy = True
+        self.alone = True
         while self.held and not self.stopping.wait(0.02):
             pass
         self.all_busy = False
+        self.alone = False
         self.last_take = time.monotonic()
         return not self.stopping.is_set()
 
@@ -589,50 +630,125 @@ class Worker:
             self.last_take = time.monotonic()
 
     def _nothing_is_due(self) -> bool:
-        return not self.queue.promote() and not self.held and not self.queue.waiting(self.names, due=True)
+        if self.queue.promote() or self.held or self.queue.waiting(self.names, due=True):
+            return False
+        return time.monotonic() < self.adopt_at  # or else an exchange has failed, which may have taken jobs
 
     # Slot threads -----------------------------------------------------------------------------------------------------
 
     def _run_slot(self) -> None:
         slot = Slot()
         self.slots.append(slot)
-        while job := self.inbox.get():
+        while job := self._next_job():
+            if self.inbox or self.outcomes:  # this handler may run for long
+                self._wake_slot()
             outcome = slot.run(job)
             if outcome is None:
                 if slot in self.stuck:
                     self.stuck.remove(slot)
                 return
-            self._hand_over(outcome)
-            self.free_slots.put(None)
+            outcome.job.__dict__["_ended"] = time.monotonic()
+            if len(self.outboxes) == 1:
+                self.outcomes.append(outcome)
+            else:
+                # With an exchange, a slot would stay with the shard of its first job.
+                self._put([outcome])
+                self.free_slots.put(None)
 
-    def _hand_over(self, outcome: Outcome) -> None:
-        """Give an outcome to the settler (slots, main)."""
-        outcome.job.__dict__["_ended"] = time.monotonic()
-        self._put([outcome])
+    def _next_job(self) -> Job | None:
+        """Return a started job, if need be in exchange for outcomes. None if this slot must end."""
+        while True:
+            with suppress(IndexError):
+                return self.inbox.popleft()
+            if self._exchange():
+                continue
+            if not self.wakes.get():
+                return None
+            self.waking = False  # before the next look: who sees it set relies on that look
+
+    def _wake_slot(self) -> None:
+        """Wake an idle slot, unless one is waking. It wakes the next if it leaves something."""
+        if not self.waking:
+            self.waking = True
+            self.wakes.put(True)
+
+    def _exchange(self) -> bool:
+        """Save the outcomes that have piled up, and start as many jobs.
+
+        Returns False if there are none, or if another thread holds the cycle: it will look again.
+        """
+        if not self.outcomes or not self.cycle.acquire(blocking=False):
+            return False
+        try:
+            outcomes = self._collect_outcomes()
+            try:
+                started = self._save_and_start(self.id, outcomes) if outcomes else 0
+            except BaseException:  # the worker will stop, and the settlers save these before
+                self._put(outcomes, again=True)
+                raise
+        finally:
+            self.cycle.release()
+        for _ in range(len(outcomes) - started):
+            self.free_slots.put(None)
+        return True
+
+    def _collect_outcomes(self) -> list[Outcome]:
+        """Take the outcomes that have piled up (slots, main)."""
+        outcomes: list[Outcome] = []
+        with suppress(IndexError):
+            while len(outcomes) < MAX_JOBS:
+                outcomes.append(self.outcomes.popleft())
+        return outcomes
+
+    def _save_and_start(self, worker: str, outcomes: list[Outcome]) -> int:
+        """Exchange outcomes for jobs and return how many. Leaves trouble to settler and taker."""
+        with self.lock:
+            held = dict(self.held)
+        taker_first = self.stopping.is_set() or self.alone or time.monotonic() >= self.adopt_at
+        most = 0 if taker_first else max(0, min(len(outcomes), self._room()))
+        again = False
+        try:
+            if all(outcome.job.worker == worker for outcome in outcomes):
+                others, jobs = self.queue.parts[0].exchange(worker, outcomes, self.names, most, held)
+                started = self._begin(jobs)  # before the outcomes leave `held`: no waiter may find it empty
+                if started < len(jobs):  # a suspect, or a reply was lost
+                    self.adopt_at = 0.0
+                self.last_take = time.monotonic()
+                self._note_saved(outcomes, [outcome for outcome in outcomes if outcome not in others])
+                return started
+        except Reaped as error:
+            self._give_up(worker, error)
+        except TinyQueueError as error:
+            again = getattr(error, "doubtful", False) or getattr(error, "applied", False)
+            self._warn("save outcomes and take jobs", error)
+        self.adopt_at = 0.0
+        self._put(outcomes, again)
+        return 0
 
     # Settler thread ---------------------------------------------------------------------------------------------------
 
-    def _put(self, outcomes: Sequence[Outcome]) -> None:
+    def _put(self, outcomes: Sequence[Outcome], again: bool = False) -> None:
         """Leave outcomes to the settlers of their shards (main, slots)."""
         for part, outbox in self.outboxes.items():
             if own := [outcome for outcome in outcomes if self.queue.part_of(outcome.job.id) is part]:
-                outbox.put(own)
+                outbox.put((own, again))
 
     def _save_outcomes(self, part: Queue) -> None:
         outbox = self.outboxes[part]
         while (batch := outbox.get()) is not None:
+            outcomes, again = batch
             with suppress(Empty):
-                while len(batch) < MAX_JOBS:
+                while len(outcomes) < MAX_JOBS:
                     if (more := outbox.get_nowait()) is None:
                         outbox.put(None)  # for the outer loop, after this batch
                         break
-                    batch += more
-            self._save(batch)
+                    outcomes = outcomes + more[0]
+                    again = again or more[1]
+            self._save(outcomes, again)
 
-    def _save(self, outcomes: list[Outcome]) -> None:
+    def _save(self, outcomes: list[Outcome], again: bool) -> None:
         """Save outcomes of one shard, however long it takes; drop them if the worker was reaped."""
         failures = 0
-        again = False
         saved: list[Outcome] = []
         while own := [outcome for outcome in outcomes if outcome.job.worker == self.id]:
             worker = own[0].job.worker
@@ -653,14 +769,26 @@ class Worker:
                 self._warn("save outcomes", error)
                 if self.closed.wait(backoff(failures, 0.1, 5.0)):
                     return
+        self._note_saved(outcomes, saved)
+
+    def _note_saved(self, outcomes: Sequence[Outcome], saved: Sequence[Outcome]) -> None:
+        """Hold the jobs no more, and log their outcomes (settlers, slots)."""
         with self.lock:
             for outcome in outcomes:
                 if self.held.get(outcome.job.id) is outcome.job:
                     del self.held[outcome.job.id]
         _log_outcomes(outcomes, saved)
 
+    def _give_up(self, worker: str, reaped: Reaped) -> None:
+        """Drop all jobs of a reaped worker, and requeue what it just took (taker, slots)."""
+        self._drop_jobs(worker, reaped)
+        self.adopt_at = 0.0
+        for part in reaped.parts or self.queue.parts:
+            with suppress(TinyQueueError):
+                part.reap(worker)
+
     def _drop_jobs(self, worker: str, reaped: Reaped) -> None:
-        """Drop all jobs after this worker was reaped (taker, settlers, keeper).
+        """Drop all jobs after this worker was reaped (taker, slots, settlers, keeper).
 
         If only some shards reaped it, the heartbeat registers it there again under the same id. An
         outcome of a job that it lost there is not saved, because the record has another attempt.
@@ -769,7 +897,7 @@ class Worker:
             log.warning("%s", text)
 
 
-def _log_outcomes(outcomes: list[Outcome], saved: list[Outcome]) -> None:
+def _log_outcomes(outcomes: Sequence[Outcome], saved: Sequence[Outcome]) -> None:
     """Log one line for each outcome. Those that were not saved are `lost`."""
     if not log.isEnabledFor(logging.WARNING):
         return

@@ -1,12 +1,14 @@
 """Compare TinyQueue with plain Redis commands of the same client, in the same run.
 
-    python tests/bench.py [--jobs 20000] [--growth]
+    python tests/bench.py [--jobs 20000] [--growth] [--python /usr/bin/python3.13 ...]
 
-Starts its own redis-server. Times depend on the machine and its load; compare the ratios.
+Starts its own redis-server. Times depend on the machine and its load; compare the ratios. Round
+trips, context switches and CPU time a job are steadier than times.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import shutil
@@ -17,10 +19,10 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import click
 import redis
@@ -45,6 +47,10 @@ class Email:
 @handler("send-email")
 def send_email(email: Email) -> None:
     pass
+
+@handler("sleep")
+def sleep(seconds: float) -> None:
+    time.sleep(seconds)
 
 @handler("clock")
 def clock(sent: int) -> None:
@@ -97,10 +103,10 @@ wrk.headers["Content-Type"] = "application/json"
 
 
 @contextmanager
-def redis_server(folder: str) -> Iterator[str]:
+def redis_server(folder: str, *options: str) -> Iterator[str]:
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]
-    command = ["redis-server", "--port", str(port), "--save", "", "--dir", folder, "--loglevel", "warning"]
+    command = ["redis-server", "--port", str(port), "--save", "", "--dir", folder, "--loglevel", "warning", *options]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL) as server:
         raw = redis.Redis(port=port)
         try:
@@ -111,10 +117,10 @@ def redis_server(folder: str) -> Iterator[str]:
 
 
 @contextmanager
-def worker(folder: str, *arguments: str) -> Iterator[subprocess.Popen[bytes]]:
+def worker(folder: str, *arguments: str, python: str = sys.executable) -> Iterator[subprocess.Popen[bytes]]:
     url = Path(folder, "url").read_text()
     env = dict(os.environ, REDIS_URL=url, TINYQUEUE_HANDLERS="benchhandlers", LOG_LEVEL="error", PYTHONPATH=str(ROOT))
-    with subprocess.Popen([sys.executable, str(ROOT / "worker.py"), *arguments], cwd=folder, env=env) as process:
+    with subprocess.Popen([python, str(ROOT / "worker.py"), *arguments], cwd=folder, env=env) as process:
         try:
             yield process
         finally:
@@ -193,6 +199,15 @@ def measure_enqueue(queue: Queue, raw: redis.Redis, count: int) -> None:
     show("enqueue, 1,000 at a time", value, bare, "jobs/s", "MSET + LPUSH of 1,000 in one MULTI")
 
 
+class Drained(NamedTuple):
+    """What it took to run a job, from the first completed job to the last."""
+
+    rate: float  # jobs a second
+    cpu: float  # microseconds of the worker's process
+    switches: float  # of its threads
+    trips: float  # packets that Redis read
+
+
 def measure_drain(queue: Queue, raw: redis.Redis, folder: str, count: int, slots: int) -> None:
     """Compare a worker with threads that only pop ids and save nothing, as many as it has slots."""
     raw.flushall()
@@ -210,27 +225,81 @@ def measure_drain(queue: Queue, raw: redis.Redis, folder: str, count: int, slots
     bare = per_second(count, pop_all)
     raw.flushall()
     fill(queue, count)
-    value = drain(queue, folder, count, slots)
-    show(f"drain, {slots} slots", value, bare, "jobs/s", f"BRPOP in {slots} threads, nothing saved")
+    show_drain(f"drain, {slots} slots", drain(raw, folder, count, slots), bare, f"BRPOP in {slots} threads")
 
 
-def fill(queue: Queue, count: int) -> None:
+def show_drain(what: str, drained: Drained, limit: float, limited_by: str) -> None:
+    show(what, drained.rate, limit, "jobs/s", limited_by)
+    click.echo(
+        f"{'':<34} {drained.cpu:>12,.1f} us of CPU a job, {drained.switches:.2f} context switches,"
+        f" {drained.trips:.2f} round trips"
+    )
+
+
+def measure_sleeping(queue: Queue, raw: redis.Redis, folder: str, count: int) -> None:
+    raw.flushall()
+    fill(queue, count, "sleep", 0.002)
+    drained = drain(raw, folder, count, 10)
+    show_drain("handlers that sleep 2 ms, 10 slots", drained, 5000, "10 threads that only sleep")
+
+
+def measure_pythons(queue: Queue, raw: redis.Redis, folder: str, count: int, pythons: Sequence[str]) -> None:
+    """Compare other interpreters with this one."""
+    fill(queue, count)
+    own = drain(raw, folder, count, 10)
+    for python in pythons:
+        raw.flushall()
+        fill(queue, count)
+        version = subprocess.run([python, "--version"], capture_output=True, text=True, check=True).stdout.strip()
+        show_drain(f"drain, 10 slots, {version}", drain(raw, folder, count, 10, python), own.rate, "this Python")
+
+
+def measure_durable(folder: str, count: int) -> None:
+    """Compare Redis that syncs its log of writes with one that has none."""
+    rates = []
+    for options in ((), ("--appendonly", "yes"), ("--appendonly", "yes", "--appendfsync", "always")):
+        with tempfile.TemporaryDirectory() as data, redis_server(data, *options) as url:
+            Path(folder, "url").write_text(url)
+            fill(Queue.from_url(url), count)
+            rates.append(drain(redis.Redis.from_url(url), folder, count, 10))
+    for sync, drained in zip(("everysec", "always"), rates[1:], strict=True):
+        show_drain(f"drain, 10 slots, appendfsync {sync}", drained, rates[0].rate, "not persisted")
+
+
+def fill(queue: Queue, count: int, type: str = "send-email", payload: Any = PAYLOAD) -> None:
     for _ in range(0, count, 1000):
-        queue.enqueue_many("send-email", [PAYLOAD] * 1000)
+        queue.enqueue_many(type, [payload] * 1000)
 
 
-def drain(queue: Queue, folder: str, count: int, slots: int) -> float:
-    """Measure the jobs a second from the first completed job to the last."""
+def drain(raw: redis.Redis, folder: str, count: int, slots: int, python: str = sys.executable) -> Drained:
+    """Measure a worker from the first completed job to the last."""
+    polls = 0
 
     def done() -> int:
-        return int(queue.stats()["total"]["completed"])
+        nonlocal polls
+        polls += 1
+        return int(raw.hget("{queue}:counts", "completed") or 0)
 
-    with worker(folder, "--concurrency", str(slots)):
+    def used() -> tuple[float, int, int]:
+        return cpu_seconds(process.pid), switches(process.pid), int(raw.info("stats")["total_reads_processed"])
+
+    with worker(folder, "--concurrency", str(slots), python=python) as process:
         until(done, 0.002)
+        polls = 0
+        before = used()
         first = done()
         begin = time.perf_counter()
         until(lambda: done() >= count)
-        return (done() - first) / (time.perf_counter() - begin)
+        seconds = time.perf_counter() - begin
+        cpu, switched, trips = (then - now for then, now in zip(used(), before, strict=True))
+    jobs = count - first
+    return Drained(jobs / seconds, cpu / jobs * 1e6, switched / jobs, (trips - polls) / jobs)
+
+
+def switches(pid: int) -> int:
+    """Count the context switches of all threads of a process."""
+    lines = itertools.chain(*(path.read_text().splitlines() for path in Path(f"/proc/{pid}/task").glob("*/status")))
+    return sum(int(line.split()[1]) for line in lines if "ctxt_switches" in line)
 
 
 def measure_latency(queue: Queue, raw: redis.Redis, folder: str) -> None:
@@ -331,14 +400,15 @@ def measure_growth(queue: Queue, raw: redis.Redis, folder: str) -> None:
     for pending in (10_000, 1_000_000):
         raw.flushall()
         fill(queue, pending)
-        rates.append(drain(queue, folder, 10_000, 10))
+        rates.append(drain(raw, folder, 10_000, 10).rate)
     show("drain, 1,000,000 pending", rates[1], rates[0], "jobs/s", "with 10,000 pending")
 
 
 @click.command()
 @click.option("--jobs", default=20_000, show_default=True, help="Number of jobs of each measurement.")
 @click.option("--growth", is_flag=True, help="Also measure the drain with a million pending jobs.")
-def main(jobs: int, growth: bool) -> None:
+@click.option("--python", "pythons", multiple=True, metavar="PATH", help="Also measure the drain with this Python.")
+def main(jobs: int, growth: bool, pythons: tuple[str, ...]) -> None:
     """Compare TinyQueue with plain Redis commands."""
     with tempfile.TemporaryDirectory() as folder, redis_server(folder) as url:
         Path(folder, "benchhandlers.py").write_text(HANDLERS)
@@ -349,6 +419,9 @@ def main(jobs: int, growth: bool) -> None:
         measure_enqueue(queue, raw, jobs)
         for slots in (10, 50):
             measure_drain(queue, raw, folder, jobs, slots)
+        measure_sleeping(queue, raw, folder, jobs // 2)
+        raw.flushall()
+        measure_pythons(queue, raw, folder, jobs, pythons)
         raw.flushall()
         measure_latency(queue, raw, folder)
         measure_memory(queue, raw, 50_000)
@@ -359,6 +432,7 @@ def main(jobs: int, growth: bool) -> None:
             click.echo("HTTP was not measured because wrk is not installed")
         if growth:
             measure_growth(queue, raw, folder)
+        measure_durable(folder, jobs)
 
 
 if __name__ == "__main__":

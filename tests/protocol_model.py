@@ -14,7 +14,7 @@ import itertools
 import sys
 from collections import deque
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import click
 
@@ -29,6 +29,7 @@ GUARDS = {
     "beside": "an attempt that was lost beside others does not count",
     "alone": "a job that was lost beside others too often runs alone",
     "leave": "after a lost reply start drops nothing and starts nothing: it may have dropped the ids",
+    "cycle": "one thread of a worker at a time takes, adopts and starts",
 }
 
 
@@ -52,6 +53,8 @@ class Worker(NamedTuple):
     taken: frozenset[int] = frozenset()
     again: frozenset[int] = frozenset()  # those of the taken whose start has lost a reply
     runs: frozenset[int] = frozenset()
+    coming: frozenset[int] = frozenset()  # started by an exchange whose reply is on its way
+    twice: bool = False  # two of its slots run one job
     doubts: frozenset[tuple[int, int, int]] = frozenset()  # settled, the reply lost: job, attempts, begun
 
 
@@ -96,6 +99,7 @@ class World:
                 yield from self.takes(state, at)
                 yield from self.starts(state, at)
                 yield from self.settles(state, at)
+                yield from self.learns(state, at)
                 yield from self.sleeps(state, at)
             if not worker.leased:
                 yield from self.is_reaped(state, at)
@@ -118,6 +122,8 @@ class World:
 
     def takes(self, state: State, at: int) -> Iterator[Step]:
         worker = state.workers[at]
+        if worker.coming and self.guarded("cycle"):
+            return
         if state.list and len(worker.proc) < 2:
             job = state.list[-1]
             moved = state._replace(list=state.list[:-1]).worker(at, proc=(*worker.proc, job))
@@ -129,7 +135,7 @@ class World:
 
     def starts(self, state: State, at: int) -> Iterator[Step]:
         worker = state.workers[at]
-        for job in worker.taken:
+        for job in () if worker.coming and self.guarded("cycle") else worker.taken:
             record = state.records[job]
             known = state.worker(at, taken=worker.taken - {job}, again=worker.again - {job})
             again = state.worker(at, again=worker.again | {job})
@@ -146,11 +152,8 @@ class World:
             elif (record.status == "pending" and record.due) or (
                 not self.guarded("once") and record.status == "processing"
             ):
-                changes = {"status": "processing", "attempts": record.attempts + 1, "worker": at}
-                changes["begun"] = self.unused(state, job)
-                begun = known.record(job, **changes)
-                yield f"{at} starts {job}", begun.worker(at, runs=worker.runs | {job})
-                yield f"{at} starts {job}, the reply is lost", again.record(job, **changes)
+                yield f"{at} starts {job}", self.begun(known, at, job).worker(at, runs=worker.runs | {job})
+                yield f"{at} starts {job}, the reply is lost", self.begun(again, at, job)
             else:
                 delayed = state.delayed | {job} if record.status == "pending" else state.delayed
                 dropped = less(worker.proc, job)
@@ -160,6 +163,10 @@ class World:
                         f"{at} drops {job}, the reply is lost",
                         again.worker(at, proc=dropped)._replace(delayed=delayed),
                     )
+
+    def begun(self, state: State, at: int, job: int) -> State:
+        changes = {"status": "processing", "attempts": state.records[job].attempts + 1, "worker": at}
+        return state.record(job, begun=self.unused(state, job), **changes)
 
     def unused(self, state: State, job: int) -> int:
         """The smallest number that no worker remembers; a counter would make the world infinite."""
@@ -184,36 +191,56 @@ class World:
         for job in worker.runs:
             if self.pill and job == 0:
                 yield f"{job} kills {at}", lost(state, at)._replace(kills=state.kills + 1)
-                continue
-            over = state.worker(at, runs=worker.runs - {job})
-            if self.guarded("fence") and not worker.registered:
+            elif self.guarded("fence") and not worker.registered:
+                over = state.worker(at, runs=worker.runs - {job})
                 yield f"{at} may not write the outcome of {job}", over
-                continue
-            over = over.worker(at, proc=less(worker.proc, job))
-            attempts = state.records[job].attempts
-            completed = tuple(times + (j == job) for j, times in enumerate(state.completed))
-            yield (
-                f"{at} completes {job}",
-                over.record(job, status="completed", worker=None)._replace(completed=completed),
-            )
-            if self.pill:
-                continue
-            if attempts < MAX_ATTEMPTS:
-                yield (
-                    f"{at} fails {job}",
-                    over.record(job, status="pending", due=not self.timed, worker=None)._replace(
-                        delayed=state.delayed | {job}
-                    ),
-                )
-            failed = over.record(job, status="failed", worker=None)  # at any attempt: a handler may give up early
+            else:
+                for name, settled in self.ends(state, at, job):
+                    yield f"{at} {name}", settled
+                    yield from self.exchanges(state, settled, at, job, name)
+
+    def ends(self, state: State, at: int, job: int) -> Iterator[Step]:
+        """Settle a job in every way."""
+        worker = state.workers[at]
+        over = state.worker(at, runs=worker.runs - {job}, proc=less(worker.proc, job))
+        attempts = state.records[job].attempts
+        completed = tuple(times + (j == job) for j, times in enumerate(state.completed))
+        yield f"completes {job}", over.record(job, status="completed", worker=None)._replace(completed=completed)
+        if self.pill:
+            return
+        if attempts < MAX_ATTEMPTS:
+            later = over.record(job, status="pending", due=not self.timed, worker=None)
+            yield f"fails {job}", later._replace(delayed=state.delayed | {job})
+        failed = over.record(job, status="failed", worker=None)  # at any attempt: a handler may give up early
+        yield f"fails {job} for good", failed
+        if self.detailed:
             doubt = (job, attempts, state.records[job].begun)
-            yield f"{at} fails {job} for good", failed
-            if self.detailed:
-                yield f"{at} fails {job} for good, the reply is lost", failed.worker(at, doubts=worker.doubts | {doubt})
-            back = over.record(job, status="pending", worker=None, attempts=attempts - 1)
-            yield f"{at} releases {job}", back._replace(list=(*state.list, job))
-            if self.timed:
-                yield f"{at} cannot read {job}", back._replace(delayed=state.delayed | {job})
+            yield f"fails {job} for good, the reply is lost", failed.worker(at, doubts=worker.doubts | {doubt})
+        back = over.record(job, status="pending", worker=None, attempts=attempts - 1)
+        yield f"releases {job}", back._replace(list=(*state.list, job))
+        if self.timed:
+            yield f"cannot read {job}", back._replace(delayed=state.delayed | {job})
+
+    def exchanges(self, state: State, settled: State, at: int, job: int, name: str) -> Iterator[Step]:
+        """Start a job in the transaction that settled another. The reply comes later, or never."""
+        worker = settled.workers[at]
+        for other in worker.taken - worker.again:
+            record = settled.records[other]
+            if record.status != "pending" or not record.due or self.must_wait(settled, at, other):
+                continue
+            begun = self.begun(settled, at, other).worker(at, taken=worker.taken - {other})
+            yield f"{at} {name} and starts {other}", begun.worker(at, coming=worker.coming | {other})
+            if not self.pill:
+                doubt = (job, state.records[job].attempts, state.records[job].begun)
+                doubts = worker.doubts | ({doubt} if self.detailed else set())
+                yield f"{at} {name} and starts {other}, the reply is lost", begun.worker(at, doubts=doubts)
+
+    def learns(self, state: State, at: int) -> Iterator[Step]:
+        worker = state.workers[at]
+        if worker.coming:
+            twice = bool(worker.coming & worker.runs)
+            runs = worker.runs | worker.coming
+            yield f"{at} learns what it exchanged", state.worker(at, coming=frozenset(), runs=runs, twice=twice)
 
     def sleeps(self, state: State, at: int) -> Iterator[Step]:
         worker = state.workers[at]
@@ -267,6 +294,7 @@ class World:
             f"job {job} is processing, and will never end": record.status == "processing"
             and record.worker not in finders,
             f"job {job} runs on two registered workers": len(runners) > 1,
+            f"two slots of a worker run job {job}": any(worker.twice for worker in state.workers),
             f"job {job} is {record.status} while a registered worker runs it": bool(runners)
             and record.status != "processing",
             f"job {job} was completed twice": state.completed[job] > 1,
@@ -278,7 +306,7 @@ class World:
         """Whether the job is in that worker's list and will be found there."""
         if job not in worker.proc or not (worker.registered or self.guarded("again")):
             return False
-        return self.guarded("adopt") or not worker.alive or job in worker.taken | worker.runs
+        return self.guarded("adopt") or not worker.alive or job in worker.taken | worker.runs | worker.coming
 
 
 def less(proc: tuple[int, ...], job: int) -> tuple[int, ...]:
@@ -289,16 +317,25 @@ def less(proc: tuple[int, ...], job: int) -> tuple[int, ...]:
 
 def lost(state: State, at: int) -> State:
     return state.worker(
-        at, alive=False, leased=False, taken=frozenset(), again=frozenset(), runs=frozenset(), doubts=frozenset()
+        at,
+        **dict.fromkeys(("alive", "leased", "twice"), False),
+        **dict.fromkeys(("taken", "again", "runs", "coming", "doubts"), frozenset()),
     )
 
 
-def search(world: World) -> tuple[int, str, list[str]]:
+class Searched(Protocol):
+    first: Any
+
+    def steps(self, state: Any) -> Iterator[tuple[str, Any]]: ...
+    def wrong(self, state: Any) -> str: ...
+
+
+def search(world: Searched) -> tuple[int, str, list[str]]:
     """Visit all states, nearest first, up to a wrong one.
 
     Returns how many were visited, what is wrong, and the steps to it.
     """
-    came: dict[State, tuple[str, State] | None] = {world.first: None}
+    came: dict[Any, tuple[str, Any] | None] = {world.first: None}
     todo = deque([world.first])
     while todo:
         state = todo.popleft()

@@ -1006,7 +1006,7 @@ def replica(queue: Queue) -> Iterator[None]:
 
 
 def test_submit_answers_503_while_redis_is_full(near: Queue, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tinyqueue, "MEMORY_AGE", 0.2)
+    monkeypatch.setattr(tinyqueue_redis, "MEMORY_AGE", 0.2)
     api = Client(API(Settings(), near))
     with configured(near, "maxmemory", "1", "0"):
         assert_unavailable(api.post("/jobs", echo_with()), "full")

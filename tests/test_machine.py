@@ -24,6 +24,7 @@ from tinyqueue import Failure, Job, KeyReused, Once, Outcome, Queue, Reaped, Wro
 pytestmark = pytest.mark.usefixtures("no_handlers")
 BOOM = Failure("Boom", "it broke")
 NAMES = ["high", "low"]
+VERBS = ["complete", "complete", "fail", "fail for good", "release"]
 
 
 class Known:
@@ -210,16 +211,21 @@ class Machine(RuleBasedStateMachine):
             return
         assert not worker.reaped
         for id in ids:
-            known = self.model[id.decode()]
-            if known.expired(self.queue.now()):
-                known.status = "failed"
+            self._expire(self.model[id.decode()])
+        self._started(worker, jobs, alone=not worker.held and len(ids) == 1)
+
+    def _expire(self, known: Known) -> None:
+        if known.expired(self.queue.now()):
+            known.status = "failed"
+
+    def _started(self, worker: Worker, jobs: list[Job], alone: bool) -> None:
         for job in jobs:
             known = self.model[job.id]
             if job.status == "pending":
                 assert known.suspicions >= tinyqueue.SUSPICIOUS
-                assert worker.held or len(ids) > 1
+                assert not alone
                 continue
-            assert known.suspicions < tinyqueue.SUSPICIOUS or jobs == [job]
+            assert known.suspicions < tinyqueue.SUSPICIOUS or alone
             assert known.status == "pending"
             assert known.due <= self.queue.now()
             assert job.queue not in self.paused
@@ -233,15 +239,11 @@ class Machine(RuleBasedStateMachine):
     @precondition(lambda self: any(worker.held for worker in self.workers))
     @rule(
         data=st.data(),
-        verb=st.sampled_from(["complete", "complete", "fail", "fail for good", "release"]),
+        verb=st.sampled_from(VERBS),
         all=st.booleans(),
     )
     def settle(self, data: st.DataObject, verb: str, all: bool) -> None:
-        worker = data.draw(st.sampled_from([worker for worker in self.workers if worker.held]))
-        jobs = list(worker.held.values()) if all else [data.draw(st.sampled_from(list(worker.held.values())))]
-        word = verb.partition(" ")[0]
-        waits = [5 + n / 1000 if verb == "fail" else None for n in range(len(jobs))]
-        outcomes = [Outcome(job, word, error=BOOM, after=wait) for job, wait in zip(jobs, waits, strict=True)]
+        worker, outcomes = self._draw_outcomes(data, verb, all)
         try:
             self.queue.settle(worker.id, outcomes)
         except Reaped:
@@ -249,9 +251,49 @@ class Machine(RuleBasedStateMachine):
             self.workers.remove(worker)
             return
         assert not worker.reaped
-        for job in jobs:
-            del worker.held[job.id]
-            self._settled(self.model[job.id], self.queue.get(job.id), verb)
+        for outcome in outcomes:
+            del worker.held[outcome.job.id]
+            self._settled(self.model[outcome.job.id], self.queue.get(outcome.job.id), verb)
+
+    @precondition(lambda self: any(worker.held for worker in self.workers))
+    @rule(data=st.data(), verb=st.sampled_from(VERBS), all=st.booleans(), most=st.integers(0, 3))
+    def exchange(self, data: st.DataObject, verb: str, all: bool, most: int) -> None:
+        worker, outcomes = self._draw_outcomes(data, verb, all)
+        listed = self._listed()
+        held = dict(worker.held)
+        try:
+            lost, jobs = self.queue.exchange(worker.id, outcomes, NAMES, most, held)
+        except Reaped:
+            assert worker.reaped
+            self.workers.remove(worker)
+            return
+        assert not worker.reaped
+        assert lost == []
+        taken = listed[:most]
+        for outcome in outcomes:
+            del worker.held[outcome.job.id]
+            self._settled(self.model[outcome.job.id], self.queue.get(outcome.job.id), verb)
+        for id in taken:
+            self._expire(self.model[id])
+        assert {job.id for job in jobs} <= set(taken)
+        self._started(worker, jobs, alone=False)
+        for known in map(self.model.__getitem__, taken):
+            left = known.status == "pending" and known.due <= self.queue.now()
+            assert not left or known.suspicions >= tinyqueue.SUSPICIOUS, "a job was taken and not started"
+
+    def _listed(self) -> list[str]:
+        """Return the ids in the queues that are not paused, in the order in which they are taken."""
+        names = [name for name in NAMES if name not in self.paused]
+        lists = [raw(self.queue).lrange(self.queue.keys.jobs(name), 0, -1) for name in names]
+        return [id.decode() for ids in lists for id in reversed(ids)]
+
+    def _draw_outcomes(self, data: st.DataObject, verb: str, all: bool) -> tuple[Worker, list[Outcome]]:
+        worker = data.draw(st.sampled_from([worker for worker in self.workers if worker.held]))
+        jobs = list(worker.held.values()) if all else [data.draw(st.sampled_from(list(worker.held.values())))]
+        word = verb.partition(" ")[0]
+        waits = [5 + n / 1000 if verb == "fail" else None for n in range(len(jobs))]
+        outcomes = [Outcome(job, word, error=BOOM, after=wait) for job, wait in zip(jobs, waits, strict=True)]
+        return worker, outcomes
 
     def _settled(self, known: Known, job: Job, verb: str) -> None:
         known.worker = ""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import pytest
+from cycle_model import GUARDS as CYCLE_GUARDS
+from cycle_model import Cycle
 from protocol_model import GUARDS, World, search
 
 
@@ -20,6 +22,20 @@ def test_protocol_holds_in_every_interleaving(jobs: int, workers: int, pill: boo
 def test_protocol_fails_without_any_of_its_guards(guard: str) -> None:
     if guard in ("beside", "alone"):
         world = World(2, 1, pill=True, without=guard)
+    elif guard == "cycle":
+        world = World(2, 1, without=guard)
     else:
         world = World(1, 1 if guard == "leave" else 2, without=guard)
     assert search(world)[1], GUARDS[guard]
+
+
+@pytest.mark.parametrize(("slots", "jobs"), [(1, 9), (2, 4), (3, 4)])
+def test_slots_pass_on_jobs_and_outcomes_in_every_interleaving(slots: int, jobs: int) -> None:
+    states, why, path = search(Cycle(slots, jobs))
+    assert not why, f"{why}: {path}"
+    assert states > 300, "the search visited too few states"
+
+
+@pytest.mark.parametrize("guard", CYCLE_GUARDS)
+def test_slots_leave_work_undone_without_any_of_their_guards(guard: str) -> None:
+    assert search(Cycle(2, 4, without=guard))[1], CYCLE_GUARDS[guard]

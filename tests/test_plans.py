@@ -26,7 +26,7 @@ from conftest import RedisServer, Server, free_port, lapse, newest, raw, until
 
 import tinyqueue
 import worker
-from tinyqueue import Failure, Filter, NotReplicated, Once, Queue, Transitions, Unavailable, Verbs
+from tinyqueue import Failure, Filter, NotReplicated, Once, Outcome, Queue, Transitions, Unavailable, Verbs
 from tinyqueue_config import Settings, open_queue
 from tinyqueue_doctor import COMMANDS, OLDEST, examine, repair
 from wsgi import ROUTES
@@ -354,8 +354,10 @@ def play(queue: Any) -> None:
     queue.retry(failed.id)
     queue.change_many("cancel", Filter("pending"))
     queue.change_many("retry", Filter("cancelled"))
-    queue.start(id, queue.take(id, ["default"], 1))
+    queue.enqueue("echo", 6)
+    [running] = queue.start(id, queue.take(id, ["default"], 1))
     queue.settle(id, [])
+    queue.exchange(id, [Outcome(running, "complete")], ["default"], 1, {running.id: running})
     queue.adopt(id, [])
     queue.enqueue("echo", 6, delay=0.1)
     until(queue.promote)

@@ -198,12 +198,12 @@ def start(folder: Path) -> Iterator[Callable[..., Any]]:
 
 @pytest.fixture
 def work(start: Any, real: Server, queue_at: Any) -> Callable[..., Process]:
-    """Start a worker with a short lease and wait until it is registered."""
+    """Start a worker with a short lease and wait until it is registered, or has ended its burst."""
 
     def work(*options: str, url: str = real.url) -> Process:
         worker = start(ROOT / "worker.py", *options, REDIS_URL=url, TINYQUEUE_LEASE="2")
         queue = queue_at(url)
-        until(lambda: registered(queue, worker))
+        until(lambda: registered(queue, worker) or worker.code is not None)
         return worker
 
     return work

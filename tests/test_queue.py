@@ -24,6 +24,7 @@ from conftest import RedisServer, Server, check_consistency, dump, find_lost, fr
 from cutproxy import CutProxy
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from redis._parsers import _RESP2Parser  # private to the client
 
 import tinyqueue
 import tinyqueue_redis
@@ -761,6 +762,259 @@ def test_start_resets_the_progress(queue: Queue, worker: str) -> None:
     assert queue.dequeue(worker, DEFAULT)[0].progress == 0
 
 
+# Exchange -------------------------------------------------------------------------------------------------------------
+
+
+def exchange(queue: Queue, *outcomes: Outcome, most: int = 1, names: list[str] = DEFAULT) -> Any:
+    """Exchange outcomes of one worker, which holds no other jobs, for up to `most` jobs."""
+    held = {outcome.job.id: outcome.job for outcome in outcomes}
+    return queue.exchange(outcomes[0].job.worker, outcomes, names, most, held)
+
+
+def done(job: Job) -> Outcome:
+    return Outcome(job, "complete", 7)
+
+
+def test_exchange_writes_the_outcomes_and_starts_jobs(queue: Queue) -> None:
+    job = put(queue, "processing")
+    first, second = queue.enqueue_many("echo", [{"a": 1}, 2])
+    before = queue.now()
+    lost, [started] = exchange(queue, done(job))
+    assert lost == []
+    assert (queue.get(job.id).status, queue.get(job.id).result) == ("completed", 7)
+    assert (started.id, started.payload) == (first.id, {"a": 1})
+    assert (started.status, started.attempts, started.worker) == ("processing", 1, job.worker)
+    assert before <= started.started_at <= queue.now()
+    assert queue.get(first.id) == started
+    assert queue.get(second.id).status == "pending"
+    assert queue.adopt(job.worker, []) == [first.id.encode()]
+    counts = queue.stats()["queues"]["default"]
+    assert (counts["pending"], counts["processing"]) == (1, 1)
+
+
+@pytest.mark.parametrize(("waiting", "most", "count"), [(0, 3, 0), (2, 3, 2), (3, 3, 3), (5, 3, 3), (5, 0, 0)])
+def test_exchange_starts_up_to_that_many_jobs_in_their_order(queue: Queue, waiting: int, most: int, count: int) -> None:
+    job = put(queue, "processing")
+    jobs = queue.enqueue_many("echo", range(waiting)) if waiting else []
+    lost, started = exchange(queue, done(job), most=most)
+    assert (lost, ids(started)) == ([], ids(jobs[:count]))
+    assert queue.get(job.id).status == "completed"
+    assert queue.waiting(DEFAULT) == waiting - count
+    assert len(queue.adopt(job.worker, [])) == count
+
+
+def test_exchange_writes_different_outcomes_in_one_batch(queue: Queue, worker: str) -> None:
+    queue.enqueue_many("echo", range(4))
+    a, b, c, d = queue.dequeue(worker, DEFAULT, 4)
+    waiting = queue.enqueue_many("echo", range(3))
+    batch = [done(a), Outcome(b, "fail", error=BOOM), Outcome(c, "fail", error=BOOM, after=5), Outcome(d, "release")]
+    lost, started = exchange(queue, *batch, most=4)
+    assert (lost, ids(started)) == ([], ids(waiting))  # the job that is released is not taken again
+    assert [queue.get(job.id).status for job in (a, b, c, d)] == ["completed", "failed", "pending", "pending"]
+    counts = queue.stats()["queues"]["default"]
+    assert (counts["pending"], counts["processing"]) == (2, 3)
+    assert queue.stats()["total"] == {"completed": 1, "failed": 1, "cancelled": 0}
+
+
+def test_exchange_without_outcomes_starts_jobs(queue: Queue, worker: str) -> None:
+    job = queue.enqueue("echo", 1)
+    lost, started = queue.exchange(worker, [], DEFAULT, 1, {})
+    assert (lost, ids(started)) == ([], [job.id])
+
+
+def test_exchange_without_outcomes_for_no_jobs_does_nothing(queue: Queue, worker: str) -> None:
+    queue.enqueue("echo", 1)
+    before = dump(queue)
+    assert queue.exchange(worker, [], DEFAULT, 0, {}) == ([], [])
+    assert dump(queue) == before
+
+
+def test_exchange_of_started_jobs_goes_on_until_the_queue_is_empty(queue: Queue, worker: str) -> None:
+    jobs = queue.enqueue_many("echo", range(7))
+    ran = running = queue.dequeue(worker, DEFAULT, 2)
+    while running:
+        lost, running = exchange(queue, *map(done, running), most=2)
+        assert lost == []
+        ran = ran + running
+    assert ids(ran) == ids(jobs)
+    assert queue.stats()["total"]["completed"] == 7
+    queue.deregister(worker)
+
+
+def test_exchange_lets_the_handler_of_a_started_job_write_progress(queue: Queue) -> None:
+    job = put(queue, "processing")
+    queue.enqueue("echo", 1)
+    _, [started] = exchange(queue, done(job))
+    started.set_progress(0.5)
+    assert queue.get(started.id).progress == 0.5
+
+
+@pytest.mark.parametrize(
+    ("most", "taken"), [(1, ["a0"]), (2, ["a0", "a1"]), (3, ["a0", "a1", "c0"]), (9, ["a0", "a1", "c0", "c1", "d0"])]
+)
+def test_exchange_empties_the_first_queue_first(queue: Queue, worker: str, most: int, taken: list[str]) -> None:
+    queue.enqueue("echo", "running")
+    [job] = queue.dequeue(worker, DEFAULT)
+    for name in ("d0", "c0", "c1", "a0", "a1", "x0"):
+        queue.enqueue("echo", name, queue=name[0])
+    _, started = exchange(queue, done(job), most=most, names=["a", "b", "c", "d"])
+    assert [job.payload for job in started] == taken
+    assert queue.waiting(["a", "b", "c", "d", "x"]) == 6 - len(taken)
+
+
+def test_exchange_leaves_out_paused_queues(queue: Queue, worker: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tinyqueue, "PAUSE_AGE", -1.0)  # a pause takes effect at once
+    job = put(queue, "processing")
+    paused = queue.enqueue("echo", 1)
+    other = queue.enqueue("echo", 2, queue="other")
+    queue.pause("default")
+    _, [started] = exchange(queue, done(job), most=2, names=["default", "other"])
+    assert started.id == other.id
+    assert exchange(queue, done(started), most=2) == ([], [])
+    queue.resume("default")
+    assert ids(queue.dequeue(worker, DEFAULT)) == [paused.id]
+
+
+def test_exchange_reads_which_queues_are_paused(server: Server, queue: Queue, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Otherwise a worker that does nothing else would read it in a round trip of its own."""
+    monkeypatch.setattr(tinyqueue, "PAUSE_AGE", 3600.0)
+    job = put(queue, "processing")
+    queue.enqueue_many("echo", range(3))
+    server.queue().pause("default")
+    _, [started] = exchange(queue, done(job))
+    assert exchange(queue, done(started)) == ([], [])
+    assert queue.waiting(DEFAULT) == 0  # as it knows that the queue is paused
+
+
+@pytest.mark.parametrize("awaited", [True, False])
+def test_exchange_leaves_a_token_for_those_who_wait(queue: Queue, awaited: bool) -> None:
+    job = put(queue, "processing")
+    if awaited:
+        assert queue.await_ends([job.id]) == set()
+    queue.enqueue("echo", 1)
+    exchange(queue, done(job))
+    assert raw(queue).llen(queue.keys.done(job.id)) == awaited
+    assert not raw(queue).exists(queue.keys.awaited)
+
+
+def test_exchange_frees_the_unique_key_of_an_ended_job(queue: Queue) -> None:
+    job = put(queue, "processing", unique_key="k")
+    queue.enqueue("echo", 1)
+    exchange(queue, done(job))
+    assert queue.enqueue("echo", 2, unique_key="k").id != job.id
+
+
+def test_exchange_requeues_released_jobs_in_their_order(queue: Queue, worker: str) -> None:
+    jobs = queue.enqueue_many("echo", range(5))
+    running = queue.dequeue(worker, DEFAULT, 3)
+    _, [started] = exchange(queue, *(Outcome(job, "release") for job in running))
+    assert started.id == jobs[3].id
+    assert ids(queue.dequeue(worker, DEFAULT, 9)) == ids([*jobs[:3], jobs[4]])
+    assert queue.get(jobs[0].id).attempts == 1
+
+
+def test_exchange_cancels_a_failed_job_whose_stop_was_requested(queue: Queue) -> None:
+    job = put(queue, "processing")
+    queue.cancel(job.id)
+    exchange(queue, Outcome(job, "fail", error=BOOM, after=5))
+    assert queue.get(job.id).status == "cancelled"
+
+
+def test_exchange_returns_the_outcome_of_a_lost_job(queue: Queue, worker: str) -> None:
+    queue.enqueue_many("echo", range(2))
+    kept, lost = queue.dequeue(worker, DEFAULT, 2)
+    queue.release(lost)
+    [other] = queue.dequeue(queue.register(DEFAULT, 1), DEFAULT)
+    waiting = queue.enqueue("echo", 3)
+    outcomes = [done(lost), done(kept)]
+    left, started = exchange(queue, *outcomes)
+    assert (left, ids(started)) == ([outcomes[0]], [waiting.id])
+    assert queue.get(kept.id).status == "completed"
+    assert queue.get(lost.id) == other
+
+
+def test_exchange_a_second_time_returns_the_outcome_and_starts_a_job(queue: Queue) -> None:
+    job = put(queue, "processing")
+    waiting = queue.enqueue_many("echo", range(2))
+    exchange(queue, done(job))
+    left, started = exchange(queue, done(job))
+    assert (left, ids(started)) == ([done(job)], [waiting[1].id])
+    assert queue.stats()["total"]["completed"] == 1
+
+
+def test_exchange_drops_the_id_of_a_cancelled_job(queue: Queue) -> None:
+    job = put(queue, "processing")
+    cancelled, waiting = queue.enqueue_many("echo", [1, 2])
+    queue.cancel(cancelled.id)
+    assert ids(exchange(queue, done(job), most=2)[1]) == [waiting.id]
+    assert queue.adopt(job.worker, [waiting.id]) == []
+
+
+def test_exchange_fails_an_expired_job(queue: Queue) -> None:
+    job = put(queue, "processing")
+    expired = queue.enqueue("echo", 1, expires_in=5)
+    waiting = queue.enqueue("echo", 2)
+    queue.clock.ahead += 6000
+    assert ids(exchange(queue, done(job), most=2)[1]) == [waiting.id]
+    assert (queue.get(expired.id).status, queue.get(expired.id).error.type) == ("failed", "Expired")
+    assert queue.adopt(job.worker, [waiting.id]) == []
+
+
+def test_exchange_delays_a_job_that_is_not_due(queue: Queue) -> None:
+    job = put(queue, "processing")
+    later = queue.enqueue("echo", 1, delay=60)
+    raw(queue).lpush(queue.keys.jobs("default"), later.id)
+    assert exchange(queue, done(job)) == ([], [])
+    assert (queue.get(later.id), queue.stats()["delayed"]) == (later, 1)
+    assert queue.adopt(job.worker, []) == []
+
+
+def test_exchange_starts_a_job_once_though_its_id_is_listed_twice(queue: Queue) -> None:
+    job = put(queue, "processing")
+    twice = queue.enqueue("echo", 1)
+    raw(queue).lpush(queue.keys.jobs("default"), twice.id)
+    assert ids(exchange(queue, done(job), most=2)[1]) == [twice.id]
+    assert queue.adopt(job.worker, []) == [twice.id.encode()]
+
+
+@pytest.mark.parametrize("verb", ["complete", "fail", "release"])
+def test_exchange_drops_a_second_entry_of_the_job_that_it_settles(queue: Queue, verb: Any) -> None:
+    job = put(queue, "processing")
+    raw(queue).lpush(queue.keys.jobs("default"), job.id)
+    waiting = queue.enqueue("echo", 1)
+    lost, started = exchange(queue, Outcome(job, verb, error=BOOM), most=2)
+    assert (lost, ids(started)) == ([], [waiting.id])
+    assert queue.adopt(job.worker, [waiting.id]) == []
+    assert queue.waiting(DEFAULT) == (verb == "release")
+
+
+def test_exchange_drops_the_id_of_a_job_that_still_runs(queue: Queue, worker: str) -> None:
+    queue.enqueue_many("echo", range(2))
+    ended, running = queue.dequeue(worker, DEFAULT, 2)
+    raw(queue).lpush(queue.keys.jobs("default"), running.id)
+    held = {job.id: job for job in (ended, running)}
+    assert queue.exchange(worker, [done(ended)], DEFAULT, 1, held) == ([], [])
+    assert queue.adopt(worker, []) == [running.id.encode()]
+
+
+@pytest.mark.parametrize("most", [1, 3])
+def test_exchange_leaves_a_suspect_pending(queue: Queue, worker: str, most: int) -> None:
+    suspects = queue.enqueue_many("echo", range(2), max_attempts=1)
+    lose(queue, 2)
+    lose(queue, 2)
+    job = put(queue, "processing", queue="other")
+    waiting = queue.enqueue("echo", {})
+    _, found = exchange(queue, done(job), most=most)
+    expected = [(suspects[0].id, "pending"), (suspects[1].id, "pending"), (waiting.id, "processing")]
+    assert [(job.id, job.status) for job in found] == expected[:most]
+    assert queue.get(suspects[0].id).attempts == 0
+    taken = queue.adopt(job.worker, [waiting.id] if most == 3 else [])
+    assert suspects[0].id.encode() in taken
+    if most == 1:
+        [alone] = queue.start(job.worker, taken, {})
+        assert (alone.id, alone.status) == (suspects[0].id, "processing")
+
+
 # The fence ------------------------------------------------------------------------------------------------------------
 
 WRITES: dict[str, Callable[[Queue, Job], object]] = {
@@ -770,6 +1024,7 @@ WRITES: dict[str, Callable[[Queue, Job], object]] = {
     "release": lambda queue, job: queue.release(job),
     "settle-none": lambda queue, job: queue.settle(job.worker, []),
     "settle-again": lambda queue, job: queue.settle(job.worker, [Outcome(job, "complete")], again=True),
+    "exchange": lambda queue, job: exchange(queue, done(job), most=0),
     "start": lambda queue, job: queue.start(job.worker, [job.id.encode()]),
     "progress": lambda queue, job: job.set_progress(1),
     "heartbeat": lambda queue, job: queue.heartbeat(job.worker, [job.id]),
@@ -790,6 +1045,19 @@ def test_write_by_a_reaped_worker_raises_reaped_and_changes_nothing(
     with pytest.raises(Reaped):
         write(queue, job)
     assert dump(queue) == before
+
+
+def test_exchange_by_a_reaped_worker_raises_reaped_and_loses_no_job(queue: Queue, worker: str) -> None:
+    job = put(queue, "processing")
+    waiting = queue.enqueue("echo", 1)
+    lapse(queue, job.worker)
+    queue.reap(job.worker)
+    with pytest.raises(Reaped):
+        exchange(queue, done(job), most=2)
+    assert queue.get(job.id).status == "pending"
+    assert find_lost(queue) == [job.worker]
+    assert queue.reap(job.worker) == 2
+    assert ids(queue.dequeue(worker, DEFAULT, 3)) == [job.id, waiting.id]
 
 
 def test_heartbeat_renews_the_lease_and_reports_the_running_jobs(queue: Queue, worker: str) -> None:
@@ -1313,6 +1581,88 @@ def test_read_of_an_unreadable_record_makes_a_failed_job(queue: Queue, worker: s
     assert failed.payload == record[:10_000].decode("utf-8", "backslashreplace")
 
 
+@pytest.mark.parametrize("entry", ENTRIES)
+def test_exchange_drops_an_entry_that_names_no_job(queue: Queue, entry: bytes) -> None:
+    running = put(queue, "processing")
+    raw(queue).rpush(queue.keys.jobs("default"), entry)
+    job = queue.enqueue("echo", {})
+    assert ids(exchange(queue, done(running), most=2)[1]) == [job.id]
+    assert raw(queue).lrange(queue.keys.proc(running.worker), 0, -1) == [job.id.encode()]
+
+
+@pytest.mark.parametrize("record", RECORDS, ids=range(len(RECORDS)))
+def test_exchange_fails_an_unreadable_record(queue: Queue, record: bytes) -> None:
+    running = put(queue, "processing")
+    raw(queue).set(queue.keys.job(ID), record)
+    raw(queue).rpush(queue.keys.jobs("default"), ID)
+    job = queue.enqueue("echo", {})
+    assert ids(exchange(queue, done(running), most=2)[1]) == [job.id]
+    [failed] = newest(queue, "failed")
+    assert (failed.id, failed.error.type) == (ID, "UnreadableRecord")
+
+
+@pytest.mark.parametrize("record", RECORDS, ids=range(len(RECORDS)))
+def test_settle_returns_the_outcome_of_a_job_whose_record_is_unreadable(queue: Queue, record: bytes) -> None:
+    running = put(queue, "processing")
+    whole = raw(queue).get(queue.keys.job(running.id))
+    raw(queue).set(queue.keys.job(running.id), record)
+    try:
+        assert queue.settle(running.worker, [done(running)]) == [done(running)]
+        with pytest.raises(Reaped):
+            running.set_progress(0.5)
+    finally:
+        raw(queue).set(queue.keys.job(running.id), whole)
+
+
+@pytest.mark.parametrize("record", RECORDS, ids=range(len(RECORDS)))
+def test_exchange_returns_the_outcome_of_a_job_whose_record_is_unreadable(queue: Queue, record: bytes) -> None:
+    running = put(queue, "processing")
+    job = queue.enqueue("echo", {})
+    whole = raw(queue).get(queue.keys.job(running.id))
+    raw(queue).set(queue.keys.job(running.id), record)
+    try:
+        left, started = exchange(queue, done(running))
+        assert (left, ids(started)) == ([done(running)], [job.id])
+    finally:
+        raw(queue).set(queue.keys.job(running.id), whole)
+    assert queue.settle(running.worker, [done(running)]) == []
+
+
+def test_exchange_takes_from_other_queues_if_one_list_has_the_wrong_type(queue: Queue) -> None:
+    running = put(queue, "processing")
+    job = queue.enqueue("echo", {}, queue="other")
+    raw(queue).set(queue.keys.jobs("default"), "not a list")
+    assert ids(exchange(queue, done(running), names=["default", "other"])[1]) == [job.id]
+    assert queue.get(running.id).status == "completed"
+    raw(queue).delete(queue.keys.jobs("default"))
+
+
+def test_exchange_with_a_key_of_the_wrong_type_applies_the_rest(server: Server) -> None:
+    queue = server.queue()
+    running = put(queue, "processing")
+    job = queue.enqueue("echo", {})
+    raw(queue).set(queue.keys.ended["completed"], "not a sorted set")
+    with pytest.raises(Corrupted) as caught:
+        exchange(queue, done(running))
+    assert caught.value.applied
+    assert queue.settle(running.worker, [done(running)], again=True) == []
+    assert queue.get(running.id).status == "completed"
+    assert ids(queue.start(running.worker, queue.adopt(running.worker, []), {})) == [job.id]
+
+
+def test_exchange_with_a_set_of_workers_of_the_wrong_type_writes_nothing(server: Server) -> None:
+    queue = server.queue()
+    running = put(queue, "processing")
+    job = queue.enqueue("echo", {})
+    raw(queue).set(queue.keys.workers, "not a set")
+    with pytest.raises(Corrupted) as caught:
+        exchange(queue, done(running))
+    assert queue.get(running.id).status == "processing"
+    assert queue.settle(running.worker, [done(running)], again=caught.value.applied) == []
+    assert queue.get(running.id).status == "completed"
+    assert ids(queue.start(running.worker, queue.adopt(running.worker, []), {})) == [job.id]
+
+
 JOB = "job:" + ID
 
 
@@ -1493,6 +1843,113 @@ def test_transact_gives_up_when_watched_keys_keep_changing(
     assert near.get(job.id).progress == 0.3
 
 
+@pytest.fixture(params=["before the second reading", "before the writing"])
+def meanwhile(request: pytest.FixtureRequest, proxy: CutProxy) -> Callable[[Callable[[], object]], None]:
+    """Change something while `far` exchanges outcomes for one job."""
+
+    def change(work: Callable[[], object]) -> None:
+        if request.param == "before the writing":
+            proxy.before(b"MSET", work)
+        else:  # the packet after the one that takes
+            proxy.before(b"RPOPLPUSH", lambda: proxy.before(b"MGET", work))
+
+    return change
+
+
+def test_exchange_with_a_cancel_request_meanwhile_takes_nothing_twice(near: Queue, far: Queue, meanwhile: Any) -> None:
+    job = put(near, "processing")
+    first, second = near.enqueue_many("echo", [1, 2])
+    meanwhile(lambda: near.cancel(job.id))
+    lost, started = exchange(far, Outcome(job, "fail", error=BOOM, after=5))
+    assert (lost, ids(started)) == ([], [first.id])
+    assert near.get(job.id).status == "cancelled"
+    assert ids(near.dequeue(job.worker, DEFAULT)) == [second.id]
+
+
+def test_exchange_drops_a_job_that_is_cancelled_meanwhile(near: Queue, far: Queue, meanwhile: Any) -> None:
+    job = put(near, "processing")
+    first, second = near.enqueue_many("echo", [1, 2])
+    meanwhile(lambda: near.cancel(first.id))
+    assert exchange(far, done(job)) == ([], [])
+    assert near.get(job.id).status == "completed"
+    assert (near.get(first.id).status, near.get(second.id).status) == ("cancelled", "pending")
+    assert near.adopt(job.worker, []) == []
+
+
+def test_exchange_starts_a_job_that_is_retried_meanwhile(near: Queue, far: Queue, proxy: CutProxy) -> None:
+    job = put(near, "processing")
+    retried = near.enqueue("echo", 1)
+    other = near.enqueue("echo", 2)
+    near.cancel(retried.id)
+    proxy.before(b"MSET", lambda: near.retry(retried.id))
+    assert ids(exchange(far, done(job), most=2)[1]) == [retried.id, other.id]
+    assert near.dequeue(job.worker, DEFAULT) == []  # the retry has put a second entry into the list
+    assert near.get(retried.id).attempts == 1
+
+
+def test_exchange_that_loses_a_job_meanwhile_returns_its_outcome(near: Queue, far: Queue, meanwhile: Any) -> None:
+    job = put(near, "processing")
+    waiting = near.enqueue("echo", 1)
+    meanwhile(lambda: near.release(job))
+    left, started = exchange(far, done(job))
+    assert (left, ids(started)) == ([done(job)], [waiting.id])
+    assert near.get(job.id).status == "pending"
+
+
+def test_exchange_by_a_worker_reaped_meanwhile_raises_reaped(near: Queue, far: Queue, meanwhile: Any) -> None:
+    job = put(near, "processing")
+    waiting = near.enqueue("echo", 1)
+    lapse(near, job.worker)
+    meanwhile(lambda: near.reap(job.worker))
+    with pytest.raises(Reaped):
+        exchange(far, done(job))
+    assert (near.get(job.id).status, near.get(waiting.id).status) == ("pending", "pending")
+    assert ids(near.dequeue(near.register(DEFAULT, 2), DEFAULT, 3)) == [job.id, waiting.id]
+
+
+def test_exchange_by_a_worker_reaped_in_the_middle_of_its_take_loses_no_job(
+    near: Queue, far: Queue, proxy: CutProxy
+) -> None:
+    job = put(near, "processing")
+    waiting = near.enqueue("echo", 1)
+    lapse(near, job.worker)
+    proxy.split(b"RPOPLPUSH", lambda: near.reap(job.worker))
+    with pytest.raises(Reaped):
+        exchange(far, done(job))
+    assert find_lost(near) == [job.worker]
+    near.reap(job.worker)
+    assert sorted(ids(near.dequeue(near.register(DEFAULT, 2), DEFAULT, 3))) == sorted([job.id, waiting.id])
+
+
+@pytest.mark.parametrize("verb", ["cancel", "release"])
+def test_exchange_with_a_change_between_two_queues_takes_from_both(
+    near: Queue, far: Queue, proxy: CutProxy, verb: str
+) -> None:
+    """The change must not abort the transaction that takes from the second queue."""
+    job = put(near, "processing", queue="third")
+    [first] = near.enqueue_many("echo", [1])
+    second = near.enqueue("echo", 2, queue="low")
+    change = {"cancel": lambda: near.cancel(job.id), "release": lambda: near.release(job)}[verb]
+    proxy.before(b":jobs:low", change)
+    left, started = exchange(far, done(job), most=2, names=["default", "low"])
+    assert (left, ids(started)) == ([] if verb == "cancel" else [done(job)], [first.id, second.id])
+
+
+def test_exchange_gives_up_when_watched_keys_keep_changing(
+    near: Queue, far: Queue, proxy: CutProxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tinyqueue, "TRIES", 3)
+    job = put(near, "processing")
+    waiting = near.enqueue("echo", 1)
+    for progress in (0.1, 0.2, 0.3):
+        changed = msgspec.structs.replace(job, progress=progress)
+        proxy.before(b"MSET", lambda changed=changed: near.write_progress(changed))
+    with unavailable("busy"):
+        exchange(far, done(job))
+    assert near.settle(job.worker, [done(job)]) == []
+    assert near.adopt(job.worker, []) == [waiting.id.encode()]
+
+
 # Lost packets ---------------------------------------------------------------------------------------------------------
 
 # The status before, the call, the status after, and how often the id is in its queue then.
@@ -1501,6 +1958,7 @@ LOST: dict[str, tuple[str, Callable[[Queue, Job], Any], str, int]] = {
     "fail": ("processing", lambda far, job: far.fail(job, BOOM), "failed", 0),
     "fail-later": ("processing", lambda far, job: far.fail(job, BOOM, 60), "pending", 0),
     "release": ("processing", lambda far, job: far.release(job), "pending", 1),
+    "exchange": ("processing", lambda far, job: exchange(far, done(job), most=0), "completed", 0),
     "progress": ("processing", lambda far, job: far.write_progress(job), "processing", 0),
     "cancel": ("pending", lambda far, job: far.cancel(job.id), "cancelled", 1),
     "retry": ("failed", lambda far, job: far.retry(job.id), "pending", 1),
@@ -1520,7 +1978,7 @@ def test_transition_is_applied_once_if_a_packet_is_lost(
     assert near.get(job.id).status == after
     assert near.get(job.id).attempts == (0 if verb in ("release", "cancel", "retry") else 1)
     assert near.waiting(DEFAULT) == listed
-    assert sum(near.stats()["total"].values()) == (verb in ("complete", "fail", "cancel", "retry"))
+    assert sum(near.stats()["total"].values()) == (verb in ("complete", "fail", "exchange", "cancel", "retry"))
 
 
 @pytest.mark.parametrize("cut", ["drop_reply", "drop_request"])
@@ -1695,6 +2153,96 @@ def test_settle_with_an_unknown_outcome_can_be_repeated(
     assert near.stats()["total"]["completed"] == 1
 
 
+def start_what_was_taken(queue: Queue, worker: str, jobs: list[Job]) -> list[Job]:
+    """Adopt what a failed call left in the worker's list, or take one, as a worker does."""
+    held = {job.id: job for job in jobs if job.status == "processing"}
+    taken = queue.adopt(worker, held)
+    if not taken and not held:
+        taken = queue.take(worker, DEFAULT, 1)
+    return [*held.values(), *queue.start(worker, taken, held)]
+
+
+@pytest.mark.parametrize("cut", ["drop_reply", "drop_request", "hold"])
+@pytest.mark.parametrize("packet", ["take", "read", "write"])
+def test_exchange_loses_and_repeats_nothing_if_a_packet_is_lost(
+    near: Queue, far: Queue, proxy: CutProxy, packet: str, cut: str
+) -> None:
+    job = put(near, "processing")
+    waiting = near.enqueue("echo", 1)
+    triggers = {"take": b"RPOPLPUSH", "read": waiting.id.encode(), "write": b"MSET"}
+    getattr(proxy, cut)(triggers[packet])
+    jobs: list[Job] = []
+    if packet == "write":
+        left, jobs = exchange(far, done(job))
+        assert (left, ids(jobs)) == ([], [waiting.id])
+    else:
+        with unavailable("unreachable"):
+            exchange(far, done(job))
+        assert near.get(job.id).status == "processing"
+        assert far.settle(job.worker, [done(job)]) == []
+    proxy.deliver()  # a packet that was late arrives after all
+    [started] = start_what_was_taken(far, job.worker, jobs)
+    assert (started.id, started.status, started.attempts) == (waiting.id, "processing", 1)
+    assert near.get(started.id) == started
+    assert (near.get(job.id).result, near.stats()["total"]["completed"]) == (7, 1)
+    assert near.settle(job.worker, [done(started)]) == []
+    assert near.adopt(job.worker, []) == []
+
+
+@pytest.mark.parametrize("verb", ["complete", "fail", "release"])
+@pytest.mark.parametrize("cut", ["drop_reply", "drop_request", "hold"])
+def test_exchange_with_an_unknown_outcome_can_be_repeated(
+    near: Queue, far: Queue, proxy: CutProxy, cut: str, verb: Any
+) -> None:
+    job = put(near, "processing")
+    waiting = near.enqueue("echo", 1)
+    outcome = Outcome(job, verb, error=BOOM)
+
+    def lose_packets() -> None:
+        getattr(proxy, cut)(b"MSET")
+        proxy.drop_request(b"WATCH")  # the check whether it was applied
+
+    proxy.before(waiting.id.encode(), lose_packets)
+    with unavailable("unreachable", doubtful=True):
+        exchange(far, outcome)
+    assert far.settle(job.worker, [outcome], again=True) == []
+    proxy.deliver()
+    [started] = start_what_was_taken(far, job.worker, [])
+    assert (started.id, started.attempts) == (waiting.id, 1)
+    assert near.get(job.id).status == {"complete": "completed", "fail": "failed", "release": "pending"}[verb]
+    assert near.waiting(DEFAULT) == (verb == "release")
+    assert sum(near.stats()["total"].values()) == (verb != "release")
+
+
+def test_exchange_after_a_lost_reply_drops_no_second_entry_of_a_running_job(
+    near: Queue, far: Queue, proxy: CutProxy
+) -> None:
+    """The second LREM would remove the running job's own entry, and nobody would find it if the worker died."""
+    worker = near.register(DEFAULT, 2)
+    near.enqueue_many("echo", [1, 2])
+    ended, running = near.dequeue(worker, DEFAULT, 2)
+    raw(near).lpush(near.keys.jobs("default"), running.id)
+    proxy.drop_reply(b"LREM")
+    held = {job.id: job for job in (ended, running)}
+    assert far.exchange(worker, [done(ended)], DEFAULT, 1, held) == ([], [])
+    lapse(near, worker)
+    assert near.reap(worker) == 1
+
+
+def test_exchange_that_arrives_after_the_reaper_loses_no_job(near: Queue, far: Queue, proxy: CutProxy) -> None:
+    job = put(near, "processing")
+    near.enqueue("echo", 1)
+    proxy.hold(b"RPOPLPUSH")
+    with unavailable("unreachable"):
+        exchange(far, done(job))
+    lapse(near, job.worker)
+    assert near.reap(job.worker) == 1
+    proxy.deliver()
+    assert find_lost(near) == [job.worker]
+    assert near.reap(job.worker) >= 1
+    assert near.waiting(DEFAULT) == 2
+
+
 def test_transitions_take_two_round_trips(near: Queue, far: Queue, proxy: CutProxy) -> None:
     worker = near.register(DEFAULT, 10)
     far.store.memory()  # is read again only after two seconds
@@ -1712,6 +2260,91 @@ def test_transitions_take_two_round_trips(near: Queue, far: Queue, proxy: CutPro
     jobs = newest(near, "processing")
     assert round_trips(lambda: far.settle(worker, [Outcome(job, "complete") for job in jobs])) == 2
     assert round_trips(lambda: far.heartbeat(worker)) == 1
+
+
+def test_exchange_takes_three_round_trips(
+    near: Queue, far: Queue, proxy: CutProxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tinyqueue, "PAUSE_AGE", 3600.0)  # an exchange reads which queues are paused
+    worker = near.register(DEFAULT, 10)
+    near.enqueue_many("echo", range(20))
+    near.enqueue_many("echo", range(20), queue="low")
+    jobs = far.dequeue(worker, ["default"], 10)
+    for name in ("low", "default"):  # the first adds to the series of the metrics, the second reads them
+        jobs = exchange(far, *map(done, jobs), most=10, names=[name])[1]
+
+    def round_trips(most: int, names: list[str]) -> int:
+        nonlocal jobs
+        near.enqueue_many("echo", range(10), queue="low")
+        proxy.packets.clear()
+        jobs = exchange(far, *map(done, jobs), most=most, names=names)[1]
+        return len(proxy.packets)
+
+    assert round_trips(10, ["low"]) == 3
+    assert len(jobs) == 10
+    assert round_trips(10, ["default", "low"]) == 4
+    assert round_trips(10, ["low", "default"]) == 3
+    assert len(jobs) == 10
+    assert round_trips(0, ["low"]) == 2
+
+
+# Replies --------------------------------------------------------------------------------------------------------------
+
+PARSERS: dict[str, dict[str, Any]] = {"hiredis": {}, "python": {"parser_class": _RESP2Parser}}
+
+
+@pytest.fixture(params=PARSERS)
+def parsing(request: pytest.FixtureRequest, near: Queue, proxy: CutProxy) -> Iterator[Queue]:
+    """A queue on the data of `near`, through `proxy`, whose client parses replies in C or in Python."""
+    pool = connect(proxy.url)
+    pool.connection_kwargs |= PARSERS[request.param]
+    yield Queue(pool)
+    pool.disconnect()
+
+
+def test_exchange_with_each_parser_of_the_client(near: Queue, parsing: Queue) -> None:
+    worker = parsing.register(DEFAULT, 300)
+    jobs = parsing.enqueue_many("echo", ["x" * 3000] * 500)
+    running = parsing.dequeue(worker, DEFAULT, 200)
+    lost, started = exchange(parsing, *map(done, running), most=300)
+    assert (lost, ids(running + started)) == ([], ids(jobs))
+    assert (near.stats()["completed"], near.stats()["processing"]) == (200, 300)
+    assert [near.get(job.id) for job in started[:5]] == started[:5]
+    assert exchange(parsing, *map(done, started)) == ([], [])
+
+
+@pytest.mark.parametrize("at", [b"SADD", b"RPOPLPUSH", b"EXISTS", b"MGET", b"MSET", b"LREM", b"HINCRBY"])
+def test_exchange_whose_replies_arrive_in_parts(parsing: Queue, proxy: CutProxy, at: bytes) -> None:
+    job = put(parsing, "processing")
+    waiting = parsing.enqueue_many("echo", range(3))
+    proxy.split(at, lambda: None)
+    lost, started = exchange(parsing, done(job), most=3)
+    assert (lost, ids(started)) == ([], ids(waiting))
+    assert parsing.get(job.id).result == 7
+
+
+@pytest.mark.parametrize("wrong", [("GET", "a list"), ("NOSUCHCOMMAND",)])
+@pytest.mark.parametrize("at", [0, 1, 2])
+def test_ask_with_an_error_among_the_replies_raises_it(parsing: Queue, at: int, wrong: tuple[str, ...]) -> None:
+    raw(parsing).lpush("a list", 1)
+    commands: list[Any] = [("PING",), ("PING",)]
+    commands.insert(at, wrong)
+    with pytest.raises(Corrupted, match="WRONGTYPE" if wrong[0] == "GET" else "unknown command"):
+        parsing.store.read(*commands)
+    assert parsing.store.read(("ECHO", "next")) == [b"next"]  # and not a reply that was left unread
+    raw(parsing).delete("a list")
+
+
+def test_exchange_with_an_error_among_the_replies_raises_it(parsing: Queue, near: Queue, proxy: CutProxy) -> None:
+    """Redis refuses one command of the transaction, and with it all others."""
+    job = put(near, "processing")
+    waiting = near.enqueue("echo", 1)
+    parsing.now()
+    proxy.answer(b"MSET", b"+OK\r\n+QUEUED\r\n-OOM command not allowed\r\n" + b"+QUEUED\r\n" * 50)
+    with unavailable("full"):
+        exchange(parsing, done(job))
+    assert near.settle(job.worker, [done(job)]) == []
+    assert ids(near.start(job.worker, near.adopt(job.worker, []), {})) == [waiting.id]
 
 
 # Failures of Redis ---------------------------------------------------------------------------------------------------

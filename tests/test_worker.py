@@ -42,10 +42,17 @@ class Running:
     """A worker in a thread."""
 
     def __init__(
-        self, queue: Queue, *names: str, slots: int = 2, burst: bool = False, drain: float = 10, watchdog: float = 300
+        self,
+        queue: Queue,
+        *names: str,
+        slots: int = 2,
+        burst: bool = False,
+        drain: float = 10,
+        watchdog: float = 300,
+        max_jobs: int = 0,
     ):
         settings = msgspec.structs.replace(
-            Settings(), worker_concurrency=slots, shutdown_timeout=drain, watchdog=watchdog
+            Settings(), worker_concurrency=slots, shutdown_timeout=drain, watchdog=watchdog, max_jobs=max_jobs
         )
         self.worker = Worker(queue, settings, names or ("default",), burst)
         self.code: int | None = None
@@ -931,6 +938,190 @@ def test_reap_gives_the_jobs_of_a_dead_worker_to_another(queue: Queue, server: S
     assert dead not in [about["id"] for about in queue.workers()]
 
 
+# Busy workers ---------------------------------------------------------------------------------------------------------
+# While jobs are waiting, the slots exchange outcomes for jobs themselves.
+
+
+class Notes:
+    """A handler that counts its runs of each payload and notes when each began."""
+
+    def __init__(self, type: str = "note") -> None:
+        self.ran: Counter[int] = Counter()
+        self.began: list[float] = []
+        self.lock = threading.Lock()
+
+        @handler(type)
+        def note(payload: int) -> None:
+            with self.lock:
+                self.ran[payload] += 1
+                self.began.append(time.monotonic())
+
+
+@pytest.mark.parametrize("shorts", [0, 1, 300])
+def test_exchange_before_long_jobs_leaves_no_slot_idle(queue: Queue, work: Any, gates: Any, shorts: int) -> None:
+    """A slot that runs a long job must have woken another, even if it has run all short jobs alone."""
+    notes = Notes()
+    gate = gates()
+    for n in range(shorts):
+        queue.enqueue("note", n)
+    queue.enqueue_many("gate", range(12))
+    work(queue, slots=10)
+    until(lambda: len(gate.started) == 10)
+    until(lambda: queue.stats()["completed"] == shorts)
+    assert queue.stats()["processing"] == 10
+    gate.opened.set()
+    until(lambda: queue.stats()["completed"] == shorts + 12)
+    assert notes.ran == dict.fromkeys(range(shorts), 1)
+
+
+def test_exchange_saves_an_outcome_while_all_other_slots_run_long_jobs(queue: Queue, work: Any, gates: Any) -> None:
+    long, short = gates("long"), gates("short")
+    queue.enqueue_many("long", range(3))
+    jobs = queue.enqueue_many("short", range(2))
+    more = queue.enqueue_many("long", range(3, 5))
+    work(queue, slots=5)
+    until(lambda: len(long.started) + len(short.started) == 5)
+    short.opened.set()
+    assert {until_ended(queue, job).attempts for job in jobs} == {1}
+    until(lambda: len(long.started) == 5)
+    last = queue.enqueue("long", 5)
+    assert found(queue, last).status == "pending"
+    long.opened.set()
+    assert {until_ended(queue, job).attempts for job in (*more, last)} == {1}
+
+
+def test_exchange_starts_jobs_of_the_second_queue_when_the_first_is_empty(queue: Queue, work: Any) -> None:
+    ran: list[int] = []
+
+    @handler("note")
+    def note(payload: int) -> None:
+        ran.append(payload)
+
+    queue.enqueue_many("note", range(50, 100), queue="low")
+    queue.enqueue_many("note", range(50), queue="high")
+    work(queue, "high", "low", slots=1)
+    until(lambda: queue.stats()["completed"] == 100)
+    assert ran == list(range(100))
+
+
+def test_exchange_starts_no_more_than_max_jobs(queue: Queue, work: Any) -> None:
+    notes = Notes()
+    queue.enqueue_many("note", range(100))
+    running = work(queue, slots=8, max_jobs=37)
+    assert running.end() == 0  # by itself
+    assert sum(notes.ran.values()) == queue.stats()["completed"] == 37
+    assert queue.stats()["pending"] == queue.waiting(["default"]) == 63
+    assert {job.attempts + job.refunds for job in newest(queue, "pending", 100)} == {0}
+
+
+def test_exchange_in_a_burst_ends_when_all_queues_are_empty(queue: Queue, work: Any) -> None:
+    notes = Notes()
+    queue.enqueue_many("note", range(300))
+    queue.enqueue_many("note", range(300, 400), queue="low")
+    assert work(queue, "default", "low", slots=8, burst=True).end() == 0
+    assert notes.ran == dict.fromkeys(range(400), 1)
+    assert queue.stats()["completed"] == 400
+    assert queue.workers() == []
+
+
+def test_exchange_of_other_jobs_lets_a_suspect_run_alone(queue: Queue, work: Any) -> None:
+    lock = threading.Lock()
+    active: list[str] = []
+    beside: list[list[str]] = []
+
+    def enter(name: str) -> None:
+        with lock:
+            if name == "suspect" or "suspect" in active:
+                beside.append([*active, name])
+            active.append(name)
+
+    def leave(name: str) -> None:
+        with lock:
+            active.remove(name)
+
+    @handler("suspect")
+    def suspect(payload: int) -> None:
+        enter("suspect")
+        until(lambda: queue.stats()["processing"] == 1)
+        leave("suspect")
+
+    @handler("note")
+    def note(payload: int) -> None:
+        enter("note")
+        leave("note")
+
+    suspects = queue.enqueue_many("suspect", range(2))
+    for _ in range(2):
+        lost = queue.register(["default"], 2)
+        assert len(queue.dequeue(lost, ["default"], 2)) == 2
+        lapse(queue, lost)
+        assert queue.reap(lost) == 2
+    first = raw(queue).rpop(queue.keys.jobs("default"), 2)
+    queue.enqueue_many("note", range(100))
+    raw(queue).lpush(queue.keys.jobs("default"), *first)
+    queue.enqueue_many("note", range(100, 200))
+    work(queue, slots=4)
+    until(lambda: queue.stats()["completed"] == 202)
+    assert beside == [["suspect"], ["suspect"]]
+    assert {found(queue, job).attempts for job in suspects} == {1}
+
+
+@pytest.mark.parametrize("mode", ["drain", "release"])
+def test_stop_during_exchanges_loses_no_job(queue: Queue, work: Any, mode: StopMode) -> None:
+    notes = Notes()
+    jobs = queue.enqueue_many("note", range(1000))
+    stops = 8
+    for n in range(stops):
+        running = work(queue, slots=4)
+        until(lambda n=n: len(notes.began) > 30 * n)
+        assert running.end(mode) == 0
+        assert queue.stats()["processing"] == 0
+        assert queue.workers() == []
+    assert work(queue, burst=True, slots=4).end() == 0
+    stored = [found(queue, job) for job in jobs]
+    assert {job.status for job in stored} == {"completed"}
+    assert queue.stats()["total"]["completed"] == 1000
+    assert all(notes.ran[job.payload] <= job.attempts + job.refunds for job in stored)
+    if mode == "drain":
+        assert notes.ran == dict.fromkeys(range(1000), 1)
+
+
+def test_pause_during_exchanges_takes_effect_in_time(queue: Queue, work: Any, echo: None) -> None:
+    notes = Notes()
+    for n in range(3):
+        queue.enqueue_many("note", range(1000 * n, 1000 * n + 1000))
+    work(queue, "default", "other", slots=4)
+    until(lambda: len(notes.began) > 50)
+    queue.pause("default")
+    paused_at = time.monotonic()
+    until(lambda: queue.stats()["processing"] == 0)
+    assert until_ended(queue, queue.enqueue("echo", 1, queue="other")).status == "completed"
+    ran = len(notes.began)
+    assert ran < 3000, "all jobs had run before the pause"
+    assert notes.began[-1] - paused_at < 1.0  # PAUSE_AGE, and then some for a slow machine
+    assert until_ended(queue, queue.enqueue("echo", 1, queue="other")).status == "completed"
+    assert len(notes.began) == ran
+    queue.resume("default")
+    until(lambda: queue.stats()["completed"] == 3002)
+    assert notes.ran == dict.fromkeys(range(3000), 1)
+
+
+def test_reap_during_exchanges_repeats_only_the_jobs_that_ran(queue: Queue, server: Server, work: Any) -> None:
+    notes = Notes()
+    jobs = queue.enqueue_many("note", range(1000))
+    running = work(server.queue(lease=1), slots=4)
+    until(lambda: len(notes.began) > 50)
+    old = running.worker.id
+    reap_alive(queue, running)
+    until(lambda: queue.stats()["completed"] == 1000)
+    assert running.worker.id not in ("", old)
+    stored = [found(queue, job) for job in jobs]
+    assert {job.payload: job.attempts + job.suspicions for job in stored} == notes.ran
+    assert queue.stats()["total"] == {"completed": 1000, "failed": 0, "cancelled": 0}
+    assert running.end("drain") == 0
+    assert queue.workers() == []
+
+
 # Burst ----------------------------------------------------------------------------------------------------------------
 
 
@@ -988,6 +1179,33 @@ def test_burst_runs_a_job_that_another_worker_is_promoting(queue: Queue, work: A
     raw(queue).set(queue.keys.promoter, "1", px=1000)  # another has the lock and has not moved the job yet
     assert work(queue, burst=True).end() == 0
     assert found(queue, job).status == "completed"
+
+
+def test_burst_runs_a_job_that_a_failed_exchange_took_while_it_looked_for_jobs(
+    near: Queue, real: Server, proxy: CutProxy, work: Any, gates: Any, *, echo: None
+) -> None:
+    gate = gates()
+    first = near.enqueue("gate", 0)
+    running = work(real.queue(proxy.url), slots=2, burst=True)
+    until(lambda: gate.started)
+    looking: list[int] = []
+    go_on = threading.Event()
+
+    def block() -> None:
+        looking.append(1)
+        go_on.wait(10)
+
+    for _ in range(2):  # the keeper promotes jobs too
+        proxy.before(b"ZRANGEBYSCORE", block)
+    until(lambda: len(looking) == 2)
+    second = near.enqueue("echo", 1)
+    proxy.drop_request(second.id.encode())  # after it was taken
+    gate.opened.set()
+    until_ended(near, first)
+    until(lambda: not running.worker.held)
+    go_on.set()
+    assert running.end() == 0
+    assert found(near, second).status == "completed"
 
 
 # Timeouts -------------------------------------------------------------------------------------------------------------
@@ -1283,6 +1501,37 @@ def test_drain_of_an_idle_worker_deregisters_it(queue: Queue, work: Any) -> None
     assert queue.workers() == []
 
 
+def test_drain_deregisters_a_worker_whose_heartbeat_is_on_its_way(
+    near: Queue, real: Server, proxy: CutProxy, work: Any
+) -> None:
+    """It must not renew the lease between the two steps of the deregistration."""
+    sent = threading.Event()
+    go_on = threading.Event()
+
+    def hold() -> None:
+        sent.set()
+        go_on.wait(10)
+
+    proxy.before(b'{"at":', hold)
+    running = work(real.queue(proxy.url))
+    assert sent.wait(10)
+    [about] = near.workers()
+    lease, registration = near.keys.lease(about["id"]), near.keys.worker(about["id"])
+
+    def renewed() -> None:
+        go_on.set()
+        with suppress(AssertionError):
+            until(lambda: raw(near).exists(lease), 0.3)
+
+    proxy.before(f"WATCH\r\n${len(registration)}\r\n{registration}".encode(), renewed)
+    running.stop("drain")
+    with suppress(AssertionError):
+        until(lambda: not raw(near).exists(lease), 0.2)
+    go_on.set()
+    assert running.end() == 0
+    assert near.workers() == []
+
+
 def test_drain_before_the_worker_has_started_succeeds(queue: Queue, work: Any) -> None:
     assert work(queue).end("drain") == 0
 
@@ -1305,6 +1554,43 @@ def test_drain_while_a_job_arrives_loses_nothing(queue: Queue, work: Any) -> Non
         assert queue.stats()["processing"] == 0
     assert work(queue, burst=True).end() == 0
     assert ran == dict.fromkeys(range(8), 1)
+
+
+def test_drain_saves_an_outcome_that_came_during_a_take_that_failed(
+    near: Queue, real: Server, proxy: CutProxy, work: Any, gates: Any
+) -> None:
+    """The slot could not save it, because the taker was busy. The taker must leave it to somebody when it ends."""
+    gate = gates()
+    job = near.enqueue("gate", 0)
+    running = work(real.queue(proxy.url), slots=2)
+    until(lambda: gate.started)
+
+    def meanwhile() -> None:
+        gate.opened.set()
+        until(lambda: running.worker.outcomes)
+        running.stop("drain")
+        until(running.worker.stopping.is_set)
+
+    proxy.drop_request(b"RPOPLPUSH", meanwhile)
+    left = near.enqueue("gate", 1)
+    assert running.end() == 0
+    assert (until_ended(near, job).attempts, found(near, left).status) == (1, "pending")
+
+
+def test_release_saves_an_outcome_that_came_during_a_take_that_hangs(
+    near: Queue, real: Server, proxy: CutProxy, work: Any, gates: Any
+) -> None:
+    gate = gates()
+    job = near.enqueue("gate", 0)
+    running = work(real.queue(proxy.url), slots=2)
+    until(lambda: gate.started)
+    proxy.hold(b"RPOPLPUSH", cut=False)
+    near.enqueue("gate", 1)
+    until(lambda: proxy.idle)
+    gate.opened.set()
+    until(lambda: running.worker.outcomes)
+    assert running.end("release") == 0
+    assert until_ended(near, job).attempts == 1
 
 
 # Lost leases ----------------------------------------------------------------------------------------------------------
