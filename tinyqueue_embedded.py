@@ -8,13 +8,13 @@ is a redis-server or valkey-server on PATH, or else the one of the extra `embedd
 the kernel (flock) coordinate the processes. A process that dies releases its locks, however it
 dies.
 
-    file in the folder   what it is
-    lock                 The server itself holds this lock, which it has inherited from the process
-                         that started it. So two servers never run on one folder, and a server that
-                         hangs or is still exiting counts.
-    users                Each process that uses the server shares this lock. A process that exits
-                         tries to get it alone. Only the last one can, and it stops the server.
-                         Processes that come meanwhile wait until that is done.
+    in the folder        what it is
+    the folder itself    The server holds the lock of its folder, which it has inherited from the
+                         process that started it. So two servers never run on one folder, and a
+                         server that hangs or is still exiting counts.
+    users                Each process that uses the server shares the lock of this file. A process
+                         that exits tries to get it alone. Only the last one can, and it stops the
+                         server. Processes that come meanwhile wait until that is done.
     redis.sock           The socket. One that a killed server has left is replaced.
     appendonlydir        The data. The server syncs every write to disk before it answers.
     redis.log            The log of the server; redis.log.1 is the one before.
@@ -50,7 +50,7 @@ import redis
 log = logging.getLogger("tinyqueue")
 
 SCHEME = "embedded:"
-LOCK, USERS, SOCKET, LOG = "lock", "users", "redis.sock", "redis.log"
+USERS, SOCKET, LOG = "users", "redis.sock", "redis.log"
 START_TIME = 5.0  # seconds until a new server must accept connections
 LOAD_TIME = 60.0  # seconds that a process which starts waits until the server has loaded its data
 STOP_TIME = 2.5  # seconds for the last process to stop the server; it has 3 to exit
@@ -110,7 +110,7 @@ class LocalRedis:
     def __init__(self, folder: str) -> None:
         self.folder = folder
         self._users = -1  # the open file whose lock says that this process uses the server
-        self._locks: set[int] = set()  # open files of the server's lock; no forked process may keep them
+        self._locks: set[int] = set()  # the folder as an open file; no forked process may keep it
         self._was_connected = False
         self._has_left = False
         self._failure: tuple[float, StartError] | None = None  # when the last start failed, and why
@@ -148,9 +148,9 @@ class LocalRedis:
 
     def join(self) -> None:
         """Count this process among the users of the server. Makes the folder."""
-        if self._has_left:
-            raise StartError("this process is exiting and no longer uses Redis")
         with self._joining:
+            if self._has_left:
+                raise StartError("this process is exiting and no longer uses Redis")
             if self._users < 0:
                 try:
                     self._check_folder()
@@ -160,8 +160,8 @@ class LocalRedis:
 
     def leave(self) -> None:
         """Stop the server if no other process uses it. Call this when the process exits."""
-        self._has_left = True
         with self._joining:
+            self._has_left = True
             users = self._users
             self._users = -1
         if users < 0:
@@ -176,9 +176,10 @@ class LocalRedis:
     def forget(self) -> None:
         """Let a forked process join by itself. Call this there after the fork."""
         self._joining = threading.Lock()  # another thread may have held it
-        for file in (*self._locks, self._users):
+        for file, path in ((self._users, self._path(USERS)), *((lock, self.folder) for lock in self._locks)):
             with suppress(OSError):
-                os.close(file)
+                if _is_same(file, path):  # another thread may just have closed it
+                    os.close(file)
         self._locks = set()
         self._users = -1
         self._failure = None
@@ -192,7 +193,7 @@ class LocalRedis:
         self.join()
         program = find_program()
         try:
-            lock = self._open(LOCK)
+            lock = self._open_folder()
             if not _try_lock(lock, fcntl.LOCK_EX):
                 log.warning("another process has started a Redis in %s; waiting until that stops", self.folder)
                 fcntl.flock(lock, fcntl.LOCK_EX)
@@ -220,7 +221,7 @@ class LocalRedis:
                     launched = True
             if time.monotonic() > deadline:
                 raise StartError(
-                    f"a Redis holds {self._path(LOCK)} and does not listen on {SOCKET} beside it; "
+                    f"a Redis has locked {self.folder} and does not listen on {SOCKET} there; "
                     "wait until it has started or stopped, or end it"
                 )
             time.sleep(POLL)
@@ -249,7 +250,7 @@ class LocalRedis:
             return
         if not os.path.isdir("/proc/self/fd"):
             raise StartError(f"the path of {self.folder} is too long for a socket; name a folder with a shorter one")
-        folder = os.open(self.folder, os.O_RDONLY | os.O_DIRECTORY)
+        folder = self._open_folder()
         try:
             yield f"/proc/self/fd/{folder}/{SOCKET}"
         finally:
@@ -257,17 +258,17 @@ class LocalRedis:
 
     @contextmanager
     def _server_lock(self) -> Iterator[int | None]:
-        """Yield the file of the server's lock, locked, or None if a server has it.
+        """Yield the folder as an open file, locked, or None if a server has it locked.
 
         A process that has inherited the open file keeps the lock when this has closed it.
         """
-        lock = self._open(LOCK)
+        lock = self._open_folder()
         self._locks.add(lock)
         try:
             yield lock if _try_lock(lock, fcntl.LOCK_EX) else None
         finally:
-            self._locks.discard(lock)
             os.close(lock)
+            self._locks.discard(lock)
 
     def _launch(self, lock: int) -> None:
         """Start a server in the background, which inherits the lock. Does not wait for it."""
@@ -327,8 +328,8 @@ class LocalRedis:
     def _path(self, name: str) -> str:
         return os.path.join(self.folder, name)
 
-    def _open(self, name: str) -> int:
-        return os.open(self._path(name), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    def _open_folder(self) -> int:
+        return os.open(self.folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
 
     def _check_folder(self) -> None:
         """Make the folder, for its owner only. Raises StartError if it cannot be ours."""
@@ -340,14 +341,14 @@ class LocalRedis:
                 f"{_user_name(os.geteuid())}; run it as the owner, or name another folder in REDIS_URL"
             )
         names = os.listdir(self.folder)
-        if names and not {USERS, LOCK} & set(names):
+        if names and USERS not in names:
             raise StartError(f"the folder {self.folder} contains other files; name a new or an empty one in REDIS_URL")
         if stat.S_IMODE(about.st_mode) & 0o077:
             os.chmod(self.folder, 0o700)
 
     def _open_shared(self) -> int:
         """Open the file of users and share its lock, as soon as nobody is stopping the server."""
-        users = self._open(USERS)
+        users = os.open(self._path(USERS), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         deadline = time.monotonic() + 2 * STOP_TIME
         while not _try_lock(users, fcntl.LOCK_SH):
             if time.monotonic() > deadline:
