@@ -15,7 +15,8 @@ IMPORTS = {  # each module, and those of ours that it may import
     "tinyqueue_embedded": set(),
     "tinyqueue_redis": {"tinyqueue_embedded"},
     "tinyqueue_json": set(),
-    "tinyqueue": {"tinyqueue_json", "tinyqueue_redis"},
+    "tinyqueue_job": {"tinyqueue_json", "tinyqueue_redis"},
+    "tinyqueue": {"tinyqueue_job", "tinyqueue_json", "tinyqueue_redis"},
     "tinyqueue_config": {"tinyqueue", "tinyqueue_embedded", "tinyqueue_json"},
     "tinyqueue_doctor": {"tinyqueue", "tinyqueue_redis"},
     "tinyqueue_cli": {
