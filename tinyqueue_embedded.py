@@ -72,6 +72,9 @@ OPTIONS = (
     # Every server can read commands. Redis and Valkey cannot read each other's dumps, and which of
     # them is started depends on PATH.
     *("--aof-use-rdb-preamble", "no"),
+    # It refuses writes before the machine runs out of memory. It may need twice as much while it
+    # rewrites its data.
+    *("--maxmemory", str(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2)),
     *("--maxmemory-policy", "noeviction"),
 )
 # Nobody else can read the files of the server. It gets the folder as its working directory, so that

@@ -549,6 +549,7 @@ def test_doctor_finds_nothing_to_change(box: Box) -> None:
     worker.until_output("worker started")
     said = box.run("doctor").stdout
     assert "appendonly yes" in said
+    assert re.search(r"^ok +memory .* of [\d.]+ MB \(0%\)", said, re.M)
     assert [line for line in said.splitlines() if not line.startswith("ok ")] == []
 
 
