@@ -46,12 +46,13 @@ from tinyqueue import (
 )
 from tinyqueue_config import Settings, error_line, load_handlers, open_queue, plural, set_up_logging
 from tinyqueue_doctor import Finding, examine, local_workers, repair
+from tinyqueue_embedded import StartError, folder_of, local_redis
 from tinyqueue_json import from_json, to_json
 
 # The group ------------------------------------------------------------------------------------------------------------
 
 SECTIONS = {
-    "Processes": ("web", "run", "worker"),
+    "Processes": ("web", "run", "worker", "redis"),
     "Submit jobs": ("enqueue",),
     "Inspect": ("stats", "workers", "list", "failed", "get"),
     "Manage jobs and queues": ("retry", "cancel", "pause", "resume", "purge"),
@@ -423,6 +424,24 @@ def _run_in_steps(queue: AnyQueue, verb: str, filter: Filter, step: Callable[[st
             total.update(counts)
             bar.update(SCANNED)
     return total
+
+
+# The embedded Redis ---------------------------------------------------------------------------------------------------
+
+
+@cli.command()
+@click.pass_obj
+def redis(settings: Settings, /) -> None:
+    """Run the Redis of REDIS_URL=embedded:FOLDER until SIGTERM, for systemd and the like."""
+    if not settings.is_local:
+        raise SettingsError("REDIS_URL names no folder; set it to embedded:FOLDER")
+    set_up_logging(settings)
+    try:
+        local_redis(folder_of(settings.redis_url)).run()
+    except ValueError as error:
+        raise SettingsError(str(error)) from None
+    except StartError as error:
+        raise click.ClickException(str(error)) from None
 
 
 # Diagnose -------------------------------------------------------------------------------------------------------------
