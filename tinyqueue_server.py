@@ -6,10 +6,12 @@ Parked, and is called again later. This module knows nothing of jobs.
 
 from __future__ import annotations
 
+import io
 import logging
 import math
 import re
 import socket
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -37,6 +39,20 @@ CROWDED_TIMES = (3, 20)  # the two times above, in a crowd
 DRAIN_TIMES = (1, 5)
 LINGER = 2  # seconds that a client has to close its side
 TRANSFER_ENCODING = re.compile(rb"(?im)^transfer-encoding[ \t]*:(.*)$")
+
+
+log = logging.getLogger("tinyqueue.web")
+
+
+class ErrorLog(io.TextIOBase):
+    """What a request gets as wsgi.errors. Standard error would block it while nobody reads that."""
+
+    def write(self, text: str) -> int:
+        if error := sys.exc_info()[1]:  # Bottle has written its traceback
+            log.error("request failed unexpectedly: %s", type(error).__name__, exc_info=True)
+        elif text.strip():
+            log.error("%s", text.strip())
+        return len(text)
 
 
 class App(Protocol):
@@ -99,8 +115,9 @@ class Task(WSGITask):  # type: ignore[misc]
         if self.request.environ is None:
             target = self.request.request_uri.partition("?")[0]
             path = target if target.startswith("/") else urlsplit(target).path
-            ours = {"tinyqueue.can_park": True, "tinyqueue.stopping": self.channel.server.stopping}
-            self.request.environ = super().get_environment() | {"PATH_INFO": path} | ours
+            own = {"PATH_INFO": path, "wsgi.errors": ErrorLog(), "tinyqueue.can_park": True}
+            own["tinyqueue.stopping"] = self.channel.server.stopping
+            self.request.environ = super().get_environment() | own
         environ: dict[str, Any] = self.request.environ
         return environ
 
