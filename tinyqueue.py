@@ -169,6 +169,7 @@ from tinyqueue_job import (
     handler as handler,
     is_delay as is_delay,
     make_job as make_job,
+    note_record,
     read_job,
     record_of,
     translated,
@@ -916,7 +917,7 @@ class Queue(Verbs):
             elif tx.again:
                 continue
             elif job and job.status == "pending" and not job.has_expired(tx.now) and job.run_at <= tx.now:
-                changed += [self.keys.job(id), record_of(self._begin(tx, job, worker))]
+                changed += [self.keys.job(id), note_record(job, record_of(self._begin(tx, job, worker)))]
                 started.append(job)
             else:
                 tx.write("LREM", self.keys.proc(worker), 1, entry)
@@ -1115,7 +1116,8 @@ class Queue(Verbs):
             if attempt is None:
                 raise Reaped(f"job {job.id} is no longer with worker {job.worker}")
             job.cancel_requested = attempt.cancel_requested
-            tx.write("SET", key, record_of(msgspec.structs.replace(job, updated_at=max(tx.now, job.started_at))))
+            now = max(tx.now, job.started_at)
+            tx.write("SET", key, note_record(job, record_of(msgspec.structs.replace(job, updated_at=now))))
 
         with self._writers:
             self.store.transact([self.keys.worker(job.worker), key], body)

@@ -100,6 +100,15 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     shutdown_timeout: Annotated[
         int, Meta(ge=0, le=3600, description="seconds running jobs may take at SIGTERM before they are handed back")
     ] = 25
+    ready_grace: Annotated[
+        int,
+        Meta(
+            ge=0,
+            le=300,
+            description="seconds at SIGTERM for which a web process still accepts connections and answers /ready "
+            "with 503",
+        ),
+    ] = 0
     watchdog: Annotated[
         int,
         Meta(

@@ -82,7 +82,7 @@ from tinyqueue_config import (
 )
 from tinyqueue_doctor import warnings
 from tinyqueue_json import MAX_DEPTH, Preview, from_json
-from tinyqueue_problems import HEADERS, Problem, kind_of_status, problem, response_headers
+from tinyqueue_problems import HEADERS, RETRY_AFTER, Problem, kind_of_status, problem, response_headers
 from tinyqueue_server import Lifeline, Parked, Server
 
 log = logging.getLogger("tinyqueue.web")
@@ -407,7 +407,13 @@ class API(bottle.Bottle):  # type: ignore[misc]
         return {"status": "ok"}
 
     def ready(self) -> dict[str, Any]:
-        """Check that Redis takes writes, so jobs can be submitted. Warnings name other risks."""
+        """Check that Redis takes writes, so jobs can be submitted. Warnings name other risks.
+
+        A server that stops is not ready, so that a load balancer sends requests elsewhere.
+        """
+        if request.environ.get("tinyqueue.stopping"):
+            headers = {"Retry-After": str(RETRY_AFTER)}
+            raise Problem(503, "stopping", "this web process is stopping; use another one", headers)
         self.queue.ping()
         return {"status": "ok", "warnings": warnings(self.queue)}
 
@@ -868,7 +874,7 @@ def serve(api: API, sock: socket.socket, lifeline: int | None = None) -> int:
         Lifeline(lifeline, server)
     if not api.settings.redis_url:
         return _serve_with_worker(api, server)
-    signal.signal(signal.SIGTERM, lambda *_: server.stop())
+    signal.signal(signal.SIGTERM, lambda *_: server.stop(api.settings.ready_grace))
     signal.signal(signal.SIGINT, lambda *_: server.stop())
     reset_signals_in_children()
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
@@ -917,11 +923,11 @@ def serve_many(api: API, sock: socket.socket) -> int:
                 # serve unblocks SIGTERM and SIGINT when it has handlers for them
                 exit_now(serve(api, sock, lifeline), functions=False)
             children.add(child)
-        if signal.sigwait({*SIGNALS, signal.SIGCHLD}) != signal.SIGCHLD:
+        if (number := signal.sigwait({*SIGNALS, signal.SIGCHLD})) != signal.SIGCHLD:
             stopping = True
             sock.close()  # otherwise clients could still connect, and nobody would accept them
             for child in children:
-                os.kill(child, signal.SIGTERM)
+                os.kill(child, number)
         for child, status in _exited(children):
             children.discard(child)
             if not stopping:
