@@ -17,7 +17,10 @@ IMPORTS = {  # each module, and those of ours that it may import
     "tinyqueue": {"tinyqueue_json", "tinyqueue_redis"},
     "tinyqueue_config": {"tinyqueue", "tinyqueue_json"},
     "tinyqueue_doctor": {"tinyqueue", "tinyqueue_redis"},
-    "tinyqueue_cli": {"tinyqueue", "tinyqueue_config", "tinyqueue_doctor", "tinyqueue_json"},
+    "tinyqueue_backup": {"tinyqueue"},
+    "tinyqueue_cli": {
+        *("tinyqueue", "tinyqueue_backup", "tinyqueue_config", "tinyqueue_doctor", "tinyqueue_json"),
+    },
     "tinyqueue_openapi": {"tinyqueue"},
     "tinyqueue_problems": {"tinyqueue"},
     "tinyqueue_access": {"tinyqueue", "tinyqueue_config", "tinyqueue_problems"},
