@@ -55,8 +55,8 @@ from tinyqueue import (
     TinyQueueError,
     __version__,
     stored_job,
-    stored_record,
 )
+from tinyqueue_job import record_of
 
 FORMAT = "tinyqueue-backup"
 VERSION = 1
@@ -139,7 +139,7 @@ class Writer:
 
 
 def _job_line(job: Job, behind: bool) -> bytes:
-    record = stored_record(job)
+    record = record_of(job)
     if b"\n" in record:  # JSON may contain line breaks, which JSON Lines may not
         record = msgspec.json.format(record, indent=-1)
     return b'{"kind":"job","id":"%b","record":%b%b}\n' % (job.id.encode(), record, b',"behind":true' * behind)
