@@ -475,7 +475,8 @@ class Restored:
         while (loaded := part.load(young, behind)).unpaused:
             for name in sorted(self.contents.queues):
                 self.queue.pause(name)
-            time.sleep(2 * PAUSE_AGE)  # until then, workers may not know that these queues are paused
+            if self.queue.workers():
+                time.sleep(2 * PAUSE_AGE)  # until then, they may not know that these queues are paused
         for job in loaded.jobs:
             self.stored[job.status] += 1
             if job.status == "pending":

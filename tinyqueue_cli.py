@@ -446,7 +446,7 @@ def _milliseconds(ctx: click.Context, option: click.Parameter, text: str | None)
 @click.argument("file")
 @pass_queue
 def backup(queue: AnyQueue, file: str) -> None:
-    """Write all jobs except completed ones to FILE, which may end in .gz or .zst; - is standard output."""
+    """Write all jobs except completed ones to FILE: plain, .gz or .zst; - is standard output."""
     with click.progressbar(length=0, label="backup", file=sys.stderr) as bar:
         counts = back_up(queue, file, bar)
     keys = plural(counts.get("once", 0), "idempotency key")
