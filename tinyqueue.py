@@ -1400,6 +1400,85 @@ class Queue(Verbs):
         self._change(id, body)
         return restored
 
+    def trim(self) -> int:
+        """Delete ended jobs kept long enough, or else the oldest above KEPT. Return how many.
+
+        Up to 1,000 of each status. Records expire by themselves, but index entries do not. Also
+        forgets some queues without jobs.
+        """
+        self._forget_queues()
+        removed = 0
+        for status, keep in self.keep_ms.items():
+            index = self.keys.ended[status]
+            expired = ("ZRANGEBYSCORE", index, "-inf", self.now() - keep, "LIMIT", 0, MAX_JOBS)
+            size, ids = self.store.read(("ZCARD", index), expired)
+            if not ids and size > KEPT:
+                ids = self.store.read(("ZRANGE", index, 0, min(size - KEPT, MAX_JOBS) - 1))[0]
+            if ids:
+                removed += self.forget(status, ids)
+        return removed
+
+    def _forget_queues(self) -> None:
+        """Forget up to 1,000 queues without jobs, if there are more than KEPT_QUEUES queues."""
+        counts, paused = self.store.read(("HGETALL", self.keys.counts), ("SMEMBERS", self.keys.paused))
+        names = _queues_in(pairs(counts)) - set(map(text_of, paused))
+        if len(names) <= KEPT_QUEUES:
+            return
+        busy = {field.partition(":")[2] for field, count in pairs(counts) if ":" in field and count != b"0"}
+        empty = sorted(names - busy)[:MAX_JOBS]
+        for at in range(0, len(empty), 100):
+            with suppress(Unavailable):  # too busy: they are forgotten next time
+                self._forget_empty(empty[at : at + 100])
+
+    def _forget_empty(self, names: Sequence[str]) -> None:
+        """Delete the counts of queues without jobs. Drop up to 100 ids from the list of each.
+
+        The ids are those of cancelled jobs. Watches the counts, which every verb changes that makes
+        a job pending, and the lists.
+        """
+        lists = [self.keys.jobs(name) for name in names]
+
+        def body(tx: Transaction) -> None:
+            fields = [(f"pending:{name}", f"processing:{name}") for name in names]
+            counts, *entries = tx.read(
+                ("HMGET", self.keys.counts, *itertools.chain(*fields)), *(("LRANGE", key, -100, -1) for key in lists)
+            )
+            idle = [at for at in range(len(names)) if {*counts[2 * at : 2 * at + 2]} <= {None, b"0"}]
+            for job in self._read_jobs(tx, itertools.chain(*(entries[at] for at in idle)), watch=True):
+                self._set_aside(tx, job)
+            for at in idle:
+                tx.write("LTRIM", lists[at], 0, -1 - len(entries[at]))
+                if len(entries[at]) < 100:
+                    tx.gather("HDEL", self.keys.counts, *fields[at])
+                    tx.write("DEL", self.keys.bell(names[at]))
+
+        self.store.transact([self.keys.counts, *lists], body)
+
+    def forget(self, status: str, ids: Sequence[bytes]) -> int:
+        """Delete ended jobs and their entries in the index of that status. Return how many.
+
+        Watches the records, because a job that was requeued meanwhile must stay. Completed jobs
+        cannot be requeued, so these need neither a check nor a watch, and may be many. When memory
+        is full, Redis refuses every transaction, and so every retry. Then this deletes without one.
+        """
+        index = self.keys.ended[status]
+        watched = [self.keys.job(text_of(id)) for id in ids] if status != "completed" else []
+
+        def delete(tx: Transaction, write: Callable[..., Any]) -> int:
+            scores = tx.read(*(("ZSCORE", index, id) for id in ids)) if watched else ids
+            gone = [id for id, score in zip(ids, scores, strict=True) if score is not None]
+            if gone:
+                write("DEL", *(self.keys.job(text_of(id)) for id in gone))
+                write("ZREM", index, *gone)
+            return len(gone)
+
+        try:
+            return self.store.transact(watched, lambda tx: delete(tx, tx.write))
+        except Unavailable as trouble:
+            if trouble.reason != "full":
+                raise
+        return self.store.transact((), lambda tx: delete(tx, lambda *command: tx.read(command)))
+
     # Back up and load -------------------------------------------------------------------------------------------------
 
     def scan(self, family: str = "") -> Iterator[str]:
@@ -1539,87 +1618,6 @@ class Queue(Verbs):
             left = until - now if now < until < now + self.keep_once_ms else self.keep_once_ms
             sets.append(("SET", self.keys.once_hash(hash), value, "NX", "PX", left))
         return sum(reply is not None for reply in self.store.read(*sets)) if sets else 0
-
-    # Trim -------------------------------------------------------------------------------------------------------------
-
-    def trim(self) -> int:
-        """Delete ended jobs kept long enough, or else the oldest above KEPT. Return how many.
-
-        Up to 1,000 of each status. Records expire by themselves, but index entries do not. Also
-        forgets some queues without jobs.
-        """
-        self._forget_queues()
-        removed = 0
-        for status, keep in self.keep_ms.items():
-            index = self.keys.ended[status]
-            expired = ("ZRANGEBYSCORE", index, "-inf", self.now() - keep, "LIMIT", 0, MAX_JOBS)
-            size, ids = self.store.read(("ZCARD", index), expired)
-            if not ids and size > KEPT:
-                ids = self.store.read(("ZRANGE", index, 0, min(size - KEPT, MAX_JOBS) - 1))[0]
-            if ids:
-                removed += self.forget(status, ids)
-        return removed
-
-    def _forget_queues(self) -> None:
-        """Forget up to 1,000 queues without jobs, if there are more than KEPT_QUEUES queues."""
-        counts, paused = self.store.read(("HGETALL", self.keys.counts), ("SMEMBERS", self.keys.paused))
-        names = _queues_in(pairs(counts)) - set(map(text_of, paused))
-        if len(names) <= KEPT_QUEUES:
-            return
-        busy = {field.partition(":")[2] for field, count in pairs(counts) if ":" in field and count != b"0"}
-        empty = sorted(names - busy)[:MAX_JOBS]
-        for at in range(0, len(empty), 100):
-            with suppress(Unavailable):  # too busy: they are forgotten next time
-                self._forget_empty(empty[at : at + 100])
-
-    def _forget_empty(self, names: Sequence[str]) -> None:
-        """Delete the counts of queues without jobs. Drop up to 100 ids from the list of each.
-
-        The ids are those of cancelled jobs. Watches the counts, which every verb changes that makes
-        a job pending, and the lists.
-        """
-        lists = [self.keys.jobs(name) for name in names]
-
-        def body(tx: Transaction) -> None:
-            fields = [(f"pending:{name}", f"processing:{name}") for name in names]
-            counts, *entries = tx.read(
-                ("HMGET", self.keys.counts, *itertools.chain(*fields)), *(("LRANGE", key, -100, -1) for key in lists)
-            )
-            idle = [at for at in range(len(names)) if {*counts[2 * at : 2 * at + 2]} <= {None, b"0"}]
-            for job in self._read_jobs(tx, itertools.chain(*(entries[at] for at in idle)), watch=True):
-                self._set_aside(tx, job)
-            for at in idle:
-                tx.write("LTRIM", lists[at], 0, -1 - len(entries[at]))
-                if len(entries[at]) < 100:
-                    tx.gather("HDEL", self.keys.counts, *fields[at])
-                    tx.write("DEL", self.keys.bell(names[at]))
-
-        self.store.transact([self.keys.counts, *lists], body)
-
-    def forget(self, status: str, ids: Sequence[bytes]) -> int:
-        """Delete ended jobs and their entries in the index of that status. Return how many.
-
-        Watches the records, because a job that was requeued meanwhile must stay. Completed jobs
-        cannot be requeued, so these need neither a check nor a watch, and may be many. When memory
-        is full, Redis refuses every transaction, and so every retry. Then this deletes without one.
-        """
-        index = self.keys.ended[status]
-        watched = [self.keys.job(text_of(id)) for id in ids] if status != "completed" else []
-
-        def delete(tx: Transaction, write: Callable[..., Any]) -> int:
-            scores = tx.read(*(("ZSCORE", index, id) for id in ids)) if watched else ids
-            gone = [id for id, score in zip(ids, scores, strict=True) if score is not None]
-            if gone:
-                write("DEL", *(self.keys.job(text_of(id)) for id in gone))
-                write("ZREM", index, *gone)
-            return len(gone)
-
-        try:
-            return self.store.transact(watched, lambda tx: delete(tx, tx.write))
-        except Unavailable as trouble:
-            if trouble.reason != "full":
-                raise
-        return self.store.transact((), lambda tx: delete(tx, lambda *command: tx.read(command)))
 
     # Reading ----------------------------------------------------------------------------------------------------------
 

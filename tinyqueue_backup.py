@@ -28,7 +28,7 @@ import hashlib
 import io
 import itertools
 import os
-import sqlite3
+import re
 import sys
 import tempfile
 import time
@@ -51,6 +51,7 @@ from tinyqueue import (
     UNENDED,
     AnyQueue,
     Job,
+    Made,
     Queue,
     TinyQueueError,
     __version__,
@@ -60,7 +61,7 @@ from tinyqueue_job import record_of
 
 FORMAT = "tinyqueue-backup"
 VERSION = 1
-BATCH_BYTES = 4 << 20  # of the records that one transaction restores
+BATCH_BYTES = 4 << 20  # of the records that are read or restored at a time
 DRAFT_TIME = 60_000  # milliseconds within which a job is submitted after its id was made
 
 
@@ -237,9 +238,9 @@ def _destination(name: str) -> Iterator[IO[bytes]]:
         try:
             file = stack.enter_context(_replacing(Path(name)))
             out = _compressed(file, name)
-            yield out
             if out is not file:
-                out.close()
+                stack.callback(out.close)
+            yield out
         except OSError as error:
             raise BackupError(f"cannot write {name}: {error.strerror or error}") from None
 
@@ -265,6 +266,8 @@ class _Ids:
     """A set of job ids in a temporary file: a million of them takes a few MB of memory."""
 
     def __init__(self) -> None:
+        import sqlite3  # here, because some builds of Python lack it, and only backups need it
+
         self._db = sqlite3.connect("", isolation_level=None)  # "" is a temporary file of its own
         for statement in (
             "PRAGMA journal_mode=OFF",
@@ -326,8 +329,8 @@ def _back_up_part(part: Queue, shard: int, writer: Writer, bar: Bar) -> None:
     began = part.now()
     seen = _Ids()
     try:
-        for jobs, behind in _read_jobs(part, seen, began):
-            writer.write("job", [_job_line(job, behind) for job in jobs])
+        for jobs in filter(None, _read_jobs(part, seen, began)):
+            writer.write("job", jobs)
             bar.update(len(jobs))
         for hash, value in part.read_once(seen.find, began - DRAFT_TIME):
             writer.write_fields("once", key=hash, value=msgspec.Raw(value), shard=shard)
@@ -338,17 +341,17 @@ def _back_up_part(part: Queue, shard: int, writer: Writer, bar: Bar) -> None:
         raise BackupError(f"{why}; make the backup again")
 
 
-def _read_jobs(part: Queue, seen: _Ids, began: int) -> Iterator[tuple[list[Job], bool]]:
+def _read_jobs(part: Queue, seen: _Ids, began: int) -> Iterator[list[bytes]]:
     """Read the jobs that wait, in order, then all others: those that run, move or have ended.
 
     Of these, the ones that were submitted since `began` come last, to be restored behind all.
     """
     for window in part.waiting_ids():
         known = seen.find(window)
-        for jobs in _in_batches(part, [id for id in window if id not in known]):
-            waiting = [job for job in jobs if job.status in UNENDED]
-            seen.add(job.id for job in waiting)
-            yield waiting, False
+        for batch in _in_batches(part, [id for id in window if id not in known]):
+            waiting = {job.id: line for job, line in batch if job.status in UNENDED}
+            seen.add(waiting)
+            yield list(waiting.values())
     others = _Ids()
     try:
         for ids in part.stored_ids():
@@ -360,16 +363,25 @@ def _read_jobs(part: Queue, seen: _Ids, began: int) -> Iterator[tuple[list[Job],
         newer = others.sorted(">=", bound, "ASC")
         for behind, ids in itertools.chain(((False, ids) for ids in older), ((True, ids) for ids in newer)):
             seen.add(ids)
-            for jobs in _in_batches(part, ids):
-                yield [job for job in jobs if job.status != "completed"], behind
+            for batch in _in_batches(part, ids, behind):
+                yield [line for job, line in batch if job.status != "completed"]
     finally:
         others.close()
 
 
-def _in_batches(part: Queue, ids: Sequence[str]) -> Iterator[list[Job]]:
-    jobs = part.read_stored(ids)
-    while batch := list(itertools.islice(jobs, 100)):
-        yield batch
+def _in_batches(part: Queue, ids: Sequence[str], behind: bool = False) -> Iterator[list[tuple[Job, bytes]]]:
+    """Read jobs and make their lines, up to 100 or BATCH_BYTES at a time."""
+    batch: list[tuple[Job, bytes]] = []
+    size = 0
+    for job in part.read_stored(ids):
+        line = _job_line(job, behind)
+        batch.append((job, line))
+        size += len(line)
+        if len(batch) == 100 or size > BATCH_BYTES:
+            yield batch
+            batch = []
+            size = 0
+    yield batch
 
 
 # Check ----------------------------------------------------------------------------------------------------------------
@@ -392,10 +404,10 @@ def check(file: IO[bytes], name: str) -> Contents:
     paused: set[str] = set()
     header: Line | None = None
     end: Line | None = None
-    for text in _decompressed(file, name):
+    for number, text in enumerate(_decompressed(file, name), 1):
         if end:
             raise _damaged(name, "there are lines after its last one")
-        line = _read_line(text, name, counts.total() + 1)
+        line = _read_line(text, name, number)
         header = header or _check_header(line, name)
         if line.kind == "end":
             end = line
@@ -403,11 +415,13 @@ def check(file: IO[bytes], name: str) -> Contents:
         sum.update(text)
         counts[line.kind] += 1
         if line.kind == "job":
-            job = _check_job(line, name, counts.total())
+            job = _check_job(line, name, number)
             queues |= {job.queue} if job.status in UNENDED else set()
+        elif line.kind == "once":
+            _check_once(line, name, number, header.shards)
         elif line.kind == "pause":
             paused.add(line.queue)
-        elif line.kind not in ("header", "once") and not line.optional:
+        elif line.kind != "header" and not line.optional:
             todo = f"use TinyQueue {header.tinyqueue}, which wrote it, or a newer one"
             raise BackupError(f"{name} has entries of a kind that this version does not know: {line.kind}; {todo}")
     if not header or not end:
@@ -415,6 +429,8 @@ def check(file: IO[bytes], name: str) -> Contents:
         raise BackupError(f"{name} is incomplete: {why}; nothing was restored. Use another copy of it")
     if end.sha256 != sum.hexdigest() or end.lines != counts.total() or end.counts != counts:
         raise _damaged(name, "its checksum is wrong")
+    if not all(map(NAME.fullmatch, paused)):
+        raise _damaged(name, "the name of a paused queue is wrong")
     return Contents(header, counts, frozenset(queues), frozenset(paused))
 
 
@@ -444,6 +460,16 @@ def _check_job(line: Line, name: str, number: int) -> Job:
     if not (ID.fullmatch(line.id) and readable and NAME.fullmatch(job.queue) and NAME.fullmatch(job.type)):
         raise _damaged(name, f"line {number} is not a job")
     return job
+
+
+def _check_once(line: Line, name: str, number: int, shards: int) -> None:
+    try:
+        made = msgspec.json.decode(line.value, type=Made)
+    except msgspec.DecodeError:
+        made = None
+    readable = made is not None and all(ID.fullmatch(id) for id in made.ids)
+    if not (readable and re.fullmatch("[0-9a-f]{64}", line.key) and 0 <= line.shard < shards):
+        raise _damaged(name, f"line {number} is not an Idempotency-Key")
 
 
 # Restore --------------------------------------------------------------------------------------------------------------

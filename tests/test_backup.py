@@ -566,6 +566,23 @@ def test_restore_refuses_what_is_not_a_job(lone: Queue, file: str, record: dict[
     refuses(lone, file, "line 2 is not a job")
 
 
+@pytest.mark.parametrize(
+    "fields", [{"key": "a"}, {"value": 7}, {"value": {"fingerprint": "", "ids": ["a"]}}, {"shard": 1}]
+)
+def test_restore_refuses_what_is_not_an_idempotency_key(lone: Queue, file: str, fields: dict[str, Any]) -> None:
+    lone.submit([lone.draft("echo", 1)], Once("a", "request"))
+    back_up(lone, file, NoBar())
+    change(file, 2, **fields)
+    refuses(lone, file, "line 3 is not an Idempotency-Key")
+
+
+def test_restore_refuses_what_is_not_the_name_of_a_queue(lone: Queue, file: str) -> None:
+    lone.pause("default")
+    back_up(lone, file, NoBar())
+    change(file, 1, queue="a:b")
+    refuses(lone, file, "the name of a paused queue is wrong")
+
+
 def test_restore_refuses_lines_after_the_last(lone: Queue, file: str) -> None:
     put(lone, "pending")
     back_up(lone, file, NoBar())
@@ -611,13 +628,13 @@ def stop() -> None:
     raise KeyboardInterrupt
 
 
-def test_backup_that_is_interrupted_leaves_an_older_file_as_it_is(queue: Queue, file: str) -> None:
-    fill(queue)
-    Path(file).write_text("an older backup")
+def test_backup_that_is_interrupted_leaves_an_older_file_as_it_is(lone: Queue, packed: str) -> None:
+    fill(lone)
+    Path(packed).write_text("an older backup")
     with pytest.raises(KeyboardInterrupt):
-        back_up(queue, file, Steps(stop))
-    assert os.listdir(Path(file).parent) == [Path(file).name]
-    assert Path(file).read_text() == "an older backup"
+        back_up(lone, packed, Steps(stop))
+    assert os.listdir(Path(packed).parent) == [Path(packed).name]
+    assert Path(packed).read_text() == "an older backup"
 
 
 def test_backup_that_is_killed_leaves_no_file_of_that_name(near: Queue, folder: Path, start: Any, real: Server) -> None:  # noqa: F811
