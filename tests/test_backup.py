@@ -525,6 +525,18 @@ def change(file: str, at: int, **fields: Any) -> None:
     Path(file).write_bytes(rest + json.dumps(end).encode() + b"\n")
 
 
+def test_restore_reads_a_file_of_format_1(lone: Queue) -> None:
+    """The file was written when the format was new, and must be readable for ever."""
+    restored = restore(lone, str(Path(__file__).parent / "samples" / "backup-1.jsonl"), NoBar())
+    assert (restored.stored, restored.keys, restored.resumable) == ({"pending": 4}, 1, ["default"])
+    lone.resume("default")
+    assert drain(lone) == ["01a21556-0cd1-7000-a0db-4537839dfafb", "01a21556-1111-7000-a0db-4537839dfafb"]
+    mail = lone.enqueue("echo", 1, unique_key="k")
+    assert (mail.queue, mail.payload, mail.request_id) == ("mail", [1.0], "r")
+    again = Once("a", "request")
+    assert lone.submit([lone.draft("echo", 2)], again)[0].id == "01a21556-1111-7000-a0db-4537839dfafb"
+
+
 def test_restore_refuses_a_newer_format(lone: Queue, file: str) -> None:
     put(lone, "pending")
     back_up(lone, file, NoBar())
