@@ -1589,6 +1589,7 @@ class Queue(Verbs):
             raise InvalidJob("jobs", f"must be at most {MAX_JOBS} at a time")
         if self.store.connections.memory_use > MEMORY_SHARE:
             raise Unavailable("full", f"more than {MEMORY_SHARE:.0%} of its maxmemory is used")
+        jobs = list({job.id: job for job in jobs}.values())
         keys = [self.keys.job(job.id) for job in jobs]
         unique = list({self.keys.unique(job.unique_key) for job in jobs if job.unique_key})
 

@@ -25,6 +25,7 @@ from tinyqueue import (
     MAX_JOBS,
     AnyQueue,
     Failure,
+    Filter,
     InvalidJob,
     Job,
     KeyReused,
@@ -321,6 +322,23 @@ def test_backup_has_every_job_while_all_of_them_move(queue: Queue, file: str) ->
     wipe(queue)
     restore(queue, file, NoBar())
     assert {job.id for job in queue.page(limit=1000)[0]} == there
+
+
+def test_backup_leaves_out_a_job_that_completes_before_it_is_read(queue: Queue, file: str) -> None:
+    """One of the waiting jobs, which are read in several pieces, and one of the others."""
+    waiting = [queue.enqueue("echo", at) for at in range(150)]
+    running = put(queue, "processing", queue="other")
+    for at in range(150):
+        put(queue, "failed", queue=f"q{at}")
+    failed = len(queue.page(Filter("failed"), limit=1000)[0])
+
+    def complete_first() -> None:
+        queue.complete(*queue.dequeue(queue.register(DEFAULT, 1), DEFAULT))
+
+    back_up(queue, file, Steps(complete_first, lambda: None, lambda: queue.complete(running)))
+    found = jobs_in(file)
+    assert len(found) == 149 + failed
+    assert not {waiting[0].id, running.id} & found.keys()
 
 
 def test_backup_puts_jobs_submitted_meanwhile_behind_all_others(queue: Queue, file: str) -> None:
@@ -689,6 +707,39 @@ def test_load_that_lost_its_reply_stores_each_job_once(near: Queue, far: Queue, 
     far.load(jobs)
     assert drain_ids(near) == [job.id for job in reversed(jobs)]
     assert near.stats()["pending"] == 3
+
+
+def test_load_of_a_job_that_is_loaded_meanwhile_stores_it_once(near: Queue, far: Queue, proxy: CutProxy) -> None:
+    job = near.draft("echo", 1)
+    near.pause("default")
+    proxy.before(b"MSET", lambda: near.load([job]))
+    assert far.load([job]) == Loaded([], [], [])
+    assert drain_ids(near) == [job.id]
+
+
+def test_load_of_a_job_whose_unique_key_is_taken_meanwhile_leaves_it_out(
+    near: Queue, far: Queue, proxy: CutProxy
+) -> None:
+    job = near.draft("echo", 1, unique_key="a")
+    near.pause("default")
+    proxy.before(b"MSET", lambda: near.enqueue("echo", 2, unique_key="a"))
+    assert far.load([job]) == Loaded([], [job.id], [])
+    assert near.get(job.id) is None
+
+
+def test_load_into_a_queue_that_is_resumed_meanwhile_stores_nothing(near: Queue, far: Queue, proxy: CutProxy) -> None:
+    job = near.draft("echo", 1)
+    near.pause("default")
+    proxy.before(b"MSET", lambda: near.resume("default"))
+    assert far.load([job]) == Loaded([], [], ["default"])
+    assert near.get(job.id) is None
+
+
+def test_load_of_one_job_twice_stores_it_once(queue: Queue) -> None:
+    job = queue.draft("echo", 1)
+    queue.pause("default")
+    assert queue.load([job, job]) == Loaded([job], [], [])
+    assert drain_ids(queue) == [job.id]
 
 
 # Into a namespace with jobs -------------------------------------------------------------------------------------------
