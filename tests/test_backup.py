@@ -326,7 +326,7 @@ def test_backup_has_every_job_while_all_of_them_move(queue: Queue, file: str) ->
 
 def test_backup_leaves_out_a_job_that_completes_before_it_is_read(queue: Queue, file: str) -> None:
     """One of the waiting jobs, which are read in several pieces, and one of the others."""
-    waiting = [queue.enqueue("echo", at) for at in range(150)]
+    waiting = [queue.enqueue("echo", at) for at in range(350)]
     running = put(queue, "processing", queue="other")
     for at in range(150):
         put(queue, "failed", queue=f"q{at}")
@@ -335,9 +335,10 @@ def test_backup_leaves_out_a_job_that_completes_before_it_is_read(queue: Queue, 
     def complete_first() -> None:
         queue.complete(*queue.dequeue(queue.register(DEFAULT, 1), DEFAULT))
 
-    back_up(queue, file, Steps(complete_first, lambda: None, lambda: queue.complete(running)))
+    wait = [lambda: None] * 2
+    back_up(queue, file, Steps(*wait[1:], complete_first, *wait, lambda: queue.complete(running)))
     found = jobs_in(file)
-    assert len(found) == 149 + failed
+    assert len(found) == 349 + failed
     assert not {waiting[0].id, running.id} & found.keys()
 
 
