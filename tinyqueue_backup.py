@@ -54,6 +54,7 @@ from tinyqueue import (
     Made,
     Queue,
     TinyQueueError,
+    Unavailable,
     __version__,
     stored_job,
 )
@@ -533,13 +534,21 @@ def restore(queue: AnyQueue, name: str, bar: Bar, *, merge: bool = False, oldest
         if not merge:
             for paused in sorted(contents.paused):
                 queue.pause(paused)
-        for (kind, part, behind), lines in _batches(queue, _decompressed(file, name)):
-            if kind == "once":
-                restored.keys += part.load_once({line.key: bytes(line.value) for line in lines})
-            else:
-                restored.load(part, [stored_job(line.id, bytes(line.record)) for line in lines], behind)
-                bar.update(len(lines))
+        try:
+            _restore_lines(restored, _decompressed(file, name), bar)
+        except Unavailable as error:
+            todo = "to continue, repeat the command with --merge"
+            raise BackupError(f"{error}; {restored.stored.total()} jobs were restored so far; {todo}") from error
     return restored
+
+
+def _restore_lines(restored: Restored, texts: Iterable[bytes], bar: Bar) -> None:
+    for (kind, part, behind), lines in _batches(restored.queue, texts):
+        if kind == "once":
+            restored.keys += part.load_once({line.key: bytes(line.value) for line in lines})
+        else:
+            restored.load(part, [stored_job(line.id, bytes(line.record)) for line in lines], behind)
+            bar.update(len(lines))
 
 
 def _check_target(queue: AnyQueue, contents: Contents, name: str, merge: bool) -> None:
@@ -550,7 +559,7 @@ def _check_target(queue: AnyQueue, contents: Contents, name: str, merge: bool) -
     stats = queue.stats()
     if not merge and (jobs := sum(stats[status] for status in (*UNENDED, *ENDED))):
         todo = "use another TINYQUEUE_NAMESPACE, or --merge, which also continues an interrupted restore"
-        raise BackupError(f"there are {jobs} jobs in this namespace already; {todo}")
+        raise BackupError(f"this namespace has jobs already ({jobs}); {todo}")
 
 
 Batch = tuple[str, Queue, bool]  # kind, shard, and whether these jobs go behind all others

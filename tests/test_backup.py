@@ -625,7 +625,7 @@ def test_restore_refuses_a_namespace_with_jobs(lone: Queue, file: str) -> None:
     put(lone, "failed")
     back_up(lone, file, NoBar())
     before = dump(lone)
-    with pytest.raises(BackupError, match=r"1 jobs in this namespace already; use another .* or --merge"):
+    with pytest.raises(BackupError, match=r"this namespace has jobs already \(1\); use another .* or --merge"):
         restore(lone, file, NoBar())
     assert dump(lone) == before
 
@@ -689,6 +689,17 @@ def test_restore_that_is_interrupted_is_continued(queue: Queue, file: str) -> No
     restored = restore(queue, file, NoBar(), merge=True)
     assert (restored.stored, restored.present) == ({"pending": 3000}, 2000)
     assert drain_ids(queue) == ids
+
+
+def test_restore_that_loses_redis_says_how_to_continue(near: Queue, far: Queue, proxy: CutProxy, file: str) -> None:
+    ids = fill(near, 3000)
+    back_up(near, file, NoBar())
+    wipe(near)
+    with pytest.raises(BackupError, match=r"unavailable.*; 1000 jobs were restored so far; .* with --merge"):
+        restore(far, file, Steps(proxy.cut))
+    proxy.heal()
+    restore(far, file, NoBar(), merge=True)
+    assert drain_ids(near) == ids
 
 
 def test_restore_that_is_repeated_after_the_jobs_ran_does_nothing(queue: Queue, file: str) -> None:
