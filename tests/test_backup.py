@@ -691,15 +691,18 @@ def test_restore_that_is_interrupted_is_continued(queue: Queue, file: str) -> No
     assert drain_ids(queue) == ids
 
 
-def test_restore_that_loses_redis_says_how_to_continue(near: Queue, far: Queue, proxy: CutProxy, file: str) -> None:
-    ids = fill(near, 3000)
-    back_up(near, file, NoBar())
-    wipe(near)
-    with pytest.raises(BackupError, match=r"unavailable.*; 1000 jobs were restored so far; .* with --merge"):
-        restore(far, file, Steps(proxy.cut))
-    proxy.heal()
-    restore(far, file, NoBar(), merge=True)
-    assert drain_ids(near) == ids
+def test_restore_that_loses_redis_says_how_to_continue(start_redis: Callable[..., RedisServer], file: str) -> None:
+    server = start_redis("--appendonly", "yes", "--appendfsync", "always")
+    queue = Queue.from_url(server.url)
+    ids = fill(queue, 3000)
+    back_up(queue, file, NoBar())
+    wipe(queue)
+    with pytest.raises(BackupError, match=r"unreachable.*; 1000 jobs were restored so far; .* with --merge"):
+        restore(queue, file, Steps(server.kill))
+    server.start()
+    restore(queue, file, NoBar(), merge=True)
+    assert drain_ids(queue) == ids
+    queue.disconnect()
 
 
 def test_restore_that_is_repeated_after_the_jobs_ran_does_nothing(queue: Queue, file: str) -> None:
