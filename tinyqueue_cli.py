@@ -9,6 +9,7 @@ from __future__ import annotations
 import codecs
 import functools
 import json
+import re
 import signal
 import sys
 import textwrap
@@ -44,6 +45,7 @@ from tinyqueue import (
     check_name,
     host_name,
 )
+from tinyqueue_backup import Restored, back_up, restore as restore_file
 from tinyqueue_config import Settings, error_line, load_handlers, open_queue, plural, set_up_logging
 from tinyqueue_doctor import Finding, examine, local_workers, repair
 from tinyqueue_embedded import StartError, folder_of, local_redis
@@ -56,6 +58,7 @@ SECTIONS = {
     "Submit jobs": ("enqueue",),
     "Inspect": ("stats", "workers", "list", "failed", "get"),
     "Manage jobs and queues": ("retry", "cancel", "pause", "resume", "purge"),
+    "Back up": ("backup", "restore"),
     "Diagnose": ("doctor", "check"),
 }
 WEB_TIMEOUT = 5.0  # seconds for a web process to answer /health
@@ -442,6 +445,79 @@ def redis(settings: Settings, /) -> None:
         raise SettingsError(str(error)) from None
     except StartError as error:
         raise click.ClickException(str(error)) from None
+
+
+# Back up and restore --------------------------------------------------------------------------------------------------
+
+SHOWN_KINDS = 50  # pairs of queue and type
+SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
+
+
+def _milliseconds(ctx: click.Context, option: click.Parameter, text: str | None) -> int:
+    """Read a time such as 90s, 30m, 12h or 1d."""
+    match = re.fullmatch(r"([0-9]{1,9})([smhd])", text or "0s")
+    if not match or (text and not int(match[1])):
+        raise click.BadParameter(f"{text!r} is not a time such as 90s, 30m, 12h or 1d")
+    return int(match[1]) * SECONDS[match[2]] * 1000
+
+
+@cli.command()
+@click.argument("file")
+@pass_queue
+def backup(queue: AnyQueue, file: str) -> None:
+    """Write all jobs except completed ones to FILE: plain, .gz or .zst; - is standard output."""
+    with click.progressbar(length=0, label="backup", file=sys.stderr) as bar:
+        counts = back_up(queue, file, bar)
+    keys = plural(counts.get("once", 0), "idempotency key")
+    click.echo(f"{plural(counts.get('job', 0), 'job')} and {keys} written to {file}", err=True)
+
+
+@cli.command()
+@click.argument("file")
+@click.option("--merge", is_flag=True, help="Restore into a namespace that has jobs. Jobs that exist stay as they are.")
+@click.option("--resume", "resumes", is_flag=True, help="Resume the queues at the end, except those paused in FILE.")
+@click.option(
+    "--skip-older-than",
+    "oldest",
+    callback=_milliseconds,
+    metavar="TIME",
+    help="Leave out jobs that could start, or have ended, longer ago than that: 90s, 30m, 12h, 1d.",
+)
+@pass_queue
+def restore(queue: AnyQueue, file: str, merge: bool, resumes: bool, oldest: int) -> None:
+    """Restore the jobs of a backup with their ids, into paused queues. - is standard input."""
+    with click.progressbar(length=0, label="restore", file=sys.stderr) as bar:
+        restored = restore_file(queue, file, bar, merge=merge, oldest=oldest)
+    _print_restored(restored)
+    names = restored.resumable
+    for name in names if resumes else ():
+        queue.resume(name)
+    if names and resumes:
+        click.echo(f"resumed: {' '.join(names)}")
+    elif names:
+        click.echo(f"these queues are paused; to run their jobs: tinyqueue resume {' '.join(names)}")
+
+
+def _print_restored(restored: Restored) -> None:
+    by_status = ", ".join(f"{count} {status}" for status, count in sorted(restored.stored.items()))
+    click.echo(f"{plural(restored.stored.total(), 'job')} restored" + (f": {by_status}" if by_status else ""))
+    click.echo(f"{plural(restored.keys, 'idempotency key')} restored")
+    skipped = {
+        "there already, or ended and kept long enough": restored.present,
+        "older than --skip-older-than": restored.older,
+        "whose uniqueKey another job has": len(restored.taken),
+    }
+    for why, count in skipped.items():
+        if count:
+            click.echo(f"{plural(count, 'job')} left out: {why}")
+    if restored.taken:
+        click.echo("  " + " ".join(restored.taken[:10]) + (" ..." if len(restored.taken) > 10 else ""))
+    if restored.runs:
+        kinds = sorted({(queue, type) for queue, type, _ in restored.runs})
+        rows = [[*kind, restored.runs[*kind, True], restored.runs[*kind, False]] for kind in kinds[:SHOWN_KINDS]]
+        click.echo("\nthese will run when their queues are resumed:\n")
+        _print_table([["queue", "type", "due", "delayed"], *rows])
+        click.echo(f"and {len(kinds) - SHOWN_KINDS} more kinds\n" if len(kinds) > SHOWN_KINDS else "")
 
 
 # Diagnose -------------------------------------------------------------------------------------------------------------

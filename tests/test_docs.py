@@ -519,6 +519,15 @@ def test_operations_session_runs_as_written(checkout: Checkout) -> None:
         assert text in said
 
 
+def test_operations_backup_moves_jobs_to_another_redis_as_written(checkout: Checkout) -> None:
+    submit = """.venv/bin/python worker.py enqueue send-email '{"to": "a@example.com", "subject": "", "body": ""}'"""
+    id = checkout.run(submit, REDIS_URL=checkout.redis).strip()
+    other = checkout.redis.removesuffix("0") + "1"
+    script = block(OPERATIONS, "backup -").replace("redis://old:6379/0", checkout.redis)
+    assert "resumed: default" in checkout.run(script.replace("redis://new:6379/0", other))
+    assert id in checkout.run(".venv/bin/python worker.py list --status pending", REDIS_URL=other)
+
+
 def test_operations_completion_is_loaded_as_written(checkout: Checkout) -> None:
     if not shutil.which("bash") or not Path(sys.prefix, "bin", "tinyqueue").exists():
         pytest.skip("there is no bash, or the program is not installed")
