@@ -78,6 +78,7 @@ from tinyqueue import (
     backoff,
     check_name,
     is_delay,
+    is_suspect,
 )
 from tinyqueue_config import (
     EXIT_TIME,
@@ -89,6 +90,7 @@ from tinyqueue_config import (
     exit_now,
     load_handlers,
     plural,
+    process_warnings,
     reset_signals_in_children,
     variable,
 )
@@ -512,7 +514,7 @@ class Worker:
                 failures = 0
                 self._finish_start(jobs)
                 for job in (job for job in jobs if job.status == "pending"):
-                    if job.suspect:
+                    if is_suspect(job):
                         free -= self._start_alone(worker, job)
                     else:  # a reply was lost: adopt finds what is still in the list
                         self.adopt_at = 0.0
@@ -590,7 +592,7 @@ class Worker:
 
     def _finish_start(self, jobs: Sequence[Job]) -> None:
         """Wait for the end of a suspect."""
-        if any(job.suspect and job.status == "processing" for job in jobs):
+        if any(is_suspect(job) and job.status == "processing" for job in jobs):
             self._wait_until_idle()
 
     def _start_alone(self, worker: str, suspect: Job) -> int:
@@ -985,7 +987,7 @@ def run(queues: tuple[str, ...], burst: bool, **overrides: Any) -> None:
     text = "worker started: %s, queues: %s; up to %d connections to Redis"
     slots = plural(settings.worker_concurrency, "slot")
     log.info(text, slots, ", ".join(worker.names), settings.shards * settings.worker_connections)
-    for warning in warnings(queue):
+    for warning in (*process_warnings(), *warnings(queue)):
         log.warning("%s", warning)
     code = worker.run()
     exit_now(code, min(EXIT_TIME, max(0.2, worker.exit_by - time.monotonic())))

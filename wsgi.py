@@ -75,6 +75,7 @@ from tinyqueue_config import (
     looks_like_name,
     open_queue,
     plural,
+    process_warnings,
     reset_signals_in_children,
     set_up_logging,
 )
@@ -938,6 +939,8 @@ def run(processes: int = 0) -> None:
         slots = plural(settings.worker_concurrency, "slot")
         log.info("web server on %s, and a worker with %s in this process", url, slots)
         log.warning("JOBS ARE NOT PERSISTED: REDIS_URL is not set; all jobs are lost when this process exits")
+        for warning in process_warnings():
+            log.warning("%s", warning)
     exit_code = serve_many(api, sock) if processes > 1 else serve(api, sock)
     exit_now(exit_code)
 
