@@ -1,11 +1,12 @@
 """TinyQueue: a job queue on Redis. This module holds all rules of the queue. Its contract:
 
 The promise
-    An accepted job runs at least once. It is never lost while Redis keeps its data. Apart from
-    retries and releases, it runs twice only if its outcome could not be saved: its worker died or
-    was cut off from Redis for longer than its lease, or a failover lost the write. The jobs of a
-    queue start first in, first out. A job that kills its worker runs out of attempts like any
-    other. Jobs that ran beside it get their attempts back, so they never fail because of it.
+    An accepted job runs at least once, unless it is cancelled or expires first. It is never lost
+    while Redis keeps its data. Apart from retries and releases, it runs twice only if its outcome
+    could not be saved: its worker died or was cut off from Redis for longer than its lease, or a
+    failover lost the write. The jobs of a queue start first in, first out. A job that kills its
+    worker runs out of attempts like any other. Jobs that ran beside it get their attempts back, so
+    they never fail because of it.
 
 States
                  enqueue                dequeue                complete
@@ -48,9 +49,19 @@ round trips however many jobs it moves. No Lua.
 
     dequeue is take, then start or expire. enqueue is written by submit, expire by start, and
     request by cancel. complete, fail and release are written by settle, many in one transaction.
-    exchange is settle and dequeue in three round trips: a busy worker does nothing else.
-    Every verb that fills a list rings its bell, and every verb keeps the counts and the metrics.
-    Whatever ends a job frees its uniqueKey and leaves a token for those who wait for it.
+    exchange is settle and dequeue in three round trips. A busy worker uses it instead of these
+    two, except with shards. Every verb that fills a list rings its bell, and every verb keeps the
+    counts and the metrics. Whatever ends a job frees its uniqueKey and leaves a token for those
+    who wait for it.
+
+    Lost replies. adopt finds the ids in a worker's list that the worker does not know. After a lost
+    reply, start neither starts nor drops an id: it may have done so already. Only one thread of a
+    worker at a time takes, adopts and starts, or an id would be started twice. A worker that was
+    reaped may wake up and take ids. take lists it as a worker again, so reap requeues them too.
+
+    A slot is a thread of a worker that runs one job at a time (in a cluster: Redis' hash slot). To
+    trim is to delete ended jobs that were kept long enough. A shard is one of several queues that
+    are used as one. doctor is the command that checks Redis and the settings.
 
 Keys. All share one hash tag, the namespace, and so one slot of a cluster.
 
@@ -63,16 +74,16 @@ Keys. All share one hash tag, the namespace, and so one slot of a cluster.
     {queue}:workers           set     every worker that may hold a job
     {queue}:worker:<worker>   string  its registration: the fence. Never expires
     {queue}:lease:<worker>    string  its last heartbeat and the ids that it runs. Expires
-    {queue}:once:<key>        string  an Idempotency-Key: request fingerprint and job ids. Expires.
-                                      Without ids: another shard has them
+    {queue}:once:<hash>       string  an Idempotency-Key, by its SHA-256: request fingerprint and
+                                      job ids. Expires. Without ids: another shard has them
     {queue}:unique:<key>      string  id of the pending or processing job with this uniqueKey
     {queue}:paused            set     names of the paused queues
     {queue}:minute:<n>        hash    started, waitedMs, completed, failed, cancelled in minute n
                                       since 1970. Expires after two hours
     {queue}:rate:<who>:<n>    string  requests of a client in rate window n. Expires
     {queue}:awaited           set     ids of the jobs whose end a caller waits for
-    {queue}:done:<id>         list    a token for those callers, or for a web process that waits for
-                                      jobs and gets another one. Expires after a minute
+    {queue}:done:<id>         list    a token that wakes those callers. A web process has an <id> of
+                                      its own, to be woken for more jobs. Expires after a minute
     {queue}:counts            hash    pending:<name> and processing:<name> now;
                                       completed, failed and cancelled ever
     {queue}:promoter          string  a lock that saves two promoters the same work. Expires
@@ -93,7 +104,8 @@ Three rules carry everything
 
 tinyqueue_job.py says what a job is: its errors, its record, its handlers and the checks of input.
 Here come first the bounds, the keys and transactions, and the verbs that are made of other verbs.
-Then the verbs of the queue follow the life of a job, up to upkeep. Reading and shards come last.
+Then the verbs of the queue follow the life of a job, up to upkeep. Reading, metrics and shards come
+last.
 `grep '# [A-Z].* ---' tinyqueue.py` prints the table of contents.
 """
 
@@ -196,6 +208,7 @@ SUSPICIOUS = 2  # after this many lost workers that ran a job along with others,
 # Attempts that release refunds. Without a limit, a job longer than every shutdown timeout would
 # never end.
 MAX_REFUNDS = 10
+SAMPLED = 100  # due jobs that a count for scaling reads while no worker promotes them
 SCANNED = 1000  # jobs that one page of a listing or one bulk change looks at
 PAGE_BYTES = 32 << 20  # of the records that it looks at
 READ_BYTES = 1 << 20  # of the records that it reads with one command
@@ -409,7 +422,7 @@ class Store:
         """
         return self.transact((), lambda tx: tx.read(*commands), counts=False)
 
-    # The transaction loop. Skip it on a first reading: a body reads, then writes; it is repeated
+    # The transaction loop. Skip it on a first reading. A body reads, then writes, and is repeated
     # until no watched key has changed.
     def transact(
         self, watch: Sequence[str], body: Callable[[Transaction], R], again: bool = False, counts: bool = True
@@ -586,7 +599,7 @@ class Verbs(ABC):
         self._settle_one(Outcome(job, "release"))
 
     def reap_in(self, parts: Sequence[Queue], worker: str) -> int:
-        """Reap a worker in some of the shards. Returns how many of its jobs were requeued.
+        """Reap a worker in some of the shards. Returns how many of its jobs were requeued or ended.
 
         Jobs in different shards count as run beside each other. So does whatever it may have run in
         a shard that is away. The other shards are reaped even if one fails.
@@ -707,9 +720,9 @@ class Queue(Verbs):
         nothing -> pending. In place of a job whose uniqueKey is taken, returns the job that has it.
         With `once`, a second submit under the same key returns the jobs of the first. Watches the
         keys of `once` and of uniqueKeys; ids are new and need no watch. After a lost reply, the ids
-        or `once` show whether all is stored. If the first EXEC still arrives late, the jobs
-        are safe, but counted twice until a worker repairs the counts. Raises InvalidJob for more
-        than MAX_JOBS, KeyReused, QueueFull, Unavailable if Redis' memory is nearly used up, and
+        or `once` show whether all is stored. If the first EXEC still arrives late, the jobs are
+        safe, but counted twice until a worker repairs the counts. Raises KeyReused, QueueFull,
+        InvalidJob for more than MAX_JOBS jobs, Unavailable if Redis' memory is nearly used up, and
         NotReplicated if the jobs are stored but fewer than `min_replicas` replicas have them within
         a second. `elsewhere` counts the pending jobs of each queue in other shards.
         """
@@ -862,8 +875,8 @@ class Queue(Verbs):
     def _moves(self, worker: str, name: str, most: int) -> list[Command]:
         """Return the transaction that takes ids from one queue."""
         move = ("RPOPLPUSH", self.keys.jobs(name), self.keys.proc(worker))
-        around = ("SADD", self.keys.workers, worker), ("SMEMBERS", self.keys.paused)
-        return [("MULTI",), *around, *[move] * most, ("EXEC",)]
+        first = ("SADD", self.keys.workers, worker), ("SMEMBERS", self.keys.paused)
+        return [("MULTI",), *first, *[move] * most, ("EXEC",)]
 
     def start(self, worker: str, ids: Sequence[bytes], held: Held = None, others: int = 0) -> list[Job]:
         """Start an attempt for every taken id whose job is pending and due. Drop the other ids.
@@ -938,7 +951,11 @@ class Queue(Verbs):
         return replies
 
     def _stays(self, job: Job, worker: str, held: Held, company: bool, again: bool) -> bool:
-        """Whether to return a taken job as it is: a suspect in company, or one started before."""
+        """Whether to return a taken job as it is.
+
+        That is a suspect in company, a job whose start lost its reply, and after a lost reply any
+        pending job.
+        """
         if job.status == "pending":
             return again or (is_suspect(job) and company)
         ours = held.get(job.id) if held else None
@@ -976,8 +993,9 @@ class Queue(Verbs):
     def adopt(self, worker: str, held: Collection[str]) -> list[bytes]:
         """Return the ids in the worker's own list that are not in `held`, to be started.
 
-        The reply that brought them was lost. Read `held` first, and call this only from the thread
-        that takes: an id whose reply is on its way to another thread would be started twice.
+        The reply that brought them was lost. Read `held` first, and call this only while no other
+        thread takes or starts jobs: an id whose reply is on its way to another thread would be
+        started twice.
         """
         known = Counter(id.encode() for id in held)
         return list((Counter(self.store.read(("LRANGE", self.keys.proc(worker), 0, -1))[0]) - known).elements())
@@ -1304,11 +1322,12 @@ class Queue(Verbs):
         return sorted(filter(NAME.fullmatch, map(text_of, self.store.read(("SMEMBERS", self.keys.workers))[0])))
 
     def lost_workers(self, own: str = "", now: float | None = None) -> list[str]:
-        """Return the workers, except `own`, whose lease was seen missing or unchanged for a lease.
+        """Return the workers, except `own`, that have not renewed their lease for a lease period.
 
-        This goes by the monotonic clock of this process (`now`, in seconds). Leases expire by the
-        wall clock of Redis, which may be set: ahead, and living workers would seem lost; back, and
-        lost workers would seem alive. Call it several times within a lease.
+        Their lease was seen missing or unchanged for that long, by the monotonic clock of this
+        process (`now`, in seconds). Leases expire by the wall clock of Redis, which somebody may
+        set: set ahead, it would make living workers seem lost; set back, it would make lost workers
+        seem alive. Call this several times within a lease period.
         """
         now = time.monotonic() if now is None else now
         workers = [worker for worker in self._known_workers() if worker != own]
@@ -1324,7 +1343,8 @@ class Queue(Verbs):
     def reap(self, worker: str, others: int = 0) -> int:
         """Remove a lost worker and requeue or end its jobs. Return how many; 0 if it is alive.
 
-        It is alive if its lease exists, unless `lost_workers` has seen that very lease too long.
+        It is alive if its lease exists, unless `lost_workers` has seen that very lease unchanged
+        for too long.
 
         processing -> pending, or failed if no attempt is left. Watches the registration, the lease,
         the list and the records: a worker that wakes up may be taking or starting jobs right now,
@@ -1602,7 +1622,10 @@ class Queue(Verbs):
         return entries
 
     def _find_unended(self, filter: Filter, before: Place) -> list[Entry]:
-        """Compare ids as bytes, because there may be a million: they sort by time of creation."""
+        """Find pending and processing jobs. Compares ids as bytes, which sort by time of creation.
+
+        Reading them as jobs would be too slow, because there may be a million.
+        """
         start = f"{min(before[0], (1 << 48) - 1):012x}"
         start = f"{start[:8]}-{start[8:]}"
         bound = min(max(before[1], start), start + "~").encode()
@@ -1616,8 +1639,8 @@ class Queue(Verbs):
     def _read_unended(self, filter: Filter) -> Iterator[list[bytes]]:
         """Read the entries of all lists that may hold unended jobs, up to LISTED at a time.
 
-        In the order in which a job moves on, so none is missed that moves meanwhile. The lists of
-        workers are read twice, because a job may go back from there.
+        Reads them in the order in which a job moves on, so that it misses none that moves
+        meanwhile. Reads the lists of workers twice, because a job may go back from there.
         """
         held = [self.keys.proc(worker) for worker in self._known_workers()]
         yield from self._read_lists(held)
@@ -1718,6 +1741,48 @@ class Queue(Verbs):
             **({"history": self._history(now, minutes)} if minutes else {}),
         }
 
+    def scale(self, names: Sequence[str] = ()) -> dict[str, int]:
+        """Count the jobs that need workers now, of these queues or of all.
+
+        `ready` jobs are due, and their queue is not paused. `load` adds the jobs in `processing`.
+        Due jobs that no worker has promoted yet are ready too. If these are more than SAMPLED, only
+        the first are read. The others are expected to have the same queues, and at least one job is
+        counted for every queue that may have one. So a first worker starts, which promotes them.
+        """
+        now = self.now()
+        due = self.keys.delayed, "-inf", now
+        reads = ("ZCOUNT", *due), ("ZRANGEBYSCORE", *due, "LIMIT", 0, SAMPLED)
+        tables = ("HGETALL", self.keys.counts), ("SMEMBERS", self.keys.paused)
+        counted, paused, late, first = self.store.read(*tables, *reads)
+        self._note_paused(paused)
+        counts = {field: _read_count(value) for field, value in pairs(counted)}
+        names = list(dict.fromkeys(names)) or sorted(_queues_in(pairs(counted)))
+        waiting = self._not_paused([name for name in names if counts.get("pending:" + name)])
+        lists = [self.keys.jobs(name) for name in waiting]
+        found = self.store.read(*(("LLEN", key) for key in lists), *(("LINDEX", key, -1) for key in lists))
+        sizes, heads = found[: len(lists)], filter(None, found[len(lists) :])
+        promotable = self._pending_among(first)
+        share = Counter(job.queue for job in promotable)
+        ready = 0
+        for name, size in zip(waiting, sizes, strict=True):
+            unpromoted = max(math.ceil(share[name] * late / max(len(first), 1)), int(late > len(first)))
+            ready += min(counts["pending:" + name], size + unpromoted)
+        ready = min(ready, sum(sizes) + late)
+        ages = [job.waited(now) for job in (*promotable, *self._pending_among(heads)) if job.queue in waiting]
+        processing = sum(counts.get("processing:" + name, 0) for name in names)
+        return {
+            "ready": ready,
+            "processing": processing,
+            "load": ready + processing,
+            "oldestWaitingMs": max(ages, default=0),
+        }
+
+    def _pending_among(self, entries: Iterable[bytes]) -> list[Job]:
+        ids = _named(entries)
+        records = self.store.read(("MGET", *map(self.keys.job, ids)))[0] if ids else []
+        jobs = (_listed(id, record, 0) for id, record in zip(ids, records, strict=True) if record)
+        return [job for job in jobs if job.status == "pending"]
+
     def _history(self, now: int, minutes: int) -> list[dict[str, int]]:
         """Count what started and ended in each minute, oldest first. The last is not over yet."""
         fields = ("started", *ENDED, "waitedMs")
@@ -1797,8 +1862,11 @@ class Queue(Verbs):
         self.store.read(*(("LREM", self.keys.proc(worker), 1, entry) for entry in entries))
 
 
+# What is stored beside jobs -------------------------------------------------------------------------------------------
+
+
 class Made(msgspec.Struct):
-    """What the key once:<key> holds: the fingerprint of the first submit, and the jobs it made."""
+    """What an Idempotency-Key stores: the fingerprint of the first submit, and its jobs."""
 
     fingerprint: str
     ids: list[str]
@@ -1812,44 +1880,6 @@ def _made(stored: bytes) -> Made:
         return msgspec.json.decode(stored, type=Made)
     except msgspec.DecodeError as error:
         raise Corrupted(f"the record of an Idempotency-Key cannot be read: {error}") from None
-
-
-def _learn_series(store: Store) -> None:
-    store._series_known = True  # at once, so that other threads do not read them too
-    try:
-        found = store.read(("SMEMBERS", store.keys.series))[0]
-    except Unavailable as trouble:
-        store._series_known = False
-        if trouble.reason == "timeout":  # the transaction would only wait as long again
-            raise
-    else:
-        store._series |= set(map(text_of, found))
-
-
-def _metric_commands(store: Store, tx: Transaction) -> list[Command]:
-    """Add up the events of all jobs of one type and queue.
-
-    Above SERIES of them, new ones count as other, so that invented names fill neither Redis nor
-    Prometheus. Processes that meet new ones at the same moment may exceed SERIES a little.
-    """
-    if not tx.measured:
-        return []
-    met = {f"{type}:{queue}" for _, type, queue in tx.measured}
-    new = sorted(met - store._series)[: max(0, SERIES - len(store._series))]
-    if new:
-        store._series |= set(new)
-        store._series_known = False
-    sums: defaultdict[str, int] = defaultdict(int)
-    for (event, type, queue), times in tx.measured.items():
-        name = known if (known := f"{type}:{queue}") in store._series else "other:other"
-        if times[0] < 0:
-            sums[f"{event}:{name}"] += len(times)
-        else:
-            sums[f"{event}Ms:{name}"] += sum(times)
-            for ms in times:
-                sums[f"{event}:{name}:{BUCKETS[bisect_left(BUCKETS, ms)]}"] += 1
-    added: list[Command] = [("SADD", store.keys.series, *new)] if new else []
-    return added + [("HINCRBY", store.keys.metrics, field, by) for field, by in sums.items() if by]
 
 
 def _named(entries: Iterable[bytes]) -> list[str]:
@@ -1894,6 +1924,47 @@ def _worker(id: str, about: bytes, lease: bytes | None) -> dict[str, Any]:
     beat = msgspec.json.decode(lease or b"{}")
     at = beat.get("at", known["startedAt"] if lease else 0)
     return {"id": id, **known, "alive": bool(lease), "lastHeartbeat": at, "jobs": beat.get("jobs", [])}
+
+
+# Metrics --------------------------------------------------------------------------------------------------------------
+
+
+def _learn_series(store: Store) -> None:
+    store._series_known = True  # at once, so that other threads do not read them too
+    try:
+        found = store.read(("SMEMBERS", store.keys.series))[0]
+    except Unavailable as trouble:
+        store._series_known = False
+        if trouble.reason == "timeout":  # the transaction would only wait as long again
+            raise
+    else:
+        store._series |= set(map(text_of, found))
+
+
+def _metric_commands(store: Store, tx: Transaction) -> list[Command]:
+    """Add up the events of all jobs of one type and queue.
+
+    Above SERIES of them, new ones count as other, so that invented names fill neither Redis nor
+    Prometheus. Processes that meet new ones at the same moment may exceed SERIES a little.
+    """
+    if not tx.measured:
+        return []
+    met = {f"{type}:{queue}" for _, type, queue in tx.measured}
+    new = sorted(met - store._series)[: max(0, SERIES - len(store._series))]
+    if new:
+        store._series |= set(new)
+        store._series_known = False
+    sums: defaultdict[str, int] = defaultdict(int)
+    for (event, type, queue), times in tx.measured.items():
+        name = known if (known := f"{type}:{queue}") in store._series else "other:other"
+        if times[0] < 0:
+            sums[f"{event}:{name}"] += len(times)
+        else:
+            sums[f"{event}Ms:{name}"] += sum(times)
+            for ms in times:
+                sums[f"{event}:{name}:{BUCKETS[bisect_left(BUCKETS, ms)]}"] += 1
+    added: list[Command] = [("SADD", store.keys.series, *new)] if new else []
+    return added + [("HINCRBY", store.keys.metrics, field, by) for field, by in sums.items() if by]
 
 
 # Filters and cursors --------------------------------------------------------------------------------------------------
@@ -1969,7 +2040,8 @@ class Shards(Verbs):
         self.parts = list(shards)
         self.lease = shards[0].lease
         self._turn = itertools.count(random.randrange(len(shards)))
-        # By worker, of those that this process registered: how, and where it is not at present.
+        # For each worker that this process registered: how to register it, and the shards in which
+        # it is not registered now.
         self._registrations: dict[str, tuple[Callable[[Queue], str], set[Queue]]] = {}
         self._open_threads()
         for shard in shards:
@@ -2029,7 +2101,7 @@ class Shards(Verbs):
     def _call_each(
         self, items: Sequence[T], id: Callable[[T], str], call: Callable[[Queue, list[T]], list[S]], must: bool = False
     ) -> list[S]:
-        """Call it for each shard with the items whose jobs are there. Join the results."""
+        """Call `call` for each shard with the items whose jobs are there. Join the results."""
         parts = self._by_shard(items, id)
         results = _try_each(list(parts), lambda shard: call(shard, parts[shard]), must)
         return list(itertools.chain(*results))
@@ -2269,6 +2341,9 @@ class Shards(Verbs):
         total: dict[str, Any] = reduce(_added, each)
         return total | ({"history": [history[at] for at in sorted(history)[-minutes:]]} if minutes else {})
 
+    def scale(self, names: Sequence[str] = ()) -> dict[str, int]:
+        return reduce(_added, (shard.scale(names) for shard in self.parts))
+
     def workers(self) -> list[dict[str, Any]]:
         """Like Queue.workers. A worker is alive if any shard has its lease."""
         each = ({worker["id"]: worker for worker in shard.workers()} for shard in self.parts)
@@ -2288,7 +2363,7 @@ class Shards(Verbs):
 def _try_each(
     parts: Sequence[Queue], call: Callable[[Queue], T], must: bool = False, run: Callable[..., Iterable[Any]] = map
 ) -> list[T]:
-    """Call it for each of these shards, even after errors, and return the results.
+    """Call `call` for each of these shards, even after errors, and return the results.
 
     Raises Reaped if any call did. Raises the first error if all failed, or with `must` if any did.
     """
@@ -2309,7 +2384,7 @@ def _try_each(
     return [reply for reply in replies if not isinstance(reply, TinyQueueError)]
 
 
-# Of these, two reports show the higher one. Most are the same in both.
+# Fields whose higher value counts when two reports are added up. Most are the same in both.
 HIGHEST = {"oldestWaitingMs", "workers", "at", "lastHeartbeat", "startedAt"}
 HIGHEST |= {"id", "host", "pid", "queues", "concurrency"}
 

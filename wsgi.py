@@ -60,6 +60,7 @@ from tinyqueue import (
     TinyQueueError,
     Unavailable,
     UnknownType,
+    check_name,
 )
 from tinyqueue_access import ROLES, Access
 from tinyqueue_config import (
@@ -87,6 +88,7 @@ from tinyqueue_server import Lifeline, Parked, Server
 log = logging.getLogger("tinyqueue.web")
 
 LONGEST_WAIT = 25  # seconds that GET /jobs/<id>?wait= may take: routers time out after 30
+MAX_SCALED = 100  # queues that one GET /scale may name
 PREVIEW_BYTES = 500  # length at which a listing cuts off a payload or a result
 IPV6 = re.compile("[0-9a-fA-F:.]{2,45}")
 REQUEST_ID = re.compile("[!-~]{1,128}")
@@ -116,6 +118,7 @@ ROUTES = (
     ("POST", "/queues/<name>/pause", "pause", "admin"),
     ("POST", "/queues/<name>/resume", "resume", "admin"),
     ("GET", "/stats", "stats", "read"),
+    ("GET", "/scale", "scale", "read"),
     ("GET", "/workers", "workers", "read"),
     ("GET", "/metrics", "metrics", "read"),
 )
@@ -348,6 +351,16 @@ class API(bottle.Bottle):  # type: ignore[misc]
 
     def stats(self) -> dict[str, Any]:
         return self.queue.stats(_query_int(_query(), "minutes", 0, 0, 120))
+
+    def scale(self) -> dict[str, int]:
+        """Count the jobs that need workers now, for an autoscaler: of each ?queue=, or of all."""
+        query = _query_pairs()
+        # A misspelled name would count all queues, and start workers that have nothing to do.
+        if unknown := {name for name, _ in query} - {"queue"}:
+            raise InvalidJob(_printable(min(unknown)), "unknown parameter; the only one is queue")
+        if len(query) > MAX_SCALED:
+            raise InvalidJob("queue", f"must not occur more than {MAX_SCALED} times")
+        return self.queue.scale([check_name("queue", name) for _, name in query])
 
     def workers(self) -> dict[str, Any]:
         return {"workers": self.queue.workers()}
@@ -598,8 +611,12 @@ def _idempotency_key(content: Any) -> Once | None:
 
 
 def _query() -> dict[str, str]:
+    return dict(_query_pairs())
+
+
+def _query_pairs() -> list[tuple[str, str]]:
     try:
-        return dict(parse_qsl(request.query_string, keep_blank_values=True, errors="strict"))
+        return parse_qsl(request.query_string, keep_blank_values=True, errors="strict")
     except ValueError as error:
         raise Problem(400, "invalid-query", f"cannot read the query string: {error}") from None
 

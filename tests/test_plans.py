@@ -380,7 +380,7 @@ def play(queue: Any) -> None:
     queue.get(completed.id)
     play_waiting(queue)
     queue.spend("somebody", 1, 60)
-    for look in ("queues", "stats", "workers", "now", "ping"):
+    for look in ("queues", "stats", "scale", "workers", "now", "ping"):
         getattr(queue, look)()
     raw(queue).delete(queue.keys.counts, queue.keys.jobs("default"))
     assert [finding.seen for finding in repair(queue.parts)]
