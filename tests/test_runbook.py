@@ -21,6 +21,7 @@ from tinyqueue import Queue
 
 REPOSITORY = Path(tinyqueue.__file__).parent
 OPERATIONS = (REPOSITORY / "docs" / "operations.md").read_text()
+SECURITY = (REPOSITORY / "docs" / "security.md").read_text()
 ALERTS = re.findall(r"- alert: (\w+)", (REPOSITORY / "deploy" / "alerts.yml").read_text())
 INCIDENTS = [
     *("Redis is full", "Redis is lost", "Failover", "Backlog", "Poison job", "Stuck handler", "Leaked key"),
@@ -127,3 +128,38 @@ def test_runbook_shows_commands_that_redis_runs(changeable: redis.Redis, command
 def test_runbook_shows_commands_of_both_kinds() -> None:
     assert len(spans(RUNBOOK, "tinyqueue")) > 20
     assert len(spans(RUNBOOK, "redis-cli")) > 10
+
+
+# Security -------------------------------------------------------------------------------------------------------------
+
+
+def defined_tests() -> set[str]:
+    text = "\n".join(path.read_text() for path in (REPOSITORY / "tests").glob("test_*.py"))
+    return set(re.findall(r"^def (test_\w+)\(", text, re.M))
+
+
+def test_security_page_names_only_tests_that_exist() -> None:
+    named = set(re.findall(r"`(test_\w+)`", SECURITY))
+    assert len(named) > 40
+    assert named - defined_tests() == set()
+
+
+def test_security_page_names_a_test_for_every_defence() -> None:
+    lines = SECURITY.partition("## What is defended")[2].partition("## What is not")[0].splitlines()
+    rows = [line.strip("|").split("|") for line in lines if line.startswith("|")][2:]
+    assert len(rows) > 15
+    assert [row[0] for row in rows if len(row) != 3 or "`test_" not in row[2]] == []
+
+
+MODULES = sorted(path.name for path in REPOSITORY.glob("*.py") if path.name != "setup.py")
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_code_neither_unpickles_nor_evaluates(name: str) -> None:
+    tree = ast.parse((REPOSITORY / name).read_text())
+    imported = {
+        alias.name.partition(".")[0] for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names
+    } | {str(node.module).partition(".")[0] for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+    called = {node.func.id for node in ast.walk(tree) if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)}
+    assert imported & {"pickle", "marshal", "shelve", "dill", "cloudpickle", "yaml"} == set()
+    assert called & {"eval", "exec", "compile", "__import__"} == set()
