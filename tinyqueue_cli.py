@@ -9,6 +9,7 @@ from __future__ import annotations
 import codecs
 import functools
 import json
+import math
 import re
 import signal
 import sys
@@ -21,7 +22,7 @@ from datetime import UTC, datetime
 from functools import partial
 from http import HTTPStatus
 from io import TextIOWrapper
-from typing import Any
+from typing import Any, NamedTuple
 
 import click
 import msgspec
@@ -29,6 +30,7 @@ import msgspec
 from tinyqueue import (
     ENDED,
     HANDLERS,
+    KEPT,
     SCANNED,
     STATUSES,
     AnyQueue,
@@ -60,6 +62,7 @@ SECTIONS = {
     "Manage jobs and queues": ("retry", "cancel", "pause", "resume", "purge"),
     "Back up": ("backup", "restore"),
     "Diagnose": ("doctor", "check"),
+    "Prepare": ("plan",),
 }
 WEB_TIMEOUT = 5.0  # seconds for a web process to answer /health
 Command = Callable[..., None]
@@ -589,6 +592,180 @@ def _check_web(settings: Settings) -> str:
     if status != HTTPStatus.OK:
         raise click.ClickException(f"the web process on port {settings.port} answers with {status}")
     return f"the web process on port {settings.port} answers"
+
+
+# Prepare --------------------------------------------------------------------------------------------------------------
+
+# What docs/operations.md says was measured, and how. Times are of one core.
+BUSY = 0.7  # planned use of slots and cores: the rest absorbs peaks and works off a backlog
+FULL = 0.8  # planned use of maxmemory; an alert fires above it
+REDIS_COST = 350e-6, 5e-9  # seconds of Redis for a job that is submitted and run by itself; for each byte of it
+WORKER_COST = 1000e-6, 5e-9  # seconds of a worker process, without the handler
+WEB_COST = 400e-6, 10e-9  # seconds of a web process for a submit
+ENTRY = 250, 450  # bytes of Redis for a pending job and for an ended one, beside its record
+RECORD = 50, 250  # bytes of the record, beside payload and result
+TRACEBACK = 1500  # bytes of a failed job's error
+ONCE = 360  # bytes of Redis for an Idempotency-Key
+OWN = 5_000_000, 25_000  # bytes of Redis without jobs, and for each connection
+MAX_SHARDS = 64
+PERIODS = (3600, "h"), (60, "min")
+CLIENTS = 10_000  # connections that Redis accepts by default
+
+
+class Load(NamedTuple):
+    """What a deployment is planned for. Sizes are bytes of JSON, times are seconds."""
+
+    rate: float
+    duration: float
+    payload: int
+    result: int = 100
+    failed: float = 1.0  # percent
+    outage: float = 3600.0
+    keys: bool = False
+
+
+class Plan(msgspec.Struct, rename="camel"):
+    """What a load needs. Memory is in bytes; connections are those to each shard."""
+
+    busy_slots: float
+    slots: int
+    workers: int
+    web_processes: int
+    shards: int
+    jobs_per_redis: int
+    connections: int
+    backlog: int
+    catch_up: float
+    memory: dict[str, int]
+    max_memory: int
+
+
+def make_plan(load: Load, settings: Settings) -> Plan:
+    """Compute what a load needs. Raises SettingsError if it is too much for one deployment."""
+    size = load.payload + load.result
+    per_redis = _rate_of_one(REDIS_COST, size)
+    per_worker = _rate_of_one(WORKER_COST, size)
+    shards = max(settings.shards, _round_up(load.rate / per_redis))
+    if shards > MAX_SHARDS:
+        raise SettingsError(f"{load.rate:,.0f} such jobs/s need {shards} shards, and {MAX_SHARDS} are the most")
+    needed = max(1, _round_up(load.rate * load.duration / BUSY))
+    workers = max(_round_up(needed / settings.worker_concurrency), _round_up(load.rate / per_worker))
+    web = _round_up(load.rate / _rate_of_one(WEB_COST, load.payload))
+    slots = workers * settings.worker_concurrency
+    backlog = _round_up(load.rate * load.outage)
+    connections = workers * settings.worker_connections + web * settings.web_connections
+    memory = _plan_memory(load, settings, backlog, shards)
+    memory["other"] = shards * (OWN[0] + connections * OWN[1])
+    return Plan(
+        busy_slots=load.rate * load.duration,
+        slots=slots,
+        workers=workers,
+        web_processes=web,
+        shards=shards,
+        jobs_per_redis=int(per_redis),
+        connections=connections,
+        backlog=backlog,
+        catch_up=backlog / (min(slots / load.duration, workers * per_worker / BUSY) - load.rate),
+        memory=memory,
+        max_memory=_round_up(sum(memory.values()) / FULL),
+    )
+
+
+def _rate_of_one(cost: tuple[float, float], size: int) -> float:
+    """Return how many jobs a second one core serves at the planned use."""
+    return BUSY / (cost[0] + cost[1] * size)
+
+
+def _round_up(number: float) -> int:
+    return math.ceil(round(number, 6))
+
+
+def _plan_memory(load: Load, settings: Settings, backlog: int, shards: int) -> dict[str, int]:
+    """Return the bytes of all jobs of each kind that are stored at the end of the outage."""
+    kept = KEPT * shards
+    share = load.failed / 100
+    completed = min(kept, load.rate * (1 - share) * settings.keep_completed)
+    failed = min(kept, load.rate * share * settings.keep_failed)
+    keys = load.rate * settings.keep_once if load.keys else 0
+    return {
+        "pending": _round_up((backlog + load.rate * load.duration) * memory_of(load.payload)),
+        "completed": _round_up(completed * memory_of(load.payload + load.result, ended=True)),
+        "failed": _round_up(failed * memory_of(load.payload + TRACEBACK, ended=True)),
+        "keys": _round_up(keys * ONCE),
+    }
+
+
+def memory_of(size: int, ended: bool = False) -> int:
+    """Return the bytes of Redis for a job with that many bytes of payload and result.
+
+    Redis' allocator rounds a record up to one of four sizes between two powers of two.
+    """
+    record = size + RECORD[ended]
+    step = 1 << max(4, (record - 1).bit_length() - 3)
+    return ENTRY[ended] + -(-record // step) * step
+
+
+class _Number(click.FloatRange):
+    """A range of floats that does not contain NaN."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        number = super().convert(value, param, ctx)
+        return self.fail(f"{value} is not a number", param, ctx) if math.isnan(number) else number
+
+
+@cli.command()
+@click.option("--rate", type=_Number(0.001, 1e6), required=True, metavar="N", help="Jobs a second, at the peak.")
+@click.option("--duration", type=_Number(0.001, 1e6), required=True, metavar="SECONDS", help="How long a job runs.")
+@click.option("--payload", type=click.IntRange(1, 1 << 24), required=True, metavar="BYTES", help="JSON of a payload.")
+@click.option(
+    "--result", type=click.IntRange(0, 1 << 18), default=100, metavar="BYTES", help="JSON of a result.  [100]"
+)
+@click.option("--failed", type=_Number(0, 100), default=1.0, metavar="PERCENT", help="Jobs that fail for good.  [1]")
+@click.option("--outage", type=_Number(0, 1e6), default=3600.0, metavar="SECONDS", help="No workers that long.  [3600]")
+@click.option("--keys", is_flag=True, help="Every submit has an Idempotency-Key.")
+@json_option
+@click.pass_obj
+def plan(settings: Settings, /, as_json: bool, **options: Any) -> None:
+    """Compute the slots, workers, memory and connections that a load needs. Needs no Redis."""
+    load = Load(**options)
+    if load.payload > settings.max_body:
+        raise SettingsError(f"--payload is above TINYQUEUE_MAX_BODY ({settings.max_body}); raise that, or send less")
+    planned = make_plan(load, settings)
+    if as_json:
+        _print_json(planned)
+    else:
+        _print_plan(load, settings, planned)
+
+
+def _print_plan(load: Load, settings: Settings, planned: Plan) -> None:
+    used = f"{planned.busy_slots / planned.slots:.0%} busy; {BUSY:.0%} is the most that is planned"
+    kept = f"completed {_period(settings.keep_completed)}, failed {_period(settings.keep_failed)}"
+    each = " to each shard" if planned.shards > 1 else ""
+    parts = ", ".join(f"{name} {_megabytes(size)}" for name, size in planned.memory.items() if size)
+    lines = {
+        "slots": f"{planned.slots:,}, {used}",
+        "workers": f"{planned.workers:,}, with {plural(settings.worker_concurrency, 'slot')} each (WORKER_CONCURRENCY)",
+        "web": f"{plural(planned.web_processes, 'process', 'processes')}; run one more to deploy without a gap",
+        "backlog": f"{planned.backlog:,} jobs after {_period(load.outage)} without workers,"
+        f" done {_period(planned.catch_up)} later",
+        "Redis memory": f"maxmemory {_megabytes(planned.max_memory)}, {FULL:.0%} used at that time: {parts}",
+        "kept": f"{kept}, at most {KEPT * planned.shards:,} of each",
+        "Redis host": f"{_megabytes(2 * planned.max_memory)} of memory; Redis may need twice its own to save its data",
+        "connections": f"{planned.connections:,}{each}; Redis accepts {CLIENTS:,} unless maxclients differs",
+        "shards": f"{planned.shards:,}; one Redis serves {planned.jobs_per_redis:,} such jobs/s (TINYQUEUE_SHARDS)",
+    }
+    for name, text in lines.items():
+        click.echo(f"{name:<13} {text}")
+    click.echo("\nWhere these figures come from: docs/operations.md, Capacity")
+
+
+def _megabytes(size: float) -> str:
+    return f"{max(1, round(size / 1e6)):,} MB"
+
+
+def _period(seconds: float) -> str:
+    unit, name = next(((size, name) for size, name in PERIODS if seconds >= size), (1, "s"))
+    return f"{seconds / unit:,.1f} {name}".replace(".0 ", " ")
 
 
 # Output ---------------------------------------------------------------------------------------------------------------

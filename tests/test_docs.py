@@ -22,6 +22,7 @@ from conftest import Server, free_port, until
 
 import tinyqueue
 import tinyqueue_access
+import tinyqueue_cli
 import tinyqueue_config
 import tinyqueue_json
 import tinyqueue_problems
@@ -36,7 +37,7 @@ REPOSITORY = Path(tinyqueue.__file__).parent
 TABLE = [(name, default) for name, default, _ in Settings.table()]
 DOCUMENTS = {
     path.relative_to(REPOSITORY).as_posix(): path.read_text()
-    for path in (REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md")))
+    for path in (REPOSITORY / "README.md", REPOSITORY / "CONTRIBUTING.md", *sorted((REPOSITORY / "docs").glob("*.md")))
 }
 README, HTTP, OPERATIONS = DOCUMENTS["README.md"], DOCUMENTS["docs/http.md"], DOCUMENTS["docs/operations.md"]
 SETTINGS, DEPLOY = DOCUMENTS["docs/settings.md"], DOCUMENTS["docs/deploy.md"]
@@ -257,6 +258,17 @@ NUMBERS = {
         r"but never more than (\d+)",
         Settings(worker_concurrency=500).worker_connections,
     ),
+    "BUSY": (OPERATIONS, r"At most (\d+) % are busy on average", 100 * tinyqueue_cli.BUSY),
+    "FULL": (OPERATIONS, r"so that (\d+) % of it are used then", 100 * tinyqueue_cli.FULL),
+    "REDIS_COST": (OPERATIONS, r"Redis, for each job \| ([\d.]+) ms", 1e3 * tinyqueue_cli.REDIS_COST[0]),
+    "WORKER_COST": (OPERATIONS, r"without the handler \| ([\d.]+) ms", 1e3 * tinyqueue_cli.WORKER_COST[0]),
+    "WEB_COST": (OPERATIONS, r"for each submit \| ([\d.]+) ms", 1e3 * tinyqueue_cli.WEB_COST[0]),
+    "ENTRY": (OPERATIONS, r"of a pending job \| (\d+) bytes", tinyqueue_cli.ENTRY[0]),
+    "ENTRY of an ended job": (OPERATIONS, r"of an ended job \| (\d+) bytes", tinyqueue_cli.ENTRY[1]),
+    "RECORD": (OPERATIONS, r"the payload and (\d+) bytes", tinyqueue_cli.RECORD[0]),
+    "RECORD of an ended job": (OPERATIONS, r"the result and (\d+) bytes", tinyqueue_cli.RECORD[1]),
+    "TRACEBACK": (OPERATIONS, r"error of a failed job \| (\d+) bytes", tinyqueue_cli.TRACEBACK),
+    "ONCE": (OPERATIONS, r"idempotency key \| (\d+) bytes", tinyqueue_cli.ONCE),
     "exit code": (OPERATIONS, r"(\d+) when it could not do its work", worker.EXIT_BROKEN),
 }
 
@@ -526,6 +538,12 @@ def test_operations_backup_moves_jobs_to_another_redis_as_written(checkout: Chec
     script = block(OPERATIONS, "backup -").replace("redis://old:6379/0", checkout.redis)
     assert "resumed: default" in checkout.run(script.replace("redis://new:6379/0", other))
     assert id in checkout.run(".venv/bin/python worker.py list --status pending", REDIS_URL=other)
+
+
+def test_operations_plan_prints_what_it_shows(checkout: Checkout) -> None:
+    said = checkout.run(block(OPERATIONS, "worker.py plan")).splitlines()
+    [shown] = [text for text in blocks(OPERATIONS, "text") if text.startswith("slots ")]
+    assert shown.splitlines() == [*said[:5], "…"]
 
 
 def test_operations_completion_is_loaded_as_written(checkout: Checkout) -> None:
