@@ -29,6 +29,8 @@ from redis.crc import key_slot
 from redis.retry import Retry as NoRetries
 from redis.sentinel import MasterNotFoundError, Sentinel, SentinelConnectionPool
 
+from tinyqueue_embedded import SCHEME, EmbeddedConnection, StartError, folder_of
+
 try:
     from redis._parsers.hiredis import NOT_ENOUGH_DATA  # private to the client
 except ImportError:
@@ -326,8 +328,10 @@ def connect(url: str, *, tag: str = "queue", connections: int = 100, tls_verify:
         "socket_keepalive": True,
         "health_check_interval": 0,
     }
-    if url.startswith("unix:"):
+    if url.startswith(("unix:", SCHEME)):
         del options["socket_keepalive"]
+    if url.startswith(SCHEME):
+        return redis.ConnectionPool(EmbeddedConnection, folder=folder_of(url), **options)
     if url.startswith("rediss") and not tls_verify:
         log.warning("TINYQUEUE_TLS_VERIFY=0: the certificate of the Redis server is not verified")
         options |= {"ssl_cert_reqs": "none", "ssl_check_hostname": False}
@@ -337,7 +341,7 @@ def connect(url: str, *, tag: str = "queue", connections: int = 100, tls_verify:
     except _WrongURL:
         raise
     except (ValueError, TypeError, redis.RedisError) as error:
-        forms = "redis://, rediss://, unix:// or redis+sentinel://host:port,host:port/service"
+        forms = "redis://, rediss://, unix://, embedded: or redis+sentinel://host:port,host:port/service"
         hint = "unknown option after ?" if isinstance(error, TypeError) else f"use {forms}"
         text = f"REDIS_URL cannot be used: {hint}; percent-encode special characters in the password"
         raise _WrongURL(text) from None
@@ -791,7 +795,7 @@ def get_connection(pool: Any) -> Any:
     try:
         return pool.get_connection()
     except redis.ConnectionError as error:
-        clear = isinstance(error, MasterNotFoundError) or "connecting to" in str(error)
+        clear = isinstance(error, MasterNotFoundError | StartError) or "connecting to" in str(error)
         if clear or explain(error)[0] != "unreachable":
             raise
         raise _greeting(pool) or error from error  # the server spoke first, or closed the connection
