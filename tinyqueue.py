@@ -206,8 +206,8 @@ log = logging.getLogger("tinyqueue")
 # Bounds: a part of the contract, not tunables -------------------------------------------------------------------------
 
 MAX_JOBS = 1000  # jobs of one batch, which take some milliseconds of Redis' only thread
-MAX_QUEUES = 10_000  # with jobs: each adds a row to every report
-KEPT_QUEUES = 100  # without jobs: above this they are forgotten
+MAX_QUEUES = 10_000  # queues with jobs: each adds a row to every report
+KEPT_QUEUES = 100  # queues, above which those without jobs are forgotten
 MAX_RESULT = 262144  # bytes of a result's JSON
 SUSPICIOUS = 2  # after this many lost workers that ran a job along with others, the job runs alone
 # Attempts that release refunds. Without a limit, a job longer than every shutdown timeout would
@@ -215,8 +215,8 @@ SUSPICIOUS = 2  # after this many lost workers that ran a job along with others,
 MAX_REFUNDS = 10
 SAMPLED = 100  # due jobs that a count for scaling reads while no worker promotes them
 SCANNED = 1000  # jobs that one page of a listing or one bulk change looks at
-PAGE_BYTES = 32 << 20  # of the records that it looks at
-READ_BYTES = 1 << 20  # of the records that it reads with one command
+PAGE_BYTES = 32 << 20  # bytes of the records that it looks at
+READ_BYTES = 1 << 20  # bytes of the records that it reads with one command
 MEMORY_SHARE = 0.95  # of maxmemory, above which submits are refused so that stored jobs can end
 LISTED = 10_000  # entries of a list that are read with one command
 KEPT = 100_000  # ended jobs that are kept, of each status

@@ -311,7 +311,7 @@ class Worker:
         self.held: dict[str, Job] = {}  # jobs that were started and are not settled
         self.lock = threading.Lock()  # for `id` and `held` together
         self.stop_requests: SimpleQueue[StopMode] = SimpleQueue()
-        self.free_slots: SimpleQueue[None] = SimpleQueue()  # an entry for each slot that waits for a job
+        self.free_slots: SimpleQueue[None] = SimpleQueue()  # an entry for each free slot that the taker has not counted
         self.inbox: deque[Job] = deque()  # jobs that were started, for the slots
         self.outcomes: deque[Outcome] = deque()  # of the slots, not yet exchanged
         self.wakes: SimpleQueue[bool] = SimpleQueue()  # wakes a slot: True to look for work, False to end
@@ -329,7 +329,7 @@ class Worker:
         self.closed = threading.Event()  # the settlers and the keeper must end
         self.adopt_at = 0.0  # when the taker next looks for jobs whose replies were lost
         self.all_busy = False  # True while the taker waits for slots: that is not a hang
-        self.last_take = time.monotonic()  # when the taker last got an answer, even if no job was there
+        self.last_take = time.monotonic()  # when Redis last answered a take or an exchange, even without a job
         self.last_upkeep = time.monotonic()  # when the keeper last began one of its duties
         self.exit_by = 0.0  # when this process must have exited, once it stops
         self.started = 0  # jobs that were started so far
