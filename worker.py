@@ -328,7 +328,8 @@ class Worker:
         self.closed = threading.Event()  # the settler and the keeper must end
         self.adopt_at = 0.0  # when the taker next looks for jobs whose replies were lost
         self.all_busy = False  # True while the taker waits for slots: that is not a hang
-        self.at_bell = False  # True while the taker waits for the bell: after a stop that is its end
+        # True while the taker waits for the bell. After a stop it takes nothing then.
+        self.at_bell = False
         self.last_take = time.monotonic()  # when the taker last got an answer, even if no job was there
         self.last_upkeep = time.monotonic()  # when the keeper last began one of its duties
         self.exit_by = 0.0  # when this process must have exited, once it stops
