@@ -347,7 +347,7 @@ class Worker:
     def run(self) -> int:
         """Work until a stop is requested, then stop and return the exit code of the process.
 
-        The taker may outlive this by BLOCK seconds, if it waits for the bell. It takes no more jobs.
+        A taker that waits for the bell may outlive this by BLOCK seconds. It takes no more jobs.
         """
         for _ in range(self.settings.worker_concurrency):
             self._add_slot()
