@@ -21,6 +21,7 @@ from tinyqueue import Queue
 
 REPOSITORY = Path(tinyqueue.__file__).parent
 OPERATIONS = (REPOSITORY / "docs" / "operations.md").read_text()
+DEPLOY = (REPOSITORY / "docs" / "deploy.md").read_text()
 SECURITY = (REPOSITORY / "docs" / "security.md").read_text()
 ALERTS = re.findall(r"- alert: (\w+)", (REPOSITORY / "deploy" / "alerts.yml").read_text())
 INCIDENTS = [
@@ -163,3 +164,48 @@ def test_code_neither_unpickles_nor_evaluates(name: str) -> None:
     called = {node.func.id for node in ast.walk(tree) if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)}
     assert imported & {"pickle", "marshal", "shelve", "dill", "cloudpickle", "yaml"} == set()
     assert called & {"eval", "exec", "compile", "__import__"} == set()
+
+
+# The production checklist ---------------------------------------------------------------------------------------------
+
+NEEDS = [
+    *("Redis persistence", "Redis authentication", "Memory limits", "TLS", "Log aggregation", "Monitoring", "Alerts"),
+    *("Rate limiting", "API authentication", "Backups", "Autoscaling", "Incident procedures"),
+]
+CHECKLIST = [
+    [cell.strip() for cell in line.strip("|").split("|")]
+    for line in DEPLOY.partition("## Production checklist\n")[2].partition("\n## ")[0].splitlines()
+    if line.startswith("|")
+][2:]
+each_need = pytest.mark.parametrize(("need", "where", "shown"), CHECKLIST, ids=[row[0] for row in CHECKLIST])
+
+
+def test_checklist_has_every_need() -> None:
+    assert [row[0] for row in CHECKLIST] == NEEDS
+
+
+def values_in_files(text: str) -> list[tuple[str, str]]:
+    """Each code that follows the link to a file, with the name of the file."""
+    found = []
+    for part in text.split("; "):
+        files = re.findall(r"\]\(\.\./([^)#]+)\)", part)
+        codes = re.findall(r"`([^`]+)`", part.partition("): ")[2])
+        found += [(file, code) for file in files for code in codes]
+    return found
+
+
+@each_need
+def test_checklist_names_values_that_the_files_set(need: str, where: str, shown: str) -> None:
+    for file, value in values_in_files(where):
+        assert value in (REPOSITORY / file).read_text(), f"{file} does not have {value}"
+    assert values_in_files(where)
+
+
+@each_need
+def test_checklist_names_tests_and_findings_that_exist(need: str, where: str, shown: str) -> None:
+    codes = re.findall(r"`([^`]+)`", shown)
+    tests = {code for code in codes if code.startswith("test_")}
+    findings = set(re.findall(r"`([^`]+)`", shown.partition("`doctor`: ")[2].partition(";")[0]))
+    assert tests - defined_tests() == set()
+    assert findings - kinds_of_findings() == set()
+    assert codes
