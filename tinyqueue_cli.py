@@ -1,7 +1,7 @@
 """The command line: the group of commands, and those that submit, inspect, manage and diagnose.
 
-worker.py adds the commands that start processes: `run`, `worker` and `web`. It is the program that
-runs all of them.
+worker.py adds the commands that start processes: `run`, `worker` and `web`. It is also the program
+that has all commands. This module knows nothing of how jobs run.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import codecs
 import functools
 import json
 import math
+import re
 import signal
 import sys
 import textwrap
@@ -46,17 +47,20 @@ from tinyqueue import (
     check_name,
     host_name,
 )
+from tinyqueue_backup import Restored, back_up, restore as restore_file
 from tinyqueue_config import Settings, error_line, load_handlers, open_queue, plural, set_up_logging
 from tinyqueue_doctor import Finding, examine, local_workers, repair
+from tinyqueue_embedded import StartError, folder_of, local_redis
 from tinyqueue_json import from_json, to_json
 
 # The group ------------------------------------------------------------------------------------------------------------
 
 SECTIONS = {
-    "Processes": ("web", "run", "worker"),
+    "Processes": ("web", "run", "worker", "redis"),
     "Submit jobs": ("enqueue",),
     "Inspect": ("stats", "workers", "list", "failed", "get"),
     "Manage jobs and queues": ("retry", "cancel", "pause", "resume", "purge"),
+    "Back up": ("backup", "restore"),
     "Diagnose": ("doctor", "check"),
     "Prepare": ("plan",),
 }
@@ -75,7 +79,7 @@ class Commands(click.Group):
 
     def invoke(self, ctx: click.Context) -> Any:
         if isinstance(sys.stdout, TextIOWrapper):
-            # A terminal in another encoding than UTF-8 gets an escape for what it cannot show.
+            # A terminal with another encoding than UTF-8 gets escapes for what it cannot show.
             sys.stdout.reconfigure(errors="backslashreplace")
         try:
             return super().invoke(ctx)
@@ -148,7 +152,7 @@ yes_option = click.option("--yes", is_flag=True, help="Do not ask for confirmati
 
 
 def filter_options(*statuses: str, required: bool = False, default: str | None = None) -> Callable[[Command], Command]:
-    """Add the options that select jobs, --status only with `statuses`; pass them as `filter`."""
+    """Add the options that select jobs, and pass them as `filter`. --status needs `statuses`."""
 
     def add(command: Command) -> Command:
         @functools.wraps(command)
@@ -428,6 +432,97 @@ def _run_in_steps(queue: AnyQueue, verb: str, filter: Filter, step: Callable[[st
     return total
 
 
+# The embedded Redis ---------------------------------------------------------------------------------------------------
+
+
+@cli.command()
+@click.pass_obj
+def redis(settings: Settings, /) -> None:
+    """Run the Redis of REDIS_URL=embedded:FOLDER until SIGTERM, for systemd and the like."""
+    if not settings.is_local:
+        raise SettingsError("REDIS_URL names no folder; set it to embedded:FOLDER")
+    set_up_logging(settings)
+    try:
+        local_redis(folder_of(settings.redis_url)).run()
+    except ValueError as error:
+        raise SettingsError(str(error)) from None
+    except StartError as error:
+        raise click.ClickException(str(error)) from None
+
+
+# Back up and restore --------------------------------------------------------------------------------------------------
+
+SHOWN_KINDS = 50  # pairs of queue and type
+SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
+
+
+def _milliseconds(ctx: click.Context, option: click.Parameter, text: str | None) -> int:
+    """Read a time such as 90s, 30m, 12h or 1d."""
+    match = re.fullmatch(r"([0-9]{1,9})([smhd])", text or "0s")
+    if not match or (text and not int(match[1])):
+        raise click.BadParameter(f"{text!r} is not a time such as 90s, 30m, 12h or 1d")
+    return int(match[1]) * SECONDS[match[2]] * 1000
+
+
+@cli.command()
+@click.argument("file")
+@pass_queue
+def backup(queue: AnyQueue, file: str) -> None:
+    """Write all jobs except completed ones to FILE: plain, .gz or .zst; - is standard output."""
+    with click.progressbar(length=0, label="backup", file=sys.stderr) as bar:
+        counts = back_up(queue, file, bar)
+    keys = plural(counts.get("once", 0), "idempotency key")
+    click.echo(f"{plural(counts.get('job', 0), 'job')} and {keys} written to {file}", err=True)
+
+
+@cli.command()
+@click.argument("file")
+@click.option("--merge", is_flag=True, help="Restore into a namespace that has jobs. Jobs that exist stay as they are.")
+@click.option("--resume", "resumes", is_flag=True, help="Resume the queues at the end, except those paused in FILE.")
+@click.option(
+    "--skip-older-than",
+    "oldest",
+    callback=_milliseconds,
+    metavar="TIME",
+    help="Leave out jobs that could start, or have ended, longer ago than that: 90s, 30m, 12h, 1d.",
+)
+@pass_queue
+def restore(queue: AnyQueue, file: str, merge: bool, resumes: bool, oldest: int) -> None:
+    """Restore the jobs of a backup with their ids, into paused queues. - is standard input."""
+    with click.progressbar(length=0, label="restore", file=sys.stderr) as bar:
+        restored = restore_file(queue, file, bar, merge=merge, oldest=oldest)
+    _print_restored(restored)
+    names = restored.resumable
+    for name in names if resumes else ():
+        queue.resume(name)
+    if names and resumes:
+        click.echo(f"resumed: {' '.join(names)}")
+    elif names:
+        click.echo(f"these queues are paused; to run their jobs: tinyqueue resume {' '.join(names)}")
+
+
+def _print_restored(restored: Restored) -> None:
+    by_status = ", ".join(f"{count} {status}" for status, count in sorted(restored.stored.items()))
+    click.echo(f"{plural(restored.stored.total(), 'job')} restored" + (f": {by_status}" if by_status else ""))
+    click.echo(f"{plural(restored.keys, 'idempotency key')} restored")
+    skipped = {
+        "there already, or ended and kept long enough": restored.present,
+        "older than --skip-older-than": restored.older,
+        "whose uniqueKey another job has": len(restored.taken),
+    }
+    for why, count in skipped.items():
+        if count:
+            click.echo(f"{plural(count, 'job')} left out: {why}")
+    if restored.taken:
+        click.echo("  " + " ".join(restored.taken[:10]) + (" ..." if len(restored.taken) > 10 else ""))
+    if restored.runs:
+        kinds = sorted({(queue, type) for queue, type, _ in restored.runs})
+        rows = [[*kind, restored.runs[*kind, True], restored.runs[*kind, False]] for kind in kinds[:SHOWN_KINDS]]
+        click.echo("\nthese will run when their queues are resumed:\n")
+        _print_table([["queue", "type", "due", "delayed"], *rows])
+        click.echo(f"and {len(kinds) - SHOWN_KINDS} more kinds\n" if len(kinds) > SHOWN_KINDS else "")
+
+
 # Diagnose -------------------------------------------------------------------------------------------------------------
 
 
@@ -479,7 +574,7 @@ def _check_workers(settings: Settings) -> str:
     if not workers:
         raise click.ClickException(f"no worker is registered that runs on this host ({host_name()})")
     if lost := [about["id"] for about in workers if not about["alive"]]:
-        raise click.ClickException(f"no lease within the last {settings.lease} s: {' '.join(lost)}; restart the worker")
+        raise click.ClickException(f"no heartbeat for {settings.lease} s: {' '.join(lost)}; restart the worker")
     return f"{plural(len(workers), 'worker')} with a lease: {' '.join(about['id'] for about in workers)}"
 
 

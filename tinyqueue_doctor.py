@@ -366,7 +366,7 @@ def find_broken(queue: AnyQueue) -> list[Queue]:
 
 def _repair(queue: Queue) -> Iterator[Finding]:
     before = _read_counters(queue)
-    names = list(_scan(queue))
+    names = list(queue.scan())
     jobs = _read_unended(queue, [name[4:] for name in names if name.startswith("job:")])
     workers = [name[5:] for name in names if name.startswith("proc:")]
     yield from _changed("%d lists of unknown workers found", _enlist(queue, workers))
@@ -393,18 +393,6 @@ def _read_counters(queue: Queue) -> dict[str, bytes]:
     reads = ("HGETALL", queue.keys.counts), ("HGETALL", queue.keys.metrics)
     counts, metrics = queue.store.read(("MULTI",), *reads, ("EXEC",))[-1]
     return dict(pairs(counts) + pairs(metrics))
-
-
-def _scan(queue: Queue) -> Iterator[str]:
-    """Return the names of all keys of the queue, without their prefix. SCAN reads the database."""
-    prefix = queue.keys.prefix
-    cursor = b"0"
-    while True:
-        # No character of a prefix is special in a pattern.
-        cursor, keys = queue.store.read(("SCAN", cursor, "MATCH", prefix + "*", "COUNT", STEP))[0]
-        yield from (key.removeprefix(prefix) for key in map(text_of, keys))
-        if cursor == b"0":
-            return
 
 
 def _read_unended(queue: Queue, ids: Sequence[str]) -> dict[bytes, str]:

@@ -173,7 +173,7 @@ def test_check_follows_the_workers_of_this_host(near: Queue, real: Server) -> No
     assert check(real.url) == (0, f"1 worker with a lease: {worker}\n")
     lapse(near, worker)
     code, said = check(real.url)
-    assert (code, said) == (1, f"Error: no lease within the last 30 s: {worker}; restart the worker\n")
+    assert (code, said) == (1, f"Error: no heartbeat for 30 s: {worker}; restart the worker\n")
 
 
 @pytest.mark.parametrize("environ", [{}, {"TINYQUEUE_SHARDS": "3"}], ids=["one", "shards"])

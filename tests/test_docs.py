@@ -230,7 +230,8 @@ NUMBERS = {
     "crowd": (HTTP, r"While more than ([\d,]+) connections are open", tinyqueue_server.CROWD),
     "time in a crowd": (HTTP, r"these times are (\d+), \d+ and", tinyqueue_server.CROWDED_TIMES[1]),
     "time to idle in a crowd": (HTTP, r"these times are \d+, \d+ and (\d+) s", tinyqueue_server.CROWDED_TIMES[0]),
-    "time at the end": (HTTP, r"has (\d+) seconds for the rest", tinyqueue_server.DRAIN_TIMES[1]),
+    "time to idle at the end": (HTTP, r"without a request is closed after (\d+) s", tinyqueue_server.DRAIN_TIMES[0]),
+    "time at the end": (HTTP, r"never a pause of more than (\d+) seconds", tinyqueue_server.DRAIN_TIMES[1]),
     "wrong keys": (HTTP, r"or to (\d+) in a minute", tinyqueue_access.WRONG_KEYS[0]),
     "waiting elsewhere": (HTTP, r"let (\d+) requests wait", tinyqueue_config.WEB_THREADS / 2),
     "MAX_QUEUES": (OPERATIONS, r"There can be ([\d,]+) queues", tinyqueue.MAX_QUEUES),
@@ -528,6 +529,15 @@ def test_operations_session_runs_as_written(checkout: Checkout) -> None:
         "1 deleted",
     ):
         assert text in said
+
+
+def test_operations_backup_moves_jobs_to_another_redis_as_written(checkout: Checkout) -> None:
+    submit = """.venv/bin/python worker.py enqueue send-email '{"to": "a@example.com", "subject": "", "body": ""}'"""
+    id = checkout.run(submit, REDIS_URL=checkout.redis).strip()
+    other = checkout.redis.removesuffix("0") + "1"
+    script = block(OPERATIONS, "backup -").replace("redis://old:6379/0", checkout.redis)
+    assert "resumed: default" in checkout.run(script.replace("redis://new:6379/0", other))
+    assert id in checkout.run(".venv/bin/python worker.py list --status pending", REDIS_URL=other)
 
 
 def test_operations_plan_prints_what_it_shows(checkout: Checkout) -> None:

@@ -266,6 +266,19 @@ def test_purge_and_trim_make_room_when_memory_is_full(own: Queue) -> None:
     check_consistency(own)
 
 
+def test_cancel_when_memory_is_full_is_refused_and_changes_nothing(own: Queue) -> None:
+    job = put(own, "pending")
+    before = own.get(job.id)
+    fill(own, 1.02)
+    with pytest.raises(Unavailable) as caught:
+        own.cancel(job.id)
+    assert caught.value.reason == "full"
+    assert own.get(job.id) == before
+    raw(own).config_set("maxmemory", 0)
+    own.cancel(job.id)
+    check_consistency(own)
+
+
 def test_purge_leaves_a_revived_job_alone_when_memory_is_full(own: Queue) -> None:
     job = put(own, "failed")
     own.retry(job.id)

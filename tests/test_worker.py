@@ -1748,6 +1748,19 @@ def test_watchdog_stops_a_worker_that_cannot_save_outcomes(
     assert len(ran) <= 2 + worker.UNSETTLED
 
 
+def test_watchdog_stops_a_worker_whose_keeper_hangs(
+    near: Queue, far: Queue, proxy: CutProxy, *, work: Any, echo: None, caplog: pytest.LogCaptureFixture
+) -> None:
+    running = work(far, watchdog=1)
+    until(lambda: running.worker.id)
+    proxy.swallow(b":delayed")  # an idle worker looks there only to promote
+    until(lambda: proxy.idle)
+    job = until_ended(near, near.enqueue("echo", 1))
+    assert (job.status, running.code) == ("completed", None)
+    assert running.end() == EXIT_BROKEN
+    assert "no heartbeat and no other upkeep for 1 s; shutting down" in caplog.text
+
+
 def test_watchdog_stops_a_worker_without_redis(start_redis: Callable[..., RedisServer], work: Any) -> None:
     redis = start_redis()
     running = work(Queue.from_url(redis.url), watchdog=0.5)
