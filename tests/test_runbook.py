@@ -26,7 +26,7 @@ SECURITY = (REPOSITORY / "docs" / "security.md").read_text()
 ALERTS = re.findall(r"- alert: (\w+)", (REPOSITORY / "deploy" / "alerts.yml").read_text())
 INCIDENTS = [
     *("Redis is full", "Redis is lost", "Failover", "Backlog", "Poison job", "Stuck handler", "Leaked key"),
-    "Bad deploy",
+    *("Restore after a loss", "Bad deploy"),
 ]
 PARTS = ["Meaning", "First look", "Fix", "Prevention"]
 
@@ -164,6 +164,11 @@ def test_code_neither_unpickles_nor_evaluates(name: str) -> None:
     called = {node.func.id for node in ast.walk(tree) if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)}
     assert imported & {"pickle", "marshal", "shelve", "dill", "cloudpickle", "yaml"} == set()
     assert called & {"eval", "exec", "compile", "__import__"} == set()
+
+
+def test_contributing_page_lists_every_module() -> None:
+    listed = set(re.findall(r"\b[a-z_]+\.py\b", (REPOSITORY / "CONTRIBUTING.md").read_text().partition("## Style")[0]))
+    assert set(MODULES) <= listed
 
 
 # The production checklist ---------------------------------------------------------------------------------------------
