@@ -12,12 +12,15 @@ from pathlib import Path
 import click
 import pytest
 import redis
+from client import Client
 from conftest import RedisServer
 
 import tinyqueue
 import tinyqueue_doctor
 import worker
 from tinyqueue import Queue
+from tinyqueue_config import Settings
+from wsgi import API
 
 REPOSITORY = Path(tinyqueue.__file__).parent
 OPERATIONS = (REPOSITORY / "docs" / "operations.md").read_text()
@@ -129,6 +132,41 @@ def test_runbook_shows_commands_that_redis_runs(changeable: redis.Redis, command
 def test_runbook_shows_commands_of_both_kinds() -> None:
     assert len(spans(RUNBOOK, "tinyqueue")) > 20
     assert len(spans(RUNBOOK, "redis-cli")) > 10
+
+
+# A leaked key ---------------------------------------------------------------------------------------------------------
+
+OLD, NEW = "o" * 20, "n" * 20
+
+
+@pytest.fixture
+def echo(no_handlers: None) -> None:
+    @tinyqueue.handler("echo")
+    def echo(payload: int) -> int:
+        return payload
+
+
+def statuses(queue: Queue, keys: str, *secrets: str) -> list[int]:
+    """Submit a job with each secret to a web process with these keys, under one Idempotency-Key."""
+    api = API(Settings(api_keys=keys), queue)
+    again = {"Idempotency-Key": "order-17"}
+    return [
+        Client(api, secret).call("POST", "/jobs", {"type": "echo", "payload": 1}, again).status for secret in secrets
+    ]
+
+
+@pytest.mark.usefixtures("echo")
+def test_rotation_of_a_key_refuses_no_client_while_both_secrets_are_set(queue: Queue) -> None:
+    assert statuses(queue, f"app:submit:{OLD}", OLD) == [201]
+    assert statuses(queue, f"app:submit:{OLD},app-2:submit:{NEW}", OLD, NEW) == [200, 201]
+    assert statuses(queue, f"app-2:submit:{NEW}", OLD, NEW) == [401, 200]
+
+
+@pytest.mark.usefixtures("echo")
+def test_rotation_of_a_key_does_not_take_its_idempotency_keys_along(queue: Queue) -> None:
+    statuses(queue, f"app:submit:{OLD},app-2:submit:{NEW}", OLD, OLD, NEW, NEW)
+    assert queue.stats()["pending"] == 2
+    assert "submits its jobs a second time" in " ".join(section("Leaked key").split())
 
 
 # Security -------------------------------------------------------------------------------------------------------------
