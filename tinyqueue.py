@@ -53,9 +53,9 @@ round trips however many jobs it moves. No Lua.
     dequeue is take, then start or expire. enqueue is written by submit, expire by start, and
     request by cancel. complete, fail and release are written by settle, many in one transaction.
     exchange is settle and dequeue in three round trips. A busy worker uses it instead of these two,
-    except with shards. load stores the jobs of a backup. Every verb that fills a list rings its
-    bell, and every verb keeps the counts and the metrics. Whatever ends a job frees its uniqueKey
-    and leaves a token for those who wait for it.
+    except with shards. load stores the jobs of a backup; the ended ones count in no metric. Every
+    verb that fills a list rings its bell, and every verb keeps the counts and the metrics. Whatever
+    ends a job frees its uniqueKey and leaves a token for those who wait for it.
 
     Lost replies. adopt finds the ids in a worker's list that the worker does not know. After a lost
     reply, start neither starts nor drops an id: it may have done so already. Only one thread of a
