@@ -1510,8 +1510,10 @@ class Queue(Verbs):
         prefix = self.keys.prefix + family
         cursor = b"0"
         while True:
-            # No character of a prefix is special in a pattern.
-            cursor, keys = self.store.read(("SCAN", cursor, "MATCH", prefix + "*", "COUNT", SCANNED))[0]
+            # No character of a prefix is special in a pattern. The command with a key leads to the
+            # node of a cluster that has the queue: any node answers SCAN.
+            step = ("SCAN", cursor, "MATCH", prefix + "*", "COUNT", SCANNED)
+            _, (cursor, keys) = self.store.read(("EXISTS", self.keys.counts), step)
             yield from (key.removeprefix(prefix) for key in map(text_of, keys))
             if cursor == b"0":
                 return
@@ -1519,7 +1521,8 @@ class Queue(Verbs):
     def server(self) -> str:
         """Return the run id of Redis, or "". A restart or a failover changes it."""
         with suppress(Corrupted, Unavailable):
-            return parse_info(self.store.read(("INFO", "server"))[0]).get("run_id", "")
+            info = self.store.read(("EXISTS", self.keys.counts), ("INFO", "server"))[1]
+            return parse_info(info).get("run_id", "")
         return ""
 
     def waiting_ids(self) -> Iterator[list[str]]:

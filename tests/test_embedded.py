@@ -601,6 +601,7 @@ def resident(pid: int) -> float:
 
 
 UNITS = sorted((ROOT / "deploy" / "systemd").glob("*.service"))
+TIMERS = sorted((ROOT / "deploy" / "systemd").glob("*.timer"))
 
 
 def test_units_pass_the_check_of_systemd(tmp_path: Path) -> None:
@@ -608,18 +609,19 @@ def test_units_pass_the_check_of_systemd(tmp_path: Path) -> None:
     if not analyze:
         assert os.environ.get("CI") != "true", "no systemd-analyze on PATH"
         pytest.skip("no systemd-analyze on PATH: THE UNITS ARE NOT CHECKED")
-    assert len(UNITS) == 3
-    for unit in UNITS:
+    assert (len(UNITS), len(TIMERS)) == (4, 1)
+    for unit in (*UNITS, *TIMERS):
         text = unit.read_text().replace("/opt/tinyqueue/.venv/bin/tinyqueue", sys.executable)  # a file that exists
         (tmp_path / unit.name).write_text(text)
-    paths = [tmp_path / unit.name for unit in UNITS]
+    paths = [tmp_path / unit.name for unit in (*UNITS, *TIMERS)]
     done = subprocess.run([analyze, "verify", *paths], capture_output=True, text=True, timeout=60, check=False)
     assert (done.returncode, done.stdout + done.stderr) == (0, "")
 
 
 @pytest.mark.parametrize("unit", UNITS, ids=lambda unit: unit.name)
 def test_units_run_a_command_that_exists(unit: Path) -> None:
-    [command] = re.findall(r"^ExecStart=/opt/tinyqueue/\.venv/bin/tinyqueue (\w+)$", unit.read_text(), re.M)
+    [line] = re.findall(r"^ExecStart=(.+)$", unit.read_text(), re.M)
+    [command] = re.findall(r"^(?:/bin/sh -c 'exec )?/opt/tinyqueue/\.venv/bin/tinyqueue (\w+)(?: \".+\"')?$", line)
     assert command in worker.cli.commands
 
 

@@ -12,20 +12,24 @@ from pathlib import Path
 import click
 import pytest
 import redis
+from client import Client
 from conftest import RedisServer
 
 import tinyqueue
 import tinyqueue_doctor
 import worker
 from tinyqueue import Queue
+from tinyqueue_config import Settings
+from wsgi import API
 
 REPOSITORY = Path(tinyqueue.__file__).parent
 OPERATIONS = (REPOSITORY / "docs" / "operations.md").read_text()
+DEPLOY = (REPOSITORY / "docs" / "deploy.md").read_text()
 SECURITY = (REPOSITORY / "docs" / "security.md").read_text()
 ALERTS = re.findall(r"- alert: (\w+)", (REPOSITORY / "deploy" / "alerts.yml").read_text())
 INCIDENTS = [
     *("Redis is full", "Redis is lost", "Failover", "Backlog", "Poison job", "Stuck handler", "Leaked key"),
-    "Bad deploy",
+    *("Restore after a loss", "Bad deploy"),
 ]
 PARTS = ["Meaning", "First look", "Fix", "Prevention"]
 
@@ -130,6 +134,41 @@ def test_runbook_shows_commands_of_both_kinds() -> None:
     assert len(spans(RUNBOOK, "redis-cli")) > 10
 
 
+# A leaked key ---------------------------------------------------------------------------------------------------------
+
+OLD, NEW = "o" * 20, "n" * 20
+
+
+@pytest.fixture
+def echo(no_handlers: None) -> None:
+    @tinyqueue.handler("echo")
+    def echo(payload: int) -> int:
+        return payload
+
+
+def statuses(queue: Queue, keys: str, *secrets: str) -> list[int]:
+    """Submit a job with each secret to a web process with these keys, under one Idempotency-Key."""
+    api = API(Settings(api_keys=keys), queue)
+    again = {"Idempotency-Key": "order-17"}
+    return [
+        Client(api, secret).call("POST", "/jobs", {"type": "echo", "payload": 1}, again).status for secret in secrets
+    ]
+
+
+@pytest.mark.usefixtures("echo")
+def test_rotation_of_a_key_refuses_no_client_while_both_secrets_are_set(queue: Queue) -> None:
+    assert statuses(queue, f"app:submit:{OLD}", OLD) == [201]
+    assert statuses(queue, f"app:submit:{OLD},app-2:submit:{NEW}", OLD, NEW) == [200, 201]
+    assert statuses(queue, f"app-2:submit:{NEW}", OLD, NEW) == [401, 200]
+
+
+@pytest.mark.usefixtures("echo")
+def test_rotation_of_a_key_does_not_take_its_idempotency_keys_along(queue: Queue) -> None:
+    statuses(queue, f"app:submit:{OLD},app-2:submit:{NEW}", OLD, OLD, NEW, NEW)
+    assert queue.stats()["pending"] == 2
+    assert "submits its jobs a second time" in " ".join(section("Leaked key").split())
+
+
 # Security -------------------------------------------------------------------------------------------------------------
 
 
@@ -163,3 +202,53 @@ def test_code_neither_unpickles_nor_evaluates(name: str) -> None:
     called = {node.func.id for node in ast.walk(tree) if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)}
     assert imported & {"pickle", "marshal", "shelve", "dill", "cloudpickle", "yaml"} == set()
     assert called & {"eval", "exec", "compile", "__import__"} == set()
+
+
+def test_contributing_page_lists_every_module() -> None:
+    listed = set(re.findall(r"\b[a-z_]+\.py\b", (REPOSITORY / "CONTRIBUTING.md").read_text().partition("## Style")[0]))
+    assert set(MODULES) <= listed
+
+
+# The production checklist ---------------------------------------------------------------------------------------------
+
+NEEDS = [
+    *("Redis persistence", "Redis authentication", "Memory limits", "TLS", "Log aggregation", "Monitoring", "Alerts"),
+    *("Rate limiting", "API authentication", "Backups", "Autoscaling", "Incident procedures"),
+]
+CHECKLIST = [
+    [cell.strip() for cell in line.strip("|").split("|")]
+    for line in DEPLOY.partition("## Production checklist\n")[2].partition("\n## ")[0].splitlines()
+    if line.startswith("|")
+][2:]
+each_need = pytest.mark.parametrize(("need", "where", "shown"), CHECKLIST, ids=[row[0] for row in CHECKLIST])
+
+
+def test_checklist_has_every_need() -> None:
+    assert [row[0] for row in CHECKLIST] == NEEDS
+
+
+def values_in_files(text: str) -> list[tuple[str, str]]:
+    """Each code that follows the link to a file, with the name of the file."""
+    found = []
+    for part in text.split("; "):
+        files = re.findall(r"\]\(\.\./([^)#]+)\)", part)
+        codes = re.findall(r"`([^`]+)`", part.partition("): ")[2])
+        found += [(file, code) for file in files for code in codes]
+    return found
+
+
+@each_need
+def test_checklist_names_values_that_the_files_set(need: str, where: str, shown: str) -> None:
+    for file, value in values_in_files(where):
+        assert value in (REPOSITORY / file).read_text(), f"{file} does not have {value}"
+    assert values_in_files(where)
+
+
+@each_need
+def test_checklist_names_tests_and_findings_that_exist(need: str, where: str, shown: str) -> None:
+    codes = re.findall(r"`([^`]+)`", shown)
+    tests = {code for code in codes if code.startswith("test_")}
+    findings = set(re.findall(r"`([^`]+)`", shown.partition("`doctor`: ")[2].partition(";")[0]))
+    assert tests - defined_tests() == set()
+    assert findings - kinds_of_findings() == set()
+    assert codes
