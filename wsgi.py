@@ -60,6 +60,7 @@ from tinyqueue import (
     TinyQueueError,
     Unavailable,
     UnknownType,
+    check_name,
 )
 from tinyqueue_access import ROLES, Access
 from tinyqueue_config import (
@@ -81,12 +82,13 @@ from tinyqueue_config import (
 )
 from tinyqueue_doctor import warnings
 from tinyqueue_json import MAX_DEPTH, Preview, from_json
-from tinyqueue_problems import HEADERS, Problem, kind_of_status, problem, response_headers
+from tinyqueue_problems import HEADERS, RETRY_AFTER, Problem, kind_of_status, problem, response_headers
 from tinyqueue_server import Lifeline, Parked, Server
 
 log = logging.getLogger("tinyqueue.web")
 
 LONGEST_WAIT = 25  # seconds that GET /jobs/<id>?wait= may take: routers time out after 30
+MAX_SCALED = 100  # queues that one GET /scale may name
 PREVIEW_BYTES = 500  # length at which a listing cuts off a payload or a result
 IPV6 = re.compile("[0-9a-fA-F:.]{2,45}")
 REQUEST_ID = re.compile("[!-~]{1,128}")
@@ -116,6 +118,7 @@ ROUTES = (
     ("POST", "/queues/<name>/pause", "pause", "admin"),
     ("POST", "/queues/<name>/resume", "resume", "admin"),
     ("GET", "/stats", "stats", "read"),
+    ("GET", "/scale", "scale", "read"),
     ("GET", "/workers", "workers", "read"),
     ("GET", "/metrics", "metrics", "read"),
 )
@@ -349,6 +352,16 @@ class API(bottle.Bottle):  # type: ignore[misc]
     def stats(self) -> dict[str, Any]:
         return self.queue.stats(_query_int(_query(), "minutes", 0, 0, 120))
 
+    def scale(self) -> dict[str, int]:
+        """Count the jobs that need workers now, for an autoscaler: of each ?queue=, or of all."""
+        query = _query_pairs()
+        # A misspelled name would count all queues, and start workers that have nothing to do.
+        if unknown := {name for name, _ in query} - {"queue"}:
+            raise InvalidJob(_printable(min(unknown)), "unknown parameter; the only one is queue")
+        if len(query) > MAX_SCALED:
+            raise InvalidJob("queue", f"must not occur more than {MAX_SCALED} times")
+        return self.queue.scale([check_name("queue", name) for _, name in query])
+
     def workers(self) -> dict[str, Any]:
         return {"workers": self.queue.workers()}
 
@@ -394,7 +407,13 @@ class API(bottle.Bottle):  # type: ignore[misc]
         return {"status": "ok"}
 
     def ready(self) -> dict[str, Any]:
-        """Check that Redis takes writes, so jobs can be submitted. Warnings name other risks."""
+        """Check that Redis takes writes, so jobs can be submitted. Warnings name other risks.
+
+        A server that stops is not ready, so that a load balancer sends requests elsewhere.
+        """
+        if request.environ.get("tinyqueue.stopping"):
+            headers = {"Retry-After": str(RETRY_AFTER)}
+            raise Problem(503, "stopping", "this web process is stopping; use another one", headers)
         self.queue.ping()
         return {"status": "ok", "warnings": warnings(self.queue)}
 
@@ -598,8 +617,12 @@ def _idempotency_key(content: Any) -> Once | None:
 
 
 def _query() -> dict[str, str]:
+    return dict(_query_pairs())
+
+
+def _query_pairs() -> list[tuple[str, str]]:
     try:
-        return dict(parse_qsl(request.query_string, keep_blank_values=True, errors="strict"))
+        return parse_qsl(request.query_string, keep_blank_values=True, errors="strict")
     except ValueError as error:
         raise Problem(400, "invalid-query", f"cannot read the query string: {error}") from None
 
@@ -851,7 +874,7 @@ def serve(api: API, sock: socket.socket, lifeline: int | None = None) -> int:
         Lifeline(lifeline, server)
     if not api.settings.redis_url:
         return _serve_with_worker(api, server)
-    signal.signal(signal.SIGTERM, lambda *_: server.stop())
+    signal.signal(signal.SIGTERM, lambda *_: server.stop(api.settings.ready_grace))
     signal.signal(signal.SIGINT, lambda *_: server.stop())
     reset_signals_in_children()
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
@@ -900,11 +923,11 @@ def serve_many(api: API, sock: socket.socket) -> int:
                 # serve unblocks SIGTERM and SIGINT when it has handlers for them
                 exit_now(serve(api, sock, lifeline), functions=False)
             children.add(child)
-        if signal.sigwait({*SIGNALS, signal.SIGCHLD}) != signal.SIGCHLD:
+        if (number := signal.sigwait({*SIGNALS, signal.SIGCHLD})) != signal.SIGCHLD:
             stopping = True
             sock.close()  # otherwise clients could still connect, and nobody would accept them
             for child in children:
-                os.kill(child, signal.SIGTERM)
+                os.kill(child, number)
         for child, status in _exited(children):
             children.discard(child)
             if not stopping:
@@ -959,7 +982,8 @@ def main(reload: bool) -> None:
             import hupper
 
             # By default it looks once a second, and kills a server that does not stop within one.
-            patience = Settings.read().shutdown_timeout + 5
+            settings = Settings.read()
+            patience = settings.ready_grace + settings.shutdown_timeout + 5
             # hupper has threads of its own, which would take the signals that serve_many waits for.
             one = {"processes": 1}
             hupper.start_reloader(
