@@ -445,8 +445,8 @@ class LogHandler(logging.Handler):
         return (self.format(record) + "\n").encode(self.encoding, "backslashreplace")
 
     def _report_dropped(self, count: int) -> bytes:
-        text = "dropped %d log lines because standard error was not read fast enough"
-        return self._line(logging.LogRecord("tinyqueue", logging.WARNING, "", 0, text, (count,), None))
+        text = f"dropped {plural(count, 'log line')} because standard error was not read fast enough"
+        return self._line(logging.LogRecord("tinyqueue", logging.WARNING, "", 0, text, (), None))
 
 
 def _describe_faulty(record: logging.LogRecord, error: Exception) -> logging.LogRecord:
