@@ -1557,7 +1557,7 @@ class Queue(Verbs):
         Leaves out jobs that do not exist any more. A job that cannot be read becomes a failed job
         that shows its record.
         """
-        for id, record in self._read_records(ids):
+        for id, record in self._read_records(ids, most=500):  # a backup reads all that it asks for
             if record is not None:
                 yield stored_job(id, record)
 
@@ -1757,10 +1757,10 @@ class Queue(Verbs):
         for id, record in self._read_records(ids):
             yield (_listed(id, record, cut), len(record)) if record else (None, 0)
 
-    def _read_records(self, ids: Sequence[str]) -> Iterator[tuple[str, bytes | None]]:
-        """Read the records of jobs, about READ_BYTES with each command."""
-        for at in range(0, len(ids), 100):
-            part = ids[at : at + 100]
+    def _read_records(self, ids: Sequence[str], most: int = 100) -> Iterator[tuple[str, bytes | None]]:
+        """Read the records of jobs, about READ_BYTES with each command, and up to `most` at once."""
+        for at in range(0, len(ids), most):
+            part = ids[at : at + most]
             sizes = itertools.accumulate(self.store.read(*(("STRLEN", self.keys.job(id)) for id in part)))
             for _, group in itertools.groupby(zip(sizes, part, strict=True), lambda item: item[0] // READ_BYTES):
                 wanted = [id for _, id in group]

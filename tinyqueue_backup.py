@@ -372,14 +372,14 @@ def _read_jobs(part: Queue, seen: _Ids, began: int) -> Iterator[list[bytes]]:
 
 
 def _in_batches(part: Queue, ids: Sequence[str], behind: bool = False) -> Iterator[list[tuple[Job, bytes]]]:
-    """Read jobs and make their lines, up to 100 or BATCH_BYTES at a time."""
+    """Read jobs and make their lines, up to 500 or BATCH_BYTES at a time."""
     batch: list[tuple[Job, bytes]] = []
     size = 0
     for job in part.read_stored(ids):
         line = _job_line(job, behind)
         batch.append((job, line))
         size += len(line)
-        if len(batch) == 100 or size > BATCH_BYTES:
+        if len(batch) == 500 or size > BATCH_BYTES:
             yield batch
             batch = []
             size = 0
