@@ -47,16 +47,15 @@ round trips however many jobs it moves. No Lua.
     startedAt of the record are those that the worker holds. Worker's own: processing under that
     worker's name. Lease gone: missing, or seen unchanged for longer than a lease. Handler takes a
     Job: checked where the handler is known. Unused: no job has the id, and no unended one has the
-    uniqueKey. Queue paused: those of all pending jobs that load stores. A suspect is a job that two
-    workers lost while they ran it along with others. It starts only alone.
+    uniqueKey. Queue paused: the queues of all pending jobs that load stores. A suspect is a job
+    that two workers lost while they ran it along with others. It starts only alone.
 
     dequeue is take, then start or expire. enqueue is written by submit, expire by start, and
     request by cancel. complete, fail and release are written by settle, many in one transaction.
-    load stores the jobs of a backup.
-    exchange is settle and dequeue in three round trips. A busy worker uses it instead of these
-    two, except with shards. Every verb that fills a list rings its bell, and every verb keeps the
-    counts and the metrics. Whatever ends a job frees its uniqueKey and leaves a token for those
-    who wait for it.
+    exchange is settle and dequeue in three round trips. A busy worker uses it instead of these two,
+    except with shards. load stores the jobs of a backup. Every verb that fills a list rings its
+    bell, and every verb keeps the counts and the metrics. Whatever ends a job frees its uniqueKey
+    and leaves a token for those who wait for it.
 
     Lost replies. adopt finds the ids in a worker's list that the worker does not know. After a lost
     reply, start neither starts nor drops an id: it may have done so already. Only one thread of a
@@ -108,8 +107,8 @@ Three rules carry everything
 
 tinyqueue_job.py says what a job is: its errors, its record, its handlers and the checks of input.
 Here come first the bounds, the keys and transactions, and the verbs that are made of other verbs.
-Then the verbs of the queue follow the life of a job, up to upkeep. Reading, metrics and shards
-come last. `grep '# [A-Z].* ---' tinyqueue.py` prints the table of contents.
+Then the verbs of the queue follow the life of a job, up to upkeep. Backups, reading, metrics and
+shards come last. `grep '# [A-Z].* ---' tinyqueue.py` prints the table of contents.
 """
 
 from __future__ import annotations
@@ -206,8 +205,8 @@ log = logging.getLogger("tinyqueue")
 # Bounds: a part of the contract, not tunables -------------------------------------------------------------------------
 
 MAX_JOBS = 1000  # jobs of one batch, which take some milliseconds of Redis' only thread
-MAX_QUEUES = 10_000  # with jobs: each adds a row to every report
-KEPT_QUEUES = 100  # without jobs: above this they are forgotten
+MAX_QUEUES = 10_000  # queues with jobs: each adds a row to every report
+KEPT_QUEUES = 100  # queues, above which those without jobs are forgotten
 MAX_RESULT = 262144  # bytes of a result's JSON
 SUSPICIOUS = 2  # after this many lost workers that ran a job along with others, the job runs alone
 # Attempts that release refunds. Without a limit, a job longer than every shutdown timeout would
@@ -215,8 +214,8 @@ SUSPICIOUS = 2  # after this many lost workers that ran a job along with others,
 MAX_REFUNDS = 10
 SAMPLED = 100  # due jobs that a count for scaling reads while no worker promotes them
 SCANNED = 1000  # jobs that one page of a listing or one bulk change looks at
-PAGE_BYTES = 32 << 20  # of the records that it looks at
-READ_BYTES = 1 << 20  # of the records that it reads with one command
+PAGE_BYTES = 32 << 20  # bytes of the records that it looks at
+READ_BYTES = 1 << 20  # bytes of the records that it reads with one command
 MEMORY_SHARE = 0.95  # of maxmemory, above which submits are refused so that stored jobs can end
 LISTED = 10_000  # entries of a list that are read with one command
 KEPT = 100_000  # ended jobs that are kept, of each status
@@ -1505,14 +1504,16 @@ class Queue(Verbs):
     def scan(self, family: str = "") -> Iterator[str]:
         """Return the names of all keys that begin with `family`, without prefix and family.
 
-        SCAN reads the whole database. It returns each key that exists from the beginning to the
-        end, whatever is written meanwhile, and some keys twice.
+        SCAN reads the whole database. It returns every key that exists from the beginning to the
+        end, whatever is written meanwhile. It may return a key twice.
         """
         prefix = self.keys.prefix + family
         cursor = b"0"
         while True:
-            # No character of a prefix is special in a pattern.
-            cursor, keys = self.store.read(("SCAN", cursor, "MATCH", prefix + "*", "COUNT", SCANNED))[0]
+            # No character of a prefix is special in a pattern. The command with a key leads to the
+            # node of a cluster that has the queue: any node answers SCAN.
+            step = ("SCAN", cursor, "MATCH", prefix + "*", "COUNT", SCANNED)
+            _, (cursor, keys) = self.store.read(("EXISTS", self.keys.counts), step)
             yield from (key.removeprefix(prefix) for key in map(text_of, keys))
             if cursor == b"0":
                 return
@@ -1520,7 +1521,8 @@ class Queue(Verbs):
     def server(self) -> str:
         """Return the run id of Redis, or "". A restart or a failover changes it."""
         with suppress(Corrupted, Unavailable):
-            return parse_info(self.store.read(("INFO", "server"))[0]).get("run_id", "")
+            info = self.store.read(("EXISTS", self.keys.counts), ("INFO", "server"))[1]
+            return parse_info(info).get("run_id", "")
         return ""
 
     def waiting_ids(self) -> Iterator[list[str]]:
@@ -1552,8 +1554,8 @@ class Queue(Verbs):
     def read_stored(self, ids: Sequence[str]) -> Iterator[Job]:
         """Read jobs as they are stored: payloads and results stay JSON, a `msgspec.Raw`.
 
-        Leaves out those that do not exist any more. One that cannot be read is a failed job that
-        shows its record.
+        Leaves out jobs that do not exist any more. A job that cannot be read becomes a failed job
+        that shows its record.
         """
         for id, record in self._read_records(ids):
             if record is not None:
@@ -1630,8 +1632,8 @@ class Queue(Verbs):
     def load_once(self, values: Mapping[str, bytes]) -> int:
         """Store Idempotency-Keys of a backup, by their hashes. Return how many were not there.
 
-        Each expires as long after its newest job was submitted as any, but not before it would if
-        it were used now and that time is over.
+        Each expires `keep_once` after its newest job was submitted. If that time is over or too far
+        ahead, it expires `keep_once` after now.
         """
         now = self.now()
         sets = []

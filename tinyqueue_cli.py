@@ -1,4 +1,4 @@
-"""The command line: the group of commands, and those that submit, inspect, manage and diagnose.
+"""The command line: the group of commands, and those that submit, inspect, manage, back up and plan.
 
 worker.py adds the commands that start processes: `run`, `worker` and `web`. It is also the program
 that has all commands. This module knows nothing of how jobs run.
@@ -506,9 +506,9 @@ def _print_restored(restored: Restored) -> None:
     click.echo(f"{plural(restored.stored.total(), 'job')} restored" + (f": {by_status}" if by_status else ""))
     click.echo(f"{plural(restored.keys, 'idempotency key')} restored")
     skipped = {
-        "there already, or ended and kept long enough": restored.present,
-        "older than --skip-older-than": restored.older,
-        "whose uniqueKey another job has": len(restored.taken),
+        "they exist already, or ended too long ago to be kept": restored.present,
+        "they are older than --skip-older-than": restored.older,
+        "other jobs have their uniqueKeys": len(restored.taken),
     }
     for why, count in skipped.items():
         if count:
@@ -721,7 +721,7 @@ class _Number(click.FloatRange):
     "--result", type=click.IntRange(0, 1 << 18), default=100, metavar="BYTES", help="JSON of a result.  [100]"
 )
 @click.option("--failed", type=_Number(0, 100), default=1.0, metavar="PERCENT", help="Jobs that fail for good.  [1]")
-@click.option("--outage", type=_Number(0, 1e6), default=3600.0, metavar="SECONDS", help="No workers that long.  [3600]")
+@click.option("--outage", type=_Number(0, 1e6), default=3600.0, metavar="SECONDS", help="Time without workers.  [3600]")
 @click.option("--keys", is_flag=True, help="Every submit has an Idempotency-Key.")
 @json_option
 @click.pass_obj

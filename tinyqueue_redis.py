@@ -2,8 +2,8 @@
 
 `connect` makes a pool from a URL, and `Connections` lends the connections of the pool. `ask` sends
 commands, `Clock` keeps Redis time, and `explain` reduces an error of the client to one word and a
-text. `shield` keeps exceptions away from a thread while it uses a connection. This module imports
-no other of ours, and knows nothing of jobs.
+text. `shield` keeps exceptions away from a thread while it uses a connection. This module knows
+nothing of jobs.
 """
 
 from __future__ import annotations

@@ -311,7 +311,7 @@ class Worker:
         self.held: dict[str, Job] = {}  # jobs that were started and are not settled
         self.lock = threading.Lock()  # for `id` and `held` together
         self.stop_requests: SimpleQueue[StopMode] = SimpleQueue()
-        self.free_slots: SimpleQueue[None] = SimpleQueue()  # an entry for each slot that waits for a job
+        self.free_slots: SimpleQueue[None] = SimpleQueue()  # an entry for each free slot that the taker has not counted
         self.inbox: deque[Job] = deque()  # jobs that were started, for the slots
         self.outcomes: deque[Outcome] = deque()  # of the slots, not yet exchanged
         self.wakes: SimpleQueue[bool] = SimpleQueue()  # wakes a slot: True to look for work, False to end
@@ -329,7 +329,9 @@ class Worker:
         self.closed = threading.Event()  # the settlers and the keeper must end
         self.adopt_at = 0.0  # when the taker next looks for jobs whose replies were lost
         self.all_busy = False  # True while the taker waits for slots: that is not a hang
-        self.last_take = time.monotonic()  # when the taker last got an answer, even if no job was there
+        # True while the taker waits for the bell. After a stop it takes nothing then.
+        self.at_bell = False
+        self.last_take = time.monotonic()  # when Redis last answered a take or an exchange, even without a job
         self.last_upkeep = time.monotonic()  # when the keeper last began one of its duties
         self.exit_by = 0.0  # when this process must have exited, once it stops
         self.started = 0  # jobs that were started so far
@@ -344,7 +346,10 @@ class Worker:
     # Main thread ------------------------------------------------------------------------------------------------------
 
     def run(self) -> int:
-        """Work until a stop is requested, then stop and return the exit code of the process."""
+        """Work until a stop is requested, then stop and return the exit code of the process.
+
+        A taker that waits for the bell may outlive this by BLOCK seconds. It takes no more jobs.
+        """
         for _ in range(self.settings.worker_concurrency):
             self._add_slot()
         taker = self._start_thread("taker", self._take_jobs)
@@ -437,15 +442,19 @@ class Worker:
         """Let handlers finish until time is up, then release the rest. Returns the last mode."""
         deadline = time.monotonic() + self.settings.shutdown_timeout
         self.exit_by = deadline + LAST_WRITE + CLOSING
-        while (taker.is_alive() or self.held) and mode == "drain" and time.monotonic() < deadline:
+        while self._has_work(taker) and mode == "drain" and time.monotonic() < deadline:
             with suppress(Empty):
                 mode = self.stop_requests.get(timeout=0.02)
             self._enforce_timeouts()
         deadline = time.monotonic() + LAST_WRITE
-        while (taker.is_alive() or self.held) and time.monotonic() < deadline:
+        while self._has_work(taker) and time.monotonic() < deadline:
             self._release_jobs()
             time.sleep(0.02)
         return mode
+
+    def _has_work(self, taker: threading.Thread) -> bool:
+        """Whether jobs are held, or the taker may be about to start some."""
+        return (taker.is_alive() and not self.at_bell) or bool(self.held)
 
     def _release_jobs(self) -> None:
         """Release the jobs in the inbox and those that run. Their handlers run until the exit.
@@ -625,11 +634,14 @@ class Worker:
             if self.burst and self._nothing_is_due():
                 self.stop("drain")
                 return
+            self.at_bell = True
             try:
                 rung = self.queue.wait(self.names, 0.1 if self.burst else BLOCK)
             except Corrupted as error:  # a bell of the wrong type does not keep jobs from being taken
                 self._warn("wait for the bell", error)
                 rung = not self.stopping.wait(0.5)
+            finally:
+                self.at_bell = False
             if rung or self.queue.waiting(self.names):
                 return
             self.last_take = time.monotonic()

@@ -982,7 +982,8 @@ def main(reload: bool) -> None:
             import hupper
 
             # By default it looks once a second, and kills a server that does not stop within one.
-            patience = Settings.read().shutdown_timeout + 5
+            settings = Settings.read()
+            patience = settings.ready_grace + settings.shutdown_timeout + 5
             # hupper has threads of its own, which would take the signals that serve_many waits for.
             one = {"processes": 1}
             hupper.start_reloader(

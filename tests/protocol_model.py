@@ -31,6 +31,7 @@ GUARDS = {
     "alone": "a job that was lost beside others too often runs alone",
     "leave": "after a lost reply start neither starts nor drops an id: it may have done so already",
     "cycle": "one thread of a worker at a time takes, adopts and starts",
+    "same": "an outcome is written only for its own attempt: after a lost reply it may be written again",
 }
 
 
@@ -188,7 +189,14 @@ class World:
     def settles(self, state: State, at: int) -> Iterator[Step]:
         worker = state.workers[at]
         for doubt in worker.doubts:
-            yield f"{at} learns that it settled {doubt[0]}", state.worker(at, doubts=worker.doubts - {doubt})
+            job = doubt[0]
+            known = state.worker(at, doubts=worker.doubts - {doubt})
+            ours = (state.records[job].status, state.records[job].worker) == ("processing", at)
+            if ours and not self.guarded("same"):
+                written = known.worker(at, proc=less(worker.proc, job)).record(job, status="failed", worker=None)
+                yield f"{at} writes the outcome of {job} again", written
+            else:
+                yield f"{at} learns that it settled {job}", known
         for job in worker.runs:
             if self.pill and job == 0:
                 yield f"{job} kills {at}", lost(state, at)._replace(kills=state.kills + 1)

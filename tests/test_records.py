@@ -11,7 +11,7 @@ import msgspec
 import pytest
 from conftest import Server, lapse, newest, put, raw
 
-from tinyqueue import Failure, Job, Outcome, Queue, handler
+from tinyqueue import Failure, Job, Once, Outcome, Queue, handler
 from tinyqueue_job import read_job, record_of
 
 # A file for each version that has changed the record, named after the day of its first commit.
@@ -157,3 +157,22 @@ def test_view_of_a_handler_cannot_change_the_fields_of_a_newer_version(server: S
     view = job.view(b"{}")
     assert view.unknown is None
     assert job.unknown
+
+
+def test_replay_a_key_with_the_fields_of_a_newer_version(queue: Queue) -> None:
+    once = Once("key", "fingerprint")
+    [job] = queue.submit([queue.draft("echo", {})], once)
+    key = queue.keys.once("key")
+    raw(queue).set(key, msgspec.json.encode(json.loads(raw(queue).get(key)) | MORE), keepttl=True)
+    [again] = queue.submit([queue.draft("echo", {})], once)
+    assert (again.id, once.replayed) == (job.id, True)
+
+
+def test_serve_a_worker_that_a_newer_version_has_registered(queue: Queue) -> None:
+    job = put(queue, "processing")
+    for key in (queue.keys.worker(job.worker), queue.keys.lease(job.worker)):
+        raw(queue).set(key, msgspec.json.encode(json.loads(raw(queue).get(key)) | MORE), keepttl=True)
+    [worker] = queue.workers()
+    assert (worker["id"], worker["alive"]) == (job.worker, True)
+    reap(queue, job)
+    assert queue.get(job.id).status == "pending"

@@ -1501,6 +1501,21 @@ def test_drain_of_an_idle_worker_deregisters_it(queue: Queue, work: Any) -> None
     assert queue.workers() == []
 
 
+def test_drain_of_an_idle_worker_does_not_wait_for_the_bell(
+    near: Queue, work: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(worker, "BLOCK", 3.5)
+    running = work(near)
+    until(lambda: any(client["cmd"] == "blpop" for client in raw(near).client_list()))
+    began = time.monotonic()
+    assert running.end("drain") == 0
+    assert time.monotonic() - began < 2
+    assert near.workers() == []
+    near.enqueue("echo", 1)
+    until(lambda: not any(client["cmd"] == "blpop" for client in raw(near).client_list()))
+    assert near.stats()["pending"] == near.waiting(["default"]) == 1
+
+
 def test_drain_deregisters_a_worker_whose_heartbeat_is_on_its_way(
     near: Queue, real: Server, proxy: CutProxy, work: Any
 ) -> None:

@@ -107,7 +107,7 @@ def has_commit(commit: str) -> bool:
     """Whether this folder is a repository that has the commit."""
     command = ["git", "-C", str(ROOT), "cat-file", "-e", f"{commit}^{{commit}}"]
     try:
-        return subprocess.run(command, capture_output=True, check=False).returncode == 0
+        return (ROOT / ".git").exists() and subprocess.run(command, capture_output=True, check=False).returncode == 0
     except FileNotFoundError:  # there is no git here
         return False
 
