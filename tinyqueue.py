@@ -107,7 +107,7 @@ Three rules carry everything
 
 tinyqueue_job.py says what a job is: its errors, its record, its handlers and the checks of input.
 Here come first the bounds, the keys and transactions, and the verbs that are made of other verbs.
-Then the verbs of the queue follow the life of a job, up to upkeep. Backups, reading, metrics and
+Then the verbs of the queue follow the life of a job, up to upkeep. Reading, backups, metrics and
 shards come last. `grep '# [A-Z].* ---' tinyqueue.py` prints the table of contents.
 """
 
