@@ -53,9 +53,9 @@ round trips however many jobs it moves. No Lua.
     dequeue is take, then start or expire. enqueue is written by submit, expire by start, and
     request by cancel. complete, fail and release are written by settle, many in one transaction.
     exchange is settle and dequeue in three round trips. A busy worker uses it instead of these two,
-    except with shards. load stores the jobs of a backup. Every verb that fills a list rings its
-    bell, and every verb keeps the counts and the metrics. Whatever ends a job frees its uniqueKey
-    and leaves a token for those who wait for it.
+    except with shards. load stores the jobs of a backup; the ended ones count in no metric. Every
+    verb that fills a list rings its bell, and every verb keeps the counts and the metrics. Whatever
+    ends a job frees its uniqueKey and leaves a token for those who wait for it.
 
     Lost replies. adopt finds the ids in a worker's list that the worker does not know. After a lost
     reply, start neither starts nor drops an id: it may have done so already. Only one thread of a
@@ -1557,7 +1557,7 @@ class Queue(Verbs):
         Leaves out jobs that do not exist any more. A job that cannot be read becomes a failed job
         that shows its record.
         """
-        for id, record in self._read_records(ids):
+        for id, record in self._read_records(ids, most=500):  # a backup reads all that it asks for
             if record is not None:
                 yield stored_job(id, record)
 
@@ -1757,10 +1757,10 @@ class Queue(Verbs):
         for id, record in self._read_records(ids):
             yield (_listed(id, record, cut), len(record)) if record else (None, 0)
 
-    def _read_records(self, ids: Sequence[str]) -> Iterator[tuple[str, bytes | None]]:
-        """Read the records of jobs, about READ_BYTES with each command."""
-        for at in range(0, len(ids), 100):
-            part = ids[at : at + 100]
+    def _read_records(self, ids: Sequence[str], most: int = 100) -> Iterator[tuple[str, bytes | None]]:
+        """Read the records of jobs, about READ_BYTES with each command, and up to `most` at once."""
+        for at in range(0, len(ids), most):
+            part = ids[at : at + most]
             sizes = itertools.accumulate(self.store.read(*(("STRLEN", self.keys.job(id)) for id in part)))
             for _, group in itertools.groupby(zip(sizes, part, strict=True), lambda item: item[0] // READ_BYTES):
                 wanted = [id for _, id in group]

@@ -25,7 +25,6 @@ from tinyqueue import (
     MAX_JOBS,
     AnyQueue,
     Failure,
-    Filter,
     InvalidJob,
     Job,
     KeyReused,
@@ -324,22 +323,22 @@ def test_backup_has_every_job_while_all_of_them_move(queue: Queue, file: str) ->
     assert {job.id for job in queue.page(limit=1000)[0]} == there
 
 
-def test_backup_leaves_out_a_job_that_completes_before_it_is_read(queue: Queue, file: str) -> None:
+def test_backup_leaves_out_a_job_that_completes_before_it_is_read(near: Queue, file: str) -> None:
     """One of the waiting jobs, which are read in several pieces, and one of the others."""
-    waiting = [queue.enqueue("echo", at) for at in range(350)]
-    running = put(queue, "processing", queue="other")
-    for at in range(150):
-        put(queue, "failed", queue=f"q{at}")
-    failed = len(queue.page(Filter("failed"), limit=1000)[0])
+    waiting = fill(near, 1000)
+    running = put(near, "processing", queue="other")
+    for job in near.enqueue_many("echo", range(600), queue="gone"):
+        near.cancel(job.id)
 
     def complete_first() -> None:
-        queue.complete(*queue.dequeue(queue.register(DEFAULT, 1), DEFAULT))
+        near.complete(*near.dequeue(near.register(DEFAULT, 1), DEFAULT))
 
-    wait = [lambda: None] * 2
-    back_up(queue, file, Steps(*wait[1:], complete_first, *wait, lambda: queue.complete(running)))
+    def wait() -> None: ...
+
+    back_up(near, file, Steps(wait, complete_first, wait, lambda: near.complete(running)))
     found = jobs_in(file)
-    assert len(found) == 349 + failed
-    assert not {waiting[0].id, running.id} & found.keys()
+    assert len(found) == 999 + 600
+    assert not {waiting[0], running.id} & found.keys()
 
 
 def test_backup_puts_jobs_submitted_meanwhile_behind_all_others(queue: Queue, file: str) -> None:
