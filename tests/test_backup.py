@@ -309,9 +309,10 @@ def test_backup_has_every_job_while_all_of_them_move(queue: Queue, file: str) ->
 
     def shuffle() -> None:
         for job in queue.dequeue(worker, random.sample("abc", 3), 120):
-            random.choice([queue.release, lambda job: queue.fail(job, BOOM, random.choice([0, 5, None]))])(job)
+            after = random.choice([0, 5, 3600, None])
+            random.choice([queue.release, lambda job: None, lambda job, after=after: queue.fail(job, BOOM, after)])(job)
         for job in queue.page(limit=1000)[0]:
-            if job.status == "failed" and random.random() < 0.7:
+            if job.status == "failed" and random.random() < 0.5:
                 queue.retry(job.id)
         queue.clock.ahead += 3000
         queue.promote()
