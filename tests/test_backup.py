@@ -889,6 +889,14 @@ def test_backup_command_writes_to_a_pipe_that_restore_reads(near: Queue, run: An
     assert b'"id":' in run("get", job.id, "--json", TINYQUEUE_NAMESPACE="other").stdout.replace(b'"id": ', b'"id":')
 
 
+def test_backup_of_an_embedded_redis_is_restored_into_a_real_one(near: Queue, run: Any) -> None:  # noqa: F811
+    id = run("enqueue", "echo", "7", REDIS_URL="embedded:./data").stdout.decode().strip()
+    done = run("backup", "-", REDIS_URL="embedded:./data")
+    restored = run("restore", "-", "--resume", input=done.stdout)
+    assert (done.returncode, restored.returncode) == (0, 0), restored.stderr
+    assert drain(near) == [id]
+
+
 def test_restore_command_refuses_with_a_code(near: Queue, run: Any) -> None:  # noqa: F811
     refused = run("restore", "missing")
     assert (refused.returncode, refused.stderr.splitlines()[-1]) == (
