@@ -1614,7 +1614,7 @@ class Queue(Verbs):
             yield (_listed(id, record, cut), len(record)) if record else (None, 0)
 
     def _read_records(self, ids: Sequence[str], most: int = 100) -> Iterator[tuple[str, bytes | None]]:
-        """Read the records of jobs, about READ_BYTES with each command, and up to `most` at once."""
+        """Read the records of jobs: about READ_BYTES and up to `most` with each command."""
         for at in range(0, len(ids), most):
             part = ids[at : at + most]
             sizes = itertools.accumulate(self.store.read(*(("STRLEN", self.keys.job(id)) for id in part)))
