@@ -107,7 +107,7 @@ Three rules carry everything
 
 tinyqueue_job.py says what a job is: its errors, its record, its handlers and the checks of input.
 Here come first the bounds, the keys and transactions, and the verbs that are made of other verbs.
-Then the verbs of the queue follow the life of a job, up to upkeep. Backups, reading, metrics and
+Then the verbs of the queue follow the life of a job, up to upkeep. Reading, backups, metrics and
 shards come last. `grep '# [A-Z].* ---' tinyqueue.py` prints the table of contents.
 """
 
@@ -1614,7 +1614,7 @@ class Queue(Verbs):
             yield (_listed(id, record, cut), len(record)) if record else (None, 0)
 
     def _read_records(self, ids: Sequence[str], most: int = 100) -> Iterator[tuple[str, bytes | None]]:
-        """Read records, about READ_BYTES with each command, and up to `most` at once."""
+        """Read the records of jobs: about READ_BYTES and up to `most` with each command."""
         for at in range(0, len(ids), most):
             part = ids[at : at + most]
             sizes = itertools.accumulate(self.store.read(*(("STRLEN", self.keys.job(id)) for id in part)))
