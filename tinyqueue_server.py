@@ -304,7 +304,7 @@ class Server(TcpWSGIServer):  # type: ignore[misc]
         while (left := self.accept_until - time.monotonic()) > 0:
             self._poll(min(1.0, left))
         self.drain_began = time.monotonic()
-        # Otherwise the system would reset a connection that comes between the last accept and the close.
+        # The system would reset a connection that comes between the last accept and the close.
         drop_new_connections(self.socket, True)
         self._accept_waiting()
         drop_new_connections(self.socket, False)  # other processes may accept from this socket
