@@ -133,7 +133,11 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         int, Meta(ge=0, le=100, description="number of replicas that must have a job before its submit succeeds")
     ] = 0
     api_keys: Annotated[
-        str, Meta(description="API keys as name:role:secret, comma-separated; roles: submit, read, admin")
+        str,
+        Meta(
+            description="API keys as name:role:secret, comma-separated; roles: submit, read, admin; a secret alone, "
+            "of 32 or more characters, is an admin key"
+        ),
     ] = ""
     open: Annotated[bool, Meta(description="1: accept requests from any host without a key")] = False
     rate_limit: Annotated[
