@@ -325,6 +325,12 @@ def test_submit_accepts_a_whole_run_time_as_other_languages_write_it(api: Client
     assert accepted_job(api.post("/jobs", echo_with(runAt=text)), api)["runAt"] == day.timestamp() * 1000
 
 
+@pytest.mark.parametrize("spelled", ["{day}T23:59:60Z", "{basic}T235960.000Z", "{day} 20:29:60 -0330"])
+def test_submit_accepts_a_leap_second_as_the_second_after_it(api: Client, spelled: str) -> None:
+    text, day = spell_day(spelled, 0)
+    assert accepted_job(api.post("/jobs", echo_with(runAt=text)), api)["runAt"] == (day.timestamp() + 86_400) * 1000
+
+
 def test_submit_refuses_a_delay_beyond_its_expiry(refuse: Refuse) -> None:
     assert refuse(422, "invalid-job", echo_with(delay=60, expiresIn=60))["field"] == "expiresIn"
 
@@ -626,6 +632,10 @@ WRONG_RUN_TIMES = [
     "2026-01-01T00:00:00+0",
     "2026-01-01T00:00:00+24:00",
     "2026-01-01T00:60:00Z",
+    "2026-01-01T00:00:60Z",
+    "2026-01-01T23:59:60+01:00",
+    "2026-01-01T23:59:61Z",
+    "9999-12-31T23:59:60Z",
     "2026-01-01T000:00Z",
     "2026-01-0\u0661T00:00:00Z",
     "2026-01-01X00:00:00Z",
