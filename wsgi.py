@@ -30,7 +30,7 @@ from functools import cache, cached_property, partial
 from http import HTTPStatus
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 from urllib.parse import parse_qsl, quote
 
 import bottle
@@ -80,12 +80,16 @@ from tinyqueue_config import (
 )
 from tinyqueue_doctor import warnings
 from tinyqueue_json import MAX_DEPTH, Preview, from_json
-from tinyqueue_problems import HEADERS, Problem, kind_of_status, problem, response_headers
+from tinyqueue_problems import HEADERS, RETRY_AFTER, Problem, kind_of_status, problem, response_headers
 from tinyqueue_server import Lifeline, Parked, Server
+
+if TYPE_CHECKING:
+    from tinyqueue.worker import Worker
 
 log = logging.getLogger("tinyqueue.web")
 
 LONGEST_WAIT = 25  # seconds that GET /jobs/<id>?wait= may take: routers time out after 30
+WORK_TIME = 20  # seconds that POST /work takes at most, unless the request says otherwise
 PREVIEW_BYTES = 500  # length at which a listing cuts off a payload or a result
 IPV6 = re.compile("[0-9a-fA-F:.]{2,45}")
 REQUEST_ID = re.compile("[!-~]{1,128}")
@@ -114,6 +118,7 @@ ROUTES = (
     ("GET", "/queues", "queues", "read"),
     ("POST", "/queues/<name>/pause", "pause", "admin"),
     ("POST", "/queues/<name>/resume", "resume", "admin"),
+    ("POST", "/work", "work", "admin"),
     ("GET", "/stats", "stats", "read"),
     ("GET", "/workers", "workers", "read"),
     ("GET", "/metrics", "metrics", "read"),
@@ -147,6 +152,7 @@ class API(bottle.Bottle):  # type: ignore[misc]
             self.access = Access(settings)
         self._blocked = threading.BoundedSemaphore(WEB_THREADS // 2)
         self._waiters: dict[Queue, Waiter] = {}
+        self._guest = Guest()
         self._scrape_errors = 0  # not yet counted in Redis
         for method, path, name, role in ROUTES:
             for part, pattern in (("<id>", ID.pattern), ("<name>", NAME.pattern)):
@@ -338,9 +344,10 @@ class API(bottle.Bottle):  # type: ignore[misc]
             return self._waiters.setdefault(queue, Waiter(queue))
 
     def stop_waiting(self) -> None:
-        """Answer all requests that wait for jobs, with the jobs as they are."""
+        """Answer all requests that wait for jobs, with the jobs as they are. Drain POST /work."""
         for waiter in list(self._waiters.values()):
             waiter.release_all()
+        self._guest.stop()
 
     def queues(self) -> dict[str, Any]:
         return {"queues": self.queue.queues()}
@@ -385,6 +392,12 @@ class API(bottle.Bottle):  # type: ignore[misc]
     def resume(self, name: str) -> dict[str, Any]:
         self.queue.resume(name)
         return {"queue": name, "paused": False}
+
+    def work(self) -> dict[str, Any]:
+        """Run the due jobs in this process for at most ?seconds=, and count the outcomes."""
+        most = self.settings.max_work
+        seconds = _query_int(_query(), "seconds", min(WORK_TIME, most), 1, most)
+        return self._guest.work(self.settings, self.queue, time.monotonic() + seconds)
 
     # Health, identity, metrics and documents --------------------------------------------------------------------------
 
@@ -446,6 +459,65 @@ class API(bottle.Bottle):  # type: ignore[misc]
         """Return the OpenAPI document of this API and of all job types that have a handler."""
         self.queue  # noqa: B018 - opening it loads the handlers
         return describe()
+
+
+# Running jobs in this process -----------------------------------------------------------------------------------------
+
+FATES = ("completed", "retried", "failed", "cancelled", "released", "lost")
+
+
+class Guest:
+    """The worker that POST /work runs in this process, at most one at a time."""
+
+    def __init__(self) -> None:
+        self._working = threading.Lock()
+        self._queue: AnyQueue | None = None  # has its own connections, which nothing holds between two requests
+        self._worker: Worker | None = None
+        self._left: list[threading.Thread] = []  # handlers of earlier requests that could not be interrupted
+
+    def stop(self) -> None:
+        """Drain the worker, if there is one. May be called several times."""
+        if worker := self._worker:
+            worker.stop("drain")
+
+    def work(self, settings: Settings, queue: AnyQueue, until: float) -> dict[str, Any]:
+        """Run a worker until that time. When this returns, the worker has deregistered."""
+        if not self._working.acquire(blocking=False):
+            detail = "another POST /work runs in this process; repeat this one later, or pass fewer seconds"
+            raise Problem(409, "already-working", detail, {"Retry-After": "1"})
+        try:
+            return self._run(settings, self._queue_of(settings, queue), until)
+        finally:
+            self._worker = None
+            if self._queue:
+                self._queue.disconnect()
+            self._working.release()
+
+    def _queue_of(self, settings: Settings, queue: AnyQueue) -> AnyQueue:
+        """Return a queue for the worker that takes no connections from other requests."""
+        if settings.redis_url and not self._queue:
+            self._queue = open_queue(settings, settings.worker_connections)
+        return self._queue or queue
+
+    def _run(self, settings: Settings, queue: AnyQueue, until: float) -> dict[str, Any]:
+        from tinyqueue.worker import CLOSING, EXIT_BROKEN, LAST_WRITE, Worker  # few web processes run jobs
+
+        self._left = [thread for thread in self._left if thread.is_alive()]
+        slots = settings.worker_concurrency - len(self._left)
+        if slots < 1:
+            detail = "all slots of this process are taken by handlers of earlier requests that do not end; restart it"
+            raise Problem(409, "already-working", detail, {"Retry-After": str(RETRY_AFTER)})
+        drain = max(0, settings.shutdown_timeout - int(LAST_WRITE + CLOSING))  # the server waits no longer than that
+        # This process cannot restart itself.
+        limits = {"worker_concurrency": slots, "shutdown_timeout": drain, "max_jobs": 0, "max_memory": 0}
+        queue.ping()
+        self._worker = worker = Worker(queue, msgspec.structs.replace(settings, **limits), burst=True, until=until)
+        code = worker.run()
+        self._left += worker.threads_left()
+        waiting = queue.waiting(worker.names, due=True)
+        if code == EXIT_BROKEN:
+            raise Problem(500, "worker-failed", "the worker stopped because of a fault; see the log of this process")
+        return {fate: worker.counts[fate] for fate in FATES} | {"unsaved": len(worker.held), "waiting": waiting}
 
 
 # Waiting for jobs -----------------------------------------------------------------------------------------------------
