@@ -362,7 +362,8 @@ class Worker:
         self.exit_by = 0.0  # when this process must have exited, once it stops
         self.started = 0  # jobs that were started so far
         self.counts = Counter[str]()  # attempts that have ended, by their outcome
-        self.unleased: dict[Queue, int] = {}  # the other workers without a lease, once the keeper has looked
+        self.looked = threading.Event()  # the keeper has looked for lost workers
+        self.unleased: dict[Queue, int] = {}  # how many workers had no lease then, in each shard
         self.last_reap_check = time.monotonic()
         self.late_reap_check = time.monotonic()  # the last check that came too late after the one before it
         self.warned: dict[str, float] = {}  # when each warning was last logged
@@ -683,7 +684,7 @@ class Worker:
 
     def _nothing_is_due(self) -> bool:
         """Whether a burst may end. If a worker has no lease, its jobs may be requeued soon."""
-        if self.queue.promote() or self.held or len(self.unleased) < len(self.queue.parts):
+        if self.queue.promote() or self.held or not self.looked.wait(0.1):
             return False
         return not any(self.unleased.values()) and not self.queue.waiting(self.names, due=True)
 
@@ -928,6 +929,7 @@ class Worker:
             if now - max(self.late_reap_check, part.last_trouble) >= patience:
                 for worker in expired:
                     lost[worker].append(part)
+        self.looked.set()
         for worker, parts in lost.items():
             self.last_upkeep = time.monotonic()
             if count := self.queue.reap_in(parts, worker):

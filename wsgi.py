@@ -458,7 +458,9 @@ class API(bottle.Bottle):  # type: ignore[misc]
     def openapi(self) -> Any:
         """Return the OpenAPI document of this API and of all job types that have a handler."""
         self.queue  # noqa: B018 - opening it loads the handlers
-        return describe()
+        document = describe()
+        document["components"]["parameters"]["seconds"]["schema"]["maximum"] = self.settings.max_work
+        return document
 
 
 # Running jobs in this process -----------------------------------------------------------------------------------------

@@ -121,6 +121,7 @@ def test_work_is_limited_to_the_time_of_the_settings(queue: Queue) -> None:
     api = Client(API(msgspec.structs.replace(Settings(), max_work=60), queue))
     assert work(api, 60) == {}
     assert api.call("POST", "/work?seconds=61").status == 400
+    assert api.get("/openapi.json").json["components"]["parameters"]["seconds"]["schema"]["maximum"] == 60
 
 
 def test_work_refuses_a_second_call_while_one_runs(api: Client, queue: Queue, long: Any) -> None:
