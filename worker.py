@@ -1071,9 +1071,9 @@ cli.add_command(click.Command("worker", None, run.callback, run.params, run.help
 @click.pass_context
 def web(ctx: click.Context, arguments: tuple[str, ...]) -> None:
     """Serve the HTTP API until SIGTERM or Ctrl-C; without REDIS_URL, embed Redis and a worker."""
-    from tinyqueue.wsgi import main  # here, because no other command needs a web server
+    from tinyqueue.wsgi import command  # here, because no other command needs a web server
 
-    main.main(arguments, ctx.command_path)
+    command().main(arguments, ctx.command_path)
 
 
 if __name__ == "__main__":

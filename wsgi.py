@@ -7,7 +7,8 @@
 Without REDIS_URL, `python wsgi.py` also runs an embedded Redis and a worker in its process.
 
 Importing this module reads no settings and opens no connections; `app` does both at its first
-request. Requests and responses are JSON. Errors are application/problem+json (RFC 9457). The only
+request. What only our own server needs is imported when that starts, because `app` need not wait
+for it on a serverless host. Requests and responses are JSON. Errors are application/problem+json (RFC 9457). The only
 page, dashboard.html at /, uses the API like any other client.
 """
 
@@ -34,7 +35,6 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 from urllib.parse import parse_qsl, quote
 
 import bottle
-import click
 import msgspec
 from bottle import request
 
@@ -81,10 +81,12 @@ from tinyqueue_config import (
 from tinyqueue_doctor import warnings
 from tinyqueue_json import MAX_DEPTH, Preview, from_json
 from tinyqueue_problems import HEADERS, RETRY_AFTER, Problem, kind_of_status, problem, response_headers
-from tinyqueue_server import Lifeline, Parked, Server
 
 if TYPE_CHECKING:
+    import click
     from tinyqueue.worker import Worker
+
+    from tinyqueue_server import Server
 
 log = logging.getLogger("tinyqueue.web")
 
@@ -329,6 +331,8 @@ class API(bottle.Bottle):  # type: ignore[misc]
         if not seconds or waited or job.status not in UNENDED:
             return job.answer()
         if "tinyqueue.can_park" in request.environ:
+            from tinyqueue_server import Parked
+
             raise Parked(partial(self._waiter_of(id).add, id, seconds, request.environ))
         if not self._blocked.acquire(blocking=False):
             bottle.response.set_header("Retry-After", "1")
@@ -914,6 +918,8 @@ def serve(api: API, sock: socket.socket, lifeline: int | None = None) -> int:
 
     Also stops when nobody holds the other end of the pipe `lifeline`.
     """
+    from tinyqueue_server import Lifeline, Server
+
     server = Server(api, sock)
     if lifeline is not None:
         Lifeline(lifeline, server)
@@ -956,6 +962,8 @@ def serve_many(api: API, sock: socket.socket) -> int:
     handled: a handled signal that came just before a blocking wait for a child would take effect
     only when a child exits. Requires `hold_signals`.
     """
+    import tinyqueue_server  # noqa: F401 - before the fork, so that the processes share it
+
     children: set[int] = set()
     stopping = False
     lifeline, held = os.pipe()
@@ -1016,10 +1024,22 @@ def run(processes: int = 0) -> None:
     exit_now(exit_code)
 
 
-@click.command(epilog="\b\n" + Settings.help())
-@click.option("--reload", is_flag=True, help="Restart when the code changes. For development.")
-def main(reload: bool) -> None:
-    """Serve the TinyQueue HTTP API."""
+def command() -> click.Command:
+    """Make the command that starts the server."""
+    import click
+
+    @click.command(epilog="\b\n" + Settings.help())
+    @click.option("--reload", is_flag=True, help="Restart when the code changes. For development.")
+    def main(reload: bool) -> None:
+        """Serve the TinyQueue HTTP API."""
+        _start(reload)
+
+    return main
+
+
+def _start(reload: bool) -> None:
+    import click
+
     try:
         if reload:
             import hupper
@@ -1043,4 +1063,4 @@ def main(reload: bool) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command()()

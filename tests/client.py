@@ -28,7 +28,8 @@ from wsgiref.util import setup_testing_defaults
 from wsgiref.validate import WSGIWarning, validator
 
 import wsgi
-from wsgi import API, Server
+from tinyqueue_server import Server
+from wsgi import API
 
 JSON = "application/json"
 PROBLEM = "application/problem+json"
