@@ -629,12 +629,37 @@ def _read_body(limit: int, *types: str) -> bytes:
     if coding != "identity":
         detail = f"Content-Encoding {_printable(coding)} is not supported; send the body without compression"
         raise Problem(415, "unsupported-media-type", detail, {"Accept-Encoding": "identity"})
-    body = b""
-    if request.content_length <= limit:
-        with request.body as stream:
-            body = stream.read(limit + 1)
-    if request.content_length > limit or len(body) > limit:
+    length = _content_length()
+    body = b"" if length > limit else _read_stream(length, limit + 1)
+    if length > limit or len(body) > limit:
         raise Problem(413, "too-large", f"the body has more than {limit} bytes; send less or raise TINYQUEUE_MAX_BODY")
+    return body
+
+
+def _content_length() -> int:
+    """Return the declared length of the body, or -1. Not every server checks what it passes on."""
+    text = request.environ.get("CONTENT_LENGTH")
+    if not text:
+        return -1
+    if not re.fullmatch("[0-9]{1,18}", text):
+        raise Problem(400, "bad-request", "Content-Length must be a number of bytes")
+    return int(text)
+
+
+def _read_stream(length: int, most: int) -> bytes:
+    """Read the body, but no more than so many bytes of it.
+
+    A body without a length is chunked. Servers that decode the chunks, as all known ones do, say so
+    with wsgi.input_terminated. Without that, Bottle decodes them.
+    """
+    environ = request.environ
+    if length < 0 and not environ.get("wsgi.input_terminated"):
+        with request.body as stream:
+            return bytes(stream.read(most))
+    left = most if length < 0 else min(length, most)
+    body = b""
+    while left > len(body) and (part := environ["wsgi.input"].read(left - len(body))):  # it may return less
+        body += part
     return body
 
 

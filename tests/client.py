@@ -99,6 +99,11 @@ class Client:
     def post(self, path: str, body: Any, headers: Mapping[str, str] | None = None) -> Answer:
         return self.call("POST", path, body, headers)
 
+    def stream(self, path: str, stream: Any, **environ: Any) -> Answer:
+        """Send a POST of JSON whose body the app must read from a stream, with more variables of WSGI."""
+        environ = self._environ("POST", path, b"") | {"CONTENT_TYPE": JSON, "wsgi.input": stream} | environ
+        return self._send(environ)
+
     def _environ(self, method: str, path: str, raw: bytes) -> dict[str, Any]:
         path, _, query = path.partition("?")
         path = path if path.startswith("/") else f"/{path}"  # a Location is relative to /jobs

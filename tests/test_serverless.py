@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -237,3 +238,74 @@ def test_work_without_redis_answers_503(real: Server, queue_at: Any, start_redis
     redis.kill()
     answer = api.call("POST", "/work")
     assert (answer.status, answer.kind) == (503, "unavailable")
+
+
+# Bodies as other servers pass them on ---------------------------------------------------------------------------------
+
+JOB = b'{"type":"echo","payload":"\xc3\xa9"}'
+CHUNKED = {"HTTP_TRANSFER_ENCODING": "chunked"}
+
+
+class Dripping(io.BytesIO):
+    """A stream that returns less than it was asked for, as a socket does."""
+
+    def read(self, size: int | None = -1) -> bytes:
+        return super().read(min(7, size if size and size > 0 else 7))
+
+
+class Endless(io.BytesIO):
+    """A connection that the client keeps open: a read behind the body would block."""
+
+    def read(self, size: int | None = -1) -> bytes:
+        data = super().read(size)
+        assert data, "the app reads behind the end of the body"
+        return data
+
+
+@pytest.mark.parametrize("make", [io.BytesIO, Dripping])
+def test_body_is_read_that_the_server_has_decoded_from_chunks(api: Client, make: Any) -> None:
+    answer = api.stream("/jobs", make(JOB), **CHUNKED, **{"wsgi.input_terminated": True})
+    assert answer.status == 201
+    assert api.get(answer.headers["location"]).json["payload"] == "é"
+
+
+def test_body_is_read_whose_chunks_the_server_has_not_decoded(api: Client) -> None:
+    chunks = b"5\r\n" + JOB[:5] + b"\r\n%x\r\n" % len(JOB[5:]) + JOB[5:] + b"\r\n0\r\n\r\n"
+    assert api.stream("/jobs", io.BytesIO(chunks), **CHUNKED).status == 201
+
+
+def test_body_that_arrives_in_small_parts_is_read_to_its_end(api: Client) -> None:
+    assert api.stream("/jobs", Dripping(JOB), CONTENT_LENGTH=str(len(JOB))).status == 201
+
+
+def test_body_is_not_read_behind_its_length(api: Client) -> None:
+    assert api.stream("/jobs", Endless(JOB + b"GET /"), CONTENT_LENGTH=str(len(JOB))).status == 201
+
+
+def test_body_with_a_false_chunked_header_and_a_length_is_read_by_its_length(api: Client) -> None:
+    assert api.stream("/jobs", Endless(JOB), CONTENT_LENGTH=str(len(JOB)), **CHUNKED).status == 201
+
+
+@pytest.mark.parametrize("length", ["", None])
+def test_body_without_a_length_is_empty(api: Client, length: str | None) -> None:
+    answer = api.stream("/jobs", Endless(JOB), **({} if length is None else {"CONTENT_LENGTH": length}))
+    assert (answer.status, answer.kind) == (400, "not-json")
+
+
+@pytest.mark.parametrize("length", ["9" * 30, "+5"])
+def test_body_with_a_malformed_length_is_refused(api: Client, length: str) -> None:
+    answer = api.stream("/jobs", io.BytesIO(JOB), CONTENT_LENGTH=length)
+    assert (answer.status, answer.kind) == (400, "bad-request")
+
+
+def test_body_that_ends_early_is_refused(api: Client) -> None:
+    answer = api.stream("/jobs", io.BytesIO(JOB[:-5]), CONTENT_LENGTH=str(len(JOB)))
+    assert (answer.status, answer.kind) == (400, "not-json")
+
+
+@pytest.mark.parametrize("environ", [CHUNKED | {"wsgi.input_terminated": True}, {"CONTENT_LENGTH": "999999"}])
+def test_body_that_is_too_large_is_not_read_whole(api: Client, environ: dict[str, Any]) -> None:
+    stream = io.BytesIO(b" " * 1_000_000)
+    answer = api.stream("/jobs", stream, **environ)
+    assert (answer.status, answer.kind) == (413, "too-large")
+    assert stream.tell() <= Settings().max_body + 1
