@@ -321,7 +321,8 @@ class API(bottle.Bottle):  # type: ignore[misc]
         """Return a job. With ?wait=SECONDS, return it when it has ended or the time is up.
 
         Waiting takes no thread of our server. Any other server's thread blocks, so there only a few
-        requests wait. The others are answered at once, with Retry-After.
+        requests wait. The others are answered at once, with Retry-After. None waits where a process
+        has one request at a time, because no other request could be answered meanwhile.
         """
         seconds = min(_query_int(_query(), "wait", 0, 0, 3600), LONGEST_WAIT)
         waited = request.environ.get("tinyqueue.waited")
@@ -334,7 +335,7 @@ class API(bottle.Bottle):  # type: ignore[misc]
             from tinyqueue_server import Parked
 
             raise Parked(partial(self._waiter_of(id).add, id, seconds, request.environ))
-        if not self._blocked.acquire(blocking=False):
+        if not request.environ.get("wsgi.multithread") or not self._blocked.acquire(blocking=False):
             bottle.response.set_header("Retry-After", "1")
             return job.answer()
         try:
@@ -400,7 +401,13 @@ class API(bottle.Bottle):  # type: ignore[misc]
     def work(self) -> dict[str, Any]:
         """Run the due jobs in this process for at most ?seconds=, and count the outcomes."""
         most = self.settings.max_work
-        seconds = _query_int(_query(), "seconds", min(WORK_TIME, most), 1, most)
+        return self.run_jobs(_query_int(_query(), "seconds", min(WORK_TIME, most), 1, most))
+
+    def run_jobs(self, seconds: float) -> dict[str, Any]:
+        """Do what POST /work does, for a host that calls a function on a schedule.
+
+        Raises Problem if this process runs jobs already, and Unavailable without Redis.
+        """
         return self._guest.work(self.settings, self.queue, time.monotonic() + seconds)
 
     # Health, identity, metrics and documents --------------------------------------------------------------------------
