@@ -637,7 +637,10 @@ def _read_body(limit: int, *types: str) -> bytes:
         detail = f"Content-Encoding {_printable(coding)} is not supported; send the body without compression"
         raise Problem(415, "unsupported-media-type", detail, {"Accept-Encoding": "identity"})
     length = _content_length()
-    body = b"" if length > limit else _read_stream(length, limit + 1)
+    try:
+        body = b"" if length > limit else _read_stream(length, limit + 1)
+    except OSError:  # from a server that has lost the client, or that does not wait any longer
+        raise Problem(400, "bad-request", "the body did not arrive") from None
     if length > limit or len(body) > limit:
         raise Problem(413, "too-large", f"the body has more than {limit} bytes; send less or raise TINYQUEUE_MAX_BODY")
     return body

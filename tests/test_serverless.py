@@ -303,6 +303,17 @@ def test_body_that_ends_early_is_refused(api: Client) -> None:
     assert (answer.status, answer.kind) == (400, "not-json")
 
 
+@pytest.mark.parametrize("environ", [CHUNKED | {"wsgi.input_terminated": True}, {"CONTENT_LENGTH": "50"}])
+def test_body_that_the_server_cannot_read_is_refused(api: Client, environ: dict[str, Any]) -> None:
+    class Broken(io.BytesIO):
+        def read(self, size: int | None = -1) -> bytes:
+            raise OSError("request data read error")
+
+    answer = api.stream("/jobs", Broken(), **environ)
+    assert (answer.status, answer.kind) == (400, "bad-request")
+    assert api.log.getvalue() == ""
+
+
 @pytest.mark.parametrize("environ", [CHUNKED | {"wsgi.input_terminated": True}, {"CONTENT_LENGTH": "999999"}])
 def test_body_that_is_too_large_is_not_read_whole(api: Client, environ: dict[str, Any]) -> None:
     stream = io.BytesIO(b" " * 1_000_000)

@@ -33,13 +33,14 @@ SERVERS = {
 if uwsgi := shutil.which("uwsgi", path=str(Path(sys.executable).parent)):  # no test needs it, because it must be built
     SERVERS["uwsgi"] = f"{uwsgi} --http-socket 127.0.0.1:%d -w wsgi:app --master --die-on-term --threads 8 -b 32768"
 HANDLERS_PY = """
-import time
-
 from test_http import echo, send_email
 from tinyqueue import handler
 
 handler("echo")(echo)
 handler("send-email", max_attempts=5, queue="mail")(send_email)
+"""
+SLEEP = """
+import time
 
 @handler("sleep")
 def sleep(seconds: float) -> None:
@@ -68,10 +69,12 @@ class Remote(Client):
 
 
 @contextmanager
-def serving(server: str, url: str, folder: Path) -> Iterator[tuple[Remote, subprocess.Popen[bytes]]]:
+def serving(
+    server: str, url: str, folder: Path, module: str = HANDLERS_PY
+) -> Iterator[tuple[Remote, subprocess.Popen[bytes]]]:
     """Run the app under another server until the end of the block, or until the process has ended."""
     pytest.importorskip("gunicorn")
-    (folder / "handlers.py").write_text(HANDLERS_PY)
+    (folder / "handlers.py").write_text(module)
     port = free_port()
     path = os.pathsep.join(map(str, (folder, REPOSITORY, REPOSITORY / "tests")))
     environ = {"PATH": os.environ["PATH"], "PYTHONPATH": path, "REDIS_URL": url}
@@ -125,35 +128,43 @@ POST = b"POST /jobs HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/jso
 CHUNKED = POST + b"Transfer-Encoding: chunked\r\n\r\n"
 
 
+@pytest.fixture
+def chunked(api: Remote) -> Remote:
+    """A server that passes on chunked bodies and answers Expect."""
+    if api.server == "uwsgi":
+        pytest.skip("this server passes on no chunked body and answers no Expect")
+    return api
+
+
 def chunks(*parts: bytes) -> bytes:
     return b"".join(b"%x\r\n%b\r\n" % (len(part), part) for part in (*parts, b""))
 
 
-def test_server_passes_on_a_chunked_body(api: Remote, queue: Queue) -> None:
-    with Wire(api.address) as wire:
+def test_server_passes_on_a_chunked_body(chunked: Remote, queue: Queue) -> None:
+    with Wire(chunked.address) as wire:
         wire.send(CHUNKED + chunks(VALID[:5], VALID[5:]))
         assert wire.answer().status == 201
     assert queue.waiting(["default"]) == 1
 
 
-def test_server_passes_on_a_chunked_batch(api: Remote, queue: Queue) -> None:
+def test_server_passes_on_a_chunked_batch(chunked: Remote, queue: Queue) -> None:
     lines = [VALID + b"\n"] * 50
-    with Wire(api.address) as wire:
+    with Wire(chunked.address) as wire:
         wire.send(CHUNKED.replace(b"/jobs", b"/jobs/batch").replace(b"json", b"x-ndjson") + chunks(*lines))
         assert wire.answer().status == 201
     assert queue.waiting(["default"]) == 50
 
 
-def test_server_passes_on_a_chunked_body_that_is_too_large(api: Remote, queue: Queue) -> None:
-    with Wire(api.address) as wire:
+def test_server_passes_on_a_chunked_body_that_is_too_large(chunked: Remote, queue: Queue) -> None:
+    with Wire(chunked.address) as wire:
         wire.send(CHUNKED + chunks(*[b" " * 10_000] * 30))
         assert wire.answer().kind == "too-large"
     assert queue.waiting(["default"]) == 0
 
 
 @pytest.mark.parametrize("kind", ["chunked", "length"])
-def test_server_passes_on_a_body_that_is_streamed(api: Remote, queue: Queue, kind: str) -> None:
-    with Wire(api.address) as wire:
+def test_server_passes_on_a_body_that_is_streamed(chunked: Remote, queue: Queue, kind: str) -> None:
+    with Wire(chunked.address) as wire:
         head = CHUNKED if kind == "chunked" else POST + b"Content-Length: %d\r\n\r\n" % len(VALID)
         body = chunks(VALID[:9], VALID[9:]) if kind == "chunked" else VALID
         for part in (head, body[:7], body[7:20], body[20:]):
@@ -163,9 +174,9 @@ def test_server_passes_on_a_body_that_is_streamed(api: Remote, queue: Queue, kin
 
 
 @pytest.mark.parametrize("kind", ["chunked", "length"])
-def test_server_serves_a_client_that_waits_for_100_continue(api: Remote, kind: str) -> None:
+def test_server_serves_a_client_that_waits_for_100_continue(chunked: Remote, kind: str) -> None:
     head = CHUNKED if kind == "chunked" else POST + b"Content-Length: %d\r\n\r\n" % len(VALID)
-    with Wire(api.address) as wire:
+    with Wire(chunked.address) as wire:
         wire.send(head.replace(b"\r\n\r\n", b"\r\nExpect: 100-continue\r\n\r\n"))
         assert wire.answer().status == 100
         wire.send(chunks(VALID) if kind == "chunked" else VALID)
@@ -209,13 +220,13 @@ def test_server_logs_requests(api: Remote, queue: Queue) -> None:
     assert "s3cr3t" not in api.log_file.read_text()
 
 
-@pytest.mark.parametrize("server", SERVERS)
+@pytest.mark.parametrize("server", [server for server in SERVERS if server != "uwsgi"])  # which answers nothing then
 def test_server_that_stops_answers_a_request_that_runs_jobs(
     near: Queue, shared_redis: RedisServer, tmp_path: Path, server: str
 ) -> None:
     job = near.enqueue("sleep", 1.0)
     answers: list[Answer] = []
-    with serving(server, shared_redis.url, tmp_path) as (api, _):
+    with serving(server, shared_redis.url, tmp_path, HANDLERS_PY + SLEEP) as (api, _):
         thread = threading.Thread(target=lambda: answers.append(api.call("POST", "/work?seconds=20")))
         thread.start()
         until(lambda: near.get(job.id).status == "processing")
