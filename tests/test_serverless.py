@@ -2,20 +2,31 @@
 
 from __future__ import annotations
 
+import base64
 import io
+import json
+import os
+import runpy
+import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
+from urllib.parse import parse_qsl
 
 import msgspec
 import pytest
-from client import Client
+from client import Answer, Client, Process, Wire, running, spell
 from conftest import RedisServer, Server, lapse, put, raw, until
 
-from tinyqueue import Discard, Queue, Retry, Shards, handler
+from tinyqueue import Discard, Job, Queue, Retry, Shards, handler
 from tinyqueue_config import Settings
 from wsgi import API
+
+REPOSITORY = Path(__file__).parent.parent
 
 
 @pytest.fixture(autouse=True)
@@ -240,6 +251,94 @@ def test_work_without_redis_answers_503(real: Server, queue_at: Any, start_redis
     assert (answer.status, answer.kind) == (503, "unavailable")
 
 
+# POST /work in a process ----------------------------------------------------------------------------------------------
+
+SLOW = """
+import os, time
+from tinyqueue import handler
+
+@handler("slow")
+def slow(seconds: float) -> None:
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        time.sleep(0.01)
+"""
+WORK = spell("POST", "/work?seconds=20", None, "Content-Length: 0")
+
+
+def begin_work(queue: Queue, process: Process, job: Job) -> Wire:
+    """Send POST /work and return when the job runs."""
+    wire = Wire(process.address)
+    wire.send(WORK)
+    until(lambda: queue.get(job.id).status == "processing")
+    return wire
+
+
+@pytest.fixture
+def slow_folder(tmp_path: Path) -> Path:
+    (tmp_path / "handlers.py").write_text(SLOW)
+    return tmp_path
+
+
+def test_work_drains_when_the_process_is_stopped(near: Queue, shared_redis: RedisServer, slow_folder: Path) -> None:
+    jobs = near.enqueue_many("slow", [1.0] * 3)
+    options = {"REDIS_URL": shared_redis.url, "WORKER_CONCURRENCY": "1"}
+    with running(slow_folder, **options) as web, begin_work(near, web, jobs[0]) as wire:
+        os.kill(web.pid, signal.SIGTERM)
+        answer = wire.answer()
+    assert (answer.status, answer.json["completed"], answer.json["waiting"]) == (200, 1, 2)
+    assert near.workers() == []
+
+
+def test_work_releases_what_outlasts_the_stop_of_the_process(
+    near: Queue, shared_redis: RedisServer, slow_folder: Path
+) -> None:
+    job = near.enqueue("slow", 60.0)
+    options = {"REDIS_URL": shared_redis.url, "TINYQUEUE_SHUTDOWN_TIMEOUT": "4"}
+    with running(slow_folder, **options) as web, begin_work(near, web, job) as wire:
+        os.kill(web.pid, signal.SIGTERM)
+        assert wire.answer().json["released"] == 1
+    found = near.get(job.id)
+    assert found
+    assert (found.status, found.attempts) == ("pending", 0)
+
+
+def test_work_alone_runs_the_jobs_of_a_process_that_was_killed(
+    near: Queue, shared_redis: RedisServer, slow_folder: Path
+) -> None:
+    job = near.enqueue("slow", 0.5)
+    options = {"REDIS_URL": shared_redis.url, "TINYQUEUE_LEASE": "3"}
+    with running(slow_folder, **options) as web, begin_work(near, web, job):
+        os.kill(web.pid, signal.SIGKILL)
+    assert near.get(job.id).status == "processing"
+    with running(slow_folder, **options) as web, Wire(web.address) as wire:
+        until(lambda: not near.workers()[0]["alive"])
+        wire.send(WORK)
+        assert wire.answer().json["completed"] == 1
+    assert near.get(job.id).attempts == 2
+    assert near.workers() == []
+
+
+def test_work_of_a_process_that_was_frozen_meanwhile_settles_nothing(
+    near: Queue, shared_redis: RedisServer, slow_folder: Path
+) -> None:
+    job = near.enqueue("slow", 1.0)
+    options = {"REDIS_URL": shared_redis.url, "TINYQUEUE_LEASE": "3"}
+    with running(slow_folder, **options) as frozen, begin_work(near, frozen, job) as wire:
+        os.kill(frozen.pid, signal.SIGSTOP)
+        until(lambda: not near.workers()[0]["alive"])
+        (slow_folder / "other").mkdir()
+        (slow_folder / "other/handlers.py").write_text(SLOW)
+        with running(slow_folder / "other", **options) as web, Wire(web.address) as other:
+            other.send(WORK)
+            assert other.answer().json["completed"] == 1
+        os.kill(frozen.pid, signal.SIGCONT)
+        answer = wire.answer().json
+        assert (answer["completed"], answer["lost"]) == (0, 1)
+    assert near.get(job.id).attempts == 2
+    assert near.workers() == []
+
+
 # Bodies as other servers pass them on ---------------------------------------------------------------------------------
 
 JOB = b'{"type":"echo","payload":"\xc3\xa9"}'
@@ -320,3 +419,262 @@ def test_body_that_is_too_large_is_not_read_whole(api: Client, environ: dict[str
     answer = api.stream("/jobs", stream, **environ)
     assert (answer.status, answer.kind) == (413, "too-large")
     assert stream.tell() <= Settings().max_body + 1
+
+
+# AWS Lambda -----------------------------------------------------------------------------------------------------------
+
+LAMBDA = """
+import json, sys
+sys.path.insert(0, sys.argv[1])
+from lambda_function import lambda_handler
+
+class Context:
+    def get_remaining_time_in_millis(self):
+        return 8000
+
+for line in sys.stdin:
+    print(json.dumps(lambda_handler(json.loads(line), Context())), flush=True)
+"""
+ECHO = """
+from tinyqueue import handler
+
+@handler("echo")
+def echo(payload: object) -> object:
+    return payload
+"""
+KEY = "s3cr3t-s3cr3t-s3cr3t"
+SENT = {"Authorization": f"Bearer {KEY}", "Host": "api.example.com", "X-Forwarded-For": "203.0.113.9"}
+
+
+class Lambda:
+    """A function of AWS Lambda in another process, which answers one event at a time."""
+
+    def __init__(self, folder: Path, url: str) -> None:
+        (folder / "handlers.py").write_text(ECHO)
+        environ = {"PATH": os.environ["PATH"], "PYTHONPATH": str(REPOSITORY), "REDIS_URL": url}
+        environ |= {"TINYQUEUE_API_KEYS": f"ops:admin:{KEY}", "AWS_LAMBDA_FUNCTION_NAME": "tinyqueue"}
+        command = [sys.executable, "-c", LAMBDA, str(REPOSITORY / "deploy/lambda")]
+        self.process = subprocess.Popen(
+            command, cwd=folder, env=environ, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+
+    def invoke(self, event: dict[str, Any]) -> Any:
+        assert self.process.stdin
+        assert self.process.stdout
+        self.process.stdin.write(json.dumps(event) + "\n")
+        self.process.stdin.flush()
+        return json.loads(self.process.stdout.readline())
+
+    def end(self) -> None:
+        assert self.process.stdin
+        assert self.process.stdout
+        self.process.stdin.close()
+        self.process.stdout.close()
+        assert self.process.wait(20) == 0
+
+
+@pytest.fixture(scope="module")
+def function(shared_redis: RedisServer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lambda]:
+    pytest.importorskip("apig_wsgi")
+    made = Lambda(tmp_path_factory.mktemp("lambda"), shared_redis.url)
+    yield made
+    made.end()
+
+
+class Sent(NamedTuple):
+    """A request as the client sent it."""
+
+    method: str
+    path: str
+    query: str
+    headers: dict[str, str]
+    body: bytes | None
+    binary: bool  # whether the body is passed on in base64
+
+    def encoded(self) -> dict[str, Any]:
+        if self.body is None:
+            return {"body": None, "isBase64Encoded": False}
+        text = base64.b64encode(self.body).decode() if self.binary else self.body.decode()
+        return {"body": text, "isBase64Encoded": self.binary}
+
+
+def rest_api(sent: Sent) -> Any:
+    """An event of a REST API (API Gateway v1), or of an HTTP API with payload format 1.0."""
+    pairs = parse_qsl(sent.query, keep_blank_values=True)
+    return {
+        "resource": "/{proxy+}",
+        "path": sent.path,
+        "httpMethod": sent.method,
+        "headers": sent.headers or None,
+        "multiValueHeaders": {name: [value] for name, value in sent.headers.items()} or None,
+        "queryStringParameters": dict(pairs) or None,
+        "multiValueQueryStringParameters": {name: [v for n, v in pairs if n == name] for name, _ in pairs} or None,
+        "pathParameters": {"proxy": sent.path[1:]},
+        "stageVariables": None,
+        "requestContext": {
+            "resourcePath": "/{proxy+}",
+            "httpMethod": sent.method,
+            "path": f"/prod{sent.path}",
+            "stage": "prod",
+            "protocol": "HTTP/1.1",
+            "identity": {"sourceIp": "203.0.113.9", "userAgent": "curl/8"},
+        },
+        **sent.encoded(),
+    }
+
+
+def http_api(sent: Sent, stage: str = "prod") -> Any:
+    """An event of an HTTP API (payload format 2.0), whose path begins with a named stage."""
+    whole = sent.path if stage == "$default" else f"/{stage}{sent.path}"
+    return {
+        "version": "2.0",
+        "routeKey": "$default",
+        "rawPath": whole,
+        "rawQueryString": sent.query,
+        "headers": {name.lower(): value for name, value in sent.headers.items()},
+        "requestContext": {
+            "stage": stage,
+            "domainName": "id.execute-api.eu-central-1.amazonaws.com",
+            "http": {"method": sent.method, "path": whole, "protocol": "HTTP/1.1", "sourceIp": "203.0.113.9"},
+        },
+        **{name: value for name, value in sent.encoded().items() if value is not None},
+    }
+
+
+def function_url(sent: Sent) -> Any:
+    """An event of a function URL: payload format 2.0 without a stage."""
+    event = http_api(sent, stage="$default")
+    event["requestContext"] |= {"domainName": "id.lambda-url.eu-central-1.on.aws", "apiId": "id"}
+    return event
+
+
+def load_balancer(sent: Sent) -> Any:
+    """An event of an Application Load Balancer, which does not decode the query."""
+    return {
+        "requestContext": {"elb": {"targetGroupArn": "arn:aws:elasticloadbalancing:eu:1:targetgroup/x/1"}},
+        "httpMethod": sent.method,
+        "path": sent.path,
+        "queryStringParameters": dict(pair.split("=", 1) for pair in sent.query.split("&") if pair),
+        "headers": {name.lower(): value for name, value in sent.headers.items()},
+        **sent.encoded(),
+    }
+
+
+def load_balancer_multi(sent: Sent) -> Any:
+    """The same with multi-value headers, which a target group may have enabled."""
+    event = load_balancer(sent)
+    event["multiValueHeaders"] = {name: [value] for name, value in event.pop("headers").items()}
+    event["multiValueQueryStringParameters"] = {n: [v] for n, v in event.pop("queryStringParameters").items()}
+    return event
+
+
+SHAPES = [rest_api, http_api, function_url, load_balancer, load_balancer_multi]
+
+
+@pytest.fixture(params=SHAPES, ids=[shape.__name__ for shape in SHAPES])
+def call(request: pytest.FixtureRequest, function: Lambda) -> Callable[..., Answer]:
+    def call(method: str, path: str, body: bytes | None = None, binary: bool = False, **headers: str) -> Answer:
+        path, _, query = path.partition("?")
+        typed = {} if body is None else {"Content-Type": "application/json"}
+        answer = function.invoke(request.param(Sent(method, path, query, SENT | typed | headers, body, binary)))
+        many = answer.get("multiValueHeaders", {})
+        got = answer.get("headers", {}) | {name: value for name, [value] in many.items()}
+        assert not answer["isBase64Encoded"]
+        return Answer(answer["statusCode"], {k.lower(): v for k, v in got.items()}, answer["body"].encode())
+
+    return call
+
+
+@pytest.mark.parametrize("binary", [False, True])
+def test_lambda_accepts_and_shows_a_job(call: Any, near: Queue, binary: bool) -> None:
+    submitted = call("POST", "/jobs", JOB, binary=binary)
+    assert submitted.status == 201
+    shown = call("GET", f"/{submitted.headers['location']}")
+    assert (shown.status, shown.json["payload"], shown.headers["content-type"]) == (200, "é", "application/json")
+
+
+def test_lambda_reads_the_query(call: Any, near: Queue) -> None:
+    near.enqueue("echo", 1, queue="a")
+    near.enqueue("echo", 2, queue="b")
+    listed = call("GET", "/jobs?status=pending&queue=b&cursor=")
+    assert [job["queue"] for job in listed.json["jobs"]] == ["b"]
+    assert call("GET", "/jobs?type=a%2Bb%26c").json["jobs"] == []
+
+
+@pytest.mark.parametrize("path", ["/jobs/%20", "/jobs/%C3%A9", "/jobs/%2e%2e", "/jobs%2F", "/%ff", "/jobs/\u00e9"])
+def test_lambda_answers_404_to_an_encoded_path(call: Any, near: Queue, path: str) -> None:
+    answer = call("GET", path)
+    assert (answer.status, answer.kind) == (404, "not-found")
+
+
+def test_lambda_answers_a_problem_as_text(call: Any, near: Queue) -> None:
+    answer = call("POST", "/jobs", b"{")
+    assert (answer.status, answer.kind) == (400, "not-json")
+
+
+def test_lambda_serves_the_dashboard(call: Any) -> None:
+    answer = call("GET", "/")
+    assert answer.status == 200
+    assert answer.headers["content-type"] == "text/html; charset=utf-8"
+    assert answer.body.startswith(b"<!doctype html>")
+
+
+def test_lambda_refuses_a_request_without_a_key(call: Any, near: Queue) -> None:
+    assert call("GET", "/stats", Authorization="").status == 401
+
+
+def test_lambda_passes_on_request_ids_and_idempotency_keys(call: Any, near: Queue) -> None:
+    first = call("POST", "/jobs", JOB, **{"Idempotency-Key": "one", "X-Request-ID": "mine"})
+    again = call("POST", "/jobs", JOB, **{"Idempotency-Key": "one"})
+    assert (first.status, again.status, again.json["jobId"]) == (201, 200, first.json["jobId"])
+    assert first.headers["x-request-id"] == "mine"
+
+
+def test_lambda_lets_no_request_wait(call: Any, near: Queue) -> None:
+    answer = call("GET", f"/jobs/{near.enqueue('echo', 1).id}?wait=25")
+    assert (answer.status, answer.json["status"], answer.headers["retry-after"]) == (200, "pending", "1")
+
+
+def test_lambda_runs_jobs_at_a_request(call: Any, near: Queue) -> None:
+    near.enqueue_many("echo", range(5))
+    assert call("POST", "/work?seconds=5").json["completed"] == 5
+    assert near.workers() == []
+
+
+def test_lambda_runs_jobs_at_a_scheduled_event(function: Lambda, near: Queue) -> None:
+    near.enqueue_many("echo", range(5))
+    event = {
+        "version": "0",
+        "id": "53dc4d37-cffa-4f76-80c9-8b7d4a4d2eaa",
+        "detail-type": "Scheduled Event",
+        "source": "aws.events",
+        "account": "123456789012",
+        "time": "2026-01-01T00:00:00Z",
+        "region": "eu-central-1",
+        "resources": ["arn:aws:events:eu-central-1:123456789012:rule/tinyqueue"],
+        "detail": {},
+    }
+    assert function.invoke(event)["completed"] == 5
+    assert near.workers() == []
+
+
+# Vercel ---------------------------------------------------------------------------------------------------------------
+
+
+def test_vercel_answers_a_cron_job_as_a_request_that_runs_jobs(near: Queue, shared_redis: RedisServer) -> None:
+    module = runpy.run_path(str(REPOSITORY / "deploy/vercel/api/index.py"))
+    app = module["api"]
+    app.settings = Settings(redis_url=shared_redis.url, api_keys=f"cron:admin:{KEY}")
+    app._queue = near
+    near.enqueue("echo", 1)
+    client = Client(module["app"], KEY)
+    assert client.get("/cron?seconds=5").json["completed"] == 1
+    assert Client(module["app"]).get("/cron").status == 401
+    assert client.get("/work").status == 405
+
+
+def test_vercel_file_names_what_is_there() -> None:
+    folder = REPOSITORY / "deploy/vercel"
+    config = json.loads((folder / "vercel.json").read_text())
+    assert [(folder / name).exists() for name in config["functions"]] == [True]
+    assert [cron["path"] for cron in config["crons"]] == ["/cron"]
