@@ -1,11 +1,12 @@
 """TinyQueue: a job queue on Redis. This module holds all rules of the queue. Its contract:
 
 The promise
-    An accepted job runs at least once. It is never lost while Redis keeps its data. Apart from
-    retries and releases, it runs twice only if its outcome could not be saved: its worker died or
-    was cut off from Redis for longer than its lease, or a failover lost the write. The jobs of a
-    queue start first in, first out. A job that kills its worker runs out of attempts like any
-    other. Jobs that ran beside it get their attempts back, so they never fail because of it.
+    An accepted job runs at least once, unless it is cancelled or expires first. It is never lost
+    while Redis keeps its data. Apart from retries and releases, it runs twice only if its outcome
+    could not be saved: its worker died or was cut off from Redis for longer than its lease, or a
+    failover lost the write. The jobs of a queue start first in, first out. A job that kills its
+    worker runs out of attempts like any other. Jobs that ran beside it get their attempts back, so
+    they never fail because of it.
 
 States
                  enqueue                dequeue                complete
@@ -48,9 +49,19 @@ round trips however many jobs it moves. No Lua.
 
     dequeue is take, then start or expire. enqueue is written by submit, expire by start, and
     request by cancel. complete, fail and release are written by settle, many in one transaction.
-    exchange is settle and dequeue in three round trips: a busy worker does nothing else.
-    Every verb that fills a list rings its bell, and every verb keeps the counts and the metrics.
-    Whatever ends a job frees its uniqueKey and leaves a token for those who wait for it.
+    exchange is settle and dequeue in three round trips. A busy worker uses it instead of these
+    two, except with shards. Every verb that fills a list rings its bell, and every verb keeps the
+    counts and the metrics. Whatever ends a job frees its uniqueKey and leaves a token for those
+    who wait for it.
+
+    Lost replies. adopt finds the ids in a worker's list that the worker does not know. After a lost
+    reply, start neither starts nor drops an id: it may have done so already. Only one thread of a
+    worker at a time takes, adopts and starts, or an id would be started twice. A worker that was
+    reaped may wake up and take ids. take lists it as a worker again, so reap requeues them too.
+
+    A slot is a thread of a worker that runs one job at a time (in a cluster: Redis' hash slot). To
+    trim is to delete ended jobs that were kept long enough. A shard is one of several queues that
+    are used as one. doctor is the command that checks Redis and the settings.
 
 Keys. All share one hash tag, the namespace, and so one slot of a cluster.
 
@@ -63,16 +74,16 @@ Keys. All share one hash tag, the namespace, and so one slot of a cluster.
     {queue}:workers           set     every worker that may hold a job
     {queue}:worker:<worker>   string  its registration: the fence. Never expires
     {queue}:lease:<worker>    string  its last heartbeat and the ids that it runs. Expires
-    {queue}:once:<key>        string  an Idempotency-Key: request fingerprint and job ids. Expires.
-                                      Without ids: another shard has them
+    {queue}:once:<hash>       string  an Idempotency-Key, by its SHA-256: request fingerprint and
+                                      job ids. Expires. Without ids: another shard has them
     {queue}:unique:<key>      string  id of the pending or processing job with this uniqueKey
     {queue}:paused            set     names of the paused queues
     {queue}:minute:<n>        hash    started, waitedMs, completed, failed, cancelled in minute n
                                       since 1970. Expires after two hours
     {queue}:rate:<who>:<n>    string  requests of a client in rate window n. Expires
     {queue}:awaited           set     ids of the jobs whose end a caller waits for
-    {queue}:done:<id>         list    a token for those callers, or for a web process that waits for
-                                      jobs and gets another one. Expires after a minute
+    {queue}:done:<id>         list    a token that wakes those callers. A web process has an <id> of
+                                      its own, to be woken for more jobs. Expires after a minute
     {queue}:counts            hash    pending:<name> and processing:<name> now;
                                       completed, failed and cancelled ever
     {queue}:promoter          string  a lock that saves two promoters the same work. Expires
@@ -91,8 +102,10 @@ Three rules carry everything
     3. Waiting never holds work. An idle worker blocks on the bell, never on a list of jobs, so a
        lost reply loses no job.
 
-Keys, the job and transactions come first. Then the verbs follow the life of a job, up to upkeep.
-Reading, errors, shards, handlers and input checks come last.
+tinyqueue_job.py says what a job is: its errors, its record, its handlers and the checks of input.
+Here come first the bounds, the keys and transactions, and the verbs that are made of other verbs.
+Then the verbs of the queue follow the life of a job, up to upkeep. Reading, metrics and shards come
+last.
 `grep '# [A-Z].* ---' tinyqueue.py` prints the table of contents.
 """
 
@@ -100,7 +113,6 @@ from __future__ import annotations
 
 import hashlib
 import heapq
-import inspect
 import itertools
 import logging
 import math
@@ -110,22 +122,59 @@ import re
 import socket
 import threading
 import time
-import typing
 import zlib
 from abc import ABC, abstractmethod
 from bisect import bisect_left
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from contextlib import suppress
-from datetime import datetime
+from contextlib import contextmanager, suppress
 from functools import partial, reduce
-from typing import Any, Concatenate, Generic, Literal, NamedTuple, ParamSpec, TypeAlias, TypeVar, cast
+from typing import Any, Literal, NamedTuple, TypeAlias, TypeVar
 
 import msgspec
 import redis
 
-from tinyqueue_json import Mismatch, Preview, created_at, describe, encode, epoch_ms, is_number, new_id, parser, to_json
+from tinyqueue_job import (
+    ENDED as ENDED,
+    HANDLERS as HANDLERS,
+    ID as ID,
+    KEY_LENGTH as KEY_LENGTH,
+    MAX_ATTEMPTS as MAX_ATTEMPTS,
+    MAX_DELAY as MAX_DELAY,
+    NAME as NAME,
+    PRINTABLE as PRINTABLE,
+    STATUSES as STATUSES,
+    UNENDED as UNENDED,
+    Corrupted as Corrupted,
+    Discard as Discard,
+    Failure as Failure,
+    Handler as Handler,
+    InvalidJob as InvalidJob,
+    Job as Job,
+    KeyReused as KeyReused,
+    NotReplicated as NotReplicated,
+    QueueFull as QueueFull,
+    Reaped as Reaped,
+    Retry as Retry,
+    SettingsError as SettingsError,
+    Status as Status,
+    TimedOut as TimedOut,
+    TinyQueueError as TinyQueueError,
+    Unavailable as Unavailable,
+    UnknownType as UnknownType,
+    WrongStatus as WrongStatus,
+    attempt_in,
+    backoff as backoff,
+    check_name as check_name,
+    handler as handler,
+    is_delay as is_delay,
+    make_job as make_job,
+    read_job,
+    record_of,
+    translated,
+)
+from tinyqueue_json import Preview, created_at, encode
 from tinyqueue_redis import (
     Clock,
     Command,
@@ -133,7 +182,6 @@ from tinyqueue_redis import (
     Pool,
     ask,
     connect,
-    explain,
     pairs,
     read_replies,
     read_reply,
@@ -155,14 +203,12 @@ log = logging.getLogger("tinyqueue")
 MAX_JOBS = 1000  # jobs of one batch, which take some milliseconds of Redis' only thread
 MAX_QUEUES = 10_000  # with jobs: each adds a row to every report
 KEPT_QUEUES = 100  # without jobs: above this they are forgotten
-MAX_ATTEMPTS = 100
-MAX_DELAY = 366 * 86400  # seconds
 MAX_RESULT = 262144  # bytes of a result's JSON
 SUSPICIOUS = 2  # after this many lost workers that ran a job along with others, the job runs alone
 # Attempts that release refunds. Without a limit, a job longer than every shutdown timeout would
 # never end.
 MAX_REFUNDS = 10
-KEY_LENGTH = 200  # characters of a uniqueKey
+SAMPLED = 100  # due jobs that a count for scaling reads while no worker promotes them
 SCANNED = 1000  # jobs that one page of a listing or one bulk change looks at
 PAGE_BYTES = 32 << 20  # of the records that it looks at
 READ_BYTES = 1 << 20  # of the records that it reads with one command
@@ -178,9 +224,6 @@ CATCH_UP = 1000  # milliseconds that replicas have to receive a write
 PAUSE_AGE = 0.1  # seconds for which the known set of paused queues is used
 SERIES = 1000  # pairs of type and queue in the metrics: each adds some thirty lines to a scrape
 BUCKETS = (10, 50, 250, 1000, 5000, 15_000, 60_000, 300_000, 1_800_000, math.inf)  # ms
-NAME = re.compile(r"[A-Za-z0-9._-]{1,100}")  # of queues, types, workers: cannot spell another key
-PRINTABLE = re.compile(r"[^\x00-\x1f\x7f-\xa0\xad\u2028\u2029\ud800-\udfff]+")  # as in openapi.json
-ID = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-7[0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9a-f]{12}")
 
 # Keys -----------------------------------------------------------------------------------------------------------------
 
@@ -227,176 +270,12 @@ class Keys:
         return self._rate(f"{who}:{window}")
 
 
-# The job --------------------------------------------------------------------------------------------------------------
-
-Status = Literal["pending", "processing", "completed", "failed", "cancelled"]
-STATUSES: tuple[Status, ...] = typing.get_args(Status)
-UNENDED = STATUSES[:2]
-ENDED = STATUSES[2:]
-SHOWN = ("id", "type", "payload", "status", "attempts", "maxAttempts", "queue", "createdAt", "updatedAt")
-SHOWN_IF_SET = (
-    *("runAt", "startedAt", "endedAt", "worker", "progress", "expiresAt", "uniqueKey", "cancelRequested", "suspicions"),
-    *("requestId", "traceparent", "error"),
-)
-UNREADABLE = "UnreadableRecord"
-
-
-class Failure(msgspec.Struct, rename="camel", omit_defaults=True):
-    """Why an attempt failed. `of` shortens type, message and traceback."""
-
-    type: str
-    message: str
-    traceback: str = ""
-
-    @classmethod
-    def of(cls, error: BaseException, traceback: str = "") -> Failure:
-        """Describe an exception."""
-        return cls(*describe(error, traceback))
-
-
-class Job(msgspec.Struct, rename="camel", omit_defaults=True, dict=True):
-    """A job as it was when it was read. Times are in milliseconds of Redis TIME, 0 for never.
-
-    The fields are the record. It omits default values, so these are part of the storage format.
-    """
-
-    id: str
-    type: str
-    payload: Any
-    status: Status = "pending"
-    attempts: int = 0
-    max_attempts: int = 3
-    queue: str = "default"
-    run_at: int = 0
-    updated_at: int = 0
-    started_at: int = 0
-    ended_at: int = 0
-    worker: str = ""
-    progress: float = 0.0
-    refunds: int = 0
-    suspicions: int = 0
-    expires_at: int = 0
-    unique_key: str = ""
-    cancel_requested: bool = False
-    result: Any = None
-    error: Failure | None = None
-    request_id: str = ""
-    traceparent: str = ""
-
-    @property
-    def created_at(self) -> int:
-        """When it was enqueued."""
-        return created_at(self.id)
-
-    @property
-    def suspect(self) -> bool:
-        """Whether it must run alone: workers were lost while running it beside other jobs."""
-        return self.suspicions >= SUSPICIOUS
-
-    def view(self, payload: bytes) -> Job:
-        """Return a copy for the handler, with its payload in JSON decoded again.
-
-        What the handler does to it changes nothing stored: only `cancelled` and `set_progress`
-        reach the job itself.
-        """
-        error = msgspec.structs.replace(self.error) if self.error else None
-        view = msgspec.structs.replace(self, payload=msgspec.json.decode(payload), error=error)
-        view.__dict__["_own"] = self
-        return view
-
-    @property
-    def cancelled(self) -> bool:
-        """Whether this running job was asked to stop. If its handler raises, it ends cancelled."""
-        own: Job = self.__dict__.get("_own", self)
-        return own.cancel_requested
-
-    def set_progress(self, done: float, of: float = 1.0) -> None:
-        """Report from within a handler that `done` of `of` is done.
-
-        Writes to Redis at most once a second; the last value is stored with the outcome. Raises
-        Reaped if the worker has lost the job.
-        """
-        own: Job = self.__dict__.get("_own", self)
-        own.progress = self.progress = round(float(min(1.0, max(0.0, done / of))), 4) if of else 1.0
-        now = time.monotonic()
-        if now - own.__dict__.get("_progress_written", -1.0) >= 1.0 and (queue := own.__dict__.get("_queue")):
-            own.__dict__["_progress_written"] = now
-            with shield(), suppress(Unavailable):  # an attempt must not fail because of its progress
-                queue.write_progress(own)
-
-    def place(self) -> tuple[int, str]:
-        """Its place in a listing: by when it ended, or was created if it has not ended."""
-        return self.ended_at if self.status in ENDED else self.created_at, self.id
-
-    def log_fields(self) -> dict[str, Any]:
-        """The fields of every log line about the job."""
-        fields: dict[str, Any] = {"job": self.id, "type": self.type, "queue": self.queue}
-        fields |= {"attempt": self.attempts, "worker": self.worker}
-        origin = {"requestId": self.request_id, "traceparent": self.traceparent}
-        return fields | {name: value for name, value in origin.items() if value}
-
-    def answer(self) -> dict[str, Any]:
-        """The job as clients see it: the fields in SHOWN, and the others if they are set."""
-        fields = dict(zip(self.__struct_encode_fields__, msgspec.structs.astuple(self), strict=True))
-        fields |= {"createdAt": self.created_at, "updatedAt": self.updated_at or self.created_at}
-        set_now = [name for name in SHOWN_IF_SET if fields[name]] + ["result"] * (self.status == "completed")
-        return {name: fields[name] for name in (*SHOWN, *set_now)}
-
-
-class Attempt(msgspec.Struct, rename="camel"):
-    """The part of a record that identifies an attempt. It is cheap to decode."""
-
-    status: str = "pending"
-    worker: str = ""
-    attempts: int = 0
-    refunds: int = 0
-    started_at: int = 0
-    cancel_requested: bool = False
-
-
-_decode_job = msgspec.json.Decoder(Job).decode
-_decode_attempt = msgspec.json.Decoder(Attempt).decode
-_ID_PART = len('{"id":"') + 36 + len('",')  # how an encoded job begins; a record leaves this out
-
-
-def _record(job: Job) -> bytes:
-    return b"{" + encode(job)[_ID_PART:]
-
-
-def _job(id: str, record: bytes, decode: Callable[[bytes], Job] = _decode_job) -> Job:
-    """Read a record. An unreadable one becomes a failed job that shows it, so no reader crashes."""
-    try:
-        job = decode(b'{"id":"%b",%b' % (id.encode(), record[1:]))
-        if job.id != id:
-            raise msgspec.DecodeError("a record must not hold an id")
-        return job
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        text = record[:10_000].decode("utf-8", "backslashreplace")
-        return Job(id, "unreadable", text, status="failed", error=Failure(UNREADABLE, str(error)))
-
-
-def _expired(job: Job, now: int) -> bool:
-    return bool(job.expires_at) and not job.started_at and job.expires_at <= now
-
-
-def _waited(job: Job, now: int) -> int:
-    """Milliseconds since a pending job could start; release, fail and retry have updated it."""
-    return max(0, now - max(job.created_at, job.run_at, job.updated_at))
-
-
-def _attempt(job: Job) -> tuple[str, int, int, int]:
-    """What tells one attempt from all others; a retry resets the number of attempts."""
-    return job.worker, job.attempts, job.refunds, job.started_at
-
-
-def _runs(job: Job, worker: str) -> bool:
-    return job.status == "processing" and job.worker == worker
-
-
 # Transactions ---------------------------------------------------------------------------------------------------------
 
 R = TypeVar("R")
+S = TypeVar("S")
 T = TypeVar("T")
+Records = dict[str, bytes | None]  # by id
 Push = Literal["LPUSH", "RPUSH"]  # behind all other jobs of a queue, or before them
 
 
@@ -450,6 +329,8 @@ class Transaction:
 
         Returns the result of the work, and the values.
         """
+        if not keys:
+            return work(), []
         send(self._connection, [("WATCH", *keys), ("MGET", *keys)])
         try:
             done = work()
@@ -526,7 +407,7 @@ class Store:
     """The Redis of one queue: connections, keys, clock, the transaction loop and the metrics."""
 
     def __init__(self, pool: Any, namespace: str) -> None:
-        self.connections = Connections(pool, harmless=TinyQueueError, translate=_translated)
+        self.connections = Connections(pool, harmless=TinyQueueError, translate=translated)
         self.lend = self.connections.lend
         self.memory = self.connections.memory
         self.keys = Keys(namespace)
@@ -541,7 +422,7 @@ class Store:
         """
         return self.transact((), lambda tx: tx.read(*commands), counts=False)
 
-    # The transaction loop. Skip it on a first reading: a body reads, then writes; it is repeated
+    # The transaction loop. Skip it on a first reading. A body reads, then writes, and is repeated
     # until no watched key has changed.
     def transact(
         self, watch: Sequence[str], body: Callable[[Transaction], R], again: bool = False, counts: bool = True
@@ -554,7 +435,7 @@ class Store:
         second EXEC safe then, so without a watch this raises Unavailable.
         """
         if counts and not self._series_known:
-            self._learn_series()
+            _learn_series(self)
         late = False
         for _ in range(TRIES):
             sent = False
@@ -602,22 +483,11 @@ class Store:
             raise NotReplicated(result, reached, tx.replicas)
         return done
 
-    def _learn_series(self) -> None:
-        self._series_known = True  # at once, so that other threads do not read them too
-        try:
-            found = self.read(("SMEMBERS", self.keys.series))[0]
-        except Unavailable as trouble:
-            self._series_known = False
-            if trouble.reason == "timeout":  # the transaction would only wait as long again
-                raise
-        else:
-            self._series |= set(map(text_of, found))
-
 
 def _checked(replies: list[Any]) -> list[Any]:
     """Return the replies to EXEC, or raise the first error. The other commands were applied."""
     if errors := [reply for reply in replies if isinstance(reply, Exception)]:
-        error = _translated(errors[0])
+        error = translated(errors[0])
         if isinstance(error, Corrupted):
             error = Corrupted(f"{error}; everything else of this transaction was applied")
             error.applied = True
@@ -625,15 +495,9 @@ def _checked(replies: list[Any]) -> list[Any]:
     return replies
 
 
-def _read_count(value: bytes | None) -> int:
-    """Read a count, which is 0 until something was counted."""
-    try:
-        return int(value or 0)
-    except ValueError:
-        raise Corrupted(f"expected a count, found {value!r}") from None
+# Verbs ----------------------------------------------------------------------------------------------------------------
 
-
-# Transitions of jobs --------------------------------------------------------------------------------------------------
+Held = Mapping[str, Job] | None  # the jobs that a worker has started and not settled, by id
 
 
 class Once(msgspec.Struct):
@@ -642,23 +506,6 @@ class Once(msgspec.Struct):
     key: str
     fingerprint: str
     replayed: bool = False
-
-
-class Made(msgspec.Struct):
-    """What the key once:<key> holds: the fingerprint of the first submit, and the jobs it made."""
-
-    fingerprint: str
-    ids: list[str]
-
-
-KEY_REUSED = "this Idempotency-Key was used for another request"
-
-
-def _made(stored: bytes) -> Made:
-    try:
-        return msgspec.json.decode(stored, type=Made)
-    except msgspec.DecodeError as error:
-        raise Corrupted(f"the record of an Idempotency-Key cannot be read: {error}") from None
 
 
 class Outcome(NamedTuple):
@@ -671,8 +518,136 @@ class Outcome(NamedTuple):
     after: float | None = None
 
 
-class Transitions:
-    """What Queue does to the jobs of its namespace: all transitions, the upkeep and the reading."""
+class Verbs(ABC):
+    """The verbs that need nothing but other verbs. `parts` are the shards, or the queue itself."""
+
+    parts: list[Queue]
+
+    @abstractmethod
+    def now(self) -> int: ...
+    @abstractmethod
+    def part_of(self, id: str) -> Queue: ...
+    @abstractmethod
+    def submit(self, jobs: Sequence[Job], once: Once | None = None) -> list[Job]: ...
+    @abstractmethod
+    def take(self, worker: str, names: Sequence[str], most: int) -> list[bytes]: ...
+    @abstractmethod
+    def adopt(self, worker: str, held: Collection[str]) -> list[bytes]: ...
+    @abstractmethod
+    def start(self, worker: str, ids: Sequence[bytes]) -> list[Job]: ...
+    @abstractmethod
+    def settle(self, worker: str, outcomes: Sequence[Outcome]) -> list[Outcome]: ...
+    @abstractmethod
+    def cancel(self, id: str) -> Job | None: ...
+    @abstractmethod
+    def retry(self, id: str) -> Job | None: ...
+    @abstractmethod
+    def page(self, filter: Filter, *, limit: int, cursor: str, cut: int | None) -> tuple[list[Job], str]: ...
+    @abstractmethod
+    def forget(self, status: str, ids: Sequence[bytes]) -> int: ...
+
+    @property
+    def last_contact(self) -> float:
+        """When Redis last carried out a command, in monotonic seconds. With shards: any of them."""
+        return max(part.store.connections.last_contact for part in self.parts)
+
+    @property
+    def memory_use(self) -> float:
+        """The share of maxmemory that Redis uses, or 0 without a limit; of shards the highest."""
+        return max(part.store.connections.memory_use for part in self.parts)
+
+    @property
+    def last_trouble(self) -> float:
+        """When Redis last failed to carry out a command."""
+        return max(part.store.connections.last_trouble for part in self.parts)
+
+    def disconnect(self) -> None:
+        """Close all connections. Do this before a fork: each process must open its own."""
+        for part in self.parts:
+            part.store.connections.disconnect()
+
+    def draft(self, type: str, payload: Any, **options: Any) -> Job:
+        """Check and make a job without storing it. Options as for `make_job`."""
+        return make_job(self.now(), type, payload, **options)
+
+    def enqueue(self, type: str, payload: Any, **options: Any) -> Job:
+        """Check and store one job. Options as for `make_job`, errors as for `submit`."""
+        return self.submit([self.draft(type, payload, **options)])[0]
+
+    def enqueue_many(self, type: str, payloads: Iterable[Any], **options: Any) -> list[Job]:
+        """Check and store up to 1,000 jobs of one type, all or none."""
+        return self.submit([self.draft(type, payload, **options) for payload in payloads])
+
+    def dequeue(self, worker: str, names: Sequence[str], most: int = 1) -> list[Job]:
+        """Take and start up to `most` jobs. Return an empty list if there are none."""
+        ids = self.take(worker, names, most)
+        jobs = self.start(worker, ids) if ids else []
+        if left := {job.id.encode() for job in jobs if job.status == "pending" and not is_suspect(job)}:
+            jobs += self.start(worker, [id for id in self.adopt(worker, ()) if id in left])
+        return [job for job in jobs if job.status == "processing"]
+
+    def complete(self, job: Job, result: Any = None) -> None:
+        """Complete a started job with its result. Raises Reaped if its worker has lost it."""
+        self._settle_one(Outcome(job, "complete", result=result))
+
+    def fail(self, job: Job, error: Failure, after: float | None = None) -> None:
+        """Fail an attempt. The next starts `after` seconds later, if any is left; None: never."""
+        self._settle_one(Outcome(job, "fail", error=error, after=after))
+
+    def release(self, job: Job) -> None:
+        """Requeue a started job at the head of its queue. Refunds up to MAX_REFUNDS attempts."""
+        self._settle_one(Outcome(job, "release"))
+
+    def reap_in(self, parts: Sequence[Queue], worker: str) -> int:
+        """Reap a worker in some of the shards. Returns how many of its jobs were requeued or ended.
+
+        Jobs in different shards count as run beside each other. So does whatever it may have run in
+        a shard that is away. The other shards are reaped even if one fails.
+        """
+        ran: dict[Queue, int] = {}
+        for part in self.parts:
+            with suppress(Unavailable):
+                ran[part] = part.running(worker)
+        beside = sum(ran.values()) + len(self.parts) - len(ran)
+        return sum(_try_each(parts, lambda part: part.reap(worker, beside - ran.get(part, 1))))
+
+    def _settle_one(self, outcome: Outcome) -> None:
+        if self.settle(outcome.job.worker, [outcome]):
+            raise Reaped(f"job {outcome.job.id} is no longer with worker {outcome.job.worker}")
+
+    def change_many(self, verb: Literal["cancel", "retry"], filter: Filter, cursor: str = "") -> dict[str, Any]:
+        """Look at up to 1,000 jobs and cancel or retry those that match.
+
+        Continue with the returned cursor. Each job is changed in its own transaction. Those whose
+        status changed meanwhile are counted as skipped.
+        """
+        jobs, cursor = self.page(filter, limit=SCANNED, cursor=cursor, cut=0)
+        change = self.cancel if verb == "cancel" else self.retry
+        done = 0
+        for job in jobs:
+            with suppress(WrongStatus):
+                done += change(job.id) is not None
+        return {"cancelled" if verb == "cancel" else "retried": done, "skipped": len(jobs) - done, "cursor": cursor}
+
+    def purge(self, filter: Filter, cursor: str = "") -> dict[str, Any]:
+        """Look at up to 1,000 ended jobs and delete those that match.
+
+        Continue with the returned cursor.
+        """
+        if filter.status not in ENDED:
+            raise InvalidJob("status", f"must be one of {', '.join(ENDED)}: other jobs have not ended")
+        jobs, cursor = self.page(filter, limit=SCANNED, cursor=cursor, cut=0)
+        return {"purged": self.forget(filter.status, [job.id.encode() for job in jobs]), "cursor": cursor}
+
+
+# The queue ------------------------------------------------------------------------------------------------------------
+
+
+class Queue(Verbs):
+    """A queue in one namespace.
+
+    Threads may share it. Forked processes may too, if it was not used before the fork.
+    """
 
     def __init__(
         self,
@@ -689,7 +664,7 @@ class Transitions:
         self.store = Store(pool, check_name("namespace", namespace))
         self.pool = pool
         self.keys = self.store.keys
-        self.parts = [cast(Queue, self)]  # the queues that this one consists of: itself
+        self.parts = [self]  # the queues that this one consists of: itself
         self.lease = lease
         self.lease_ms = int(lease * 1000)
         kept = {"completed": keep_completed, "failed": keep_failed, "cancelled": keep_failed}
@@ -702,6 +677,28 @@ class Transitions:
         self._leases: dict[str, tuple[bytes | None, float]] = {}  # as last seen, and since when
         self._lost: dict[str, bytes | None] = {}  # those that were seen unchanged for too long
         self._writers = threading.BoundedSemaphore(WRITERS)
+
+    @classmethod
+    def from_url(
+        cls, url: str, *, namespace: str = "queue", connections: int = 100, tls_verify: bool = True, **options: Any
+    ) -> Queue:
+        """Make a queue at a redis, rediss, unix or redis+sentinel URL. Connects on first use."""
+        try:
+            pool = connect(url, tag=namespace, connections=connections, tls_verify=tls_verify)
+        except ValueError as error:
+            raise SettingsError(str(error)) from None
+        return cls(pool, namespace=namespace, **options)
+
+    @classmethod
+    def embedded(cls, **options: Any) -> Queue:
+        """Make a queue on a Redis in this process, for tests and a first run. Persists nothing."""
+        import fakeredis  # slow to import
+
+        return cls(fakeredis.FakeRedis(server=fakeredis.FakeServer(), protocol=2).connection_pool, **options)
+
+    def part_of(self, id: str) -> Queue:
+        """Return the queue that has the job of that id: this one."""
+        return self
 
     @property
     def clock(self) -> Clock:
@@ -723,9 +720,9 @@ class Transitions:
         nothing -> pending. In place of a job whose uniqueKey is taken, returns the job that has it.
         With `once`, a second submit under the same key returns the jobs of the first. Watches the
         keys of `once` and of uniqueKeys; ids are new and need no watch. After a lost reply, the ids
-        or `once` show whether all is stored. If the first EXEC still arrives late, the jobs
-        are safe, but counted twice until a worker repairs the counts. Raises InvalidJob for more
-        than MAX_JOBS, KeyReused, QueueFull, Unavailable if Redis' memory is nearly used up, and
+        or `once` show whether all is stored. If the first EXEC still arrives late, the jobs are
+        safe, but counted twice until a worker repairs the counts. Raises KeyReused, QueueFull,
+        InvalidJob for more than MAX_JOBS jobs, Unavailable if Redis' memory is nearly used up, and
         NotReplicated if the jobs are stored but fewer than `min_replicas` replicas have them within
         a second. `elsewhere` counts the pending jobs of each queue in other shards.
         """
@@ -749,7 +746,7 @@ class Transitions:
             if new:
                 self._check_room(tx, Counter(job.queue for job in new), elsewhere or {})
                 # NX, because an EXEC that arrives late must not reset a job that ran meanwhile.
-                tx.write("MSETNX", *(part for job in new for part in (self.keys.job(job.id), _record(job))))
+                tx.write("MSETNX", *(part for job in new for part in (self.keys.job(job.id), record_of(job))))
             for job in new:
                 self._add_to_queue(tx, job)
                 tx.measure("enqueued", job)
@@ -769,7 +766,7 @@ class Transitions:
         once.replayed = not drafts.keys() & made.ids  # else this submit made them, but got no reply
         records = tx.read(("MGET", *map(self.keys.job, made.ids)))[0] if jobs else []
         found = (
-            _job(id, record) if record else msgspec.structs.replace(job, id=id)
+            read_job(id, record) if record else msgspec.structs.replace(job, id=id)
             for id, record, job in zip(made.ids, records, jobs, strict=True)
         )
         return [drafts.get(job.id, job) for job in found]
@@ -785,7 +782,7 @@ class Transitions:
         records = tx.read(("MGET", *map(self.keys.job, named.values())))[0] if named else []
         holders: dict[str, Job] = {}
         for (key, id), record in zip(named.items(), records, strict=True):
-            job = _job(id, record) if record else None
+            job = read_job(id, record) if record else None
             if job and job.status in UNENDED and job.unique_key == key:
                 holders[key] = job
         accepted = [holders.setdefault(job.unique_key, job) if job.unique_key else job for job in jobs]
@@ -822,7 +819,7 @@ class Transitions:
     def register(self, queues: Sequence[str], concurrency: int, worker: str = "") -> str:
         """Register a new worker and return its id. It must renew its lease with heartbeats."""
         worker = worker or _new_worker_id()
-        about = {"host": _host(), "pid": os.getpid(), "queues": list(queues), "concurrency": concurrency}
+        about = {"host": host_name(), "pid": os.getpid(), "queues": list(queues), "concurrency": concurrency}
         about["startedAt"] = self.now()
 
         def body(tx: Transaction) -> str:
@@ -878,12 +875,10 @@ class Transitions:
     def _moves(self, worker: str, name: str, most: int) -> list[Command]:
         """Return the transaction that takes ids from one queue."""
         move = ("RPOPLPUSH", self.keys.jobs(name), self.keys.proc(worker))
-        around = ("SADD", self.keys.workers, worker), ("SMEMBERS", self.keys.paused)
-        return [("MULTI",), *around, *[move] * most, ("EXEC",)]
+        first = ("SADD", self.keys.workers, worker), ("SMEMBERS", self.keys.paused)
+        return [("MULTI",), *first, *[move] * most, ("EXEC",)]
 
-    def start(
-        self, worker: str, ids: Sequence[bytes], held: Mapping[str, Job] | None = None, others: int = 0
-    ) -> list[Job]:
+    def start(self, worker: str, ids: Sequence[bytes], held: Held = None, others: int = 0) -> list[Job]:
         """Start an attempt for every taken id whose job is pending and due. Drop the other ids.
 
         pending -> processing; an expired job -> failed. Watches the registration and the records.
@@ -895,42 +890,34 @@ class Transitions:
         as they are, and `adopt` finds those that are still in the list. `others` counts the ids
         started at the same time in other shards. Raises Reaped if the worker is not registered.
         """
-        named = _named(ids)
-        keys = list(map(self.keys.job, named))
+        records: Records = dict.fromkeys(_named(ids))
+        keys = list(map(self.keys.job, records))
         company = bool(held) or len(ids) + others > 1
-        gone: list[str] = []
 
         def body(tx: Transaction) -> list[Job]:
             [found] = self._read_fenced(tx, worker, keys)
-            records = dict(zip(named, found, strict=True))
-            gone[:] = [id for id, record in records.items() if record is None]
+            records.update(zip(records, found, strict=True))
             return self._start(tx, worker, ids, records, held=held, company=company)
 
         started = self.store.transact([self.keys.worker(worker), *keys], body)
-        return self._after_start(started, ids, named, gone)
+        return self._after_start(started, ids, records)
 
     def _start(
-        self,
-        tx: Transaction,
-        worker: str,
-        ids: Sequence[bytes],
-        records: dict[str, bytes | None],
-        *,
-        held: Mapping[str, Job] | None,
-        company: bool,
+        self, tx: Transaction, worker: str, ids: Sequence[bytes], records: Records, *, held: Held, company: bool
     ) -> list[Job]:
         started: list[Job] = []
         changed: list[Any] = []
+        unread = records.copy()
         for entry in ids:
             id = text_of(entry)
-            record = records.pop(id, None)  # a second entry of one id finds none and is dropped
-            job = _job(id, record) if record is not None else None
+            record = unread.pop(id, None)  # a second entry of one id finds none and is dropped
+            job = read_job(id, record) if record is not None else None
             if job and self._stays(job, worker, held, company, tx.again):
                 started.append(job)
             elif tx.again:
                 continue
-            elif job and job.status == "pending" and not _expired(job, tx.now) and job.run_at <= tx.now:
-                changed += [self.keys.job(id), _record(self._begin(tx, job, worker))]
+            elif job and job.status == "pending" and not job.has_expired(tx.now) and job.run_at <= tx.now:
+                changed += [self.keys.job(id), record_of(self._begin(tx, job, worker))]
                 started.append(job)
             else:
                 tx.write("LREM", self.keys.proc(worker), 1, entry)
@@ -939,30 +926,23 @@ class Transitions:
             tx.write("MSET", *changed)
         return started
 
-    def _after_start(
-        self, jobs: list[Job], ids: Sequence[bytes], named: Sequence[str], gone: Sequence[str]
-    ) -> list[Job]:
+    def _after_start(self, jobs: list[Job], ids: Sequence[bytes], records: Records) -> list[Job]:
         """Report the taken ids that no job has, and let the handlers of the jobs write progress."""
-        if len(named) < len(set(ids)):
-            log.warning("dropped %d entries of a queue that are not job ids", len(set(ids)) - len(named))
-        _warn_of_gone(gone)
+        if len(records) < len(set(ids)):
+            log.warning("dropped %d entries of a queue that are not job ids", len(set(ids)) - len(records))
+        _warn_of_gone([id for id, record in records.items() if record is None])
         for job in jobs:
             job.__dict__["_queue"] = self
         return jobs
 
     def _read_fenced(
-        self,
-        tx: Transaction,
-        worker: str,
-        record_keys: Sequence[str],
-        *more: Command,
-        before: Sequence[Command] = (),
+        self, tx: Transaction, worker: str, keys: Sequence[str], *more: Command, before: Sequence[Command] = ()
     ) -> list[Any]:
         """Return the replies to `more`, the records, and the reply to `before` if that is given.
 
         Raises Reaped without a registration.
         """
-        records = [("MGET", *record_keys)] if record_keys else []
+        records = [("MGET", *keys)] if keys else []
         registered, *replies = tx.read(("EXISTS", self.keys.worker(worker)), *more, *records, before=before)
         if not registered:
             raise Reaped(f"worker {worker} was reaped")
@@ -970,16 +950,20 @@ class Transitions:
             replies.insert(len(more), [])
         return replies
 
-    def _stays(self, job: Job, worker: str, held: Mapping[str, Job] | None, company: bool, again: bool) -> bool:
-        """Whether to return a taken job as it is: a suspect in company, or one started before."""
+    def _stays(self, job: Job, worker: str, held: Held, company: bool, again: bool) -> bool:
+        """Whether to return a taken job as it is.
+
+        That is a suspect in company, a job whose start lost its reply, and after a lost reply any
+        pending job.
+        """
         if job.status == "pending":
-            return again or (job.suspect and company)
+            return again or (is_suspect(job) and company)
         ours = held.get(job.id) if held else None
-        reply_lost = again if held is None else ours is None or _attempt(ours) != _attempt(job)
-        return _runs(job, worker) and reply_lost
+        reply_lost = again if held is None else ours is None or not job.same_attempt(ours)
+        return job.runs_on(worker) and reply_lost
 
     def _begin(self, tx: Transaction, job: Job, worker: str) -> Job:
-        tx.count_start(job, _waited(job, tx.now))
+        tx.count_start(job, job.waited(tx.now))
         job.status = "processing"
         job.worker = worker
         job.attempts += 1
@@ -992,7 +976,7 @@ class Transitions:
 
     def _drop(self, tx: Transaction, job: Job | None) -> None:
         """Handle the job of a taken id that is dropped: fail it if it has expired."""
-        if job and job.status == "pending" and _expired(job, tx.now):
+        if job and job.status == "pending" and job.has_expired(tx.now):
             job.error = Failure("Expired", "expired before it was started")
             tx.count("pending:" + job.queue, -1)
             self._end(tx, job, "failed")
@@ -1003,23 +987,18 @@ class Transitions:
         """Handle a job whose entry is dropped: delay it if it is pending, fail it if unreadable."""
         if job and job.status == "pending":
             tx.gather("ZADD", self.keys.delayed, job.run_at, job.id)
-        elif job and job.error and job.error.type == UNREADABLE:
+        elif job and job.unreadable:
             self._end(tx, msgspec.structs.replace(job), "failed")
 
     def adopt(self, worker: str, held: Collection[str]) -> list[bytes]:
         """Return the ids in the worker's own list that are not in `held`, to be started.
 
-        The reply that brought them was lost. Read `held` first, and call this only from the thread
-        that takes: an id whose reply is on its way to another thread would be started twice.
+        The reply that brought them was lost. Read `held` first, and call this only while no other
+        thread takes or starts jobs: an id whose reply is on its way to another thread would be
+        started twice.
         """
         known = Counter(id.encode() for id in held)
         return list((Counter(self.store.read(("LRANGE", self.keys.proc(worker), 0, -1))[0]) - known).elements())
-
-    def discard(self, worker: str, entries: Sequence[bytes]) -> None:
-        """Drop entries of the worker's own list that cannot name a job of this queue."""
-        shown = ", ".join(text_of(entry)[:50] for entry in entries[:3])
-        log.warning("dropped %d entries of a list that name no job of this shard: %s", len(entries), ascii(shown))
-        self.store.read(*(("LREM", self.keys.proc(worker), 1, entry) for entry in entries))
 
     # Settle -----------------------------------------------------------------------------------------------------------
 
@@ -1047,7 +1026,7 @@ class Transitions:
         lost = []
         # Backwards, because released jobs go to the head of their queue: the first goes last.
         for outcome, record in zip(reversed(outcomes), reversed(records), strict=True):
-            if attempt := self._same_attempt(outcome.job, record):
+            if attempt := attempt_in(record, outcome.job):
                 tx.write("LREM", self.keys.proc(worker), -1, outcome.job.id)
                 self._write_outcome(tx, outcome, attempt.cancel_requested)
             else:
@@ -1069,13 +1048,13 @@ class Transitions:
         keys = [self.keys.job(outcome.job.id) for outcome in outcomes]
         untried = self._not_paused(names) if most else []
         ids: list[bytes] = []  # those that an earlier try took stay taken
-        named: list[str] = []
-        gone: list[str] = []
+        taken: Records = {}
 
         def read(tx: Transaction) -> tuple[list[bytes], list[bytes | None]]:
-            take = self._moves(worker, untried.pop(0), most - len(ids)) if untried and len(ids) < most else []
-            awaited, records, *taken = self._read_fenced(tx, worker, keys, ("SMEMBERS", self.keys.awaited), before=take)
-            for added, paused, *moved in taken:
+            take = self._moves(worker, untried[0], most - len(ids)) if untried and len(ids) < most else []
+            awaited, records, *moves = self._read_fenced(tx, worker, keys, ("SMEMBERS", self.keys.awaited), before=take)
+            for added, paused, *moved in moves:
+                del untried[0]  # not before, because a node of a cluster may have redirected this
                 _checked([added])
                 self._note_paused(paused)
                 ids.extend(id for id in moved if isinstance(id, bytes))  # an error is left to `take`
@@ -1087,25 +1066,13 @@ class Transitions:
                 awaited, records = read(tx)
             tx.awaited = set(awaited)
             settle = partial(self._settle, tx, worker, outcomes, records)
-            named[:] = _named(ids)
-            if not named:
-                return settle(), self._start(tx, worker, ids, {}, held=held, company=True)
-            lost, found = tx.read_watched(list(map(self.keys.job, named)), settle)
-            taken = dict(zip(named, found, strict=True))
-            gone[:] = [id for id, record in taken.items() if record is None]
+            taken.update(dict.fromkeys(_named(ids)))
+            lost, found = tx.read_watched(list(map(self.keys.job, taken)), settle)
+            taken.update(zip(taken, found, strict=True))
             return lost, self._start(tx, worker, ids, taken, held=held, company=True)
 
         lost, started = self.store.transact([self.keys.worker(worker), *keys], body)
-        return lost, self._after_start(started, ids, named, gone)
-
-    def _same_attempt(self, job: Job, record: bytes | None) -> Attempt | None:
-        """Return the attempt in the record if it is still the one that the worker holds."""
-        try:
-            stored = _decode_attempt(record or b"{}")
-        except (msgspec.DecodeError, RecursionError):
-            return None
-        ours = Attempt("processing", job.worker, job.attempts, job.refunds, job.started_at, stored.cancel_requested)
-        return stored if stored == ours else None
+        return lost, self._after_start(started, ids, taken)
 
     def _write_outcome(self, tx: Transaction, outcome: Outcome, cancel_requested: bool) -> None:
         job = msgspec.structs.replace(outcome.job, updated_at=max(tx.now, outcome.job.started_at))
@@ -1145,11 +1112,11 @@ class Transitions:
 
         def body(tx: Transaction) -> None:
             [[record]] = self._read_fenced(tx, job.worker, [key])
-            attempt = self._same_attempt(job, record)
+            attempt = attempt_in(record, job)
             if attempt is None:
                 raise Reaped(f"job {job.id} is no longer with worker {job.worker}")
             job.cancel_requested = attempt.cancel_requested
-            tx.write("SET", key, _record(msgspec.structs.replace(job, updated_at=max(tx.now, job.started_at))))
+            tx.write("SET", key, record_of(msgspec.structs.replace(job, updated_at=max(tx.now, job.started_at))))
 
         with self._writers:
             self.store.transact([self.keys.worker(job.worker), key], body)
@@ -1166,7 +1133,7 @@ class Transitions:
         job.status = status
         job.worker = ""
         job.ended_at = job.updated_at = max(tx.now, job.updated_at)
-        tx.write("SET", self.keys.job(job.id), _record(job), "PX", self.keep_ms[status])
+        tx.write("SET", self.keys.job(job.id), record_of(job), "PX", self.keep_ms[status])
         tx.gather("ZADD", self.keys.ended[status], job.ended_at, job.id)
         tx.count_end(job)
         if job.unique_key:
@@ -1182,7 +1149,7 @@ class Transitions:
         job.status = "pending"
         job.worker = ""
         job.run_at = run_at
-        tx.write("SET", self.keys.job(job.id), _record(job))
+        tx.write("SET", self.keys.job(job.id), record_of(job))
         self._add_to_queue(tx, job, push)
 
     def _requeue_or_fail(self, tx: Transaction, job: Job, reason: str, beside: bool = False) -> None:
@@ -1224,7 +1191,7 @@ class Transitions:
                     why = "it is processing, and its handler takes no Job to read the request"
                     raise WrongStatus("cancel", job, why)
                 job.cancel_requested = True
-                tx.write("SET", self.keys.job(id), _record(job))
+                tx.write("SET", self.keys.job(id), record_of(job))
                 return
             if job.status != "pending":
                 raise WrongStatus("cancel", job)
@@ -1268,7 +1235,7 @@ class Transitions:
             record = tx.read(("GET", self.keys.job(id)))[0]
             if record is None:
                 return None
-            job = _job(id, record)
+            job = read_job(id, record)
             body(tx, job)
             return job
 
@@ -1348,19 +1315,20 @@ class Transitions:
         records = tx.read(*([("WATCH", *keys)] if watch else []), ("MGET", *keys))[-1] if ids else []
         if watch:
             _warn_of_gone([id for id, record in zip(ids, records, strict=True) if record is None])
-        return (_job(id, record) for id, record in zip(ids, records, strict=True) if record is not None)
+        return (read_job(id, record) for id, record in zip(ids, records, strict=True) if record is not None)
 
     def _known_workers(self) -> list[str]:
         """Return every worker that may hold a job. Skip what cannot be the name of a worker."""
         return sorted(filter(NAME.fullmatch, map(text_of, self.store.read(("SMEMBERS", self.keys.workers))[0])))
 
     def lost_workers(self, own: str = "", now: float | None = None, missing_for: float | None = None) -> list[str]:
-        """Return the workers, except `own`, whose lease was seen missing or unchanged for a lease.
+        """Return the workers, except `own`, that have not renewed their lease for a lease period.
 
-        This goes by the monotonic clock of this process (`now`, in seconds). Leases expire by the
-        wall clock of Redis, which may be set: ahead, and living workers would seem lost; back, and
-        lost workers would seem alive. Call it several times within a lease. A missing lease needs
-        to be seen for only `missing_for` seconds, if given: the workers that are alive send a
+        Their lease was seen missing or unchanged for that long, by the monotonic clock of this
+        process (`now`, in seconds). Leases expire by the wall clock of Redis, which somebody may
+        set: set ahead, it would make living workers seem lost; set back, it would make lost workers
+        seem alive. Call this several times within a lease period. If `missing_for` is given, a
+        missing lease needs to be seen for only so many seconds: the workers that are alive send a
         heartbeat every third of a lease.
         """
         now = time.monotonic() if now is None else now
@@ -1385,7 +1353,8 @@ class Transitions:
     def reap(self, worker: str, others: int = 0) -> int:
         """Remove a lost worker and requeue or end its jobs. Return how many; 0 if it is alive.
 
-        It is alive if its lease exists, unless `lost_workers` has seen that very lease too long.
+        It is alive if its lease exists, unless `lost_workers` has seen that very lease unchanged
+        for too long.
 
         processing -> pending, or failed if no attempt is left. Watches the registration, the lease,
         the list and the records: a worker that wakes up may be taking or starting jobs right now,
@@ -1404,12 +1373,12 @@ class Transitions:
             if sign is not None and sign != stale:
                 return 0
             jobs = list(self._read_jobs(tx, entries, watch=True))
-            beside = others + sum(_runs(job, worker) for job in jobs) > 1
+            beside = others + sum(job.runs_on(worker) for job in jobs) > 1
             held = 0
             for job in jobs:
                 if job.status == "pending":
                     tx.push("RPUSH", job)
-                elif _runs(job, worker):
+                elif job.runs_on(worker):
                     self._stop_attempt(tx, job, "reaped")
                     self._requeue_or_fail(tx, job, "worker lost", beside)
                 else:
@@ -1534,7 +1503,7 @@ class Transitions:
         if not ID.fullmatch(id):
             return None
         record = self.store.read(("GET", self.keys.job(id)))[0]
-        return _job(id, record) if record is not None else None
+        return read_job(id, record) if record is not None else None
 
     def waiting(self, names: Sequence[str], due: bool = False) -> int:
         """Count the entries in the lists of queues that are not paused.
@@ -1550,13 +1519,13 @@ class Transitions:
         """Count the jobs that a worker has started and not settled."""
         entries = ("LRANGE", self.keys.proc(worker), 0, -1)
         jobs = self.store.transact((), lambda tx: self._read_jobs(tx, tx.read(entries)[0]))
-        return sum(_runs(job, worker) for job in jobs)
+        return sum(job.runs_on(worker) for job in jobs)
 
     def cancel_requests(self, ids: Sequence[str]) -> list[str]:
         """Return those of the ids whose jobs were requested to stop."""
         records = self.store.read(("MGET", *map(self.keys.job, ids)))[0] if ids else []
         found = ((id, record) for id, record in zip(ids, records, strict=True) if record)
-        return [id for id, record in found if b'"cancelRequested":true' in record and _job(id, record).cancelled]
+        return [id for id, record in found if b'"cancelRequested":true' in record and read_job(id, record).cancelled]
 
     def wait_for(self, id: str, seconds: float) -> Job | None:
         """Return the job once it has ended, or as it is after `seconds`; None for an unknown id.
@@ -1663,7 +1632,10 @@ class Transitions:
         return entries
 
     def _find_unended(self, filter: Filter, before: Place) -> list[Entry]:
-        """Compare ids as bytes, because there may be a million: they sort by time of creation."""
+        """Find pending and processing jobs. Compares ids as bytes, which sort by time of creation.
+
+        Reading them as jobs would be too slow, because there may be a million.
+        """
         start = f"{min(before[0], (1 << 48) - 1):012x}"
         start = f"{start[:8]}-{start[8:]}"
         bound = min(max(before[1], start), start + "~").encode()
@@ -1677,8 +1649,8 @@ class Transitions:
     def _read_unended(self, filter: Filter) -> Iterator[list[bytes]]:
         """Read the entries of all lists that may hold unended jobs, up to LISTED at a time.
 
-        In the order in which a job moves on, so none is missed that moves meanwhile. The lists of
-        workers are read twice, because a job may go back from there.
+        Reads them in the order in which a job moves on, so that it misses none that moves
+        meanwhile. Reads the lists of workers twice, because a job may go back from there.
         """
         held = [self.keys.proc(worker) for worker in self._known_workers()]
         yield from self._read_lists(held)
@@ -1739,7 +1711,7 @@ class Transitions:
         }
 
     def _age(self, id: str, record: bytes | None) -> int:
-        return _waited(_job(id, record), self.now()) if record and ID.fullmatch(id) else 0
+        return read_job(id, record).waited(self.now()) if record and ID.fullmatch(id) else 0
 
     def count_unended(self) -> tuple[list[int], int]:
         """Count pending and processing jobs, and the entries of their lists, all at one moment."""
@@ -1778,6 +1750,48 @@ class Transitions:
             "total": {status: _read_count(total) for status, total in zip(ENDED, totals, strict=True)},
             **({"history": self._history(now, minutes)} if minutes else {}),
         }
+
+    def scale(self, names: Sequence[str] = ()) -> dict[str, int]:
+        """Count the jobs that need workers now, of these queues or of all.
+
+        `ready` jobs are due, and their queue is not paused. `load` adds the jobs in `processing`.
+        Due jobs that no worker has promoted yet are ready too. If these are more than SAMPLED, only
+        the first are read. The others are expected to have the same queues, and at least one job is
+        counted for every queue that may have one. So a first worker starts, which promotes them.
+        """
+        now = self.now()
+        due = self.keys.delayed, "-inf", now
+        reads = ("ZCOUNT", *due), ("ZRANGEBYSCORE", *due, "LIMIT", 0, SAMPLED)
+        tables = ("HGETALL", self.keys.counts), ("SMEMBERS", self.keys.paused)
+        counted, paused, late, first = self.store.read(*tables, *reads)
+        self._note_paused(paused)
+        counts = {field: _read_count(value) for field, value in pairs(counted)}
+        names = list(dict.fromkeys(names)) or sorted(_queues_in(pairs(counted)))
+        waiting = self._not_paused([name for name in names if counts.get("pending:" + name)])
+        lists = [self.keys.jobs(name) for name in waiting]
+        found = self.store.read(*(("LLEN", key) for key in lists), *(("LINDEX", key, -1) for key in lists))
+        sizes, heads = found[: len(lists)], filter(None, found[len(lists) :])
+        promotable = self._pending_among(first)
+        share = Counter(job.queue for job in promotable)
+        ready = 0
+        for name, size in zip(waiting, sizes, strict=True):
+            unpromoted = max(math.ceil(share[name] * late / max(len(first), 1)), int(late > len(first)))
+            ready += min(counts["pending:" + name], size + unpromoted)
+        ready = min(ready, sum(sizes) + late)
+        ages = [job.waited(now) for job in (*promotable, *self._pending_among(heads)) if job.queue in waiting]
+        processing = sum(counts.get("processing:" + name, 0) for name in names)
+        return {
+            "ready": ready,
+            "processing": processing,
+            "load": ready + processing,
+            "oldestWaitingMs": max(ages, default=0),
+        }
+
+    def _pending_among(self, entries: Iterable[bytes]) -> list[Job]:
+        ids = _named(entries)
+        records = self.store.read(("MGET", *map(self.keys.job, ids)))[0] if ids else []
+        jobs = (_listed(id, record, 0) for id, record in zip(ids, records, strict=True) if record)
+        return [job for job in jobs if job.status == "pending"]
 
     def _history(self, now: int, minutes: int) -> list[dict[str, int]]:
         """Count what started and ended in each minute, oldest first. The last is not over yet."""
@@ -1832,7 +1846,7 @@ class Transitions:
         used = self.store.read(("INCR", key), ("EXPIRE", key, seconds))[0]
         return limit - used, seconds - now // 1000 % seconds
 
-    # For submits to other shards --------------------------------------------------------------------------------------
+    # For shards -------------------------------------------------------------------------------------------------------
 
     def claim(self, once: Once) -> None:
         """Take an Idempotency-Key for a submit that goes to another shard. Raises KeyReused.
@@ -1850,6 +1864,91 @@ class Transitions:
         """Count the pending jobs of some queues."""
         counts = self.store.read(("HMGET", self.keys.counts, *("pending:" + name for name in names)))[0]
         return dict(zip(names, map(_read_count, counts), strict=True))
+
+    def discard(self, worker: str, entries: Sequence[bytes]) -> None:
+        """Drop entries of the worker's own list that cannot name a job of this queue."""
+        shown = ", ".join(text_of(entry)[:50] for entry in entries[:3])
+        log.warning("dropped %d entries of a list that name no job of this shard: %s", len(entries), ascii(shown))
+        self.store.read(*(("LREM", self.keys.proc(worker), 1, entry) for entry in entries))
+
+
+# What is stored beside jobs -------------------------------------------------------------------------------------------
+
+
+class Made(msgspec.Struct):
+    """What an Idempotency-Key stores: the fingerprint of the first submit, and its jobs."""
+
+    fingerprint: str
+    ids: list[str]
+
+
+KEY_REUSED = "this Idempotency-Key was used for another request"
+
+
+def _made(stored: bytes) -> Made:
+    try:
+        return msgspec.json.decode(stored, type=Made)
+    except msgspec.DecodeError as error:
+        raise Corrupted(f"the record of an Idempotency-Key cannot be read: {error}") from None
+
+
+def _named(entries: Iterable[bytes]) -> list[str]:
+    """Return the ids among the entries of a list, each once."""
+    return list(dict.fromkeys(filter(ID.fullmatch, map(text_of, entries))))
+
+
+def is_suspect(job: Job) -> bool:
+    """Whether a job must run alone: workers were lost while running it beside other jobs."""
+    return job.suspicions >= SUSPICIOUS
+
+
+def _read_count(value: bytes | None) -> int:
+    """Read a count, which is 0 until something was counted."""
+    try:
+        return int(value or 0)
+    except ValueError:
+        raise Corrupted(f"expected a count, found {value!r}") from None
+
+
+def _queues_in(counts: Iterable[tuple[str, bytes]]) -> set[str]:
+    return {field.partition(":")[2] for field, _ in counts if ":" in field}
+
+
+def _warn_of_gone(ids: Sequence[str]) -> None:
+    if ids:
+        text = "dropped %d ids of jobs that do not exist any more, such as %s: they were purged, or keys were lost"
+        log.warning(text, len(ids), ids[0])
+
+
+def host_name() -> str:
+    """Return the name of this host as workers register it."""
+    return re.sub(r"[^A-Za-z0-9._-]", "-", socket.gethostname())[:60] or "host"
+
+
+def _new_worker_id() -> str:
+    return f"{host_name()}-{os.getpid()}-{os.urandom(4).hex()}"
+
+
+def _worker(id: str, about: bytes, lease: bytes | None) -> dict[str, Any]:
+    known = msgspec.json.decode(about)
+    beat = msgspec.json.decode(lease or b"{}")
+    at = beat.get("at", known["startedAt"] if lease else 0)
+    return {"id": id, **known, "alive": bool(lease), "lastHeartbeat": at, "jobs": beat.get("jobs", [])}
+
+
+# Metrics --------------------------------------------------------------------------------------------------------------
+
+
+def _learn_series(store: Store) -> None:
+    store._series_known = True  # at once, so that other threads do not read them too
+    try:
+        found = store.read(("SMEMBERS", store.keys.series))[0]
+    except Unavailable as trouble:
+        store._series_known = False
+        if trouble.reason == "timeout":  # the transaction would only wait as long again
+            raise
+    else:
+        store._series |= set(map(text_of, found))
 
 
 def _metric_commands(store: Store, tx: Transaction) -> list[Command]:
@@ -1878,36 +1977,6 @@ def _metric_commands(store: Store, tx: Transaction) -> list[Command]:
     return added + [("HINCRBY", store.keys.metrics, field, by) for field, by in sums.items() if by]
 
 
-def _named(entries: Iterable[bytes]) -> list[str]:
-    """Return the ids among the entries of a list, each once."""
-    return list(dict.fromkeys(filter(ID.fullmatch, map(text_of, entries))))
-
-
-def _queues_in(counts: Iterable[tuple[str, bytes]]) -> set[str]:
-    return {field.partition(":")[2] for field, _ in counts if ":" in field}
-
-
-def _warn_of_gone(ids: Sequence[str]) -> None:
-    if ids:
-        text = "dropped %d ids of jobs that do not exist any more, such as %s: they were purged, or keys were lost"
-        log.warning(text, len(ids), ids[0])
-
-
-def _host() -> str:
-    return re.sub(r"[^A-Za-z0-9._-]", "-", socket.gethostname())[:60] or "host"
-
-
-def _new_worker_id() -> str:
-    return f"{_host()}-{os.getpid()}-{os.urandom(4).hex()}"
-
-
-def _worker(id: str, about: bytes, lease: bytes | None) -> dict[str, Any]:
-    known = msgspec.json.decode(about)
-    beat = msgspec.json.decode(lease or b"{}")
-    at = beat.get("at", known["startedAt"] if lease else 0)
-    return {"id": id, **known, "alive": bool(lease), "lastHeartbeat": at, "jobs": beat.get("jobs", [])}
-
-
 # Filters and cursors --------------------------------------------------------------------------------------------------
 
 
@@ -1924,13 +1993,13 @@ _decode_listed = msgspec.json.Decoder(_Listed).decode
 def _listed(id: str, record: bytes, cut: int | None) -> Job:
     """Read a record. With `cut`, payload and result stay JSON: a Raw, or a Preview of that size."""
     if cut is None:
-        return _job(id, record)
+        return read_job(id, record)
 
     def decode(text: bytes) -> Job:
         job = _decode_listed(text)
         return msgspec.structs.replace(job, payload=Preview.of(job.payload, cut), result=Preview.of(job.result, cut))
 
-    job = _job(id, record, decode)
+    job = read_job(id, record, decode)
     if not isinstance(job, _Listed):  # the record cannot be read
         job.payload = Preview.of(encode(job.payload), cut)
     return job
@@ -1961,293 +2030,7 @@ def _place_of(cursor: str) -> Place:
     return int(match[1]), match[2]
 
 
-# Errors ---------------------------------------------------------------------------------------------------------------
-
-
-class TinyQueueError(Exception):
-    """The base of all errors of TinyQueue. What does not exist is None or empty, not an error."""
-
-
-class SettingsError(TinyQueueError):
-    """A setting or the handlers module is wrong. The text is one line that says what to do."""
-
-
-class InvalidJob(TinyQueueError):
-    """A field of a job, or another argument such as a cursor, is invalid. Nothing was changed.
-
-    `field` is the wrong field as JSON clients know it, and `rule` says what it must be. `path` is
-    the place inside the payload (``$.to``), or empty.
-    """
-
-    def __init__(self, field: str, rule: str, path: str = "") -> None:
-        super().__init__(f"{field}{path.removeprefix('$')}: {rule}")
-        self.field = field
-        self.rule = rule
-        self.path = path
-
-
-class UnknownType(InvalidJob):
-    """No handler is registered for that type. `known` lists the registered types."""
-
-    def __init__(self, type: str, known: Sequence[str]) -> None:
-        todo = "restart this process after adding a handler"
-        rule = f"no handler is registered for {type!r}; registered: {', '.join(known) or 'none'}; {todo}"
-        super().__init__("type", rule)
-        self.type = type
-        self.known = list(known)
-
-
-class KeyReused(TinyQueueError):
-    """The Idempotency-Key was used before, for a different request. Nothing was stored."""
-
-
-class QueueFull(TinyQueueError):
-    """More than TINYQUEUE_MAX_PENDING jobs of a queue, or MAX_QUEUES queues. Nothing was stored."""
-
-
-class NotReplicated(TinyQueueError):
-    """The jobs are stored and will run, but on fewer replicas than TINYQUEUE_MIN_REPLICAS.
-
-    A failover now may lose them. `jobs` lists them. Submitting again makes new jobs, except under
-    the same Idempotency-Key: that waits for the replicas once more.
-    """
-
-    def __init__(self, jobs: Sequence[Job], reached: int, wanted: int) -> None:
-        stored = f"job {jobs[0].id} is" if len(jobs) == 1 else f"{len(jobs)} jobs are"
-        them = "it" if len(jobs) == 1 else "them"
-        super().__init__(f"{stored} stored and will run, but only {reached} of {wanted} replicas have {them} so far")
-        self.jobs = list(jobs)
-
-
-class WrongStatus(TinyQueueError):
-    """The job's status does not allow the verb. Nothing was changed. `job` is the current job."""
-
-    def __init__(self, verb: str, job: Job, why: str = "") -> None:
-        super().__init__(f"cannot {verb} job {job.id}: {why or f'it is {job.status}'}")
-        self.verb = verb
-        self.job = job
-
-
-class Unavailable(TinyQueueError):
-    """Redis did not carry out a command.
-
-    `reason` is unreachable, timeout, loading, full, read-only, refused or busy. `doubtful` means
-    that a write was sent and its reply was lost: the write may have been applied.
-    """
-
-    def __init__(self, reason: str, detail: str, doubtful: bool = False) -> None:
-        super().__init__(f"Redis is unavailable ({reason}): {detail}")
-        self.reason = reason
-        self.doubtful = doubtful
-
-
-class Corrupted(TinyQueueError):
-    """A key holds what TinyQueue never writes. `applied`: all other commands were carried out."""
-
-    applied = False
-
-
-class Reaped(TinyQueueError):
-    """The worker was reaped and its jobs were requeued. It must drop them and register again.
-
-    `parts` are the shards that reaped it. It keeps the jobs of the other shards. Without shards,
-    `parts` is empty.
-    """
-
-    parts: Sequence[Queue] = ()
-
-
-def _translated(error: Exception) -> TinyQueueError:
-    """Translate an error of the Redis client."""
-    reason, text = explain(error)
-    return Unavailable(reason, text) if reason else Corrupted(f"Redis answered: {text}")
-
-
-# Queues and shards ----------------------------------------------------------------------------------------------------
-
-
-class Verbs(ABC):
-    """The verbs that need nothing but other verbs, or the same verb of the shards.
-
-    `parts` are the shards, or the queue itself.
-    """
-
-    parts: list[Queue]
-
-    @abstractmethod
-    def now(self) -> int: ...
-    @abstractmethod
-    def part_of(self, id: str) -> Queue: ...
-    @abstractmethod
-    def submit(self, jobs: Sequence[Job], once: Once | None = None) -> list[Job]: ...
-    @abstractmethod
-    def take(self, worker: str, names: Sequence[str], most: int) -> list[bytes]: ...
-    @abstractmethod
-    def adopt(self, worker: str, held: Collection[str]) -> list[bytes]: ...
-    @abstractmethod
-    def start(self, worker: str, ids: Sequence[bytes]) -> list[Job]: ...
-    @abstractmethod
-    def settle(self, worker: str, outcomes: Sequence[Outcome]) -> list[Outcome]: ...
-
-    @property
-    def last_contact(self) -> float:
-        """When Redis last carried out a command, in monotonic seconds. With shards: any of them."""
-        return max(part.store.connections.last_contact for part in self.parts)
-
-    @property
-    def memory_use(self) -> float:
-        """The share of maxmemory that Redis uses, or 0 without a limit; of shards the highest."""
-        return max(part.store.connections.memory_use for part in self.parts)
-
-    @property
-    def last_trouble(self) -> float:
-        """When Redis last failed to carry out a command."""
-        return max(part.store.connections.last_trouble for part in self.parts)
-
-    def disconnect(self) -> None:
-        """Close all connections. Do this before a fork: each process must open its own."""
-        for part in self.parts:
-            part.store.connections.disconnect()
-
-    def draft(self, type: str, payload: Any, **options: Any) -> Job:
-        """Check and make a job without storing it. Options as for `make_job`."""
-        return make_job(self.now(), type, payload, **options)
-
-    def enqueue(self, type: str, payload: Any, **options: Any) -> Job:
-        """Check and store one job. Options as for `make_job`, errors as for `submit`."""
-        return self.submit([self.draft(type, payload, **options)])[0]
-
-    def enqueue_many(self, type: str, payloads: Iterable[Any], **options: Any) -> list[Job]:
-        """Check and store up to 1,000 jobs of one type, all or none."""
-        return self.submit([self.draft(type, payload, **options) for payload in payloads])
-
-    def dequeue(self, worker: str, names: Sequence[str], most: int = 1) -> list[Job]:
-        """Take and start up to `most` jobs. Return an empty list if there are none."""
-        ids = self.take(worker, names, most)
-        jobs = self.start(worker, ids) if ids else []
-        if left := {job.id.encode() for job in jobs if job.status == "pending" and not job.suspect}:
-            jobs += self.start(worker, [id for id in self.adopt(worker, ()) if id in left])
-        return [job for job in jobs if job.status == "processing"]
-
-    def complete(self, job: Job, result: Any = None) -> None:
-        """Complete a started job with its result. Raises Reaped if its worker has lost it."""
-        self._settle_one(Outcome(job, "complete", result=result))
-
-    def fail(self, job: Job, error: Failure, after: float | None = None) -> None:
-        """Fail an attempt. The next starts `after` seconds later, if any is left; None: never."""
-        self._settle_one(Outcome(job, "fail", error=error, after=after))
-
-    def release(self, job: Job) -> None:
-        """Requeue a started job at the head of its queue. Refunds up to MAX_REFUNDS attempts."""
-        self._settle_one(Outcome(job, "release"))
-
-    def reap_in(self, parts: Sequence[Queue], worker: str) -> int:
-        """Reap a worker in some of the shards. Returns how many of its jobs were requeued.
-
-        Jobs in different shards count as run beside each other. So does whatever it may have run in
-        a shard that is away. The other shards are reaped even if one fails.
-        """
-        ran: dict[Queue, int] = {}
-        for part in self.parts:
-            with suppress(Unavailable):
-                ran[part] = part.running(worker)
-        beside = sum(ran.values()) + len(self.parts) - len(ran)
-        return sum(_try_each(parts, lambda part: part.reap(worker, beside - ran.get(part, 1))))
-
-    def _settle_one(self, outcome: Outcome) -> None:
-        if self.settle(outcome.job.worker, [outcome]):
-            raise Reaped(f"job {outcome.job.id} is no longer with worker {outcome.job.worker}")
-
-    def get(self, id: str) -> Job | None:
-        return self.part_of(id).get(id)
-
-    def wait_for(self, id: str, seconds: float) -> Job | None:
-        return self.part_of(id).wait_for(id, seconds)
-
-    def cancel(self, id: str) -> Job | None:
-        return self.part_of(id).cancel(id)
-
-    def retry(self, id: str) -> Job | None:
-        return self.part_of(id).retry(id)
-
-    def write_progress(self, job: Job) -> None:
-        self.part_of(job.id).write_progress(job)
-
-    def _by_shard(self, items: Iterable[T], id: Callable[[T], str]) -> dict[Queue, list[T]]:
-        """Group items by the shard of the job whose id `id` returns."""
-        parts: defaultdict[Queue, list[T]] = defaultdict(list)
-        for item in items:
-            parts[self.part_of(id(item))].append(item)
-        return parts
-
-    def forget(self, status: str, ids: Sequence[bytes]) -> int:
-        return sum(shard.forget(status, part) for shard, part in self._by_shard(ids, text_of).items())
-
-    def page(
-        self, filter: Filter | None = None, *, limit: int = 50, cursor: str = "", cut: int | None = None
-    ) -> tuple[list[Job], str]:
-        """Like Queue.page. Merges the pages of the shards as far as all of them have looked."""
-        pages = [shard.page(filter, limit=limit, cursor=cursor, cut=cut) for shard in self.parts]
-        horizon = max((_place_of(cursor) for _, cursor in pages if cursor), default=(0, ""))
-        found = sorted((job for jobs, _ in pages for job in jobs), key=Job.place, reverse=True)
-        seen = [job for job in found if job.place() >= horizon]
-        if len(seen) > limit:
-            at, id = seen[limit - 1].place()
-            return seen[:limit], f"{at}.{id}"
-        return seen, f"{horizon[0]}.{horizon[1]}" if horizon[1] else ""
-
-    def change_many(self, verb: Literal["cancel", "retry"], filter: Filter, cursor: str = "") -> dict[str, Any]:
-        """Look at up to 1,000 jobs and cancel or retry those that match.
-
-        Continue with the returned cursor. Each job is changed in its own transaction. Those whose
-        status changed meanwhile are counted as skipped.
-        """
-        jobs, cursor = self.page(filter, limit=SCANNED, cursor=cursor, cut=0)
-        change = self.cancel if verb == "cancel" else self.retry
-        done = 0
-        for job in jobs:
-            with suppress(WrongStatus):
-                done += change(job.id) is not None
-        return {"cancelled" if verb == "cancel" else "retried": done, "skipped": len(jobs) - done, "cursor": cursor}
-
-    def purge(self, filter: Filter, cursor: str = "") -> dict[str, Any]:
-        """Look at up to 1,000 ended jobs and delete those that match.
-
-        Continue with the returned cursor.
-        """
-        if filter.status not in ENDED:
-            raise InvalidJob("status", f"must be one of {', '.join(ENDED)}: other jobs have not ended")
-        jobs, cursor = self.page(filter, limit=SCANNED, cursor=cursor, cut=0)
-        return {"purged": self.forget(filter.status, [job.id.encode() for job in jobs]), "cursor": cursor}
-
-
-class Queue(Transitions, Verbs):
-    """A queue in one namespace.
-
-    Threads may share it. Forked processes may too, if it was not used before the fork.
-    """
-
-    @classmethod
-    def from_url(
-        cls, url: str, *, namespace: str = "queue", connections: int = 100, tls_verify: bool = True, **options: Any
-    ) -> Queue:
-        """Make a queue at a redis, rediss, unix or redis+sentinel URL. Connects on first use."""
-        try:
-            pool = connect(url, tag=namespace, connections=connections, tls_verify=tls_verify)
-        except ValueError as error:
-            raise SettingsError(str(error)) from None
-        return cls(pool, namespace=namespace, **options)
-
-    @classmethod
-    def embedded(cls, **options: Any) -> Queue:
-        """Make a queue on a Redis in this process, for tests and a first run. Persists nothing."""
-        import fakeredis  # slow to import
-
-        return cls(fakeredis.FakeRedis(server=fakeredis.FakeServer(), protocol=2).connection_pool, **options)
-
-    def part_of(self, id: str) -> Queue:
-        """Return the queue that has the job of that id: this one."""
-        return self
+# Shards ---------------------------------------------------------------------------------------------------------------
 
 
 class Shards(Verbs):
@@ -2267,7 +2050,8 @@ class Shards(Verbs):
         self.parts = list(shards)
         self.lease = shards[0].lease
         self._turn = itertools.count(random.randrange(len(shards)))
-        # By worker, of those that this process registered: how, and where it is not at present.
+        # For each worker that this process registered: how to register it, and the shards in which
+        # it is not registered now.
         self._registrations: dict[str, tuple[Callable[[Queue], str], set[Queue]]] = {}
         self._open_threads()
         for shard in shards:
@@ -2316,6 +2100,21 @@ class Shards(Verbs):
         """Like _try_each, in all shards at the same time: one that hangs holds up no other."""
         with shield():  # a handler that calls this shares the threads with the worker
             return _try_each(self.parts, call, must, self._callers.map)
+
+    def _by_shard(self, items: Iterable[T], id: Callable[[T], str]) -> dict[Queue, list[T]]:
+        """Group items by the shard of the job whose id `id` returns."""
+        parts: defaultdict[Queue, list[T]] = defaultdict(list)
+        for item in items:
+            parts[self.part_of(id(item))].append(item)
+        return parts
+
+    def _call_each(
+        self, items: Sequence[T], id: Callable[[T], str], call: Callable[[Queue, list[T]], list[S]], must: bool = False
+    ) -> list[S]:
+        """Call `call` for each shard with the items whose jobs are there. Join the results."""
+        parts = self._by_shard(items, id)
+        results = _try_each(list(parts), lambda shard: call(shard, parts[shard]), must)
+        return list(itertools.chain(*results))
 
     def now(self) -> int:
         """Return the time of a shard that this process knows, or else of the first that answers."""
@@ -2369,18 +2168,15 @@ class Shards(Verbs):
         """Return the shards in which a worker of this process is known not to be registered."""
         return self._registrations[worker][1] if worker in self._registrations else set()
 
-    def _fenced(self, worker: str, call: Callable[[Queue], T]) -> Callable[[Queue], T]:
+    @contextmanager
+    def _noting_reaped(self, shard: Queue, worker: str) -> Iterator[None]:
         """Note where a worker was reaped: it takes nothing there until it registers again."""
-
-        def fenced(shard: Queue) -> T:
-            try:
-                return call(shard)
-            except Reaped as error:
-                error.parts = [shard]
-                self._absent(worker).add(shard)
-                raise
-
-        return fenced
+        try:
+            yield
+        except Reaped as error:
+            error.parts = [shard]
+            self._absent(worker).add(shard)
+            raise
 
     def wait(self, names: Sequence[str], seconds: float = BLOCK) -> bool:
         """Like Queue.wait, in all shards. Waits that outlast this call go on in the next one."""
@@ -2418,16 +2214,17 @@ class Shards(Verbs):
         _try_each(self._from(next(self._turn)), take)
         return taken
 
-    def start(self, worker: str, ids: Sequence[bytes], held: Mapping[str, Job] | None = None) -> list[Job]:
+    def start(self, worker: str, ids: Sequence[bytes], held: Held = None) -> list[Job]:
         """Like Queue.start, one transaction per shard. Tries all before it raises.
 
         A job that was started before an error was raised is found by `adopt`.
         """
-        parts = dict(self._by_shard(ids, text_of))
-        start = self._fenced(
-            worker, lambda shard: shard.start(worker, parts[shard], held, len(ids) - len(parts[shard]))
-        )
-        return [job for jobs in _try_each(list(parts), start, must=True) for job in jobs]
+
+        def start(shard: Queue, part: list[bytes]) -> list[Job]:
+            with self._noting_reaped(shard, worker):
+                return shard.start(worker, part, held, len(ids) - len(part))
+
+        return self._call_each(ids, text_of, start, must=True)
 
     def adopt(self, worker: str, held: Collection[str]) -> list[bytes]:
         def adopt(shard: Queue) -> list[bytes]:
@@ -2448,18 +2245,29 @@ class Shards(Verbs):
         A worker should settle the outcomes of each shard by themselves, so that it need not settle
         them again because of another shard.
         """
-        parts = dict(self._by_shard(outcomes, lambda outcome: outcome.job.id))
-        settle = self._fenced(worker, lambda shard: shard.settle(worker, parts[shard], again))
+
+        def settle(shard: Queue, part: list[Outcome]) -> list[Outcome]:
+            with self._noting_reaped(shard, worker):
+                return shard.settle(worker, part, again)
+
         try:
-            return [outcome for lost in _try_each(list(parts), settle, must=True) for outcome in lost]
+            return self._call_each(outcomes, lambda outcome: outcome.job.id, settle, must=True)
         except Unavailable as error:
+            parts = {self.part_of(outcome.job.id) for outcome in outcomes}
             error.doubtful = error.doubtful or len(parts) > 1  # the other shards may have written theirs
             raise
 
+    def write_progress(self, job: Job) -> None:
+        self.part_of(job.id).write_progress(job)
+
+    def cancel(self, id: str) -> Job | None:
+        return self.part_of(id).cancel(id)
+
+    def retry(self, id: str) -> Job | None:
+        return self.part_of(id).retry(id)
+
     def cancel_requests(self, ids: Sequence[str]) -> list[str]:
-        parts = self._by_shard(ids, str)
-        found = _try_each(list(parts), lambda shard: shard.cancel_requests(parts[shard]))
-        return [id for part in found for id in part]
+        return self._call_each(ids, str, Queue.cancel_requests)
 
     def pause(self, name: str) -> None:
         self._call_all(lambda shard: shard.pause(name), must=True)
@@ -2478,10 +2286,11 @@ class Shards(Verbs):
         def beat(shard: Queue) -> None:
             if shard in absent:
                 self._register_in(shard, worker)
-            else:
+                return
+            with self._noting_reaped(shard, worker):
                 shard.heartbeat(worker, parts.get(shard, []))
 
-        self._call_all(self._fenced(worker, beat))
+        self._call_all(beat)
 
     def deregister(self, worker: str) -> None:
         """Like Queue.deregister, in all shards. In those that fail the worker will be reaped."""
@@ -2502,9 +2311,31 @@ class Shards(Verbs):
     def trim(self) -> int:
         return sum(self._call_all(Queue.trim))
 
+    def forget(self, status: str, ids: Sequence[bytes]) -> int:
+        return sum(shard.forget(status, part) for shard, part in self._by_shard(ids, text_of).items())
+
     def ping(self) -> None:
         """Raise Unavailable unless a shard accepts writes. `warnings` names those that do not."""
         self._call_all(Queue.ping)
+
+    def get(self, id: str) -> Job | None:
+        return self.part_of(id).get(id)
+
+    def wait_for(self, id: str, seconds: float) -> Job | None:
+        return self.part_of(id).wait_for(id, seconds)
+
+    def page(
+        self, filter: Filter | None = None, *, limit: int = 50, cursor: str = "", cut: int | None = None
+    ) -> tuple[list[Job], str]:
+        """Like Queue.page. Merges the pages of the shards as far as all of them have looked."""
+        pages = [shard.page(filter, limit=limit, cursor=cursor, cut=cut) for shard in self.parts]
+        horizon = max((_place_of(cursor) for _, cursor in pages if cursor), default=(0, ""))
+        found = sorted((job for jobs, _ in pages for job in jobs), key=Job.place, reverse=True)
+        seen = [job for job in found if job.place() >= horizon]
+        if len(seen) > limit:
+            at, id = seen[limit - 1].place()
+            return seen[:limit], f"{at}.{id}"
+        return seen, f"{horizon[0]}.{horizon[1]}" if horizon[1] else ""
 
     def queues(self) -> dict[str, dict[str, Any]]:
         return dict(sorted(reduce(_added, (shard.queues() for shard in self.parts)).items()))
@@ -2519,6 +2350,9 @@ class Shards(Verbs):
         history = reduce(_added, ({minute["at"]: minute for minute in stats.pop("history", ())} for stats in each))
         total: dict[str, Any] = reduce(_added, each)
         return total | ({"history": [history[at] for at in sorted(history)[-minutes:]]} if minutes else {})
+
+    def scale(self, names: Sequence[str] = ()) -> dict[str, int]:
+        return reduce(_added, (shard.scale(names) for shard in self.parts))
 
     def workers(self) -> list[dict[str, Any]]:
         """Like Queue.workers. A worker is alive if any shard has its lease."""
@@ -2539,7 +2373,7 @@ class Shards(Verbs):
 def _try_each(
     parts: Sequence[Queue], call: Callable[[Queue], T], must: bool = False, run: Callable[..., Iterable[Any]] = map
 ) -> list[T]:
-    """Call it for each of these shards, even after errors, and return the results.
+    """Call `call` for each of these shards, even after errors, and return the results.
 
     Raises Reaped if any call did. Raises the first error if all failed, or with `must` if any did.
     """
@@ -2560,7 +2394,7 @@ def _try_each(
     return [reply for reply in replies if not isinstance(reply, TinyQueueError)]
 
 
-# Of these, two reports show the higher one. Most are the same in both.
+# Fields whose higher value counts when two reports are added up. Most are the same in both.
 HIGHEST = {"oldestWaitingMs", "workers", "at", "lastHeartbeat", "startedAt"}
 HIGHEST |= {"id", "host", "pid", "queues", "concurrency"}
 
@@ -2576,242 +2410,3 @@ def _added(one: Any, other: Any, name: Any = "") -> Any:
 
 
 AnyQueue: TypeAlias = Queue | Shards
-
-
-# Handlers -------------------------------------------------------------------------------------------------------------
-
-P = TypeVar("P")
-A = ParamSpec("A")
-
-HANDLERS: dict[str, Handler[Any, Any, Any]] = {}
-
-
-class Handler(Generic[P, A, R]):
-    """A function that runs jobs of one type. It can still be called directly."""
-
-    def __init__(self, function: Callable[Concatenate[P, A], R], type: str, options: Mapping[str, Any]) -> None:
-        self.function = function
-        self.type = type
-        self.__doc__ = function.__doc__
-        self.max_attempts: int = _whole("maxAttempts", options["max_attempts"], 1, MAX_ATTEMPTS)
-        self.timeout: float | None = options["timeout"]
-        self.backoff: float = options["backoff"]
-        self.backoff_cap: float = options["backoff_cap"]
-        self.queue: str = check_name("queue", options["queue"])
-        self.payload_type, self.wants_job = _signature(function)
-        self._parse = parser(self.payload_type)
-
-    def __call__(self, payload: P, *args: A.args, **kwargs: A.kwargs) -> R:
-        return self.function(payload, *args, **kwargs)
-
-    def enqueue(self, queue: Verbs, payload: P, /, **options: Any) -> Job:
-        """Enqueue a job of this type; mypy checks the payload too. Options as for `make_job`."""
-        return queue.enqueue(self.type, payload, **options)
-
-    def parse(self, payload: bytes) -> P:
-        """Decode a payload as the handler's type. Raises InvalidJob with the path of a mismatch."""
-        try:
-            return cast(P, self._parse(payload))
-        except Mismatch as error:
-            raise InvalidJob("payload", error.rule, error.path) from None
-
-    def bind(self, job: Job) -> Callable[[], Any]:
-        """Return the call of the function for a started job. Raises InvalidJob like `parse`."""
-        encoded = encode(job.payload)
-        payload = self.parse(encoded)
-        function: Callable[..., Any] = self.function
-        return partial(function, payload, job.view(encoded)) if self.wants_job else partial(function, payload)
-
-    def run(self, job: Job) -> Any:
-        """Call the function for a started job."""
-        return self.bind(job)()
-
-
-def handler(
-    type: str,
-    *,
-    max_attempts: int = 3,
-    timeout: float | None = 300,
-    backoff: float = 1.0,
-    backoff_cap: float = 300.0,
-    queue: str = "default",
-) -> Callable[[Callable[Concatenate[P, A], R]], Handler[P, A, R]]:
-    """Register a function as the handler of jobs of `type`.
-
-    Its first parameter must be annotated with the payload's type: a dataclass, TypedDict, msgspec
-    Struct or anything else that msgspec can read from JSON. Payloads are checked against it when a
-    job is submitted and again before it runs. An optional second parameter, annotated `Job`,
-    receives the job. The return value, as JSON, is the job's result.
-
-    `timeout` is in seconds; None means unlimited. After failed attempt n the job waits for
-    `backoff` * 2 ** (n - 1) seconds and up to half as much again, but at most `backoff_cap`; once
-    it has reached the cap, for two thirds of it or more.
-    Mistakes raise TypeError or InvalidJob when the module is imported.
-    """
-    if callable(type):
-        raise TypeError("handler needs the type of the jobs: write @handler('send-email'), not @handler")
-    check_name("type", type)
-    if not all(is_number(value) for value in (300 if timeout is None else timeout, backoff, backoff_cap)):
-        raise TypeError(f"handler {type!r}: timeout, backoff and backoff_cap must be numbers of seconds")
-    if timeout is not None and not timeout > 0:
-        raise TypeError(f"handler {type!r}: timeout must be above 0, or None")
-    if not 0 < backoff <= backoff_cap <= MAX_DELAY:
-        raise TypeError(f"handler {type!r}: backoff must be above 0, backoff_cap at least that and at most {MAX_DELAY}")
-    times: dict[str, Any] = {"timeout": timeout, "backoff": backoff, "backoff_cap": backoff_cap}
-    options = {"max_attempts": max_attempts, "queue": queue, **times}
-
-    def register(function: Callable[Concatenate[P, A], R]) -> Handler[P, A, R]:
-        known = HANDLERS[type].function if type in HANDLERS else function
-        if _source(known) != _source(function):  # a reload declares the same function again
-            raise TypeError(f"two handlers are declared for type {type!r}")
-        made = HANDLERS[type] = Handler(function, type, options)
-        return made
-
-    return register
-
-
-def _source(function: Callable[..., Any]) -> tuple[str, str, int]:
-    return function.__module__, function.__qualname__, function.__code__.co_firstlineno
-
-
-def _signature(function: Callable[..., Any]) -> tuple[Any, bool]:
-    """Return the type of a handler's payload, and whether the handler takes the job too."""
-    name = f"handler {function.__name__}"
-    kinds = inspect.iscoroutinefunction, inspect.isgeneratorfunction, inspect.isasyncgenfunction
-    if any(is_kind(function) for is_kind in kinds):
-        why = "a call would not run its body"
-        raise TypeError(f"{name} must be a plain function, not async and not a generator: {why}")
-    hints = typing.get_type_hints(function, include_extras=True)
-    parameters = list(inspect.signature(function).parameters.values())
-    if not 1 <= len(parameters) <= 2 or parameters[0].name not in hints:
-        raise TypeError(f"{name} must take an annotated payload and, optionally, a Job")
-    if any(p.kind not in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) for p in parameters):
-        raise TypeError(f"{name} must take its parameters by position")
-    if len(parameters) == 2 and hints.get(parameters[1].name) is not Job:
-        raise TypeError(f"the second parameter of {name} must be annotated Job")
-    return hints[parameters[0].name], len(parameters) == 2
-
-
-class Retry(Exception):
-    """Raised by a handler to fail this attempt. Retry in `after` seconds, or after the backoff."""
-
-    def __init__(self, reason: str = "the handler asked for a retry", *, after: float | None = None) -> None:
-        if after is not None and not is_delay(after):
-            raise ValueError(f"Retry: after must be a number of seconds from 0 to {MAX_DELAY}")
-        super().__init__(reason)
-        self.after = after
-
-
-class Discard(Exception):
-    """Raised by a handler to fail the job now, even if attempts are left."""
-
-
-class TimedOut(BaseException):
-    """Raised in a handler that exceeds its timeout. `except Exception` does not catch it."""
-
-    def __str__(self) -> str:
-        return "the handler exceeded its timeout"
-
-
-def backoff(attempts: int, base: float = 1.0, cap: float = 300.0) -> float:
-    """Return the seconds to wait after that attempt: doubling from `base` to `cap`, with jitter.
-
-    The jitter is a third of the wait, at the cap too: jobs that failed together must not come back
-    together.
-    """
-    longest = min(cap, base * 2 ** min(attempts - 1, 60) * 1.5)
-    return random.uniform(max(min(base, cap), longest / 1.5), longest)
-
-
-# Checking a job -------------------------------------------------------------------------------------------------------
-
-
-def make_job(
-    now: int,
-    type: str,
-    payload: Any,
-    *,
-    max_attempts: int | None = None,
-    queue: str | None = None,
-    delay: float | None = None,
-    run_at: int | str | datetime | None = None,
-    expires_in: float | None = None,
-    unique_key: str | None = None,
-) -> Job:
-    """Check the parts of a job and make it. Raises InvalidJob with the field and the rule.
-
-    Defaults come from the handler's declaration, if this process has it. A job that was not started
-    within `expires_in` seconds fails when its turn comes. While a job with the same `unique_key` is
-    pending or processing, submit returns that job and stores no other.
-    """
-    known = HANDLERS.get(check_name("type", type))
-    try:
-        encoded = to_json(payload)
-    except ValueError as error:
-        raise InvalidJob("payload", str(error)) from None
-    if known:
-        known.parse(encoded)
-    if max_attempts is None:
-        max_attempts = known.max_attempts if known else 3
-    if queue is None:
-        queue = known.queue if known else "default"
-    starts_at = _first_run(delay, run_at, now)
-    expires_at = _expiry(expires_in, now) if expires_in is not None else 0
-    if expires_at and starts_at >= expires_at:
-        raise InvalidJob("expiresIn", "must end after the job may start, which delay or runAt says")
-    return Job(
-        id=new_id(now),
-        type=type,
-        payload=payload,
-        max_attempts=_whole("maxAttempts", max_attempts, 1, MAX_ATTEMPTS),
-        queue=check_name("queue", queue),
-        run_at=starts_at,
-        expires_at=expires_at,
-        unique_key=_text_key("uniqueKey", unique_key) if unique_key is not None else "",
-    )
-
-
-def check_name(field: str, value: Any) -> str:
-    if not isinstance(value, str) or not NAME.fullmatch(value):
-        raise InvalidJob(field, "must be 1 to 100 of the characters A-Z a-z 0-9 . _ -")
-    return value
-
-
-def _text_key(field: str, value: Any) -> str:
-    if not isinstance(value, str) or not PRINTABLE.fullmatch(value) or len(value) > KEY_LENGTH:
-        raise InvalidJob(field, f"must be 1 to {KEY_LENGTH} printable characters")
-    return value
-
-
-def is_delay(value: Any) -> bool:
-    """Whether a job may be delayed by that many seconds."""
-    return is_number(value) and 0 <= value <= MAX_DELAY
-
-
-def _whole(field: str, value: Any, low: int, high: int) -> int:
-    if not is_number(value) or not low <= value <= high or value % 1:
-        raise InvalidJob(field, f"must be a whole number from {low} to {high}")
-    return int(value)
-
-
-def _first_run(delay: float | None, run_at: Any, now: int) -> int:
-    """Return when a job with that `delay` or `runAt` may start. 0 means now."""
-    at: int | None = 0
-    if delay is not None and run_at is not None:
-        raise InvalidJob("delay", "must not be given together with runAt")
-    if run_at is not None:
-        at = epoch_ms(run_at)
-        if at is None or at > now + MAX_DELAY * 1000:
-            rule = "must be ISO 8601 with a zone, or milliseconds since 1970, and at most"
-            raise InvalidJob("runAt", f"{rule} {MAX_DELAY // 86400} days ahead")
-    if delay is not None:
-        if not is_delay(delay):
-            raise InvalidJob("delay", f"must be a number of seconds from 0 to {MAX_DELAY}")
-        at = now + round(delay * 1000)
-    return at if at and at > now else 0
-
-
-def _expiry(seconds: float, now: int) -> int:
-    if not is_delay(seconds) or not seconds:
-        raise InvalidJob("expiresIn", f"must be a number of seconds above 0, at most {MAX_DELAY}")
-    return now + max(1, round(seconds * 1000))

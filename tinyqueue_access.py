@@ -27,6 +27,7 @@ log = logging.getLogger("tinyqueue.web")
 ROLES = {"submit": {"submit"}, "read": {"read"}, "admin": {"submit", "read", "admin"}}
 SECONDS = {"second": 1, "minute": 60, "hour": 3600}
 LOCAL_NAMES = {"localhost", "127.0.0.1", "::1"}
+LONE_SECRET = 32  # characters from which on an entry without a name is a secret, as platforms generate it
 WRONG_KEYS = (60, 60)  # how many a client may send, in how many seconds, if there is no rate limit
 MAX_CLIENTS = 10_000  # whose wrong keys are counted at a time
 ADDRESS_AND_PORT = re.compile(r"\[([0-9A-Fa-f:.]+)\](?::[0-9]{1,5})?|([0-9.]+):[0-9]{1,5}")
@@ -41,13 +42,16 @@ class Key(NamedTuple):
 
 
 def read_keys(text: str) -> list[Key]:
-    """Read TINYQUEUE_API_KEYS.
+    """Read TINYQUEUE_API_KEYS. A long secret alone is a key with the name and the role admin.
 
     Raises SettingsError for anything malformed or ambiguous. The error never contains a secret.
     """
     keys: list[Key] = []
     for number, entry in enumerate(text.split(",") if text else (), 1):
-        name, role, secret = (*entry.strip().split(":", 2), "", "")[:3]
+        entry = entry.strip()  # noqa: PLW2901
+        if ":" not in entry and len(entry) >= LONE_SECRET:
+            entry = f"admin:admin:{entry}"  # noqa: PLW2901
+        name, role, secret = (*entry.split(":", 2), "", "")[:3]
         where = f"TINYQUEUE_API_KEYS: entry {number}"
         if not NAME.fullmatch(name) or role not in ROLES:
             raise SettingsError(f"{where} must be name:role:secret; the roles are {', '.join(ROLES)}")

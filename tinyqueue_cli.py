@@ -18,6 +18,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
 from functools import partial
+from http import HTTPStatus
 from io import TextIOWrapper
 from typing import Any
 
@@ -41,9 +42,10 @@ from tinyqueue import (
     WrongStatus,
     __version__,
     check_name,
+    host_name,
 )
-from tinyqueue_config import Settings, error_line, load_handlers, open_queue, set_up_logging
-from tinyqueue_doctor import Finding, examine, repair
+from tinyqueue_config import Settings, error_line, load_handlers, open_queue, plural, set_up_logging
+from tinyqueue_doctor import Finding, examine, local_workers, repair
 from tinyqueue_json import from_json, to_json
 
 # The group ------------------------------------------------------------------------------------------------------------
@@ -53,8 +55,9 @@ SECTIONS = {
     "Submit jobs": ("enqueue",),
     "Inspect": ("stats", "workers", "list", "failed", "get"),
     "Manage jobs and queues": ("retry", "cancel", "pause", "resume", "purge"),
-    "Diagnose": ("doctor",),
+    "Diagnose": ("doctor", "check"),
 }
+WEB_TIMEOUT = 5.0  # seconds for a web process to answer /health
 Command = Callable[..., None]
 
 
@@ -445,6 +448,52 @@ def _print_findings(findings: Sequence[Finding]) -> None:
     for finding in findings:
         advice = f" -> {finding.advice}" if finding.advice else ""
         click.echo(f"{finding.level:<5} {finding.about:<13} {finding.seen}{advice}")
+
+
+@cli.command()
+@click.option("--web", is_flag=True, help="Check the web process that HOST and PORT name instead.")
+@click.option("--any", "either", is_flag=True, help="Check the web process first, and the workers if that fails.")
+@click.pass_obj
+def check(settings: Settings, web: bool, either: bool) -> None:
+    """Check that the workers of this host renew their leases. Exits with 1 if one does not."""
+    checks = [_check_web] if web else [_check_workers]
+    if either:
+        checks = [_check_web, _check_workers]
+    problems = []
+    for passes in checks:
+        try:
+            click.echo(passes(settings))
+            return
+        except (click.ClickException, TinyQueueError) as error:
+            if not either:
+                raise
+            problems.append(str(error))
+    raise click.ClickException("; ".join(problems))
+
+
+def _check_workers(settings: Settings) -> str:
+    workers = local_workers(require_queue(settings))
+    if not workers:
+        raise click.ClickException(f"no worker is registered that runs on this host ({host_name()})")
+    if lost := [about["id"] for about in workers if not about["alive"]]:
+        raise click.ClickException(f"no lease within the last {settings.lease} s: {' '.join(lost)}; restart the worker")
+    return f"{plural(len(workers), 'worker')} with a lease: {' '.join(about['id'] for about in workers)}"
+
+
+def _check_web(settings: Settings) -> str:
+    """Ask a web process for /health, which needs neither Redis nor an API key."""
+    from http.client import HTTPConnection, HTTPException  # slow to import, and no other command needs it
+
+    host = "localhost" if settings.host in ("", "*") else settings.host
+    connection = HTTPConnection(host, settings.port, timeout=WEB_TIMEOUT)
+    try:
+        connection.request("GET", "/health")
+        status = connection.getresponse().status
+    except (OSError, HTTPException) as error:
+        raise click.ClickException(f"the web process on port {settings.port} does not answer: {error}") from None
+    if status != HTTPStatus.OK:
+        raise click.ClickException(f"the web process on port {settings.port} answers with {status}")
+    return f"the web process on port {settings.port} answers"
 
 
 # Output ---------------------------------------------------------------------------------------------------------------

@@ -507,6 +507,15 @@ def exit_now(code: int, seconds: float = EXIT_TIME, functions: bool = True) -> N
     os._exit(code)
 
 
+def process_warnings() -> list[str]:
+    """Return what is wrong with how a process that runs handlers was started."""
+    if os.getpid() != 1:
+        return []
+    what = "this worker is process 1 and does not reap the processes that handlers leave behind"
+    where = "docker run --init, init: true in Compose, shareProcessNamespace: true in Kubernetes"
+    return [f"{what}: start the container with an init ({where})"]
+
+
 def exit_at_sigterm() -> None:
     """Exit at SIGTERM, as a process that has done nothing yet may. Call this first in a process.
 

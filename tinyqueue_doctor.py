@@ -7,11 +7,13 @@ broken.
 from __future__ import annotations
 
 import ipaddress
+import os
 import re
 import socket
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
 from typing import Any, Literal
@@ -20,7 +22,7 @@ import msgspec
 import redis
 from msgspec.structs import replace
 
-from tinyqueue import MEMORY_SHARE, UNENDED, AnyQueue, Queue, TinyQueueError, Transaction
+from tinyqueue import MEMORY_SHARE, UNENDED, AnyQueue, Queue, TinyQueueError, Transaction, host_name
 from tinyqueue_redis import ask_each, memory_use, pairs, parse_info, text_of
 
 OLDEST = (6, 0, 6)  # version of Redis: the first with LPOS
@@ -290,6 +292,42 @@ def _workers(queue: Queue) -> Iterator[Finding]:
         elif alive and about["pending"] and name not in served:
             seen = f"{name}: {about['pending']} pending, no worker serves it"
             yield Finding("warn", "queue", seen, f"tinyqueue worker --queue {name}")
+
+
+def local_workers(queue: AnyQueue) -> list[dict[str, Any]]:
+    """Return the workers whose processes run on this host.
+
+    A worker is alive if it holds its lease in any shard that answers. Raises the error of the first
+    shard if none answers. A process with the id of one that has died replaces that.
+    """
+    with ThreadPoolExecutor(len(queue.parts)) as threads:  # a shard that hangs holds up no other
+        found = list(threads.map(_try_workers, queue.parts))
+    answers = [workers for workers in found if not isinstance(workers, TinyQueueError)]
+    if not answers:
+        raise next(error for error in found if isinstance(error, TinyQueueError))
+    here: dict[str, dict[str, Any]] = {}
+    for about in (about for workers in answers for about in workers if about["host"] == host_name()):
+        known = here.setdefault(about["id"], about)
+        known["alive"] = known["alive"] or about["alive"]
+    newest = {about["pid"]: about for about in sorted(here.values(), key=lambda about: about["startedAt"])}
+    return [about for pid, about in newest.items() if _is_running(pid)]
+
+
+def _try_workers(part: Queue) -> list[dict[str, Any]] | TinyQueueError:
+    try:
+        return part.workers()
+    except TinyQueueError as error:
+        return error
+
+
+def _is_running(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
 
 
 # Repair ---------------------------------------------------------------------------------------------------------------

@@ -1,7 +1,8 @@
 """Access to Redis: one server, sentinels or a cluster; lending connections; what an error means.
 
 This module knows nothing of queues. `connect` makes a pool from a URL, `Connections` lends the
-connections of the pool, and `explain` reduces an error of the client to one word and a text.
+connections of the pool, `ask` sends commands, and `explain` reduces an error of the client to one
+word and a text.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 from urllib.parse import parse_qsl, unquote, urlencode, urlsplit
 
 import redis
@@ -35,19 +36,18 @@ except ImportError:
 log = logging.getLogger("tinyqueue")
 
 Command = tuple[Any, ...]
-E = TypeVar("E", bound=BaseException)
 
 SOCKET_TIMEOUT = 4.0  # seconds for a reply; longer than the longest blocking command, which is 2 s
 CONNECT_TIMEOUT = 2.0
 PROBE_TIMEOUT = 0.5  # seconds to ask one sentinel or node; a dead one must not delay the next
 NODES_AGE = 60.0  # seconds for which the known nodes of a cluster are trusted
 CLOCK_AGE = 10.0  # seconds for which a reading of Redis TIME is used
-WARM = 1.0  # seconds after its last use for which a connection is lent again without a check
 FOLLOW_EVERY = 0.25  # seconds between two questions to the sentinels who the master is
 FOLLOW_FOR = 10.0  # seconds without use of the master, after which they are asked no more until the next
-SKIP_SENTINEL = 5.0  # seconds for which a sentinel that did not answer is not asked again
+WARM = 1.0  # seconds after its last use for which a connection is lent again without a check
 ASK_AGAIN = 0.25  # seconds until a server that did not answer is asked again
 MEMORY_AGE = 2.0  # seconds for which a reading of Redis' memory is used
+SKIP_SENTINEL = 5.0  # seconds for which a sentinel that did not answer is not asked again
 
 
 # What an error means --------------------------------------------------------------------------------------------------
@@ -105,17 +105,26 @@ def explain(error: Exception) -> tuple[str, str]:
     return REFUSALS.get(text.split(" ")[0], ""), text
 
 
-# Commands on a connection ---------------------------------------------------------------------------------------------
-
-
 # What the client raises for a connection that another thread closes meanwhile, besides errors of
 # its own: its socket is gone.
 CLOSED = AttributeError, TypeError, ValueError
 
 
-def _closed(error: Exception) -> Exception:
+def closed(error: Exception) -> Exception:
     text = f"the client failed as if another thread had closed the connection ({type(error).__name__}: {error})"
     return redis.ConnectionError(text)
+
+
+def connect_error(error: Exception) -> Exception:
+    """Classify an error while connecting: no refusal and no wrong name is a fault of the data."""
+    if isinstance(error, redis.ResponseError) and not explain(error)[0]:
+        return redis.exceptions.AuthorizationError(str(error))
+    if isinstance(error, UnicodeError):
+        return redis.ConnectionError("the host name in REDIS_URL is not valid")
+    return closed(error) if isinstance(error, CLOSED) else error
+
+
+# Commands on a connection ---------------------------------------------------------------------------------------------
 
 
 def send(connection: Any, commands: Sequence[Command]) -> None:
@@ -123,7 +132,7 @@ def send(connection: Any, commands: Sequence[Command]) -> None:
     try:
         connection.send_packed_command([packet])
     except CLOSED as error:
-        raise _closed(error) from error
+        raise closed(error) from error
 
 
 def read_replies(connection: Any, count: int) -> list[Any]:
@@ -141,7 +150,7 @@ def read_replies(connection: Any, count: int) -> list[Any]:
             if reader:
                 replies += itertools.islice(iter(reader.gets, NOT_ENOUGH_DATA), count - len(replies))
     except CLOSED as error:
-        raise _closed(error) from error
+        raise closed(error) from error
     for reply in replies:
         if isinstance(reply, Exception):
             raise reply
@@ -437,7 +446,7 @@ class Sentinels(Sentinel):
                 pool.release(connection)
         except (redis.RedisError, OSError, *CLOSED) as error:
             self._skipped[sentinel] = time.monotonic() + SKIP_SENTINEL
-            return _connect_error(error)
+            return connect_error(error)
         if isinstance(address, Exception):
             return address
         if not address:
@@ -469,8 +478,35 @@ class SentinelPool(SentinelConnectionPool):
         self._follower: threading.Thread | None = None
         self._following = threading.Lock()
 
-    def keep_up(self) -> None:
-        """Have the sentinels asked while connections are lent. Call this before each."""
+    def get_connection(self, *_: Any, **__: Any) -> Any:
+        self._keep_up()
+        return super().get_connection()
+
+    def is_current(self, connection: Any) -> bool:
+        """Whether a connection leads to the present master. Call this before it is lent again."""
+        self._keep_up()
+        return self._leads_to_master(connection)
+
+    def release(self, connection: Any) -> None:
+        """Take a connection back. It will connect to the present master when it is lent again."""
+        if not self._leads_to_master(connection):
+            connection.disconnect()
+        super().release(connection)
+
+    def owns_connection(self, connection: Any) -> bool:
+        return bool(redis.ConnectionPool.owns_connection(self, connection))
+
+    def rest(self) -> None:
+        """Stop asking until a connection is lent again."""
+        self._lent_at = -math.inf
+        if self._follower:
+            self._follower.join(2 * PROBE_TIMEOUT)
+
+    def _leads_to_master(self, connection: Any) -> bool:
+        return bool((connection.host, connection.port) == self.master_address)
+
+    def _keep_up(self) -> None:
+        """Have the sentinels asked while connections are lent."""
         self._lent_at = time.monotonic()
         if not (self._follower and self._follower.is_alive()):  # it does not survive a fork
             with self._following:
@@ -480,12 +516,6 @@ class SentinelPool(SentinelConnectionPool):
                     with suppress(RuntimeError):  # no more threads; then each use asks
                         follower.start()
                         self._follower = follower
-
-    def rest(self) -> None:
-        """Stop asking until a connection is lent again."""
-        self._lent_at = -math.inf
-        if self._follower:
-            self._follower.join(2 * PROBE_TIMEOUT)
 
     def _follow(self) -> None:
         time.sleep(FOLLOW_EVERY)
@@ -500,41 +530,8 @@ class SentinelPool(SentinelConnectionPool):
         if before and self.master_address != before:
             log.warning("the sentinels have moved the queue to %s:%d", *self.master_address)
 
-    def is_current(self, connection: Any) -> bool:
-        """Whether a connection leads to the present master."""
-        return bool((connection.host, connection.port) == self.master_address)
 
-    def owns_connection(self, connection: Any) -> bool:
-        return bool(redis.ConnectionPool.owns_connection(self, connection))
-
-    def release(self, connection: Any) -> None:
-        """Take a connection back. It will connect to the present master when it is lent again."""
-        if not self.is_current(connection):
-            connection.disconnect()
-        super().release(connection)
-
-
-# Lending connections --------------------------------------------------------------------------------------------------
-
-
-def _connect_error(error: E) -> E | Exception:
-    """Classify an error while connecting: no refusal and no wrong name is a fault of the data."""
-    if isinstance(error, redis.ResponseError) and not explain(error)[0]:
-        return redis.exceptions.AuthorizationError(str(error))
-    if isinstance(error, UnicodeError):
-        return redis.ConnectionError("the host name in REDIS_URL is not valid")
-    return _closed(error) if isinstance(error, CLOSED) else error
-
-
-def _reason(translated: Exception) -> str:
-    """Return the word of `explain` for the error that was translated into this one."""
-    cause = translated.__cause__
-    return explain(cause)[0] if isinstance(cause, Exception) else ""
-
-
-# Keeps the client from sending CLIENT SETINFO: it would take a greeting for the reply.
-_KNOWN = inspect.signature(redis.Redis.__init__).parameters
-UNNAMED = dict.fromkeys(["driver_info"] if "driver_info" in _KNOWN else ["lib_name", "lib_version"])
+# Not being interrupted ------------------------------------------------------------------------------------------------
 
 
 class Shield:
@@ -578,15 +575,16 @@ def shield() -> AbstractContextManager[None]:
     return own
 
 
+# Lending connections --------------------------------------------------------------------------------------------------
+
+
 class Connections:
     """Lends the connections of a pool.
 
     Threads may share it. Forked processes may too, if it was not used before the fork.
 
     After an error of the class `harmless` a connection has no unread reply. `translate` turns an
-    error of the client into the one to raise. After `guard`, nobody waits for a server that is
-    known to be away: `lend` raises the last error at once until the server answers a thread that
-    asks it.
+    error of the client into the one to raise.
     """
 
     def __init__(self, pool: Any, harmless: type[Exception], translate: Callable[[Exception], Exception]) -> None:
@@ -596,51 +594,48 @@ class Connections:
         self.last_contact = time.monotonic()  # when Redis last carried out a command
         self.last_trouble = time.monotonic()  # when it last failed to; at first, neither is known
         self._warm: list[tuple[Any, int, float]] = []  # connections just used, by process and time
-        self._sentinel_pool = pool if isinstance(pool, SentinelPool) else None
+        self._is_current = pool.is_current if isinstance(pool, SentinelPool) else None
         self._closings = 0  # how often `disconnect` was called
-        self._guarded = ""  # the name of the server in log lines; empty: callers wait for it
-        self._away: tuple[int, Exception] | None = None  # the process that found it away, and how
-        self._asker: threading.Thread | None = None  # the thread that asks whether it is back
-        self._lock = threading.Lock()
+        self._guard: Guard | None = None
         self._memory: tuple[float, dict[str, str]] = (-1e9, {})  # when INFO was read, and its reply
 
     @property
     def away(self) -> bool:
         """Whether a guarded server is known not to answer."""
-        return self._away is not None
+        return bool(self._guard and self._guard.error)
 
     def guard(self, name: str) -> None:
         """Let nobody wait for this server while it is away. `name` is for the log."""
-        self._guarded = name
+        self._guard = Guard(name, self._answers)
 
-    @contextmanager
-    def lend(self, asking: bool = False) -> Iterator[Any]:
+    def lend(self) -> AbstractContextManager[Any]:
         """Lend a connection. Closes it after an error that may have left a reply on it.
 
-        Nothing interrupts the thread that borrows it.
+        Nothing interrupts the thread that borrows it. Raises the last error of a guarded server at
+        once until the server answers again.
         """
+        guard = self._guard
+        if guard and guard.away and (error := guard.error):
+            raise self.translate(error) from error
+        return self._lend(guard)
+
+    @contextmanager
+    def _lend(self, guard: Guard | None = None) -> Iterator[Any]:
+        connection = None
+        closings = self._closings
         with shield():
-            if self._away and not asking:
-                self._refuse(*self._away)
-            if self._sentinel_pool:
-                self._sentinel_pool.keep_up()
-            connection = None
-            closings = self._closings
             try:
-                connection = self._checked_out()
+                connection = self._take_warm() or get_connection(self.pool)
                 yield connection
             except BaseException as error:
-                if connection and (closings != self._closings or not isinstance(error, self.harmless)):
-                    connection.disconnect()
-                self._cool_down(connection)
-                if connection is None:
-                    error = _connect_error(error)
-                if isinstance(error, redis.RedisError | OSError):
-                    self._follow(error)
-                    if self._guarded and not asking:
-                        self._note_away(error, connected=connection is not None)
-                    raise self.translate(error) from error
-                raise
+                keep = isinstance(error, self.harmless) and closings == self._closings
+                self._return_all(connection, keep)
+                if not isinstance(error, redis.RedisError | OSError):
+                    raise
+                self._follow(error)
+                if guard:
+                    guard.note(error, connected=connection is not None)
+                raise self.translate(error) from error
             self.last_contact = time.monotonic()
             self._warm.append((connection, os.getpid(), self.last_contact))
             if closings != self._closings:
@@ -654,55 +649,49 @@ class Connections:
         would not take them along, but the locks that they hold.
         """
         self._closings += 1
-        self._away = None
-        if self._asker:
-            self._asker.join(PROBE_TIMEOUT)
-        if self._sentinel_pool:
-            self._sentinel_pool.rest()
+        if self._guard:
+            self._guard.rest()
+        if isinstance(self.pool, SentinelPool):
+            self.pool.rest()
         self._close_idle()
 
+    def _take_warm(self) -> Any:
+        """Take a connection that was used within the last second. Return None if there is none."""
+        try:
+            while True:
+                connection, process, used = self._warm.pop()
+                recent = process == os.getpid() and time.monotonic() - used < WARM
+                if recent and (self._is_current is None or self._is_current(connection)):
+                    return connection
+                self.pool.release(connection)
+        except IndexError:
+            return None
+
+    def _return_all(self, connection: Any = None, keep: bool = True) -> None:
+        """Return a connection, and the warm ones: the pool checks them, as others may be broken."""
+        if connection:
+            if not keep:
+                connection.disconnect()
+            self.pool.release(connection)
+        with suppress(IndexError):
+            while True:
+                self.pool.release(self._warm.pop()[0])
+
     def _close_idle(self) -> None:
-        self._cool_down(None)
+        self._return_all()
         self.pool.disconnect(inuse_connections=False)
 
-    def _refuse(self, process: int, error: Exception) -> None:
-        if process == os.getpid():
-            raise self.translate(error) from error
-        self._away = None  # the thread that asks the server has not survived the fork
-
-    def _note_away(self, error: Exception, connected: bool) -> None:
-        """Start asking a server that did not answer. A connection that was only cut is no sign."""
-        reason, text = explain(error)
-        if reason != "timeout" and (reason != "unreachable" or connected):
-            return
-        with self._lock:
-            if self._away and self._away[0] == os.getpid():
-                return
-            self._away = away = os.getpid(), error
-            name = "asks " + self._guarded
-            asker = threading.Thread(target=self._ask_until_it_answers, args=(away,), name=name, daemon=True)
-            try:
-                asker.start()
-            except RuntimeError:  # no more threads; then callers wait for the server
-                self._away = None
-                return
-            self._asker = asker
-        log.warning("%s does not answer and is left out until it does: %s", self._guarded, text)
-
-    def _ask_until_it_answers(self, away: tuple[int, Exception]) -> None:
-        try:
-            while self._away is away and not self._answers():
-                time.sleep(ASK_AGAIN)
-            if self._away is away:
-                log.warning("%s answers again", self._guarded)
-        finally:
-            if self._away is away:
-                self._away = None
+    def _follow(self, error: redis.RedisError | OSError) -> None:
+        reason, _ = explain(error)
+        if reason:
+            self.last_trouble = time.monotonic()
+        if isinstance(self.pool, Pool):
+            self.pool.follow(error, reason)
 
     def _answers(self) -> bool:
         """Whether the server answers, be it that it refuses the command."""
         try:
-            with self.lend(asking=True) as connection:
+            with self._lend() as connection:
                 ask(connection, [("TIME",)])
         except self.harmless as error:
             return _reason(error) not in ("timeout", "unreachable")
@@ -726,49 +715,95 @@ class Connections:
     def memory_use(self) -> float:
         return memory_use(self.memory())
 
-    def _follow(self, error: redis.RedisError | OSError) -> None:
-        reason, _ = explain(error)
-        if reason:
-            self.last_trouble = time.monotonic()
-        if isinstance(self.pool, Pool):
-            self.pool.follow(error, reason)
 
-    def _checked_out(self) -> Any:
-        """Take a connection used within the last second, or else one that the pool must check."""
-        with suppress(IndexError):
-            while True:
-                connection, process, used = self._warm.pop()
-                current = self._sentinel_pool is None or self._sentinel_pool.is_current(connection)
-                if current and process == os.getpid() and time.monotonic() - used < WARM:
-                    return connection
-                self.pool.release(connection)
-        try:
-            return self.pool.get_connection()
-        except redis.ConnectionError as error:
-            clear = isinstance(error, MasterNotFoundError) or "connecting to" in str(error)
-            if clear or explain(error)[0] != "unreachable":
-                raise
-            raise self._greeting() or error from error  # the server has spoken first, or has hung up
+def _reason(translated: Exception) -> str:
+    """Return the word of `explain` for the error that was translated into this one."""
+    cause = translated.__cause__
+    return explain(cause)[0] if isinstance(cause, Exception) else ""
 
-    def _greeting(self) -> Exception | None:
-        """Return what a server says to a new connection before any command: why it refuses."""
-        brief = {"socket_timeout": PROBE_TIMEOUT, "socket_connect_timeout": PROBE_TIMEOUT, **UNNAMED}
-        connection = self.pool.connection_class(**{**self.pool.connection_kwargs, **brief})
+
+class Guard:
+    """Keeps others from waiting for a server that is away. A thread asks until it answers."""
+
+    def __init__(self, name: str, answers: Callable[[], bool]) -> None:
+        self.name = name
+        self.answers = answers
+        self.away: tuple[int, Exception] | None = None  # the process that found it away, and how
+        self._asker: threading.Thread | None = None
+        self._lock = threading.Lock()
+
+    @property
+    def error(self) -> Exception | None:
+        """The error of a server that is away. The thread that asks does not survive a fork."""
+        away = self.away
+        return away[1] if away and away[0] == os.getpid() else None
+
+    def note(self, error: Exception, connected: bool) -> None:
+        """Start asking a server that did not answer. A connection that was only cut is no sign."""
+        reason, text = explain(error)
+        if reason != "timeout" and (reason != "unreachable" or connected):
+            return
+        with self._lock:
+            if self.error:
+                return
+            self.away = away = os.getpid(), error
+            asker = threading.Thread(target=self._ask, args=(away,), name="asks " + self.name, daemon=True)
+            try:
+                asker.start()
+            except RuntimeError:  # no more threads; then callers wait for the server
+                self.away = None
+                return
+            self._asker = asker
+        log.warning("%s does not answer and is left out until it does: %s", self.name, text)
+
+    def rest(self) -> None:
+        """Stop asking. The next error starts it again."""
+        self.away = None
+        if self._asker:
+            self._asker.join(PROBE_TIMEOUT)
+
+    def _ask(self, away: tuple[int, Exception]) -> None:
         try:
-            connection.connect()
-            connection.read_response()
-        except redis.TimeoutError:
-            return None
-        except (redis.RedisError, OSError) as error:
-            return error
+            while self.away is away and not self.answers():
+                time.sleep(ASK_AGAIN)
+            if self.away is away:
+                log.warning("%s answers again", self.name)
         finally:
-            connection.disconnect()
-        return None
+            if self.away is away:
+                self.away = None
 
-    def _cool_down(self, connection: Any) -> None:
-        """Return all connections to the pool, which checks them: others may be broken too."""
-        if connection:
-            self.pool.release(connection)
-        with suppress(IndexError):
-            while True:
-                self.pool.release(self._warm.pop()[0])
+
+# Connecting -----------------------------------------------------------------------------------------------------------
+
+# Keeps the client from sending CLIENT SETINFO: it would take a greeting for the reply.
+_KNOWN = inspect.signature(redis.Redis.__init__).parameters
+UNNAMED = dict.fromkeys(["driver_info"] if "driver_info" in _KNOWN else ["lib_name", "lib_version"])
+
+
+def get_connection(pool: Any) -> Any:
+    """Take a checked connection from a pool. Raises what explains best why there is none."""
+    try:
+        return pool.get_connection()
+    except redis.ConnectionError as error:
+        clear = isinstance(error, MasterNotFoundError) or "connecting to" in str(error)
+        if clear or explain(error)[0] != "unreachable":
+            raise
+        raise _greeting(pool) or error from error  # the server has spoken first, or has hung up
+    except Exception as error:
+        raise connect_error(error) from error
+
+
+def _greeting(pool: Any) -> Exception | None:
+    """Return what a server says to a new connection before any command: why it refuses."""
+    brief = {"socket_timeout": PROBE_TIMEOUT, "socket_connect_timeout": PROBE_TIMEOUT, **UNNAMED}
+    connection = pool.connection_class(**{**pool.connection_kwargs, **brief})
+    try:
+        connection.connect()
+        connection.read_response()
+    except redis.TimeoutError:
+        return None
+    except (redis.RedisError, OSError) as error:
+        return connect_error(error)
+    finally:
+        connection.disconnect()
+    return None

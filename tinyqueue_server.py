@@ -6,9 +6,11 @@ Parked, and is called again later. This module knows nothing of jobs.
 
 from __future__ import annotations
 
+import io
 import logging
 import re
 import socket
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -34,6 +36,20 @@ CROWDED_TIMES = (3, 20)  # the two times above, in a crowd
 DRAIN_TIMES = (1, 5)  # the two times, while the server stops
 LINGER = 2  # seconds that a client has to close its side
 TRANSFER_ENCODING = re.compile(rb"(?im)^transfer-encoding[ \t]*:(.*)$")
+
+
+log = logging.getLogger("tinyqueue.web")
+
+
+class ErrorLog(io.TextIOBase):
+    """What a request gets as wsgi.errors. Standard error would block it while nobody reads that."""
+
+    def write(self, text: str) -> int:
+        if error := sys.exc_info()[1]:  # Bottle has written its traceback
+            log.error("request failed unexpectedly: %s", type(error).__name__, exc_info=True)
+        elif text.strip():
+            log.error("%s", text.strip())
+        return len(text)
 
 
 class App(Protocol):
@@ -96,7 +112,8 @@ class Task(WSGITask):  # type: ignore[misc]
         if self.request.environ is None:
             target = self.request.request_uri.partition("?")[0]
             path = target if target.startswith("/") else urlsplit(target).path
-            self.request.environ = super().get_environment() | {"PATH_INFO": path, "tinyqueue.can_park": True}
+            own = {"PATH_INFO": path, "wsgi.errors": ErrorLog(), "tinyqueue.can_park": True}
+            self.request.environ = super().get_environment() | own
         environ: dict[str, Any] = self.request.environ
         return environ
 

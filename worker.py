@@ -83,6 +83,7 @@ from tinyqueue import (
     backoff,
     check_name,
     is_delay,
+    is_suspect,
 )
 from tinyqueue_config import (
     EXIT_TIME,
@@ -94,6 +95,7 @@ from tinyqueue_config import (
     exit_now,
     load_handlers,
     plural,
+    process_warnings,
     reset_signals_in_children,
     variable,
 )
@@ -379,13 +381,13 @@ class Worker:
         for _ in range(self.settings.worker_concurrency):
             self._add_slot()
         taker = self._start_thread("taker", self._take_jobs)
-        others = [self._start_thread("settler", partial(self._save_outcomes, part)) for part in self.queue.parts]
-        others.append(self._start_thread("keeper", self._keep))
+        settlers = [self._start_thread("settler", partial(self._save_outcomes, part)) for part in self.queue.parts]
+        keeper = self._start_thread("keeper", self._keep)
         mode = self._wait_for_stop()
         self.stopping.set()
         self.free_slots.put(None)  # wakes the taker if it waits for a slot
         log.info("worker stopping (%s); running jobs: %d", mode, len(self.held))
-        return self._close(self._drain(mode, taker), *others)
+        return self._close(self._drain(mode, taker), keeper, *settlers)
 
     def _start_thread(self, name: str, target: Callable[[], None]) -> threading.Thread:
         thread = threading.Thread(target=self._run_thread, args=(target,), name=name, daemon=True)
@@ -503,16 +505,16 @@ class Worker:
         for slot in (*self.slots, *self.stuck) if self.until < math.inf else ():
             slot.evict()
 
-    def _close(self, mode: StopMode, *threads: threading.Thread) -> int:
+    def _close(self, mode: StopMode, keeper: threading.Thread, *settlers: threading.Thread) -> int:
         """End the threads, deregister and return the exit code, within a second."""
         until = time.monotonic() + CLOSING
         self.closed.set()
         for outbox in self.outboxes.values():
             outbox.put(None)
         # Redis may hang, and so may a thread of the process that waits for it.
-        leave = threading.Thread(target=self._deregister, name="leaver", daemon=True)
+        leave = threading.Thread(target=self._deregister, args=(keeper,), name="leaver", daemon=True)
         leave.start()
-        for thread in (*threads, leave):
+        for thread in (*settlers, leave):
             thread.join(max(0.0, until - time.monotonic()))
         self._end_slots(until)
         if self.held:
@@ -533,8 +535,9 @@ class Worker:
         """Return the threads of slots that have not ended."""
         return [thread for thread in self.slot_threads if thread.is_alive()]
 
-    def _deregister(self) -> None:
+    def _deregister(self, keeper: threading.Thread) -> None:
         """Remove this worker from every shard, except those that have jobs it has not settled."""
+        keeper.join(CLOSING / 2)  # a heartbeat that is on its way would renew the lease
         with self.lock:
             unsettled = {self.queue.part_of(id) for id in self.held}
         for part in self.queue.parts if self.id else ():
@@ -565,7 +568,7 @@ class Worker:
                 failures = 0
                 self._finish_start(jobs)
                 for job in (job for job in jobs if job.status == "pending"):
-                    if job.suspect:
+                    if is_suspect(job):
                         free -= self._start_alone(worker, job)
                     else:  # a reply was lost: adopt finds what is still in the list
                         self.adopt_at = 0.0
@@ -643,7 +646,7 @@ class Worker:
 
     def _finish_start(self, jobs: Sequence[Job]) -> None:
         """Wait for the end of a suspect."""
-        if any(job.suspect and job.status == "processing" for job in jobs):
+        if any(is_suspect(job) and job.status == "processing" for job in jobs):
             self._wait_until_idle()
 
     def _start_alone(self, worker: str, suspect: Job) -> int:
@@ -684,9 +687,11 @@ class Worker:
 
     def _nothing_is_due(self) -> bool:
         """Whether a burst may end. If a worker has no lease, its jobs may be requeued soon."""
-        if self.queue.promote() or self.held or not self.looked.wait(0.1):
+        if self.queue.promote() or self.held or not self.looked.wait(0.1) or any(self.unleased.values()):
             return False
-        return not any(self.unleased.values()) and not self.queue.waiting(self.names, due=True)
+        if self.queue.waiting(self.names, due=True):
+            return False
+        return time.monotonic() < self.adopt_at  # or else an exchange has failed, which may have taken jobs
 
     # Slot threads -----------------------------------------------------------------------------------------------------
 
@@ -735,7 +740,11 @@ class Worker:
             return False
         try:
             outcomes = self._collect_outcomes()
-            started = self._save_and_start(self.id, outcomes) if outcomes else 0
+            try:
+                started = self._save_and_start(self.id, outcomes) if outcomes else 0
+            except BaseException:  # the worker will stop, and the settlers save these before
+                self._put(outcomes, again=True)
+                raise
         finally:
             self.cycle.release()
         for _ in range(len(outcomes) - started):
@@ -1057,7 +1066,7 @@ def run(queues: tuple[str, ...], burst: bool, **overrides: Any) -> None:
     text = "worker started: %s, queues: %s; up to %d connections to Redis"
     slots = plural(settings.worker_concurrency, "slot")
     log.info(text, slots, ", ".join(worker.names), settings.shards * settings.worker_connections)
-    for warning in warnings(queue):
+    for warning in (*process_warnings(), *warnings(queue)):
         log.warning("%s", warning)
     code = worker.run()
     exit_now(code, min(EXIT_TIME, max(0.2, worker.exit_by - time.monotonic())))

@@ -60,6 +60,7 @@ from tinyqueue import (
     TinyQueueError,
     Unavailable,
     UnknownType,
+    check_name,
 )
 from tinyqueue_access import ROLES, Access
 from tinyqueue_config import (
@@ -75,6 +76,7 @@ from tinyqueue_config import (
     looks_like_name,
     open_queue,
     plural,
+    process_warnings,
     reset_signals_in_children,
     set_up_logging,
 )
@@ -92,6 +94,7 @@ log = logging.getLogger("tinyqueue.web")
 
 LONGEST_WAIT = 25  # seconds that GET /jobs/<id>?wait= may take: routers time out after 30
 WORK_TIME = 20  # seconds that POST /work takes at most, unless the request says otherwise
+MAX_SCALED = 100  # queues that one GET /scale may name
 PREVIEW_BYTES = 500  # length at which a listing cuts off a payload or a result
 IPV6 = re.compile("[0-9a-fA-F:.]{2,45}")
 REQUEST_ID = re.compile("[!-~]{1,128}")
@@ -122,6 +125,7 @@ ROUTES = (
     ("POST", "/queues/<name>/resume", "resume", "admin"),
     ("POST", "/work", "work", "admin"),
     ("GET", "/stats", "stats", "read"),
+    ("GET", "/scale", "scale", "read"),
     ("GET", "/workers", "workers", "read"),
     ("GET", "/metrics", "metrics", "read"),
 )
@@ -359,6 +363,16 @@ class API(bottle.Bottle):  # type: ignore[misc]
 
     def stats(self) -> dict[str, Any]:
         return self.queue.stats(_query_int(_query(), "minutes", 0, 0, 120))
+
+    def scale(self) -> dict[str, int]:
+        """Count the jobs that need workers now, for an autoscaler: of each ?queue=, or of all."""
+        query = _query_pairs()
+        # A misspelled name would count all queues, and start workers that have nothing to do.
+        if unknown := {name for name, _ in query} - {"queue"}:
+            raise InvalidJob(_printable(min(unknown)), "unknown parameter; the only one is queue")
+        if len(query) > MAX_SCALED:
+            raise InvalidJob("queue", f"must not occur more than {MAX_SCALED} times")
+        return self.queue.scale([check_name("queue", name) for _, name in query])
 
     def workers(self) -> dict[str, Any]:
         return {"workers": self.queue.workers()}
@@ -710,8 +724,12 @@ def _idempotency_key(content: Any) -> Once | None:
 
 
 def _query() -> dict[str, str]:
+    return dict(_query_pairs())
+
+
+def _query_pairs() -> list[tuple[str, str]]:
     try:
-        return dict(parse_qsl(request.query_string, keep_blank_values=True, errors="strict"))
+        return parse_qsl(request.query_string, keep_blank_values=True, errors="strict")
     except ValueError as error:
         raise Problem(400, "invalid-query", f"cannot read the query string: {error}") from None
 
@@ -1055,6 +1073,8 @@ def run(processes: int = 0) -> None:
         slots = plural(settings.worker_concurrency, "slot")
         log.info("web server on %s, and a worker with %s in this process", url, slots)
         log.warning("JOBS ARE NOT PERSISTED: REDIS_URL is not set; all jobs are lost when this process exits")
+        for warning in process_warnings():
+            log.warning("%s", warning)
     exit_code = serve_many(api, sock) if processes > 1 else serve(api, sock)
     exit_now(exit_code)
 

@@ -60,7 +60,7 @@ import redis
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from conftest import RedisServer, check_consistency, free_port, until  # noqa: E402
+from conftest import RedisServer, check_consistency, disconnect, free_port, until  # noqa: E402
 from cutproxy import CutProxy  # noqa: E402
 
 from tinyqueue import ENDED, Job, Queue, Unavailable  # noqa: E402
@@ -404,6 +404,7 @@ class World:
         for process in self.processes.values():
             self._kill_tree(process.pid)
             process.wait(10)
+        disconnect([self.queue.pool, self.proxied_queue.pool])
         for proxy in self.proxies.values():
             proxy.close()
         self.redis.kill()

@@ -15,9 +15,10 @@ import shutil
 import signal
 import socket
 import subprocess
+import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -182,8 +183,17 @@ class Server:
         redis.Redis(connection_pool=self._pools[0]).flushall()
 
     def close(self) -> None:
-        for pool in self._pools:
+        disconnect(self._pools)
+
+
+def disconnect(pools: Iterable[Any]) -> None:
+    """Close all connections, those of a web server's waiter, too: it opens one more when its own is closed."""
+    for _ in range(2):
+        for pool in pools:
             pool.disconnect()
+        for thread in threading.enumerate():
+            if thread.name == "waiter":
+                thread.join(20)
 
 
 @pytest.fixture
@@ -250,8 +260,7 @@ def queue_at() -> Iterator[Callable[..., Queue]]:
         return made[-1]
 
     yield queue_at
-    for queue in made:
-        queue.pool.disconnect()
+    disconnect([queue.pool for queue in made])
 
 
 @pytest.fixture

@@ -107,6 +107,9 @@ class CutProxy:
 
         def fault(client: socket.socket, server: socket.socket, packet: bytes) -> bool:
             client.sendall(reply)
+            client.shutdown(socket.SHUT_WR)
+            while client.recv(SIZE):  # closed before the client closes, it could lose the reply
+                pass
             return False
 
         self._rules.append(Rule(trigger, fault))

@@ -23,6 +23,7 @@ GUARDS = {
     "again": "a slot looks for work again after each exchange",
     "clear": "a slot that was woken says so before it looks for work, not after",
     "taker": "the taker wakes a slot after it held the cycle",
+    "error": "it does so even if it could not take jobs, and the worker stops",
     "enter": "new jobs count as held before saved ones leave",
 }
 
@@ -150,6 +151,18 @@ class Cycle:
         came = min(state.free, state.jobs)
         changes = {"jobs": state.jobs - came, "held": state.held + came, "inbox": state.inbox + came}
         yield f"the taker starts {came} jobs", state._replace(taker="let", free=state.free - came, **changes)  # type: ignore[arg-type]
+
+        yield "the taker cannot take jobs", state._replace(taker="fail")
+
+    def taker_fail(self, state: State) -> Iterator[Step]:
+        yield "the taker lets go of the cycle", state._replace(taker="stop", locked=False)
+
+    def taker_stop(self, state: State) -> Iterator[Step]:
+        woken = state.woken() if (state.inbox or state.outcomes) and self.guarded("error") else {}
+        yield "the taker ends", state._replace(taker="gone", **woken)  # type: ignore[arg-type]
+
+    def taker_gone(self, state: State) -> Iterator[Step]:
+        yield from ()
 
     def taker_let(self, state: State) -> Iterator[Step]:
         yield "the taker lets go of the cycle", state._replace(taker="wake", locked=False)

@@ -84,6 +84,7 @@ NEEDED_ROLES = {
     ("POST", "/queues/<name>/resume"): "admin",
     ("POST", "/work"): "admin",
     ("GET", "/stats"): "read",
+    ("GET", "/scale"): "read",
     ("GET", "/workers"): "read",
     ("GET", "/metrics"): "read",
 }
@@ -242,6 +243,20 @@ def test_refuse_ambiguous_keys_without_showing_a_secret(keys: str) -> None:
 def test_accept_spaces_around_keys_and_colons_in_secrets(near: Queue) -> None:
     access = Access(Settings(api_keys=f" ann:admin:{SECRET}:x , bob:read:{SECRET}:y"))
     assert [(key.name, key.secret.decode()) for key in access.keys] == [("ann", f"{SECRET}:x"), ("bob", f"{SECRET}:y")]
+
+
+def test_accept_a_generated_secret_alone_as_a_key_of_an_admin(near: Queue) -> None:
+    secret = "f+w/" * 10 + "x8E="
+    api = API(Settings(api_keys=f"ann:read:{SECRET}, {secret}"), near)
+    answer = Client(api, secret, peer="198.51.100.7").get("/whoami")
+    assert (answer.json["name"], answer.json["roles"]) == ("admin", ["submit", "read", "admin"])
+    assert Client(api, secret[:-1]).get("/whoami").status == 401
+
+
+@pytest.mark.parametrize("keys", ["x" * 31, f"admin:read:{SECRET},{'x' * 32}", "x" * 31 + "\u00e9", "x " * 20])
+def test_refuse_a_secret_alone_that_is_short_malformed_or_takes_a_name(keys: str) -> None:
+    with pytest.raises(SettingsError, match="TINYQUEUE_API_KEYS: entry"):
+        Access(Settings(api_keys=keys))
 
 
 def test_refuse_open_together_with_keys() -> None:

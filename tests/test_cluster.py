@@ -13,7 +13,8 @@ from conftest import PORTS, RedisServer, check_consistency, free_port, newest, p
 from redis.crc import key_slot
 from test_availability import Load, service, stopped
 
-from tinyqueue import Unavailable
+import tinyqueue
+from tinyqueue import Outcome, Unavailable
 
 DEFAULT = ["default"]
 SLOTS = 16384
@@ -174,6 +175,27 @@ def test_follow_a_moved_slot_within_one_call(cluster: Cluster, queue_at: Any) ->
     assert queue.last_trouble > before, "the reaper must know about the interruption"
     assert [job.id for job in queue.dequeue(queue.register(DEFAULT, 1), DEFAULT, 9)] == [first.id, second.id]
     assert queue.pool.place == ("127.0.0.1", target.port)
+    check_consistency(queue)
+
+
+def test_exchange_follows_a_moved_slot_and_keeps_the_order_of_queues(
+    cluster: Cluster, queue_at: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tinyqueue, "PAUSE_AGE", 3600.0)  # the exchange is the first to ask the wrong node
+    source = cluster.owner()
+    queue = queue_at(source.url)
+    names = ["high", "low"]
+    worker = queue.register(names, 2)
+    for name in names * 2:  # two of each, so that the series of the metrics are known
+        queue.enqueue("echo", name, queue=name)
+    running = queue.dequeue(worker, names, 2)
+    outcomes = [Outcome(job, "complete") for job in running]
+    assert [job.queue for job in running] == ["high", "high"]
+    third = queue.enqueue("echo", "high", queue="high")
+    cluster.move(source, cluster.others()[0])
+    lost, started = queue.exchange(worker, outcomes, names, 2, {job.id: job for job in running})
+    assert (lost, started[0].id, [job.queue for job in started]) == ([], third.id, ["high", "low"])
+    assert queue.adopt(worker, [job.id for job in started]) == []
     check_consistency(queue)
 
 

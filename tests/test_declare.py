@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import subprocess
 import sys
+import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -292,3 +294,18 @@ def test_load_handlers_lets_a_keyboard_interrupt_through(folder: Path) -> None:
     (folder / "handlers.py").write_text("raise KeyboardInterrupt")
     with pytest.raises(KeyboardInterrupt):
         load_handlers("handlers")
+
+
+# Names ----------------------------------------------------------------------------------------------------------------
+
+
+def test_traceback_names_an_error_as_users_import_it() -> None:
+    printed = traceback.format_exception_only(InvalidJob("delay", "too long"))
+    assert printed == ["tinyqueue.InvalidJob: delay: too long\n"]
+
+
+def test_pickle_of_a_job_names_it_as_users_import_it() -> None:
+    job = Job(id="01a2", type="greet", payload={"name": "you"})
+    pickled = pickle.dumps(job)
+    assert b"tinyqueue_job" not in pickled
+    assert pickle.loads(pickled) == job

@@ -30,6 +30,7 @@ import worker
 import wsgi
 from tinyqueue import STATUSES, Failure, Job
 from tinyqueue_config import PLATFORMS, Settings
+from tinyqueue_job import SHOWN, SHOWN_IF_SET
 
 REPOSITORY = Path(tinyqueue.__file__).parent
 TABLE = [(name, default) for name, default, _ in Settings.table()]
@@ -161,7 +162,7 @@ def test_http_page_names_every_filter(title: str) -> None:
 def test_http_page_names_every_field_and_status_of_a_record() -> None:
     text = section(HTTP, "The job")
     whole = Job("0" * 36, "t", 1, "completed", 1, 1, "q", *[1] * 4, "w", 1.0, error=Failure("E", "m")).answer()
-    names = {*whole, *tinyqueue.SHOWN, *tinyqueue.SHOWN_IF_SET, *STATUSES}
+    names = {*whole, *SHOWN, *SHOWN_IF_SET, *STATUSES}
     assert [name for name in names if f"`{name}`" not in text] == []
 
 

@@ -813,7 +813,7 @@ def test_options_answers_404_to_an_unknown_path(refuse: Refuse) -> None:
 
 @pytest.mark.parametrize("path", ["/", "/health", "/ready", "/stats", "/jobs/{id}", f"/jobs/{NO_JOB}", "/nope"])
 def test_head_answers_like_get_without_the_body(api: Client, queue: Queue, path: str) -> None:
-    path = path.format(id=queue.enqueue("echo", 1).id)
+    path = path.format(id=queue.enqueue("echo", 1, delay=60).id)  # delayed, or /stats would show how long it waits
     get, head = (api.call(method, path, headers={"X-Request-ID": "r"}) for method in ("GET", "HEAD"))
     assert (head.status, head.headers) == (get.status, get.headers)
     assert (head.body, int(head.headers["content-length"])) == (b"", len(get.body))
@@ -890,6 +890,7 @@ REQUESTS = [
     ("POST", "/queues/default/pause", NO_BODY),
     ("POST", "/queues/default/resume", NO_BODY),
     ("GET", "/workers", NO_BODY),
+    ("GET", "/scale?queue=default", NO_BODY),
 ]
 NAMED = [f"{method} {path}".replace(NO_JOB, "id") for method, path, _ in REQUESTS]
 
@@ -1006,7 +1007,7 @@ def replica(queue: Queue) -> Iterator[None]:
 
 
 def test_submit_answers_503_while_redis_is_full(near: Queue, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tinyqueue, "MEMORY_AGE", 0.2)
+    monkeypatch.setattr(tinyqueue_redis, "MEMORY_AGE", 0.2)
     api = Client(API(Settings(), near))
     with configured(near, "maxmemory", "1", "0"):
         assert_unavailable(api.post("/jobs", echo_with()), "full")

@@ -14,7 +14,8 @@ REPOSITORY = Path(__file__).parent.parent
 IMPORTS = {  # each module, and those of ours that it may import
     "tinyqueue_redis": set(),
     "tinyqueue_json": set(),
-    "tinyqueue": {"tinyqueue_json", "tinyqueue_redis"},
+    "tinyqueue_job": {"tinyqueue_json", "tinyqueue_redis"},
+    "tinyqueue": {"tinyqueue_job", "tinyqueue_json", "tinyqueue_redis"},
     "tinyqueue_config": {"tinyqueue", "tinyqueue_json"},
     "tinyqueue_doctor": {"tinyqueue", "tinyqueue_redis"},
     "tinyqueue_cli": {"tinyqueue", "tinyqueue_config", "tinyqueue_doctor", "tinyqueue_json"},

@@ -6,8 +6,7 @@ from typing import Any
 
 import pytest
 from conftest import Server, check_consistency, find_lost, lapse, raw
-from hypothesis import HealthCheck, settings
-from hypothesis import strategies as st
+from hypothesis import HealthCheck, settings, strategies as st
 from hypothesis.stateful import (
     Bundle,
     RuleBasedStateMachine,

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from cycle_model import GUARDS as CYCLE_GUARDS
-from cycle_model import Cycle
+from cycle_model import GUARDS as CYCLE_GUARDS, Cycle
 from protocol_model import GUARDS, World, search
 
 

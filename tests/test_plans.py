@@ -26,7 +26,7 @@ from conftest import RedisServer, Server, free_port, lapse, newest, raw, until
 
 import tinyqueue
 import worker
-from tinyqueue import Failure, Filter, NotReplicated, Once, Outcome, Queue, Transitions, Unavailable, Verbs
+from tinyqueue import Failure, Filter, NotReplicated, Once, Outcome, Queue, Unavailable, Verbs
 from tinyqueue_config import Settings, open_queue
 from tinyqueue_doctor import COMMANDS, OLDEST, examine, repair
 from wsgi import ROUTES
@@ -317,7 +317,7 @@ class Noted:
 
 VERBS = {
     name
-    for name, made in {**vars(Verbs), **vars(Transitions), **vars(Queue)}.items()
+    for name, made in {**vars(Verbs), **vars(Queue)}.items()
     if inspect.isfunction(made) and not name.startswith("_")
 }
 
@@ -380,7 +380,7 @@ def play(queue: Any) -> None:
     queue.get(completed.id)
     play_waiting(queue)
     queue.spend("somebody", 1, 60)
-    for look in ("queues", "stats", "workers", "now", "ping"):
+    for look in ("queues", "stats", "scale", "workers", "now", "ping"):
         getattr(queue, look)()
     raw(queue).delete(queue.keys.counts, queue.keys.jobs("default"))
     assert [finding.seen for finding in repair(queue.parts)]

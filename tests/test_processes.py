@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import http.client
+import itertools
 import json
 import os
 import re
@@ -198,12 +199,12 @@ def start(folder: Path) -> Iterator[Callable[..., Any]]:
 
 @pytest.fixture
 def work(start: Any, real: Server, queue_at: Any) -> Callable[..., Process]:
-    """Start a worker with a short lease and wait until it is registered."""
+    """Start a worker with a short lease and wait until it is registered, or has ended its burst."""
 
     def work(*options: str, url: str = real.url) -> Process:
         worker = start(ROOT / "worker.py", *options, REDIS_URL=url, TINYQUEUE_LEASE="2")
         queue = queue_at(url)
-        until(lambda: registered(queue, worker))
+        until(lambda: registered(queue, worker) or worker.code is not None)
         return worker
 
     return work
@@ -632,6 +633,55 @@ def test_serve_while_nobody_reads_the_log_goes_on(near: Queue, real: Server, *, 
         assert web.call("GET", "/health")[0] == 200
     assert web.end(SIGTERM, timeout=15) == 0
     assert near.stats()["pending"] == 100
+
+
+BROKEN_PAYLOAD = """
+import msgspec
+from tinyqueue import handler
+
+class Broken(msgspec.Struct):
+    number: int
+
+    def __post_init__(self) -> None:
+        if self.number == 0:
+            raise LookupError("no such number\\n2026-01-01 forged line")
+
+@handler("broken")
+def broken(payload: Broken) -> None: ...
+"""
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_serve_unexpected_errors_while_nobody_reads_the_log_goes_on(
+    real: Server, folder: Path, *, start: Any, processes: int
+) -> None:
+    (folder / "handlers.py").write_text(BROKEN_PAYLOAD)
+    port = free_port()
+    web = start(ROOT / "wsgi.py", kind=Unread, REDIS_URL=real.url, PORT=str(port), WEB_CONCURRENCY=str(processes))
+    web.given_port = port
+    until(lambda: not web.refuses())
+    for _ in range(50):
+        assert web.call("POST", "/jobs", {"type": "broken", "payload": {"number": 0}})[0] == 500
+        assert web.call("GET", "/health")[0] == 200
+    assert web.end(SIGTERM, timeout=15) == 0
+
+
+@pytest.mark.parametrize("processes", ["1", "2"])
+def test_log_an_unexpected_error_with_its_traceback_and_its_request(
+    real: Server, folder: Path, *, start: Any, processes: str
+) -> None:
+    (folder / "handlers.py").write_text(BROKEN_PAYLOAD)
+    web = start(ROOT / "wsgi.py", kind=Web, REDIS_URL=real.url, WEB_CONCURRENCY=processes)
+    assert web.call("POST", "/jobs", {"type": "broken", "payload": {"number": 0}})[0] == 500
+    web.until_output("POST /jobs 500")
+    lines = web.output.splitlines()
+    [at] = [at for at, line in enumerate(lines) if " ERROR " in line]
+    found = re.search("ERROR request failed unexpectedly: LookupError (requestId=[0-9a-f]{32})$", lines[at])
+    assert found
+    assert web.output.count(found[1]) == 2
+    trace = list(itertools.takewhile(lambda line: line.startswith("    "), lines[at + 1 :]))
+    assert "Traceback" in trace[0]
+    assert trace[-1].endswith("2026-01-01 forged line")
 
 
 # Outages of Redis -----------------------------------------------------------------------------------------------------

@@ -30,14 +30,13 @@ from tinyqueue import (
     QueueFull,
     Reaped,
     Shards,
-    Transitions,
     Unavailable,
     Verbs,
     handler,
 )
 from tinyqueue_config import Settings, open_queue
 from tinyqueue_doctor import examine, warnings
-from worker import CLOSING, LAST_WRITE
+from worker import CLOSING, LAST_WRITE, StopMode
 from wsgi import API
 
 DEFAULT = ["default"]
@@ -80,8 +79,7 @@ def shard_of(job: Job) -> int:
 
 
 def test_shards_have_every_verb_of_a_queue() -> None:
-    members = {**vars(Transitions), **vars(Queue)}
-    public = {name for name, member in members.items() if not name.startswith("_") and inspect.isroutine(member)}
+    public = {name for name, member in vars(Queue).items() if not name.startswith("_") and inspect.isroutine(member)}
     assert public - CONSTRUCTORS - ONE_BY_ONE - vars(Verbs).keys() - vars(Shards).keys() == set()
 
 
@@ -366,6 +364,31 @@ def test_worker_runs_the_jobs_of_all_shards(queue: Shards) -> None:
     assert running.end("drain") == 0
     assert {queue.get(job.id).attempts for job in [*jobs, later]} == {1}
     assert queue.workers() == []
+
+
+@pytest.mark.usefixtures("no_handlers")
+@pytest.mark.parametrize("mode", ["drain", "release"])
+def test_worker_that_stops_among_jobs_of_all_shards_loses_none(queue: Shards, mode: StopMode) -> None:
+    ran: Counter[int] = Counter()
+    lock = threading.Lock()
+
+    @handler("note")
+    def note(payload: int) -> None:
+        with lock:
+            ran[payload] += 1
+
+    jobs = [queue.enqueue("note", n) for n in range(400)]
+    for n in range(4):
+        running = Running(queue, slots=4)
+        until(lambda n=n: sum(ran.values()) > 40 * n)
+        assert running.end(mode) == 0
+        assert queue.stats()["processing"] == 0
+    assert Running(queue, slots=4, burst=True).end() == 0
+    stored = [queue.get(job.id) for job in jobs]
+    assert queue.stats()["total"]["completed"] == 400
+    assert all(ran[job.payload] <= job.attempts + job.refunds for job in stored)
+    if mode == "drain":
+        assert ran == dict.fromkeys(range(400), 1)
 
 
 def echo(payload: object, job: Job) -> object:

@@ -36,10 +36,12 @@ VALID = b'{"type":"echo","payload":{}}'
 SOON = 5.0  # seconds; long enough for a slow machine
 
 
-@pytest.fixture
-def server(tmp_path: Path) -> Iterator[Process]:
-    (tmp_path / "handlers.py").write_text(HANDLERS_PY)
-    with running(tmp_path) as server:
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Process]:
+    """A server for all tests that need none of their own: what one test does to it must not harm the next."""
+    folder = tmp_path_factory.mktemp("server")
+    (folder / "handlers.py").write_text(HANDLERS_PY)
+    with running(folder) as server:
         yield server
 
 
@@ -102,9 +104,10 @@ def test_answer_while_other_clients_do_not_read_their_answers(server: Process) -
         assert_answers_soon(server)
 
 
-def test_answer_while_other_clients_pipeline_pages_and_never_read(server: Process) -> None:
+def test_answer_while_other_clients_pipeline_pages_and_never_read(tmp_path: Path) -> None:
+    (tmp_path / "handlers.py").write_text(HANDLERS_PY)
     pages = spell("GET", "/") * 400
-    with ExitStack() as stack:
+    with running(tmp_path) as server, ExitStack() as stack:
         wires = [stack.enter_context(Wire(server.address)) for _ in range(16)]
         for _ in range(20):
             for wire in wires:

@@ -1396,7 +1396,7 @@ def own_redis(start_redis: Callable[..., RedisServer]) -> Iterator[Queue]:
 def test_refuse_new_jobs_but_let_others_end_when_memory_is_short(
     own_redis: Queue, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tinyqueue, "MEMORY_AGE", 0.2)
+    monkeypatch.setattr(tinyqueue_redis, "MEMORY_AGE", 0.2)
     job = put(own_redis, "processing")
     used = raw(own_redis).info("memory")["used_memory"]
     raw(own_redis).config_set("maxmemory", int(used / 0.97))

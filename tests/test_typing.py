@@ -41,7 +41,7 @@ def use(queue: Queue, job: Job, email: SendEmail, image: ProcessImage) -> None:
     greet.enqueue(queue, Greet("you"))
     greet.enqueue(queue, email)  # error: arg-type
 
-    reveal_type(send_email.enqueue(queue, email))  # note: tinyqueue.Job
+    reveal_type(send_email.enqueue(queue, email))  # note: tinyqueue_job.Job
     reveal_type(send_email(email, job))  # note: handlers.Receipt
     reveal_type(send_email(email, job=job))  # note: handlers.Receipt
     reveal_type(greet(Greet("you")))  # note: program.Greeting

@@ -1181,6 +1181,33 @@ def test_burst_runs_a_job_that_another_worker_is_promoting(queue: Queue, work: A
     assert found(queue, job).status == "completed"
 
 
+def test_burst_runs_a_job_that_a_failed_exchange_took_while_it_looked_for_jobs(
+    near: Queue, real: Server, proxy: CutProxy, work: Any, gates: Any, *, echo: None
+) -> None:
+    gate = gates()
+    first = near.enqueue("gate", 0)
+    running = work(real.queue(proxy.url), slots=2, burst=True)
+    until(lambda: gate.started)
+    looking: list[int] = []
+    go_on = threading.Event()
+
+    def block() -> None:
+        looking.append(1)
+        go_on.wait(10)
+
+    for _ in range(2):  # the keeper promotes jobs too
+        proxy.before(b"ZRANGEBYSCORE", block)
+    until(lambda: len(looking) == 2)
+    second = near.enqueue("echo", 1)
+    proxy.drop_request(second.id.encode())  # after it was taken
+    gate.opened.set()
+    until_ended(near, first)
+    until(lambda: not running.worker.held)
+    go_on.set()
+    assert running.end() == 0
+    assert found(near, second).status == "completed"
+
+
 # Timeouts -------------------------------------------------------------------------------------------------------------
 
 
@@ -1472,6 +1499,37 @@ def test_drain_of_an_idle_worker_deregisters_it(queue: Queue, work: Any) -> None
     until(lambda: running.worker.id)
     assert running.end("drain") == 0
     assert queue.workers() == []
+
+
+def test_drain_deregisters_a_worker_whose_heartbeat_is_on_its_way(
+    near: Queue, real: Server, proxy: CutProxy, work: Any
+) -> None:
+    """It must not renew the lease between the two steps of the deregistration."""
+    sent = threading.Event()
+    go_on = threading.Event()
+
+    def hold() -> None:
+        sent.set()
+        go_on.wait(10)
+
+    proxy.before(b'{"at":', hold)
+    running = work(real.queue(proxy.url))
+    assert sent.wait(10)
+    [about] = near.workers()
+    lease, registration = near.keys.lease(about["id"]), near.keys.worker(about["id"])
+
+    def renewed() -> None:
+        go_on.set()
+        with suppress(AssertionError):
+            until(lambda: raw(near).exists(lease), 0.3)
+
+    proxy.before(f"WATCH\r\n${len(registration)}\r\n{registration}".encode(), renewed)
+    running.stop("drain")
+    with suppress(AssertionError):
+        until(lambda: not raw(near).exists(lease), 0.2)
+    go_on.set()
+    assert running.end() == 0
+    assert near.workers() == []
 
 
 def test_drain_before_the_worker_has_started_succeeds(queue: Queue, work: Any) -> None:

@@ -1,0 +1,558 @@
+"""What a job is: its errors, its record, its handlers, and the checks of what a client sends.
+
+It knows no queue. tinyqueue.py imports all of it, and users import it from there.
+"""
+
+from __future__ import annotations
+
+import inspect
+import random
+import re
+import time
+import typing
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from datetime import datetime
+from functools import partial
+from typing import Any, Concatenate, Generic, Literal, ParamSpec, Protocol, TypeVar, cast
+
+import msgspec
+
+from tinyqueue_json import Mismatch, created_at, describe, encode, epoch_ms, is_number, new_id, parser, to_json
+from tinyqueue_redis import explain, shield
+
+# Bounds of a job, a part of the contract ------------------------------------------------------------------------------
+
+MAX_ATTEMPTS = 100
+MAX_DELAY = 366 * 86400  # seconds
+KEY_LENGTH = 200  # characters of a uniqueKey
+NAME = re.compile(r"[A-Za-z0-9._-]{1,100}")  # of queues, types, workers: cannot spell another key
+PRINTABLE = re.compile(r"[^\x00-\x1f\x7f-\xa0\xad\u2028\u2029\ud800-\udfff]+")  # as in openapi.json
+ID = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-7[0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9a-f]{12}")
+
+# Errors ---------------------------------------------------------------------------------------------------------------
+
+
+class TinyQueueError(Exception):
+    """The base of all errors of TinyQueue. What does not exist is None or empty, not an error."""
+
+
+class SettingsError(TinyQueueError):
+    """A setting or the handlers module is wrong. The text is one line that says what to do."""
+
+
+class InvalidJob(TinyQueueError):
+    """A field of a job, or another argument such as a cursor, is invalid. Nothing was changed.
+
+    `field` is the wrong field as JSON clients know it, and `rule` says what it must be. `path` is
+    the place inside the payload (``$.to``), or empty.
+    """
+
+    def __init__(self, field: str, rule: str, path: str = "") -> None:
+        super().__init__(f"{field}{path.removeprefix('$')}: {rule}")
+        self.field = field
+        self.rule = rule
+        self.path = path
+
+
+class UnknownType(InvalidJob):
+    """No handler is registered for that type. `known` lists the registered types."""
+
+    def __init__(self, type: str, known: Sequence[str]) -> None:
+        todo = "restart this process after adding a handler"
+        rule = f"no handler is registered for {type!r}; registered: {', '.join(known) or 'none'}; {todo}"
+        super().__init__("type", rule)
+        self.type = type
+        self.known = list(known)
+
+
+class KeyReused(TinyQueueError):
+    """The Idempotency-Key was used before, for a different request. Nothing was stored."""
+
+
+class QueueFull(TinyQueueError):
+    """More than TINYQUEUE_MAX_PENDING jobs of a queue, or MAX_QUEUES queues. Nothing was stored."""
+
+
+class NotReplicated(TinyQueueError):
+    """The jobs are stored and will run, but on fewer replicas than TINYQUEUE_MIN_REPLICAS.
+
+    A failover now may lose them. `jobs` lists them. Submitting again makes new jobs, except under
+    the same Idempotency-Key: that waits for the replicas once more.
+    """
+
+    def __init__(self, jobs: Sequence[Job], reached: int, wanted: int) -> None:
+        stored = f"job {jobs[0].id} is" if len(jobs) == 1 else f"{len(jobs)} jobs are"
+        them = "it" if len(jobs) == 1 else "them"
+        super().__init__(f"{stored} stored and will run, but only {reached} of {wanted} replicas have {them} so far")
+        self.jobs = list(jobs)
+
+
+class WrongStatus(TinyQueueError):
+    """The job's status does not allow the verb. Nothing was changed. `job` is the current job."""
+
+    def __init__(self, verb: str, job: Job, why: str = "") -> None:
+        super().__init__(f"cannot {verb} job {job.id}: {why or f'it is {job.status}'}")
+        self.verb = verb
+        self.job = job
+
+
+class Unavailable(TinyQueueError):
+    """Redis did not carry out a command.
+
+    `reason` is unreachable, timeout, loading, full, read-only, refused or busy. `doubtful` means
+    that a write was sent and its reply was lost: the write may have been applied.
+    """
+
+    def __init__(self, reason: str, detail: str, doubtful: bool = False) -> None:
+        super().__init__(f"Redis is unavailable ({reason}): {detail}")
+        self.reason = reason
+        self.doubtful = doubtful
+
+
+class Corrupted(TinyQueueError):
+    """A key holds what TinyQueue never writes. `applied`: all other commands were carried out."""
+
+    applied = False
+
+
+class Reaped(TinyQueueError):
+    """The worker was reaped and its jobs were requeued. It must drop them and register again.
+
+    `parts` are the shards that reaped it. It keeps the jobs of the other shards. Without shards,
+    `parts` is empty.
+    """
+
+    parts: Sequence[Any] = ()
+
+
+def translated(error: Exception) -> TinyQueueError:
+    """Translate an error of the Redis client."""
+    reason, text = explain(error)
+    return Unavailable(reason, text) if reason else Corrupted(f"Redis answered: {text}")
+
+
+# The job --------------------------------------------------------------------------------------------------------------
+
+Status = Literal["pending", "processing", "completed", "failed", "cancelled"]
+STATUSES: tuple[Status, ...] = typing.get_args(Status)
+UNENDED = STATUSES[:2]
+ENDED = STATUSES[2:]
+SHOWN = ("id", "type", "payload", "status", "attempts", "maxAttempts", "queue", "createdAt", "updatedAt")
+SHOWN_IF_SET = (
+    *("runAt", "startedAt", "endedAt", "worker", "progress", "expiresAt", "uniqueKey", "cancelRequested", "suspicions"),
+    *("requestId", "traceparent", "error"),
+)
+UNREADABLE = "UnreadableRecord"
+
+
+class Failure(msgspec.Struct, rename="camel", omit_defaults=True):
+    """Why an attempt failed. `of` shortens type, message and traceback."""
+
+    type: str
+    message: str
+    traceback: str = ""
+
+    @classmethod
+    def of(cls, error: BaseException, traceback: str = "") -> Failure:
+        """Describe an exception."""
+        return cls(*describe(error, traceback))
+
+
+class Job(msgspec.Struct, rename="camel", omit_defaults=True, dict=True):
+    """A job as it was when it was read. Times are in milliseconds of Redis TIME, 0 for never.
+
+    The fields are the record. It omits default values, so these are part of the storage format.
+    """
+
+    id: str
+    type: str
+    payload: Any
+    status: Status = "pending"
+    attempts: int = 0
+    max_attempts: int = 3
+    queue: str = "default"
+    run_at: int = 0
+    updated_at: int = 0
+    started_at: int = 0
+    ended_at: int = 0
+    worker: str = ""
+    progress: float = 0.0
+    refunds: int = 0
+    suspicions: int = 0
+    expires_at: int = 0
+    unique_key: str = ""
+    cancel_requested: bool = False
+    result: Any = None
+    error: Failure | None = None
+    request_id: str = ""
+    traceparent: str = ""
+
+    @property
+    def created_at(self) -> int:
+        """When it was enqueued."""
+        return created_at(self.id)
+
+    @property
+    def unreadable(self) -> bool:
+        """Whether its record cannot be read, so that it only shows the record."""
+        return bool(self.error and self.error.type == UNREADABLE)
+
+    def has_expired(self, now: int) -> bool:
+        """Whether it was not started in time."""
+        return bool(self.expires_at) and not self.started_at and self.expires_at <= now
+
+    def waited(self, now: int) -> int:
+        """Milliseconds since a pending job could start; release, fail and retry have updated it."""
+        return max(0, now - max(self.created_at, self.run_at, self.updated_at))
+
+    def runs_on(self, worker: str) -> bool:
+        return self.status == "processing" and self.worker == worker
+
+    def same_attempt(self, other: Job) -> bool:
+        """Whether both are the same attempt. Compares times: a retry resets `attempts`."""
+        ours = (self.worker, self.attempts, self.refunds, self.started_at)
+        return ours == (other.worker, other.attempts, other.refunds, other.started_at)
+
+    def view(self, payload: bytes) -> Job:
+        """Return a copy for the handler, with its payload in JSON decoded again.
+
+        What the handler does to it changes nothing stored: only `cancelled` and `set_progress`
+        reach the job itself.
+        """
+        error = msgspec.structs.replace(self.error) if self.error else None
+        view = msgspec.structs.replace(self, payload=msgspec.json.decode(payload), error=error)
+        view.__dict__["_own"] = self
+        return view
+
+    @property
+    def cancelled(self) -> bool:
+        """Whether this running job was asked to stop. If its handler raises, it ends cancelled."""
+        own: Job = self.__dict__.get("_own", self)
+        return own.cancel_requested
+
+    def set_progress(self, done: float, of: float = 1.0) -> None:
+        """Report from within a handler that `done` of `of` is done.
+
+        Writes to Redis at most once a second; the last value is stored with the outcome. Raises
+        Reaped if the worker has lost the job.
+        """
+        own: Job = self.__dict__.get("_own", self)
+        own.progress = self.progress = round(float(min(1.0, max(0.0, done / of))), 4) if of else 1.0
+        now = time.monotonic()
+        if now - own.__dict__.get("_progress_written", -1.0) >= 1.0 and (queue := own.__dict__.get("_queue")):
+            own.__dict__["_progress_written"] = now
+            with shield(), suppress(Unavailable):  # an attempt must not fail because of its progress
+                queue.write_progress(own)
+
+    def place(self) -> tuple[int, str]:
+        """Its place in a listing: by when it ended, or was created if it has not ended."""
+        return self.ended_at if self.status in ENDED else self.created_at, self.id
+
+    def log_fields(self) -> dict[str, Any]:
+        """The fields of every log line about the job."""
+        fields: dict[str, Any] = {"job": self.id, "type": self.type, "queue": self.queue}
+        fields |= {"attempt": self.attempts, "worker": self.worker}
+        origin = {"requestId": self.request_id, "traceparent": self.traceparent}
+        return fields | {name: value for name, value in origin.items() if value}
+
+    def answer(self) -> dict[str, Any]:
+        """The job as clients see it: the fields in SHOWN, and the others if they are set."""
+        fields = dict(zip(self.__struct_encode_fields__, msgspec.structs.astuple(self), strict=True))
+        fields |= {"createdAt": self.created_at, "updatedAt": self.updated_at or self.created_at}
+        set_now = [name for name in SHOWN_IF_SET if fields[name]] + ["result"] * (self.status == "completed")
+        return {name: fields[name] for name in (*SHOWN, *set_now)}
+
+
+class Attempt(msgspec.Struct, rename="camel"):
+    """The part of a record that identifies an attempt. It is cheap to decode."""
+
+    status: str = "pending"
+    worker: str = ""
+    attempts: int = 0
+    refunds: int = 0
+    started_at: int = 0
+    cancel_requested: bool = False
+
+
+_decode_job = msgspec.json.Decoder(Job).decode
+_decode_attempt = msgspec.json.Decoder(Attempt).decode
+_ID_PART = len('{"id":"') + 36 + len('",')  # how an encoded job begins; a record leaves this out
+
+
+def record_of(job: Job) -> bytes:
+    return b"{" + encode(job)[_ID_PART:]
+
+
+def read_job(id: str, record: bytes, decode: Callable[[bytes], Job] = _decode_job) -> Job:
+    """Read a record. An unreadable one becomes a failed job that shows it, so no reader crashes."""
+    try:
+        job = decode(b'{"id":"%b",%b' % (id.encode(), record[1:]))
+        if job.id != id:
+            raise msgspec.DecodeError("a record must not hold an id")
+        return job
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        text = record[:10_000].decode("utf-8", "backslashreplace")
+        return Job(id, "unreadable", text, status="failed", error=Failure(UNREADABLE, str(error)))
+
+
+def attempt_in(record: bytes | None, job: Job) -> Attempt | None:
+    """Return the attempt in a record if it is still the one in which this job was started."""
+    try:
+        stored = _decode_attempt(record or b"{}")
+    except (msgspec.DecodeError, RecursionError):
+        return None
+    ours = Attempt("processing", job.worker, job.attempts, job.refunds, job.started_at, stored.cancel_requested)
+    return stored if stored == ours else None
+
+
+# Handlers -------------------------------------------------------------------------------------------------------------
+
+P = TypeVar("P")
+A = ParamSpec("A")
+R = TypeVar("R")
+
+
+class Enqueues(Protocol):
+    """What a handler needs of a queue."""
+
+    def enqueue(self, type: str, payload: Any, **options: Any) -> Job: ...
+
+
+HANDLERS: dict[str, Handler[Any, Any, Any]] = {}
+
+
+class Handler(Generic[P, A, R]):
+    """A function that runs jobs of one type. It can still be called directly."""
+
+    def __init__(self, function: Callable[Concatenate[P, A], R], type: str, options: Mapping[str, Any]) -> None:
+        self.function = function
+        self.type = type
+        self.__doc__ = function.__doc__
+        self.max_attempts: int = _whole("maxAttempts", options["max_attempts"], 1, MAX_ATTEMPTS)
+        self.timeout: float | None = options["timeout"]
+        self.backoff: float = options["backoff"]
+        self.backoff_cap: float = options["backoff_cap"]
+        self.queue: str = check_name("queue", options["queue"])
+        self.payload_type, self.wants_job = _signature(function)
+        self._parse = parser(self.payload_type)
+
+    def __call__(self, payload: P, *args: A.args, **kwargs: A.kwargs) -> R:
+        return self.function(payload, *args, **kwargs)
+
+    def enqueue(self, queue: Enqueues, payload: P, /, **options: Any) -> Job:
+        """Enqueue a job of this type; mypy checks the payload too. Options as for `make_job`."""
+        return queue.enqueue(self.type, payload, **options)
+
+    def parse(self, payload: bytes) -> P:
+        """Decode a payload as the handler's type. Raises InvalidJob with the path of a mismatch."""
+        try:
+            return cast(P, self._parse(payload))
+        except Mismatch as error:
+            raise InvalidJob("payload", error.rule, error.path) from None
+
+    def bind(self, job: Job) -> Callable[[], Any]:
+        """Return the call of the function for a started job. Raises InvalidJob like `parse`."""
+        encoded = encode(job.payload)
+        payload = self.parse(encoded)
+        function: Callable[..., Any] = self.function
+        return partial(function, payload, job.view(encoded)) if self.wants_job else partial(function, payload)
+
+    def run(self, job: Job) -> Any:
+        """Call the function for a started job."""
+        return self.bind(job)()
+
+
+def handler(
+    type: str,
+    *,
+    max_attempts: int = 3,
+    timeout: float | None = 300,
+    backoff: float = 1.0,
+    backoff_cap: float = 300.0,
+    queue: str = "default",
+) -> Callable[[Callable[Concatenate[P, A], R]], Handler[P, A, R]]:
+    """Register a function as the handler of jobs of `type`.
+
+    Its first parameter must be annotated with the payload's type: a dataclass, TypedDict, msgspec
+    Struct or anything else that msgspec can read from JSON. Payloads are checked against it when a
+    job is submitted and again before it runs. An optional second parameter, annotated `Job`,
+    receives the job. The return value, as JSON, is the job's result.
+
+    `timeout` is in seconds; None means unlimited. After failed attempt n the job waits for
+    `backoff` * 2 ** (n - 1) seconds and up to half as much again, but at most `backoff_cap`; once
+    it has reached the cap, for two thirds of it or more.
+    Mistakes raise TypeError or InvalidJob when the module is imported.
+    """
+    if callable(type):
+        raise TypeError("handler needs the type of the jobs: write @handler('send-email'), not @handler")
+    check_name("type", type)
+    if not all(is_number(value) for value in (300 if timeout is None else timeout, backoff, backoff_cap)):
+        raise TypeError(f"handler {type!r}: timeout, backoff and backoff_cap must be numbers of seconds")
+    if timeout is not None and not timeout > 0:
+        raise TypeError(f"handler {type!r}: timeout must be above 0, or None")
+    if not 0 < backoff <= backoff_cap <= MAX_DELAY:
+        raise TypeError(f"handler {type!r}: backoff must be above 0, backoff_cap at least that and at most {MAX_DELAY}")
+    times: dict[str, Any] = {"timeout": timeout, "backoff": backoff, "backoff_cap": backoff_cap}
+    options = {"max_attempts": max_attempts, "queue": queue, **times}
+
+    def register(function: Callable[Concatenate[P, A], R]) -> Handler[P, A, R]:
+        known = HANDLERS[type].function if type in HANDLERS else function
+        if _source(known) != _source(function):  # a reload declares the same function again
+            raise TypeError(f"two handlers are declared for type {type!r}")
+        made = HANDLERS[type] = Handler(function, type, options)
+        return made
+
+    return register
+
+
+def _source(function: Callable[..., Any]) -> tuple[str, str, int]:
+    return function.__module__, function.__qualname__, function.__code__.co_firstlineno
+
+
+def _signature(function: Callable[..., Any]) -> tuple[Any, bool]:
+    """Return the type of a handler's payload, and whether the handler takes the job too."""
+    name = f"handler {function.__name__}"
+    kinds = inspect.iscoroutinefunction, inspect.isgeneratorfunction, inspect.isasyncgenfunction
+    if any(is_kind(function) for is_kind in kinds):
+        why = "a call would not run its body"
+        raise TypeError(f"{name} must be a plain function, not async and not a generator: {why}")
+    hints = typing.get_type_hints(function, include_extras=True)
+    parameters = list(inspect.signature(function).parameters.values())
+    if not 1 <= len(parameters) <= 2 or parameters[0].name not in hints:
+        raise TypeError(f"{name} must take an annotated payload and, optionally, a Job")
+    if any(p.kind not in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) for p in parameters):
+        raise TypeError(f"{name} must take its parameters by position")
+    if len(parameters) == 2 and hints.get(parameters[1].name) is not Job:
+        raise TypeError(f"the second parameter of {name} must be annotated Job")
+    return hints[parameters[0].name], len(parameters) == 2
+
+
+class Retry(Exception):
+    """Raised by a handler to fail this attempt. Retry in `after` seconds, or after the backoff."""
+
+    def __init__(self, reason: str = "the handler asked for a retry", *, after: float | None = None) -> None:
+        if after is not None and not is_delay(after):
+            raise ValueError(f"Retry: after must be a number of seconds from 0 to {MAX_DELAY}")
+        super().__init__(reason)
+        self.after = after
+
+
+class Discard(Exception):
+    """Raised by a handler to fail the job now, even if attempts are left."""
+
+
+class TimedOut(BaseException):
+    """Raised in a handler that exceeds its timeout. `except Exception` does not catch it."""
+
+    def __str__(self) -> str:
+        return "the handler exceeded its timeout"
+
+
+def backoff(attempts: int, base: float = 1.0, cap: float = 300.0) -> float:
+    """Return the seconds to wait after that attempt: doubling from `base` to `cap`, with jitter.
+
+    The jitter is a third of the wait, at the cap too: jobs that failed together must not come back
+    together.
+    """
+    longest = min(cap, base * 2 ** min(attempts - 1, 60) * 1.5)
+    return random.uniform(max(min(base, cap), longest / 1.5), longest)
+
+
+# Checking a job -------------------------------------------------------------------------------------------------------
+
+
+def make_job(
+    now: int,
+    type: str,
+    payload: Any,
+    *,
+    max_attempts: int | None = None,
+    queue: str | None = None,
+    delay: float | None = None,
+    run_at: int | str | datetime | None = None,
+    expires_in: float | None = None,
+    unique_key: str | None = None,
+) -> Job:
+    """Check the parts of a job and make it. Raises InvalidJob with the field and the rule.
+
+    Defaults come from the handler's declaration, if this process has it. A job that was not started
+    within `expires_in` seconds fails when its turn comes. While a job with the same `unique_key` is
+    pending or processing, submit returns that job and stores no other.
+    """
+    known = HANDLERS.get(check_name("type", type))
+    try:
+        encoded = to_json(payload)
+    except ValueError as error:
+        raise InvalidJob("payload", str(error)) from None
+    if known:
+        known.parse(encoded)
+    if max_attempts is None:
+        max_attempts = known.max_attempts if known else 3
+    if queue is None:
+        queue = known.queue if known else "default"
+    starts_at = _first_run(delay, run_at, now)
+    expires_at = _expiry(expires_in, now) if expires_in is not None else 0
+    if expires_at and starts_at >= expires_at:
+        raise InvalidJob("expiresIn", "must end after the job may start, which delay or runAt says")
+    return Job(
+        id=new_id(now),
+        type=type,
+        payload=payload,
+        max_attempts=_whole("maxAttempts", max_attempts, 1, MAX_ATTEMPTS),
+        queue=check_name("queue", queue),
+        run_at=starts_at,
+        expires_at=expires_at,
+        unique_key=_text_key("uniqueKey", unique_key) if unique_key is not None else "",
+    )
+
+
+def check_name(field: str, value: Any) -> str:
+    if not isinstance(value, str) or not NAME.fullmatch(value):
+        raise InvalidJob(field, "must be 1 to 100 of the characters A-Z a-z 0-9 . _ -")
+    return value
+
+
+def _text_key(field: str, value: Any) -> str:
+    if not isinstance(value, str) or not PRINTABLE.fullmatch(value) or len(value) > KEY_LENGTH:
+        raise InvalidJob(field, f"must be 1 to {KEY_LENGTH} printable characters")
+    return value
+
+
+def is_delay(value: Any) -> bool:
+    """Whether a job may be delayed by that many seconds."""
+    return is_number(value) and 0 <= value <= MAX_DELAY
+
+
+def _whole(field: str, value: Any, low: int, high: int) -> int:
+    if not is_number(value) or not low <= value <= high or value % 1:
+        raise InvalidJob(field, f"must be a whole number from {low} to {high}")
+    return int(value)
+
+
+def _first_run(delay: float | None, run_at: Any, now: int) -> int:
+    """Return when a job with that `delay` or `runAt` may start. 0 means now."""
+    at: int | None = 0
+    if delay is not None and run_at is not None:
+        raise InvalidJob("delay", "must not be given together with runAt")
+    if run_at is not None:
+        at = epoch_ms(run_at)
+        if at is None or at > now + MAX_DELAY * 1000:
+            rule = "must be ISO 8601 with a zone, or milliseconds since 1970, and at most"
+            raise InvalidJob("runAt", f"{rule} {MAX_DELAY // 86400} days ahead")
+    if delay is not None:
+        if not is_delay(delay):
+            raise InvalidJob("delay", f"must be a number of seconds from 0 to {MAX_DELAY}")
+        at = now + round(delay * 1000)
+    return at if at and at > now else 0
+
+
+def _expiry(seconds: float, now: int) -> int:
+    if not is_delay(seconds) or not seconds:
+        raise InvalidJob("expiresIn", f"must be a number of seconds above 0, at most {MAX_DELAY}")
+    return now + max(1, round(seconds * 1000))
+
+
+# Users import all this from tinyqueue, so tracebacks and pickles must name it there.
+for _defined in [value for value in globals().values() if isinstance(value, type) and value.__module__ == __name__]:
+    _defined.__module__ = "tinyqueue"
