@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import base64
 import io
 import json
@@ -678,3 +679,15 @@ def test_vercel_file_names_what_is_there() -> None:
     config = json.loads((folder / "vercel.json").read_text())
     assert [(folder / name).exists() for name in config["functions"]] == [True]
     assert [cron["path"] for cron in config["crons"]] == ["/cron"]
+
+
+# Cold starts ----------------------------------------------------------------------------------------------------------
+
+
+def test_import_loads_nothing_that_only_our_own_server_needs() -> None:
+    script = "import sys, wsgi; print(sorted(name for name in sys.modules if '.' not in name))"
+    environ = {"PATH": os.environ["PATH"], "PYTHONPATH": str(REPOSITORY)}
+    loaded = subprocess.run([sys.executable, "-c", script], env=environ, capture_output=True, text=True, check=True)
+    names = set(ast.literal_eval(loaded.stdout))
+    assert {"bottle", "redis", "msgspec", "wsgi"} <= names
+    assert not names & {"click", "waitress", "tinyqueue_server", "worker", "prometheus_client", "fakeredis", "hupper"}
