@@ -1,11 +1,11 @@
 # One image for web processes and workers. docs/deploy.md explains how to build, run and check it.
 
-# Pin the base by its digest in production: --build-arg BASE_DIGEST=sha256:...
+# In production, pin the base by its digest: --build-arg BASE_DIGEST=sha256:...
 ARG BASE_IMAGE=python:3.13-slim
 ARG BASE_DIGEST=
 
 FROM ${BASE_IMAGE}${BASE_DIGEST:+@${BASE_DIGEST}} AS build
-# pip has an environment of its own, so it is not in the one that the image runs.
+# pip has an environment of its own, so the environment in the image does not contain it.
 RUN python3 -m venv /build && python3 -m venv --without-pip /opt/venv
 COPY requirements.txt /build/
 RUN /build/bin/pip --python /opt/venv/bin/python install --no-cache-dir --disable-pip-version-check \
@@ -38,7 +38,7 @@ WORKDIR /app
 USER 10001:10001
 EXPOSE 3000
 STOPSIGNAL SIGTERM
-# A container runs either a web process or a worker, and passes if that one is well.
+# A container runs either a web process or a worker. The check passes if that process is healthy.
 HEALTHCHECK --interval=30s --timeout=20s --start-period=30s --retries=3 \
     CMD ["python", "worker.py", "check", "--any"]
 # For a worker: python worker.py

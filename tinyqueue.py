@@ -39,20 +39,23 @@ round trips however many jobs it moves. No Lua.
     cancel    pending -> cancelled            record           -                         record, delayed, cancelled
     request   processing -> processing        record           handler takes a Job       record: cancelRequested
     retry     failed, cancelled -> pending    record, unique   uniqueKey free            record, its index, list
+    load      nothing -> pending, failed*     records, unique  unused; queue paused      records, list/delayed,
+                                              and paused                                 indexes, uniqueKeys
 
     * cancelled, if that was requested. Due: runAt has come, and the job has not expired. Expired:
     expiresAt has passed before the first start. Same attempt: worker, attempts, refunds and
     startedAt of the record are those that the worker holds. Worker's own: processing under that
     worker's name. Lease gone: missing, or seen unchanged for longer than a lease. Handler takes a
-    Job: checked where the handler is known. A suspect is a job that two workers lost while they ran
-    it along with others. It starts only alone.
+    Job: checked where the handler is known. Unused: no job has the id, and no unended one has the
+    uniqueKey. Queue paused: the queues of all pending jobs that load stores. A suspect is a job
+    that two workers lost while they ran it along with others. It starts only alone.
 
     dequeue is take, then start or expire. enqueue is written by submit, expire by start, and
     request by cancel. complete, fail and release are written by settle, many in one transaction.
-    exchange is settle and dequeue in three round trips. A busy worker uses it instead of these
-    two, except with shards. Every verb that fills a list rings its bell, and every verb keeps the
-    counts and the metrics. Whatever ends a job frees its uniqueKey and leaves a token for those
-    who wait for it.
+    exchange is settle and dequeue in three round trips. A busy worker uses it instead of these two,
+    except with shards. load stores the jobs of a backup. Every verb that fills a list rings its
+    bell, and every verb keeps the counts and the metrics. Whatever ends a job frees its uniqueKey
+    and leaves a token for those who wait for it.
 
     Lost replies. adopt finds the ids in a worker's list that the worker does not know. After a lost
     reply, start neither starts nor drops an id: it may have done so already. Only one thread of a
@@ -104,9 +107,8 @@ Three rules carry everything
 
 tinyqueue_job.py says what a job is: its errors, its record, its handlers and the checks of input.
 Here come first the bounds, the keys and transactions, and the verbs that are made of other verbs.
-Then the verbs of the queue follow the life of a job, up to upkeep. Reading, metrics and shards come
-last.
-`grep '# [A-Z].* ---' tinyqueue.py` prints the table of contents.
+Then the verbs of the queue follow the life of a job, up to upkeep. Backups, reading, metrics and
+shards come last. `grep '# [A-Z].* ---' tinyqueue.py` prints the table of contents.
 """
 
 from __future__ import annotations
@@ -170,6 +172,7 @@ from tinyqueue_job import (
     handler as handler,
     is_delay as is_delay,
     make_job as make_job,
+    note_record,
     read_job,
     record_of,
     translated,
@@ -183,6 +186,7 @@ from tinyqueue_redis import (
     ask,
     connect,
     pairs,
+    parse_info,
     read_replies,
     read_reply,
     send,
@@ -201,8 +205,8 @@ log = logging.getLogger("tinyqueue")
 # Bounds: a part of the contract, not tunables -------------------------------------------------------------------------
 
 MAX_JOBS = 1000  # jobs of one batch, which take some milliseconds of Redis' only thread
-MAX_QUEUES = 10_000  # with jobs: each adds a row to every report
-KEPT_QUEUES = 100  # without jobs: above this they are forgotten
+MAX_QUEUES = 10_000  # queues with jobs: each adds a row to every report
+KEPT_QUEUES = 100  # queues, above which those without jobs are forgotten
 MAX_RESULT = 262144  # bytes of a result's JSON
 SUSPICIOUS = 2  # after this many lost workers that ran a job along with others, the job runs alone
 # Attempts that release refunds. Without a limit, a job longer than every shutdown timeout would
@@ -210,8 +214,8 @@ SUSPICIOUS = 2  # after this many lost workers that ran a job along with others,
 MAX_REFUNDS = 10
 SAMPLED = 100  # due jobs that a count for scaling reads while no worker promotes them
 SCANNED = 1000  # jobs that one page of a listing or one bulk change looks at
-PAGE_BYTES = 32 << 20  # of the records that it looks at
-READ_BYTES = 1 << 20  # of the records that it reads with one command
+PAGE_BYTES = 32 << 20  # bytes of the records that it looks at
+READ_BYTES = 1 << 20  # bytes of the records that it reads with one command
 MEMORY_SHARE = 0.95  # of maxmemory, above which submits are refused so that stored jobs can end
 LISTED = 10_000  # entries of a list that are read with one command
 KEPT = 100_000  # ended jobs that are kept, of each status
@@ -256,12 +260,12 @@ class Keys:
         self.worker = each("worker")
         self.lease = each("lease")
         self.proc = each("proc")
-        self._once = each("once")
+        self.once_hash = each("once")
         self._minute = each("minute")
         self._rate = each("rate")
 
     def once(self, key: str) -> str:
-        return self._once(hashlib.sha256(key.encode()).hexdigest())
+        return self.once_hash(hashlib.sha256(key.encode()).hexdigest())
 
     def minute(self, now: int) -> str:
         return self._minute(str(now // 60_000))
@@ -412,8 +416,8 @@ class Store:
         self.memory = self.connections.memory
         self.keys = Keys(namespace)
         self.clock = Clock()
-        self._series: frozenset[str] = frozenset()  # the <type>:<queue> that have their own metrics
-        self._series_known = False  # whether these were read and no others have been met since
+        self.series: frozenset[str] = frozenset()  # the <type>:<queue> that have their own metrics
+        self.series_known = False  # whether these were read and no others have been met since
 
     def read(self, *commands: Command) -> list[Any]:
         """Send commands and return their replies. Despite its name it may write.
@@ -434,7 +438,7 @@ class Store:
         repeat them if so. After a time-out the first EXEC may still arrive. Only a watch makes a
         second EXEC safe then, so without a watch this raises Unavailable.
         """
-        if counts and not self._series_known:
+        if counts and not self.series_known:
             _learn_series(self)
         late = False
         for _ in range(TRIES):
@@ -516,6 +520,18 @@ class Outcome(NamedTuple):
     result: Any = None
     error: Failure | None = None
     after: float | None = None
+
+
+class Loaded(NamedTuple):
+    """What `load` did. Jobs in neither list were there already, or have ended too long ago.
+
+    `jobs` are stored now. The uniqueKeys of `taken` belong to other jobs. If there are `unpaused`
+    queues, nothing was stored.
+    """
+
+    jobs: list[Job]
+    taken: list[str]
+    unpaused: list[str]
 
 
 class Verbs(ABC):
@@ -917,7 +933,7 @@ class Queue(Verbs):
             elif tx.again:
                 continue
             elif job and job.status == "pending" and not job.has_expired(tx.now) and job.run_at <= tx.now:
-                changed += [self.keys.job(id), record_of(self._begin(tx, job, worker))]
+                changed += [self.keys.job(id), note_record(job, record_of(self._begin(tx, job, worker)))]
                 started.append(job)
             else:
                 tx.write("LREM", self.keys.proc(worker), 1, entry)
@@ -1116,7 +1132,8 @@ class Queue(Verbs):
             if attempt is None:
                 raise Reaped(f"job {job.id} is no longer with worker {job.worker}")
             job.cancel_requested = attempt.cancel_requested
-            tx.write("SET", key, record_of(msgspec.structs.replace(job, updated_at=max(tx.now, job.started_at))))
+            now = max(tx.now, job.started_at)
+            tx.write("SET", key, note_record(job, record_of(msgspec.structs.replace(job, updated_at=now))))
 
         with self._writers:
             self.store.transact([self.keys.worker(job.worker), key], body)
@@ -1492,6 +1509,150 @@ class Queue(Verbs):
                 raise
         return self.store.transact((), lambda tx: delete(tx, lambda *command: tx.read(command)))
 
+    # Back up and load -------------------------------------------------------------------------------------------------
+
+    def scan(self, family: str = "") -> Iterator[str]:
+        """Return the names of all keys that begin with `family`, without prefix and family.
+
+        SCAN reads the whole database. It returns every key that exists from the beginning to the
+        end, whatever is written meanwhile. It may return a key twice.
+        """
+        prefix = self.keys.prefix + family
+        cursor = b"0"
+        while True:
+            # No character of a prefix is special in a pattern. The command with a key leads to the
+            # node of a cluster that has the queue: any node answers SCAN.
+            step = ("SCAN", cursor, "MATCH", prefix + "*", "COUNT", SCANNED)
+            _, (cursor, keys) = self.store.read(("EXISTS", self.keys.counts), step)
+            yield from (key.removeprefix(prefix) for key in map(text_of, keys))
+            if cursor == b"0":
+                return
+
+    def server(self) -> str:
+        """Return the run id of Redis, or "". A restart or a failover changes it."""
+        with suppress(Corrupted, Unavailable):
+            info = self.store.read(("EXISTS", self.keys.counts), ("INFO", "server"))[1]
+            return parse_info(info).get("run_id", "")
+        return ""
+
+    def waiting_ids(self) -> Iterator[list[str]]:
+        """Return the ids that wait: the delayed ones, then those of each queue, last in first.
+
+        This is the order in which `load` takes jobs. Some ids come twice. Jobs that move meanwhile
+        may be missing, but `stored_ids` has them.
+        """
+        for window in self.read_entries(self.keys.delayed, "ZRANGE"):
+            yield _named(reversed(window))
+        for window in self._read_lists([self.keys.jobs(name) for name in self._names(Filter())]):
+            yield _named(window)
+
+    def stored_ids(self) -> Iterator[list[str]]:
+        """Return the ids of all jobs, except completed ones, in any order.
+
+        A record exists from the submit of a job until it is purged or expires. So no job is missing
+        that exists from the beginning to the end, however often it moves meanwhile.
+        """
+        ids = filter(ID.fullmatch, self.scan("job:"))
+        while some := list(itertools.islice(ids, SCANNED)):
+            completed = self._completed(some)
+            yield [id for id in some if id not in completed]
+
+    def _completed(self, ids: Sequence[str]) -> set[str]:
+        scores = self.store.read(*(("ZSCORE", self.keys.ended["completed"], id) for id in ids)) if ids else []
+        return {id for id, score in zip(ids, scores, strict=True) if score is not None}
+
+    def read_stored(self, ids: Sequence[str]) -> Iterator[Job]:
+        """Read jobs as they are stored: payloads and results stay JSON, a `msgspec.Raw`.
+
+        Leaves out jobs that do not exist any more. A job that cannot be read becomes a failed job
+        that shows its record.
+        """
+        for id, record in self._read_records(ids):
+            if record is not None:
+                yield stored_job(id, record)
+
+    def read_once(self, known: Callable[[Sequence[str]], Collection[str]], before: int) -> Iterator[tuple[str, bytes]]:
+        """Return the Idempotency-Keys with their values, the keys as hashes.
+
+        Leaves out those of jobs that a backup lacks because they were submitted while it was made:
+        a repeat of such a submit must store its jobs. `known` returns the ids that the backup has,
+        and jobs created before `before` existed when it began.
+        """
+        hashes = self.scan("once:")
+        while some := list(itertools.islice(hashes, SCANNED)):
+            values = self.store.read(("MGET", *map(self.keys.once_hash, some)))[0]
+            found = {hash: value for hash, value in zip(some, values, strict=True) if value is not None}
+            made = {hash: _made(value).ids for hash, value in found.items()}
+            late = {id for ids in made.values() for id in ids if not ID.fullmatch(id) or created_at(id) >= before}
+            lacking = late - set(known(list(late)))
+            lacking -= self._completed(list(lacking))
+            yield from ((hash, value) for hash, value in found.items() if lacking.isdisjoint(made[hash]))
+
+    def load(self, jobs: Sequence[Job], behind: bool = False) -> Loaded:
+        """Store jobs of a backup under their own ids, all that can be stored. See `Loaded`.
+
+        nothing -> pending, failed or cancelled. Each pending job goes before those that its queue
+        has, or `behind` them, or among the delayed. A processing job becomes pending and its
+        attempt does not count; it becomes cancelled if that was requested. Watches the records, the
+        uniqueKeys and the set of paused queues: nothing is stored unless all these queues are
+        paused, so no job starts before an operator has resumed its queue. Raises InvalidJob for
+        more than MAX_JOBS, and Unavailable if Redis' memory is nearly used up.
+        """
+        if len(jobs) > MAX_JOBS:
+            raise InvalidJob("jobs", f"must be at most {MAX_JOBS} at a time")
+        if self.store.connections.memory_use > MEMORY_SHARE:
+            raise Unavailable("full", f"more than {MEMORY_SHARE:.0%} of its maxmemory is used")
+        jobs = list({job.id: job for job in jobs}.values())
+        keys = [self.keys.job(job.id) for job in jobs]
+        unique = list({self.keys.unique(job.unique_key) for job in jobs if job.unique_key})
+
+        def body(tx: Transaction) -> Loaded:
+            present, paused = tx.read(("EXISTS", *keys), ("SMEMBERS", self.keys.paused))
+            found = tx.read(*(("EXISTS", key) for key in keys)) if present else [0] * len(keys)
+            new = [_stopped(job, tx.now) for job, exists in zip(jobs, found, strict=True) if not exists]
+            pending = [job for job in new if job.status == "pending"]
+            unpaused = sorted({job.queue for job in pending} - set(map(text_of, paused)))
+            if unpaused:
+                return Loaded([], [], unpaused)
+            has_keys = any(job.unique_key for job in pending)
+            holders = self._without_duplicates(tx, pending) if has_keys else pending
+            free = [job for job, holder in zip(pending, holders, strict=True) if job is holder]
+            ended = [job for job in new if job.status != "pending" and self._left(job, tx.now) > 0]
+            self._write_loaded(tx, free, ended, "LPUSH" if behind else "RPUSH")
+            taken = [job.id for job, holder in zip(pending, holders, strict=True) if job is not holder]
+            return Loaded(free + ended, taken, [])
+
+        return self.store.transact([*keys, *unique, self.keys.paused], body) if jobs else Loaded([], [], [])
+
+    def _left(self, job: Job, now: int) -> int:
+        """Return the milliseconds for which an ended job is still kept."""
+        return job.ended_at + self.keep_ms[job.status] - now
+
+    def _write_loaded(self, tx: Transaction, pending: Sequence[Job], ended: Sequence[Job], push: Push) -> None:
+        if pending:
+            tx.write("MSET", *(part for job in pending for part in (self.keys.job(job.id), record_of(job))))
+        for job in pending:
+            self._add_to_queue(tx, job, push)
+            tx.measure("enqueued", job)
+        for job in ended:  # these count in no metric: they ended before, and an alert must not fire again
+            tx.write("SET", self.keys.job(job.id), record_of(job), "PX", self._left(job, tx.now))
+            tx.gather("ZADD", self.keys.ended[job.status], job.ended_at, job.id)
+            tx.count(job.status)
+
+    def load_once(self, values: Mapping[str, bytes]) -> int:
+        """Store Idempotency-Keys of a backup, by their hashes. Return how many were not there.
+
+        Each expires `keep_once` after its newest job was submitted. If that time is over or too far
+        ahead, it expires `keep_once` after now.
+        """
+        now = self.now()
+        sets = []
+        for hash, value in values.items():
+            until = max((created_at(id) for id in _made(value).ids), default=0) + self.keep_once_ms
+            left = until - now if now < until < now + self.keep_once_ms else self.keep_once_ms
+            sets.append(("SET", self.keys.once_hash(hash), value, "NX", "PX", left))
+        return sum(reply is not None for reply in self.store.read(*sets)) if sets else 0
+
     # Reading ----------------------------------------------------------------------------------------------------------
 
     def ping(self) -> None:
@@ -1602,14 +1763,18 @@ class Queue(Verbs):
         return jobs, "{}.{}".format(*entries[seen - 1]) if len(entries) > seen else ""
 
     def read_jobs(self, ids: Sequence[str], cut: int | None = None) -> Iterator[tuple[Job | None, int]]:
-        """Read jobs, and the sizes of their records: about READ_BYTES with each command."""
+        """Read jobs, and the sizes of their records."""
+        for id, record in self._read_records(ids):
+            yield (_listed(id, record, cut), len(record)) if record else (None, 0)
+
+    def _read_records(self, ids: Sequence[str]) -> Iterator[tuple[str, bytes | None]]:
+        """Read the records of jobs, about READ_BYTES with each command."""
         for at in range(0, len(ids), 100):
             part = ids[at : at + 100]
             sizes = itertools.accumulate(self.store.read(*(("STRLEN", self.keys.job(id)) for id in part)))
             for _, group in itertools.groupby(zip(sizes, part, strict=True), lambda item: item[0] // READ_BYTES):
                 wanted = [id for _, id in group]
-                for id, record in zip(wanted, self.store.read(("MGET", *map(self.keys.job, wanted)))[0], strict=True):
-                    yield (_listed(id, record, cut), len(record)) if record else (None, 0)
+                yield from zip(wanted, self.store.read(("MGET", *map(self.keys.job, wanted)))[0], strict=True)
 
     def _find_entries(self, filter: Filter, before: Place) -> list[Entry]:
         """Return the first SCANNED + 1 places after the cursor at which a job may be listed."""
@@ -1770,7 +1935,8 @@ class Queue(Verbs):
         waiting = self._not_paused([name for name in names if counts.get("pending:" + name)])
         lists = [self.keys.jobs(name) for name in waiting]
         found = self.store.read(*(("LLEN", key) for key in lists), *(("LINDEX", key, -1) for key in lists))
-        sizes, heads = found[: len(lists)], filter(None, found[len(lists) :])
+        sizes = found[: len(lists)]
+        heads = filter(None, found[len(lists) :])
         promotable = self._pending_among(first)
         share = Counter(job.queue for job in promotable)
         ready = 0
@@ -1940,15 +2106,15 @@ def _worker(id: str, about: bytes, lease: bytes | None) -> dict[str, Any]:
 
 
 def _learn_series(store: Store) -> None:
-    store._series_known = True  # at once, so that other threads do not read them too
+    store.series_known = True  # at once, so that other threads do not read them too
     try:
         found = store.read(("SMEMBERS", store.keys.series))[0]
     except Unavailable as trouble:
-        store._series_known = False
+        store.series_known = False
         if trouble.reason == "timeout":  # the transaction would only wait as long again
             raise
     else:
-        store._series |= set(map(text_of, found))
+        store.series |= set(map(text_of, found))
 
 
 def _metric_commands(store: Store, tx: Transaction) -> list[Command]:
@@ -1960,13 +2126,13 @@ def _metric_commands(store: Store, tx: Transaction) -> list[Command]:
     if not tx.measured:
         return []
     met = {f"{type}:{queue}" for _, type, queue in tx.measured}
-    new = sorted(met - store._series)[: max(0, SERIES - len(store._series))]
+    new = sorted(met - store.series)[: max(0, SERIES - len(store.series))]
     if new:
-        store._series |= set(new)
-        store._series_known = False
+        store.series |= set(new)
+        store.series_known = False
     sums: defaultdict[str, int] = defaultdict(int)
     for (event, type, queue), times in tx.measured.items():
-        name = known if (known := f"{type}:{queue}") in store._series else "other:other"
+        name = known if (known := f"{type}:{queue}") in store.series else "other:other"
         if times[0] < 0:
             sums[f"{event}:{name}"] += len(times)
         else:
@@ -2002,6 +2168,33 @@ def _listed(id: str, record: bytes, cut: int | None) -> Job:
     job = read_job(id, record, decode)
     if not isinstance(job, _Listed):  # the record cannot be read
         job.payload = Preview.of(encode(job.payload), cut)
+    return job
+
+
+def stored_job(id: str, record: bytes) -> Job:
+    """Read a record. Payload and result stay JSON, a Raw, unless the record cannot be read.
+
+    Then it becomes a failed job that shows the record, and its payload is a text.
+    """
+    return read_job(id, record, _decode_stored)
+
+
+def _decode_stored(text: bytes) -> Job:
+    str(text, "utf-8")  # raises UnicodeDecodeError: nothing else reads what stays JSON
+    return _decode_listed(text)
+
+
+def _stopped(job: Job, now: int) -> Job:
+    """Return a job as if a worker had released it without an attempt."""
+    job = msgspec.structs.replace(job)
+    if job.status == "processing":
+        job.status = "cancelled" if job.cancel_requested else "pending"
+        job.attempts = max(0, job.attempts - 1)
+        job.worker = ""
+        job.run_at = 0
+        job.updated_at = max(now, job.updated_at)
+    if job.status in ENDED:
+        job.ended_at = job.ended_at or now
     return job
 
 

@@ -1,4 +1,7 @@
-"""Access control of the HTTP API: keys and roles, where a request may come from, and rate limits."""
+"""Access control of the HTTP API: keys and roles, where a request may come from, and rate limits.
+
+This module knows no routes: each names the role that it requires.
+"""
 
 from __future__ import annotations
 
@@ -27,9 +30,9 @@ log = logging.getLogger("tinyqueue.web")
 ROLES = {"submit": {"submit"}, "read": {"read"}, "admin": {"submit", "read", "admin"}}
 SECONDS = {"second": 1, "minute": 60, "hour": 3600}
 LOCAL_NAMES = {"localhost", "127.0.0.1", "::1"}
-LONE_SECRET = 32  # characters from which on an entry without a name is a secret, as platforms generate it
-WRONG_KEYS = (60, 60)  # how many a client may send, in how many seconds, if there is no rate limit
-MAX_CLIENTS = 10_000  # whose wrong keys are counted at a time
+LONE_SECRET = 32  # characters that make an entry without a name a secret, as platforms generate them
+WRONG_KEYS = (60, 60)  # how many a client may send in how many seconds, if there is no rate limit
+MAX_CLIENTS = 10_000  # for which wrong keys are counted at a time
 ADDRESS_AND_PORT = re.compile(r"\[([0-9A-Fa-f:.]+)\](?::[0-9]{1,5})?|([0-9.]+):[0-9]{1,5}")
 
 
@@ -96,7 +99,7 @@ class Access:
             self._require_local(address)
         if role == "page":
             # A browser has no key when it opens the page. The page must open even without Redis,
-            # which counts the requests, so this one is not counted.
+            # which counts requests, so this request is not counted.
             return ""
         key = self._find_key(address) if self.keys else None
         if key and role != "any" and role not in key.roles:
@@ -122,7 +125,7 @@ class Access:
     def _find_key(self, address: str) -> Key:
         scheme, _, secret = request.environ.get("HTTP_AUTHORIZATION", "").partition(" ")
         given = secret.strip().encode("utf-8", "replace") if scheme.lower() == "bearer" else b""
-        # Compares with every key, so that the time taken reveals nothing.
+        # Compare with every key, so that the time taken reveals nothing.
         found = [key for key in self.keys if hmac.compare_digest(key.secret, given)]
         if found:
             return found[0]
@@ -197,7 +200,7 @@ def _read_address(text: str) -> str:
 
 @lru_cache(maxsize=1000)
 def _network(address: str) -> str:
-    """Return what counts as one client: an IPv4 address, or the /64 that a host usually gets."""
+    """Return what counts as one client: an IPv4 address, or the IPv6 /64 of a host."""
     try:
         parsed = ipaddress.ip_address(_read_address(address).partition("%")[0])
     except ValueError:  # for example the path of a Unix socket

@@ -1,7 +1,7 @@
-"""The command line: the group of commands, and those that submit, inspect, manage and diagnose.
+"""The command line: the group of commands, and those that submit, inspect, manage, back up and plan.
 
-worker.py adds the commands that start processes: `run`, `worker` and `web`. It is the program that
-runs all of them.
+worker.py adds the commands that start processes: `run`, `worker` and `web`. It is also the program
+that has all commands. This module knows nothing of how jobs run.
 """
 
 from __future__ import annotations
@@ -9,6 +9,8 @@ from __future__ import annotations
 import codecs
 import functools
 import json
+import math
+import re
 import signal
 import sys
 import textwrap
@@ -20,7 +22,7 @@ from datetime import UTC, datetime
 from functools import partial
 from http import HTTPStatus
 from io import TextIOWrapper
-from typing import Any
+from typing import Any, NamedTuple
 
 import click
 import msgspec
@@ -28,6 +30,7 @@ import msgspec
 from tinyqueue import (
     ENDED,
     HANDLERS,
+    KEPT,
     SCANNED,
     STATUSES,
     AnyQueue,
@@ -44,18 +47,22 @@ from tinyqueue import (
     check_name,
     host_name,
 )
+from tinyqueue_backup import Restored, back_up, restore as restore_file
 from tinyqueue_config import Settings, error_line, load_handlers, open_queue, plural, set_up_logging
 from tinyqueue_doctor import Finding, examine, local_workers, repair
+from tinyqueue_embedded import StartError, folder_of, local_redis
 from tinyqueue_json import from_json, to_json
 
 # The group ------------------------------------------------------------------------------------------------------------
 
 SECTIONS = {
-    "Processes": ("web", "run", "worker"),
+    "Processes": ("web", "run", "worker", "redis"),
     "Submit jobs": ("enqueue",),
     "Inspect": ("stats", "workers", "list", "failed", "get"),
     "Manage jobs and queues": ("retry", "cancel", "pause", "resume", "purge"),
+    "Back up": ("backup", "restore"),
     "Diagnose": ("doctor", "check"),
+    "Prepare": ("plan",),
 }
 WEB_TIMEOUT = 5.0  # seconds for a web process to answer /health
 Command = Callable[..., None]
@@ -72,7 +79,7 @@ class Commands(click.Group):
 
     def invoke(self, ctx: click.Context) -> Any:
         if isinstance(sys.stdout, TextIOWrapper):
-            # A terminal in another encoding than UTF-8 gets an escape for what it cannot show.
+            # A terminal with another encoding than UTF-8 gets escapes for what it cannot show.
             sys.stdout.reconfigure(errors="backslashreplace")
         try:
             return super().invoke(ctx)
@@ -145,7 +152,7 @@ yes_option = click.option("--yes", is_flag=True, help="Do not ask for confirmati
 
 
 def filter_options(*statuses: str, required: bool = False, default: str | None = None) -> Callable[[Command], Command]:
-    """Add the options that select jobs, --status only with `statuses`; pass them as `filter`."""
+    """Add the options that select jobs, and pass them as `filter`. --status needs `statuses`."""
 
     def add(command: Command) -> Command:
         @functools.wraps(command)
@@ -425,6 +432,97 @@ def _run_in_steps(queue: AnyQueue, verb: str, filter: Filter, step: Callable[[st
     return total
 
 
+# The embedded Redis ---------------------------------------------------------------------------------------------------
+
+
+@cli.command()
+@click.pass_obj
+def redis(settings: Settings, /) -> None:
+    """Run the Redis of REDIS_URL=embedded:FOLDER until SIGTERM, for systemd and the like."""
+    if not settings.is_local:
+        raise SettingsError("REDIS_URL names no folder; set it to embedded:FOLDER")
+    set_up_logging(settings)
+    try:
+        local_redis(folder_of(settings.redis_url)).run()
+    except ValueError as error:
+        raise SettingsError(str(error)) from None
+    except StartError as error:
+        raise click.ClickException(str(error)) from None
+
+
+# Back up and restore --------------------------------------------------------------------------------------------------
+
+SHOWN_KINDS = 50  # pairs of queue and type
+SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
+
+
+def _milliseconds(ctx: click.Context, option: click.Parameter, text: str | None) -> int:
+    """Read a time such as 90s, 30m, 12h or 1d."""
+    match = re.fullmatch(r"([0-9]{1,9})([smhd])", text or "0s")
+    if not match or (text and not int(match[1])):
+        raise click.BadParameter(f"{text!r} is not a time such as 90s, 30m, 12h or 1d")
+    return int(match[1]) * SECONDS[match[2]] * 1000
+
+
+@cli.command()
+@click.argument("file")
+@pass_queue
+def backup(queue: AnyQueue, file: str) -> None:
+    """Write all jobs except completed ones to FILE: plain, .gz or .zst; - is standard output."""
+    with click.progressbar(length=0, label="backup", file=sys.stderr) as bar:
+        counts = back_up(queue, file, bar)
+    keys = plural(counts.get("once", 0), "idempotency key")
+    click.echo(f"{plural(counts.get('job', 0), 'job')} and {keys} written to {file}", err=True)
+
+
+@cli.command()
+@click.argument("file")
+@click.option("--merge", is_flag=True, help="Restore into a namespace that has jobs. Jobs that exist stay as they are.")
+@click.option("--resume", "resumes", is_flag=True, help="Resume the queues at the end, except those paused in FILE.")
+@click.option(
+    "--skip-older-than",
+    "oldest",
+    callback=_milliseconds,
+    metavar="TIME",
+    help="Leave out jobs that could start, or have ended, longer ago than that: 90s, 30m, 12h, 1d.",
+)
+@pass_queue
+def restore(queue: AnyQueue, file: str, merge: bool, resumes: bool, oldest: int) -> None:
+    """Restore the jobs of a backup with their ids, into paused queues. - is standard input."""
+    with click.progressbar(length=0, label="restore", file=sys.stderr) as bar:
+        restored = restore_file(queue, file, bar, merge=merge, oldest=oldest)
+    _print_restored(restored)
+    names = restored.resumable
+    for name in names if resumes else ():
+        queue.resume(name)
+    if names and resumes:
+        click.echo(f"resumed: {' '.join(names)}")
+    elif names:
+        click.echo(f"these queues are paused; to run their jobs: tinyqueue resume {' '.join(names)}")
+
+
+def _print_restored(restored: Restored) -> None:
+    by_status = ", ".join(f"{count} {status}" for status, count in sorted(restored.stored.items()))
+    click.echo(f"{plural(restored.stored.total(), 'job')} restored" + (f": {by_status}" if by_status else ""))
+    click.echo(f"{plural(restored.keys, 'idempotency key')} restored")
+    skipped = {
+        "they exist already, or ended too long ago to be kept": restored.present,
+        "they are older than --skip-older-than": restored.older,
+        "other jobs have their uniqueKeys": len(restored.taken),
+    }
+    for why, count in skipped.items():
+        if count:
+            click.echo(f"{plural(count, 'job')} left out: {why}")
+    if restored.taken:
+        click.echo("  " + " ".join(restored.taken[:10]) + (" ..." if len(restored.taken) > 10 else ""))
+    if restored.runs:
+        kinds = sorted({(queue, type) for queue, type, _ in restored.runs})
+        rows = [[*kind, restored.runs[*kind, True], restored.runs[*kind, False]] for kind in kinds[:SHOWN_KINDS]]
+        click.echo("\nthese will run when their queues are resumed:\n")
+        _print_table([["queue", "type", "due", "delayed"], *rows])
+        click.echo(f"and {len(kinds) - SHOWN_KINDS} more kinds\n" if len(kinds) > SHOWN_KINDS else "")
+
+
 # Diagnose -------------------------------------------------------------------------------------------------------------
 
 
@@ -476,7 +574,7 @@ def _check_workers(settings: Settings) -> str:
     if not workers:
         raise click.ClickException(f"no worker is registered that runs on this host ({host_name()})")
     if lost := [about["id"] for about in workers if not about["alive"]]:
-        raise click.ClickException(f"no lease within the last {settings.lease} s: {' '.join(lost)}; restart the worker")
+        raise click.ClickException(f"no heartbeat for {settings.lease} s: {' '.join(lost)}; restart the worker")
     return f"{plural(len(workers), 'worker')} with a lease: {' '.join(about['id'] for about in workers)}"
 
 
@@ -494,6 +592,180 @@ def _check_web(settings: Settings) -> str:
     if status != HTTPStatus.OK:
         raise click.ClickException(f"the web process on port {settings.port} answers with {status}")
     return f"the web process on port {settings.port} answers"
+
+
+# Prepare --------------------------------------------------------------------------------------------------------------
+
+# What docs/operations.md says was measured, and how. Times are of one core.
+BUSY = 0.7  # planned use of slots and cores: the rest absorbs peaks and works off a backlog
+FULL = 0.8  # planned use of maxmemory; an alert fires above it
+REDIS_COST = 350e-6, 5e-9  # seconds of Redis for a job that is submitted and run by itself; for each byte of it
+WORKER_COST = 1000e-6, 5e-9  # seconds of a worker process, without the handler
+WEB_COST = 400e-6, 10e-9  # seconds of a web process for a submit
+ENTRY = 250, 450  # bytes of Redis for a pending job and for an ended one, beside its record
+RECORD = 50, 250  # bytes of the record, beside payload and result
+TRACEBACK = 1500  # bytes of a failed job's error
+ONCE = 360  # bytes of Redis for an Idempotency-Key
+OWN = 5_000_000, 25_000  # bytes of Redis without jobs, and for each connection
+MAX_SHARDS = 64
+PERIODS = (3600, "h"), (60, "min")
+CLIENTS = 10_000  # connections that Redis accepts by default
+
+
+class Load(NamedTuple):
+    """What a deployment is planned for. Sizes are bytes of JSON, times are seconds."""
+
+    rate: float
+    duration: float
+    payload: int
+    result: int = 100
+    failed: float = 1.0  # percent
+    outage: float = 3600.0
+    keys: bool = False
+
+
+class Plan(msgspec.Struct, rename="camel"):
+    """What a load needs. Memory is in bytes; connections are those to each shard."""
+
+    busy_slots: float
+    slots: int
+    workers: int
+    web_processes: int
+    shards: int
+    jobs_per_redis: int
+    connections: int
+    backlog: int
+    catch_up: float
+    memory: dict[str, int]
+    max_memory: int
+
+
+def make_plan(load: Load, settings: Settings) -> Plan:
+    """Compute what a load needs. Raises SettingsError if it is too much for one deployment."""
+    size = load.payload + load.result
+    per_redis = _rate_of_one(REDIS_COST, size)
+    per_worker = _rate_of_one(WORKER_COST, size)
+    shards = max(settings.shards, _round_up(load.rate / per_redis))
+    if shards > MAX_SHARDS:
+        raise SettingsError(f"{load.rate:,.0f} such jobs/s need {shards} shards, and {MAX_SHARDS} are the most")
+    needed = max(1, _round_up(load.rate * load.duration / BUSY))
+    workers = max(_round_up(needed / settings.worker_concurrency), _round_up(load.rate / per_worker))
+    web = _round_up(load.rate / _rate_of_one(WEB_COST, load.payload))
+    slots = workers * settings.worker_concurrency
+    backlog = _round_up(load.rate * load.outage)
+    connections = workers * settings.worker_connections + web * settings.web_connections
+    memory = _plan_memory(load, settings, backlog, shards)
+    memory["other"] = shards * (OWN[0] + connections * OWN[1])
+    return Plan(
+        busy_slots=load.rate * load.duration,
+        slots=slots,
+        workers=workers,
+        web_processes=web,
+        shards=shards,
+        jobs_per_redis=int(per_redis),
+        connections=connections,
+        backlog=backlog,
+        catch_up=backlog / (min(slots / load.duration, workers * per_worker / BUSY) - load.rate),
+        memory=memory,
+        max_memory=_round_up(sum(memory.values()) / FULL),
+    )
+
+
+def _rate_of_one(cost: tuple[float, float], size: int) -> float:
+    """Return how many jobs a second one core serves at the planned use."""
+    return BUSY / (cost[0] + cost[1] * size)
+
+
+def _round_up(number: float) -> int:
+    return math.ceil(round(number, 6))
+
+
+def _plan_memory(load: Load, settings: Settings, backlog: int, shards: int) -> dict[str, int]:
+    """Return the bytes of all jobs of each kind that are stored at the end of the outage."""
+    kept = KEPT * shards
+    share = load.failed / 100
+    completed = min(kept, load.rate * (1 - share) * settings.keep_completed)
+    failed = min(kept, load.rate * share * settings.keep_failed)
+    keys = load.rate * settings.keep_once if load.keys else 0
+    return {
+        "pending": _round_up((backlog + load.rate * load.duration) * memory_of(load.payload)),
+        "completed": _round_up(completed * memory_of(load.payload + load.result, ended=True)),
+        "failed": _round_up(failed * memory_of(load.payload + TRACEBACK, ended=True)),
+        "keys": _round_up(keys * ONCE),
+    }
+
+
+def memory_of(size: int, ended: bool = False) -> int:
+    """Return the bytes of Redis for a job with that many bytes of payload and result.
+
+    Redis' allocator rounds a record up to one of four sizes between two powers of two.
+    """
+    record = size + RECORD[ended]
+    step = 1 << max(4, (record - 1).bit_length() - 3)
+    return ENTRY[ended] + -(-record // step) * step
+
+
+class _Number(click.FloatRange):
+    """A range of floats that does not contain NaN."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        number = super().convert(value, param, ctx)
+        return self.fail(f"{value} is not a number", param, ctx) if math.isnan(number) else number
+
+
+@cli.command()
+@click.option("--rate", type=_Number(0.001, 1e6), required=True, metavar="N", help="Jobs a second, at the peak.")
+@click.option("--duration", type=_Number(0.001, 1e6), required=True, metavar="SECONDS", help="How long a job runs.")
+@click.option("--payload", type=click.IntRange(1, 1 << 24), required=True, metavar="BYTES", help="JSON of a payload.")
+@click.option(
+    "--result", type=click.IntRange(0, 1 << 18), default=100, metavar="BYTES", help="JSON of a result.  [100]"
+)
+@click.option("--failed", type=_Number(0, 100), default=1.0, metavar="PERCENT", help="Jobs that fail for good.  [1]")
+@click.option("--outage", type=_Number(0, 1e6), default=3600.0, metavar="SECONDS", help="Time without workers.  [3600]")
+@click.option("--keys", is_flag=True, help="Every submit has an Idempotency-Key.")
+@json_option
+@click.pass_obj
+def plan(settings: Settings, /, as_json: bool, **options: Any) -> None:
+    """Compute the slots, workers, memory and connections that a load needs. Needs no Redis."""
+    load = Load(**options)
+    if load.payload > settings.max_body:
+        raise SettingsError(f"--payload is above TINYQUEUE_MAX_BODY ({settings.max_body}); raise that, or send less")
+    planned = make_plan(load, settings)
+    if as_json:
+        _print_json(planned)
+    else:
+        _print_plan(load, settings, planned)
+
+
+def _print_plan(load: Load, settings: Settings, planned: Plan) -> None:
+    used = f"{planned.busy_slots / planned.slots:.0%} busy; {BUSY:.0%} is the most that is planned"
+    kept = f"completed {_period(settings.keep_completed)}, failed {_period(settings.keep_failed)}"
+    each = " to each shard" if planned.shards > 1 else ""
+    parts = ", ".join(f"{name} {_megabytes(size)}" for name, size in planned.memory.items() if size)
+    lines = {
+        "slots": f"{planned.slots:,}, {used}",
+        "workers": f"{planned.workers:,}, with {plural(settings.worker_concurrency, 'slot')} each (WORKER_CONCURRENCY)",
+        "web": f"{plural(planned.web_processes, 'process', 'processes')}; run one more to deploy without a gap",
+        "backlog": f"{planned.backlog:,} jobs after {_period(load.outage)} without workers,"
+        f" done {_period(planned.catch_up)} later",
+        "Redis memory": f"maxmemory {_megabytes(planned.max_memory)}, {FULL:.0%} used at that time: {parts}",
+        "kept": f"{kept}, at most {KEPT * planned.shards:,} of each",
+        "Redis host": f"{_megabytes(2 * planned.max_memory)} of memory; Redis may need twice its own to save its data",
+        "connections": f"{planned.connections:,}{each}; Redis accepts {CLIENTS:,} unless maxclients differs",
+        "shards": f"{planned.shards:,}; one Redis serves {planned.jobs_per_redis:,} such jobs/s (TINYQUEUE_SHARDS)",
+    }
+    for name, text in lines.items():
+        click.echo(f"{name:<13} {text}")
+    click.echo("\nWhere these figures come from: docs/operations.md, Capacity")
+
+
+def _megabytes(size: float) -> str:
+    return f"{max(1, round(size / 1e6)):,} MB"
+
+
+def _period(seconds: float) -> str:
+    unit, name = next(((size, name) for size, name in PERIODS if seconds >= size), (1, "s"))
+    return f"{seconds / unit:,.1f} {name}".replace(".0 ", " ")
 
 
 # Output ---------------------------------------------------------------------------------------------------------------

@@ -1,4 +1,7 @@
-"""Settings from the environment, logging, and what the settings name: the queue and handlers."""
+"""What a process needs before it works: settings from the environment, logging and signals.
+
+Also opens what the settings name: the queue and the handlers.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +33,8 @@ import msgspec
 from dotenv import load_dotenv
 from msgspec import Meta
 
-from tinyqueue import HANDLERS, WRITERS, AnyQueue, Failure, Handler, Queue, SettingsError, Shards
+from tinyqueue import HANDLERS, WRITERS, AnyQueue, Failure, Handler, Queue, SettingsError, Shards, Unavailable
+from tinyqueue_embedded import SCHEME, StartError, folder_of, local_redis
 from tinyqueue_json import error_text
 
 WEB_THREADS = 8  # threads of a web process that answer requests
@@ -69,8 +73,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     redis_url: Annotated[
         str,
         Meta(
-            description="URL of the Redis server; unset: the web process embeds one and loses all jobs when it exits; "
-            "other commands need it"
+            description="URL of the Redis server, or embedded:FOLDER for one that TinyQueue starts and that keeps its "
+            "data there; unset: the web process embeds one and loses all jobs when it exits; other commands need it"
         ),
     ] = ""
     host: Annotated[str, Meta(description="address the web process listens on; unset: all, IPv4 and IPv6")] = ""
@@ -96,6 +100,15 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     shutdown_timeout: Annotated[
         int, Meta(ge=0, le=3600, description="seconds running jobs may take at SIGTERM before they are handed back")
     ] = 25
+    ready_grace: Annotated[
+        int,
+        Meta(
+            ge=0,
+            le=300,
+            description="seconds at SIGTERM for which a web process still accepts connections and answers /ready "
+            "with 503",
+        ),
+    ] = 0
     watchdog: Annotated[
         int,
         Meta(
@@ -181,9 +194,10 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
             rule, _, path = str(error).partition(" - at `$.")
             raise SettingsError(cls._explain(rule, path.rstrip("`"), raw)) from None
         platform = next((name for name, value in environ.items() if value and PLATFORMS.fullmatch(name)), None)
-        if platform and not settings.redis_url:
+        if platform and (not settings.redis_url or settings.is_local):
+            needed = "must name a Redis server" if settings.redis_url else "is required"
             why = "the embedded Redis would lose all jobs at every restart"
-            raise SettingsError(f"REDIS_URL is required here ({platform} is set): {why}")
+            raise SettingsError(f"REDIS_URL {needed} here ({platform} is set): {why}")
         return settings
 
     @classmethod
@@ -221,13 +235,22 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         )
 
     @property
+    def is_local(self) -> bool:
+        """Whether TinyQueue itself runs the Redis, in a folder of this machine."""
+        return self.redis_url.startswith(SCHEME)
+
+    @property
     def web_connections(self) -> int:
         """How many connections a web process may open to each shard: one for each thread."""
         return WEB_THREADS + SPARE
 
     @property
     def worker_connections(self) -> int:
-        """How many a worker may open to each shard: for four threads, and to write progress."""
+        """How many a worker may open to each shard.
+
+        The taker, an exchange, the settler and the keeper use one each. WRITERS slots at a time
+        write progress.
+        """
         return 4 + min(self.worker_concurrency, WRITERS) + SPARE
 
 
@@ -590,18 +613,31 @@ def _exit_after(seconds: float, code: int) -> None:
 def open_queue(settings: Settings, connections: int = 100) -> AnyQueue:
     """Open the queue that the settings name: a Queue, or Shards. Without REDIS_URL it is embedded.
 
-    This process may open up to `connections` connections to each shard.
+    This process may open up to `connections` connections to each shard. The Redis of an embedded:
+    URL runs when this returns. Raises Unavailable if it cannot be started.
     """
     names = "lease", "keep_completed", "keep_failed", "keep_once", "max_pending", "min_replicas"
     options: dict[str, Any] = {name: getattr(settings, name) for name in names}
-    if settings.min_replicas and not settings.redis_url:
+    if settings.min_replicas and (not settings.redis_url or settings.is_local):
         raise SettingsError("TINYQUEUE_MIN_REPLICAS needs REDIS_URL: the embedded Redis has no replicas")
+    if settings.is_local:
+        start_redis(settings.redis_url)
     make = Queue.embedded
     if settings.redis_url:
         make = partial(Queue.from_url, settings.redis_url, connections=connections, tls_verify=settings.tls_verify)
     if settings.shards == 1:
         return make(namespace=settings.namespace, **options)
     return Shards([make(namespace=f"{settings.namespace}.{at}", **options) for at in range(settings.shards)])
+
+
+def start_redis(url: str) -> None:
+    """Start the Redis of an embedded: URL unless it runs. Raises SettingsError or Unavailable."""
+    try:
+        local_redis(folder_of(url)).start()
+    except ValueError as error:
+        raise SettingsError(str(error)) from None
+    except StartError as error:
+        raise Unavailable("unreachable", str(error)) from None
 
 
 def load_handlers(modules: str) -> dict[str, Handler[Any, Any, Any]]:

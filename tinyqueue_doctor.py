@@ -96,6 +96,7 @@ def _examine(queue: Queue, connections: int) -> list[Finding]:
     found = [_transport(queue.pool)]
     checks: dict[str, Callable[[], Iterable[Finding]]] = {
         "reachable": partial(_round_trip, queue),
+        "password": partial(_password, queue.pool),
         "permissions": partial(_permissions, queue),
         "writes": partial(_writes, queue),
         "server": partial(_server, queue, connections),
@@ -128,14 +129,24 @@ def _transport(pool: Any) -> Finding:
     if not host:
         return Finding("ok", "transport", "within this machine")
     advice = "use rediss:// if others can read the traffic of that network"
-    return _judge("transport", "not encrypted", (not _is_private(host), "warn", advice))
+    return _judge("transport", "not encrypted", (not _all_addresses(host, "is_private"), "warn", advice))
 
 
-def _is_private(host: str) -> bool:
-    """Whether the host is this machine, or in a private network, or cannot be resolved."""
+def _all_addresses(host: str, kind: str) -> bool:
+    """Whether all addresses of a host are of that kind, such as is_private; also if it has none."""
     with suppress(OSError, ValueError):
-        return all(ipaddress.ip_address(info[4][0]).is_private for info in socket.getaddrinfo(host, None))
+        return all(getattr(ipaddress.ip_address(info[4][0]), kind) for info in socket.getaddrinfo(host, None))
     return True
+
+
+def _password(pool: Any) -> Iterator[Finding]:
+    """Warn if others than this machine reach a Redis that requires no password."""
+    proofs = {"password": "with a password", "ssl_certfile": "with a client certificate"}
+    seen = next((text for name, text in proofs.items() if pool.connection_kwargs.get(name)), "")
+    host = str(pool.connection_kwargs.get("host", ""))
+    advice = "set requirepass in Redis, or make a user (docs/deploy.md), and put the password into REDIS_URL"
+    open_to_others = not seen and not _all_addresses(host or "localhost", "is_loopback")
+    yield _judge("password", seen or "without a password", (open_to_others, "warn", advice))
 
 
 def _round_trip(queue: Queue) -> Iterator[Finding]:
@@ -355,7 +366,7 @@ def find_broken(queue: AnyQueue) -> list[Queue]:
 
 def _repair(queue: Queue) -> Iterator[Finding]:
     before = _read_counters(queue)
-    names = list(_scan(queue))
+    names = list(queue.scan())
     jobs = _read_unended(queue, [name[4:] for name in names if name.startswith("job:")])
     workers = [name[5:] for name in names if name.startswith("proc:")]
     yield from _changed("%d lists of unknown workers found", _enlist(queue, workers))
@@ -382,18 +393,6 @@ def _read_counters(queue: Queue) -> dict[str, bytes]:
     reads = ("HGETALL", queue.keys.counts), ("HGETALL", queue.keys.metrics)
     counts, metrics = queue.store.read(("MULTI",), *reads, ("EXEC",))[-1]
     return dict(pairs(counts) + pairs(metrics))
-
-
-def _scan(queue: Queue) -> Iterator[str]:
-    """Return the names of all keys of the queue, without their prefix. SCAN reads the database."""
-    prefix = queue.keys.prefix
-    cursor = b"0"
-    while True:
-        # No character of a prefix is special in a pattern.
-        cursor, keys = queue.store.read(("SCAN", cursor, "MATCH", prefix + "*", "COUNT", STEP))[0]
-        yield from (key.removeprefix(prefix) for key in map(text_of, keys))
-        if cursor == b"0":
-            return
 
 
 def _read_unended(queue: Queue, ids: Sequence[str]) -> dict[bytes, str]:

@@ -1,6 +1,6 @@
 """What a job is: its errors, its record, its handlers, and the checks of what a client sends.
 
-It knows no queue. tinyqueue.py imports all of it, and users import it from there.
+This module knows no queue. tinyqueue.py imports all of it, and users import it from there.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ ID = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-7[0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9a-f
 
 
 class TinyQueueError(Exception):
-    """The base of all errors of TinyQueue. What does not exist is None or empty, not an error."""
+    """The base of all errors of TinyQueue. For an unknown job, methods return None instead."""
 
 
 class SettingsError(TinyQueueError):
@@ -71,7 +71,7 @@ class KeyReused(TinyQueueError):
 
 
 class QueueFull(TinyQueueError):
-    """More than TINYQUEUE_MAX_PENDING jobs of a queue, or MAX_QUEUES queues. Nothing was stored."""
+    """A submit would exceed TINYQUEUE_MAX_PENDING or MAX_QUEUES. Nothing was stored."""
 
 
 class NotReplicated(TinyQueueError):
@@ -159,10 +159,20 @@ class Failure(msgspec.Struct, rename="camel", omit_defaults=True):
         return cls(*describe(error, traceback))
 
 
-class Job(msgspec.Struct, rename="camel", omit_defaults=True, dict=True):
+class Job(msgspec.Struct, rename="camel", omit_defaults=True, dict=True, forbid_unknown_fields=True):
     """A job as it was when it was read. Times are in milliseconds of Redis TIME, 0 for never.
 
     The fields are the record. It omits default values, so these are part of the storage format.
+    During a deploy, older and newer versions read and write the same records. So a version may
+    change the record only in these ways:
+
+    - It may add a field with a default value. Older versions keep it as it is, in `unknown`, and
+      work as if it had that value. (Checkouts from before `unknown` was added drop it instead.)
+    - It must not rename or remove a field, nor change its type, its default or its meaning.
+    - It must not write a new status: older versions could not read the record, and would fail the
+      job. One version may learn to read it, and the next one to write it.
+    - It must not add a field to Failure, which has no `unknown`.
+    - It adds a sample of its records to tests/records, and leaves those of older versions there.
     """
 
     id: str
@@ -187,6 +197,8 @@ class Job(msgspec.Struct, rename="camel", omit_defaults=True, dict=True):
     error: Failure | None = None
     request_id: str = ""
     traceparent: str = ""
+    # The fields of a newer version. In the record they are beside the others, not under this name.
+    unknown: dict[str, msgspec.Raw] | None = msgspec.field(default=None, name="*")
 
     @property
     def created_at(self) -> int:
@@ -195,7 +207,7 @@ class Job(msgspec.Struct, rename="camel", omit_defaults=True, dict=True):
 
     @property
     def unreadable(self) -> bool:
-        """Whether its record cannot be read, so that it only shows the record."""
+        """Whether its record cannot be read. Then the payload shows the text of the record."""
         return bool(self.error and self.error.type == UNREADABLE)
 
     def has_expired(self, now: int) -> bool:
@@ -203,7 +215,7 @@ class Job(msgspec.Struct, rename="camel", omit_defaults=True, dict=True):
         return bool(self.expires_at) and not self.started_at and self.expires_at <= now
 
     def waited(self, now: int) -> int:
-        """Milliseconds since a pending job could start; release, fail and retry have updated it."""
+        """Milliseconds since a pending job could start. Release, fail and retry set updated_at."""
         return max(0, now - max(self.created_at, self.run_at, self.updated_at))
 
     def runs_on(self, worker: str) -> bool:
@@ -221,7 +233,7 @@ class Job(msgspec.Struct, rename="camel", omit_defaults=True, dict=True):
         reach the job itself.
         """
         error = msgspec.structs.replace(self.error) if self.error else None
-        view = msgspec.structs.replace(self, payload=msgspec.json.decode(payload), error=error)
+        view = msgspec.structs.replace(self, payload=msgspec.json.decode(payload), error=error, unknown=None)
         view.__dict__["_own"] = self
         return view
 
@@ -277,17 +289,26 @@ class Attempt(msgspec.Struct, rename="camel"):
 
 _decode_job = msgspec.json.Decoder(Job).decode
 _decode_attempt = msgspec.json.Decoder(Attempt).decode
+_decode_fields = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
+_KNOWN = frozenset(field.encode_name for field in msgspec.structs.fields(Job) if field.name != "unknown")
 _ID_PART = len('{"id":"') + 36 + len('",')  # how an encoded job begins; a record leaves this out
 
 
 def record_of(job: Job) -> bytes:
-    return b"{" + encode(job)[_ID_PART:]
+    if not job.unknown:
+        return b"{" + encode(job)[_ID_PART:]
+    known = encode(msgspec.structs.replace(job, unknown=None))[_ID_PART:-1]
+    return b"{" + known + b"," + encode(job.unknown)[1:]
 
 
 def read_job(id: str, record: bytes, decode: Callable[[bytes], Job] = _decode_job) -> Job:
     """Read a record. An unreadable one becomes a failed job that shows it, so no reader crashes."""
     try:
-        job = decode(b'{"id":"%b",%b' % (id.encode(), record[1:]))
+        encoded = b'{"id":"%b",%b' % (id.encode(), record[1:])
+        try:
+            job = decode(encoded)
+        except msgspec.ValidationError:
+            job = _read_newer(encoded, decode)
         if job.id != id:
             raise msgspec.DecodeError("a record must not hold an id")
         return job
@@ -296,14 +317,41 @@ def read_job(id: str, record: bytes, decode: Callable[[bytes], Job] = _decode_jo
         return Job(id, "unreadable", text, status="failed", error=Failure(UNREADABLE, str(error)))
 
 
+def _read_newer(encoded: bytes, decode: Callable[[bytes], Job]) -> Job:
+    """Read a job that has fields of a newer version. Keep these as they are."""
+    fields = _decode_fields(encoded)
+    job = decode(encode({name: value for name, value in fields.items() if name in _KNOWN}))
+    job.unknown = _unknown(fields)
+    return job
+
+
+def _unknown(fields: Mapping[str, msgspec.Raw]) -> dict[str, msgspec.Raw] | None:
+    # Copied, because a Raw keeps the whole record in memory.
+    return {name: value.copy() for name, value in fields.items() if name not in _KNOWN} or None
+
+
+def note_record(job: Job, record: bytes) -> bytes:
+    """Note the record that is stored of a running job, and return it."""
+    job.__dict__["_record"] = record
+    return record
+
+
 def attempt_in(record: bytes | None, job: Job) -> Attempt | None:
-    """Return the attempt in a record if it is still the one in which this job was started."""
+    """Return the attempt in a record if it is still the one in which this job was started.
+
+    If somebody else has changed the record since `note_record`, the job takes over the fields of
+    newer versions.
+    """
     try:
         stored = _decode_attempt(record or b"{}")
     except (msgspec.DecodeError, RecursionError):
         return None
     ours = Attempt("processing", job.worker, job.attempts, job.refunds, job.started_at, stored.cancel_requested)
-    return stored if stored == ours else None
+    if stored != ours:
+        return None
+    if record and record != job.__dict__.get("_record"):
+        job.unknown = _unknown(_decode_fields(record))
+    return stored
 
 
 # Handlers -------------------------------------------------------------------------------------------------------------
@@ -380,8 +428,8 @@ def handler(
     receives the job. The return value, as JSON, is the job's result.
 
     `timeout` is in seconds; None means unlimited. After failed attempt n the job waits for
-    `backoff` * 2 ** (n - 1) seconds and up to half as much again, but at most `backoff_cap`; once
-    it has reached the cap, for two thirds of it or more.
+    `backoff` * 2 ** (n - 1) seconds or up to half as much again, but not longer than `backoff_cap`.
+    Waits that would be longer are spread between two thirds of `backoff_cap` and all of it.
     Mistakes raise TypeError or InvalidJob when the module is imported.
     """
     if callable(type):
@@ -452,8 +500,8 @@ class TimedOut(BaseException):
 def backoff(attempts: int, base: float = 1.0, cap: float = 300.0) -> float:
     """Return the seconds to wait after that attempt: doubling from `base` to `cap`, with jitter.
 
-    The jitter is a third of the wait, at the cap too: jobs that failed together must not come back
-    together.
+    The jitter is up to a third of the wait, at the cap too, so that jobs that failed together do
+    not come back together.
     """
     longest = min(cap, base * 2 ** min(attempts - 1, 60) * 1.5)
     return random.uniform(max(min(base, cap), longest / 1.5), longest)
@@ -494,7 +542,7 @@ def make_job(
     starts_at = _first_run(delay, run_at, now)
     expires_at = _expiry(expires_in, now) if expires_in is not None else 0
     if expires_at and starts_at >= expires_at:
-        raise InvalidJob("expiresIn", "must end after the job may start, which delay or runAt says")
+        raise InvalidJob("expiresIn", "must end after the job may start: raise it, or lower delay or runAt")
     return Job(
         id=new_id(now),
         type=type,
@@ -553,6 +601,6 @@ def _expiry(seconds: float, now: int) -> int:
     return now + max(1, round(seconds * 1000))
 
 
-# Users import all this from tinyqueue, so tracebacks and pickles must name it there.
+# Users import these classes from tinyqueue, so tracebacks and pickles must name that module.
 for _defined in [value for value in globals().values() if isinstance(value, type) and value.__module__ == __name__]:
     _defined.__module__ = "tinyqueue"

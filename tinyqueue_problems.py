@@ -1,4 +1,7 @@
-"""Problems: the errors of the HTTP API, as application/problem+json (RFC 9457)."""
+"""Problems: the errors of the HTTP API, as application/problem+json (RFC 9457).
+
+`problem` translates the errors of the queue. This module knows no routes.
+"""
 
 from __future__ import annotations
 
@@ -62,7 +65,7 @@ class Problem(Exception):
 
 
 def kind_of_status(status: int) -> str:
-    """Return the kind of a problem that says no more than its status."""
+    """Return the kind of a problem about which nothing more is known than its status."""
     return HTTPStatus(status).phrase.lower().replace(" ", "-")
 
 

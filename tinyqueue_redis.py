@@ -1,8 +1,9 @@
 """Access to Redis: one server, sentinels or a cluster; lending connections; what an error means.
 
-This module knows nothing of queues. `connect` makes a pool from a URL, `Connections` lends the
-connections of the pool, `ask` sends commands, and `explain` reduces an error of the client to one
-word and a text.
+`connect` makes a pool from a URL, and `Connections` lends the connections of the pool. `ask` sends
+commands, `Clock` keeps Redis time, and `explain` reduces an error of the client to one word and a
+text. `shield` keeps exceptions away from a thread while it uses a connection. This module knows
+nothing of jobs.
 """
 
 from __future__ import annotations
@@ -28,6 +29,8 @@ from redis.crc import key_slot
 from redis.retry import Retry as NoRetries
 from redis.sentinel import MasterNotFoundError, Sentinel, SentinelConnectionPool
 
+from tinyqueue_embedded import SCHEME, EmbeddedConnection, StartError, folder_of
+
 try:
     from redis._parsers.hiredis import NOT_ENOUGH_DATA  # private to the client
 except ImportError:
@@ -42,8 +45,8 @@ CONNECT_TIMEOUT = 2.0
 PROBE_TIMEOUT = 0.5  # seconds to ask one sentinel or node; a dead one must not delay the next
 NODES_AGE = 60.0  # seconds for which the known nodes of a cluster are trusted
 CLOCK_AGE = 10.0  # seconds for which a reading of Redis TIME is used
-FOLLOW_EVERY = 0.25  # seconds between two questions to the sentinels who the master is
-FOLLOW_FOR = 10.0  # seconds without use of the master, after which they are asked no more until the next
+FOLLOW_EVERY = 0.25  # seconds until the sentinels are asked again who the master is
+FOLLOW_FOR = 10.0  # seconds without use of the master, after which they are not asked until its next use
 WARM = 1.0  # seconds after its last use for which a connection is lent again without a check
 ASK_AGAIN = 0.25  # seconds until a server that did not answer is asked again
 MEMORY_AGE = 2.0  # seconds for which a reading of Redis' memory is used
@@ -105,8 +108,8 @@ def explain(error: Exception) -> tuple[str, str]:
     return REFUSALS.get(text.split(" ")[0], ""), text
 
 
-# What the client raises for a connection that another thread closes meanwhile, besides errors of
-# its own: its socket is gone.
+# What the client raises, besides errors of its own, if another thread closes the connection
+# meanwhile: the socket is gone.
 CLOSED = AttributeError, TypeError, ValueError
 
 
@@ -116,7 +119,7 @@ def closed(error: Exception) -> Exception:
 
 
 def connect_error(error: Exception) -> Exception:
-    """Classify an error while connecting: no refusal and no wrong name is a fault of the data."""
+    """Turn an error while connecting into one that `explain` does not blame on a command."""
     if isinstance(error, redis.ResponseError) and not explain(error)[0]:
         return redis.exceptions.AuthorizationError(str(error))
     if isinstance(error, UnicodeError):
@@ -138,9 +141,9 @@ def send(connection: Any, commands: Sequence[Command]) -> None:
 def read_replies(connection: Any, count: int) -> list[Any]:
     """Return the next replies, or raise the first error.
 
-    Those that arrived with one another are taken out of the client's parser at once: one by one
-    takes four times as long. `_parser` and `_reader` are private to the client. Without them, as in
-    its parser in Python, replies are read one by one.
+    Replies that arrived together are taken out of the client's parser together. Reading them one by
+    one takes four times as long. `_parser` and `_reader` are private to the client. Without them,
+    as in its parser in Python, replies are read one by one.
     """
     reader = NOT_ENOUGH_DATA and getattr(getattr(connection, "_parser", None), "_reader", None)
     replies: list[Any] = []
@@ -164,7 +167,7 @@ def ask(connection: Any, commands: Sequence[Command]) -> list[Any]:
 
 
 def ask_each(connection: Any, commands: Sequence[Command]) -> list[Any]:
-    """Send commands and return their replies. An error is a reply, such as that of an ACL."""
+    """Send commands and return their replies. Returns errors too: an ACL may refuse a command."""
     send(connection, commands)
     return [read_reply(connection) for _ in commands]
 
@@ -177,7 +180,7 @@ def read_reply(connection: Any) -> Any:
 
 
 def parse_info(reply: Any) -> dict[str, str]:
-    """Read a reply to INFO. An error gives an empty dict: INFO may be forbidden, or not exist."""
+    """Read a reply to INFO. Returns an empty dict for an error: a server may refuse INFO."""
     if not isinstance(reply, bytes):
         return {}
     return dict(line.split(":", 1) for line in reply.decode().split("\r\n") if ":" in line)
@@ -258,7 +261,7 @@ class Pool(redis.ConnectionPool):
         return bool(super().owns_connection(connection)) and (connection.host, connection.port) == self.place
 
     def move_to(self, host: str, port: int) -> None:
-        """Connect to that node from now on. Lent connections to others are closed on return."""
+        """Connect to that node from now on. Lent connections to other nodes close when returned."""
         if (host, port) != self.place:
             log.info("the cluster now serves the queue from %s:%d", host, port)
             self.disconnect(inuse_connections=False)
@@ -325,8 +328,10 @@ def connect(url: str, *, tag: str = "queue", connections: int = 100, tls_verify:
         "socket_keepalive": True,
         "health_check_interval": 0,
     }
-    if url.startswith("unix:"):
+    if url.startswith(("unix:", SCHEME)):
         del options["socket_keepalive"]
+    if url.startswith(SCHEME):
+        return redis.ConnectionPool(EmbeddedConnection, folder=folder_of(url), **options)
     if url.startswith("rediss") and not tls_verify:
         log.warning("TINYQUEUE_TLS_VERIFY=0: the certificate of the Redis server is not verified")
         options |= {"ssl_cert_reqs": "none", "ssl_check_hostname": False}
@@ -336,7 +341,7 @@ def connect(url: str, *, tag: str = "queue", connections: int = 100, tls_verify:
     except _WrongURL:
         raise
     except (ValueError, TypeError, redis.RedisError) as error:
-        forms = "redis://, rediss://, unix:// or redis+sentinel://host:port,host:port/service"
+        forms = "redis://, rediss://, unix://, embedded: or redis+sentinel://host:port,host:port/service"
         hint = "unknown option after ?" if isinstance(error, TypeError) else f"use {forms}"
         text = f"REDIS_URL cannot be used: {hint}; percent-encode special characters in the password"
         raise _WrongURL(text) from None
@@ -364,7 +369,7 @@ def _pool(url: str, tag: str, options: Mapping[str, Any]) -> redis.ConnectionPoo
 
 
 class _Watched(NamedTuple):
-    """The parts of a redis+sentinel:// URL. `url` is the same for one server, named master."""
+    """The parts of a redis+sentinel:// URL. `url` is the same URL for one server named `master`."""
 
     url: str
     sentinels: list[tuple[str, int]]
@@ -406,7 +411,7 @@ class Sentinels(Sentinel):
     """The sentinels of a service. The one with the latest configuration is right about the master.
 
     In a planned failover only one sentinel names the new master at first. The others follow after
-    up to ten seconds, and the old master accepts writes until then. They would be lost.
+    up to ten seconds. Until then the old master accepts writes, which would be lost.
     """
 
     def __init__(self, sentinels: Sequence[Address], **options: Any) -> None:
@@ -415,7 +420,7 @@ class Sentinels(Sentinel):
         self._known: tuple[int, Address | None] = (-1, None)  # the latest configuration so far
 
     def discover_master(self, service_name: str) -> Address:
-        """Return the address of the master. Raises what explains best why no sentinel names it."""
+        """Return the address of the master. Raises the error that best explains a failure."""
         now = time.monotonic()
         asked = [sentinel for sentinel in self.sentinels if self._skipped.get(sentinel, 0.0) < now]
         answers = [self._ask(sentinel, service_name) for sentinel in asked or self.sentinels]
@@ -425,7 +430,8 @@ class Sentinels(Sentinel):
         epoch, known = self._known
         latest = max(number for number, _ in named)
         addresses = [address for number, address in named if number == latest]
-        # One that knows less than another did before counts only in a majority: all may be new.
+        # A configuration older than a known one counts only if most sentinels answer: all of them
+        # may have been set up again.
         if known and (known in addresses or (latest < epoch and 2 * len(named) <= len(self.sentinels))):
             return known
         self._known = latest, addresses[0]
@@ -467,9 +473,10 @@ class Sentinels(Sentinel):
 
 
 class SentinelPool(SentinelConnectionPool):
-    """Connections to the master that the sentinels name. Leaves an old one within FOLLOW_EVERY.
+    """Connections to the master that the sentinels name.
 
-    A thread asks the sentinels while connections are lent.
+    A thread asks the sentinels while connections are lent, so that an old master is left within
+    FOLLOW_EVERY seconds.
     """
 
     def __init__(self, service: str, sentinels: Sentinels, **options: Any) -> None:
@@ -483,7 +490,7 @@ class SentinelPool(SentinelConnectionPool):
         return super().get_connection()
 
     def is_current(self, connection: Any) -> bool:
-        """Whether a connection leads to the present master. Call this before it is lent again."""
+        """Whether a connection leads to the present master. Call this before you lend it again."""
         self._keep_up()
         return self._leads_to_master(connection)
 
@@ -506,7 +513,7 @@ class SentinelPool(SentinelConnectionPool):
         return bool((connection.host, connection.port) == self.master_address)
 
     def _keep_up(self) -> None:
-        """Have the sentinels asked while connections are lent."""
+        """Start the thread that asks the sentinels while connections are lent, if none runs."""
         self._lent_at = time.monotonic()
         if not (self._follower and self._follower.is_alive()):  # it does not survive a fork
             with self._following:
@@ -525,7 +532,7 @@ class SentinelPool(SentinelConnectionPool):
 
     def _ask(self) -> None:
         before = self.master_address
-        with suppress(redis.RedisError, OSError):  # then the last known one is used; a new connection reports it
+        with suppress(redis.RedisError, OSError):  # the known master stays; a new connection reports the error
             self.get_master_address()  # type: ignore[no-untyped-call]
         if before and self.master_address != before:
             log.warning("the sentinels have moved the queue to %s:%d", *self.master_address)
@@ -549,7 +556,7 @@ class Shield:
     def __enter__(self) -> None:
         before = self.depth
         try:
-            with self.lock:  # afterwards exceptions are only deferred; one that is on its way is raised in here
+            with self.lock:  # from now on exceptions are deferred; one that is on its way is raised here
                 self.depth = before + 1
         except BaseException:
             self.depth = before
@@ -565,7 +572,7 @@ class Shield:
             raise late
 
 
-NO_SHIELD = nullcontext()  # of a thread in which nobody raises exceptions
+NO_SHIELD = nullcontext()  # for threads in which no other thread raises exceptions
 THREAD = threading.local()  # its `shield` is set in the threads that run handlers
 
 
@@ -583,7 +590,7 @@ class Connections:
 
     Threads may share it. Forked processes may too, if it was not used before the fork.
 
-    After an error of the class `harmless` a connection has no unread reply. `translate` turns an
+    An error of the class `harmless` leaves no unread reply on a connection. `translate` turns an
     error of the client into the one to raise.
     """
 
@@ -644,9 +651,9 @@ class Connections:
     def disconnect(self) -> None:
         """Close all connections. Do this before a fork: each process must open its own.
 
-        A connection that a thread uses is closed when it is returned. The client would connect it
-        again without its WATCH if it was closed earlier. The threads that ask servers end: a fork
-        would not take them along, but the locks that they hold.
+        A connection that a thread uses is closed when it is returned. If it were closed earlier,
+        the client would connect it again, without its WATCH. Also ends the threads that ask
+        servers: a fork copies the locks that they hold, but not the threads.
         """
         self._closings += 1
         if self._guard:
@@ -668,7 +675,10 @@ class Connections:
             return None
 
     def _return_all(self, connection: Any = None, keep: bool = True) -> None:
-        """Return a connection, and the warm ones: the pool checks them, as others may be broken."""
+        """Return a connection and all warm ones to the pool, which checks them before it lends any.
+
+        If one is broken, others may be broken too.
+        """
         if connection:
             if not keep:
                 connection.disconnect()
@@ -689,7 +699,7 @@ class Connections:
             self.pool.follow(error, reason)
 
     def _answers(self) -> bool:
-        """Whether the server answers, be it that it refuses the command."""
+        """Whether the server answers, even if it refuses the command."""
         try:
             with self._lend() as connection:
                 ask(connection, [("TIME",)])
@@ -706,7 +716,7 @@ class Connections:
                 with self.lend() as connection:
                     info = parse_info(ask_each(connection, [("INFO", "memory")])[0])
             except self.harmless as error:
-                if _reason(error) in ("", "timeout"):  # the caller's next command would only wait as long again
+                if _reason(error) in ("", "timeout"):  # the caller's next command would wait as long again
                     raise
             self._memory = (time.monotonic(), info)
         return info
@@ -739,7 +749,7 @@ class Guard:
         return away[1] if away and away[0] == os.getpid() else None
 
     def note(self, error: Exception, connected: bool) -> None:
-        """Start asking a server that did not answer. A connection that was only cut is no sign."""
+        """Start asking a server that did not answer. A cut connection alone does not prove that."""
         reason, text = explain(error)
         if reason != "timeout" and (reason != "unreachable" or connected):
             return
@@ -775,26 +785,26 @@ class Guard:
 
 # Connecting -----------------------------------------------------------------------------------------------------------
 
-# Keeps the client from sending CLIENT SETINFO: it would take a greeting for the reply.
+# Keeps the client from sending CLIENT SETINFO: it would mistake a greeting for the reply.
 _KNOWN = inspect.signature(redis.Redis.__init__).parameters
 UNNAMED = dict.fromkeys(["driver_info"] if "driver_info" in _KNOWN else ["lib_name", "lib_version"])
 
 
 def get_connection(pool: Any) -> Any:
-    """Take a checked connection from a pool. Raises what explains best why there is none."""
+    """Take a checked connection from a pool. Raises the error that best explains a failure."""
     try:
         return pool.get_connection()
     except redis.ConnectionError as error:
-        clear = isinstance(error, MasterNotFoundError) or "connecting to" in str(error)
+        clear = isinstance(error, MasterNotFoundError | StartError) or "connecting to" in str(error)
         if clear or explain(error)[0] != "unreachable":
             raise
-        raise _greeting(pool) or error from error  # the server has spoken first, or has hung up
+        raise _greeting(pool) or error from error  # the server spoke first, or closed the connection
     except Exception as error:
         raise connect_error(error) from error
 
 
 def _greeting(pool: Any) -> Exception | None:
-    """Return what a server says to a new connection before any command: why it refuses."""
+    """Return the refusal that a server sends to a new connection before any command, or None."""
     brief = {"socket_timeout": PROBE_TIMEOUT, "socket_connect_timeout": PROBE_TIMEOUT, **UNNAMED}
     connection = pool.connection_class(**{**pool.connection_kwargs, **brief})
     try:

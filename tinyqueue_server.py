@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import logging
+import math
 import re
 import socket
 import sys
@@ -33,7 +34,9 @@ CONNECTIONS = 500  # open at a time, idle ones included; further clients wait in
 CLIENT_TIMES = (120, 60)
 CROWD = 450  # connections above which clients get less time
 CROWDED_TIMES = (3, 20)  # the two times above, in a crowd
-DRAIN_TIMES = (1, 5)  # the two times, while the server stops
+# The two times while the server drains. They begin with the drain at the earliest, and the second
+# one again with every byte that the client sends.
+DRAIN_TIMES = (1, 5)
 LINGER = 2  # seconds that a client has to close its side
 TRANSFER_ENCODING = re.compile(rb"(?im)^transfer-encoding[ \t]*:(.*)$")
 
@@ -113,13 +116,14 @@ class Task(WSGITask):  # type: ignore[misc]
             target = self.request.request_uri.partition("?")[0]
             path = target if target.startswith("/") else urlsplit(target).path
             own = {"PATH_INFO": path, "wsgi.errors": ErrorLog(), "tinyqueue.can_park": True}
+            own["tinyqueue.stopping"] = self.channel.server.stopping
             self.request.environ = super().get_environment() | own
         environ: dict[str, Any] = self.request.environ
         return environ
 
     def build_response_header(self) -> Any:
         self.channel.since = time.monotonic()
-        if self.channel.server.draining:
+        if self.channel.server.stopping:
             self.request.headers["CONNECTION"] = "close"
         return super().build_response_header()
 
@@ -164,7 +168,7 @@ class Channel(HTTPChannel):  # type: ignore[misc]
     def received(self, data: bytes) -> bool:
         if self.lingering:
             return False
-        if self.request is None:
+        if self.request is None or self.server.drain_began:
             self.since = time.monotonic()
         return bool(super().received(data))
 
@@ -204,16 +208,29 @@ class Channel(HTTPChannel):  # type: ignore[misc]
         except OSError:  # the client has reset the connection
             self.handle_close()
 
-    def expire(self, idle: float, slow: float) -> None:
-        """Close the connection if it has been idle, or its client slow, for that many seconds."""
+    def expire(self, idle: float, slow: float, began: float) -> None:
+        """Close the connection if it has been idle, or its client slow, for that many seconds.
+
+        These begin at the time `began` or later.
+        """
         is_slow = self.request or self.rest or self.total_outbufs_len or self.close_when_flushed
         limit = LINGER if self.lingering else slow if is_slow else idle
-        if self.requests or time.monotonic() - self.since < limit:
+        if self.requests or time.monotonic() - max(self.since, began) < limit:
             return
         if self.lingering or self.total_outbufs_len:
             self.handle_close()
-        else:
+        elif is_slow or not self._has_unread():
             self._linger()
+
+    def _has_unread(self) -> bool:
+        """Whether a request or the end of the connection has come that was not read yet."""
+        try:
+            self.socket.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return False
+        except OSError:  # the client has reset the connection, which the event loop will find out
+            return True
+        return True
 
 
 class Server(TcpWSGIServer):  # type: ignore[misc]
@@ -225,8 +242,9 @@ class Server(TcpWSGIServer):  # type: ignore[misc]
         # It warns whenever a request waits for a thread, which is normal.
         logging.getLogger("waitress.queue").setLevel(logging.ERROR)
         self.shutdown_timeout = app.settings.shutdown_timeout
-        self.stopping = False
-        self.draining = False
+        self.accept_until = math.inf
+        self.drain_began = 0.0  # 0 until then
+        self.ended = False
         self.lock = threading.RLock()  # reentrant: a signal handler may take it in the thread that holds it
         options = Adjustments(
             sockets=[sock],
@@ -252,29 +270,38 @@ class Server(TcpWSGIServer):  # type: ignore[misc]
     def maintenance(self, now: float) -> None:
         channels = list(self.active_channels.values())
         is_crowded = len(channels) > CROWD
-        times = DRAIN_TIMES if self.draining else CROWDED_TIMES if is_crowded else CLIENT_TIMES
+        times = DRAIN_TIMES if self.drain_began else CROWDED_TIMES if is_crowded else CLIENT_TIMES
         for channel in channels:
-            channel.expire(*times)
+            channel.expire(*times, self.drain_began)
 
-    def stop(self) -> None:
-        """Begin to stop. May be called from a signal handler and from any thread."""
-        with self.lock:  # run() must not close the trigger between these two lines
-            if not self.stopping:
-                self.stopping = True
+    @property
+    def stopping(self) -> bool:
+        """Whether `stop` was called. From then on, every answer closes its connection."""
+        return self.accept_until < math.inf
+
+    def stop(self, grace: float = 0.0) -> None:
+        """Begin to stop, but accept connections for `grace` more seconds.
+
+        Another call may shorten that time, and never prolongs it. May be called from a signal
+        handler and from any thread.
+        """
+        with self.lock:  # run() must not close the trigger between these lines
+            self.accept_until = min(self.accept_until, time.monotonic() + grace)
+            if not self.ended:
                 self.pull_trigger()
 
     def run(self) -> None:
-        """Serve until `stop` is called, then accept nothing more and answer what was accepted.
+        """Serve until `stop` is called and its grace is over, then answer what was accepted.
 
         Returns when everything is answered, or when the shutdown timeout is over.
         """
-        while not self.stopping:
-            self._poll(1.0)
-        self.draining = True
+        while (left := self.accept_until - time.monotonic()) > 0:
+            self._poll(min(1.0, left))
+        self.drain_began = time.monotonic()
         self._accept_waiting()
         # Closes only the listening socket: responses need the trigger to wake this loop.
         wasyncore.dispatcher.close(self)
-        deadline = time.monotonic() + self.shutdown_timeout
+        deadline = self.drain_began + self.shutdown_timeout
         while self.active_channels and time.monotonic() < deadline:
             self.application.stop_waiting()
             self.maintenance(0)
@@ -282,6 +309,7 @@ class Server(TcpWSGIServer):  # type: ignore[misc]
         self.health_thread.shutdown(timeout=1)
         self.task_dispatcher.shutdown(timeout=1)
         with self.lock:
+            self.ended = True
             wasyncore.close_all(self._map)
 
     def _poll(self, seconds: float) -> None:

@@ -9,18 +9,19 @@ The other commands are in tinyqueue_cli.py.
 The methods of a worker are grouped by the thread that runs them:
 
     main      waits for a stop request, enforces timeouts, and checks that the others make progress
-    slots     run handlers. One that finds no job in the inbox exchanges all outcomes that have piled
-              up for as many new jobs, in one transaction, while the others run handlers
-    taker     takes jobs for slots that got none so; if no jobs are left, waits for the bell. Adopts
-              jobs after a lost reply, and starts suspects alone
-    settlers  save outcomes that could not be exchanged, one thread for each shard
+    slots     run handlers. A slot that finds no job in the inbox exchanges all outcomes that have
+              piled up for as many new jobs, while the other slots run handlers
+    taker     takes jobs for the slots that got none in an exchange. If no jobs are left, it waits
+              for the bell. It adopts jobs after a lost reply, and starts suspects alone
+    settlers  save the outcomes that were not exchanged, one thread for each shard
     keeper    sends heartbeats, promotes, reaps, trims, and passes on cancellation requests
 
-A slot is free once its handler has returned and its outcome was exchanged. No job is taken before
-a slot is free for it, so no job waits behind a long one inside a worker. The jobs in the inbox and
-the running handlers, with the outcomes that nobody saves yet, are never more than the slots. So
-there is always an idle slot to wake for them. tests/cycle_model.py checks that in every
-interleaving.
+A slot is free once its handler has returned and its outcome was exchanged, or left to a settler. No
+job is taken before a slot is free for it, so no job waits behind a long one inside a worker. The
+jobs in the inbox, the running handlers and the outcomes that nobody saves yet are together never
+more than the slots. So there is always an idle slot to wake for a job or an outcome.
+tests/cycle_model.py checks that in every interleaving. With shards, nothing is exchanged: the taker
+takes all jobs, and the settlers save all outcomes.
 
 A worker that stops takes no more jobs. A stop has one of three modes. `drain` lets the handlers
 finish, and releases what still runs when time is up. `release` and `broken` release everything at
@@ -341,7 +342,7 @@ class Worker:
         self.held: dict[str, Job] = {}  # jobs that were started and are not settled
         self.lock = threading.Lock()  # for `id` and `held` together
         self.stop_requests: SimpleQueue[StopMode] = SimpleQueue()
-        self.free_slots: SimpleQueue[None] = SimpleQueue()  # an entry for each slot that waits for a job
+        self.free_slots: SimpleQueue[None] = SimpleQueue()  # an entry for each free slot that the taker has not counted
         self.inbox: deque[Job] = deque()  # jobs that were started, for the slots
         self.outcomes: deque[Outcome] = deque()  # of the slots, not yet exchanged
         self.wakes: SimpleQueue[bool] = SimpleQueue()  # wakes a slot: True to look for work, False to end
@@ -349,17 +350,19 @@ class Worker:
         # Held by the thread that takes, adopts and starts jobs. An id whose reply is on its way to
         # one thread would be started twice if another adopted it.
         self.cycle = threading.Lock()
-        self.alone = False  # nothing else must start: a suspect runs, or will when all others have ended
+        self.alone = False  # nothing else may start: a suspect runs, or will once all others have ended
         # One for each shard, with a settler: a shard that is away holds up no outcome of others.
         self.outboxes: dict[Queue, SimpleQueue[Batch | None]] = {part: SimpleQueue() for part in queue.parts}
         self.slot_threads: list[threading.Thread] = []
         self.slots: list[Slot] = []
         self.stuck: list[Slot] = []  # they were replaced
         self.stopping = threading.Event()  # the taker must take no more jobs
-        self.closed = threading.Event()  # the settler and the keeper must end
+        self.closed = threading.Event()  # the settlers and the keeper must end
         self.adopt_at = 0.0  # when the taker next looks for jobs whose replies were lost
         self.all_busy = False  # True while the taker waits for slots: that is not a hang
-        self.last_take = time.monotonic()  # when the taker last got an answer, even if no job was there
+        # True while the taker waits for the bell. After a stop it takes nothing then.
+        self.at_bell = False
+        self.last_take = time.monotonic()  # when Redis last answered a take or an exchange, even without a job
         self.last_upkeep = time.monotonic()  # when the keeper last began one of its duties
         self.exit_by = 0.0  # when this process must have exited, once it stops
         self.started = 0  # jobs that were started so far
@@ -377,7 +380,10 @@ class Worker:
     # Main thread ------------------------------------------------------------------------------------------------------
 
     def run(self) -> int:
-        """Work until a stop is requested, then stop and return the exit code of the process."""
+        """Work until a stop is requested, then stop and return the exit code of the process.
+
+        A taker that waits for the bell may outlive this by BLOCK seconds. It takes no more jobs.
+        """
         for _ in range(self.settings.worker_concurrency):
             self._add_slot()
         taker = self._start_thread("taker", self._take_jobs)
@@ -432,7 +438,8 @@ class Worker:
 
     def _find_limit(self) -> str:
         """Return which of MAX_JOBS and MAX_MEMORY was reached. One job always runs."""
-        jobs, memory = self.settings.max_jobs, self.settings.max_memory
+        jobs = self.settings.max_jobs
+        memory = self.settings.max_memory
         if jobs and self.started >= jobs:
             return f"{self.started} jobs were started"
         if memory and self.started and (used := _resident_memory() >> 20) >= memory:
@@ -472,21 +479,29 @@ class Worker:
         """Let handlers finish until time is up, then release the rest. Returns the last mode."""
         deadline = min(time.monotonic() + self.settings.shutdown_timeout, self.until)
         self.exit_by = deadline + LAST_WRITE + CLOSING
-        while (taker.is_alive() or self.held) and mode == "drain" and time.monotonic() < deadline:
+        while self._has_work(taker) and mode == "drain" and time.monotonic() < deadline:
             with suppress(Empty):
                 mode = self.stop_requests.get(timeout=0.02)
             self._enforce_timeouts()
         deadline = time.monotonic() + LAST_WRITE
-        while (taker.is_alive() or self.held) and time.monotonic() < deadline:
+        while self._has_work(taker) and time.monotonic() < deadline:
             self._release_jobs()
             time.sleep(0.02)
         return mode
 
+    def _has_work(self, taker: threading.Thread) -> bool:
+        """Whether jobs are held, or the taker may be about to start some.
+
+        If the process goes on, the taker must have ended: it waits for the bell only briefly then.
+        """
+        taking = taker.is_alive() and (self.until < math.inf or not self.at_bell)
+        return taking or bool(self.held)
+
     def _release_jobs(self) -> None:
         """Release the jobs in the inbox and those that run. Their handlers run until the exit.
 
-        If the process goes on, they are interrupted instead. Settles outcomes that wait behind a
-        take without a reply.
+        If the process goes on, they are interrupted instead. First leaves all outcomes to the
+        settlers: no slot can exchange them while the taker holds the cycle and waits for a reply.
         """
         self._put(self._collect_outcomes())
         jobs = [job for slot in tuple(self.slots) if (job := slot.abandon())]
@@ -494,7 +509,7 @@ class Worker:
         with suppress(IndexError):
             while True:
                 jobs.append(self.inbox.popleft())
-        if jobs:  # in one batch, in the order they were taken: so the queue has them in their old order again
+        if jobs:  # in one batch, in the order in which they were taken, so that the queue keeps its order
             with self.lock:
                 position = {id: at for at, id in enumerate(self.held)}
             jobs.sort(key=lambda job: position.get(job.id, 0))
@@ -511,7 +526,7 @@ class Worker:
         self.closed.set()
         for outbox in self.outboxes.values():
             outbox.put(None)
-        # Redis may hang, and so may a thread of the process that waits for it.
+        # In a thread of its own, which the process does not wait for if Redis hangs.
         leave = threading.Thread(target=self._deregister, args=(keeper,), name="leaver", daemon=True)
         leave.start()
         for thread in (*settlers, leave):
@@ -566,7 +581,7 @@ class Worker:
                 free -= started
                 self.last_take = time.monotonic()
                 failures = 0
-                self._finish_start(jobs)
+                self._wait_for_suspect(jobs)
                 for job in (job for job in jobs if job.status == "pending"):
                     if is_suspect(job):
                         free -= self._start_alone(worker, job)
@@ -615,7 +630,7 @@ class Worker:
         """Take and start jobs for the free slots. Returns how many ids were taken, and the jobs."""
         if free < 1:
             return 0, []
-        with self.lock:  # before `adopt` reads the list: then a job that is settled meanwhile is still known here
+        with self.lock:  # before `adopt` reads the list, so that a job that is settled meanwhile is known here
             held = dict(self.held)
         ids: list[bytes] = []
         if time.monotonic() >= self.adopt_at:
@@ -644,8 +659,8 @@ class Worker:
         self.inbox += started
         return len(started)
 
-    def _finish_start(self, jobs: Sequence[Job]) -> None:
-        """Wait for the end of a suspect."""
+    def _wait_for_suspect(self, jobs: Sequence[Job]) -> None:
+        """Wait until a suspect among these jobs has ended, if it was started."""
         if any(is_suspect(job) and job.status == "processing" for job in jobs):
             self._wait_until_idle()
 
@@ -656,7 +671,7 @@ class Worker:
         with self._in_cycle():
             jobs = self.queue.start(worker, [suspect.id.encode()], {})
             started = self._begin(jobs)
-        self._finish_start(jobs)
+        self._wait_for_suspect(jobs)
         return started
 
     def _wait_until_idle(self) -> bool:
@@ -676,11 +691,14 @@ class Worker:
             if self.burst and self._nothing_is_due():
                 self.stop("drain")
                 return
+            self.at_bell = True
             try:
                 rung = self.queue.wait(self.names, 0.1 if self.burst else BLOCK)
             except Corrupted as error:  # a bell of the wrong type does not keep jobs from being taken
                 self._warn("wait for the bell", error)
                 rung = not self.stopping.wait(0.5)
+            finally:
+                self.at_bell = False
             if rung or self.queue.waiting(self.names):
                 return
             self.last_take = time.monotonic()
@@ -691,7 +709,7 @@ class Worker:
             return False
         if self.queue.waiting(self.names, due=True):
             return False
-        return time.monotonic() < self.adopt_at  # or else an exchange has failed, which may have taken jobs
+        return time.monotonic() < self.adopt_at  # otherwise an exchange failed, and may have taken jobs
 
     # Slot threads -----------------------------------------------------------------------------------------------------
 
@@ -715,7 +733,7 @@ class Worker:
                 self.free_slots.put(None)
 
     def _next_job(self) -> Job | None:
-        """Return a started job, if need be in exchange for outcomes. None if this slot must end."""
+        """Return a job from the inbox, or from an exchange. None if this slot must end."""
         while True:
             with suppress(IndexError):
                 return self.inbox.popleft()
@@ -723,7 +741,7 @@ class Worker:
                 continue
             if not self.wakes.get():
                 return None
-            self.waking = False  # before the next look: who sees it set relies on that look
+            self.waking = False  # before the next look, because whoever sees it set relies on that look
 
     def _wake_slot(self) -> None:
         """Wake an idle slot, unless one is waking. It wakes the next if it leaves something."""
@@ -742,7 +760,7 @@ class Worker:
             outcomes = self._collect_outcomes()
             try:
                 started = self._save_and_start(self.id, outcomes) if outcomes else 0
-            except BaseException:  # the worker will stop, and the settlers save these before
+            except BaseException:  # the worker will stop; the settlers save these outcomes before it does
                 self._put(outcomes, again=True)
                 raise
         finally:
@@ -760,7 +778,10 @@ class Worker:
         return outcomes
 
     def _save_and_start(self, worker: str, outcomes: list[Outcome]) -> int:
-        """Exchange outcomes for jobs and return how many. Leaves trouble to settler and taker."""
+        """Exchange outcomes for jobs, and return how many jobs.
+
+        After an error, the settler saves the outcomes and the taker takes jobs.
+        """
         with self.lock:
             held = dict(self.held)
         taker_first = self.stopping.is_set() or self.alone or time.monotonic() >= self.adopt_at
@@ -769,7 +790,7 @@ class Worker:
         try:
             if all(outcome.job.worker == worker for outcome in outcomes):
                 others, jobs = self.queue.parts[0].exchange(worker, outcomes, self.names, most, held)
-                started = self._begin(jobs)  # before the outcomes leave `held`: no waiter may find it empty
+                started = self._begin(jobs)  # before the outcomes leave `held`, so that no waiter finds it empty
                 if started < len(jobs):  # a suspect, or a reply was lost
                     self.adopt_at = 0.0
                 self.last_take = time.monotonic()
@@ -819,7 +840,7 @@ class Worker:
                 self._drop_jobs(worker, error)
                 break
             except (Unavailable, Corrupted) as error:
-                if getattr(error, "applied", False):  # a key has the wrong type, and everything else was written
+                if getattr(error, "applied", False):  # one key has the wrong type; everything else was written
                     log.error("outcomes were saved except in one key: %s", error)
                     saved = own
                     break
@@ -831,7 +852,7 @@ class Worker:
         self._note_saved(outcomes, saved)
 
     def _note_saved(self, outcomes: Sequence[Outcome], saved: Sequence[Outcome]) -> None:
-        """Hold the jobs no more, and log their outcomes (settlers, slots)."""
+        """Remove the jobs from `held`, and log their outcomes (settlers, slots)."""
         with self.lock:
             for outcome in outcomes:
                 if self.held.get(outcome.job.id) is outcome.job:
@@ -881,7 +902,7 @@ class Worker:
                 if time.monotonic() < due[at]:
                     continue
                 self.last_upkeep = time.monotonic()
-                # A heartbeat of a worker that is not registered yet is none.
+                # Before the worker is registered, its heartbeat does nothing: it stays due.
                 due[at] = self.last_upkeep + (interval if self.id or duty != self._heartbeat else 0.0)
                 try:
                     duty()
@@ -923,7 +944,7 @@ class Worker:
         now = time.monotonic()
         lease = self.queue.lease
         patience = lease / 2 if self.burst else lease
-        if now - self.last_reap_check > lease / 2:  # the lease of a live worker has at least that much left at any time
+        if now - self.last_reap_check > lease / 2:  # a live worker's lease always has at least that much left
             self.late_reap_check = now
         self.last_reap_check = now
         lost: defaultdict[str, list[Queue]] = defaultdict(list)
@@ -947,7 +968,7 @@ class Worker:
     def _trim(self) -> None:
         while self.queue.trim() >= MAX_JOBS and not self.closed.is_set():
             self.last_upkeep = time.monotonic()
-        if broken := find_broken(self.queue):  # by a thread of its own, because the lease must be renewed meanwhile
+        if broken := find_broken(self.queue):  # in a thread, because the lease must be renewed meanwhile
             threading.Thread(target=self._repair, args=(broken,), daemon=True).start()
 
     def _repair(self, broken: Sequence[Queue]) -> None:
@@ -974,12 +995,15 @@ def _log_outcomes(outcomes: Sequence[Outcome], saved: Sequence[Outcome]) -> None
     for outcome in outcomes:
         job = outcome.job
         if job.id not in saved_ids:
-            level, event, detail = logging.WARNING, "lost", ": the job is no longer this worker's"
+            event = "lost"
+            detail = ": the job is no longer this worker's"
         elif outcome.error:
+            event = "failed" if outcome.verb == "fail" else "released"
             detail = f": {error_line(outcome.error)[:300]}; {_next_step(outcome)}"
-            level, event = logging.WARNING, "failed" if outcome.verb == "fail" else "released"
         else:
-            level, event, detail = logging.INFO, outcome.verb + "d", ""
+            event = outcome.verb + "d"
+            detail = ""
+        level = logging.WARNING if detail else logging.INFO
         fields = job.log_fields() | {"event": event}
         duration = ""
         if (milliseconds := job.__dict__.get("_duration_ms")) is not None:  # not known if it never ran to its end

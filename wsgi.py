@@ -29,7 +29,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from contextlib import suppress
 from functools import cache, cached_property, partial
 from http import HTTPStatus
-from itertools import accumulate
+from itertools import accumulate, product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 from urllib.parse import parse_qsl, quote
@@ -431,7 +431,13 @@ class API(bottle.Bottle):  # type: ignore[misc]
         return {"status": "ok"}
 
     def ready(self) -> dict[str, Any]:
-        """Check that Redis takes writes, so jobs can be submitted. Warnings name other risks."""
+        """Check that Redis takes writes, so jobs can be submitted. Warnings name other risks.
+
+        A server that stops is not ready, so that a load balancer sends requests elsewhere.
+        """
+        if request.environ.get("tinyqueue.stopping"):
+            headers = {"Retry-After": str(RETRY_AFTER)}
+            raise Problem(503, "stopping", "this web process is stopping; use another one", headers)
         self.queue.ping()
         return {"status": "ok", "warnings": warnings(self.queue)}
 
@@ -839,6 +845,8 @@ METRICS = (
     ("job_waiting_seconds", "histogram", "type queue", "time from when a job could start until it started"),
     ("job_running_seconds", "histogram", "type queue", "time from an attempt's start until its outcome was stored"),
 )
+# Alerts watch these, so they are exposed before the first job of a type in a queue that is served.
+FAILURES = {"jobs_failed", "jobs_reaped"}
 
 
 class Scrape:
@@ -851,6 +859,8 @@ class Scrape:
         workers = [worker for worker in queue.workers() if worker["alive"]]
         pairs = dict.fromkeys(labels[:2] for counts in counters.values() for labels in counts)
         pairs |= dict.fromkeys((type, handler.queue) for type, handler in HANDLERS.items())
+        served = dict.fromkeys(name for worker in workers for name in worker["queues"])
+        unused = [pair for pair in product(HANDLERS, served) if pair not in pairs][: max(0, SERIES - len(pairs))]
         queues = sorted(stats["queues"].items(), key=lambda item: -item[1]["pending"] - item[1]["processing"])[:SERIES]
         self.values: dict[str, Any] = {
             "jobs": {(name, status): queue[status] for name, queue in queues for status in UNENDED},
@@ -871,7 +881,8 @@ class Scrape:
             if kind == "counter" and labels:
                 counts = started if what == "jobs_started" else counters.get(what.removeprefix("jobs_"), {})
                 # Also zeros: Prometheus sees no increase when a counter first appears with a value.
-                self.values[what] = {pair: counts.get(pair, 0) for pair in pairs}
+                more = unused if what in FAILURES else ()
+                self.values[what] = {pair: counts.get(pair, 0) for pair in (*pairs, *more)}
 
     def collect(self) -> Iterator[Any]:
         from prometheus_client import core
@@ -978,7 +989,7 @@ def serve(api: API, sock: socket.socket, lifeline: int | None = None) -> int:
         Lifeline(lifeline, server)
     if not api.settings.redis_url:
         return _serve_with_worker(api, server)
-    signal.signal(signal.SIGTERM, lambda *_: server.stop())
+    signal.signal(signal.SIGTERM, lambda *_: server.stop(api.settings.ready_grace))
     signal.signal(signal.SIGINT, lambda *_: server.stop())
     reset_signals_in_children()
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
@@ -1029,11 +1040,11 @@ def serve_many(api: API, sock: socket.socket) -> int:
                 # serve unblocks SIGTERM and SIGINT when it has handlers for them
                 exit_now(serve(api, sock, lifeline), functions=False)
             children.add(child)
-        if signal.sigwait({*SIGNALS, signal.SIGCHLD}) != signal.SIGCHLD:
+        if (number := signal.sigwait({*SIGNALS, signal.SIGCHLD})) != signal.SIGCHLD:
             stopping = True
             sock.close()  # otherwise clients could still connect, and nobody would accept them
             for child in children:
-                os.kill(child, signal.SIGTERM)
+                os.kill(child, number)
         for child, status in _exited(children):
             children.discard(child)
             if not stopping:
@@ -1100,7 +1111,8 @@ def _start(reload: bool) -> None:
             import hupper
 
             # By default it looks once a second, and kills a server that does not stop within one.
-            patience = Settings.read().shutdown_timeout + 5
+            settings = Settings.read()
+            patience = settings.ready_grace + settings.shutdown_timeout + 5
             # hupper has threads of its own, which would take the signals that serve_many waits for.
             one = {"processes": 1}
             hupper.start_reloader(

@@ -187,7 +187,13 @@ class Server:
 
 
 def disconnect(pools: Iterable[Any]) -> None:
-    """Close all connections, those of a web server's waiter, too: it opens one more when its own is closed."""
+    """Close all connections, those of a web server's waiter, too: it opens one more when its own is closed.
+
+    The taker of a worker that was stopped may still wait for the bell.
+    """
+    for thread in threading.enumerate():
+        if thread.name == "taker":
+            thread.join(5)
     for _ in range(2):
         for pool in pools:
             pool.disconnect()

@@ -2,10 +2,10 @@
 
     python tests/cycle_model.py [--slots 2] [--jobs 3] [--without GUARD]
 
-A step is a statement of worker.py that another thread can see. A handler may run for ever. So when
-only handlers and the bell could go on, no started job may be left in the inbox, and no outcome may
-be left unsaved: somebody must always have been woken for them. Without one of the guards the search
-finds such a state, and prints the steps to it.
+A step is a statement of worker.py whose effect another thread can see. A handler may run for ever.
+So when only handlers and the bell could go on, no started job may be left in the inbox, and no
+outcome may be left unsaved: a slot must have been woken for them. With --without, one of the guards
+is left out. Then the search finds a wrong state, and prints the steps to it.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ GUARDS = {
     "most": "an exchange starts no more jobs than it saves outcomes",
     "chain": "a slot that leaves something wakes another before it runs its job",
     "again": "a slot looks for work again after each exchange",
-    "clear": "a slot that was woken says so before it looks for work, not after",
+    "clear": "a slot that was woken resets `waking` before it looks for work, not after",
     "taker": "the taker wakes a slot after it held the cycle",
-    "error": "it does so even if it could not take jobs, and the worker stops",
+    "error": "the taker does so even after an error that ends it",
     "enter": "new jobs count as held before saved ones leave",
 }
 
@@ -31,18 +31,18 @@ GUARDS = {
 class Slot(NamedTuple):
     at: str = "look"
     batch: int = 0  # outcomes that it saves
-    came: int = 0  # jobs that it started in their place
+    came: int = 0  # jobs that it started in exchange
 
 
 class State(NamedTuple):
     slots: tuple[Slot, ...]
-    jobs: int  # that nobody has taken
+    jobs: int  # in the queue
     taker: str = "wait"
-    free: int = 0  # slots that the taker knows to be free
-    tokens: int = 0  # slots that it has not counted yet
+    free: int = 0  # free slots that the taker has counted
+    tokens: int = 0  # free slots that it has not counted yet
     inbox: int = 0
     outcomes: int = 0
-    held: int = 0  # as read by those who wait until nothing runs
+    held: int = 0  # started jobs that are not settled, as threads see them that wait until nothing runs
     wakes: int = 0
     waking: bool = False
     locked: bool = False  # the cycle

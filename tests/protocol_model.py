@@ -5,7 +5,8 @@
 A step is a transition of the table in tinyqueue.py or a failure of a worker: a crash, a lost
 reply, an expired lease. With --pill, the first job kills every worker that runs it, nothing else
 fails, and a worker that was reaped is replaced. Then no other job may fail, and the pill must end.
-Without one of the guards the search finds a wrong state, and prints the steps to it.
+With --without, one of the guards is left out. Then the search finds a wrong state, and prints the
+steps to it.
 """
 
 from __future__ import annotations
@@ -28,8 +29,9 @@ GUARDS = {
     "once": "only a pending job starts, so an id that is taken twice starts once",
     "beside": "an attempt that was lost beside others does not count",
     "alone": "a job that was lost beside others too often runs alone",
-    "leave": "after a lost reply start drops nothing and starts nothing: it may have dropped the ids",
+    "leave": "after a lost reply start neither starts nor drops an id: it may have done so already",
     "cycle": "one thread of a worker at a time takes, adopts and starts",
+    "same": "an outcome is written only for its own attempt: after a lost reply it may be written again",
 }
 
 
@@ -37,25 +39,25 @@ class Record(NamedTuple):
     status: str = "pending"
     due: bool = True
     attempts: int = 0
-    begun: int = 0  # tells this start from all that somebody remembers, as startedAt does in the code
+    begun: int = 0  # differs from every start that a worker remembers, as startedAt does in the code
     retries: int = 0
     worker: int | None = None
     suspicions: int = 0
 
 
 class Worker(NamedTuple):
-    """What Redis stores of a worker, and what it knows itself: ids taken, and jobs it runs."""
+    """What Redis stores of a worker, and what the worker knows: ids it has taken, jobs it runs."""
 
     proc: tuple[int, ...] = ()
     registered: bool = True
     leased: bool = True
     alive: bool = True
     taken: frozenset[int] = frozenset()
-    again: frozenset[int] = frozenset()  # those of the taken whose start has lost a reply
+    again: frozenset[int] = frozenset()  # the taken ids whose start has lost a reply
     runs: frozenset[int] = frozenset()
     coming: frozenset[int] = frozenset()  # started by an exchange whose reply is on its way
     twice: bool = False  # two of its slots run one job
-    doubts: frozenset[tuple[int, int, int]] = frozenset()  # settled, the reply lost: job, attempts, begun
+    doubts: frozenset[tuple[int, int, int]] = frozenset()  # settled, but the reply was lost: job, attempts, begun
 
 
 class State(NamedTuple):
@@ -63,7 +65,7 @@ class State(NamedTuple):
     workers: tuple[Worker, ...]
     list: tuple[int, ...]  # enter left, leave right
     delayed: frozenset[int] = frozenset()
-    completed: tuple[int, ...] = ()  # how often each job was
+    completed: tuple[int, ...] = ()  # how many times each job was completed
     kills: int = 0
 
     def record(self, job: int, **changes: object) -> State:
@@ -174,7 +176,7 @@ class World:
         return next(number for number in itertools.count(1) if number not in remembered)
 
     def seems_held(self, worker: Worker, job: int, record: Record) -> bool:
-        """Tell whether the worker holds the very attempt in the record: it may have settled it, but knows no reply."""
+        """Whether the worker still holds the very attempt in the record, because a reply to settle was lost."""
         return (job, record.attempts, record.begun) in worker.doubts
 
     def must_wait(self, state: State, at: int, job: int) -> bool:
@@ -187,7 +189,14 @@ class World:
     def settles(self, state: State, at: int) -> Iterator[Step]:
         worker = state.workers[at]
         for doubt in worker.doubts:
-            yield f"{at} learns that it settled {doubt[0]}", state.worker(at, doubts=worker.doubts - {doubt})
+            job = doubt[0]
+            known = state.worker(at, doubts=worker.doubts - {doubt})
+            ours = (state.records[job].status, state.records[job].worker) == ("processing", at)
+            if ours and not self.guarded("same"):
+                written = known.worker(at, proc=less(worker.proc, job)).record(job, status="failed", worker=None)
+                yield f"{at} writes the outcome of {job} again", written
+            else:
+                yield f"{at} learns that it settled {job}", known
         for job in worker.runs:
             if self.pill and job == 0:
                 yield f"{job} kills {at}", lost(state, at)._replace(kills=state.kills + 1)
@@ -222,7 +231,7 @@ class World:
             yield f"cannot read {job}", back._replace(delayed=state.delayed | {job})
 
     def exchanges(self, state: State, settled: State, at: int, job: int, name: str) -> Iterator[Step]:
-        """Start a job in the transaction that settled another. The reply comes later, or never."""
+        """Start a job in the transaction that settled another. The reply comes later, or is lost."""
         worker = settled.workers[at]
         for other in worker.taken - worker.again:
             record = settled.records[other]

@@ -2,7 +2,8 @@
 
 Reusing an Idempotency-Key for another request is an error, so each request gets its own key.
 `partial=true` accepts a batch that contains invalid jobs, so it is removed. `runAt` has a latest
-time, and `wait` and `seconds` may take long, so they are limited. Other tests cover all five.
+time and must be in the calendar, and `wait` and `seconds` may take long, so they are limited. Other
+tests cover all five.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import schemathesis
+
+from tinyqueue_json import TIME, epoch_ms, parse_time
 
 LATEST = timedelta(days=365)
 
@@ -28,7 +31,7 @@ def before_call(context: Any, case: Any, kwargs: Any) -> None:
     if str(query.get("seconds", "")).isdecimal() and 1 <= int(query["seconds"]) <= 25:
         query["seconds"] = 1
     for job in case.body if isinstance(case.body, list) else [case.body]:
-        if isinstance(job, dict) and _is_too_late(job.get("runAt")):
+        if isinstance(job, dict) and (_is_too_late(job.get("runAt")) or _is_impossible(job.get("runAt"))):
             job["runAt"] = None
         if isinstance(job, dict) and _expires_first(job):
             job["expiresIn"] = None
@@ -42,9 +45,10 @@ def _expires_first(job: dict[str, Any]) -> bool:
 
 
 def _is_too_late(moment: Any) -> bool:
-    if isinstance(moment, int):
-        return moment > (datetime.now(UTC) + LATEST).timestamp() * 1000
-    try:
-        return datetime.fromisoformat(moment) > datetime.now(UTC) + LATEST
-    except (TypeError, ValueError):  # not a time: the server must reject it
-        return False
+    milliseconds = epoch_ms(moment)
+    return milliseconds is not None and milliseconds > (datetime.now(UTC) + LATEST).timestamp() * 1000
+
+
+def _is_impossible(moment: Any) -> bool:
+    """Whether a text has the form of a time, but names one like February 30."""
+    return isinstance(moment, str) and bool(TIME.fullmatch(moment)) and parse_time(moment) is None

@@ -14,7 +14,8 @@ from redis.crc import key_slot
 from test_availability import Load, service, stopped
 
 import tinyqueue
-from tinyqueue import Outcome, Unavailable
+from tinyqueue import Outcome, Shards, Unavailable
+from tinyqueue_backup import BackupError, NoBar, back_up, restore
 
 DEFAULT = ["default"]
 SLOTS = 16384
@@ -162,6 +163,32 @@ def test_namespace_is_stored_on_the_owner_of_its_slot(cluster: Cluster, queue_at
     job = queue.enqueue("echo", 1)
     assert queue.pool.place == ("127.0.0.1", cluster.owner(namespace).port)
     assert cluster.owner(namespace).ask("EXISTS", queue.keys.job(job.id)) == 1
+
+
+def test_restore_brings_all_shards_of_a_cluster_back(cluster: Cluster, queue_at: Any, tmp_path: Path) -> None:
+    def shards() -> Shards:
+        return Shards([queue_at(node.url, namespace=f"queue.{at}") for at, node in enumerate(cluster.others())])
+
+    file = str(tmp_path / "backup")
+    jobs = [shards().enqueue("echo", at) for at in range(30)]
+    back_up(shards(), file, NoBar())
+    for node in cluster.masters:
+        node.ask("FLUSHALL")
+    restore(shards(), file, NoBar())
+    assert [queue.get(job.id) for queue in [shards()] for job in jobs] == jobs
+
+
+def test_backup_while_the_slot_moves_is_refused(cluster: Cluster, queue_at: Any, tmp_path: Path) -> None:
+    """The cursor with which one node returns all keys means nothing to another."""
+
+    class Move(NoBar):
+        def update(self, n_steps: int, /) -> None:
+            cluster.move(cluster.owner(), cluster.others()[0])
+
+    queue = queue_at(cluster.nodes[0].url)
+    queue.enqueue("echo", 1)
+    with pytest.raises(BackupError, match="another one has taken over"):
+        back_up(queue, str(tmp_path / "backup"), Move())
 
 
 def test_follow_a_moved_slot_within_one_call(cluster: Cluster, queue_at: Any) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import configparser
 import fcntl
+import gzip
 import http.client
 import json
 import os
@@ -173,7 +174,7 @@ def test_check_follows_the_workers_of_this_host(near: Queue, real: Server) -> No
     assert check(real.url) == (0, f"1 worker with a lease: {worker}\n")
     lapse(near, worker)
     code, said = check(real.url)
-    assert (code, said) == (1, f"Error: no lease within the last 30 s: {worker}; restart the worker\n")
+    assert (code, said) == (1, f"Error: no heartbeat for 30 s: {worker}; restart the worker\n")
 
 
 @pytest.mark.parametrize("environ", [{}, {"TINYQUEUE_SHARDS": "3"}], ids=["one", "shards"])
@@ -402,6 +403,23 @@ def test_compose_keeps_the_data_of_redis(start_redis: Callable[..., RedisServer]
     assert check(server.url)[0] == 1  # it needs the password
     assert megabytes(about["mem_limit"]) >= 2 * int(option(options, "--maxmemory").removesuffix("mb"))
     assert about["volumes"] == ["redis-data:/data"]
+
+
+def test_compose_writes_a_backup_on_request_only(real: Server, tmp_path: Path) -> None:
+    """The command of the service is run, with the Python that is here and a folder in place of the volume."""
+    about = compose()["backup"]
+    assert (about["profiles"], about["restart"], about["volumes"]) == (["backup"], "no", ["backups:/data"])
+    real.queue().enqueue("send-email", {"to": "a"})
+    old = tmp_path / "2020-01-01-0330.gz"
+    old.touch()
+    os.utime(old, (0, 0))
+    [shell, flag, script] = about["command"]
+    script = script.replace("$$", "$").replace("/data", str(tmp_path)).replace("python ", f"{sys.executable} ")
+    environ = {"PATH": os.environ["PATH"], "REDIS_URL": real.url}
+    subprocess.run([shell, flag, script], cwd=ROOT, env=environ, check=True, timeout=60, stderr=subprocess.DEVNULL)
+    [backup] = tmp_path.iterdir()
+    assert re.fullmatch(r"\d{4}-\d\d-\d\d-\d{4}\.gz", backup.name)
+    assert b"send-email" in gzip.decompress(backup.read_bytes())
 
 
 def test_compose_waits_until_redis_answers(start_redis: Callable[..., RedisServer]) -> None:

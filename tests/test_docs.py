@@ -22,6 +22,7 @@ from conftest import Server, free_port, until
 
 import tinyqueue
 import tinyqueue_access
+import tinyqueue_cli
 import tinyqueue_config
 import tinyqueue_json
 import tinyqueue_problems
@@ -36,7 +37,7 @@ REPOSITORY = Path(tinyqueue.__file__).parent
 TABLE = [(name, default) for name, default, _ in Settings.table()]
 DOCUMENTS = {
     path.relative_to(REPOSITORY).as_posix(): path.read_text()
-    for path in (REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md")))
+    for path in (REPOSITORY / "README.md", REPOSITORY / "CONTRIBUTING.md", *sorted((REPOSITORY / "docs").glob("*.md")))
 }
 README, HTTP, OPERATIONS = DOCUMENTS["README.md"], DOCUMENTS["docs/http.md"], DOCUMENTS["docs/operations.md"]
 SETTINGS, DEPLOY = DOCUMENTS["docs/settings.md"], DOCUMENTS["docs/deploy.md"]
@@ -229,7 +230,8 @@ NUMBERS = {
     "crowd": (HTTP, r"While more than ([\d,]+) connections are open", tinyqueue_server.CROWD),
     "time in a crowd": (HTTP, r"these times are (\d+), \d+ and", tinyqueue_server.CROWDED_TIMES[1]),
     "time to idle in a crowd": (HTTP, r"these times are \d+, \d+ and (\d+) s", tinyqueue_server.CROWDED_TIMES[0]),
-    "time at the end": (HTTP, r"has (\d+) seconds for the rest", tinyqueue_server.DRAIN_TIMES[1]),
+    "time to idle at the end": (HTTP, r"without a request is closed after (\d+) s", tinyqueue_server.DRAIN_TIMES[0]),
+    "time at the end": (HTTP, r"never a pause of more than (\d+) seconds", tinyqueue_server.DRAIN_TIMES[1]),
     "wrong keys": (HTTP, r"or to (\d+) in a minute", tinyqueue_access.WRONG_KEYS[0]),
     "waiting elsewhere": (HTTP, r"let (\d+) requests wait", tinyqueue_config.WEB_THREADS / 2),
     "MAX_QUEUES": (OPERATIONS, r"There can be ([\d,]+) queues", tinyqueue.MAX_QUEUES),
@@ -256,6 +258,17 @@ NUMBERS = {
         r"but never more than (\d+)",
         Settings(worker_concurrency=500).worker_connections,
     ),
+    "BUSY": (OPERATIONS, r"At most (\d+) % are busy on average", 100 * tinyqueue_cli.BUSY),
+    "FULL": (OPERATIONS, r"so that (\d+) % of it are used then", 100 * tinyqueue_cli.FULL),
+    "REDIS_COST": (OPERATIONS, r"Redis, for each job \| ([\d.]+) ms", 1e3 * tinyqueue_cli.REDIS_COST[0]),
+    "WORKER_COST": (OPERATIONS, r"without the handler \| ([\d.]+) ms", 1e3 * tinyqueue_cli.WORKER_COST[0]),
+    "WEB_COST": (OPERATIONS, r"for each submit \| ([\d.]+) ms", 1e3 * tinyqueue_cli.WEB_COST[0]),
+    "ENTRY": (OPERATIONS, r"of a pending job \| (\d+) bytes", tinyqueue_cli.ENTRY[0]),
+    "ENTRY of an ended job": (OPERATIONS, r"of an ended job \| (\d+) bytes", tinyqueue_cli.ENTRY[1]),
+    "RECORD": (OPERATIONS, r"the payload and (\d+) bytes", tinyqueue_cli.RECORD[0]),
+    "RECORD of an ended job": (OPERATIONS, r"the result and (\d+) bytes", tinyqueue_cli.RECORD[1]),
+    "TRACEBACK": (OPERATIONS, r"error of a failed job \| (\d+) bytes", tinyqueue_cli.TRACEBACK),
+    "ONCE": (OPERATIONS, r"idempotency key \| (\d+) bytes", tinyqueue_cli.ONCE),
     "exit code": (OPERATIONS, r"(\d+) when it could not do its work", worker.EXIT_BROKEN),
 }
 
@@ -516,6 +529,21 @@ def test_operations_session_runs_as_written(checkout: Checkout) -> None:
         "1 deleted",
     ):
         assert text in said
+
+
+def test_operations_backup_moves_jobs_to_another_redis_as_written(checkout: Checkout) -> None:
+    submit = """.venv/bin/python worker.py enqueue send-email '{"to": "a@example.com", "subject": "", "body": ""}'"""
+    id = checkout.run(submit, REDIS_URL=checkout.redis).strip()
+    other = checkout.redis.removesuffix("0") + "1"
+    script = block(OPERATIONS, "backup -").replace("redis://old:6379/0", checkout.redis)
+    assert "resumed: default" in checkout.run(script.replace("redis://new:6379/0", other))
+    assert id in checkout.run(".venv/bin/python worker.py list --status pending", REDIS_URL=other)
+
+
+def test_operations_plan_prints_what_it_shows(checkout: Checkout) -> None:
+    said = checkout.run(block(OPERATIONS, "worker.py plan")).splitlines()
+    [shown] = [text for text in blocks(OPERATIONS, "text") if text.startswith("slots ")]
+    assert shown.splitlines() == [*said[:5], "…"]
 
 
 def test_operations_completion_is_loaded_as_written(checkout: Checkout) -> None:

@@ -85,6 +85,24 @@ def test_doctor_reports_a_wrong_password(own: Queue) -> None:
 
 
 @pytest.mark.parametrize(
+    ("address", "level", "seen"),
+    [
+        ("127.0.0.1", "ok", "without a password"),
+        ("0.0.0.0", "warn", "without a password"),
+        (":s3cret@0.0.0.0", "ok", "with a password"),
+    ],
+)
+def test_doctor_judges_the_password_by_who_can_reach_redis(own: Queue, address: str, level: str, seen: str) -> None:
+    if "@" in address:
+        raw(own).config_set("requirepass", "s3cret")
+    queue = Queue.from_url(f"redis://{address}:{own.pool.connection_kwargs['port']}/0")
+    found = findings(queue)["password"]
+    queue.pool.disconnect()
+    assert (found.level, found.seen) == (level, seen)
+    assert ("requirepass" in found.advice) == (level == "warn")
+
+
+@pytest.mark.parametrize(
     ("settings", "about", "level"),
     [
         ({"maxmemory": "100mb", "maxmemory-policy": "allkeys-lru"}, "eviction", "warn"),
@@ -245,6 +263,19 @@ def test_purge_and_trim_make_room_when_memory_is_full(own: Queue) -> None:
     own.clock.ahead = 0
     assert [own.get(job.id) for job in ended] == [None] * 4
     raw(own).config_set("maxmemory", 0)
+    check_consistency(own)
+
+
+def test_cancel_when_memory_is_full_is_refused_and_changes_nothing(own: Queue) -> None:
+    job = put(own, "pending")
+    before = own.get(job.id)
+    fill(own, 1.02)
+    with pytest.raises(Unavailable) as caught:
+        own.cancel(job.id)
+    assert caught.value.reason == "full"
+    assert own.get(job.id) == before
+    raw(own).config_set("maxmemory", 0)
+    own.cancel(job.id)
     check_consistency(own)
 
 

@@ -603,6 +603,15 @@ def test_export_data_without_rows_writes_an_empty_file(exports: Path, format: st
     assert (exports / made.path).read_bytes() == b""
 
 
+def test_export_data_as_csv_with_too_many_cells_is_discarded(exports: Path) -> None:
+    rows = [{f"key {number}": 1} for number in range(1001)]
+    with pytest.raises(Discard, match="1001 rows with 1001 columns have more than 1000000 cells; use jsonl"):
+        export_data(ExportData(rows), job())
+    assert not exports.exists() or files(exports) == []
+    assert export_data(ExportData(rows, "jsonl"), job()).bytes < 20_000
+    assert export_data(ExportData(rows[:1000]), job()).rows == 1000
+
+
 @pytest.mark.parametrize("text", ['=HYPERLINK("http://evil")', "+1", "-5", "@SUM(A1)", "\t=1", "\r=1"])
 def test_export_data_as_csv_quotes_formulas(exports: Path, text: str) -> None:
     made = export_data(ExportData([{text: text, "n": -5, "plain": "1=1"}]), job())

@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime, timedelta, timezone
@@ -1531,6 +1532,79 @@ def test_stop_answers_a_request_whose_body_is_arriving(queue: Queue) -> None:
         answer = wire.answer()
         assert (answer.status, answer.headers["connection"]) == (201, "close")
         assert wire.ended()
+
+
+def test_stop_answers_a_request_whose_body_arrives_slowly(queue: Queue, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tinyqueue_server, "DRAIN_TIMES", (1, 1))
+    request = spell("POST", "/jobs", VALID)
+    with serving(API(Settings(), queue)) as (server, address), Wire(address) as wire:
+        wire.send(request[:-8])
+        wire.until_read()
+        began = time.monotonic()
+        server.stop()
+        for at in range(-8, -1, 2):  # takes twice as long as one pause may
+            until(lambda at=at: time.monotonic() > began + 0.5 * (10 + at) / 2)
+            wire.send(request[at : at + 2 or None])
+        answer = wire.answer()
+        assert (answer.status, answer.headers["connection"]) == (201, "close")
+        assert wire.ended()
+
+
+def test_stop_answers_a_request_on_a_connection_that_was_idle(queue: Queue) -> None:
+    with serving(API(Settings(), queue)) as (server, address), Wire(address) as wire:
+        wire.send(spell("GET", "/health"))
+        assert wire.answer().status == 200
+        answered = time.monotonic()
+        until(lambda: time.monotonic() > answered + tinyqueue_server.DRAIN_TIMES[0] + 0.1)
+        server.stop()
+        until(lambda: refused(address))
+        wire.send(spell("GET", "/health"))
+        answer = wire.answer()
+        assert (answer.status, answer.headers["connection"]) == (200, "close")
+        assert wire.ended()
+
+
+def test_stop_with_a_grace_accepts_requests_but_is_not_ready(queue: Queue) -> None:
+    with serving(API(Settings(), queue)) as (server, address), Wire(address) as open_before:
+        open_before.send(spell("GET", "/ready"))
+        assert open_before.answer().status == 200
+        server.stop(60)
+        for wire in (open_before, Wire(address)):
+            with wire:
+                wire.send(spell("GET", "/ready"))
+                answer = wire.answer()
+                assert (answer.status, answer.kind, answer.headers["connection"]) == (503, "stopping", "close")
+        with Wire(address) as wire:
+            wire.send(spell("POST", "/jobs", VALID))
+            answer = wire.answer()
+            assert (answer.status, answer.headers["connection"]) == (201, "close")
+        server.stop(60)  # does not prolong it
+        server.stop()
+        until(lambda: refused(address))
+
+
+def test_stop_with_a_grace_lets_requests_wait(queue: Queue) -> None:
+    job = queue.enqueue("echo", {})
+    with serving(API(Settings(), queue)) as (server, address), Wire(address) as wire:
+        wire.send(spell("GET", f"/jobs/{job.id}?wait=20"))
+        until(lambda: raw(queue).sismember(queue.keys.awaited, job.id))
+        server.stop(60)
+        with Wire(address) as other:
+            other.send(spell("DELETE", f"/jobs/{job.id}"))
+            assert other.answer().status == 200
+        answer = wire.answer()
+        assert (answer.json["status"], answer.headers["connection"]) == ("cancelled", "close")
+
+
+def test_ready_answers_503_on_an_open_connection_while_the_server_drains(queue: Queue) -> None:
+    with serving(API(Settings(), queue)) as (server, address), Wire(address) as wire:
+        wire.send(spell("GET", "/ready"))
+        assert wire.answer().status == 200
+        server.stop()
+        until(lambda: refused(address))
+        wire.send(spell("GET", "/ready"))
+        answer = wire.answer()
+        assert (answer.status, answer.kind, answer.headers["retry-after"]) == (503, "stopping", "5")
 
 
 @pytest.mark.parametrize("version", ["1.0", "1.1"])

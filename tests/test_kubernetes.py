@@ -150,7 +150,7 @@ def test_custom_resources_follow_the_schemas_of_keda_and_the_prometheus_operator
 
 def test_kustomization_names_every_file_that_needs_no_controller() -> None:
     files = {path.name for path in FOLDER.glob("*.yaml")} - set(VALUES)
-    optional = {"keda.yaml", "hpa.yaml", "servicemonitor.yaml"}
+    optional = {"keda.yaml", "hpa.yaml", "servicemonitor.yaml", "backup.yaml"}
     assert set(KUSTOMIZATION["resources"]) == files - optional
     comments = (FOLDER / "kustomization.yaml").read_text()
     assert [name for name in (*optional, "prometheus-adapter.yaml") if name not in comments] == []
@@ -288,6 +288,19 @@ def test_pods_run_without_privileges_on_a_read_only_file_system(name: str) -> No
     if name == WORKER:
         environ = environment(name)
         assert {str(Path(environ[folder]).parent) for folder in ("MEDIA_DIR", "EXPORT_DIR")} <= writable
+
+
+def test_backup_runs_nightly_with_the_rights_of_the_other_pods_and_few_secrets() -> None:
+    about = find("CronJob")["spec"]
+    spec = about["jobTemplate"]["spec"]["template"]["spec"]
+    [only] = spec["containers"]
+    assert about["schedule"].split()[2:] == ["*", "*", "*"]
+    assert spec["securityContext"] == pod(WORKER)["securityContext"]
+    assert only["securityContext"] == container(WORKER)["securityContext"]
+    assert [entry["name"] for entry in only["env"]] == ["REDIS_URL"]
+    assert spec["volumes"][0]["persistentVolumeClaim"]["claimName"] == find("PersistentVolumeClaim")["metadata"]["name"]
+    [image] = KUSTOMIZATION["images"]
+    assert only["image"] == f"{image['newName']}:{image['newTag']}"
 
 
 def image_user() -> int:

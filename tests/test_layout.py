@@ -12,13 +12,18 @@ import pytest
 
 REPOSITORY = Path(__file__).parent.parent
 IMPORTS = {  # each module, and those of ours that it may import
-    "tinyqueue_redis": set(),
+    "tinyqueue_embedded": set(),
+    "tinyqueue_redis": {"tinyqueue_embedded"},
     "tinyqueue_json": set(),
     "tinyqueue_job": {"tinyqueue_json", "tinyqueue_redis"},
     "tinyqueue": {"tinyqueue_job", "tinyqueue_json", "tinyqueue_redis"},
-    "tinyqueue_config": {"tinyqueue", "tinyqueue_json"},
+    "tinyqueue_config": {"tinyqueue", "tinyqueue_embedded", "tinyqueue_json"},
     "tinyqueue_doctor": {"tinyqueue", "tinyqueue_redis"},
-    "tinyqueue_cli": {"tinyqueue", "tinyqueue_config", "tinyqueue_doctor", "tinyqueue_json"},
+    "tinyqueue_backup": {"tinyqueue", "tinyqueue_job"},
+    "tinyqueue_cli": {
+        *("tinyqueue", "tinyqueue_backup", "tinyqueue_config", "tinyqueue_doctor", "tinyqueue_embedded"),
+        *("tinyqueue_json",),
+    },
     "tinyqueue_openapi": {"tinyqueue"},
     "tinyqueue_problems": {"tinyqueue"},
     "tinyqueue_access": {"tinyqueue", "tinyqueue_config", "tinyqueue_problems"},

@@ -16,7 +16,7 @@ import pytest
 from conftest import Entry, dump, lapse, newest, put, raw
 
 import tinyqueue
-from tinyqueue import STATUSES, Failure, Filter, Job, Queue, Reaped, WrongStatus, handler
+from tinyqueue import STATUSES, Failure, Filter, Job, Loaded, Queue, Reaped, WrongStatus, handler
 
 pytestmark = pytest.mark.usefixtures("no_handlers")
 BOOM = Failure("Boom", "it broke")
@@ -124,6 +124,7 @@ ACTIONS = {
 }
 TWINS = {"cancel": "request", "request": "cancel"}  # one verb of the queue, two rows
 BY_ENQUEUE = {("enqueue", "pending"), ("take", ""), ("promote", ""), ("restore", "")}  # tried below
+BY_LOAD = {("load", "pending"), ("load", "failed"), ("load", "cancelled")}  # tried by test_backup.py
 RELEASED_TOO_OFTEN = ("release", "failed")  # tried by test_queue.py, which releases a job ten times
 
 
@@ -155,7 +156,7 @@ def record(queue: Queue, job: Job) -> Entry | None:
 
 
 def test_actions_cover_every_row_and_result_of_the_contract() -> None:
-    tried = {(action.row, action.to) for action in ACTIONS.values()} | BY_ENQUEUE | {RELEASED_TOO_OFTEN}
+    tried = {(action.row, action.to) for action in ACTIONS.values()} | BY_ENQUEUE | BY_LOAD | {RELEASED_TOO_OFTEN}
     assert tried == {(verb, to) for verb, row in TABLE.items() for to in row.after or {""}}
 
 
@@ -285,6 +286,28 @@ def break_keys_unused(queue: Queue, verb: str) -> None:
     assert dump(queue) == before
 
 
+def break_unused(queue: Queue, verb: str) -> None:
+    """Load a job whose id another job has, and one whose uniqueKey another has."""
+    there = put(queue, "pending", unique_key="a")
+    gone = put(queue, "processing", queue="other")
+    queue.complete(gone)
+    other = queue.draft("echo", 2, unique_key="a")
+    queue.pause("default")
+    before = dump(queue)
+    assert queue.load([there, queue.get(gone.id)]) == Loaded([], [], [])
+    assert queue.load([other]) == Loaded([], [other.id], [])
+    assert dump(queue) == before
+
+
+def break_queue_paused(queue: Queue, verb: str) -> None:
+    job = queue.draft("echo", 1)
+    before = dump(queue)
+    assert queue.load([job]) == Loaded([], [], ["default"])
+    assert dump(queue) == before
+    queue.pause("default")
+    assert queue.load([job]) == Loaded([job], [], [])
+
+
 def break_unended(queue: Queue, verb: str) -> None:
     for status in ("completed", "failed", "cancelled"):
         job = put(queue, status)
@@ -305,6 +328,8 @@ def break_in_no_list(queue: Queue, verb: str) -> None:
 
 
 BREAKS = {
+    "unused": break_unused,
+    "queue paused": break_queue_paused,
     "unended": break_unended,
     "in no list": break_in_no_list,
     "registered": break_registered,

@@ -175,6 +175,33 @@ def test_counters_of_a_registered_type_are_zero_before_its_first_job(queue: Queu
         assert values[f"tinyqueue_jobs_{name}_total", "mail", "greet"] == 0
 
 
+def test_failures_of_a_registered_type_are_zero_in_each_served_queue(queue: Queue, no_handlers: None) -> None:
+    @tinyqueue.handler("greet", queue="mail")
+    def greet(payload: dict[str, Any]) -> None: ...
+
+    before = {"mail"}
+    for served in (["bulk", "mail"], ["urgent"]):
+        queue.register(served, 1)
+        before |= {*served}
+        values = samples(queue)
+        for name in ("failed", "reaped"):
+            zeros = {key[1] for key, value in values.items() if key[0] == f"tinyqueue_jobs_{name}_total" and value == 0}
+            assert zeros == before
+
+
+def test_zeros_of_many_types_and_queues_stay_within_the_limit(
+    queue: Queue, monkeypatch: pytest.MonkeyPatch, no_handlers: None
+) -> None:
+    monkeypatch.setattr(wsgi, "SERIES", 10)
+
+    def greet(payload: dict[str, Any]) -> None: ...
+
+    for number in range(8):
+        tinyqueue.handler(f"greet-{number}")(greet)
+    queue.register(["default", "bulk", "mail"], 1)
+    assert sum(key[0] == "tinyqueue_jobs_failed_total" for key in samples(queue)) == 10
+
+
 def test_expired_job_counts_as_failed_and_not_as_started(queue: Queue) -> None:
     worker = queue.register(["default"], 1)
     queue.enqueue("echo", {}, expires_in=1)

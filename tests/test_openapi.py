@@ -14,9 +14,12 @@ import msgspec
 import pytest
 from client import Answer, Client, running
 from conftest import put
+from test_http import TIMES, WHOLE_TIMES
 
 from tinyqueue import HANDLERS, KEY_LENGTH, MAX_ATTEMPTS, MAX_DELAY, MAX_JOBS, STATUSES, Queue, __version__, handler
 from tinyqueue_config import Settings
+from tinyqueue_json import TIME
+from tinyqueue_openapi import ecma_pattern
 from wsgi import API, FIELDS, FILTERS, LONGEST_WAIT, ROUTES, describe
 
 CONFIG = Path(__file__).with_name("schemathesis.toml")
@@ -247,6 +250,12 @@ def test_document_contains_the_limits_of_the_code(document: Any) -> None:
     assert str(LONGEST_WAIT) in document["components"]["parameters"]["wait"]["description"]
 
 
+def test_document_describes_the_forms_of_a_time_that_the_server_reads(document: Any) -> None:
+    job = resolved(document, document["components"]["schemas"]["Job"]["oneOf"][0])
+    [pattern] = [kind["pattern"] for kind in job["properties"]["runAt"]["anyOf"] if "pattern" in kind]
+    assert pattern == "^" + re.sub(r"\(\?<\w+>", "(", ecma_pattern(TIME.pattern)) + "$"
+
+
 # Job types ------------------------------------------------------------------------------------------------------------
 
 
@@ -280,13 +289,22 @@ JOBS = {
     ),
     "delay and runAt": ({"type": "echo", "payload": 1, "delay": 1, "runAt": 1}, False),
     "zero expiresIn": ({"type": "echo", "payload": 1, "expiresIn": 0}, False),
+    "runAt in words": ({"type": "echo", "payload": 1, "runAt": "tomorrow"}, False),
+    "runAt without a zone": ({"type": "echo", "payload": 1, "runAt": "2026-01-01T00:00:00"}, False),
+    "runAt with an incomplete zone": ({"type": "echo", "payload": 1, "runAt": "2026-01-01T00:00:00+0"}, False),
+    "runAt that is a date": ({"type": "echo", "payload": 1, "runAt": "2026-01-01"}, False),
+    "fractional runAt": ({"type": "echo", "payload": 1, "runAt": 1.5}, False),
 }
+for language, spelled in (TIMES | WHOLE_TIMES).items():
+    run_at = spelled.format(day="2026-01-31", basic="20260131")
+    JOBS[f"runAt of {language}"] = ({"type": "echo", "payload": 1, "runAt": run_at}, True)
 
 
 @pytest.mark.parametrize(("job", "valid"), JOBS.values(), ids=JOBS.keys())
 def test_schema_accepts_the_same_jobs_as_the_server(document: Any, near: Queue, job: Any, valid: bool) -> None:
     rs = pytest.importorskip("jsonschema_rs")
-    assert rs.is_valid({"$ref": "#/components/schemas/Job", "components": document["components"]}, job) == valid
+    schema = {"$ref": "#/components/schemas/Job", "components": document["components"]}
+    assert rs.is_valid(schema, job, validate_formats=True) == valid
     assert (Client(API(Settings(), near)).post("/jobs", job).status == 201) == valid
 
 

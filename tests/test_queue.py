@@ -1183,6 +1183,17 @@ def test_promote_drops_ids_whose_job_is_not_pending(queue: Queue) -> None:
     assert queue.waiting(DEFAULT) == queue.stats()["delayed"] == 0
 
 
+def test_promote_after_the_clock_was_set_back_waits_for_the_old_time(queue: Queue) -> None:
+    job = queue.enqueue("echo", 1, delay=60)
+    queue.clock.ahead -= 3_600_000
+    queue.clock.ahead += 61_000
+    assert queue.promote() == 0
+    queue.cancel(job.id)
+    queue.retry(job.id)
+    worker = queue.register(["default"], 1)
+    assert [started.id for started in queue.dequeue(worker, ["default"])] == [job.id]
+
+
 def test_dequeue_delays_a_job_that_is_not_due_again(queue: Queue, worker: str) -> None:
     job = queue.enqueue("echo", {}, delay=60)
     raw(queue).zrem(queue.keys.delayed, job.id)

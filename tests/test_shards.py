@@ -56,7 +56,15 @@ ONE_BY_ONE = {
     "count_pending",
     "discard",
     "exchange",
-}  # called for each shard, by other verbs, by doctor and by the web process
+    "scan",
+    "server",
+    "waiting_ids",
+    "stored_ids",
+    "read_stored",
+    "read_once",
+    "load",
+    "load_once",
+}  # called for each shard, by other verbs, by doctor, by backups and by the web process
 
 
 @pytest.fixture

@@ -1501,6 +1501,21 @@ def test_drain_of_an_idle_worker_deregisters_it(queue: Queue, work: Any) -> None
     assert queue.workers() == []
 
 
+def test_drain_of_an_idle_worker_does_not_wait_for_the_bell(
+    near: Queue, work: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(worker, "BLOCK", 3.5)
+    running = work(near)
+    until(lambda: any(client["cmd"] == "blpop" for client in raw(near).client_list()))
+    began = time.monotonic()
+    assert running.end("drain") == 0
+    assert time.monotonic() - began < 2
+    assert near.workers() == []
+    near.enqueue("echo", 1)
+    until(lambda: not any(client["cmd"] == "blpop" for client in raw(near).client_list()))
+    assert near.stats()["pending"] == near.waiting(["default"]) == 1
+
+
 def test_drain_deregisters_a_worker_whose_heartbeat_is_on_its_way(
     near: Queue, real: Server, proxy: CutProxy, work: Any
 ) -> None:
@@ -1746,6 +1761,19 @@ def test_watchdog_stops_a_worker_that_cannot_save_outcomes(
     running = work(queue, slots=2, watchdog=1)
     assert running.end() == EXIT_BROKEN
     assert len(ran) <= 2 + worker.UNSETTLED
+
+
+def test_watchdog_stops_a_worker_whose_keeper_hangs(
+    near: Queue, far: Queue, proxy: CutProxy, *, work: Any, echo: None, caplog: pytest.LogCaptureFixture
+) -> None:
+    running = work(far, watchdog=1)
+    until(lambda: running.worker.id)
+    proxy.swallow(b":delayed")  # an idle worker looks there only to promote
+    until(lambda: proxy.idle)
+    job = until_ended(near, near.enqueue("echo", 1))
+    assert (job.status, running.code) == ("completed", None)
+    assert running.end() == EXIT_BROKEN
+    assert "no heartbeat and no other upkeep for 1 s; shutting down" in caplog.text
 
 
 def test_watchdog_stops_a_worker_without_redis(start_redis: Callable[..., RedisServer], work: Any) -> None:
