@@ -40,12 +40,12 @@ def handlers(no_handlers: None) -> None:
 class Long:
     """A handler that runs until it is interrupted or `opened`. With `deaf`, nothing interrupts it."""
 
-    def __init__(self, deaf: bool = False) -> None:
+    def __init__(self, deaf: bool = False, timeout: float | None = None) -> None:
         self.started = threading.Event()
         self.ended = threading.Event()
         self.opened = threading.Event()
 
-        @handler("long")
+        @handler("long", timeout=timeout)
         def long(payload: Any) -> None:
             self.started.set()
             try:
@@ -59,8 +59,8 @@ class Long:
 def long() -> Iterator[Callable[..., Long]]:
     made: list[Long] = []
 
-    def make(deaf: bool = False) -> Long:
-        made.append(Long(deaf))
+    def make(**options: Any) -> Long:
+        made.append(Long(**options))
         return made[-1]
 
     yield make
@@ -187,6 +187,21 @@ def test_work_counts_handlers_that_cannot_be_interrupted_as_busy_slots(queue: Qu
     refused = api.call("POST", "/work?seconds=1")
     assert (refused.status, refused.kind) == (409, "already-working")
     assert "handlers of earlier requests" in refused.problem["detail"]
+    deaf.opened.set()
+    assert until(lambda: api.call("POST", "/work?seconds=1").status == 200)
+
+
+def test_work_answers_500_when_no_handler_ends_at_its_timeout(
+    queue: Queue, long: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tinyqueue.worker.GRACE", 0.1)
+    api = Client(API(msgspec.structs.replace(Settings(), worker_concurrency=1), queue))
+    deaf = long(deaf=True, timeout=0.1)
+    job = queue.enqueue("long", 1)
+    answer = api.call("POST", "/work")
+    assert (answer.status, answer.kind) == (500, "worker-failed")
+    assert queue.get(job.id).error.type == "TimedOut"
+    assert queue.workers() == []
     deaf.opened.set()
     assert until(lambda: api.call("POST", "/work?seconds=1").status == 200)
 
