@@ -53,9 +53,9 @@ round trips however many jobs it moves. No Lua.
     dequeue is take, then start or expire. enqueue is written by submit, expire by start, and
     request by cancel. complete, fail and release are written by settle, many in one transaction.
     exchange is settle and dequeue in three round trips. A busy worker uses it instead of these two,
-    except with shards. load stores the jobs of a backup. Every verb that fills a list rings its
-    bell, and every verb keeps the counts and the metrics. Whatever ends a job frees its uniqueKey
-    and leaves a token for those who wait for it.
+    except with shards. load stores the jobs of a backup; the ended ones count in no metric. Every
+    verb that fills a list rings its bell, and every verb keeps the counts and the metrics. Whatever
+    ends a job frees its uniqueKey and leaves a token for those who wait for it.
 
     Lost replies. adopt finds the ids in a worker's list that the worker does not know. After a lost
     reply, start neither starts nor drops an id: it may have done so already. Only one thread of a
@@ -107,7 +107,7 @@ Three rules carry everything
 
 tinyqueue_job.py says what a job is: its errors, its record, its handlers and the checks of input.
 Here come first the bounds, the keys and transactions, and the verbs that are made of other verbs.
-Then the verbs of the queue follow the life of a job, up to upkeep. Backups, reading, metrics and
+Then the verbs of the queue follow the life of a job, up to upkeep. Reading, backups, metrics and
 shards come last. `grep '# [A-Z].* ---' tinyqueue.py` prints the table of contents.
 """
 
@@ -1509,150 +1509,6 @@ class Queue(Verbs):
                 raise
         return self.store.transact((), lambda tx: delete(tx, lambda *command: tx.read(command)))
 
-    # Back up and load -------------------------------------------------------------------------------------------------
-
-    def scan(self, family: str = "") -> Iterator[str]:
-        """Return the names of all keys that begin with `family`, without prefix and family.
-
-        SCAN reads the whole database. It returns every key that exists from the beginning to the
-        end, whatever is written meanwhile. It may return a key twice.
-        """
-        prefix = self.keys.prefix + family
-        cursor = b"0"
-        while True:
-            # No character of a prefix is special in a pattern. The command with a key leads to the
-            # node of a cluster that has the queue: any node answers SCAN.
-            step = ("SCAN", cursor, "MATCH", prefix + "*", "COUNT", SCANNED)
-            _, (cursor, keys) = self.store.read(("EXISTS", self.keys.counts), step)
-            yield from (key.removeprefix(prefix) for key in map(text_of, keys))
-            if cursor == b"0":
-                return
-
-    def server(self) -> str:
-        """Return the run id of Redis, or "". A restart or a failover changes it."""
-        with suppress(Corrupted, Unavailable):
-            info = self.store.read(("EXISTS", self.keys.counts), ("INFO", "server"))[1]
-            return parse_info(info).get("run_id", "")
-        return ""
-
-    def waiting_ids(self) -> Iterator[list[str]]:
-        """Return the ids that wait: the delayed ones, then those of each queue, last in first.
-
-        This is the order in which `load` takes jobs. Some ids come twice. Jobs that move meanwhile
-        may be missing, but `stored_ids` has them.
-        """
-        for window in self.read_entries(self.keys.delayed, "ZRANGE"):
-            yield _named(reversed(window))
-        for window in self._read_lists([self.keys.jobs(name) for name in self._names(Filter())]):
-            yield _named(window)
-
-    def stored_ids(self) -> Iterator[list[str]]:
-        """Return the ids of all jobs, except completed ones, in any order.
-
-        A record exists from the submit of a job until it is purged or expires. So no job is missing
-        that exists from the beginning to the end, however often it moves meanwhile.
-        """
-        ids = filter(ID.fullmatch, self.scan("job:"))
-        while some := list(itertools.islice(ids, SCANNED)):
-            completed = self._completed(some)
-            yield [id for id in some if id not in completed]
-
-    def _completed(self, ids: Sequence[str]) -> set[str]:
-        scores = self.store.read(*(("ZSCORE", self.keys.ended["completed"], id) for id in ids)) if ids else []
-        return {id for id, score in zip(ids, scores, strict=True) if score is not None}
-
-    def read_stored(self, ids: Sequence[str]) -> Iterator[Job]:
-        """Read jobs as they are stored: payloads and results stay JSON, a `msgspec.Raw`.
-
-        Leaves out jobs that do not exist any more. A job that cannot be read becomes a failed job
-        that shows its record.
-        """
-        for id, record in self._read_records(ids):
-            if record is not None:
-                yield stored_job(id, record)
-
-    def read_once(self, known: Callable[[Sequence[str]], Collection[str]], before: int) -> Iterator[tuple[str, bytes]]:
-        """Return the Idempotency-Keys with their values, the keys as hashes.
-
-        Leaves out those of jobs that a backup lacks because they were submitted while it was made:
-        a repeat of such a submit must store its jobs. `known` returns the ids that the backup has,
-        and jobs created before `before` existed when it began.
-        """
-        hashes = self.scan("once:")
-        while some := list(itertools.islice(hashes, SCANNED)):
-            values = self.store.read(("MGET", *map(self.keys.once_hash, some)))[0]
-            found = {hash: value for hash, value in zip(some, values, strict=True) if value is not None}
-            made = {hash: _made(value).ids for hash, value in found.items()}
-            late = {id for ids in made.values() for id in ids if not ID.fullmatch(id) or created_at(id) >= before}
-            lacking = late - set(known(list(late)))
-            lacking -= self._completed(list(lacking))
-            yield from ((hash, value) for hash, value in found.items() if lacking.isdisjoint(made[hash]))
-
-    def load(self, jobs: Sequence[Job], behind: bool = False) -> Loaded:
-        """Store jobs of a backup under their own ids, all that can be stored. See `Loaded`.
-
-        nothing -> pending, failed or cancelled. Each pending job goes before those that its queue
-        has, or `behind` them, or among the delayed. A processing job becomes pending and its
-        attempt does not count; it becomes cancelled if that was requested. Watches the records, the
-        uniqueKeys and the set of paused queues: nothing is stored unless all these queues are
-        paused, so no job starts before an operator has resumed its queue. Raises InvalidJob for
-        more than MAX_JOBS, and Unavailable if Redis' memory is nearly used up.
-        """
-        if len(jobs) > MAX_JOBS:
-            raise InvalidJob("jobs", f"must be at most {MAX_JOBS} at a time")
-        if self.store.connections.memory_use > MEMORY_SHARE:
-            raise Unavailable("full", f"more than {MEMORY_SHARE:.0%} of its maxmemory is used")
-        jobs = list({job.id: job for job in jobs}.values())
-        keys = [self.keys.job(job.id) for job in jobs]
-        unique = list({self.keys.unique(job.unique_key) for job in jobs if job.unique_key})
-
-        def body(tx: Transaction) -> Loaded:
-            present, paused = tx.read(("EXISTS", *keys), ("SMEMBERS", self.keys.paused))
-            found = tx.read(*(("EXISTS", key) for key in keys)) if present else [0] * len(keys)
-            new = [_stopped(job, tx.now) for job, exists in zip(jobs, found, strict=True) if not exists]
-            pending = [job for job in new if job.status == "pending"]
-            unpaused = sorted({job.queue for job in pending} - set(map(text_of, paused)))
-            if unpaused:
-                return Loaded([], [], unpaused)
-            has_keys = any(job.unique_key for job in pending)
-            holders = self._without_duplicates(tx, pending) if has_keys else pending
-            free = [job for job, holder in zip(pending, holders, strict=True) if job is holder]
-            ended = [job for job in new if job.status != "pending" and self._left(job, tx.now) > 0]
-            self._write_loaded(tx, free, ended, "LPUSH" if behind else "RPUSH")
-            taken = [job.id for job, holder in zip(pending, holders, strict=True) if job is not holder]
-            return Loaded(free + ended, taken, [])
-
-        return self.store.transact([*keys, *unique, self.keys.paused], body) if jobs else Loaded([], [], [])
-
-    def _left(self, job: Job, now: int) -> int:
-        """Return the milliseconds for which an ended job is still kept."""
-        return job.ended_at + self.keep_ms[job.status] - now
-
-    def _write_loaded(self, tx: Transaction, pending: Sequence[Job], ended: Sequence[Job], push: Push) -> None:
-        if pending:
-            tx.write("MSET", *(part for job in pending for part in (self.keys.job(job.id), record_of(job))))
-        for job in pending:
-            self._add_to_queue(tx, job, push)
-            tx.measure("enqueued", job)
-        for job in ended:  # these count in no metric: they ended before, and an alert must not fire again
-            tx.write("SET", self.keys.job(job.id), record_of(job), "PX", self._left(job, tx.now))
-            tx.gather("ZADD", self.keys.ended[job.status], job.ended_at, job.id)
-            tx.count(job.status)
-
-    def load_once(self, values: Mapping[str, bytes]) -> int:
-        """Store Idempotency-Keys of a backup, by their hashes. Return how many were not there.
-
-        Each expires `keep_once` after its newest job was submitted. If that time is over or too far
-        ahead, it expires `keep_once` after now.
-        """
-        now = self.now()
-        sets = []
-        for hash, value in values.items():
-            until = max((created_at(id) for id in _made(value).ids), default=0) + self.keep_once_ms
-            left = until - now if now < until < now + self.keep_once_ms else self.keep_once_ms
-            sets.append(("SET", self.keys.once_hash(hash), value, "NX", "PX", left))
-        return sum(reply is not None for reply in self.store.read(*sets)) if sets else 0
-
     # Reading ----------------------------------------------------------------------------------------------------------
 
     def ping(self) -> None:
@@ -1767,10 +1623,10 @@ class Queue(Verbs):
         for id, record in self._read_records(ids):
             yield (_listed(id, record, cut), len(record)) if record else (None, 0)
 
-    def _read_records(self, ids: Sequence[str]) -> Iterator[tuple[str, bytes | None]]:
-        """Read the records of jobs, about READ_BYTES with each command."""
-        for at in range(0, len(ids), 100):
-            part = ids[at : at + 100]
+    def _read_records(self, ids: Sequence[str], most: int = 100) -> Iterator[tuple[str, bytes | None]]:
+        """Read the records of jobs: about READ_BYTES and up to `most` with each command."""
+        for at in range(0, len(ids), most):
+            part = ids[at : at + most]
             sizes = itertools.accumulate(self.store.read(*(("STRLEN", self.keys.job(id)) for id in part)))
             for _, group in itertools.groupby(zip(sizes, part, strict=True), lambda item: item[0] // READ_BYTES):
                 wanted = [id for _, id in group]
@@ -2011,6 +1867,150 @@ class Queue(Verbs):
         key = self.keys.rate(who, now // (seconds * 1000))
         used = self.store.read(("INCR", key), ("EXPIRE", key, seconds))[0]
         return limit - used, seconds - now // 1000 % seconds
+
+    # Back up and load -------------------------------------------------------------------------------------------------
+
+    def scan(self, family: str = "") -> Iterator[str]:
+        """Return the names of all keys that begin with `family`, without prefix and family.
+
+        SCAN reads the whole database. It returns every key that exists from the beginning to the
+        end, whatever is written meanwhile. It may return a key twice.
+        """
+        prefix = self.keys.prefix + family
+        cursor = b"0"
+        while True:
+            # No character of a prefix is special in a pattern. The command with a key leads to the
+            # node of a cluster that has the queue: any node answers SCAN.
+            step = ("SCAN", cursor, "MATCH", prefix + "*", "COUNT", SCANNED)
+            _, (cursor, keys) = self.store.read(("EXISTS", self.keys.counts), step)
+            yield from (key.removeprefix(prefix) for key in map(text_of, keys))
+            if cursor == b"0":
+                return
+
+    def server(self) -> str:
+        """Return the run id of Redis, or "". A restart or a failover changes it."""
+        with suppress(Corrupted, Unavailable):
+            info = self.store.read(("EXISTS", self.keys.counts), ("INFO", "server"))[1]
+            return parse_info(info).get("run_id", "")
+        return ""
+
+    def waiting_ids(self) -> Iterator[list[str]]:
+        """Return the ids that wait: the delayed ones, then those of each queue, last in first.
+
+        This is the order in which `load` takes jobs. Some ids come twice. Jobs that move meanwhile
+        may be missing, but `stored_ids` has them.
+        """
+        for window in self.read_entries(self.keys.delayed, "ZRANGE"):
+            yield _named(reversed(window))
+        for window in self._read_lists([self.keys.jobs(name) for name in self._names(Filter())]):
+            yield _named(window)
+
+    def stored_ids(self) -> Iterator[list[str]]:
+        """Return the ids of all jobs, except completed ones, in any order.
+
+        A record exists from the submit of a job until it is purged or expires. So no job is missing
+        that exists from the beginning to the end, however often it moves meanwhile.
+        """
+        ids = filter(ID.fullmatch, self.scan("job:"))
+        while some := list(itertools.islice(ids, SCANNED)):
+            completed = self._completed(some)
+            yield [id for id in some if id not in completed]
+
+    def _completed(self, ids: Sequence[str]) -> set[str]:
+        scores = self.store.read(*(("ZSCORE", self.keys.ended["completed"], id) for id in ids)) if ids else []
+        return {id for id, score in zip(ids, scores, strict=True) if score is not None}
+
+    def read_stored(self, ids: Sequence[str]) -> Iterator[Job]:
+        """Read jobs as they are stored: payloads and results stay JSON, a `msgspec.Raw`.
+
+        Leaves out jobs that do not exist any more. A job that cannot be read becomes a failed job
+        that shows its record.
+        """
+        for id, record in self._read_records(ids, most=500):  # a backup reads all that it asks for
+            if record is not None:
+                yield stored_job(id, record)
+
+    def read_once(self, known: Callable[[Sequence[str]], Collection[str]], before: int) -> Iterator[tuple[str, bytes]]:
+        """Return the Idempotency-Keys with their values, the keys as hashes.
+
+        Leaves out those of jobs that a backup lacks because they were submitted while it was made:
+        a repeat of such a submit must store its jobs. `known` returns the ids that the backup has,
+        and jobs created before `before` existed when it began.
+        """
+        hashes = self.scan("once:")
+        while some := list(itertools.islice(hashes, SCANNED)):
+            values = self.store.read(("MGET", *map(self.keys.once_hash, some)))[0]
+            found = {hash: value for hash, value in zip(some, values, strict=True) if value is not None}
+            made = {hash: _made(value).ids for hash, value in found.items()}
+            late = {id for ids in made.values() for id in ids if not ID.fullmatch(id) or created_at(id) >= before}
+            lacking = late - set(known(list(late)))
+            lacking -= self._completed(list(lacking))
+            yield from ((hash, value) for hash, value in found.items() if lacking.isdisjoint(made[hash]))
+
+    def load(self, jobs: Sequence[Job], behind: bool = False) -> Loaded:
+        """Store jobs of a backup under their own ids, all that can be stored. See `Loaded`.
+
+        nothing -> pending, failed or cancelled. Each pending job goes before those that its queue
+        has, or `behind` them, or among the delayed. A processing job becomes pending and its
+        attempt does not count; it becomes cancelled if that was requested. Watches the records, the
+        uniqueKeys and the set of paused queues: nothing is stored unless all these queues are
+        paused, so no job starts before an operator has resumed its queue. Raises InvalidJob for
+        more than MAX_JOBS, and Unavailable if Redis' memory is nearly used up.
+        """
+        if len(jobs) > MAX_JOBS:
+            raise InvalidJob("jobs", f"must be at most {MAX_JOBS} at a time")
+        if self.store.connections.memory_use > MEMORY_SHARE:
+            raise Unavailable("full", f"more than {MEMORY_SHARE:.0%} of its maxmemory is used")
+        jobs = list({job.id: job for job in jobs}.values())
+        keys = [self.keys.job(job.id) for job in jobs]
+        unique = list({self.keys.unique(job.unique_key) for job in jobs if job.unique_key})
+
+        def body(tx: Transaction) -> Loaded:
+            present, paused = tx.read(("EXISTS", *keys), ("SMEMBERS", self.keys.paused))
+            found = tx.read(*(("EXISTS", key) for key in keys)) if present else [0] * len(keys)
+            new = [_stopped(job, tx.now) for job, exists in zip(jobs, found, strict=True) if not exists]
+            pending = [job for job in new if job.status == "pending"]
+            unpaused = sorted({job.queue for job in pending} - set(map(text_of, paused)))
+            if unpaused:
+                return Loaded([], [], unpaused)
+            has_keys = any(job.unique_key for job in pending)
+            holders = self._without_duplicates(tx, pending) if has_keys else pending
+            free = [job for job, holder in zip(pending, holders, strict=True) if job is holder]
+            ended = [job for job in new if job.status != "pending" and self._left(job, tx.now) > 0]
+            self._write_loaded(tx, free, ended, "LPUSH" if behind else "RPUSH")
+            taken = [job.id for job, holder in zip(pending, holders, strict=True) if job is not holder]
+            return Loaded(free + ended, taken, [])
+
+        return self.store.transact([*keys, *unique, self.keys.paused], body) if jobs else Loaded([], [], [])
+
+    def _left(self, job: Job, now: int) -> int:
+        """Return the milliseconds for which an ended job is still kept."""
+        return job.ended_at + self.keep_ms[job.status] - now
+
+    def _write_loaded(self, tx: Transaction, pending: Sequence[Job], ended: Sequence[Job], push: Push) -> None:
+        if pending:
+            tx.write("MSET", *(part for job in pending for part in (self.keys.job(job.id), record_of(job))))
+        for job in pending:
+            self._add_to_queue(tx, job, push)
+            tx.measure("enqueued", job)
+        for job in ended:  # these count in no metric: they ended before, and an alert must not fire again
+            tx.write("SET", self.keys.job(job.id), record_of(job), "PX", self._left(job, tx.now))
+            tx.gather("ZADD", self.keys.ended[job.status], job.ended_at, job.id)
+            tx.count(job.status)
+
+    def load_once(self, values: Mapping[str, bytes]) -> int:
+        """Store Idempotency-Keys of a backup, by their hashes. Return how many were not there.
+
+        Each expires `keep_once` after its newest job was submitted. If that time is over or too far
+        ahead, it expires `keep_once` after now.
+        """
+        now = self.now()
+        sets = []
+        for hash, value in values.items():
+            until = max((created_at(id) for id in _made(value).ids), default=0) + self.keep_once_ms
+            left = until - now if now < until < now + self.keep_once_ms else self.keep_once_ms
+            sets.append(("SET", self.keys.once_hash(hash), value, "NX", "PX", left))
+        return sum(reply is not None for reply in self.store.read(*sets)) if sets else 0
 
     # For shards -------------------------------------------------------------------------------------------------------
 

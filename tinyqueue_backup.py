@@ -11,14 +11,15 @@ how a job is stored again. The file is JSON Lines, compressed if its name ends i
     {"kind":"pause","queue":"..."}
     {"kind":"end","lines":5,"counts":{"job":2, ...},"sha256":"..."}
 
-`counts` of the header are those of the queue when the backup began; those of the last line are of
-the lines. The checksum covers every byte before the last line, uncompressed. A reader ignores
-unknown fields. It refuses a newer version, and an unknown kind unless the line has
-"optional":true. So a later release may add kinds of entries without a new version.
+The `counts` of the header are those of the queue when the backup began. The `counts` of the last
+line are those of the lines before it, by kind. The checksum covers every byte before the last line,
+uncompressed. A reader ignores unknown fields. It refuses a newer version, and an unknown kind
+unless the line has "optional":true. So a later release may add kinds of entries without a new
+version.
 
-The jobs of a queue stand in reverse order: the one that is next stands last. Restored in this
-order, each before the others, they have the same order again, even if a restore is interrupted and
-repeated.
+The jobs of a queue are in reverse order: the next job to start comes last. A restore puts each job
+before those that it restored earlier, so the jobs get their old order again, even if a restore is
+interrupted and repeated.
 """
 
 from __future__ import annotations
@@ -371,14 +372,14 @@ def _read_jobs(part: Queue, seen: _Ids, began: int) -> Iterator[list[bytes]]:
 
 
 def _in_batches(part: Queue, ids: Sequence[str], behind: bool = False) -> Iterator[list[tuple[Job, bytes]]]:
-    """Read jobs and make their lines, up to 100 or BATCH_BYTES at a time."""
+    """Read jobs and make their lines, up to 500 or BATCH_BYTES at a time."""
     batch: list[tuple[Job, bytes]] = []
     size = 0
     for job in part.read_stored(ids):
         line = _job_line(job, behind)
         batch.append((job, line))
         size += len(line)
-        if len(batch) == 100 or size > BATCH_BYTES:
+        if len(batch) == 500 or size > BATCH_BYTES:
             yield batch
             batch = []
             size = 0

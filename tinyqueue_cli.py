@@ -596,12 +596,12 @@ def _check_web(settings: Settings) -> str:
 
 # Prepare --------------------------------------------------------------------------------------------------------------
 
-# What docs/operations.md says was measured, and how. Times are of one core.
+# Measured by tests/bench.py --plan; docs/operations.md says where. Times are of one core.
 BUSY = 0.7  # planned use of slots and cores: the rest absorbs peaks and works off a backlog
 FULL = 0.8  # planned use of maxmemory; an alert fires above it
-REDIS_COST = 350e-6, 5e-9  # seconds of Redis for a job that is submitted and run by itself; for each byte of it
-WORKER_COST = 1000e-6, 5e-9  # seconds of a worker process, without the handler
-WEB_COST = 400e-6, 10e-9  # seconds of a web process for a submit
+REDIS_COST = 350e-6, 6e-9  # seconds of Redis for a job that is submitted and run by itself; for each byte of it
+WORKER_COST = 1000e-6, 10e-9  # seconds of a worker process, without the handler
+WEB_COST = 600e-6, 10e-9  # seconds of a web process for a submit
 ENTRY = 250, 450  # bytes of Redis for a pending job and for an ended one, beside its record
 RECORD = 50, 250  # bytes of the record, beside payload and result
 TRACEBACK = 1500  # bytes of a failed job's error

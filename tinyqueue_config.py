@@ -141,7 +141,11 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         int, Meta(ge=0, le=100, description="number of replicas that must have a job before its submit succeeds")
     ] = 0
     api_keys: Annotated[
-        str, Meta(description="API keys as name:role:secret, comma-separated; roles: submit, read, admin")
+        str,
+        Meta(
+            description="API keys as name:role:secret, comma-separated; roles: submit, read, admin; a secret alone, "
+            "of 32 or more characters, is an admin key"
+        ),
     ] = ""
     open: Annotated[bool, Meta(description="1: accept requests from any host without a key")] = False
     rate_limit: Annotated[
@@ -449,8 +453,8 @@ class LogHandler(logging.Handler):
         return (self.format(record) + "\n").encode(self.encoding, "backslashreplace")
 
     def _report_dropped(self, count: int) -> bytes:
-        text = "dropped %d log lines because standard error was not read fast enough"
-        return self._line(logging.LogRecord("tinyqueue", logging.WARNING, "", 0, text, (count,), None))
+        text = f"dropped {plural(count, 'log line')} because standard error was not read fast enough"
+        return self._line(logging.LogRecord("tinyqueue", logging.WARNING, "", 0, text, (), None))
 
 
 def _describe_faulty(record: logging.LogRecord, error: Exception) -> logging.LogRecord:

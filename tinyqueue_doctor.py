@@ -369,7 +369,7 @@ def _repair(queue: Queue) -> Iterator[Finding]:
     names = list(queue.scan())
     jobs = _read_unended(queue, [name[4:] for name in names if name.startswith("job:")])
     workers = [name[5:] for name in names if name.startswith("proc:")]
-    yield from _changed("%d lists of unknown workers found", _enlist(queue, workers))
+    yield from _changed(_enlist(queue, workers), "list of an unknown worker", "lists of unknown workers", "found")
     lists = sorted(queue.keys.prefix + name for name in names if name.startswith(("jobs:", "proc:")))
     missing = set(jobs)
     dropped = 0
@@ -378,14 +378,15 @@ def _repair(queue: Queue) -> Iterator[Finding]:
             missing.difference_update(entries)
             for at in range(0, len(entries), STEP):
                 dropped += _drop_gone(queue, key, [id for id in entries[at : at + STEP] if id not in jobs])
-    yield from _changed("%d entries without a job dropped", dropped)
-    yield from _changed("%d jobs listed again", sum(queue.restore(id.decode()) for id in missing))
+    yield from _changed(dropped, "entry without a job", "entries without a job", "dropped")
+    restored = sum(queue.restore(id.decode()) for id in missing)
+    yield from _changed(restored, "job", "jobs", "listed again")
     yield from _recount(queue, Counter(jobs.values()), before)
 
 
-def _changed(text: str, count: int) -> Iterator[Finding]:
+def _changed(count: int, one: str, many: str, how: str) -> Iterator[Finding]:
     if count:
-        yield Finding("ok", "repair", text % count)
+        yield Finding("ok", "repair", f"{count} {one if count == 1 else many} {how}")
 
 
 def _read_counters(queue: Queue) -> dict[str, bytes]:

@@ -441,7 +441,7 @@ class Worker:
         jobs = self.settings.max_jobs
         memory = self.settings.max_memory
         if jobs and self.started >= jobs:
-            return f"{self.started} jobs were started"
+            return f"{plural(self.started, 'job was', 'jobs were')} started"
         if memory and self.started and (used := _resident_memory() >> 20) >= memory:
             return f"{used} MB of memory are in use"
         return ""

@@ -1,6 +1,6 @@
 """Compare TinyQueue with plain Redis commands of the same client, in the same run.
 
-    python tests/bench.py [--jobs 20000] [--growth] [--python /usr/bin/python3.13 ...]
+    python tests/bench.py [--jobs 20000] [--growth] [--plan] [--python /usr/bin/python3.13 ...]
 
 Starts its own redis-server. Times depend on the machine and its load; compare the ratios. Round
 trips, context switches and CPU time a job are steadier than times.
@@ -8,6 +8,7 @@ trips, context switches and CPU time a job are steadier than times.
 
 from __future__ import annotations
 
+import http.client
 import itertools
 import json
 import os
@@ -20,7 +21,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -51,6 +52,11 @@ def send_email(email: Email) -> None:
 @handler("sleep")
 def sleep(seconds: float) -> None:
     time.sleep(seconds)
+
+@handler("any")
+def run(text: str) -> str:
+    time.sleep(0.4)
+    return text[:98]
 
 @handler("clock")
 def clock(sent: int) -> None:
@@ -130,6 +136,14 @@ def worker(folder: str, *arguments: str, python: str = sys.executable) -> Iterat
 @contextmanager
 def web(folder: str, *command: str, processes: int = 1) -> Iterator[str]:
     """Run one or more web processes on a free port."""
+    with web_process(folder, *command, processes=processes) as (url, _):
+        yield url
+
+
+@contextmanager
+def web_process(folder: str, *command: str, processes: int = 1) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
+    """Run wsgi.py, or another command that serves, on a free port."""
+    command = command or (str(ROOT / "wsgi.py"),)
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]
     own = {"REDIS_URL": Path(folder, "url").read_text(), "TINYQUEUE_HANDLERS": "benchhandlers", "LOG_LEVEL": "error"}
@@ -137,7 +151,7 @@ def web(folder: str, *command: str, processes: int = 1) -> Iterator[str]:
     with subprocess.Popen([sys.executable, *command], cwd=folder, env=env) as process:
         try:
             until(lambda: listens(port))
-            yield f"http://127.0.0.1:{port}"
+            yield f"http://127.0.0.1:{port}", process
         finally:
             process.terminate()
 
@@ -417,6 +431,42 @@ def measure_http(raw: redis.Redis, folder: str) -> None:
     raw.flushall()
 
 
+def measure_plan(raw: redis.Redis, folder: str, size: int, seconds: int = 8) -> None:
+    """Measure the costs behind `worker.py plan`: jobs one at a time, which run for 0.4 s.
+
+    Processor time is steadier than time, but a busy machine adds to it.
+    """
+    job = json.dumps({"type": "any", "payload": "x" * (size - 2)})
+
+    def cpu_of_redis() -> float:
+        info = raw.info("cpu")
+        return float(info["used_cpu_user"] + info["used_cpu_sys"])
+
+    def submit(host: str, rate: int) -> None:
+        connection = http.client.HTTPConnection(host)
+        begin = time.monotonic()
+        for n in range(rate * seconds):
+            time.sleep(max(0.0, begin + n / rate - time.monotonic()))
+            connection.request("POST", "/jobs", job, {"Content-Type": "application/json"})
+            connection.getresponse().read()
+
+    for rate, slots in ((50, 5), (300, 50)):
+        raw.flushall()
+        count = rate * seconds
+        with ExitStack() as stack:
+            url, server = stack.enter_context(web_process(folder))
+            workers = [stack.enter_context(worker(folder, "--concurrency", str(slots))) for _ in range(6)]
+            until(lambda: raw.scard("{queue}:workers") == 6)
+            pids = [[server.pid], [process.pid for process in workers]]
+            before = [cpu_of_redis(), *(sum(map(cpu_seconds, some)) for some in pids)]
+            submit(url.removeprefix("http://"), rate)
+            until(lambda count=count: int(raw.hget("{queue}:counts", "completed") or 0) >= count)
+            after = [cpu_of_redis(), *(sum(map(cpu_seconds, some)) for some in pids)]
+        costs = [1e6 * (now - then) / count for now, then in zip(after, before, strict=True)]
+        what = "%d jobs/s of %d bytes: %.0f us of Redis, %.0f us of a web process, %.0f us of a worker for each job"
+        click.echo(what % (rate, size, *costs))
+
+
 def measure_growth(queue: Queue, raw: redis.Redis, folder: str) -> None:
     rates = []
     for pending in (10_000, 1_000_000):
@@ -429,14 +479,20 @@ def measure_growth(queue: Queue, raw: redis.Redis, folder: str) -> None:
 @click.command()
 @click.option("--jobs", default=20_000, show_default=True, help="Number of jobs of each measurement.")
 @click.option("--growth", is_flag=True, help="Also measure the drain with a million pending jobs.")
+@click.option("--plan", "of_plan", is_flag=True, help="Only measure the costs behind `worker.py plan`.")
 @click.option("--python", "pythons", multiple=True, metavar="PATH", help="Also measure the drain with this Python.")
-def main(jobs: int, growth: bool, pythons: tuple[str, ...]) -> None:
+def main(jobs: int, growth: bool, of_plan: bool, pythons: tuple[str, ...]) -> None:
     """Compare TinyQueue with plain Redis commands."""
     with tempfile.TemporaryDirectory() as folder, redis_server(folder) as url:
         Path(folder, "benchhandlers.py").write_text(HANDLERS)
         Path(folder, "url").write_text(url)
         queue = Queue.from_url(url)
         raw = redis.Redis.from_url(url)
+        if of_plan:
+            raw.config_set("appendonly", "yes")
+            for size in (2000, 20_000):
+                measure_plan(raw, folder, size)
+            return
         click.echo(f"{'measure':<34} {'TinyQueue':>12} {'unit':<10} {'ratio':>7}   {'limit':>12}")
         measure_enqueue(queue, raw, jobs)
         for slots in (10, 50):

@@ -45,7 +45,7 @@ import threading
 import time
 import traceback
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
@@ -390,6 +390,7 @@ class World:
         self.lock = threading.Lock()  # for the processes
         self.redis_lock = threading.Lock()  # for faults of Redis: one at a time
         self.wrong_clocks: set[str] = set()
+        self.unanswered: set[str] = set()  # tokens of submits that had no answer
         self.signals: list[Signal] = []
         self.deaths: list[Death] = []
         self.cuts: list[Cut] = []
@@ -607,7 +608,9 @@ class World:
             name: (self.folder / f"{name}.log").read_text(errors="replace").splitlines()[-400:] for name in self.proxies
         }
         signals, deaths, cuts = list(self.signals), list(self.deaths), list(self.cuts)
-        return Evidence(plan, self._records(), self._runs(), signals, deaths, cuts, dict(self.names), logs)
+        late = frozenset(self.unanswered)
+        self.unanswered |= {item["token"] for submit in plan.submits if submit.doubtful for item in submit.payloads}
+        return Evidence(plan, self._records(), self._runs(), signals, deaths, cuts, dict(self.names), logs, late)
 
     # Submitting -------------------------------------------------------------------------------------------------------
 
@@ -923,6 +926,7 @@ class Evidence(NamedTuple):
     cuts: list[Cut]
     names: dict[int, str]  # of processes
     logs: dict[str, list[str]]
+    late: Collection[str] = ()  # tokens of earlier trials whose submit had no answer: the job may come now
 
 
 class Verdict(NamedTuple):
@@ -975,7 +979,8 @@ def judge(evidence: Evidence) -> Verdict:
             runs = sorted((run for run in evidence.runs if run.id == job.id), key=lambda run: (run.attempt, run.begin))
             _judge_end(submit, job, runs, n == 0, verdict)
             _judge_runs(job, runs, evidence, verdict)
-    verdict.wrong.extend(f"jobs that nobody submitted: {jobs}" for jobs in by_token.values())
+    unknown = [jobs for token, jobs in by_token.items() if token not in evidence.late]
+    verdict.wrong.extend(f"jobs that nobody submitted: {jobs}" for jobs in unknown)
     known = {job.id for job in evidence.records}
     verdict.lost.extend(f"{run.id} ran, but the job does not exist" for run in evidence.runs if run.id not in known)
     _judge_deaths(evidence, verdict)

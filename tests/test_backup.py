@@ -25,7 +25,6 @@ from tinyqueue import (
     MAX_JOBS,
     AnyQueue,
     Failure,
-    Filter,
     InvalidJob,
     Job,
     KeyReused,
@@ -310,9 +309,10 @@ def test_backup_has_every_job_while_all_of_them_move(queue: Queue, file: str) ->
 
     def shuffle() -> None:
         for job in queue.dequeue(worker, random.sample("abc", 3), 120):
-            random.choice([queue.release, lambda job: queue.fail(job, BOOM, random.choice([0, 5, None]))])(job)
+            after = random.choice([0, 5, 3600, None])
+            random.choice([queue.release, lambda job: None, lambda job, after=after: queue.fail(job, BOOM, after)])(job)
         for job in queue.page(limit=1000)[0]:
-            if job.status == "failed" and random.random() < 0.7:
+            if job.status == "failed" and random.random() < 0.5:
                 queue.retry(job.id)
         queue.clock.ahead += 3000
         queue.promote()
@@ -324,22 +324,22 @@ def test_backup_has_every_job_while_all_of_them_move(queue: Queue, file: str) ->
     assert {job.id for job in queue.page(limit=1000)[0]} == there
 
 
-def test_backup_leaves_out_a_job_that_completes_before_it_is_read(queue: Queue, file: str) -> None:
+def test_backup_leaves_out_a_job_that_completes_before_it_is_read(near: Queue, file: str) -> None:
     """One of the waiting jobs, which are read in several pieces, and one of the others."""
-    waiting = [queue.enqueue("echo", at) for at in range(350)]
-    running = put(queue, "processing", queue="other")
-    for at in range(150):
-        put(queue, "failed", queue=f"q{at}")
-    failed = len(queue.page(Filter("failed"), limit=1000)[0])
+    waiting = fill(near, 1000)
+    running = put(near, "processing", queue="other")
+    for job in near.enqueue_many("echo", range(600), queue="gone"):
+        near.cancel(job.id)
 
     def complete_first() -> None:
-        queue.complete(*queue.dequeue(queue.register(DEFAULT, 1), DEFAULT))
+        near.complete(*near.dequeue(near.register(DEFAULT, 1), DEFAULT))
 
-    wait = [lambda: None] * 2
-    back_up(queue, file, Steps(*wait[1:], complete_first, *wait, lambda: queue.complete(running)))
+    def wait() -> None: ...
+
+    back_up(near, file, Steps(wait, complete_first, wait, lambda: near.complete(running)))
     found = jobs_in(file)
-    assert len(found) == 349 + failed
-    assert not {waiting[0].id, running.id} & found.keys()
+    assert len(found) == 999 + 600
+    assert not {waiting[0], running.id} & found.keys()
 
 
 def test_backup_puts_jobs_submitted_meanwhile_behind_all_others(queue: Queue, file: str) -> None:
@@ -887,6 +887,14 @@ def test_backup_command_writes_to_a_pipe_that_restore_reads(near: Queue, run: An
     assert b"1 job restored" in restored.stdout
     assert b"completed" not in restored.stdout
     assert b'"id":' in run("get", job.id, "--json", TINYQUEUE_NAMESPACE="other").stdout.replace(b'"id": ', b'"id":')
+
+
+def test_backup_of_an_embedded_redis_is_restored_into_a_real_one(near: Queue, run: Any) -> None:  # noqa: F811
+    id = run("enqueue", "echo", "7", REDIS_URL="embedded:./data").stdout.decode().strip()
+    done = run("backup", "-", REDIS_URL="embedded:./data")
+    restored = run("restore", "-", "--resume", input=done.stdout)
+    assert (done.returncode, restored.returncode) == (0, 0), restored.stderr
+    assert drain(near) == [id]
 
 
 def test_restore_command_refuses_with_a_code(near: Queue, run: Any) -> None:  # noqa: F811

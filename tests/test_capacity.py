@@ -79,7 +79,7 @@ def test_plan_adds_shards_where_one_redis_is_too_busy() -> None:
 
 
 def test_plan_refuses_more_shards_than_there_can_be() -> None:
-    with pytest.raises(SettingsError, match="500,000 such jobs/s need 258 shards, and 64 are the most"):
+    with pytest.raises(SettingsError, match="500,000 such jobs/s need 259 shards, and 64 are the most"):
         make_plan(TYPICAL._replace(rate=500_000), Settings())
     assert Settings.read({"TINYQUEUE_SHARDS": str(MAX_SHARDS)}).shards == MAX_SHARDS
     with pytest.raises(SettingsError, match="TINYQUEUE_SHARDS"):

@@ -423,7 +423,7 @@ def check_consistency_but_metrics(queue: Queue) -> None:
 def test_repair_lists_a_job_whose_list_was_lost(queue: Queue, status: str) -> None:
     job = put(queue, status)
     raw(queue).delete(queue.keys.jobs("default"), queue.keys.delayed, queue.keys.proc(job.worker))
-    assert changes(queue) == ["1 jobs listed again"]
+    assert changes(queue) == ["1 job listed again"]
     queue.clock.ahead += 61_000
     queue.promote()
     if status == "processing":
@@ -437,7 +437,7 @@ def test_repair_lists_a_job_whose_list_was_lost(queue: Queue, status: str) -> No
 def test_repair_returns_a_job_whose_worker_and_list_were_lost(queue: Queue) -> None:
     job = put(queue, "processing")
     raw(queue).delete(queue.keys.proc(job.worker), queue.keys.workers)
-    assert changes(queue) == ["1 jobs listed again"]
+    assert changes(queue) == ["1 job listed again"]
     lapse(queue, job.worker)
     assert [queue.reap(worker) for worker in find_lost(queue)] == [1]
     assert queue.get(job.id).status == "pending"
@@ -448,7 +448,7 @@ def test_repair_finds_the_list_of_a_worker_that_is_in_no_set(queue: Queue) -> No
     raw(queue).delete(queue.keys.workers)
     lapse(queue, job.worker)
     assert find_lost(queue) == []
-    assert changes(queue) == ["1 lists of unknown workers found"]
+    assert changes(queue) == ["1 list of an unknown worker found"]
     assert [queue.reap(worker) for worker in find_lost(queue)] == [1]
     assert queue.get(job.id).status == "pending"
 
@@ -485,7 +485,7 @@ def test_repair_counts_a_submit_once_whose_cut_connection_delivered_late(
 def test_repair_drops_entries_of_ended_jobs_that_were_lost(queue: Queue) -> None:
     job = put(queue, "completed")
     raw(queue).delete(queue.keys.job(job.id))
-    assert changes(queue) == ["1 entries without a job dropped"]
+    assert changes(queue) == ["1 entry without a job dropped"]
     assert queue.stats()["completed"] == 0
     raw(queue).delete(queue.keys.metrics)
 
@@ -539,7 +539,7 @@ def test_worker_repairs_by_itself_after_keys_were_lost(real: Server, queue_at: C
     until(lambda: queue.stats()["completed"] == 1 and queue.stats()["pending"] == 0)
     process.terminate()
     log = process.communicate(timeout=30)[1]
-    assert log.count("repaired after keys were lost: 1 jobs listed again") == 1
+    assert log.count("repaired after keys were lost: 1 job listed again") == 1
 
 
 def test_doctor_repairs_on_request_at_the_command_line(real: Server) -> None:
@@ -551,7 +551,7 @@ def test_doctor_repairs_on_request_at_the_command_line(real: Server) -> None:
     assert "then run tinyqueue doctor --repair" in broken.stdout
     repaired = run_worker(real.url, "doctor", "--repair")
     assert (repaired.returncode, repaired.stderr) == (0, "")
-    assert repaired.stdout.splitlines()[0] == "ok    repair        1 jobs listed again"
+    assert repaired.stdout.splitlines()[0] == "ok    repair        1 job listed again"
     again = run_worker(real.url, "doctor", "--repair")
     assert again.stdout.splitlines()[0] == "ok    repair        nothing to repair"
 

@@ -520,6 +520,15 @@ def test_max_jobs_drains_the_worker_after_that_many(near: Queue, work: Any) -> N
     assert near.workers() == []
 
 
+def test_max_jobs_of_one_runs_one_job_each_time(near: Queue, work: Any) -> None:
+    jobs = near.enqueue_many("echo", range(2))
+    for number in (1, 2):
+        worker = work("--max-jobs", "1")
+        assert worker.end() == 0
+        assert "1 job was started; stopping, to be restarted" in worker.output
+        assert sum(near.get(job.id).status == "completed" for job in jobs) == number
+
+
 def test_max_memory_drains_the_worker_above_it(near: Queue, folder: Path, work: Any) -> None:
     (folder / "handlers.py").write_text(
         "from tinyqueue import handler\n"
