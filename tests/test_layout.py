@@ -27,6 +27,7 @@ IMPORTS = {  # each module, and those of ours that it may import
     "tinyqueue_openapi": {"tinyqueue"},
     "tinyqueue_problems": {"tinyqueue"},
     "tinyqueue_access": {"tinyqueue", "tinyqueue_config", "tinyqueue_problems"},
+    "tinyqueue_work": {"tinyqueue", "tinyqueue_config", "tinyqueue_problems", "worker"},
     "tinyqueue_server": {"tinyqueue_config"},
     "handlers": {"tinyqueue"},
     # The two programs start each other, from within a function: `tinyqueue web`, and the workers of an embedded Redis.
@@ -36,7 +37,7 @@ IMPORTS = {  # each module, and those of ours that it may import
     },
     "wsgi": {
         *("tinyqueue", "tinyqueue_access", "tinyqueue_config", "tinyqueue_doctor", "tinyqueue_json"),
-        *("tinyqueue_openapi", "tinyqueue_problems", "tinyqueue_server", "worker"),
+        *("tinyqueue_openapi", "tinyqueue_problems", "tinyqueue_server", "tinyqueue_work", "worker"),
     },
 }
 SCREEN = 50  # lines
