@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -24,7 +25,7 @@ class Guest:
         self._working = threading.Lock()
         self._queue: AnyQueue | None = None  # has its own connections, which nothing holds between two requests
         self._worker: Worker | None = None
-        self._left: list[threading.Thread] = []  # handlers of earlier requests that could not be interrupted
+        self._left: list[Future[None]] = []  # slots of earlier requests whose handlers could not be interrupted
 
     def stop(self) -> None:
         """Drain the worker, if there is one. May be called several times."""
@@ -53,7 +54,7 @@ class Guest:
     def _run(self, settings: Settings, queue: AnyQueue, until: float) -> dict[str, Any]:
         from tinyqueue.worker import CLOSING, EXIT_BROKEN, LAST_WRITE, Worker  # few web processes run jobs
 
-        self._left = [thread for thread in self._left if thread.is_alive()]
+        self._left = [run for run in self._left if not run.done()]
         slots = settings.worker_concurrency - len(self._left)
         if slots < 1:
             detail = "all slots of this process are taken by handlers of earlier requests that do not end; restart it"
@@ -64,7 +65,7 @@ class Guest:
         queue.ping()
         self._worker = worker = Worker(queue, msgspec.structs.replace(settings, **limits), burst=True, until=until)
         code = worker.run()
-        self._left += worker.threads_left()
+        self._left += worker.running_slots()
         waiting = queue.waiting(worker.names, due=True)
         if code == EXIT_BROKEN:
             raise Problem(500, "worker-failed", "the worker stopped because of a fault; see the log of this process")

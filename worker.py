@@ -48,6 +48,7 @@ import time
 import traceback
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
 from contextvars import Context
 from functools import partial
@@ -353,7 +354,8 @@ class Worker:
         self.alone = False  # nothing else may start: a suspect runs, or will once all others have ended
         # One for each shard, with a settler: a shard that is away holds up no outcome of others.
         self.outboxes: dict[Queue, SimpleQueue[Batch | None]] = {part: SimpleQueue() for part in queue.parts}
-        self.slot_threads: list[threading.Thread] = []
+        self.pool = ThreadPoolExecutor(2 * settings.worker_concurrency, "slot")  # stuck slots are replaced
+        self.slot_runs: list[Future[None]] = []
         self.slots: list[Slot] = []
         self.stuck: list[Slot] = []  # they were replaced
         self.stopping = threading.Event()  # the taker must take no more jobs
@@ -471,8 +473,7 @@ class Worker:
         return done
 
     def _add_slot(self) -> None:
-        self.slot_threads = [thread for thread in self.slot_threads if thread.is_alive()]
-        self.slot_threads.append(self._start_thread("slot", self._run_slot))
+        self.slot_runs = [*self.running_slots(), self.pool.submit(self._run_thread, self._run_slot)]
         self.free_slots.put(None)
 
     def _drain(self, mode: StopMode, taker: threading.Thread) -> StopMode:
@@ -540,15 +541,16 @@ class Worker:
 
     def _end_slots(self, until: float) -> None:
         """End the slots. If the process goes on, wait for their threads too."""
-        for _ in self.slot_threads:
+        for _ in self.slot_runs:
             self.wakes.put(False)
-        while self.until < math.inf and (left := self.threads_left()) and time.monotonic() < until:
+        self.pool.shutdown(wait=False)
+        while self.until < math.inf and (left := self.running_slots()) and time.monotonic() < until:
             self._evict_handlers()  # again: an exception may have been too dangerous before
-            left[0].join(SHORT_TICK)
+            wait(left, SHORT_TICK)
 
-    def threads_left(self) -> list[threading.Thread]:
-        """Return the threads of slots that have not ended."""
-        return [thread for thread in self.slot_threads if thread.is_alive()]
+    def running_slots(self) -> list[Future[None]]:
+        """Return the runs of slots that have not ended."""
+        return [run for run in self.slot_runs if not run.done()]
 
     def _deregister(self, keeper: threading.Thread) -> None:
         """Remove this worker from every shard, except those that have jobs it has not settled."""
