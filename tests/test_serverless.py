@@ -194,7 +194,7 @@ def test_work_counts_handlers_that_cannot_be_interrupted_as_busy_slots(queue: Qu
 def test_work_answers_500_when_no_handler_ends_at_its_timeout(
     queue: Queue, long: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("tinyqueue.worker.GRACE", 0.1)
+    monkeypatch.setattr("tinyqueue_slot.GRACE", 0.1)
     api = Client(API(msgspec.structs.replace(Settings(), worker_concurrency=1), queue))
     deaf = long(deaf=True, timeout=0.1)
     job = queue.enqueue("long", 1)
