@@ -293,6 +293,7 @@ JOBS = {
     "runAt without a zone": ({"type": "echo", "payload": 1, "runAt": "2026-01-01T00:00:00"}, False),
     "runAt with an incomplete zone": ({"type": "echo", "payload": 1, "runAt": "2026-01-01T00:00:00+0"}, False),
     "runAt that is a date": ({"type": "echo", "payload": 1, "runAt": "2026-01-01"}, False),
+    "runAt in a leap second": ({"type": "echo", "payload": 1, "runAt": "2016-12-31T23:59:60Z"}, True),
     "fractional runAt": ({"type": "echo", "payload": 1, "runAt": 1.5}, False),
 }
 for language, spelled in (TIMES | WHOLE_TIMES).items():
