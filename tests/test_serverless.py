@@ -178,10 +178,10 @@ def test_work_takes_no_more_jobs_shortly_before_its_end(api: Client, queue: Queu
     assert counts == {"completed": counts["completed"], "waiting": 1000 - counts["completed"]}
 
 
-def test_work_counts_handlers_that_cannot_be_interrupted_as_busy_slots(queue: Queue, long: Any) -> None:
-    api = Client(API(msgspec.structs.replace(Settings(), worker_concurrency=2), queue))
+def test_work_counts_handlers_that_cannot_be_interrupted_as_busy_slots(near: Queue, long: Any) -> None:
+    api = Client(API(msgspec.structs.replace(Settings(), worker_concurrency=2), near))
     deaf = long(deaf=True)
-    queue.enqueue("long", 1, max_attempts=1)
+    near.enqueue("long", 1, max_attempts=1)
     assert work(api, 1) == {"released": 1, "waiting": 1}
     assert work(api, 1) == {"released": 1, "waiting": 1}
     refused = api.call("POST", "/work?seconds=1")
@@ -192,16 +192,16 @@ def test_work_counts_handlers_that_cannot_be_interrupted_as_busy_slots(queue: Qu
 
 
 def test_work_answers_500_when_no_handler_ends_at_its_timeout(
-    queue: Queue, long: Any, monkeypatch: pytest.MonkeyPatch
+    near: Queue, long: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("tinyqueue_slot.GRACE", 0.1)
-    api = Client(API(msgspec.structs.replace(Settings(), worker_concurrency=1), queue))
+    api = Client(API(msgspec.structs.replace(Settings(), worker_concurrency=1), near))
     deaf = long(deaf=True, timeout=0.1)
-    job = queue.enqueue("long", 1)
+    job = near.enqueue("long", 1)
     answer = api.call("POST", "/work")
     assert (answer.status, answer.kind) == (500, "worker-failed")
-    assert queue.get(job.id).error.type == "TimedOut"
-    assert queue.workers() == []
+    assert near.get(job.id).error.type == "TimedOut"
+    assert near.workers() == []
     deaf.opened.set()
     assert until(lambda: api.call("POST", "/work?seconds=1").status == 200)
 
@@ -325,7 +325,7 @@ def test_work_alone_runs_the_jobs_of_a_process_that_was_killed(
     near: Queue, shared_redis: RedisServer, slow_folder: Path
 ) -> None:
     job = near.enqueue("slow", 0.5)
-    options = {"REDIS_URL": shared_redis.url, "TINYQUEUE_LEASE": "3"}
+    options = {"REDIS_URL": shared_redis.url, "TINYQUEUE_LEASE": "2"}
     with running(slow_folder, **options) as web, begin_work(near, web, job):
         os.kill(web.pid, signal.SIGKILL)
     assert near.get(job.id).status == "processing"
@@ -341,7 +341,7 @@ def test_work_of_a_process_that_was_frozen_meanwhile_settles_nothing(
     near: Queue, shared_redis: RedisServer, slow_folder: Path
 ) -> None:
     job = near.enqueue("slow", 1.0)
-    options = {"REDIS_URL": shared_redis.url, "TINYQUEUE_LEASE": "3"}
+    options = {"REDIS_URL": shared_redis.url, "TINYQUEUE_LEASE": "2"}
     with running(slow_folder, **options) as frozen, begin_work(near, frozen, job) as wire:
         os.kill(frozen.pid, signal.SIGSTOP)
         until(lambda: not near.workers()[0]["alive"])

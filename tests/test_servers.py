@@ -112,7 +112,7 @@ def shared_tests() -> Iterator[tuple[str, Any]]:
     """Yield the tests that send requests and read the queue, and do nothing else."""
     for name, test in vars(test_http).items():
         if name.startswith("test_"):
-            marks = (mark.args[0] for mark in getattr(test, "pytestmark", ()))
+            marks = (mark.args[0] for mark in getattr(test, "pytestmark", ()) if mark.name == "parametrize")
             names = {part.strip() for mark in marks for part in ([mark] if isinstance(mark, str) else mark)}
             fixtures = inspect.signature(test).parameters.keys() - names
             if fixtures & {"api", "refuse"} and fixtures <= {"api", "refuse", "queue"}:
