@@ -620,6 +620,15 @@ def test_tinyqueue_lists_every_verb_that_moves_a_job() -> None:
         assert callable(getattr(tinyqueue.Queue, verb))
 
 
+def test_git_ignores_the_folders_that_the_documents_make() -> None:
+    """They contain payloads and keys, which `git add .` would publish."""
+    folders = {name.rstrip("/") for name in (REPOSITORY / ".gitignore").read_text().split()}
+    texts = "\n".join(DOCUMENTS.values())
+    made = set(re.findall(r"embedded:\./([\w-]+)|mkdir -p ([\w-]+)", texts))
+    assert {"".join(names) for names in made} >= {"data", "redis-data"}
+    assert {"".join(names) for names in made} - folders == set()
+
+
 def test_help_shows_every_command() -> None:
     shown = subprocess.run(
         [sys.executable, "worker.py", "--help"], cwd=REPOSITORY, capture_output=True, text=True, timeout=30, check=True
