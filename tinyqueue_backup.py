@@ -232,19 +232,27 @@ def _replacing(path: Path) -> Iterator[IO[bytes]]:
 
 @contextmanager
 def _destination(name: str) -> Iterator[IO[bytes]]:
-    with ExitStack() as stack:
-        if name == "-":
-            yield sys.stdout.buffer
-            sys.stdout.buffer.flush()
-            return
-        try:
-            file = stack.enter_context(_replacing(Path(name)))
+    if name == "-":
+        yield sys.stdout.buffer
+        sys.stdout.buffer.flush()
+        return
+    try:
+        with ExitStack() as stack:  # the disk may turn out to be full only when the files are closed
+            file = stack.enter_context(_replacing(_path_of(name)))
             out = _compressed(file, name)
             if out is not file:
                 stack.callback(out.close)
             yield out
-        except OSError as error:
-            raise BackupError(f"cannot write {name}: {error.strerror or error}") from None
+    except OSError as error:
+        raise BackupError(f"cannot write {name}: {error.strerror or error}") from None
+
+
+def _path_of(name: str) -> Path:
+    """Return the path that a backup replaces: never a link, such as /dev/stdout, nor a device."""
+    path = Path(os.path.realpath(name))
+    if path.exists() and not path.is_file():
+        raise BackupError(f"cannot write {name}: it is not a regular file; use - for standard output")
+    return path
 
 
 @contextmanager

@@ -8,6 +8,7 @@ import itertools
 import json
 import os
 import random
+import resource
 import sys
 import threading
 from collections import Counter
@@ -34,7 +35,7 @@ from tinyqueue import (
     Shards,
     Unavailable,
 )
-from tinyqueue_backup import BackupError, NoBar, Restored, back_up, restore
+from tinyqueue_backup import BackupError, NoBar, Restored, back_up, check, restore
 from tinyqueue_doctor import examine, repair
 
 DEFAULT = ["default"]
@@ -646,6 +647,39 @@ def test_restore_of_a_missing_file_is_refused(lone: Queue, file: str) -> None:
 def test_backup_into_a_missing_folder_is_refused(lone: Queue, tmp_path: Path) -> None:
     with pytest.raises(BackupError, match=r"cannot write .*No such file"):
         back_up(lone, str(tmp_path / "missing" / "file"), NoBar())
+
+
+def test_backup_replaces_no_folder_and_no_device(lone: Queue, tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    link = tmp_path / "link"
+    link.symlink_to(pipe)
+    for path in (tmp_path, pipe, link):
+        with pytest.raises(BackupError, match=r"cannot write .*: it is not a regular file; use - for"):
+            back_up(lone, str(path), NoBar())
+    assert link.is_symlink()
+    assert pipe.is_fifo()
+    assert set(tmp_path.iterdir()) == {pipe, link}
+
+
+def test_backup_through_a_link_replaces_its_target(lone: Queue, tmp_path: Path) -> None:
+    link = tmp_path / "link"
+    link.symlink_to(tmp_path / "file")
+    back_up(lone, str(link), NoBar())
+    assert link.is_symlink()
+    with (tmp_path / "file").open("rb") as file:
+        assert check(file, "file").counts == {"header": 1}
+
+
+def test_backup_says_in_one_line_that_the_last_bytes_cannot_be_written(lone: Queue, tmp_path: Path) -> None:
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, before[1]))
+    try:
+        with pytest.raises(BackupError, match=r"cannot write .*: File too large"):
+            back_up(lone, str(tmp_path / "file.gz"), NoBar())
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.skipif(sys.version_info >= (3, 14), reason="this Python has a module for zstd")
