@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import threading
+import time
+from collections.abc import Sequence
 from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from tinyqueue import AnyQueue
+from tinyqueue import AnyQueue, Unavailable
 from tinyqueue_config import Settings, open_queue
 from tinyqueue_problems import RETRY_AFTER, Problem
 
 if TYPE_CHECKING:
     from tinyqueue.worker import Worker
 
+SHORTEST_COUNT = 0.25  # seconds to count the jobs that wait, if the worker has used up its time
 FATES = ("completed", "retried", "failed", "cancelled", "released", "lost")
 
 
@@ -66,7 +69,25 @@ class Guest:
         self._worker = worker = Worker(queue, msgspec.structs.replace(settings, **limits), burst=True, until=until)
         code = worker.run()
         self._left += worker.running_slots()
-        waiting = queue.waiting(worker.names, due=True)
+        waiting = _count_waiting(queue, worker.names, until + LAST_WRITE + CLOSING)
         if code == EXIT_BROKEN:
             raise Problem(500, "worker-failed", "the worker stopped because of a fault; see the log of this process")
         return {fate: worker.counts[fate] for fate in FATES} | {"unsaved": len(worker.held), "waiting": waiting}
+
+
+def _count_waiting(queue: AnyQueue, names: Sequence[str], deadline: float) -> int:
+    """Count the jobs that are due. Raises Unavailable if Redis has not answered by the deadline."""
+    found: Future[int] = Future()
+
+    def count() -> None:
+        try:
+            found.set_result(queue.waiting(names, due=True))
+        except BaseException as error:
+            found.set_exception(error)
+
+    counter = threading.Thread(target=count, name="counter", daemon=True)  # not waited for if Redis hangs
+    counter.start()
+    counter.join(max(SHORTEST_COUNT, deadline - time.monotonic()))
+    if counter.is_alive():
+        raise Unavailable("timeout", "it did not answer before the end of the request")
+    return found.result()

@@ -337,6 +337,23 @@ def test_work_alone_runs_the_jobs_of_a_process_that_was_killed(
     assert near.workers() == []
 
 
+def test_work_answers_three_seconds_after_its_time_if_redis_hangs(
+    queue_at: Any, start_redis: Callable[..., RedisServer], slow_folder: Path
+) -> None:
+    redis = start_redis()
+    queue = queue_at(redis.url)
+    job = queue.enqueue("slow", 1.0)
+    with running(slow_folder, REDIS_URL=redis.url) as web, Wire(web.address) as wire:
+        began = time.monotonic()
+        wire.send(spell("POST", "/work?seconds=2", None, "Content-Length: 0"))
+        until(lambda: queue.get(job.id).status == "processing")
+        redis.process.send_signal(signal.SIGSTOP)
+        answer = wire.answer()
+        assert time.monotonic() - began < 2 + 3 + 1
+        assert (answer.status, answer.kind) == (503, "unavailable")
+        redis.process.send_signal(signal.SIGCONT)
+
+
 def test_work_of_a_process_that_was_frozen_meanwhile_settles_nothing(
     near: Queue, shared_redis: RedisServer, slow_folder: Path
 ) -> None:
