@@ -138,10 +138,12 @@ import msgspec
 import redis
 
 from tinyqueue_job import (
+    CURSOR as CURSOR,
     ENDED as ENDED,
     HANDLERS as HANDLERS,
     ID as ID,
     KEY_LENGTH as KEY_LENGTH,
+    KEY_REUSED as KEY_REUSED,
     MAX_ATTEMPTS as MAX_ATTEMPTS,
     MAX_DELAY as MAX_DELAY,
     NAME as NAME,
@@ -150,12 +152,18 @@ from tinyqueue_job import (
     UNENDED as UNENDED,
     Corrupted as Corrupted,
     Discard as Discard,
+    Entry,
     Failure as Failure,
+    Filter as Filter,
     Handler as Handler,
     InvalidJob as InvalidJob,
     Job as Job,
     KeyReused as KeyReused,
+    Made as Made,
     NotReplicated as NotReplicated,
+    Once as Once,
+    Outcome as Outcome,
+    Place,
     QueueFull as QueueFull,
     Reaped as Reaped,
     Retry as Retry,
@@ -170,14 +178,19 @@ from tinyqueue_job import (
     backoff as backoff,
     check_name as check_name,
     handler as handler,
+    ids_in,
     is_delay as is_delay,
+    listed_job,
     make_job as make_job,
     note_record,
+    place_of,
     read_job,
+    read_made,
     record_of,
+    stored_job as stored_job,
     translated,
 )
-from tinyqueue_json import Preview, created_at, encode
+from tinyqueue_json import created_at, encode
 from tinyqueue_redis import (
     Clock,
     Command,
@@ -504,24 +517,6 @@ def _checked(replies: list[Any]) -> list[Any]:
 Held = Mapping[str, Job] | None  # the jobs that a worker has started and not settled, by id
 
 
-class Once(msgspec.Struct):
-    """A submit under an Idempotency-Key. submit sets `replayed` if the key made jobs before."""
-
-    key: str
-    fingerprint: str
-    replayed: bool = False
-
-
-class Outcome(NamedTuple):
-    """How an attempt ended. `after`: seconds until the next; None: never, or released: now."""
-
-    job: Job
-    verb: Literal["complete", "fail", "release"]
-    result: Any = None
-    error: Failure | None = None
-    after: float | None = None
-
-
 class Loaded(NamedTuple):
     """What `load` did. Jobs in neither list were there already, or have ended too long ago.
 
@@ -775,7 +770,7 @@ class Queue(Verbs):
 
     def _replay(self, tx: Transaction, jobs: Sequence[Job], once: Once, stored: bytes) -> list[Job]:
         """Return the jobs of the first submit as they are now, or as submitted if deleted since."""
-        made = _made(stored)
+        made = read_made(stored)
         if made.fingerprint != once.fingerprint or len(made.ids) != len(jobs):
             raise KeyReused(KEY_REUSED)
         drafts = {job.id: job for job in jobs}
@@ -906,7 +901,7 @@ class Queue(Verbs):
         as they are, and `adopt` finds those that are still in the list. `others` counts the ids
         started at the same time in other shards. Raises Reaped if the worker is not registered.
         """
-        records: Records = dict.fromkeys(_named(ids))
+        records: Records = dict.fromkeys(ids_in(ids))
         keys = list(map(self.keys.job, records))
         company = bool(held) or len(ids) + others > 1
 
@@ -1082,7 +1077,7 @@ class Queue(Verbs):
                 awaited, records = read(tx)
             tx.awaited = set(awaited)
             settle = partial(self._settle, tx, worker, outcomes, records)
-            taken.update(dict.fromkeys(_named(ids)))
+            taken.update(dict.fromkeys(ids_in(ids)))
             lost, found = tx.read_watched(list(map(self.keys.job, taken)), settle)
             taken.update(zip(taken, found, strict=True))
             return lost, self._start(tx, worker, ids, taken, held=held, company=True)
@@ -1327,7 +1322,7 @@ class Queue(Verbs):
 
     def _read_jobs(self, tx: Transaction, entries: Iterable[bytes], watch: bool = False) -> Iterator[Job]:
         """Read the jobs that list entries name, each once. Skip entries that name none."""
-        ids = _named(entries)
+        ids = ids_in(entries)
         keys = [self.keys.job(id) for id in ids]
         records = tx.read(*([("WATCH", *keys)] if watch else []), ("MGET", *keys))[-1] if ids else []
         if watch:
@@ -1595,7 +1590,7 @@ class Queue(Verbs):
         bytes than that. Raises InvalidJob for a malformed cursor.
         """
         filter = filter or Filter()
-        entries = self._find_entries(filter, _place_of(cursor or "9999999999999999.g"))
+        entries = self._find_entries(filter, place_of(cursor or "9999999999999999.g"))
         jobs: list[Job] = []
         seen = size = 0
         for job, read in self.read_jobs([id for _, id, _ in entries[:SCANNED]], cut):
@@ -1611,7 +1606,7 @@ class Queue(Verbs):
     def read_jobs(self, ids: Sequence[str], cut: int | None = None) -> Iterator[tuple[Job | None, int]]:
         """Read jobs, and the sizes of their records."""
         for id, record in self._read_records(ids):
-            yield (_listed(id, record, cut), len(record)) if record else (None, 0)
+            yield (listed_job(id, record, cut), len(record)) if record else (None, 0)
 
     def _read_records(self, ids: Sequence[str], most: int = 100) -> Iterator[tuple[str, bytes | None]]:
         """Read the records of jobs: about READ_BYTES and up to `most` with each command."""
@@ -1800,9 +1795,9 @@ class Queue(Verbs):
         }
 
     def _pending_among(self, entries: Iterable[bytes]) -> list[Job]:
-        ids = _named(entries)
+        ids = ids_in(entries)
         records = self.store.read(("MGET", *map(self.keys.job, ids)))[0] if ids else []
-        jobs = (_listed(id, record, 0) for id, record in zip(ids, records, strict=True) if record)
+        jobs = (listed_job(id, record, 0) for id, record in zip(ids, records, strict=True) if record)
         return [job for job in jobs if job.status == "pending"]
 
     def _history(self, now: int, minutes: int) -> list[dict[str, int]]:
@@ -1891,9 +1886,9 @@ class Queue(Verbs):
         may be missing, but `stored_ids` has them.
         """
         for window in self.read_entries(self.keys.delayed, "ZRANGE"):
-            yield _named(reversed(window))
+            yield ids_in(reversed(window))
         for window in self._read_lists([self.keys.jobs(name) for name in self._names(Filter())]):
-            yield _named(window)
+            yield ids_in(window)
 
     def stored_ids(self) -> Iterator[list[str]]:
         """Return the ids of all jobs, except completed ones, in any order.
@@ -1931,7 +1926,7 @@ class Queue(Verbs):
         while some := list(itertools.islice(hashes, SCANNED)):
             values = self.store.read(("MGET", *map(self.keys.once_hash, some)))[0]
             found = {hash: value for hash, value in zip(some, values, strict=True) if value is not None}
-            made = {hash: _made(value).ids for hash, value in found.items()}
+            made = {hash: read_made(value).ids for hash, value in found.items()}
             late = {id for ids in made.values() for id in ids if not ID.fullmatch(id) or created_at(id) >= before}
             lacking = late - set(known(list(late)))
             lacking -= self._completed(list(lacking))
@@ -1958,7 +1953,7 @@ class Queue(Verbs):
         def body(tx: Transaction) -> Loaded:
             present, paused = tx.read(("EXISTS", *keys), ("SMEMBERS", self.keys.paused))
             found = tx.read(*(("EXISTS", key) for key in keys)) if present else [0] * len(keys)
-            new = [_stopped(job, tx.now) for job, exists in zip(jobs, found, strict=True) if not exists]
+            new = [self._stopped(job, tx.now) for job, exists in zip(jobs, found, strict=True) if not exists]
             pending = [job for job in new if job.status == "pending"]
             unpaused = sorted({job.queue for job in pending} - set(map(text_of, paused)))
             if unpaused:
@@ -1972,6 +1967,19 @@ class Queue(Verbs):
             return Loaded(free + ended, taken, [])
 
         return self.store.transact([*keys, *unique, self.keys.paused], body) if jobs else Loaded([], [], [])
+
+    def _stopped(self, job: Job, now: int) -> Job:
+        """Return a job as if a worker had released it without an attempt."""
+        job = msgspec.structs.replace(job)
+        if job.status == "processing":
+            job.status = "cancelled" if job.cancel_requested else "pending"
+            job.attempts = max(0, job.attempts - 1)
+            job.worker = ""
+            job.run_at = 0
+            job.updated_at = max(now, job.updated_at)
+        if job.status in ENDED:
+            job.ended_at = job.ended_at or now
+        return job
 
     def _left(self, job: Job, now: int) -> int:
         """Return the milliseconds for which an ended job is still kept."""
@@ -1997,7 +2005,7 @@ class Queue(Verbs):
         now = self.now()
         sets = []
         for hash, value in values.items():
-            until = max((created_at(id) for id in _made(value).ids), default=0) + self.keep_once_ms
+            until = max((created_at(id) for id in read_made(value).ids), default=0) + self.keep_once_ms
             left = until - now if now < until < now + self.keep_once_ms else self.keep_once_ms
             sets.append(("SET", self.keys.once_hash(hash), value, "NX", "PX", left))
         return sum(reply is not None for reply in self.store.read(*sets)) if sets else 0
@@ -2013,7 +2021,7 @@ class Queue(Verbs):
         key = self.keys.once(once.key)
         claim = ("SET", key, encode(Made(once.fingerprint, [])), "NX", "PX", self.keep_once_ms)
         stored = self.store.read(claim, ("GET", key))[1]
-        if stored and _made(stored).fingerprint != once.fingerprint:
+        if stored and read_made(stored).fingerprint != once.fingerprint:
             raise KeyReused(KEY_REUSED)
 
     def count_pending(self, names: Sequence[str]) -> dict[str, int]:
@@ -2029,28 +2037,6 @@ class Queue(Verbs):
 
 
 # What is stored beside jobs -------------------------------------------------------------------------------------------
-
-
-class Made(msgspec.Struct):
-    """What an Idempotency-Key stores: the fingerprint of the first submit, and its jobs."""
-
-    fingerprint: str
-    ids: list[str]
-
-
-KEY_REUSED = "this Idempotency-Key was used for another request"
-
-
-def _made(stored: bytes) -> Made:
-    try:
-        return msgspec.json.decode(stored, type=Made)
-    except msgspec.DecodeError as error:
-        raise Corrupted(f"the record of an Idempotency-Key cannot be read: {error}") from None
-
-
-def _named(entries: Iterable[bytes]) -> list[str]:
-    """Return the ids among the entries of a list, each once."""
-    return list(dict.fromkeys(filter(ID.fullmatch, map(text_of, entries))))
 
 
 def is_suspect(job: Job) -> bool:
@@ -2131,86 +2117,6 @@ def _metric_commands(store: Store, tx: Transaction) -> list[Command]:
                 sums[f"{event}:{name}:{BUCKETS[bisect_left(BUCKETS, ms)]}"] += 1
     added: list[Command] = [("SADD", store.keys.series, *new)] if new else []
     return added + [("HINCRBY", store.keys.metrics, field, by) for field, by in sums.items() if by]
-
-
-# Filters and cursors --------------------------------------------------------------------------------------------------
-
-
-class _Listed(Job):
-    """A job whose payload and result are not decoded."""
-
-    payload: msgspec.Raw
-    result: msgspec.Raw = msgspec.Raw(b"null")
-
-
-_decode_listed = msgspec.json.Decoder(_Listed).decode
-
-
-def _listed(id: str, record: bytes, cut: int | None) -> Job:
-    """Read a record. With `cut`, payload and result stay JSON: a Raw, or a Preview of that size."""
-    if cut is None:
-        return read_job(id, record)
-
-    def decode(text: bytes) -> Job:
-        job = _decode_listed(text)
-        return msgspec.structs.replace(job, payload=Preview.of(job.payload, cut), result=Preview.of(job.result, cut))
-
-    job = read_job(id, record, decode)
-    if not isinstance(job, _Listed):  # the record cannot be read
-        job.payload = Preview.of(encode(job.payload), cut)
-    return job
-
-
-def stored_job(id: str, record: bytes) -> Job:
-    """Read a record. Payload and result stay JSON, a Raw, unless the record cannot be read.
-
-    Then it becomes a failed job that shows the record, and its payload is a text.
-    """
-    return read_job(id, record, _decode_stored)
-
-
-def _decode_stored(text: bytes) -> Job:
-    str(text, "utf-8")  # raises UnicodeDecodeError: nothing else reads what stays JSON
-    return _decode_listed(text)
-
-
-def _stopped(job: Job, now: int) -> Job:
-    """Return a job as if a worker had released it without an attempt."""
-    job = msgspec.structs.replace(job)
-    if job.status == "processing":
-        job.status = "cancelled" if job.cancel_requested else "pending"
-        job.attempts = max(0, job.attempts - 1)
-        job.worker = ""
-        job.run_at = 0
-        job.updated_at = max(now, job.updated_at)
-    if job.status in ENDED:
-        job.ended_at = job.ended_at or now
-    return job
-
-
-class Filter(NamedTuple):
-    """Which jobs a listing returns or a bulk change touches: those that match all that is given."""
-
-    status: Status | None = None
-    type: str | None = None
-    queue: str | None = None
-    error_type: str | None = None
-
-    def matches(self, job: Job) -> bool:
-        values = (job.status, job.type, job.queue, job.error.type if job.error else None)
-        return all(wanted is None or wanted == value for wanted, value in zip(self, values, strict=True))
-
-
-CURSOR = re.compile(r"([0-9]{1,16})\.([0-9a-g-]{1,36})")
-Entry = tuple[int, str, tuple[Status, ...]]  # of a listing: when, id, and the statuses of such an entry
-Place = tuple[int, str]  # in the order of a listing
-
-
-def _place_of(cursor: str) -> Place:
-    match = CURSOR.fullmatch(cursor)
-    if not match:
-        raise InvalidJob("cursor", "must be a cursor returned by a listing")
-    return int(match[1]), match[2]
 
 
 # Shards ---------------------------------------------------------------------------------------------------------------
@@ -2512,7 +2418,7 @@ class Shards(Verbs):
     ) -> tuple[list[Job], str]:
         """Like Queue.page. Merges the pages of the shards as far as all of them have looked."""
         pages = [shard.page(filter, limit=limit, cursor=cursor, cut=cut) for shard in self.parts]
-        horizon = max((_place_of(cursor) for _, cursor in pages if cursor), default=(0, ""))
+        horizon = max((place_of(cursor) for _, cursor in pages if cursor), default=(0, ""))
         found = sorted((job for jobs, _ in pages for job in jobs), key=Job.place, reverse=True)
         seen = [job for job in found if job.place() >= horizon]
         if len(seen) > limit:
