@@ -105,9 +105,9 @@ Three rules carry everything
     3. Waiting never holds work. An idle worker blocks on the bell, never on a list of jobs, so a
        lost reply loses no job.
 
-tinyqueue_job.py says what a job is: its errors, its record, its handlers and the checks of input.
+tinyqueue_job.py says what a job is: errors, record, filters, outcomes, handlers, checks of input.
 Here come first the bounds, the keys and transactions, and the verbs that are made of other verbs.
-Then the verbs of the queue follow the life of a job, up to upkeep. Reading, backups, metrics and
+Then the verbs of the queue follow the life of a job, up to upkeep. Reading, loading, metrics and
 shards come last. `grep '# [A-Z].* ---' tinyqueue.py` prints the table of contents.
 """
 
@@ -132,7 +132,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
 from functools import partial, reduce
-from typing import Any, Literal, NamedTuple, TypeAlias, TypeVar
+from typing import Any, Literal, TypeAlias, TypeVar
 
 import msgspec
 import redis
@@ -159,6 +159,7 @@ from tinyqueue_job import (
     InvalidJob as InvalidJob,
     Job as Job,
     KeyReused as KeyReused,
+    Loaded as Loaded,
     Made as Made,
     NotReplicated as NotReplicated,
     Once as Once,
@@ -199,7 +200,6 @@ from tinyqueue_redis import (
     ask,
     connect,
     pairs,
-    parse_info,
     read_replies,
     read_reply,
     send,
@@ -515,18 +515,6 @@ def _checked(replies: list[Any]) -> list[Any]:
 # Verbs ----------------------------------------------------------------------------------------------------------------
 
 Held = Mapping[str, Job] | None  # the jobs that a worker has started and not settled, by id
-
-
-class Loaded(NamedTuple):
-    """What `load` did. Jobs in neither list were there already, or have ended too long ago.
-
-    `jobs` are stored now. The uniqueKeys of `taken` belong to other jobs. If there are `unpaused`
-    queues, nothing was stored.
-    """
-
-    jobs: list[Job]
-    taken: list[str]
-    unpaused: list[str]
 
 
 class Verbs(ABC):
@@ -1605,10 +1593,10 @@ class Queue(Verbs):
 
     def read_jobs(self, ids: Sequence[str], cut: int | None = None) -> Iterator[tuple[Job | None, int]]:
         """Read jobs, and the sizes of their records."""
-        for id, record in self._read_records(ids):
+        for id, record in self.read_records(ids):
             yield (listed_job(id, record, cut), len(record)) if record else (None, 0)
 
-    def _read_records(self, ids: Sequence[str], most: int = 100) -> Iterator[tuple[str, bytes | None]]:
+    def read_records(self, ids: Sequence[str], most: int = 100) -> Iterator[tuple[str, bytes | None]]:
         """Read the records of jobs: about READ_BYTES and up to `most` with each command."""
         for at in range(0, len(ids), most):
             part = ids[at : at + most]
@@ -1659,19 +1647,18 @@ class Queue(Verbs):
         meanwhile. Reads the lists of workers twice, because a job may go back from there.
         """
         held = [self.keys.proc(worker) for worker in self._known_workers()]
-        yield from self._read_lists(held)
+        yield from self.read_lists(held)
         if filter.status != "processing":
             yield from self.read_entries(self.keys.delayed, "ZRANGE")
-            yield from self._read_lists([self.keys.jobs(name) for name in self._names(filter)])
-            yield from self._read_lists([self.keys.proc(worker) for worker in self._known_workers()])
+            names = [filter.queue] if filter.queue else self.queue_names()
+            yield from self.read_lists([self.keys.jobs(name) for name in names])
+            yield from self.read_lists([self.keys.proc(worker) for worker in self._known_workers()])
 
-    def _names(self, filter: Filter) -> list[str]:
-        """Return the names of the queues in which a matching job may wait."""
-        if filter.queue:
-            return [filter.queue]
+    def queue_names(self) -> list[str]:
+        """Return the names of the queues that have jobs, or had some and were not forgotten."""
         return sorted(_queues_in(pairs(self.store.read(("HGETALL", self.keys.counts))[0])))
 
-    def _read_lists(self, keys: Sequence[str]) -> Iterator[list[bytes]]:
+    def read_lists(self, keys: Sequence[str]) -> Iterator[list[bytes]]:
         """Read the first entries of 100 lists at a time, because most are short."""
         for at in range(0, len(keys), 100):
             part = keys[at : at + 100]
@@ -1721,7 +1708,7 @@ class Queue(Verbs):
 
     def count_unended(self) -> tuple[list[int], int]:
         """Count pending and processing jobs, and the entries of their lists, all at one moment."""
-        keys = [*map(self.keys.jobs, self._names(Filter())), *map(self.keys.proc, self._known_workers())]
+        keys = [*map(self.keys.jobs, self.queue_names()), *map(self.keys.proc, self._known_workers())]
         reads = ("HGETALL", self.keys.counts), ("ZCARD", self.keys.delayed), *(("LLEN", key) for key in keys)
         counts, *sizes = _checked(self.store.read(("MULTI",), *reads, ("EXEC",))[-1])
         return [_read_count(value) for field, value in pairs(counts) if ":" in field], sum(sizes)
@@ -1853,84 +1840,7 @@ class Queue(Verbs):
         used = self.store.read(("INCR", key), ("EXPIRE", key, seconds))[0]
         return limit - used, seconds - now // 1000 % seconds
 
-    # Back up and load -------------------------------------------------------------------------------------------------
-
-    def scan(self, family: str = "") -> Iterator[str]:
-        """Return the names of all keys that begin with `family`, without prefix and family.
-
-        SCAN reads the whole database. It returns every key that exists from the beginning to the
-        end, whatever is written meanwhile. It may return a key twice.
-        """
-        prefix = self.keys.prefix + family
-        cursor = b"0"
-        while True:
-            # No character of a prefix is special in a pattern. The command with a key leads to the
-            # node of a cluster that has the queue: any node answers SCAN.
-            step = ("SCAN", cursor, "MATCH", prefix + "*", "COUNT", SCANNED)
-            _, (cursor, keys) = self.store.read(("EXISTS", self.keys.counts), step)
-            yield from (key.removeprefix(prefix) for key in map(text_of, keys))
-            if cursor == b"0":
-                return
-
-    def server(self) -> str:
-        """Return the run id of Redis, or "". A restart or a failover changes it."""
-        with suppress(Corrupted, Unavailable):
-            info = self.store.read(("EXISTS", self.keys.counts), ("INFO", "server"))[1]
-            return parse_info(info).get("run_id", "")
-        return ""
-
-    def waiting_ids(self) -> Iterator[list[str]]:
-        """Return the ids that wait: the delayed ones, then those of each queue, last in first.
-
-        This is the order in which `load` takes jobs. Some ids come twice. Jobs that move meanwhile
-        may be missing, but `stored_ids` has them.
-        """
-        for window in self.read_entries(self.keys.delayed, "ZRANGE"):
-            yield ids_in(reversed(window))
-        for window in self._read_lists([self.keys.jobs(name) for name in self._names(Filter())]):
-            yield ids_in(window)
-
-    def stored_ids(self) -> Iterator[list[str]]:
-        """Return the ids of all jobs, except completed ones, in any order.
-
-        A record exists from the submit of a job until it is purged or expires. So no job is missing
-        that exists from the beginning to the end, however often it moves meanwhile.
-        """
-        ids = filter(ID.fullmatch, self.scan("job:"))
-        while some := list(itertools.islice(ids, SCANNED)):
-            completed = self._completed(some)
-            yield [id for id in some if id not in completed]
-
-    def _completed(self, ids: Sequence[str]) -> set[str]:
-        scores = self.store.read(*(("ZSCORE", self.keys.ended["completed"], id) for id in ids)) if ids else []
-        return {id for id, score in zip(ids, scores, strict=True) if score is not None}
-
-    def read_stored(self, ids: Sequence[str]) -> Iterator[Job]:
-        """Read jobs as they are stored: payloads and results stay JSON, a `msgspec.Raw`.
-
-        Leaves out jobs that do not exist any more. A job that cannot be read becomes a failed job
-        that shows its record.
-        """
-        for id, record in self._read_records(ids, most=500):  # a backup reads all that it asks for
-            if record is not None:
-                yield stored_job(id, record)
-
-    def read_once(self, known: Callable[[Sequence[str]], Collection[str]], before: int) -> Iterator[tuple[str, bytes]]:
-        """Return the Idempotency-Keys with their values, the keys as hashes.
-
-        Leaves out those of jobs that a backup lacks because they were submitted while it was made:
-        a repeat of such a submit must store its jobs. `known` returns the ids that the backup has,
-        and jobs created before `before` existed when it began.
-        """
-        hashes = self.scan("once:")
-        while some := list(itertools.islice(hashes, SCANNED)):
-            values = self.store.read(("MGET", *map(self.keys.once_hash, some)))[0]
-            found = {hash: value for hash, value in zip(some, values, strict=True) if value is not None}
-            made = {hash: read_made(value).ids for hash, value in found.items()}
-            late = {id for ids in made.values() for id in ids if not ID.fullmatch(id) or created_at(id) >= before}
-            lacking = late - set(known(list(late)))
-            lacking -= self._completed(list(lacking))
-            yield from ((hash, value) for hash, value in found.items() if lacking.isdisjoint(made[hash]))
+    # Load a backup ----------------------------------------------------------------------------------------------------
 
     def load(self, jobs: Sequence[Job], behind: bool = False) -> Loaded:
         """Store jobs of a backup under their own ids, all that can be stored. See `Loaded`.
@@ -1995,20 +1905,6 @@ class Queue(Verbs):
             tx.write("SET", self.keys.job(job.id), record_of(job), "PX", self._left(job, tx.now))
             tx.gather("ZADD", self.keys.ended[job.status], job.ended_at, job.id)
             tx.count(job.status)
-
-    def load_once(self, values: Mapping[str, bytes]) -> int:
-        """Store Idempotency-Keys of a backup, by their hashes. Return how many were not there.
-
-        Each expires `keep_once` after its newest job was submitted. If that time is over or too far
-        ahead, it expires `keep_once` after now.
-        """
-        now = self.now()
-        sets = []
-        for hash, value in values.items():
-            until = max((created_at(id) for id in read_made(value).ids), default=0) + self.keep_once_ms
-            left = until - now if now < until < now + self.keep_once_ms else self.keep_once_ms
-            sets.append(("SET", self.keys.once_hash(hash), value, "NX", "PX", left))
-        return sum(reply is not None for reply in self.store.read(*sets)) if sets else 0
 
     # For shards -------------------------------------------------------------------------------------------------------
 

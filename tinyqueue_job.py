@@ -1,5 +1,4 @@
-"""What a job is: its errors, its record, its place in a listing, its handlers, and the checks of
-what a client sends.
+"""What a job is: errors, record, filters, outcomes, handlers, and checks of what a client sends.
 
 This module knows no queue. tinyqueue.py imports all of it, and users import it from there.
 """
@@ -427,7 +426,7 @@ def ids_in(entries: Iterable[bytes]) -> list[str]:
     return list(dict.fromkeys(filter(ID.fullmatch, map(text_of, entries))))
 
 
-# Submits and outcomes -------------------------------------------------------------------------------------------------
+# What verbs take and return -------------------------------------------------------------------------------------------
 
 KEY_REUSED = "this Idempotency-Key was used for another request"
 
@@ -463,6 +462,18 @@ class Outcome(NamedTuple):
     result: Any = None
     error: Failure | None = None
     after: float | None = None
+
+
+class Loaded(NamedTuple):
+    """What `load` did. Jobs in neither list were there already, or have ended too long ago.
+
+    `jobs` are stored now. The uniqueKeys of `taken` belong to other jobs. If there are `unpaused`
+    queues, nothing was stored.
+    """
+
+    jobs: list[Job]
+    taken: list[str]
+    unpaused: list[str]
 
 
 # Handlers -------------------------------------------------------------------------------------------------------------
