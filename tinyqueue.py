@@ -1321,13 +1321,15 @@ class Queue(Verbs):
         """Return every worker that may hold a job. Skip what cannot be the name of a worker."""
         return sorted(filter(NAME.fullmatch, map(text_of, self.store.read(("SMEMBERS", self.keys.workers))[0])))
 
-    def lost_workers(self, own: str = "", now: float | None = None) -> list[str]:
+    def lost_workers(self, own: str = "", now: float | None = None, missing_for: float | None = None) -> list[str]:
         """Return the workers, except `own`, that have not renewed their lease for a lease period.
 
         Their lease was seen missing or unchanged for that long, by the monotonic clock of this
         process (`now`, in seconds). Leases expire by the wall clock of Redis, which somebody may
         set: set ahead, it would make living workers seem lost; set back, it would make lost workers
-        seem alive. Call this several times within a lease period.
+        seem alive. Call this several times within a lease period. If `missing_for` is given, a
+        missing lease needs to be seen for only so many seconds: the workers that are alive send a
+        heartbeat every third of a lease.
         """
         now = time.monotonic() if now is None else now
         workers = [worker for worker in self._known_workers() if worker != own]
@@ -1337,8 +1339,16 @@ class Queue(Verbs):
             before, since = self._leases.get(worker, (lease, now))
             seen[worker] = (lease, since if before == lease else now)
         self._leases = seen
-        self._lost = {worker: lease for worker, (lease, since) in seen.items() if now - since >= self.lease}
+        limits = {None: self.lease if missing_for is None else missing_for}
+        self._lost = {
+            worker: lease for worker, (lease, since) in seen.items() if now - since >= limits.get(lease, self.lease)
+        }
         return list(self._lost)
+
+    @property
+    def unleased(self) -> int:
+        """How many workers had no lease when `lost_workers` last looked."""
+        return sum(lease is None for lease, _ in self._leases.values())
 
     def reap(self, worker: str, others: int = 0) -> int:
         """Remove a lost worker and requeue or end its jobs. Return how many; 0 if it is alive.
@@ -2285,8 +2295,8 @@ class Shards(Verbs):
     def promote(self) -> int:
         return sum(self._call_all(Queue.promote))
 
-    def lost_workers(self, own: str = "", now: float | None = None) -> list[str]:
-        found = self._call_all(lambda shard: shard.lost_workers(own, now))
+    def lost_workers(self, own: str = "", now: float | None = None, missing_for: float | None = None) -> list[str]:
+        found = self._call_all(lambda shard: shard.lost_workers(own, now, missing_for))
         return sorted({worker for lost in found for worker in lost})
 
     def reap(self, worker: str) -> int:

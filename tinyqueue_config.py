@@ -124,6 +124,14 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         int,
         Meta(ge=0, le=10**6, description="megabytes in use above which a worker process does the same; 0: unlimited"),
     ] = 0
+    max_work: Annotated[
+        int,
+        Meta(
+            ge=1,
+            le=3600,
+            description="maximum seconds of POST /work; keep it 5 seconds below the request time-out of the platform",
+        ),
+    ] = 25
     max_body: Annotated[int, Meta(ge=1024, le=16 << 20, description="maximum size of a request body in bytes")] = 262144
     keep_completed: Annotated[int, Meta(ge=1, le=10**9, description="seconds to keep completed jobs")] = 86400
     keep_failed: Annotated[int, Meta(ge=1, le=10**9, description="seconds to keep failed and cancelled jobs")] = 604800

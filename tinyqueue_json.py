@@ -207,14 +207,23 @@ TIME = re.compile(
 
 
 def parse_time(text: str) -> datetime | None:
-    """Read a time in the part of ISO 8601 that all supported Pythons read alike."""
+    """Read a time in the part of ISO 8601 that all supported Pythons read alike.
+
+    A leap second, 23:59:60 in UTC, is the second after it: milliseconds since 1970 have none.
+    """
     if not (match := TIME.fullmatch(text)):
         return None
     digits = match["time"].partition(".")[0].partition(",")[0].replace(":", "").ljust(6, "0")
     fraction = (match["fraction"] or "").ljust(6, "0")[:6]
     zone = match["zone"].replace(":", "") if match["zone"][0] in "+-" else "+00"
-    with suppress(ValueError):
-        return datetime.fromisoformat(f"{match['day'].replace('-', '')}T{digits}.{fraction}{zone}")
+    leap = digits.endswith("60")
+    seconds = "59" if leap else digits[4:]
+    with suppress(ValueError, OverflowError):
+        time = datetime.fromisoformat(f"{match['day'].replace('-', '')}T{digits[:4]}{seconds}.{fraction}{zone}")
+        if not leap:
+            return time
+        if time.astimezone(UTC).strftime("%H%M%S") == "235959":
+            return time + timedelta(seconds=1)
     return None
 
 

@@ -6,15 +6,18 @@ Parked, and is called again later. This module knows nothing of jobs.
 
 from __future__ import annotations
 
+import ctypes
 import io
 import logging
 import math
 import re
 import socket
+import struct
 import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from typing import Any, Protocol
 from urllib.parse import urlsplit
@@ -38,6 +41,9 @@ CROWDED_TIMES = (3, 20)  # the two times above, in a crowd
 # one again with every byte that the client sends.
 DRAIN_TIMES = (1, 5)
 LINGER = 2  # seconds that a client has to close its side
+# Of Linux: options of a socket, and a program of one instruction (return 0) that drops all packets.
+ATTACH_FILTER, DETACH_FILTER = 26, 27
+DROP = (6, 0, 0, 0)
 TRANSFER_ENCODING = re.compile(rb"(?im)^transfer-encoding[ \t]*:(.*)$")
 
 
@@ -298,7 +304,10 @@ class Server(TcpWSGIServer):  # type: ignore[misc]
         while (left := self.accept_until - time.monotonic()) > 0:
             self._poll(min(1.0, left))
         self.drain_began = time.monotonic()
+        # The system would reset a connection that comes between the last accept and the close.
+        drop_new_connections(self.socket, True)
         self._accept_waiting()
+        drop_new_connections(self.socket, False)  # other processes may accept from this socket
         # Closes only the listening socket: responses need the trigger to wake this loop.
         wasyncore.dispatcher.close(self)
         deadline = self.drain_began + self.shutdown_timeout
@@ -321,6 +330,22 @@ class Server(TcpWSGIServer):  # type: ignore[misc]
         while accepted < len(self.active_channels) < CONNECTIONS:
             accepted = len(self.active_channels)
             self.handle_accept()
+
+
+def drop_new_connections(sock: socket.socket, drop: bool) -> None:
+    """Let the system drop what clients send to connect to a socket, or no longer. Only on Linux.
+
+    A client whose packet is dropped tries again one second later.
+    """
+    if sys.platform != "linux":
+        return
+    with suppress(OSError):  # some sandboxes do not permit it
+        if drop:
+            code = ctypes.create_string_buffer(struct.pack("HBBI", *DROP))
+            program = struct.pack("HP", 1, ctypes.addressof(code))
+            sock.setsockopt(socket.SOL_SOCKET, ATTACH_FILTER, program)
+        else:
+            sock.setsockopt(socket.SOL_SOCKET, DETACH_FILTER, 0)
 
 
 class Lifeline(wasyncore.file_dispatcher):  # type: ignore[misc]

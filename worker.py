@@ -26,64 +26,55 @@ takes all jobs, and the settlers save all outcomes.
 A worker that stops takes no more jobs. A stop has one of three modes. `drain` lets the handlers
 finish, and releases what still runs when time is up. `release` and `broken` release everything at
 once; after `broken` the process exits with 70.
+
+A worker with a time limit (`until`) is a guest in a process that goes on after it, such as the web
+process that answers POST /work. It drains shortly before that time and interrupts the handlers
+whose jobs it releases. When `run` returns, it is deregistered, and only handlers that cannot be
+interrupted still have a thread.
 """
 
 from __future__ import annotations
 
-import ctypes
 import itertools
 import logging
-import os
+import math
 import resource
 import signal
 import sys
 import threading
 import time
-import traceback
-from collections import defaultdict, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
-from contextvars import Context
 from functools import partial
 from pathlib import Path
 from queue import Empty, SimpleQueue
-from types import FrameType
 from typing import Any, Literal
 
 import click
-import msgspec
 
 import tinyqueue_cli
 from tinyqueue import (
     BLOCK,
     HANDLERS,
     MAX_JOBS,
-    MAX_REFUNDS,
-    MAX_RESULT,
     PROMOTED,
     AnyQueue,
     Corrupted,
-    Discard,
-    Failure,
-    InvalidJob,
     Job,
     Outcome,
     Queue,
     Reaped,
-    Retry,
     TimedOut,
     TinyQueueError,
     Unavailable,
-    UnknownType,
     backoff,
     check_name,
-    is_delay,
     is_suspect,
 )
 from tinyqueue_config import (
     EXIT_TIME,
-    LOG_CONTEXT,
     SIGNALS,
     Settings,
     error_line,
@@ -96,193 +87,21 @@ from tinyqueue_config import (
     variable,
 )
 from tinyqueue_doctor import find_broken, repair, warnings
-from tinyqueue_json import to_json
-from tinyqueue_redis import THREAD, Shield
+from tinyqueue_slot import Slot, fail
 
 log = logging.getLogger("tinyqueue.worker")
 
 TICK = 0.25  # seconds between two checks of the handlers' timeouts
 SHORT_TICK = 0.005  # the same while a handler cannot be interrupted yet, or while too many outcomes are unsaved
-GRACE = 5.0  # seconds from a handler's timeout until the handler counts as stuck
 PROMOTE_EVERY = 1.0  # seconds; a delayed job is promoted about that late at most
 REAP_EVERY = 5.0
 TRIM_EVERY = 60.0
 WARN_EVERY = 10.0  # seconds between two log lines with the same warning
 CLOSING = 1.0  # seconds for the end of the threads and to deregister, even if Redis hangs
 LAST_WRITE = 2.0  # seconds to save the last outcomes after the drain: 25 + 2 + 1 is less than the 30 of platforms
+RUN_OUT = 3.0  # seconds before its time limit in which a worker takes no more jobs, at most a quarter of its time
 UNSETTLED = 100  # jobs that have run and are not settled, above which no more are taken
-UNREADABLE_BACKOFF = 10.0  # seconds, doubling: a worker that can read the job may get it meanwhile
-# Functions of Python's library that take and release locks. An exception in one of them can leave
-# its lock taken.
-FRAGILE_MODULES = frozenset(
-    {"logging", "threading", "concurrent.futures._base", "importlib._bootstrap", "_frozen_importlib"}
-)
-FRAGILE_FUNCTIONS = frozenset(
-    {"acquire", "release", "_acquireLock", "_releaseLock", "_acquire_restore", "_release_save"}
-    | {"__enter__", "__exit__", "_get_module_lock", "_lock_unlock_module"}
-)
-STARTED = {"fields": {"event": "started"}}
 EXIT_BROKEN = 70  # EX_SOFTWARE: the process cannot do its work, and a restart may help
-
-
-# Running one job ------------------------------------------------------------------------------------------------------
-
-
-def run_job(job: Job) -> Outcome:
-    """Run the handler of a started job and return the outcome. Never raises an exception."""
-    try:
-        try:
-            if job.type not in HANDLERS:
-                raise UnknownType(job.type, sorted(HANDLERS))
-            call = HANDLERS[job.type].bind(job)
-        except InvalidJob as error:
-            return _postpone(job, error)
-        result = call()
-        return Outcome(job, "complete", result=None if result is None else _encode_result(result))
-    except BaseException as error:  # SystemExit, KeyboardInterrupt and TimedOut too only fail this attempt
-        return _fail(job, error)
-
-
-def _encode_result(result: Any) -> msgspec.Raw:
-    """Encode a result before the handler can change it. Raises Discard if it cannot be stored."""
-    try:
-        encoded = to_json(result)
-    except ValueError as error:
-        raise Discard(f"the result {error}") from None
-    if len(encoded) > MAX_RESULT:
-        raise Discard(f"the result is longer than {MAX_RESULT} bytes of JSON; store it elsewhere and return its URL")
-    return msgspec.Raw(encoded)
-
-
-def _postpone(job: Job, error: InvalidJob) -> Outcome:
-    """Let a job that this process cannot read wait for one that can, up to MAX_REFUNDS times."""
-    if job.refunds >= MAX_REFUNDS:
-        return _fail(job, error)
-    wait = f"this worker cannot run the job, and it waits for one that can ({job.refunds + 1}/{MAX_REFUNDS})"
-    failure = Failure(type(error).__name__, f"{str(error)[:800]}; {wait}")
-    return Outcome(job, "release", error=failure, after=backoff(job.refunds + 1, UNREADABLE_BACKOFF))
-
-
-def _fail(job: Job, error: BaseException) -> Outcome:
-    known = HANDLERS.get(job.type)
-    limits = (known.backoff, known.backoff_cap) if known else (UNREADABLE_BACKOFF,)
-    after: float | None = backoff(job.attempts, *limits)
-    try:
-        if issubclass(type(error), Discard):
-            after = None
-        elif issubclass(type(error), Retry):
-            after = _wanted_delay(error, after)
-        failure = Failure.of(error, _format_traceback(error))
-    except BaseException:  # an exception may raise another whenever it is touched
-        failure = Failure.of(error)
-    return Outcome(job, "fail", error=failure, after=after)
-
-
-def _wanted_delay(error: BaseException, default: float | None) -> float | None:
-    wanted: Any = getattr(error, "after", None)  # a subclass may not set it
-    return float(wanted) if is_delay(wanted) else default
-
-
-def _format_traceback(error: BaseException) -> str:
-    """Format the traceback of an error, starting at the handler's own frame."""
-    frames = error.__traceback__
-    while frames and frames.tb_frame.f_globals.get("__name__") in (__name__, "tinyqueue"):
-        frames = frames.tb_next
-    try:
-        return "".join(traceback.format_exception(type(error), error, frames)) if frames else ""
-    except BaseException:  # the exception's own __str__ can raise anything
-        return ""
-
-
-def _raise_in_thread(thread: int, error: type[BaseException] | None) -> None:
-    """Raise an exception in a thread at its next line of Python; None revokes a pending one."""
-    ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), ctypes.py_object(error) if error else None)
-
-
-def _is_fragile(frame: FrameType | None) -> bool:
-    """Whether an exception now might leave a lock taken that other threads need."""
-    if frame is None or frame.f_code.co_name not in FRAGILE_FUNCTIONS:
-        return False
-    return frame.f_globals.get("__name__") in FRAGILE_MODULES
-
-
-class Slot(Shield):
-    """A thread that runs jobs. `lock` decides who ends one: its handler, or the main thread."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        THREAD.shield = self
-        self.thread = threading.get_ident()
-        self.process = os.getpid()
-        self.job: Job | None = None
-        self.deadline = float("inf")
-        self.expired_at = float("inf")  # when the main thread first tried to interrupt it
-        self.interrupted = False
-
-    def run(self, job: Job) -> Outcome | None:
-        """Run a job and return its outcome; None if it was abandoned and this thread must end."""
-        timeout = HANDLERS[job.type].timeout if job.type in HANDLERS else None
-        context = Context()  # of this attempt alone: the next job must not see what this one sets
-        context.run(LOG_CONTEXT.set, job.log_fields)  # for the handler's log lines
-        if log.isEnabledFor(logging.DEBUG):
-            text = "job %s (%s) started, attempt %d/%d"
-            context.run(log.debug, text, job.id, job.type, job.attempts, job.max_attempts, extra=STARTED)
-        began = time.monotonic()
-        with self.lock:
-            self.job = job
-            self.interrupted = False
-            self.late = None
-            self.expired_at = float("inf")
-            self.deadline = began + (timeout or float("inf"))
-        try:
-            outcome = context.run(run_job, job)
-            job.__dict__["_duration_ms"] = round((time.monotonic() - began) * 1000)
-            if os.getpid() != self.process:
-                os._exit(0)  # the handler forked, and this is the child: it must not act as a second worker
-            return outcome if self._finish() else None
-        except BaseException as error:  # TimedOut, raised between the handler's last line and the end of _finish
-            return _fail(job, error) if self._finish() else None
-
-    def _finish(self) -> bool:
-        """End the job; False if it was abandoned. Afterwards no TimedOut can be raised here."""
-        with self.lock:
-            if self.interrupted:  # TimedOut may not have been raised yet
-                _raise_in_thread(self.thread, None)
-            job, self.job = self.job, None
-            return job is not None
-
-    def interrupt(self, now: float) -> bool:
-        """Raise TimedOut in the handler if it has exceeded its timeout (main).
-
-        Returns False if this should be tried again soon, at a better moment.
-        """
-        with self.lock:
-            if not self.job or self.interrupted or now <= self.deadline:
-                return True
-            self.expired_at = min(self.expired_at, now)
-            self.late = TimedOut if self.depth else None
-            self.interrupted = bool(self.late) or self._raise()
-            return self.interrupted
-
-    def _raise(self) -> bool:
-        """Raise TimedOut in the handler, unless it is where that may break something."""
-        if _is_fragile(sys._current_frames().get(self.thread)):
-            return False
-        _raise_in_thread(self.thread, TimedOut)
-        if _is_fragile(sys._current_frames().get(self.thread)):  # it ran on since the first look
-            _raise_in_thread(self.thread, None)
-            return False
-        return True
-
-    def is_stuck(self, now: float) -> bool:
-        """Whether the handler still runs although TimedOut was raised in it, or could not be."""
-        return self.job is not None and now > self.expired_at + GRACE
-
-    def abandon(self) -> Job | None:
-        """Take the job away from its handler; None if the handler has just returned (main)."""
-        with self.lock:
-            job, self.job = self.job, None
-            return job
 
 
 def _resident_memory() -> int:
@@ -300,12 +119,25 @@ Batch = tuple[list[Outcome], bool]  # outcomes to save, and whether they may hav
 
 
 class Worker:
-    """Runs the jobs of some queues until it is stopped."""
+    """Runs the jobs of some queues until it is stopped.
 
-    def __init__(self, queue: AnyQueue, settings: Settings, names: Sequence[str] = (), burst: bool = False) -> None:
+    With `burst`, it stops when no job is due and no other worker has lost its lease. It stops at
+    `until`, in monotonic seconds, in any case: then the process goes on after it.
+    """
+
+    def __init__(
+        self,
+        queue: AnyQueue,
+        settings: Settings,
+        names: Sequence[str] = (),
+        burst: bool = False,
+        until: float = math.inf,
+    ) -> None:
         self.queue = queue
         self.settings = settings
         self.burst = burst
+        self.until = until
+        self.take_until = until - min(RUN_OUT, (until - time.monotonic()) / 4) if until < math.inf else until
         self.names = list(names) or list(dict.fromkeys(["default", *(handler.queue for handler in HANDLERS.values())]))
         self.id = ""  # the registered worker id; empty while not registered
         self.held: dict[str, Job] = {}  # jobs that were started and are not settled
@@ -323,8 +155,9 @@ class Worker:
         # One for each shard, with a settler: a shard that is away holds up no outcome of others.
         self.outboxes: dict[Queue, SimpleQueue[Batch | None]] = {part: SimpleQueue() for part in queue.parts}
         self.pool = ThreadPoolExecutor(2 * settings.worker_concurrency, "slot")  # stuck slots are replaced
+        self.slot_runs: list[Future[None]] = []
         self.slots: list[Slot] = []
-        self.stuck: list[Slot] = []
+        self.stuck: list[Slot] = []  # they were replaced
         self.stopping = threading.Event()  # the taker must take no more jobs
         self.closed = threading.Event()  # the settlers and the keeper must end
         self.adopt_at = 0.0  # when the taker next looks for jobs whose replies were lost
@@ -335,6 +168,9 @@ class Worker:
         self.last_upkeep = time.monotonic()  # when the keeper last began one of its duties
         self.exit_by = 0.0  # when this process must have exited, once it stops
         self.started = 0  # jobs that were started so far
+        self.counts = Counter[str]()  # attempts that have ended, by their outcome
+        self.looked = threading.Event()  # the keeper has looked for lost workers
+        self.unleased: dict[Queue, int] = {}  # how many workers had no lease then, in each shard
         self.last_reap_check = time.monotonic()
         self.late_reap_check = time.monotonic()  # the last check that came too late after the one before it
         self.warned: dict[str, float] = {}  # when each warning was last logged
@@ -383,6 +219,8 @@ class Worker:
             if problem := self._find_hang():
                 log.critical("%s; shutting down because a restart may help", problem)
                 return "broken"
+            if time.monotonic() >= self.take_until:
+                return "drain"
             if limit := self._find_limit():
                 log.info("%s; stopping, to be restarted", limit)
                 return "drain"
@@ -426,7 +264,7 @@ class Worker:
                 self.stuck.remove(slot)
                 continue
             log.error("job %s (%s) did not stop after its timeout; its thread was abandoned", job.id, job.type)
-            self._put([_fail(job, TimedOut())])
+            self._put([fail(job, TimedOut())])
             self.slots.remove(slot)
             if len(self.stuck) >= self.settings.worker_concurrency:
                 self.stop("broken")
@@ -435,12 +273,12 @@ class Worker:
         return done
 
     def _add_slot(self) -> None:
-        self.pool.submit(self._run_thread, self._run_slot)
+        self.slot_runs = [*self.running_slots(), self.pool.submit(self._run_thread, self._run_slot)]
         self.free_slots.put(None)
 
     def _drain(self, mode: StopMode, taker: threading.Thread) -> StopMode:
         """Let handlers finish until time is up, then release the rest. Returns the last mode."""
-        deadline = time.monotonic() + self.settings.shutdown_timeout
+        deadline = min(time.monotonic() + self.settings.shutdown_timeout, self.until)
         self.exit_by = deadline + LAST_WRITE + CLOSING
         while self._has_work(taker) and mode == "drain" and time.monotonic() < deadline:
             with suppress(Empty):
@@ -453,17 +291,22 @@ class Worker:
         return mode
 
     def _has_work(self, taker: threading.Thread) -> bool:
-        """Whether jobs are held, or the taker may be about to start some."""
-        return (taker.is_alive() and not self.at_bell) or bool(self.held)
+        """Whether jobs are held, or the taker may be about to start some.
+
+        If the process goes on, the taker must have ended: it waits for the bell only briefly then.
+        """
+        taking = taker.is_alive() and (self.until < math.inf or not self.at_bell)
+        return taking or bool(self.held)
 
     def _release_jobs(self) -> None:
         """Release the jobs in the inbox and those that run. Their handlers run until the exit.
 
-        First leaves all outcomes to the settlers: no slot can exchange them while the taker holds
-        the cycle and waits for a reply.
+        If the process goes on, they are interrupted instead. First leaves all outcomes to the
+        settlers: no slot can exchange them while the taker holds the cycle and waits for a reply.
         """
         self._put(self._collect_outcomes())
         jobs = [job for slot in tuple(self.slots) if (job := slot.abandon())]
+        self._evict_handlers()
         with suppress(IndexError):
             while True:
                 jobs.append(self.inbox.popleft())
@@ -472,6 +315,11 @@ class Worker:
                 position = {id: at for at, id in enumerate(self.held)}
             jobs.sort(key=lambda job: position.get(job.id, 0))
             self._put([Outcome(job, "release") for job in jobs])
+
+    def _evict_handlers(self) -> None:
+        """End the threads of handlers whose jobs were released, if the process goes on."""
+        for slot in (*self.slots, *self.stuck) if self.until < math.inf else ():
+            slot.evict()
 
     def _close(self, mode: StopMode, keeper: threading.Thread, *settlers: threading.Thread) -> int:
         """End the threads, deregister and return the exit code, within a second."""
@@ -484,14 +332,25 @@ class Worker:
         leave.start()
         for thread in (*settlers, leave):
             thread.join(max(0.0, until - time.monotonic()))
-        for _ in self.slots:
-            self.wakes.put(False)
-        self.pool.shutdown(wait=False)
+        self._end_slots(until)
         if self.held:
             problem = "could not save the outcome of %s, which will run again when this worker's lease expires"
             log.error(problem, plural(len(self.held), "job"))
         log.info("worker stopped")
         return EXIT_BROKEN if mode == "broken" else int(bool(self.held))
+
+    def _end_slots(self, until: float) -> None:
+        """End the slots. If the process goes on, wait for their threads too."""
+        for _ in self.slot_runs:
+            self.wakes.put(False)
+        self.pool.shutdown(wait=False)
+        while self.until < math.inf and (left := self.running_slots()) and time.monotonic() < until:
+            self._evict_handlers()  # again: an exception may have been too dangerous before
+            wait(left, SHORT_TICK)
+
+    def running_slots(self) -> list[Future[None]]:
+        """Return the runs of slots that have not ended."""
+        return [run for run in self.slot_runs if not run.done()]
 
     def _deregister(self, keeper: threading.Thread) -> None:
         """Remove this worker from every shard, except those that have jobs it has not settled."""
@@ -647,7 +506,10 @@ class Worker:
             self.last_take = time.monotonic()
 
     def _nothing_is_due(self) -> bool:
-        if self.queue.promote() or self.held or self.queue.waiting(self.names, due=True):
+        """Whether a burst may end. If a worker has no lease, its jobs may be requeued soon."""
+        if self.queue.promote() or self.held or not self.looked.wait(0.1) or any(self.unleased.values()):
+            return False
+        if self.queue.waiting(self.names, due=True):
             return False
         return time.monotonic() < self.adopt_at  # otherwise an exchange failed, and may have taken jobs
 
@@ -797,6 +659,8 @@ class Worker:
             for outcome in outcomes:
                 if self.held.get(outcome.job.id) is outcome.job:
                     del self.held[outcome.job.id]
+            saved_ids = {outcome.job.id for outcome in saved}
+            self.counts.update(_fate(outcome) if outcome.job.id in saved_ids else "lost" for outcome in outcomes)
         _log_outcomes(outcomes, saved)
 
     def _give_up(self, worker: str, reaped: Reaped) -> None:
@@ -831,11 +695,11 @@ class Worker:
             ("send a heartbeat", self._heartbeat, lease / 3),
             ("promote jobs", self._promote, PROMOTE_EVERY),
             ("read cancellation requests", self._pass_on_cancellations, PROMOTE_EVERY),
-            ("reap workers", self._reap, min(lease / 6, REAP_EVERY)),
+            ("reap workers", self._reap, min(lease / 6, PROMOTE_EVERY if self.burst else REAP_EVERY)),
             ("trim ended jobs", self._trim, TRIM_EVERY),
         ]
         due = [0.0] * len(duties)
-        while not self.closed.wait(TICK):
+        while not self.closed.is_set():
             for at, (name, duty, interval) in enumerate(duties):
                 if time.monotonic() < due[at]:
                     continue
@@ -848,6 +712,7 @@ class Worker:
                     self._warn(name, error)
                     if duty == self._heartbeat:  # it cannot wait for the next interval: the lease would soon expire
                         due[at] = 0.0
+            self.closed.wait(TICK)
 
     def _heartbeat(self) -> None:
         if worker := self.id:
@@ -874,22 +739,29 @@ class Worker:
 
         Such trouble may have kept healthy workers from renewing their leases. If Redis or this
         machine freezes, no command fails, but too much time passes between two checks.
+
+        A burst is too short for that. To it, a lease counts as lost if it is missing for half a
+        lease without such trouble, because healthy workers send heartbeats more often.
         """
         now = time.monotonic()
         lease = self.queue.lease
+        patience = lease / 2 if self.burst else lease
         if now - self.last_reap_check > lease / 2:  # a live worker's lease always has at least that much left
             self.late_reap_check = now
         self.last_reap_check = now
         lost: defaultdict[str, list[Queue]] = defaultdict(list)
         for part in self.queue.parts:
             try:
-                expired = part.lost_workers(own=self.id)
+                expired = part.lost_workers(own=self.id, missing_for=patience)
+                self.unleased[part] = part.unleased
             except TinyQueueError as error:  # the other shards still need their jobs back
                 self._warn("reap workers", error)
+                self.unleased[part] = 0
                 continue
-            if now - max(self.late_reap_check, part.last_trouble) >= lease:
+            if now - max(self.late_reap_check, part.last_trouble) >= patience:
                 for worker in expired:
                     lost[worker].append(part)
+        self.looked.set()
         for worker, parts in lost.items():
             self.last_upkeep = time.monotonic()
             if count := self.queue.reap_in(parts, worker):
@@ -943,12 +815,24 @@ def _log_outcomes(outcomes: Sequence[Outcome], saved: Sequence[Outcome]) -> None
         log.log(level, "%s", text, extra={"fields": fields})
 
 
+def _fate(outcome: Outcome) -> str:
+    """Return what a saved outcome has made of its job, as far as this worker knows."""
+    if outcome.verb == "complete":
+        return "completed"
+    if outcome.job.cancel_requested:
+        return "cancelled"
+    if outcome.verb == "release":
+        return "released"
+    return "retried" if outcome.after is not None and outcome.job.attempts < outcome.job.max_attempts else "failed"
+
+
 def _next_step(failed: Outcome) -> str:
-    if failed.job.cancel_requested:
+    fate = _fate(failed)
+    if fate == "cancelled":
         return "cancelled, as requested"
-    if failed.verb == "release":
+    if fate == "released":
         return f"not counted, next attempt in {failed.after:.1f} s"
-    if failed.after is not None and failed.job.attempts < failed.job.max_attempts:
+    if fate == "retried":
         return f"next attempt in {failed.after:.1f} s"
     return "it will not be retried" if failed.after is None else "no attempts left"
 
@@ -1022,9 +906,9 @@ cli.add_command(click.Command("worker", None, run.callback, run.params, run.help
 @click.pass_context
 def web(ctx: click.Context, arguments: tuple[str, ...]) -> None:
     """Serve the HTTP API until SIGTERM or Ctrl-C; without REDIS_URL, embed Redis and a worker."""
-    from tinyqueue.wsgi import main  # here, because no other command needs a web server
+    from tinyqueue.wsgi import command  # here, because no other command needs a web server
 
-    main.main(arguments, ctx.command_path)
+    command().main(arguments, ctx.command_path)
 
 
 if __name__ == "__main__":

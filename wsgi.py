@@ -7,7 +7,8 @@
 Without REDIS_URL, `python wsgi.py` also runs an embedded Redis and a worker in its process.
 
 Importing this module reads no settings and opens no connections; `app` does both at its first
-request. Requests and responses are JSON. Errors are application/problem+json (RFC 9457). The only
+request. What only our own server needs is imported when that starts, because `app` need not wait
+for it on a serverless host. Requests and responses are JSON. Errors are application/problem+json (RFC 9457). The only
 page, dashboard.html at /, uses the API like any other client.
 """
 
@@ -30,11 +31,10 @@ from functools import cache, cached_property, partial
 from http import HTTPStatus
 from itertools import accumulate, product
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 from urllib.parse import parse_qsl, quote
 
 import bottle
-import click
 import msgspec
 from bottle import request
 
@@ -83,11 +83,17 @@ from tinyqueue_config import (
 from tinyqueue_doctor import warnings
 from tinyqueue_json import MAX_DEPTH, Preview, from_json
 from tinyqueue_problems import HEADERS, RETRY_AFTER, Problem, kind_of_status, problem, response_headers
-from tinyqueue_server import Lifeline, Parked, Server
+from tinyqueue_work import Guest
+
+if TYPE_CHECKING:
+    import click
+
+    from tinyqueue_server import Server
 
 log = logging.getLogger("tinyqueue.web")
 
 LONGEST_WAIT = 25  # seconds that GET /jobs/<id>?wait= may take: routers time out after 30
+WORK_TIME = 20  # seconds that POST /work takes at most, unless the request says otherwise
 MAX_SCALED = 100  # queues that one GET /scale may name
 PREVIEW_BYTES = 500  # length at which a listing cuts off a payload or a result
 IPV6 = re.compile("[0-9a-fA-F:.]{2,45}")
@@ -117,6 +123,7 @@ ROUTES = (
     ("GET", "/queues", "queues", "read"),
     ("POST", "/queues/<name>/pause", "pause", "admin"),
     ("POST", "/queues/<name>/resume", "resume", "admin"),
+    ("POST", "/work", "work", "admin"),
     ("GET", "/stats", "stats", "read"),
     ("GET", "/scale", "scale", "read"),
     ("GET", "/workers", "workers", "read"),
@@ -151,6 +158,7 @@ class API(bottle.Bottle):  # type: ignore[misc]
             self.access = Access(settings)
         self._blocked = threading.BoundedSemaphore(WEB_THREADS // 2)
         self._waiters: dict[Queue, Waiter] = {}
+        self._guest = Guest()
         self._scrape_errors = 0  # not yet counted in Redis
         for method, path, name, role in ROUTES:
             for part, pattern in (("<id>", ID.pattern), ("<name>", NAME.pattern)):
@@ -317,7 +325,8 @@ class API(bottle.Bottle):  # type: ignore[misc]
         """Return a job. With ?wait=SECONDS, return it when it has ended or the time is up.
 
         Waiting takes no thread of our server. Any other server's thread blocks, so there only a few
-        requests wait. The others are answered at once, with Retry-After.
+        requests wait. The others are answered at once, with Retry-After. None waits where a process
+        has one request at a time, because no other request could be answered meanwhile.
         """
         seconds = min(_query_int(_query(), "wait", 0, 0, 3600), LONGEST_WAIT)
         waited = request.environ.get("tinyqueue.waited")
@@ -327,8 +336,10 @@ class API(bottle.Bottle):  # type: ignore[misc]
         if not seconds or waited or job.status not in UNENDED:
             return job.answer()
         if "tinyqueue.can_park" in request.environ:
+            from tinyqueue_server import Parked
+
             raise Parked(partial(self._waiter_of(id).add, id, seconds, request.environ))
-        if not self._blocked.acquire(blocking=False):
+        if not request.environ.get("wsgi.multithread") or not self._blocked.acquire(blocking=False):
             bottle.response.set_header("Retry-After", "1")
             return job.answer()
         try:
@@ -342,9 +353,10 @@ class API(bottle.Bottle):  # type: ignore[misc]
             return self._waiters.setdefault(queue, Waiter(queue))
 
     def stop_waiting(self) -> None:
-        """Answer all requests that wait for jobs, with the jobs as they are."""
+        """Answer all requests that wait for jobs, with the jobs as they are. Drain POST /work."""
         for waiter in list(self._waiters.values()):
             waiter.release_all()
+        self._guest.stop()
 
     def queues(self) -> dict[str, Any]:
         return {"queues": self.queue.queues()}
@@ -399,6 +411,18 @@ class API(bottle.Bottle):  # type: ignore[misc]
     def resume(self, name: str) -> dict[str, Any]:
         self.queue.resume(name)
         return {"queue": name, "paused": False}
+
+    def work(self) -> dict[str, Any]:
+        """Run the due jobs in this process for at most ?seconds=, and count the outcomes."""
+        most = self.settings.max_work
+        return self.run_jobs(_query_int(_query(), "seconds", min(WORK_TIME, most), 1, most))
+
+    def run_jobs(self, seconds: float) -> dict[str, Any]:
+        """Do what POST /work does, for a host that calls a function on a schedule.
+
+        Raises Problem if this process runs jobs already, and Unavailable without Redis.
+        """
+        return self._guest.work(self.settings, self.queue, time.monotonic() + seconds)
 
     # Health, identity, metrics and documents --------------------------------------------------------------------------
 
@@ -465,7 +489,9 @@ class API(bottle.Bottle):  # type: ignore[misc]
     def openapi(self) -> Any:
         """Return the OpenAPI document of this API and of all job types that have a handler."""
         self.queue  # noqa: B018 - opening it loads the handlers
-        return describe()
+        document = describe()
+        document["components"]["parameters"]["seconds"]["schema"]["maximum"] = self.settings.max_work
+        return document
 
 
 # Waiting for jobs -----------------------------------------------------------------------------------------------------
@@ -571,12 +597,40 @@ def _read_body(limit: int, *types: str) -> bytes:
     if coding != "identity":
         detail = f"Content-Encoding {_printable(coding)} is not supported; send the body without compression"
         raise Problem(415, "unsupported-media-type", detail, {"Accept-Encoding": "identity"})
-    body = b""
-    if request.content_length <= limit:
-        with request.body as stream:
-            body = stream.read(limit + 1)
-    if request.content_length > limit or len(body) > limit:
+    length = _content_length()
+    try:
+        body = b"" if length > limit else _read_stream(length, limit + 1)
+    except OSError:  # from a server that has lost the client, or that does not wait any longer
+        raise Problem(400, "bad-request", "the body did not arrive") from None
+    if length > limit or len(body) > limit:
         raise Problem(413, "too-large", f"the body has more than {limit} bytes; send less or raise TINYQUEUE_MAX_BODY")
+    return body
+
+
+def _content_length() -> int:
+    """Return the declared length of the body, or -1. Not every server checks what it passes on."""
+    text = request.environ.get("CONTENT_LENGTH")
+    if not text:
+        return -1
+    if not re.fullmatch("[0-9]{1,18}", text):
+        raise Problem(400, "bad-request", "Content-Length must be a number of bytes")
+    return int(text)
+
+
+def _read_stream(length: int, most: int) -> bytes:
+    """Read the body, but no more than so many bytes of it.
+
+    A body without a length is chunked. Servers that decode the chunks, as all known ones do, say so
+    with wsgi.input_terminated. Without that, Bottle decodes them.
+    """
+    environ = request.environ
+    if length < 0 and not environ.get("wsgi.input_terminated"):
+        with request.body as stream:
+            return bytes(stream.read(most))
+    left = most if length < 0 else min(length, most)
+    body = b""
+    while left > len(body) and (part := environ["wsgi.input"].read(left - len(body))):  # it may return less
+        body += part
     return body
 
 
@@ -869,6 +923,8 @@ def serve(api: API, sock: socket.socket, lifeline: int | None = None) -> int:
 
     Also stops when nobody holds the other end of the pipe `lifeline`.
     """
+    from tinyqueue_server import Lifeline, Server
+
     server = Server(api, sock)
     if lifeline is not None:
         Lifeline(lifeline, server)
@@ -911,6 +967,8 @@ def serve_many(api: API, sock: socket.socket) -> int:
     handled: a handled signal that came just before a blocking wait for a child would take effect
     only when a child exits. Requires `hold_signals`.
     """
+    import tinyqueue_server  # noqa: F401 - before the fork, so that the processes share it
+
     children: set[int] = set()
     stopping = False
     lifeline, held = os.pipe()
@@ -973,10 +1031,22 @@ def run(processes: int = 0) -> None:
     exit_now(exit_code)
 
 
-@click.command(epilog="\b\n" + Settings.help())
-@click.option("--reload", is_flag=True, help="Restart when the code changes. For development.")
-def main(reload: bool) -> None:
-    """Serve the TinyQueue HTTP API."""
+def command() -> click.Command:
+    """Make the command that starts the server."""
+    import click
+
+    @click.command(epilog="\b\n" + Settings.help())
+    @click.option("--reload", is_flag=True, help="Restart when the code changes. For development.")
+    def main(reload: bool) -> None:
+        """Serve the TinyQueue HTTP API."""
+        _start(reload)
+
+    return main
+
+
+def _start(reload: bool) -> None:
+    import click
+
     try:
         if reload:
             import hupper
@@ -1001,4 +1071,4 @@ def main(reload: bool) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command()()

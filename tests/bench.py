@@ -378,6 +378,28 @@ def cpu_seconds(pid: int) -> float:
     return (int(fields[11]) + int(fields[12])) / float(os.sysconf("SC_CLK_TCK"))
 
 
+def measure_import(folder: str, times: int = 15) -> None:
+    """Compare a cold start with one that imports only what wsgi.py cannot do without."""
+    value, bare = (statistics.median(each) for each in zip(*(imports(folder) for _ in range(times)), strict=True))
+    show("import wsgi", value, bare, "ms of CPU", "bottle, redis and msgspec alone")
+
+
+def imports(folder: str) -> tuple[float, float]:
+    """Return the milliseconds of CPU of two new processes, whose bytecode is compiled already."""
+    environ = {"PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT), "PYTHONPYCACHEPREFIX": f"{folder}/bytecode"}
+    return (started("import wsgi", environ), started("import bottle, redis, msgspec", environ))
+
+
+def started(script: str, environ: dict[str, str]) -> float:
+    for _ in range(2):  # the first one may compile
+        process = subprocess.Popen([sys.executable, "-c", script], env=environ)
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+        if process.returncode:
+            raise click.ClickException(f"{script} failed")
+    return 1000 * (usage.ru_utime + usage.ru_stime)
+
+
 def measure_http(raw: redis.Redis, folder: str) -> None:
     job = json.dumps({"type": "send-email", "payload": PAYLOAD})
     for connections in (1, 16, 64, 256):
@@ -482,6 +504,7 @@ def main(jobs: int, growth: bool, of_plan: bool, pythons: tuple[str, ...]) -> No
         measure_latency(queue, raw, folder)
         measure_memory(queue, raw, 50_000)
         measure_idle(raw, folder)
+        measure_import(folder)
         if shutil.which("wrk"):
             measure_http(raw, folder)
         else:

@@ -28,7 +28,8 @@ from wsgiref.util import setup_testing_defaults
 from wsgiref.validate import WSGIWarning, validator
 
 import wsgi
-from wsgi import API, Server
+from tinyqueue_server import Server
+from wsgi import API
 
 JSON = "application/json"
 PROBLEM = "application/problem+json"
@@ -97,6 +98,11 @@ class Client:
 
     def post(self, path: str, body: Any, headers: Mapping[str, str] | None = None) -> Answer:
         return self.call("POST", path, body, headers)
+
+    def stream(self, path: str, stream: Any, **environ: Any) -> Answer:
+        """Send a POST of JSON whose body the app must read from a stream, with more variables of WSGI."""
+        environ = self._environ("POST", path, b"") | {"CONTENT_TYPE": JSON, "wsgi.input": stream} | environ
+        return self._send(environ)
 
     def _environ(self, method: str, path: str, raw: bytes) -> dict[str, Any]:
         path, _, query = path.partition("?")

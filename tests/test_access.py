@@ -82,6 +82,7 @@ NEEDED_ROLES = {
     ("GET", "/queues"): "read",
     ("POST", "/queues/<name>/pause"): "admin",
     ("POST", "/queues/<name>/resume"): "admin",
+    ("POST", "/work"): "admin",
     ("GET", "/stats"): "read",
     ("GET", "/scale"): "read",
     ("GET", "/workers"): "read",

@@ -419,3 +419,36 @@ def failover(client: redis.Redis) -> bool:
         return bool(client.execute_command("SENTINEL", "FAILOVER", SERVICE))
     except redis.ResponseError:
         return False
+
+
+# POST /work -----------------------------------------------------------------------------------------------------------
+
+
+def test_work_behind_sentinels_finds_the_next_master_and_leaves_no_threads(
+    monitored: Monitored,
+) -> None:
+    @handler("echo")
+    def echo(payload: object) -> object:
+        return payload
+
+    settings = Settings(redis_url=monitored.url, shards=3)
+    queue = open_queue(settings)
+    api = Client(API(settings, queue))
+
+    def work() -> int:
+        queue.enqueue_many("echo", range(6))
+        return api.call("POST", "/work").json["completed"]
+
+    def used() -> int:
+        queue.disconnect()
+        return threading.active_count()
+
+    before = used()
+    assert [work() for _ in range(5)] == [6] * 5
+    until(lambda: used() == before, timeout=30)
+    monitored.master.kill()
+    until(lambda: monitored.replaced, timeout=30)
+    until(lambda: api.get("/ready").status == 200, timeout=30)
+    assert work() == 6
+    assert queue.workers() == []
+    until(lambda: used() == before, timeout=30)

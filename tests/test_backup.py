@@ -239,6 +239,15 @@ def test_restore_keeps_payloads_as_they_were_written(queue: Queue, file: str) ->
     assert payload in raw(queue).get(queue.keys.job(job.id))
 
 
+@pytest.mark.parametrize("status", ["pending", "processing", "failed"])
+def test_restore_keeps_fields_of_a_newer_version(queue: Queue, file: str, status: str) -> None:
+    job = put(queue, status)
+    record = raw(queue).get(queue.keys.job(job.id))
+    raw(queue).set(queue.keys.job(job.id), record[:-1] + b',"colour":{"a": 1.0}}', keepttl=True)
+    move(queue, file)
+    assert b'"colour":{"a": 1.0}' in raw(queue).get(queue.keys.job(job.id))
+
+
 def test_restore_leaves_nothing_for_doctor(queue: Queue, file: str) -> None:
     for status in ("pending", "delayed", "processing", "failed", "cancelled"):
         put(queue, status, queue=status)

@@ -27,6 +27,7 @@ import tinyqueue_config
 import tinyqueue_json
 import tinyqueue_problems
 import tinyqueue_server
+import tinyqueue_work
 import worker
 import wsgi
 from tinyqueue import STATUSES, Failure, Job
@@ -120,7 +121,8 @@ def test_http_page_lists_every_route_with_its_role() -> None:
 
 def kinds_of_the_code() -> set[tuple[int, str]]:
     """Status and kind of every problem: in PROBLEMS, in each `Problem(...)` of the source, and of Bottle's own."""
-    trees = [ast.parse(inspect.getsource(module)) for module in (tinyqueue_access, tinyqueue_problems, wsgi)]
+    modules = (tinyqueue_access, tinyqueue_problems, tinyqueue_work, wsgi)
+    trees = [ast.parse(inspect.getsource(module)) for module in modules]
     calls = [node for tree in trees for node in ast.walk(tree) if isinstance(node, ast.Call)]
     raised = {
         (call.args[0].value, call.args[1].value)

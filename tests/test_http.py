@@ -27,6 +27,7 @@ from conftest import Server, dump, free_port, put, raw, until
 import tinyqueue
 import tinyqueue_redis
 import tinyqueue_server
+import wsgi
 from tinyqueue import ID, MAX_ATTEMPTS, MAX_DELAY, STATUSES, Queue, handler
 from tinyqueue_config import Settings
 from tinyqueue_json import MAX_DEPTH
@@ -322,6 +323,12 @@ def test_submit_accepts_a_run_time_as_other_languages_write_it(api: Client, spel
 def test_submit_accepts_a_whole_run_time_as_other_languages_write_it(api: Client, spelled: str) -> None:
     text, day = spell_day(spelled, 9)
     assert accepted_job(api.post("/jobs", echo_with(runAt=text)), api)["runAt"] == day.timestamp() * 1000
+
+
+@pytest.mark.parametrize("spelled", ["{day}T23:59:60Z", "{basic}T235960.000Z", "{day} 20:29:60 -0330"])
+def test_submit_accepts_a_leap_second_as_the_second_after_it(api: Client, spelled: str) -> None:
+    text, day = spell_day(spelled, 0)
+    assert accepted_job(api.post("/jobs", echo_with(runAt=text)), api)["runAt"] == (day.timestamp() + 86_400) * 1000
 
 
 def test_submit_refuses_a_delay_beyond_its_expiry(refuse: Refuse) -> None:
@@ -625,6 +632,10 @@ WRONG_RUN_TIMES = [
     "2026-01-01T00:00:00+0",
     "2026-01-01T00:00:00+24:00",
     "2026-01-01T00:60:00Z",
+    "2026-01-01T00:00:60Z",
+    "2026-01-01T23:59:60+01:00",
+    "2026-01-01T23:59:61Z",
+    "9999-12-31T23:59:60Z",
     "2026-01-01T000:00Z",
     "2026-01-0\u0661T00:00:00Z",
     "2026-01-01X00:00:00Z",
@@ -1276,7 +1287,7 @@ def served(queue: Queue) -> Iterator[tuple[str, int]]:
 
 def test_serve_many_requests_on_one_connection(served: tuple[str, int]) -> None:
     with Wire(served) as wire:
-        for _ in range(20):
+        for _ in range(100):
             wire.send(spell("POST", "/jobs", VALID))
             location = "/" + wire.answer().headers["location"]
             wire.send(spell("GET", location))
@@ -1360,10 +1371,10 @@ def test_refuse_and_close_when_the_transfer_encoding_is_unknown(served: tuple[st
 
 
 def test_receive_a_refusal_while_the_body_still_arrives(served: tuple[str, int]) -> None:
-    for _ in range(20):
+    for _ in range(100):
         with Wire(served) as wire:
             wire.send(spell("POST", "/jobs", None, f"Content-Length: {1 << 30}", "Content-Type: application/json"))
-            for _ in range(20):
+            for _ in range(100):
                 wire.push(b" " * 65536)
             assert wire.answer().status == 413
 
@@ -1605,6 +1616,43 @@ def test_ready_answers_503_on_an_open_connection_while_the_server_drains(queue: 
         wire.send(spell("GET", "/ready"))
         answer = wire.answer()
         assert (answer.status, answer.kind, answer.headers["retry-after"]) == (503, "stopping", "5")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="this system has no socket filters")
+def test_stop_refuses_a_connection_that_is_opened_after_the_last_accept() -> None:
+    outcomes: list[str] = []
+
+    def connect(address: tuple[str, int]) -> None:
+        try:
+            with Wire(address) as wire:
+                outcomes.append(f"accepted, then {wire.rest()!r}")
+        except OSError as error:
+            outcomes.append(type(error).__name__)
+
+    class Late(wsgi.Server):
+        def handle_accept(self) -> None:
+            super().handle_accept()
+            if self.drain_began:
+                client.start()
+                client.join(0.3)  # it cannot end: nobody accepts, and nobody refuses yet
+
+    with socket.create_server(("127.0.0.1", 0)) as sock:
+        server = Late(API(Settings(), Queue.embedded()), sock)
+        client = threading.Thread(target=connect, args=(sock.getsockname(),))
+        server.stop()
+        server.run()
+    client.join(20)
+    assert outcomes == ["ConnectionRefusedError"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="this system has no socket filters")
+def test_connect_to_a_socket_that_drops_new_connections_for_a_while() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as sock:
+        tinyqueue_server.drop_new_connections(sock, True)
+        with pytest.raises(TimeoutError):
+            socket.create_connection(sock.getsockname(), timeout=0.2)
+        tinyqueue_server.drop_new_connections(sock, False)
+        socket.create_connection(sock.getsockname(), timeout=20).close()
 
 
 @pytest.mark.parametrize("version", ["1.0", "1.1"])

@@ -27,16 +27,15 @@ IMPORTS = {  # each module, and those of ours that it may import
     "tinyqueue_openapi": {"tinyqueue"},
     "tinyqueue_problems": {"tinyqueue"},
     "tinyqueue_access": {"tinyqueue", "tinyqueue_config", "tinyqueue_problems"},
+    "tinyqueue_work": {"tinyqueue", "tinyqueue_config", "tinyqueue_problems", "worker"},
     "tinyqueue_server": {"tinyqueue_config"},
     "handlers": {"tinyqueue"},
     # The two programs start each other, from within a function: `tinyqueue web`, and the workers of an embedded Redis.
-    "worker": {
-        *("tinyqueue", "tinyqueue_cli", "tinyqueue_config", "tinyqueue_doctor", "tinyqueue_json"),
-        *("tinyqueue_redis", "wsgi"),
-    },
+    "tinyqueue_slot": {"tinyqueue", "tinyqueue_config", "tinyqueue_json", "tinyqueue_redis"},
+    "worker": {"tinyqueue", "tinyqueue_cli", "tinyqueue_config", "tinyqueue_doctor", "tinyqueue_slot", "wsgi"},
     "wsgi": {
         *("tinyqueue", "tinyqueue_access", "tinyqueue_config", "tinyqueue_doctor", "tinyqueue_json"),
-        *("tinyqueue_openapi", "tinyqueue_problems", "tinyqueue_server", "worker"),
+        *("tinyqueue_openapi", "tinyqueue_problems", "tinyqueue_server", "tinyqueue_work", "worker"),
     },
 }
 SCREEN = 50  # lines

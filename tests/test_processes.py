@@ -862,13 +862,13 @@ def test_web_drain_resets_no_busy_connection(real: Server, serve: Any, processes
 
 def test_stop_while_web_processes_start_ends_them(real: Server, start: Any, folder: Path) -> None:
     (folder / "slow.py").write_text(
-        "import time, wsgi\n"
-        "class Server(wsgi.Server):\n"
+        "import time, tinyqueue_server, wsgi\n"
+        "class Server(tinyqueue_server.Server):\n"
         "    def __init__(self, *args):\n"
         "        print('begins', flush=True)\n"
         "        time.sleep(0.3)\n"
         "        super().__init__(*args)\n"
-        "wsgi.Server = Server\n"
+        "tinyqueue_server.Server = Server\n"
         "wsgi.run()\n"
     )
     web = start(folder / "slow.py", REDIS_URL=real.url, WEB_CONCURRENCY="2")

@@ -11,7 +11,7 @@ import msgspec
 import pytest
 from conftest import Server, lapse, newest, put, raw
 
-from tinyqueue import Failure, Job, Once, Outcome, Queue, handler
+from tinyqueue import Failure, Job, Once, Outcome, Queue, handler, stored_job
 from tinyqueue_job import read_job, record_of
 
 # A file for each version that has changed the record, named after the day of its first commit.
@@ -176,3 +176,10 @@ def test_serve_a_worker_that_a_newer_version_has_registered(queue: Queue) -> Non
     assert (worker["id"], worker["alive"]) == (job.worker, True)
     reap(queue, job)
     assert queue.get(job.id).status == "pending"
+
+
+def test_back_up_a_record_with_the_fields_of_a_newer_version(queue: Queue) -> None:
+    job = put(queue, "completed")
+    add_more(queue, job)
+    record = raw(queue).get(queue.keys.job(job.id))
+    assert json.loads(record_of(stored_job(job.id, record))) == json.loads(record)

@@ -21,10 +21,12 @@ from conftest import ENDED, RedisServer, Server, lapse, newest, raw, until
 from cutproxy import CutProxy
 
 import tinyqueue_redis
+import tinyqueue_slot
 import worker
 from tinyqueue import HANDLERS, MAX_RESULT, Discard, Job, Queue, Reaped, Retry, TimedOut, WrongStatus, handler
 from tinyqueue_config import Settings
-from worker import EXIT_BROKEN, StopMode, Worker, run_job
+from tinyqueue_slot import run_job
+from worker import EXIT_BROKEN, StopMode, Worker
 
 
 def until_ended(queue: Queue, job: Job, timeout: float = 20.0) -> Job:
@@ -352,7 +354,7 @@ def test_postpone_a_job_that_the_worker_cannot_read_without_spending_an_attempt(
 def test_postpone_a_job_until_a_worker_can_read_it(
     queue: Queue, work: Any, echo: None, unreadable: Any, *, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(worker, "UNREADABLE_BACKOFF", 0.01)
+    monkeypatch.setattr(tinyqueue_slot, "UNREADABLE_BACKOFF", 0.01)
     job = unreadable(kind)
     old = work(queue)
     until(lambda: found(queue, job).refunds >= 2)
@@ -372,7 +374,7 @@ def test_postpone_a_job_until_a_worker_can_read_it(
 def test_postpone_a_job_that_no_worker_can_read_only_ten_times(
     queue: Queue, work: Any, echo: None, unreadable: Any, *, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(worker, "UNREADABLE_BACKOFF", 0.001)
+    monkeypatch.setattr(tinyqueue_slot, "UNREADABLE_BACKOFF", 0.001)
     job = unreadable(kind)
     work(queue)
     ended = until_ended(queue, job)
@@ -1264,7 +1266,7 @@ def test_timeout_that_a_handler_catches_is_no_failure_if_it_returns(queue: Queue
 def test_timeout_that_a_handler_ignores_abandons_its_thread(
     queue: Queue, work: Any, gates: Any, echo: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(worker, "GRACE", 0.1)
+    monkeypatch.setattr(tinyqueue_slot, "GRACE", 0.1)
     stop_now = gates("unused").opened
 
     @handler("deaf", timeout=0.05, max_attempts=1)
@@ -1289,7 +1291,7 @@ def test_timeout_that_a_handler_ignores_abandons_its_thread(
 def test_timeout_of_a_stuck_handler_replaces_its_slot(
     queue: Queue, work: Any, gates: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(worker, "GRACE", 0.1)
+    monkeypatch.setattr(tinyqueue_slot, "GRACE", 0.1)
     stuck, gate = gates("stuck", timeout=0.05, max_attempts=1), gates()
     job = queue.enqueue("stuck", None)
     running = work(queue, slots=2)
@@ -1307,7 +1309,7 @@ def test_timeout_of_a_stuck_handler_replaces_its_slot(
 def test_timeout_of_too_many_stuck_handlers_stops_the_worker(
     queue: Queue, work: Any, gates: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(worker, "GRACE", 0.1)
+    monkeypatch.setattr(tinyqueue_slot, "GRACE", 0.1)
     gate, _ = gates(), gates("stuck", timeout=0.05, max_attempts=1)
     running = work(queue, slots=2)
     assert until_ended(queue, queue.enqueue("stuck", 1)).status == "failed"
