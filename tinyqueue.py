@@ -188,6 +188,7 @@ from tinyqueue_job import (
     read_job,
     read_made,
     record_of,
+    stopped,
     stored_job as stored_job,
     translated,
 )
@@ -1873,7 +1874,7 @@ class Queue(Verbs):
         def body(tx: Transaction) -> Loaded:
             present, paused = tx.read(("EXISTS", *keys), ("SMEMBERS", self.keys.paused))
             found = tx.read(*(("EXISTS", key) for key in keys)) if present else [0] * len(keys)
-            new = [self._stopped(job, tx.now) for job, exists in zip(jobs, found, strict=True) if not exists]
+            new = [stopped(job, tx.now) for job, exists in zip(jobs, found, strict=True) if not exists]
             pending = [job for job in new if job.status == "pending"]
             unpaused = sorted({job.queue for job in pending} - set(map(text_of, paused)))
             if unpaused:
@@ -1887,19 +1888,6 @@ class Queue(Verbs):
             return Loaded(free + ended, taken, [])
 
         return self.store.transact([*keys, *unique, self.keys.paused], body) if jobs else Loaded([], [], [])
-
-    def _stopped(self, job: Job, now: int) -> Job:
-        """Return a job as if a worker had released it without an attempt."""
-        job = msgspec.structs.replace(job)
-        if job.status == "processing":
-            job.status = "cancelled" if job.cancel_requested else "pending"
-            job.attempts = max(0, job.attempts - 1)
-            job.worker = ""
-            job.run_at = 0
-            job.updated_at = max(now, job.updated_at)
-        if job.status in ENDED:
-            job.ended_at = job.ended_at or now
-        return job
 
     def _left(self, job: Job, now: int) -> int:
         """Return the milliseconds for which an ended job is still kept."""

@@ -354,6 +354,20 @@ def attempt_in(record: bytes | None, job: Job) -> Attempt | None:
     return stored
 
 
+def stopped(job: Job, now: int) -> Job:
+    """Return a job as if a worker had released it without an attempt."""
+    job = msgspec.structs.replace(job)
+    if job.status == "processing":
+        job.status = "cancelled" if job.cancel_requested else "pending"
+        job.attempts = max(0, job.attempts - 1)
+        job.worker = ""
+        job.run_at = 0
+        job.updated_at = max(now, job.updated_at)
+    if job.status in ENDED:
+        job.ended_at = job.ended_at or now
+    return job
+
+
 # Listings -------------------------------------------------------------------------------------------------------------
 
 
