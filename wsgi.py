@@ -7,9 +7,9 @@
 Without REDIS_URL, `python wsgi.py` also runs an embedded Redis and a worker in its process.
 
 Importing this module reads no settings and opens no connections; `app` does both at its first
-request. What only our own server needs is imported when that starts, because `app` need not wait
-for it on a serverless host. Requests and responses are JSON. Errors are application/problem+json (RFC 9457). The only
-page, dashboard.html at /, uses the API like any other client.
+request. What only our own server needs is imported when that starts, so that `app` does not wait for
+it on a serverless host. Requests and responses are JSON. Errors are application/problem+json (RFC
+9457). The only page, dashboard.html at /, uses the API like any other client.
 """
 
 from __future__ import annotations
