@@ -484,7 +484,7 @@ def backup(queue: AnyQueue, file: str) -> None:
     "oldest",
     callback=_milliseconds,
     metavar="TIME",
-    help="Leave out jobs that could start, or have ended, longer ago than that: 90s, 30m, 12h, 1d.",
+    help="Leave out jobs that have ended, or could have started, longer ago than this: 90s, 30m, 12h, 1d.",
 )
 @pass_queue
 def restore(queue: AnyQueue, file: str, merge: bool, resumes: bool, oldest: int) -> None:
@@ -572,7 +572,7 @@ def check(settings: Settings, web: bool, either: bool) -> None:
 def _check_workers(settings: Settings) -> str:
     workers = local_workers(require_queue(settings))
     if not workers:
-        raise click.ClickException(f"no worker is registered that runs on this host ({host_name()})")
+        raise click.ClickException(f"no worker of this host ({host_name()}) is registered; start one")
     if lost := [about["id"] for about in workers if not about["alive"]]:
         raise click.ClickException(f"no heartbeat for {settings.lease} s: {' '.join(lost)}; restart the worker")
     return f"{plural(len(workers), 'worker')} with a lease: {' '.join(about['id'] for about in workers)}"
