@@ -35,7 +35,7 @@ class Guest:
     def work(self, settings: Settings, queue: AnyQueue, until: float) -> dict[str, Any]:
         """Run a worker until that time. When this returns, the worker has deregistered."""
         if not self._working.acquire(blocking=False):
-            detail = "another POST /work runs in this process; repeat this one later, or pass fewer seconds"
+            detail = "another POST /work runs in this process; repeat the request when it has ended"
             raise Problem(409, "already-working", detail, {"Retry-After": "1"})
         try:
             return self._run(settings, self._queue_of(settings, queue), until)
