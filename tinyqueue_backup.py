@@ -304,7 +304,7 @@ class _Ids:
 
 
 def back_up(queue: AnyQueue, name: str, bar: Bar) -> dict[str, int]:
-    """Write a backup of a queue, which may be running, to a file. Return how many lines of a kind.
+    """Write a backup of a queue, which may be running, to a file. Return the counts of its lines.
 
     Every job that is pending, processing, failed or cancelled from the beginning to the end is in
     the file, once, as it was at one moment meanwhile. Jobs submitted meanwhile may be missing, and

@@ -168,7 +168,7 @@ def check(url: str, *options: str, **environ: str) -> tuple[int, str]:
 
 
 def test_check_follows_the_workers_of_this_host(near: Queue, real: Server) -> None:
-    none = f"Error: no worker is registered that runs on this host ({host_name()})\n"
+    none = f"Error: no worker of this host ({host_name()}) is registered; start one\n"
     assert check(real.url) == (1, none)
     worker = near.register(["default"], 1)
     assert check(real.url) == (0, f"1 worker with a lease: {worker}\n")
@@ -222,7 +222,7 @@ def test_check_of_a_web_process_needs_no_redis(tmp_path: Path) -> None:
 def test_check_of_any_process_passes_for_either_and_names_both_problems(near: Queue, real: Server) -> None:
     port = free_port()
     refused = f"Error: the web process on port {port} does not answer: [Errno 111] Connection refused; "
-    none = f"no worker is registered that runs on this host ({host_name()})\n"
+    none = f"no worker of this host ({host_name()}) is registered; start one\n"
     assert check(real.url, "--any", PORT=str(port)) == (1, refused + none)
     worker = near.register(["default"], 1)
     assert check(real.url, "--any", PORT=str(port)) == (0, f"1 worker with a lease: {worker}\n")
