@@ -105,9 +105,9 @@ Three rules carry everything
     3. Waiting never holds work. An idle worker blocks on the bell, never on a list of jobs, so a
        lost reply loses no job.
 
-tinyqueue_job.py says what a job is: its errors, its record, its handlers and the checks of input.
+tinyqueue_job.py says what a job is: errors, record, filters, outcomes, handlers, checks of input.
 Here come first the bounds, the keys and transactions, and the verbs that are made of other verbs.
-Then the verbs of the queue follow the life of a job, up to upkeep. Reading, backups, metrics and
+Then the verbs of the queue follow the life of a job, up to upkeep. Reading, loading, metrics and
 shards come last. `grep '# [A-Z].* ---' tinyqueue.py` prints the table of contents.
 """
 
@@ -132,16 +132,18 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
 from functools import partial, reduce
-from typing import Any, Literal, NamedTuple, TypeAlias, TypeVar
+from typing import Any, Literal, TypeAlias, TypeVar
 
 import msgspec
 import redis
 
 from tinyqueue_job import (
+    CURSOR as CURSOR,
     ENDED as ENDED,
     HANDLERS as HANDLERS,
     ID as ID,
     KEY_LENGTH as KEY_LENGTH,
+    KEY_REUSED as KEY_REUSED,
     MAX_ATTEMPTS as MAX_ATTEMPTS,
     MAX_DELAY as MAX_DELAY,
     NAME as NAME,
@@ -150,12 +152,19 @@ from tinyqueue_job import (
     UNENDED as UNENDED,
     Corrupted as Corrupted,
     Discard as Discard,
+    Entry,
     Failure as Failure,
+    Filter as Filter,
     Handler as Handler,
     InvalidJob as InvalidJob,
     Job as Job,
     KeyReused as KeyReused,
+    Loaded as Loaded,
+    Made as Made,
     NotReplicated as NotReplicated,
+    Once as Once,
+    Outcome as Outcome,
+    Place,
     QueueFull as QueueFull,
     Reaped as Reaped,
     Retry as Retry,
@@ -170,14 +179,20 @@ from tinyqueue_job import (
     backoff as backoff,
     check_name as check_name,
     handler as handler,
+    ids_in,
     is_delay as is_delay,
+    listed_job,
     make_job as make_job,
     note_record,
+    place_of,
     read_job,
+    read_made,
     record_of,
+    stopped,
+    stored_job as stored_job,
     translated,
 )
-from tinyqueue_json import Preview, created_at, encode
+from tinyqueue_json import created_at, encode
 from tinyqueue_redis import (
     Clock,
     Command,
@@ -186,7 +201,6 @@ from tinyqueue_redis import (
     ask,
     connect,
     pairs,
-    parse_info,
     read_replies,
     read_reply,
     send,
@@ -504,36 +518,6 @@ def _checked(replies: list[Any]) -> list[Any]:
 Held = Mapping[str, Job] | None  # the jobs that a worker has started and not settled, by id
 
 
-class Once(msgspec.Struct):
-    """A submit under an Idempotency-Key. submit sets `replayed` if the key made jobs before."""
-
-    key: str
-    fingerprint: str
-    replayed: bool = False
-
-
-class Outcome(NamedTuple):
-    """How an attempt ended. `after`: seconds until the next; None: never, or released: now."""
-
-    job: Job
-    verb: Literal["complete", "fail", "release"]
-    result: Any = None
-    error: Failure | None = None
-    after: float | None = None
-
-
-class Loaded(NamedTuple):
-    """What `load` did. Jobs in neither list were there already, or have ended too long ago.
-
-    `jobs` are stored now. The uniqueKeys of `taken` belong to other jobs. If there are `unpaused`
-    queues, nothing was stored.
-    """
-
-    jobs: list[Job]
-    taken: list[str]
-    unpaused: list[str]
-
-
 class Verbs(ABC):
     """The verbs that need nothing but other verbs. `parts` are the shards, or the queue itself."""
 
@@ -775,7 +759,7 @@ class Queue(Verbs):
 
     def _replay(self, tx: Transaction, jobs: Sequence[Job], once: Once, stored: bytes) -> list[Job]:
         """Return the jobs of the first submit as they are now, or as submitted if deleted since."""
-        made = _made(stored)
+        made = read_made(stored)
         if made.fingerprint != once.fingerprint or len(made.ids) != len(jobs):
             raise KeyReused(KEY_REUSED)
         drafts = {job.id: job for job in jobs}
@@ -906,7 +890,7 @@ class Queue(Verbs):
         as they are, and `adopt` finds those that are still in the list. `others` counts the ids
         started at the same time in other shards. Raises Reaped if the worker is not registered.
         """
-        records: Records = dict.fromkeys(_named(ids))
+        records: Records = dict.fromkeys(ids_in(ids))
         keys = list(map(self.keys.job, records))
         company = bool(held) or len(ids) + others > 1
 
@@ -1082,7 +1066,7 @@ class Queue(Verbs):
                 awaited, records = read(tx)
             tx.awaited = set(awaited)
             settle = partial(self._settle, tx, worker, outcomes, records)
-            taken.update(dict.fromkeys(_named(ids)))
+            taken.update(dict.fromkeys(ids_in(ids)))
             lost, found = tx.read_watched(list(map(self.keys.job, taken)), settle)
             taken.update(zip(taken, found, strict=True))
             return lost, self._start(tx, worker, ids, taken, held=held, company=True)
@@ -1327,7 +1311,7 @@ class Queue(Verbs):
 
     def _read_jobs(self, tx: Transaction, entries: Iterable[bytes], watch: bool = False) -> Iterator[Job]:
         """Read the jobs that list entries name, each once. Skip entries that name none."""
-        ids = _named(entries)
+        ids = ids_in(entries)
         keys = [self.keys.job(id) for id in ids]
         records = tx.read(*([("WATCH", *keys)] if watch else []), ("MGET", *keys))[-1] if ids else []
         if watch:
@@ -1605,7 +1589,7 @@ class Queue(Verbs):
         bytes than that. Raises InvalidJob for a malformed cursor.
         """
         filter = filter or Filter()
-        entries = self._find_entries(filter, _place_of(cursor or "9999999999999999.g"))
+        entries = self._find_entries(filter, place_of(cursor or "9999999999999999.g"))
         jobs: list[Job] = []
         seen = size = 0
         for job, read in self.read_jobs([id for _, id, _ in entries[:SCANNED]], cut):
@@ -1620,10 +1604,10 @@ class Queue(Verbs):
 
     def read_jobs(self, ids: Sequence[str], cut: int | None = None) -> Iterator[tuple[Job | None, int]]:
         """Read jobs, and the sizes of their records."""
-        for id, record in self._read_records(ids):
-            yield (_listed(id, record, cut), len(record)) if record else (None, 0)
+        for id, record in self.read_records(ids):
+            yield (listed_job(id, record, cut), len(record)) if record else (None, 0)
 
-    def _read_records(self, ids: Sequence[str], most: int = 100) -> Iterator[tuple[str, bytes | None]]:
+    def read_records(self, ids: Sequence[str], most: int = 100) -> Iterator[tuple[str, bytes | None]]:
         """Read the records of jobs: about READ_BYTES and up to `most` with each command."""
         for at in range(0, len(ids), most):
             part = ids[at : at + most]
@@ -1674,19 +1658,18 @@ class Queue(Verbs):
         meanwhile. Reads the lists of workers twice, because a job may go back from there.
         """
         held = [self.keys.proc(worker) for worker in self._known_workers()]
-        yield from self._read_lists(held)
+        yield from self.read_lists(held)
         if filter.status != "processing":
             yield from self.read_entries(self.keys.delayed, "ZRANGE")
-            yield from self._read_lists([self.keys.jobs(name) for name in self._names(filter)])
-            yield from self._read_lists([self.keys.proc(worker) for worker in self._known_workers()])
+            names = [filter.queue] if filter.queue else self.queue_names()
+            yield from self.read_lists([self.keys.jobs(name) for name in names])
+            yield from self.read_lists([self.keys.proc(worker) for worker in self._known_workers()])
 
-    def _names(self, filter: Filter) -> list[str]:
-        """Return the names of the queues in which a matching job may wait."""
-        if filter.queue:
-            return [filter.queue]
+    def queue_names(self) -> list[str]:
+        """Return the names of the queues that have jobs, or had some and were not forgotten."""
         return sorted(_queues_in(pairs(self.store.read(("HGETALL", self.keys.counts))[0])))
 
-    def _read_lists(self, keys: Sequence[str]) -> Iterator[list[bytes]]:
+    def read_lists(self, keys: Sequence[str]) -> Iterator[list[bytes]]:
         """Read the first entries of 100 lists at a time, because most are short."""
         for at in range(0, len(keys), 100):
             part = keys[at : at + 100]
@@ -1736,7 +1719,7 @@ class Queue(Verbs):
 
     def count_unended(self) -> tuple[list[int], int]:
         """Count pending and processing jobs, and the entries of their lists, all at one moment."""
-        keys = [*map(self.keys.jobs, self._names(Filter())), *map(self.keys.proc, self._known_workers())]
+        keys = [*map(self.keys.jobs, self.queue_names()), *map(self.keys.proc, self._known_workers())]
         reads = ("HGETALL", self.keys.counts), ("ZCARD", self.keys.delayed), *(("LLEN", key) for key in keys)
         counts, *sizes = _checked(self.store.read(("MULTI",), *reads, ("EXEC",))[-1])
         return [_read_count(value) for field, value in pairs(counts) if ":" in field], sum(sizes)
@@ -1810,9 +1793,9 @@ class Queue(Verbs):
         }
 
     def _pending_among(self, entries: Iterable[bytes]) -> list[Job]:
-        ids = _named(entries)
+        ids = ids_in(entries)
         records = self.store.read(("MGET", *map(self.keys.job, ids)))[0] if ids else []
-        jobs = (_listed(id, record, 0) for id, record in zip(ids, records, strict=True) if record)
+        jobs = (listed_job(id, record, 0) for id, record in zip(ids, records, strict=True) if record)
         return [job for job in jobs if job.status == "pending"]
 
     def _history(self, now: int, minutes: int) -> list[dict[str, int]]:
@@ -1868,84 +1851,7 @@ class Queue(Verbs):
         used = self.store.read(("INCR", key), ("EXPIRE", key, seconds))[0]
         return limit - used, seconds - now // 1000 % seconds
 
-    # Back up and load -------------------------------------------------------------------------------------------------
-
-    def scan(self, family: str = "") -> Iterator[str]:
-        """Return the names of all keys that begin with `family`, without prefix and family.
-
-        SCAN reads the whole database. It returns every key that exists from the beginning to the
-        end, whatever is written meanwhile. It may return a key twice.
-        """
-        prefix = self.keys.prefix + family
-        cursor = b"0"
-        while True:
-            # No character of a prefix is special in a pattern. The command with a key leads to the
-            # node of a cluster that has the queue: any node answers SCAN.
-            step = ("SCAN", cursor, "MATCH", prefix + "*", "COUNT", SCANNED)
-            _, (cursor, keys) = self.store.read(("EXISTS", self.keys.counts), step)
-            yield from (key.removeprefix(prefix) for key in map(text_of, keys))
-            if cursor == b"0":
-                return
-
-    def server(self) -> str:
-        """Return the run id of Redis, or "". A restart or a failover changes it."""
-        with suppress(Corrupted, Unavailable):
-            info = self.store.read(("EXISTS", self.keys.counts), ("INFO", "server"))[1]
-            return parse_info(info).get("run_id", "")
-        return ""
-
-    def waiting_ids(self) -> Iterator[list[str]]:
-        """Return the ids that wait: the delayed ones, then those of each queue, last in first.
-
-        This is the order in which `load` takes jobs. Some ids come twice. Jobs that move meanwhile
-        may be missing, but `stored_ids` has them.
-        """
-        for window in self.read_entries(self.keys.delayed, "ZRANGE"):
-            yield _named(reversed(window))
-        for window in self._read_lists([self.keys.jobs(name) for name in self._names(Filter())]):
-            yield _named(window)
-
-    def stored_ids(self) -> Iterator[list[str]]:
-        """Return the ids of all jobs, except completed ones, in any order.
-
-        A record exists from the submit of a job until it is purged or expires. So no job is missing
-        that exists from the beginning to the end, however often it moves meanwhile.
-        """
-        ids = filter(ID.fullmatch, self.scan("job:"))
-        while some := list(itertools.islice(ids, SCANNED)):
-            completed = self._completed(some)
-            yield [id for id in some if id not in completed]
-
-    def _completed(self, ids: Sequence[str]) -> set[str]:
-        scores = self.store.read(*(("ZSCORE", self.keys.ended["completed"], id) for id in ids)) if ids else []
-        return {id for id, score in zip(ids, scores, strict=True) if score is not None}
-
-    def read_stored(self, ids: Sequence[str]) -> Iterator[Job]:
-        """Read jobs as they are stored: payloads and results stay JSON, a `msgspec.Raw`.
-
-        Leaves out jobs that do not exist any more. A job that cannot be read becomes a failed job
-        that shows its record.
-        """
-        for id, record in self._read_records(ids, most=500):  # a backup reads all that it asks for
-            if record is not None:
-                yield stored_job(id, record)
-
-    def read_once(self, known: Callable[[Sequence[str]], Collection[str]], before: int) -> Iterator[tuple[str, bytes]]:
-        """Return the Idempotency-Keys with their values, the keys as hashes.
-
-        Leaves out those of jobs that a backup lacks because they were submitted while it was made:
-        a repeat of such a submit must store its jobs. `known` returns the ids that the backup has,
-        and jobs created before `before` existed when it began.
-        """
-        hashes = self.scan("once:")
-        while some := list(itertools.islice(hashes, SCANNED)):
-            values = self.store.read(("MGET", *map(self.keys.once_hash, some)))[0]
-            found = {hash: value for hash, value in zip(some, values, strict=True) if value is not None}
-            made = {hash: _made(value).ids for hash, value in found.items()}
-            late = {id for ids in made.values() for id in ids if not ID.fullmatch(id) or created_at(id) >= before}
-            lacking = late - set(known(list(late)))
-            lacking -= self._completed(list(lacking))
-            yield from ((hash, value) for hash, value in found.items() if lacking.isdisjoint(made[hash]))
+    # Load a backup ----------------------------------------------------------------------------------------------------
 
     def load(self, jobs: Sequence[Job], behind: bool = False) -> Loaded:
         """Store jobs of a backup under their own ids, all that can be stored. See `Loaded`.
@@ -1968,7 +1874,7 @@ class Queue(Verbs):
         def body(tx: Transaction) -> Loaded:
             present, paused = tx.read(("EXISTS", *keys), ("SMEMBERS", self.keys.paused))
             found = tx.read(*(("EXISTS", key) for key in keys)) if present else [0] * len(keys)
-            new = [_stopped(job, tx.now) for job, exists in zip(jobs, found, strict=True) if not exists]
+            new = [stopped(job, tx.now) for job, exists in zip(jobs, found, strict=True) if not exists]
             pending = [job for job in new if job.status == "pending"]
             unpaused = sorted({job.queue for job in pending} - set(map(text_of, paused)))
             if unpaused:
@@ -1998,20 +1904,6 @@ class Queue(Verbs):
             tx.gather("ZADD", self.keys.ended[job.status], job.ended_at, job.id)
             tx.count(job.status)
 
-    def load_once(self, values: Mapping[str, bytes]) -> int:
-        """Store Idempotency-Keys of a backup, by their hashes. Return how many were not there.
-
-        Each expires `keep_once` after its newest job was submitted. If that time is over or too far
-        ahead, it expires `keep_once` after now.
-        """
-        now = self.now()
-        sets = []
-        for hash, value in values.items():
-            until = max((created_at(id) for id in _made(value).ids), default=0) + self.keep_once_ms
-            left = until - now if now < until < now + self.keep_once_ms else self.keep_once_ms
-            sets.append(("SET", self.keys.once_hash(hash), value, "NX", "PX", left))
-        return sum(reply is not None for reply in self.store.read(*sets)) if sets else 0
-
     # For shards -------------------------------------------------------------------------------------------------------
 
     def claim(self, once: Once) -> None:
@@ -2023,7 +1915,7 @@ class Queue(Verbs):
         key = self.keys.once(once.key)
         claim = ("SET", key, encode(Made(once.fingerprint, [])), "NX", "PX", self.keep_once_ms)
         stored = self.store.read(claim, ("GET", key))[1]
-        if stored and _made(stored).fingerprint != once.fingerprint:
+        if stored and read_made(stored).fingerprint != once.fingerprint:
             raise KeyReused(KEY_REUSED)
 
     def count_pending(self, names: Sequence[str]) -> dict[str, int]:
@@ -2039,28 +1931,6 @@ class Queue(Verbs):
 
 
 # What is stored beside jobs -------------------------------------------------------------------------------------------
-
-
-class Made(msgspec.Struct):
-    """What an Idempotency-Key stores: the fingerprint of the first submit, and its jobs."""
-
-    fingerprint: str
-    ids: list[str]
-
-
-KEY_REUSED = "this Idempotency-Key was used for another request"
-
-
-def _made(stored: bytes) -> Made:
-    try:
-        return msgspec.json.decode(stored, type=Made)
-    except msgspec.DecodeError as error:
-        raise Corrupted(f"the record of an Idempotency-Key cannot be read: {error}") from None
-
-
-def _named(entries: Iterable[bytes]) -> list[str]:
-    """Return the ids among the entries of a list, each once."""
-    return list(dict.fromkeys(filter(ID.fullmatch, map(text_of, entries))))
 
 
 def is_suspect(job: Job) -> bool:
@@ -2141,86 +2011,6 @@ def _metric_commands(store: Store, tx: Transaction) -> list[Command]:
                 sums[f"{event}:{name}:{BUCKETS[bisect_left(BUCKETS, ms)]}"] += 1
     added: list[Command] = [("SADD", store.keys.series, *new)] if new else []
     return added + [("HINCRBY", store.keys.metrics, field, by) for field, by in sums.items() if by]
-
-
-# Filters and cursors --------------------------------------------------------------------------------------------------
-
-
-class _Listed(Job):
-    """A job whose payload and result are not decoded."""
-
-    payload: msgspec.Raw
-    result: msgspec.Raw = msgspec.Raw(b"null")
-
-
-_decode_listed = msgspec.json.Decoder(_Listed).decode
-
-
-def _listed(id: str, record: bytes, cut: int | None) -> Job:
-    """Read a record. With `cut`, payload and result stay JSON: a Raw, or a Preview of that size."""
-    if cut is None:
-        return read_job(id, record)
-
-    def decode(text: bytes) -> Job:
-        job = _decode_listed(text)
-        return msgspec.structs.replace(job, payload=Preview.of(job.payload, cut), result=Preview.of(job.result, cut))
-
-    job = read_job(id, record, decode)
-    if not isinstance(job, _Listed):  # the record cannot be read
-        job.payload = Preview.of(encode(job.payload), cut)
-    return job
-
-
-def stored_job(id: str, record: bytes) -> Job:
-    """Read a record. Payload and result stay JSON, a Raw, unless the record cannot be read.
-
-    Then it becomes a failed job that shows the record, and its payload is a text.
-    """
-    return read_job(id, record, _decode_stored)
-
-
-def _decode_stored(text: bytes) -> Job:
-    str(text, "utf-8")  # raises UnicodeDecodeError: nothing else reads what stays JSON
-    return _decode_listed(text)
-
-
-def _stopped(job: Job, now: int) -> Job:
-    """Return a job as if a worker had released it without an attempt."""
-    job = msgspec.structs.replace(job)
-    if job.status == "processing":
-        job.status = "cancelled" if job.cancel_requested else "pending"
-        job.attempts = max(0, job.attempts - 1)
-        job.worker = ""
-        job.run_at = 0
-        job.updated_at = max(now, job.updated_at)
-    if job.status in ENDED:
-        job.ended_at = job.ended_at or now
-    return job
-
-
-class Filter(NamedTuple):
-    """Which jobs a listing returns or a bulk change touches: those that match all that is given."""
-
-    status: Status | None = None
-    type: str | None = None
-    queue: str | None = None
-    error_type: str | None = None
-
-    def matches(self, job: Job) -> bool:
-        values = (job.status, job.type, job.queue, job.error.type if job.error else None)
-        return all(wanted is None or wanted == value for wanted, value in zip(self, values, strict=True))
-
-
-CURSOR = re.compile(r"([0-9]{1,16})\.([0-9a-g-]{1,36})")
-Entry = tuple[int, str, tuple[Status, ...]]  # of a listing: when, id, and the statuses of such an entry
-Place = tuple[int, str]  # in the order of a listing
-
-
-def _place_of(cursor: str) -> Place:
-    match = CURSOR.fullmatch(cursor)
-    if not match:
-        raise InvalidJob("cursor", "must be a cursor returned by a listing")
-    return int(match[1]), match[2]
 
 
 # Shards ---------------------------------------------------------------------------------------------------------------
@@ -2522,7 +2312,7 @@ class Shards(Verbs):
     ) -> tuple[list[Job], str]:
         """Like Queue.page. Merges the pages of the shards as far as all of them have looked."""
         pages = [shard.page(filter, limit=limit, cursor=cursor, cut=cut) for shard in self.parts]
-        horizon = max((_place_of(cursor) for _, cursor in pages if cursor), default=(0, ""))
+        horizon = max((place_of(cursor) for _, cursor in pages if cursor), default=(0, ""))
         found = sorted((job for jobs, _ in pages for job in jobs), key=Job.place, reverse=True)
         seen = [job for job in found if job.place() >= horizon]
         if len(seen) > limit:

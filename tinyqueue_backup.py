@@ -1,7 +1,7 @@
 """Backups: the format of the file, writing it from a running queue, and restoring it.
 
-The rules of the queue stay in tinyqueue.py: which jobs a backup must read and in which order, and
-how a job is stored again. The file is JSON Lines, compressed if its name ends in .gz or .zst:
+The rules of the queue stay in tinyqueue.py, such as how a job is stored again. The file is JSON
+Lines, compressed if its name ends in .gz or .zst:
 
     {"kind":"header","format":"tinyqueue-backup","version":1,"tinyqueue":"0.1.0",
      "namespace":"queue","shards":1,"createdAt":1764115200000,"counts":{"pending":2, ...}}
@@ -51,6 +51,7 @@ from tinyqueue import (
     SCANNED,
     UNENDED,
     AnyQueue,
+    Corrupted,
     Job,
     Made,
     Queue,
@@ -59,7 +60,9 @@ from tinyqueue import (
     __version__,
     stored_job,
 )
-from tinyqueue_job import record_of
+from tinyqueue_job import ids_in, read_made, record_of
+from tinyqueue_json import created_at
+from tinyqueue_redis import parse_info, scan
 
 FORMAT = "tinyqueue-backup"
 VERSION = 1
@@ -309,7 +312,7 @@ class _Ids:
 
 
 def back_up(queue: AnyQueue, name: str, bar: Bar) -> dict[str, int]:
-    """Write a backup of a queue, which may be running, to a file. Return how many lines of a kind.
+    """Write a backup of a queue, which may be running, to a file. Return the counts of its lines.
 
     Every job that is pending, processing, failed or cancelled from the beginning to the end is in
     the file, once, as it was at one moment meanwhile. Jobs submitted meanwhile may be missing, and
@@ -335,18 +338,18 @@ def back_up(queue: AnyQueue, name: str, bar: Bar) -> dict[str, int]:
 
 
 def _back_up_part(part: Queue, shard: int, writer: Writer, bar: Bar) -> None:
-    server = part.server()
+    server = _run_id(part)
     began = part.now()
     seen = _Ids()
     try:
         for jobs in filter(None, _read_jobs(part, seen, began)):
             writer.write("job", jobs)
             bar.update(len(jobs))
-        for hash, value in part.read_once(seen.find, began - DRAFT_TIME):
+        for hash, value in _read_once(part, seen.find, began - DRAFT_TIME):
             writer.write_fields("once", key=hash, value=msgspec.Raw(value), shard=shard)
     finally:
         seen.close()
-    if part.server() != server:
+    if _run_id(part) != server:
         why = "Redis was restarted, or another one has taken over, so some keys may not have been read"
         raise BackupError(f"{why}; make the backup again")
 
@@ -356,7 +359,7 @@ def _read_jobs(part: Queue, seen: _Ids, began: int) -> Iterator[list[bytes]]:
 
     Of these, the ones that were submitted since `began` come last, to be restored behind all.
     """
-    for window in part.waiting_ids():
+    for window in _waiting_ids(part):
         known = seen.find(window)
         for batch in _in_batches(part, [id for id in window if id not in known]):
             waiting = {job.id: line for job, line in batch if job.status in UNENDED}
@@ -364,7 +367,7 @@ def _read_jobs(part: Queue, seen: _Ids, began: int) -> Iterator[list[bytes]]:
             yield list(waiting.values())
     others = _Ids()
     try:
-        for ids in part.stored_ids():
+        for ids in _stored_ids(part):
             known = seen.find(ids)
             others.add(id for id in ids if id not in known)
         bound = f"{began:012x}"
@@ -383,7 +386,7 @@ def _in_batches(part: Queue, ids: Sequence[str], behind: bool = False) -> Iterat
     """Read jobs and make their lines, up to 500 or BATCH_BYTES at a time."""
     batch: list[tuple[Job, bytes]] = []
     size = 0
-    for job in part.read_stored(ids):
+    for job in _read_stored(part, ids):
         line = _job_line(job, behind)
         batch.append((job, line))
         size += len(line)
@@ -392,6 +395,75 @@ def _in_batches(part: Queue, ids: Sequence[str], behind: bool = False) -> Iterat
             batch = []
             size = 0
     yield batch
+
+
+# Reading a queue ------------------------------------------------------------------------------------------------------
+
+
+def _run_id(part: Queue) -> str:
+    """Return the run id of Redis, or "". A restart or a failover changes it."""
+    with suppress(Corrupted, Unavailable):
+        info = part.store.read(("EXISTS", part.keys.counts), ("INFO", "server"))[1]
+        return parse_info(info).get("run_id", "")
+    return ""
+
+
+def _waiting_ids(part: Queue) -> Iterator[list[str]]:
+    """Return the ids that wait: the delayed ones, then those of each queue, last in first.
+
+    This is the order in which `load` takes jobs. Some ids come twice. Jobs that move meanwhile may
+    be missing, but `_stored_ids` has them.
+    """
+    for window in part.read_entries(part.keys.delayed, "ZRANGE"):
+        yield ids_in(reversed(window))
+    for window in part.read_lists([part.keys.jobs(name) for name in part.queue_names()]):
+        yield ids_in(window)
+
+
+def _stored_ids(part: Queue) -> Iterator[list[str]]:
+    """Return the ids of all jobs, except completed ones, in any order.
+
+    A record exists from the submit of a job until it is purged or expires. So no job is missing
+    that exists from the beginning to the end, however often it moves meanwhile.
+    """
+    ids = filter(ID.fullmatch, scan(part.store.read, part.keys.job("")))
+    while some := list(itertools.islice(ids, SCANNED)):
+        completed = _completed(part, some)
+        yield [id for id in some if id not in completed]
+
+
+def _completed(part: Queue, ids: Sequence[str]) -> set[str]:
+    scores = part.store.read(*(("ZSCORE", part.keys.ended["completed"], id) for id in ids)) if ids else []
+    return {id for id, score in zip(ids, scores, strict=True) if score is not None}
+
+
+def _read_stored(part: Queue, ids: Sequence[str]) -> Iterator[Job]:
+    """Read jobs as they are stored: payloads and results stay JSON, a `msgspec.Raw`.
+
+    Leaves out jobs that do not exist any more. A job that cannot be read becomes a failed job that
+    shows its record.
+    """
+    for id, record in part.read_records(ids, most=500):  # a backup reads all that it asks for
+        if record is not None:
+            yield stored_job(id, record)
+
+
+def _read_once(part: Queue, known: Callable[[Sequence[str]], set[str]], before: int) -> Iterator[tuple[str, bytes]]:
+    """Return the Idempotency-Keys with their values, the keys as hashes.
+
+    Leaves out those of jobs that a backup lacks because they were submitted while it was made: a
+    repeat of such a submit must store its jobs. `known` returns the ids that the backup has, and
+    jobs created before `before` existed when it began.
+    """
+    hashes = scan(part.store.read, part.keys.once_hash(""))
+    while some := list(itertools.islice(hashes, SCANNED)):
+        values = part.store.read(("MGET", *map(part.keys.once_hash, some)))[0]
+        found = {hash: value for hash, value in zip(some, values, strict=True) if value is not None}
+        made = {hash: read_made(value).ids for hash, value in found.items()}
+        late = {id for ids in made.values() for id in ids if not ID.fullmatch(id) or created_at(id) >= before}
+        lacking = late - known(list(late))
+        lacking -= _completed(part, list(lacking))
+        yield from ((hash, value) for hash, value in found.items() if lacking.isdisjoint(made[hash]))
 
 
 # Check ----------------------------------------------------------------------------------------------------------------
@@ -554,10 +626,25 @@ def restore(queue: AnyQueue, name: str, bar: Bar, *, merge: bool = False, oldest
 def _restore_lines(restored: Restored, texts: Iterable[bytes], bar: Bar) -> None:
     for (kind, part, behind), lines in _batches(restored.queue, texts):
         if kind == "once":
-            restored.keys += part.load_once({line.key: bytes(line.value) for line in lines})
+            restored.keys += _load_once(part, {line.key: bytes(line.value) for line in lines})
         else:
             restored.load(part, [stored_job(line.id, bytes(line.record)) for line in lines], behind)
             bar.update(len(lines))
+
+
+def _load_once(part: Queue, values: Mapping[str, bytes]) -> int:
+    """Store Idempotency-Keys of a backup, by their hashes. Return how many were not there.
+
+    Each expires `keep_once` after its newest job was submitted. If that time is over or too far
+    ahead, it expires `keep_once` after now.
+    """
+    now = part.now()
+    sets = []
+    for hash, value in values.items():
+        until = max((created_at(id) for id in read_made(value).ids), default=0) + part.keep_once_ms
+        left = until - now if now < until < now + part.keep_once_ms else part.keep_once_ms
+        sets.append(("SET", part.keys.once_hash(hash), value, "NX", "PX", left))
+    return sum(reply is not None for reply in part.store.read(*sets)) if sets else 0
 
 
 def _check_target(queue: AnyQueue, contents: Contents, name: str, merge: bool) -> None:

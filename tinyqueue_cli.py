@@ -438,7 +438,7 @@ def _run_in_steps(queue: AnyQueue, verb: str, filter: Filter, step: Callable[[st
 @cli.command()
 @click.pass_obj
 def redis(settings: Settings, /) -> None:
-    """Run the Redis of REDIS_URL=embedded:FOLDER until SIGTERM, for systemd and the like."""
+    """Run the Redis of REDIS_URL=embedded:FOLDER until SIGTERM, under systemd for example."""
     if not settings.is_local:
         raise SettingsError("REDIS_URL names no folder; set it to embedded:FOLDER")
     set_up_logging(settings)
@@ -484,7 +484,7 @@ def backup(queue: AnyQueue, file: str) -> None:
     "oldest",
     callback=_milliseconds,
     metavar="TIME",
-    help="Leave out jobs that could start, or have ended, longer ago than that: 90s, 30m, 12h, 1d.",
+    help="Leave out jobs that have ended, or could have started, longer ago than this: 90s, 30m, 12h, 1d.",
 )
 @pass_queue
 def restore(queue: AnyQueue, file: str, merge: bool, resumes: bool, oldest: int) -> None:
@@ -572,7 +572,7 @@ def check(settings: Settings, web: bool, either: bool) -> None:
 def _check_workers(settings: Settings) -> str:
     workers = local_workers(require_queue(settings))
     if not workers:
-        raise click.ClickException(f"no worker is registered that runs on this host ({host_name()})")
+        raise click.ClickException(f"no worker of this host ({host_name()}) is registered; start one")
     if lost := [about["id"] for about in workers if not about["alive"]]:
         raise click.ClickException(f"no heartbeat for {settings.lease} s: {' '.join(lost)}; restart the worker")
     return f"{plural(len(workers), 'worker')} with a lease: {' '.join(about['id'] for about in workers)}"
@@ -716,12 +716,10 @@ class _Number(click.FloatRange):
 @cli.command()
 @click.option("--rate", type=_Number(0.001, 1e6), required=True, metavar="N", help="Jobs a second, at the peak.")
 @click.option("--duration", type=_Number(0.001, 1e6), required=True, metavar="SECONDS", help="How long a job runs.")
-@click.option("--payload", type=click.IntRange(1, 1 << 24), required=True, metavar="BYTES", help="JSON of a payload.")
-@click.option(
-    "--result", type=click.IntRange(0, 1 << 18), default=100, metavar="BYTES", help="JSON of a result.  [100]"
-)
+@click.option("--payload", type=click.IntRange(1, 1 << 24), required=True, metavar="BYTES", help="Size as JSON.")
+@click.option("--result", type=click.IntRange(0, 1 << 18), default=100, metavar="BYTES", help="Size as JSON.  [100]")
 @click.option("--failed", type=_Number(0, 100), default=1.0, metavar="PERCENT", help="Jobs that fail for good.  [1]")
-@click.option("--outage", type=_Number(0, 1e6), default=3600.0, metavar="SECONDS", help="Time without workers.  [3600]")
+@click.option("--outage", type=_Number(0, 1e6), default=3600.0, metavar="SECONDS", help="Outage of workers.  [3600]")
 @click.option("--keys", is_flag=True, help="Every submit has an Idempotency-Key.")
 @json_option
 @click.pass_obj

@@ -23,7 +23,7 @@ import redis
 from msgspec.structs import replace
 
 from tinyqueue import MEMORY_SHARE, UNENDED, AnyQueue, Queue, TinyQueueError, Transaction, host_name
-from tinyqueue_redis import ask_each, memory_use, pairs, parse_info, text_of
+from tinyqueue_redis import ask_each, memory_use, pairs, parse_info, scan, text_of
 
 OLDEST = (6, 0, 6)  # version of Redis: the first with LPOS
 SLOW = 10.0  # milliseconds to Redis and back; above this a worker spends its time waiting
@@ -366,7 +366,7 @@ def find_broken(queue: AnyQueue) -> list[Queue]:
 
 def _repair(queue: Queue) -> Iterator[Finding]:
     before = _read_counters(queue)
-    names = list(queue.scan())
+    names = list(scan(queue.store.read, queue.keys.prefix))
     jobs = _read_unended(queue, [name[4:] for name in names if name.startswith("job:")])
     workers = [name[5:] for name in names if name.startswith("proc:")]
     yield from _changed(_enlist(queue, workers), "list of an unknown worker", "lists of unknown workers", "found")

@@ -10,17 +10,17 @@ dies.
 
     in the folder        what it is
     the folder itself    The server holds the lock of its folder, which it has inherited from the
-                         process that started it. So two servers never run on one folder, and a
-                         server that hangs or is still exiting counts.
+                         process that started it. So two servers never run on one folder, even
+                         while the first one hangs or is still exiting.
     users                Each process that uses the server shares the lock of this file. A process
                          that exits tries to get it alone. Only the last one can, and it stops the
-                         server. Processes that come meanwhile wait until that is done.
-    redis.sock           The socket. One that a killed server has left is replaced.
+                         server. Processes that start meanwhile wait until that is done.
+    redis.sock           The socket. The next server replaces that of a killed one.
     appendonlydir        The data. The server syncs every write to disk before it answers.
     redis.log            The log of the server; redis.log.1 is the one before.
 
-If the last process is killed, nobody stops the server. It keeps running, loses nothing, and is used
-and stopped by the processes that come next. Only the user who owns the folder can enter it.
+If the last process is killed, nobody stops the server. It keeps running and loses nothing. Processes
+that start later use it and stop it. Only the user who owns the folder can enter it.
 """
 
 from __future__ import annotations

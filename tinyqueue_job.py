@@ -1,4 +1,4 @@
-"""What a job is: its errors, its record, its handlers, and the checks of what a client sends.
+"""What a job is: errors, record, filters, outcomes, handlers, and checks of what a client sends.
 
 This module knows no queue. tinyqueue.py imports all of it, and users import it from there.
 """
@@ -10,16 +10,16 @@ import random
 import re
 import time
 import typing
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from datetime import datetime
 from functools import partial
-from typing import Any, Concatenate, Generic, Literal, ParamSpec, Protocol, TypeVar, cast
+from typing import Any, Concatenate, Generic, Literal, NamedTuple, ParamSpec, Protocol, TypeVar, cast
 
 import msgspec
 
-from tinyqueue_json import Mismatch, created_at, describe, encode, epoch_ms, is_number, new_id, parser, to_json
-from tinyqueue_redis import explain, shield
+from tinyqueue_json import Mismatch, Preview, created_at, describe, encode, epoch_ms, is_number, new_id, parser, to_json
+from tinyqueue_redis import explain, shield, text_of
 
 # Bounds of a job, a part of the contract ------------------------------------------------------------------------------
 
@@ -352,6 +352,142 @@ def attempt_in(record: bytes | None, job: Job) -> Attempt | None:
     if record and record != job.__dict__.get("_record"):
         job.unknown = _unknown(_decode_fields(record))
     return stored
+
+
+def stopped(job: Job, now: int) -> Job:
+    """Return a job as if a worker had released it without an attempt."""
+    job = msgspec.structs.replace(job)
+    if job.status == "processing":
+        job.status = "cancelled" if job.cancel_requested else "pending"
+        job.attempts = max(0, job.attempts - 1)
+        job.worker = ""
+        job.run_at = 0
+        job.updated_at = max(now, job.updated_at)
+    if job.status in ENDED:
+        job.ended_at = job.ended_at or now
+    return job
+
+
+# Listings -------------------------------------------------------------------------------------------------------------
+
+
+class _Listed(Job):
+    """A job whose payload and result are not decoded."""
+
+    payload: msgspec.Raw
+    result: msgspec.Raw = msgspec.Raw(b"null")
+
+
+_decode_listed = msgspec.json.Decoder(_Listed).decode
+
+
+def listed_job(id: str, record: bytes, cut: int | None) -> Job:
+    """Read a record. With `cut`, payload and result stay JSON: a Raw, or a Preview of that size."""
+    if cut is None:
+        return read_job(id, record)
+
+    def decode(text: bytes) -> Job:
+        job = _decode_listed(text)
+        return msgspec.structs.replace(job, payload=Preview.of(job.payload, cut), result=Preview.of(job.result, cut))
+
+    job = read_job(id, record, decode)
+    if not isinstance(job, _Listed):  # the record cannot be read
+        job.payload = Preview.of(encode(job.payload), cut)
+    return job
+
+
+def stored_job(id: str, record: bytes) -> Job:
+    """Read a record. Payload and result stay JSON, a Raw, unless the record cannot be read.
+
+    Then it becomes a failed job that shows the record, and its payload is a text.
+    """
+    return read_job(id, record, _decode_stored)
+
+
+def _decode_stored(text: bytes) -> Job:
+    str(text, "utf-8")  # raises UnicodeDecodeError: nothing else reads what stays JSON
+    return _decode_listed(text)
+
+
+class Filter(NamedTuple):
+    """Which jobs a listing returns or a bulk change touches: those that match all that is given."""
+
+    status: Status | None = None
+    type: str | None = None
+    queue: str | None = None
+    error_type: str | None = None
+
+    def matches(self, job: Job) -> bool:
+        values = (job.status, job.type, job.queue, job.error.type if job.error else None)
+        return all(wanted is None or wanted == value for wanted, value in zip(self, values, strict=True))
+
+
+CURSOR = re.compile(r"([0-9]{1,16})\.([0-9a-g-]{1,36})")
+Entry = tuple[int, str, tuple[Status, ...]]  # of a listing: when, id, and the statuses of such an entry
+Place = tuple[int, str]  # in the order of a listing
+
+
+def place_of(cursor: str) -> Place:
+    """Read a cursor. Raises InvalidJob if no listing returned it."""
+    match = CURSOR.fullmatch(cursor)
+    if not match:
+        raise InvalidJob("cursor", "must be a cursor returned by a listing")
+    return int(match[1]), match[2]
+
+
+def ids_in(entries: Iterable[bytes]) -> list[str]:
+    """Return the ids among the entries of a list, each once."""
+    return list(dict.fromkeys(filter(ID.fullmatch, map(text_of, entries))))
+
+
+# What verbs take and return -------------------------------------------------------------------------------------------
+
+KEY_REUSED = "this Idempotency-Key was used for another request"
+
+
+class Once(msgspec.Struct):
+    """A submit under an Idempotency-Key. submit sets `replayed` if the key made jobs before."""
+
+    key: str
+    fingerprint: str
+    replayed: bool = False
+
+
+class Made(msgspec.Struct):
+    """What an Idempotency-Key stores: the fingerprint of the first submit, and its jobs."""
+
+    fingerprint: str
+    ids: list[str]
+
+
+def read_made(stored: bytes) -> Made:
+    """Read what an Idempotency-Key stores. Raises Corrupted if that cannot be read."""
+    try:
+        return msgspec.json.decode(stored, type=Made)
+    except msgspec.DecodeError as error:
+        raise Corrupted(f"the record of an Idempotency-Key cannot be read: {error}") from None
+
+
+class Outcome(NamedTuple):
+    """How an attempt ended. `after`: seconds until the next; None: never, or released: now."""
+
+    job: Job
+    verb: Literal["complete", "fail", "release"]
+    result: Any = None
+    error: Failure | None = None
+    after: float | None = None
+
+
+class Loaded(NamedTuple):
+    """What `load` did. Jobs in neither list were there already, or have ended too long ago.
+
+    `jobs` are stored now. The uniqueKeys of `taken` belong to other jobs. If there are `unpaused`
+    queues, nothing was stored.
+    """
+
+    jobs: list[Job]
+    taken: list[str]
+    unpaused: list[str]
 
 
 # Handlers -------------------------------------------------------------------------------------------------------------

@@ -49,6 +49,7 @@ FOLLOW_EVERY = 0.25  # seconds until the sentinels are asked again who the maste
 FOLLOW_FOR = 10.0  # seconds without use of the master, after which they are not asked until its next use
 WARM = 1.0  # seconds after its last use for which a connection is lent again without a check
 ASK_AGAIN = 0.25  # seconds until a server that did not answer is asked again
+SCAN_COUNT = 1000  # keys that Redis looks at for one SCAN
 MEMORY_AGE = 2.0  # seconds for which a reading of Redis' memory is used
 SKIP_SENTINEL = 5.0  # seconds for which a sentinel that did not answer is not asked again
 
@@ -194,6 +195,23 @@ def text_of(value: bytes) -> str:
 def pairs(reply: Sequence[bytes]) -> list[tuple[str, bytes]]:
     """Return the pairs in a reply to HGETALL, or to a range WITHSCORES."""
     return list(zip(map(text_of, reply[::2]), reply[1::2], strict=True))
+
+
+def scan(read: Callable[..., list[Any]], prefix: str) -> Iterator[str]:
+    """Return the names of all keys that begin with `prefix`, without it.
+
+    SCAN reads the whole database. It returns every key that exists from the beginning to the end,
+    whatever is written meanwhile. It may return a key twice.
+    """
+    cursor = b"0"
+    while True:
+        # No character of a prefix is special in a pattern. The command with a key leads to the node
+        # of a cluster that has the queue: any node answers SCAN.
+        step = ("SCAN", cursor, "MATCH", prefix + "*", "COUNT", SCAN_COUNT)
+        _, (cursor, keys) = read(("EXISTS", prefix), step)
+        yield from (key.removeprefix(prefix) for key in map(text_of, keys))
+        if cursor == b"0":
+            return
 
 
 def memory_use(info: Mapping[str, str]) -> float:

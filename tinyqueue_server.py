@@ -37,11 +37,11 @@ CONNECTIONS = 500  # open at a time, idle ones included; further clients wait in
 CLIENT_TIMES = (120, 60)
 CROWD = 450  # connections above which clients get less time
 CROWDED_TIMES = (3, 20)  # the two times above, in a crowd
-# The two times while the server drains. They begin with the drain at the earliest, and the second
-# one again with every byte that the client sends.
+# The two times above, while the server drains. Both count from the beginning of the drain at the
+# earliest. The second one starts again with every byte that the client sends.
 DRAIN_TIMES = (1, 5)
 LINGER = 2  # seconds that a client has to close its side
-# Of Linux: options of a socket, and a program of one instruction (return 0) that drops all packets.
+# Linux only: options of a socket, and a filter of one instruction that drops all packets.
 ATTACH_FILTER, DETACH_FILTER = 26, 27
 DROP = (6, 0, 0, 0)
 TRANSFER_ENCODING = re.compile(rb"(?im)^transfer-encoding[ \t]*:(.*)$")
@@ -51,7 +51,7 @@ log = logging.getLogger("tinyqueue.web")
 
 
 class ErrorLog(io.TextIOBase):
-    """What a request gets as wsgi.errors. Standard error would block it while nobody reads that."""
+    """The wsgi.errors of a request, which never blocks it, as a full standard error would."""
 
     def write(self, text: str) -> int:
         if error := sys.exc_info()[1]:  # Bottle has written its traceback
@@ -217,7 +217,7 @@ class Channel(HTTPChannel):  # type: ignore[misc]
     def expire(self, idle: float, slow: float, began: float) -> None:
         """Close the connection if it has been idle, or its client slow, for that many seconds.
 
-        These begin at the time `began` or later.
+        The seconds count from the time `began` at the earliest.
         """
         is_slow = self.request or self.rest or self.total_outbufs_len or self.close_when_flushed
         limit = LINGER if self.lingering else slow if is_slow else idle
@@ -229,12 +229,12 @@ class Channel(HTTPChannel):  # type: ignore[misc]
             self._linger()
 
     def _has_unread(self) -> bool:
-        """Whether a request or the end of the connection has come that was not read yet."""
+        """Whether data, or the end of the connection, has arrived and was not read yet."""
         try:
             self.socket.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
         except BlockingIOError:
             return False
-        except OSError:  # the client has reset the connection, which the event loop will find out
+        except OSError:  # the client has reset the connection, which the event loop will notice
             return True
         return True
 
@@ -333,7 +333,7 @@ class Server(TcpWSGIServer):  # type: ignore[misc]
 
 
 def drop_new_connections(sock: socket.socket, drop: bool) -> None:
-    """Let the system drop what clients send to connect to a socket, or no longer. Only on Linux.
+    """Start or stop dropping the packets with which clients connect to a socket. Only on Linux.
 
     A client whose packet is dropped tries again one second later.
     """

@@ -1,4 +1,4 @@
-"""POST /work: a worker as a guest in a web process, which goes on after it."""
+"""POST /work: runs a worker in a web process, which serves requests meanwhile and afterwards."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from tinyqueue.worker import Worker
 
 SHORTEST_COUNT = 0.25  # seconds to count the jobs that wait, if the worker has used up its time
-FATES = ("completed", "retried", "failed", "cancelled", "released", "lost")
+OUTCOMES = ("completed", "retried", "failed", "cancelled", "released", "lost")
 
 
 class Guest:
@@ -26,9 +26,9 @@ class Guest:
 
     def __init__(self) -> None:
         self._working = threading.Lock()
-        self._queue: AnyQueue | None = None  # has its own connections, which nothing holds between two requests
+        self._queue: AnyQueue | None = None  # has its own connections, closed between two requests
         self._worker: Worker | None = None
-        self._left: list[Future[None]] = []  # slots of earlier requests whose handlers could not be interrupted
+        self._left: list[Future[None]] = []  # slots of earlier requests whose handlers cannot be interrupted
 
     def stop(self) -> None:
         """Drain the worker, if there is one. May be called several times."""
@@ -38,7 +38,7 @@ class Guest:
     def work(self, settings: Settings, queue: AnyQueue, until: float) -> dict[str, Any]:
         """Run a worker until that time. When this returns, the worker has deregistered."""
         if not self._working.acquire(blocking=False):
-            detail = "another POST /work runs in this process; repeat this one later, or pass fewer seconds"
+            detail = "another POST /work runs in this process; repeat the request when it has ended"
             raise Problem(409, "already-working", detail, {"Retry-After": "1"})
         try:
             return self._run(settings, self._queue_of(settings, queue), until)
@@ -60,7 +60,7 @@ class Guest:
         self._left = [run for run in self._left if not run.done()]
         slots = settings.worker_concurrency - len(self._left)
         if slots < 1:
-            detail = "all slots of this process are taken by handlers of earlier requests that do not end; restart it"
+            detail = "handlers of earlier requests that do not end take all slots of this process; restart it"
             raise Problem(409, "already-working", detail, {"Retry-After": str(RETRY_AFTER)})
         drain = max(0, settings.shutdown_timeout - int(LAST_WRITE + CLOSING))  # the server waits no longer than that
         # This process cannot restart itself.
@@ -72,7 +72,7 @@ class Guest:
         waiting = _count_waiting(queue, worker.names, until + LAST_WRITE + CLOSING)
         if code == EXIT_BROKEN:
             raise Problem(500, "worker-failed", "the worker stopped because of a fault; see the log of this process")
-        return {fate: worker.counts[fate] for fate in FATES} | {"unsaved": len(worker.held), "waiting": waiting}
+        return {fate: worker.counts[fate] for fate in OUTCOMES} | {"unsaved": len(worker.held), "waiting": waiting}
 
 
 def _count_waiting(queue: AnyQueue, names: Sequence[str], deadline: float) -> int:

@@ -7,9 +7,9 @@
 Without REDIS_URL, `python wsgi.py` also runs an embedded Redis and a worker in its process.
 
 Importing this module reads no settings and opens no connections; `app` does both at its first
-request. What only our own server needs is imported when that starts, because `app` need not wait
-for it on a serverless host. Requests and responses are JSON. Errors are application/problem+json (RFC 9457). The only
-page, dashboard.html at /, uses the API like any other client.
+request. What only our own server needs is imported when that starts, so that `app` does not wait for
+it on a serverless host. Requests and responses are JSON. Errors are application/problem+json (RFC
+9457). The only page, dashboard.html at /, uses the API like any other client.
 """
 
 from __future__ import annotations
@@ -365,9 +365,9 @@ class API(bottle.Bottle):  # type: ignore[misc]
         return self.queue.stats(_query_int(_query(), "minutes", 0, 0, 120))
 
     def scale(self) -> dict[str, int]:
-        """Count the jobs that need workers now, for an autoscaler: of each ?queue=, or of all."""
+        """Count the jobs that need workers now, in each ?queue= or in all, for an autoscaler."""
         query = _query_pairs()
-        # A misspelled name would count all queues, and start workers that have nothing to do.
+        # A misspelled parameter would count all queues, and start workers that have nothing to do.
         if unknown := {name for name, _ in query} - {"queue"}:
             raise InvalidJob(_printable(min(unknown)), "unknown parameter; the only one is queue")
         if len(query) > MAX_SCALED:
@@ -618,7 +618,7 @@ def _content_length() -> int:
 
 
 def _read_stream(length: int, most: int) -> bytes:
-    """Read the body, but no more than so many bytes of it.
+    """Read the body, up to `most` bytes of it.
 
     A body without a length is chunked. Servers that decode the chunks, as all known ones do, say so
     with wsgi.input_terminated. Without that, Bottle decodes them.
@@ -1001,7 +1001,7 @@ def _exited(children: set[int]) -> list[tuple[int, int]]:
 
 
 def run(processes: int = 0) -> None:
-    """Serve as the settings say, or from so many processes, and exit the process at the end."""
+    """Serve, and exit the process at the end. `processes`, unless 0, replaces WEB_CONCURRENCY."""
     settings = Settings.read()
     processes = (processes or settings.web_concurrency) if settings.redis_url else 1
     if processes > 1:

@@ -298,7 +298,9 @@ def test_backup_runs_nightly_with_the_rights_of_the_other_pods_and_few_secrets()
     assert spec["securityContext"] == pod(WORKER)["securityContext"]
     assert only["securityContext"] == container(WORKER)["securityContext"]
     assert [entry["name"] for entry in only["env"]] == ["REDIS_URL"]
-    assert spec["volumes"][0]["persistentVolumeClaim"]["claimName"] == find("PersistentVolumeClaim")["metadata"]["name"]
+    [claim] = [volume["persistentVolumeClaim"] for volume in spec["volumes"] if "persistentVolumeClaim" in volume]
+    assert claim["claimName"] == find("PersistentVolumeClaim")["metadata"]["name"]
+    assert {mount["mountPath"] for mount in only["volumeMounts"]} == {"/tmp", "/backups"}  # SQLite needs /tmp
     [image] = KUSTOMIZATION["images"]
     assert only["image"] == f"{image['newName']}:{image['newTag']}"
 

@@ -19,7 +19,7 @@ IMPORTS = {  # each module, and those of ours that it may import
     "tinyqueue": {"tinyqueue_job", "tinyqueue_json", "tinyqueue_redis"},
     "tinyqueue_config": {"tinyqueue", "tinyqueue_embedded", "tinyqueue_json"},
     "tinyqueue_doctor": {"tinyqueue", "tinyqueue_redis"},
-    "tinyqueue_backup": {"tinyqueue", "tinyqueue_job"},
+    "tinyqueue_backup": {"tinyqueue", "tinyqueue_job", "tinyqueue_json", "tinyqueue_redis"},
     "tinyqueue_cli": {
         *("tinyqueue", "tinyqueue_backup", "tinyqueue_config", "tinyqueue_doctor", "tinyqueue_embedded"),
         *("tinyqueue_json",),

@@ -1368,7 +1368,7 @@ def test_complete_commands_in_the_shell(folder: Path) -> None:
     done = subprocess.run(
         [script], cwd=folder, env=environment(**request), capture_output=True, text=True, timeout=30, check=False
     )
-    assert set(done.stdout.split()) == {"plain,redis", "plain,retry", "plain,resume"}
+    assert set(done.stdout.split()) == {"plain,redis", "plain,restore", "plain,retry", "plain,resume"}
 
 
 def test_failed_lists_failed_jobs_with_their_errors(near: Queue, run: Any) -> None:

@@ -222,7 +222,7 @@ def test_wait_for_200_jobs_in_one_thread(
             wire.send(spell("GET", f"{location}?wait=25"))
         assert_answers_soon(server)
         shard_threads = 3 * int(shards) if shards != "1" else 0  # of the queue, which start when they are needed
-        assert threads(server) <= before + int(shards) + shard_threads
+        until(lambda: threads(server) <= before + int(shards) + shard_threads)  # upkeep may have one for a moment
         other = stack.enter_context(Wire(server.address))
         begin = time.monotonic()
         for wire, location in zip(wires, locations, strict=True):
