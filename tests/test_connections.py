@@ -84,8 +84,7 @@ def test_transaction_keeps_its_watch_while_another_thread_disconnects(real: Serv
     assert len(runs) == 2
 
 
-@pytest.mark.parametrize("ours", [True, False])
-def test_threads_get_only_translated_errors_while_another_disconnects(connections: Connections, ours: bool) -> None:
+def test_threads_get_no_errors_while_another_disconnects(connections: Connections) -> None:
     asked: list[object] = []
     failed: list[Exception] = []
     done = threading.Event()
@@ -101,16 +100,12 @@ def test_threads_get_only_translated_errors_while_another_disconnects(connection
     users = [threading.Thread(target=use) for _ in range(4)]
     for user in users:
         user.start()
-    disconnect = connections.disconnect if ours else connections.pool.disconnect
-    for _ in range(50):
-        before = len(asked) + len(failed)
-        for _ in range(10):
-            disconnect()
-        until(lambda before=before: len(asked) + len(failed) > before)  # or else nobody would get a reply at all
+    while len(asked) < 500 and not failed:
+        connections.disconnect()
     done.set()
     for user in users:
         user.join()
-    assert {type(error) for error in failed} <= (set() if ours else {Trouble})
+    assert failed == []
 
 
 @pytest.fixture
