@@ -27,7 +27,6 @@ from conftest import Server, dump, free_port, put, raw, until
 import tinyqueue
 import tinyqueue_redis
 import tinyqueue_server
-import wsgi
 from tinyqueue import ID, MAX_ATTEMPTS, MAX_DELAY, STATUSES, Queue, handler
 from tinyqueue_config import Settings
 from tinyqueue_json import MAX_DEPTH
@@ -1629,7 +1628,7 @@ def test_stop_refuses_a_connection_that_is_opened_after_the_last_accept() -> Non
         except OSError as error:
             outcomes.append(type(error).__name__)
 
-    class Late(wsgi.Server):
+    class Late(tinyqueue_server.Server):
         def handle_accept(self) -> None:
             super().handle_accept()
             if self.drain_began:
