@@ -627,7 +627,7 @@ def test_fail_leaves_no_threads_or_connections_behind(queue: Queue, work: Any) -
     before = run_jobs()
     after = [run_jobs() for _ in range(4)][-1]
     assert after[0] == before[0]
-    assert after[1] <= before[1] + 2  # taker, settler, keeper and this thread rarely use Redis at once
+    assert after[1] <= 5  # for the taker, a slot, a settler, the keeper and this thread, if all use Redis at once
 
 
 def test_retry_with_a_delay_waits_that_long(queue: Queue, work: Any) -> None:
