@@ -772,14 +772,15 @@ def _period(seconds: float) -> str:
 def _show(read: Callable[[], Any], show: Callable[[Any], None], as_json: bool, watch: bool) -> None:
     """Show what `read` returns; with `watch`, again every two seconds until Ctrl-C."""
     show = _print_json if as_json else show
-    show(read())
-    if watch:
-        signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts background jobs with SIGINT ignored
+    if not watch:
+        show(read())
+        return
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts background jobs with SIGINT ignored
     with suppress(KeyboardInterrupt):
-        while watch:
+        while True:
+            show(read())
             time.sleep(2.0)
             click.clear()
-            show(read())
 
 
 def _print_table(rows: Sequence[Sequence[Any]], empty: str = "") -> None:

@@ -2410,7 +2410,7 @@ def test_enqueue_without_a_redis_is_unreachable() -> None:
 
 
 def test_ping_without_a_reply_is_a_timeout(real: Server, proxy: CutProxy, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tinyqueue_redis, "SOCKET_TIMEOUT", 0.05)
+    monkeypatch.setattr(tinyqueue_redis, "SOCKET_TIMEOUT", 0.3)
     far = real.queue(proxy.url)
     proxy.swallow(b":none")
     with unavailable("timeout"):
