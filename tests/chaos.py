@@ -773,7 +773,9 @@ def client_pause(world: World, fault: Fault) -> None:
 
 def redis_full(world: World, fault: Fault) -> None:
     with world.redis_lock:
-        world.command_redis("CONFIG", "SET", "maxmemory", "1mb")
+        world.command_redis(
+            "CONFIG", "SET", "maxmemory", "1"
+        )  # byte: a Redis that has just started uses less than a megabyte
         world.assert_refused(redis.exceptions.OutOfMemoryError)
         time.sleep(fault.seconds)
         world.command_redis("CONFIG", "SET", "maxmemory", "0")
