@@ -773,9 +773,8 @@ def client_pause(world: World, fault: Fault) -> None:
 
 def redis_full(world: World, fault: Fault) -> None:
     with world.redis_lock:
-        world.command_redis(
-            "CONFIG", "SET", "maxmemory", "1"
-        )  # byte: a Redis that has just started uses less than a megabyte
+        # One byte, because a Redis that has just started uses less than a megabyte.
+        world.command_redis("CONFIG", "SET", "maxmemory", "1")
         world.assert_refused(redis.exceptions.OutOfMemoryError)
         time.sleep(fault.seconds)
         world.command_redis("CONFIG", "SET", "maxmemory", "0")
