@@ -78,15 +78,6 @@ class Bar(Protocol):
     def update(self, n_steps: int, /) -> None: ...
 
 
-class NoBar:
-    """Shows nothing."""
-
-    length: int | None = None
-
-    def update(self, n_steps: int, /) -> None:
-        pass
-
-
 class BackupError(TinyQueueError):
     """A backup cannot be written, read or restored. The text says what to do."""
 

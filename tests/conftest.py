@@ -348,6 +348,15 @@ def put(queue: Queue, status: str, /, **options: Any) -> Job:
 # Consistency ----------------------------------------------------------------------------------------------------------
 
 
+class NoBar:
+    """A progress bar that shows nothing."""
+
+    length: int | None = None
+
+    def update(self, n_steps: int, /) -> None:
+        pass
+
+
 def newest(queue: Any, status: Status, limit: int = 50) -> list[Job]:
     """Return the newest jobs of a status, as the first page of a listing shows them."""
     return queue.page(Filter(status), limit=limit)[0] if limit else []

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import RedisServer, Server, check_consistency, dump, put, raw, until
+from conftest import NoBar, RedisServer, Server, check_consistency, dump, put, raw, until
 from cutproxy import CutProxy
 from test_processes import folder, run, runs, start, work  # noqa: F401  fixtures
 
@@ -35,7 +35,7 @@ from tinyqueue import (
     Shards,
     Unavailable,
 )
-from tinyqueue_backup import BackupError, NoBar, Restored, back_up, check, restore
+from tinyqueue_backup import BackupError, Restored, back_up, check, restore
 from tinyqueue_doctor import examine, repair
 
 DEFAULT = ["default"]

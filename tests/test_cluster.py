@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 import redis
-from conftest import PORTS, RedisServer, check_consistency, free_port, newest, put, until
+from conftest import PORTS, NoBar, RedisServer, check_consistency, free_port, newest, put, until
 from redis.crc import key_slot
 from test_availability import Load, service, stopped
 
 import tinyqueue
 from tinyqueue import Outcome, Shards, Unavailable
-from tinyqueue_backup import BackupError, NoBar, back_up, restore
+from tinyqueue_backup import BackupError, back_up, restore
 
 DEFAULT = ["default"]
 SLOTS = 16384
