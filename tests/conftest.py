@@ -18,7 +18,7 @@ import subprocess
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -295,6 +295,14 @@ def until(condition: Callable[[], Any], timeout: float = 20.0) -> Any:
         assert time.monotonic() < deadline, "the condition did not become true in time"
         time.sleep(0.005)
     return value
+
+
+def threads_since(before: Collection[threading.Thread]) -> list[threading.Thread]:
+    """Return the threads that run now and did not before.
+
+    Compare threads, not their number: one that an earlier test has left may end meanwhile.
+    """
+    return [thread for thread in threading.enumerate() if thread not in before]
 
 
 def raw(queue: Queue) -> redis.Redis:

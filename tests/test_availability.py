@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import pytest
 import redis
 from client import Client
-from conftest import REDIS, RedisServer, check_consistency, newest, until
+from conftest import REDIS, RedisServer, check_consistency, newest, threads_since, until
 from cutproxy import CutProxy
 from test_processes import HANDLERS, ROOT, Process, Web, environment
 
@@ -439,16 +439,16 @@ def test_work_behind_sentinels_finds_the_next_master_and_leaves_no_threads(
         queue.enqueue_many("echo", range(6))
         return api.call("POST", "/work").json["completed"]
 
-    def used() -> int:
+    def left() -> list[threading.Thread]:
         queue.disconnect()
-        return threading.active_count()
+        return threads_since(before)
 
-    before = used()
+    before = threading.enumerate()
     assert [work() for _ in range(5)] == [6] * 5
-    until(lambda: used() == before, timeout=30)
+    until(lambda: not left(), timeout=30)
     monitored.master.kill()
     until(lambda: monitored.replaced, timeout=30)
     until(lambda: api.get("/ready").status == 200, timeout=30)
     assert work() == 6
     assert queue.workers() == []
-    until(lambda: used() == before, timeout=30)
+    until(lambda: not left(), timeout=30)

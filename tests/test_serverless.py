@@ -21,7 +21,7 @@ from urllib.parse import parse_qsl
 import msgspec
 import pytest
 from client import Answer, Client, Process, Wire, running, spell
-from conftest import RedisServer, Server, lapse, put, raw, until
+from conftest import RedisServer, Server, lapse, put, raw, threads_since, until
 
 from tinyqueue import Discard, Job, Queue, Retry, Shards, handler
 from tinyqueue_config import Settings
@@ -250,12 +250,12 @@ def test_work_leaves_no_threads_and_no_connections(near: Queue, shared_redis: Re
     def connected() -> int:
         return raw(near).info("clients")["connected_clients"]
 
-    threads = threading.active_count()
+    threads = threading.enumerate()
     clients = connected()
     for n in range(100):
         near.enqueue("echo", n)
         assert work(api) == {"completed": 1}
-        assert threading.active_count() == threads, threading.enumerate()
+        assert threads_since(threads) == []
     until(lambda: connected() <= clients)  # Redis notices a closed connection a little later
 
 

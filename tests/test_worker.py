@@ -17,7 +17,7 @@ from typing import Any
 
 import msgspec
 import pytest
-from conftest import ENDED, RedisServer, Server, lapse, newest, raw, until
+from conftest import ENDED, RedisServer, Server, lapse, newest, raw, threads_since, until
 from cutproxy import CutProxy
 
 import tinyqueue_redis
@@ -619,15 +619,17 @@ def test_fail_leaves_no_threads_or_connections_behind(queue: Queue, work: Any) -
 
     work(queue, slots=2)
 
-    def run_jobs() -> tuple[int, int]:
+    def run_jobs() -> None:
         for job in queue.enqueue_many("broken", range(50)):
             until_ended(queue, job)
-        return threading.active_count(), len(queue.pool._in_use_connections) + len(queue.pool._available_connections)
 
-    before = run_jobs()
-    after = [run_jobs() for _ in range(4)][-1]
-    assert after[0] == before[0]
-    assert after[1] <= 5  # for the taker, a slot, a settler, the keeper and this thread, if all use Redis at once
+    run_jobs()
+    before = threading.enumerate()
+    for _ in range(4):
+        run_jobs()
+    assert threads_since(before) == []
+    used = len(queue.pool._in_use_connections) + len(queue.pool._available_connections)
+    assert used <= 5  # for the taker, a slot, a settler, the keeper and this thread, if all use Redis at once
 
 
 def test_retry_with_a_delay_waits_that_long(queue: Queue, work: Any) -> None:
