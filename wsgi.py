@@ -25,11 +25,10 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 from functools import cache, cached_property, partial
 from http import HTTPStatus
-from itertools import accumulate, product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 from urllib.parse import parse_qsl, quote
@@ -41,13 +40,10 @@ from bottle import request
 import tinyqueue_openapi
 from tinyqueue import (
     BLOCK,
-    BUCKETS,
-    ENDED,
     HANDLERS,
     ID,
     MAX_JOBS,
     NAME,
-    SERIES,
     STATUSES,
     UNENDED,
     AnyQueue,
@@ -82,6 +78,7 @@ from tinyqueue_config import (
 )
 from tinyqueue_doctor import warnings
 from tinyqueue_json import MAX_DEPTH, Preview, from_json
+from tinyqueue_metrics import Scrape
 from tinyqueue_problems import HEADERS, RETRY_AFTER, Problem, kind_of_status, problem, response_headers
 from tinyqueue_work import Guest
 
@@ -747,106 +744,6 @@ def _log_request(environ: Mapping[str, Any], status: int, milliseconds: int) -> 
         by = f" by {known['key']}" if known["key"] else ""
         why = f": {known['reason']}" if known["reason"] else ""
         log.log(level, "%s %s %d in %d ms%s%s", method, path, status, milliseconds, by, why, extra={"fields": fields})
-
-
-# Metrics --------------------------------------------------------------------------------------------------------------
-
-# Name after tinyqueue_, kind, labels, help text. The names and labels are a part of the contract:
-# deploy/ and users' own dashboards read them.
-METRICS = (
-    ("jobs", "gauge", "queue status", "pending and processing jobs; pending ones include delayed ones"),
-    ("jobs_delayed", "gauge", "", "pending jobs that wait for their runAt"),
-    ("jobs_kept", "gauge", "status", "jobs that have ended and are still stored"),
-    ("oldest_waiting_seconds", "gauge", "queue", "time that the next job has waited since it could start"),
-    ("redis_memory_ratio", "gauge", "", "share of Redis' maxmemory that is used, 0 without a limit"),
-    ("queue_paused", "gauge", "queue", "1 if the queue is paused, else 0"),
-    ("workers", "gauge", "", "live workers"),
-    ("slots", "gauge", "", "jobs that the live workers can run at a time"),
-    ("slots_busy", "gauge", "", "jobs that the live workers held at their last heartbeat"),
-    ("jobs_enqueued", "counter", "type queue", "jobs accepted"),
-    ("jobs_started", "counter", "type queue", "attempts started"),
-    ("jobs_completed", "counter", "type queue", "jobs that ended as completed"),
-    ("jobs_failed", "counter", "type queue", "jobs that ended as failed"),
-    ("jobs_cancelled", "counter", "type queue", "jobs that ended as cancelled"),
-    (
-        "jobs_retried",
-        "counter",
-        "type queue",
-        "failed attempts after which another follows by itself; not the retries of POST /jobs/retry",
-    ),
-    (
-        "jobs_revived",
-        "counter",
-        "type queue",
-        "jobs requeued by POST /jobs/retry, POST /jobs/<id>/retry or worker.py retry",
-    ),
-    ("jobs_released", "counter", "type queue", "attempts handed back by a stopping worker"),
-    ("jobs_reaped", "counter", "type queue", "attempts lost with their worker"),
-    ("scrape_errors", "counter", "", "scrapes that failed because Redis could not be read"),
-    ("job_waiting_seconds", "histogram", "type queue", "time from when a job could start until it started"),
-    ("job_running_seconds", "histogram", "type queue", "time from an attempt's start until its outcome was stored"),
-)
-# Alerts watch these, so they are exposed before the first job of a type in a queue that is served.
-FAILURES = {"jobs_failed", "jobs_reaped"}
-
-
-class Scrape:
-    """The values of one scrape. It is a collector, as prometheus_client defines them."""
-
-    def __init__(self, queue: AnyQueue, missed: int = 0) -> None:
-        stats = queue.stats()
-        counters = queue.metrics()
-        errors = {(): counters.pop("scrapeErrors", {}).get((), 0) + missed}
-        workers = [worker for worker in queue.workers() if worker["alive"]]
-        pairs = dict.fromkeys(labels[:2] for counts in counters.values() for labels in counts)
-        pairs |= dict.fromkeys((type, handler.queue) for type, handler in HANDLERS.items())
-        served = dict.fromkeys(name for worker in workers for name in worker["queues"])
-        unused = [pair for pair in product(HANDLERS, served) if pair not in pairs][: max(0, SERIES - len(pairs))]
-        queues = sorted(stats["queues"].items(), key=lambda item: -item[1]["pending"] - item[1]["processing"])[:SERIES]
-        self.values: dict[str, Any] = {
-            "jobs": {(name, status): queue[status] for name, queue in queues for status in UNENDED},
-            "jobs_delayed": {(): stats["delayed"]},
-            "jobs_kept": {(status,): stats[status] for status in ENDED},
-            "oldest_waiting_seconds": {(name,): queue["oldestWaitingMs"] / 1000 for name, queue in queues},
-            "queue_paused": {(name,): int(queue["paused"]) for name, queue in queues},
-            "redis_memory_ratio": {(): queue.memory_use},
-            "workers": {(): len(workers)},
-            "slots": {(): sum(worker["concurrency"] for worker in workers)},
-            "slots_busy": {(): sum(len(worker["jobs"]) for worker in workers)},
-            "scrape_errors": errors,
-            "job_waiting_seconds": _histograms(counters, "waited"),
-            "job_running_seconds": _histograms(counters, "ran"),
-        }
-        started = {pair: buckets[-1][1] for pair, (buckets, _) in self.values["job_waiting_seconds"].items()}
-        for what, kind, labels, _ in METRICS:
-            if kind == "counter" and labels:
-                counts = started if what == "jobs_started" else counters.get(what.removeprefix("jobs_"), {})
-                # Also zeros: Prometheus sees no increase when a counter first appears with a value.
-                more = unused if what in FAILURES else ()
-                self.values[what] = {pair: counts.get(pair, 0) for pair in (*pairs, *more)}
-
-    def collect(self) -> Iterator[Any]:
-        from prometheus_client import core
-
-        for name, kind, labels, help in METRICS:
-            family = getattr(core, f"{kind.title()}MetricFamily")(f"tinyqueue_{name}", help, labels=labels.split())
-            for label_values, value in self.values[name].items():
-                family.add_metric(label_values, *(value if kind == "histogram" else (value,)))
-            yield family
-
-
-def _histograms(
-    counters: Mapping[str, Mapping[tuple[str, ...], int]], what: str
-) -> dict[tuple[str, ...], tuple[Any, float]]:
-    """Return buckets, cumulative as Prometheus requires, and sums in seconds, by type and queue."""
-    stored = counters.get(what, {})
-    sums = counters.get(what + "Ms", {})
-    bounds = [*(str(bound / 1000) for bound in BUCKETS[:-1]), "+Inf"]
-    histograms = {}
-    for pair in dict.fromkeys(labels[:2] for labels in stored):
-        counts = accumulate(stored.get((*pair, str(bound)), 0) for bound in BUCKETS)
-        histograms[pair] = list(zip(bounds, counts, strict=True)), sums.get(pair, 0) / 1000
-    return histograms
 
 
 # The dashboard and the OpenAPI document -------------------------------------------------------------------------------

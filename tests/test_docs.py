@@ -25,6 +25,7 @@ import tinyqueue_access
 import tinyqueue_cli
 import tinyqueue_config
 import tinyqueue_json
+import tinyqueue_metrics
 import tinyqueue_problems
 import tinyqueue_server
 import tinyqueue_work
@@ -207,7 +208,7 @@ def test_operations_page_lists_every_metric_with_its_labels() -> None:
 def in_order(listed: list[list[str]]) -> list[tuple[str, str, str, str]]:
     """The metrics of the code, all of them, in the order of a list."""
     names = [row[0].removesuffix("_total") for row in listed]
-    return sorted(wsgi.METRICS, key=lambda metric: names.index(f"tinyqueue_{metric[0]}"))
+    return sorted(tinyqueue_metrics.METRICS, key=lambda metric: names.index(f"tinyqueue_{metric[0]}"))
 
 
 # Numbers --------------------------------------------------------------------------------------------------------------

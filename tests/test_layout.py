@@ -24,6 +24,7 @@ IMPORTS = {  # each module, and those of ours that it may import
         *("tinyqueue", "tinyqueue_backup", "tinyqueue_config", "tinyqueue_doctor", "tinyqueue_embedded"),
         *("tinyqueue_json",),
     },
+    "tinyqueue_metrics": {"tinyqueue"},
     "tinyqueue_openapi": {"tinyqueue"},
     "tinyqueue_problems": {"tinyqueue"},
     "tinyqueue_access": {"tinyqueue", "tinyqueue_config", "tinyqueue_problems"},
@@ -35,7 +36,8 @@ IMPORTS = {  # each module, and those of ours that it may import
     "worker": {"tinyqueue", "tinyqueue_cli", "tinyqueue_config", "tinyqueue_doctor", "tinyqueue_slot", "wsgi"},
     "wsgi": {
         *("tinyqueue", "tinyqueue_access", "tinyqueue_config", "tinyqueue_doctor", "tinyqueue_json"),
-        *("tinyqueue_openapi", "tinyqueue_problems", "tinyqueue_server", "tinyqueue_work", "worker"),
+        *("tinyqueue_metrics", "tinyqueue_openapi", "tinyqueue_problems", "tinyqueue_server", "tinyqueue_work"),
+        *("worker",),
     },
 }
 SCREEN = 50  # lines

@@ -16,10 +16,11 @@ from cutproxy import CutProxy
 from prometheus_client.parser import text_string_to_metric_families
 
 import tinyqueue
-import wsgi
+import tinyqueue_metrics
 from tinyqueue import Failure, Job, Outcome, Queue
 from tinyqueue_config import Settings
-from wsgi import API, METRICS
+from tinyqueue_metrics import METRICS
+from wsgi import API
 
 DEPLOY = Path(tinyqueue.__file__).parent / "deploy"
 PROMTOOL = shutil.which("promtool")
@@ -192,7 +193,7 @@ def test_failures_of_a_registered_type_are_zero_in_each_served_queue(queue: Queu
 def test_zeros_of_many_types_and_queues_stay_within_the_limit(
     queue: Queue, monkeypatch: pytest.MonkeyPatch, no_handlers: None
 ) -> None:
-    monkeypatch.setattr(wsgi, "SERIES", 10)
+    monkeypatch.setattr(tinyqueue_metrics, "SERIES", 10)
 
     def greet(payload: dict[str, Any]) -> None: ...
 
@@ -273,7 +274,7 @@ def _echo(payload: object) -> object:
 
 def test_names_beyond_the_limit_count_as_other(server: Any, monkeypatch: pytest.MonkeyPatch, no_handlers: None) -> None:
     monkeypatch.setattr(tinyqueue, "SERIES", 3)
-    monkeypatch.setattr(wsgi, "SERIES", 3)
+    monkeypatch.setattr(tinyqueue_metrics, "SERIES", 3)
     queue, another = server.queue(), server.queue()
     for number in range(5):
         (queue if number % 2 else another).enqueue("echo", {}, queue=f"q{number}")
