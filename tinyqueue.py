@@ -41,6 +41,8 @@ round trips however many jobs it moves. No Lua.
     retry     failed, cancelled -> pending    record, unique   uniqueKey free            record, its index, list
     load      nothing -> pending, failed*     records, unique  unused; queue paused      records, list/delayed,
                                               and paused                                 indexes, uniqueKeys
+    advance   pending -> pending, failed      parent, records  waits for that parent     waitingFor, list, advance
+    revive    failed -> pending               parent, records  failed because of that    record, its index, delayed
 
     * cancelled, if that was requested. Due: runAt has come, and the job has not expired. Expired:
     expiresAt has passed before the first start. Same attempt: worker, attempts, refunds and
@@ -57,6 +59,16 @@ round trips however many jobs it moves. No Lua.
     verb that fills a list rings its bell, and every verb keeps the counts and the metrics. Whatever
     ends a job frees its uniqueKey and leaves a token for those who wait for it.
 
+    Dependencies. A job with parents is among the delayed until its `waitingFor` is empty. enqueue
+    enters it in next of each parent that has not completed, and marks the record of the parent as
+    followed. Whoever ends or retries a followed job pushes a token onto advance in the same
+    transaction. Then it calls advance and revive, which are one verb. That applies the status of
+    the parent to its next, some jobs in each transaction. The last one removes the token, so all of
+    them may be repeated. completed: the parent leaves each `waitingFor`. failed, cancelled: those
+    that wait for it fail with DependencyFailed, or it leaves their `waitingFor` if they have
+    onFailure "run". Not ended: those that failed because of it wait again. A parent that is gone
+    has the status in the token. revive, retry and restore push tokens for what their job waits for.
+
     Lost replies. adopt finds the ids in a worker's list that the worker does not know. After a lost
     reply, start neither starts nor drops an id: it may have done so already. Only one thread of a
     worker at a time takes, adopts and starts, or an id would be started twice. A worker that was
@@ -72,7 +84,12 @@ Keys. All share one hash tag, the namespace, and so one slot of a cluster.
     {queue}:jobs:<name>       list    ids that wait in queue <name>: enter left, leave right
     {queue}:proc:<worker>     list    ids that this worker holds
     {queue}:bell:<name>       list    wake-up tokens, at most 64; holds no work, may be lost
-    {queue}:delayed           zset    id -> runAt
+    {queue}:delayed           zset    id -> runAt; of a job that waits for others: expiresAt or inf
+    {queue}:next:<id>         set     ids of the jobs that wait for job <id>, or failed because of it.
+                                      Expires once that has failed
+    {queue}:advance           list    tokens <id>:<status>:<any>: job <id> has ended or was revived,
+                                      and its dependents may not know yet
+    {queue}:advancer          string  a lock that saves two advancers the same work. Expires
     {queue}:completed         zset    id -> endedAt; likewise {queue}:failed and {queue}:cancelled
     {queue}:workers           set     every worker that may hold a job
     {queue}:worker:<worker>   string  its registration: the fence. Never expires
@@ -140,13 +157,16 @@ import redis
 from tinyqueue_job import (
     CURSOR as CURSOR,
     ENDED as ENDED,
+    FATES,
     HANDLERS as HANDLERS,
     ID as ID,
     KEY_LENGTH as KEY_LENGTH,
     KEY_REUSED as KEY_REUSED,
+    MAX_AFTER as MAX_AFTER,
     MAX_ATTEMPTS as MAX_ATTEMPTS,
     MAX_DELAY as MAX_DELAY,
     NAME as NAME,
+    OTHER_SHARD,
     PRINTABLE as PRINTABLE,
     STATUSES as STATUSES,
     UNENDED as UNENDED,
@@ -179,17 +199,22 @@ from tinyqueue_job import (
     backoff as backoff,
     check_name as check_name,
     handler as handler,
-    ids_in,
+    ids_in as ids_in,
     is_delay as is_delay,
     listed_job,
     make_job as make_job,
     note_record,
+    outer_parents,
     place_of,
     read_job,
     read_made,
+    read_parents,
     record_of,
+    set_parents,
+    status_in,
     stopped,
     stored_job as stored_job,
+    tokens_by_job,
     translated,
 )
 from tinyqueue_json import created_at, encode
@@ -235,6 +260,7 @@ LISTED = 10_000  # entries of a list that are read with one command
 KEPT = 100_000  # ended jobs that are kept, of each status
 BELLS = 64  # wake-up tokens of a queue
 PROMOTED = 500  # jobs moved by one promote
+ADVANCED = 100  # dependents changed by one transaction of advance
 TRIES = 50  # of a transaction whose watched keys keep changing
 WRITERS = 3  # handlers of a worker that write progress at the same time; the others wait
 BLOCK = 2.0  # seconds of one wait for the bell
@@ -260,6 +286,8 @@ class Keys:
         self.series = prefix + "series"
         self.promoter = prefix + "promoter"
         self.repairer = prefix + "repairer"
+        self.advance = prefix + "advance"
+        self.advancer = prefix + "advancer"
         self.mark = prefix + "mark"
         self.ended: dict[str, str] = {status: prefix + status for status in ENDED}
 
@@ -274,6 +302,7 @@ class Keys:
         self.worker = each("worker")
         self.lease = each("lease")
         self.proc = each("proc")
+        self.next = each("next")
         self.once_hash = each("once")
         self._minute = each("minute")
         self._rate = each("rate")
@@ -312,6 +341,7 @@ class Transaction:
         self.now = clock.now()
         self.again = again  # an earlier try lost the reply to EXEC, and may have been applied
         self.replicas = 0  # how many must receive the writes
+        self.advances = False  # whether it pushes onto advance
         self.awaited: set[bytes] | None = None  # the ids that callers wait for; None until read
         self.measured: defaultdict[tuple[str, str, str], list[int]] = defaultdict(list)
         self._writes: list[Command] = []
@@ -377,13 +407,18 @@ class Transaction:
         self._writes.append(command)
 
     def gather(self, command: str, key: str, *parts: Any) -> None:
-        """Add arguments to the one LPUSH, RPUSH, ZADD or ZREM of that key."""
+        """Add arguments to the one LPUSH, RPUSH, SADD, ZADD or ZREM of that key."""
         self._gathered.setdefault((command, key), []).extend(parts)
 
     def push(self, command: Push, job: Job) -> None:
         """Put a job into the list of its queue, and ring the bell."""
         self.gather(command, self._keys.jobs(job.queue), job.id)
         self.ring(job.queue)
+
+    def push_token(self, id: str, status: str = "") -> None:
+        """Have `advance` look at the dependents of a job. No two tokens are equal."""
+        self.gather("RPUSH", self._keys.advance, f"{id}:{status}:{os.urandom(4).hex()}")
+        self.advances = True
 
     def ring(self, queue: str) -> None:
         self._bells[queue] += 1
@@ -432,6 +467,7 @@ class Store:
         self.clock = Clock()
         self.series: frozenset[str] = frozenset()  # the <type>:<queue> that have their own metrics
         self.series_known = False  # whether these were read and no others have been met since
+        self.advance: Callable[[], Any] = int  # called after a transaction that pushed a token
 
     def read(self, *commands: Command) -> list[Any]:
         """Send commands and return their replies. Despite its name it may write.
@@ -455,15 +491,17 @@ class Store:
         if counts and not self.series_known:
             _learn_series(self)
         late = False
+        advances = False
         for _ in range(TRIES):
             sent = False
             try:
                 with self.lend() as connection:
                     tx = Transaction(connection, self.keys, self.clock, watch, again)
                     result, writes = self._run(tx, body)
+                    advances = advances or tx.advances
                     if not writes and not tx.replicas:
                         tx.unwatch()
-                        return result
+                        break
                     if late and writes and not watch:
                         detail = "no reply to the write; it was not applied when checked, but may still be"
                         raise Unavailable("timeout", detail, doubtful=True)
@@ -482,8 +520,13 @@ class Store:
                 continue
             if done is not None:
                 _checked(done)
-                return result
-        raise Unavailable("busy", f"gave up after {TRIES} tries: too much contention on these keys", doubtful=again)
+                break
+        else:
+            raise Unavailable("busy", f"gave up after {TRIES} tries: too much contention on these keys", doubtful=again)
+        if advances:
+            with suppress(TinyQueueError):  # the tokens stay for the next call
+                self.advance()
+        return result
 
     def _run(self, tx: Transaction, body: Callable[[Transaction], R]) -> tuple[R, list[Command]]:
         try:
@@ -662,6 +705,7 @@ class Queue(Verbs):
         min_replicas: int = 0,
     ) -> None:
         self.store = Store(pool, check_name("namespace", namespace))
+        self.store.advance = self.advance
         self.pool = pool
         self.keys = self.store.keys
         self.parts = [self]  # the queues that this one consists of: itself
@@ -719,18 +763,20 @@ class Queue(Verbs):
 
         nothing -> pending. In place of a job whose uniqueKey is taken, returns the job that has it.
         With `once`, a second submit under the same key returns the jobs of the first. Watches the
-        keys of `once` and of uniqueKeys; ids are new and need no watch. After a lost reply, the ids
-        or `once` show whether all is stored. If the first EXEC still arrives late, the jobs are
-        safe, but counted twice until a worker repairs the counts. Raises KeyReused, QueueFull,
-        InvalidJob for more than MAX_JOBS jobs, Unavailable if Redis' memory is nearly used up, and
-        NotReplicated if the jobs are stored but fewer than `min_replicas` replicas have them within
-        a second. `elsewhere` counts the pending jobs of each queue in other shards.
+        keys of `once` and of uniqueKeys, and parents; ids are new and need no watch. After a lost
+        reply, the ids or `once` show whether all is stored. If the first EXEC still arrives late,
+        the jobs are safe, but counted twice until a worker repairs the counts. Raises KeyReused,
+        QueueFull, InvalidJob for more than MAX_JOBS jobs and for parents that do not exist,
+        Unavailable if Redis' memory is nearly used up, and NotReplicated if fewer than
+        `min_replicas` replicas have the stored jobs within a second. `elsewhere` counts the pending
+        jobs of other shards.
         """
         if len(jobs) > MAX_JOBS:
             raise InvalidJob("jobs", f"must be at most {MAX_JOBS} at a time")
         if self.store.connections.memory_use > MEMORY_SHARE:
             raise Unavailable("full", f"more than {MEMORY_SHARE:.0%} of its maxmemory is used")
         ids = {job.id for job in jobs}
+        after = {job.id: job.after for job in jobs if job.after}
         unique = [self.keys.unique(key) for key in dict.fromkeys(job.unique_key for job in jobs if job.unique_key)]
         accepted = list(jobs)
 
@@ -743,6 +789,8 @@ class Queue(Verbs):
                 return accepted
             accepted = self._without_duplicates(tx, jobs) if unique else list(jobs)
             new = list({job.id: job for job in accepted if job.id in ids}.values())
+            if after:
+                self._link(tx, new, after, {job.id: kept.id for job, kept in zip(jobs, accepted, strict=True)})
             if new:
                 self._check_room(tx, Counter(job.queue for job in new), elsewhere or {})
                 # NX, because an EXEC that arrives late must not reset a job that ran meanwhile.
@@ -755,7 +803,48 @@ class Queue(Verbs):
                 tx.write("SET", self.keys.once(once.key), made, "PX", self.keep_once_ms)
             return accepted
 
-        return self.store.transact([*([self.keys.once(once.key)] if once else []), *unique], body)
+        parents = [self.keys.job(id) for id in outer_parents(after, ids)]
+        stored = self.store.transact([*([self.keys.once(once.key)] if once else []), *unique, *parents], body)
+        return self._note_failures(stored) if parents else stored
+
+    def _note_failures(self, jobs: list[Job]) -> list[Job]:
+        """Return jobs as they are after submit. One whose parent had failed has failed, too."""
+        waiting = {job.id: job for job in jobs if job.waiting_for}
+        for now, _ in self.read_jobs(list(waiting)):
+            if now and now.status == "failed":
+                waiting[now.id].fail_as(now)
+        return jobs
+
+    def _link(
+        self, tx: Transaction, new: Sequence[Job], after: Mapping[str, Sequence[str]], kept: Mapping[str, str]
+    ) -> None:
+        """Let new jobs wait for their parents, and mark these. `kept`: ids in place of drafts.
+
+        Raises InvalidJob if a parent does not exist, or if jobs of the batch wait for each other.
+        """
+        ids = set_parents(new, after, kept)
+        keys = list(map(self.keys.job, ids))
+        stored = read_parents(ids, tx.read(("WATCH", *keys), ("MGET", *keys))[1] if ids else [])
+        parents = {**stored, **{job.id: job for job in new}}
+        for job in new:
+            job.waiting_for = tuple(id for id in job.after if not job.may_follow(parents[id].status))
+            for id in job.waiting_for:
+                tx.gather("SADD", self.keys.next(id), job.id)
+                if parents[id].status in ENDED:
+                    tx.push_token(id, parents[id].status)
+        waited = {id for job in new for id in job.waiting_for}
+        for job in new:
+            job.followed = job.id in waited
+        for parent in stored.values():  # after a lost reply all, so that a late EXEC fails
+            if tx.again or (parent.id in waited and not parent.followed):
+                parent.followed = True
+                self._rewrite(tx, parent)
+
+    def _rewrite(self, tx: Transaction, job: Job) -> None:
+        """Write a changed record. That of an ended job keeps its time to live."""
+        left = ("PX", max(1, self._left(job, tx.now))) if job.status in ENDED else ()
+        if not job.unreadable:
+            tx.write("SET", self.keys.job(job.id), record_of(job), *left)
 
     def _replay(self, tx: Transaction, jobs: Sequence[Job], once: Once, stored: bytes) -> list[Job]:
         """Return the jobs of the first submit as they are now, or as submitted if deleted since."""
@@ -808,8 +897,8 @@ class Queue(Verbs):
 
     def _add_to_queue(self, tx: Transaction, job: Job, push: Push = "LPUSH") -> None:
         """Put a pending job into the list of its queue, or among the delayed jobs."""
-        if job.run_at > tx.now:
-            tx.gather("ZADD", self.keys.delayed, job.run_at, job.id)
+        if job.due > tx.now:
+            tx.gather("ZADD", self.keys.delayed, job.due, job.id)
         else:
             tx.push(push, job)
         tx.count("pending:" + job.queue)
@@ -916,7 +1005,7 @@ class Queue(Verbs):
                 started.append(job)
             elif tx.again:
                 continue
-            elif job and job.status == "pending" and not job.has_expired(tx.now) and job.run_at <= tx.now:
+            elif job and job.status == "pending" and not job.has_expired(tx.now) and job.due <= tx.now:
                 changed += [self.keys.job(id), note_record(job, record_of(self._begin(tx, job, worker)))]
                 started.append(job)
             else:
@@ -977,16 +1066,19 @@ class Queue(Verbs):
     def _drop(self, tx: Transaction, job: Job | None) -> None:
         """Handle the job of a taken id that is dropped: fail it if it has expired."""
         if job and job.status == "pending" and job.has_expired(tx.now):
-            job.error = Failure("Expired", "expired before it was started")
-            tx.count("pending:" + job.queue, -1)
-            self._end(tx, job, "failed")
+            self._fail_pending(tx, job, "Expired", "expired before it was started")
         else:
             self._set_aside(tx, job)
+
+    def _fail_pending(self, tx: Transaction, job: Job, type: str, message: str) -> None:
+        job.error = Failure(type, message)
+        tx.count("pending:" + job.queue, -1)
+        self._end(tx, job, "failed")
 
     def _set_aside(self, tx: Transaction, job: Job | None) -> None:
         """Handle a job whose entry is dropped: delay it if it is pending, fail it if unreadable."""
         if job and job.status == "pending":
-            tx.gather("ZADD", self.keys.delayed, job.run_at, job.id)
+            tx.gather("ZADD", self.keys.delayed, job.due, job.id)
         elif job and job.unreadable:
             self._end(tx, msgspec.structs.replace(job), "failed")
 
@@ -1028,6 +1120,7 @@ class Queue(Verbs):
         for outcome, record in zip(reversed(outcomes), reversed(records), strict=True):
             if attempt := attempt_in(record, outcome.job):
                 tx.write("LREM", self.keys.proc(worker), -1, outcome.job.id)
+                outcome.job.followed = attempt.followed
                 self._write_outcome(tx, outcome, attempt.cancel_requested)
             else:
                 lost.append(outcome)
@@ -1116,6 +1209,7 @@ class Queue(Verbs):
             if attempt is None:
                 raise Reaped(f"job {job.id} is no longer with worker {job.worker}")
             job.cancel_requested = attempt.cancel_requested
+            job.followed = attempt.followed
             now = max(tx.now, job.started_at)
             tx.write("SET", key, note_record(job, record_of(msgspec.structs.replace(job, updated_at=now))))
 
@@ -1137,6 +1231,8 @@ class Queue(Verbs):
         tx.write("SET", self.keys.job(job.id), record_of(job), "PX", self.keep_ms[status])
         tx.gather("ZADD", self.keys.ended[status], job.ended_at, job.id)
         tx.count_end(job)
+        if job.followed:
+            tx.push_token(job.id, status)
         if job.unique_key:
             tx.write("DEL", self.keys.unique(job.unique_key))
         if tx.awaited is None:
@@ -1214,18 +1310,109 @@ class Queue(Verbs):
                 if tx.again:  # the try whose reply was lost requeued it; it may have started since
                     return
                 raise WrongStatus("retry", job)
-            if job.unique_key:
-                tx.read(("WATCH", self.keys.unique(job.unique_key)))
-                if (holder := self._without_duplicates(tx, [job])[0]) is not job:
-                    raise WrongStatus("retry", job, f"job {holder.id} has its uniqueKey now")
-            tx.write("ZREM", self.keys.ended[job.status], id)
-            job.attempts = job.refunds = job.ended_at = job.expires_at = 0
-            job.cancel_requested = False
-            job.updated_at = max(tx.now, job.updated_at)
-            self._requeue(tx, job)
-            tx.measure("revived", job)
+            if (holder := self._holder(tx, job)) is not job:
+                raise WrongStatus("retry", job, f"job {holder.id} has its uniqueKey now")
+            self._revive(tx, job)
 
         return self._change(id, body)
+
+    def _revive(self, tx: Transaction, job: Job, seen: str = "") -> None:
+        """Requeue an ended job. Look again at the parents that it waits for, except one `seen`."""
+        tx.write("ZREM", self.keys.ended[job.status], job.id)
+        job.attempts = job.refunds = job.ended_at = job.expires_at = 0
+        job.cancel_requested = False
+        job.updated_at = max(tx.now, job.updated_at)
+        self._requeue(tx, job)
+        tx.measure("revived", job)
+        if job.followed:
+            tx.write("PERSIST", self.keys.next(job.id))
+            tx.push_token(job.id, job.status)
+        self._look_again(tx, job, seen)
+
+    def _holder(self, tx: Transaction, job: Job) -> Job:
+        """Take the uniqueKey of an ended job again. Return the job that has it now."""
+        if not job.unique_key:
+            return job
+        tx.read(("WATCH", self.keys.unique(job.unique_key)))
+        return self._without_duplicates(tx, [job])[0]
+
+    def _look_again(self, tx: Transaction, job: Job, seen: str = "", completed: Collection[str] = ()) -> None:
+        """Have `advance` look at the parents that a job waits for. They may have ended."""
+        for parent in job.waiting_for:
+            if parent != seen:
+                tx.gather("SADD", self.keys.next(parent), job.id)
+                tx.write("PERSIST", self.keys.next(parent))
+                tx.push_token(parent, "completed" if parent in completed else "")
+
+    # Advance ----------------------------------------------------------------------------------------------------------
+
+    def advance(self) -> int:
+        """Apply ends and revivals to the jobs that wait for them. Return how many tokens it took.
+
+        Whoever pushed a token calls this at once. Workers also call it every few seconds, in case
+        that one has crashed. The lock only saves duplicate work. It is free again before the last
+        look, so a token that was pushed while it was taken is seen.
+        """
+        taken = 0
+        while tokens := self.store.read(("LRANGE", self.keys.advance, 0, MAX_JOBS - 1))[0]:
+            if not self.store.read(("SET", self.keys.advancer, "1", "NX", "PX", 1000))[0]:
+                break
+            for parent, own in tokens_by_job(tokens).items():
+                self._advance(parent, own)
+            self.store.read(("DEL", self.keys.advancer))
+            taken += len(tokens)
+        return taken
+
+    def _advance(self, id: str, tokens: Sequence[bytes]) -> None:
+        """Apply the status of one parent to its dependents, some in each transaction.
+
+        Watches the records of the parent and of the dependents that it reads. The last transaction
+        removes the tokens.
+        """
+        ids: list[str] = []
+        with suppress(Corrupted):  # a key of the wrong type has no members
+            ids = ids_in(sorted(self.store.read(("SMEMBERS", self.keys.next(id)))[0]))
+
+        def body(tx: Transaction, some: Sequence[str], last: bool) -> None:
+            keys = [self.keys.job(id), *map(self.keys.job, some)]
+            record, *records = tx.read(("WATCH", *keys), ("MGET", *keys))[1]
+            parent = read_job(id, record) if record is not None else None
+            status = parent.status if parent else status_in(tokens)
+            for job in (read_job(job, record) for job, record in zip(some, records, strict=True) if record is not None):
+                if id in job.waiting_for and status:
+                    self._follow(tx, job, id, status)
+            if status == "completed" and some:
+                tx.write("SREM", self.keys.next(id), *some)
+            elif status in ENDED and last:
+                tx.write("EXPIRE", self.keys.next(id), self.keep_ms[status] // 1000 + 1)
+            elif parent and some and not parent.followed:
+                parent.followed = True
+                self._rewrite(tx, parent)
+            for token in tokens if last else ():
+                tx.write("LREM", self.keys.advance, 1, token)
+            tx.advances = False  # `advance` looks again
+
+        for at in range(0, max(len(ids), 1), ADVANCED):
+            some = ids[at : at + ADVANCED]
+            self.store.transact([self.keys.job(id)], partial(body, some=some, last=at + ADVANCED >= len(ids)))
+
+    def _follow(self, tx: Transaction, job: Job, parent: str, status: str) -> None:
+        """Apply the status of a parent to a job that waits for it."""
+        released = job.may_follow(status)
+        if released:
+            job.waiting_for = tuple(id for id in job.waiting_for if id != parent)
+        if job.failed_because_of(parent) and (released or status in UNENDED) and self._holder(tx, job) is job:
+            self._revive(tx, job, seen=parent)
+        elif job.status == "pending" and not job.waiting_for:
+            tx.write("ZREM", self.keys.delayed, job.id)
+            tx.count("pending:" + job.queue, -1)  # counted again at once
+            job.updated_at = max(tx.now, job.updated_at)
+            self._requeue(tx, job, job.run_at)
+        elif released:
+            self._rewrite(tx, job)
+        elif job.status == "pending" and status in ENDED:
+            tx.write("ZREM", self.keys.delayed, job.id)
+            self._fail_pending(tx, job, "DependencyFailed", f"job {parent}, which this job waits for, {FATES[status]}")
 
     def _change(self, id: str, body: Callable[[Transaction, Job], None]) -> Job | None:
         """Read one job and let `body` change it, under WATCH of its record."""
@@ -1300,7 +1487,7 @@ class Queue(Verbs):
                 return 0
             tx.write("ZREM", self.keys.delayed, *due)
             for job in self._read_jobs(tx, due, watch=True):
-                if job.status == "pending" and job.run_at <= tx.now:
+                if job.status == "pending" and job.due <= tx.now:
                     tx.push("LPUSH", job)
                 else:
                     self._set_aside(tx, job)
@@ -1392,11 +1579,12 @@ class Queue(Verbs):
 
         return self.store.transact([registration, lease, proc], body)
 
-    def restore(self, id: str) -> bool:
+    def restore(self, id: str, completed: Collection[str] = ()) -> bool:
         """List an unended job that no list names, because a key was lost. Return whether it did.
 
         A pending job becomes a delayed one, which promote moves to its queue. For a processing job
         its worker's list is restored: if that worker is lost, reap requeues it. Watches the record.
+        Also looks again at the parents that a job waits for. `completed` names some that are gone.
         """
         restored = False
 
@@ -1410,6 +1598,7 @@ class Queue(Verbs):
                 tx.write("SADD", self.keys.workers, job.worker)
             elif restored:
                 self._set_aside(tx, job)
+            self._look_again(tx, job, completed=completed)
 
         self._change(id, body)
         return restored
@@ -2110,6 +2299,11 @@ class Shards(Verbs):
         if len(indexes) > 1:
             rule = "must be the same in all jobs of a batch, because TINYQUEUE_SHARDS is above 1"
             raise InvalidJob("uniqueKey", rule)
+        ids = {job.id for job in jobs}
+        parents = outer_parents({job.id: job.after for job in jobs}, ids)
+        indexes |= {self.parts.index(self.part_of(id)) for id in parents}
+        if len(indexes) > 1:
+            raise InvalidJob("after", OTHER_SHARD)
         if once and not indexes:
             indexes = {self._index_of(once.key)}
         elif once and (at := self._index_of(once.key)) not in indexes:
@@ -2120,8 +2314,10 @@ class Shards(Verbs):
 
     def _submit_to(self, shard: Queue, jobs: Sequence[Job], once: Once | None) -> list[Job]:
         at = self.parts.index(shard)
+        ids = {job.id: f"{job.id[:-2]}{at:02x}" for job in jobs}
         for job in jobs:
-            job.id = f"{job.id[:-2]}{at:02x}"
+            job.id = ids[job.id]
+            job.after = tuple(ids.get(id, id) for id in job.after)
         elsewhere: Counter[str] = Counter()
         names = list({job.queue for job in jobs})
         for part in self.parts if shard.max_pending else ():
@@ -2282,6 +2478,9 @@ class Shards(Verbs):
 
     def promote(self) -> int:
         return sum(self._call_all(Queue.promote))
+
+    def advance(self) -> int:
+        return sum(self._call_all(Queue.advance))
 
     def lost_workers(self, own: str = "", now: float | None = None, missing_for: float | None = None) -> list[str]:
         found = self._call_all(lambda shard: shard.lost_workers(own, now, missing_for))

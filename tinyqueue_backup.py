@@ -559,6 +559,8 @@ class Restored:
         self.runs: Counter[tuple[str, str, bool]] = Counter()  # jobs to run by queue, type, and whether they are due
         self.older = 0  # jobs left out
         self.present = 0
+        self.left_out: set[str] = set()
+        self.dependents: list[str] = []  # jobs with parents, some of which may come later in the file
         self.taken: list[str] = []
         self.keys = 0
 
@@ -580,9 +582,22 @@ class Restored:
             self.stored[job.status] += 1
             if job.status == "pending":
                 self.runs[job.queue, job.type, job.run_at <= now] += 1
+        self.dependents += [job.id for job in loaded.jobs if job.waiting_for]
+        self.left_out.update({job.id for job in jobs} - {job.id for job in loaded.jobs})
         self.taken += loaded.taken
         self.older += len(jobs) - len(young)
         self.present += len(young) - len(loaded.jobs) - len(loaded.taken)
+
+    def advance(self) -> None:
+        """Advance the jobs that waited for others.
+
+        A parent that the file does not have has completed while the backup was made.
+        """
+        for id in self.dependents:
+            part = self.queue.part_of(id)
+            job = part.get(id)
+            if job:
+                part.restore(id, completed=set(job.waiting_for) - self.left_out)
 
 
 def _last_change(job: Job) -> int:
@@ -608,6 +623,7 @@ def restore(queue: AnyQueue, name: str, bar: Bar, *, merge: bool = False, oldest
                 queue.pause(paused)
         try:
             _restore_lines(restored, _decompressed(file, name), bar)
+            restored.advance()
         except Unavailable as error:
             todo = "to continue, repeat the command with --merge"
             raise BackupError(f"{error}; {restored.stored.total()} jobs were restored so far; {todo}") from error

@@ -189,6 +189,12 @@ def filter_options(*statuses: str, required: bool = False, default: str | None =
     help="Seconds until the job expires. An expired job is not run; it fails when a worker takes it.",
 )
 @click.option("--unique-key", metavar="KEY", help="If a job with this key has not ended, print its id instead.")
+@click.option("--after", multiple=True, metavar="ID", help="Start after this job has completed. Repeat it for several.")
+@click.option(
+    "--on-failure",
+    type=click.Choice(["fail", "run"]),
+    help="If a job in --after fails or is cancelled: fail too, or run anyway.  [default: fail]",
+)
 @click.pass_obj
 def enqueue(settings: Settings, /, type: str, payload: str, **options: Any) -> None:
     """Submit a job and print its id. PAYLOAD is JSON, or - to read it from standard input."""
@@ -314,6 +320,8 @@ def _print_job(job: Job) -> None:
     error = answer.pop("error", None)
     for name, value in answer.items():
         shown = _format_time(value) if name.endswith("At") else to_json(value).decode() if name == "result" else value
+        if name in ("after", "waitingFor"):
+            shown = " ".join(value)
         _print_safely(f"{name:<12} {shown}")
     _print_safely(f"payload\n{_format_json(payload)}")
     if error:

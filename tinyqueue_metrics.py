@@ -12,7 +12,7 @@ from tinyqueue import BUCKETS, ENDED, HANDLERS, SERIES, UNENDED, AnyQueue
 # deploy/ and users' own dashboards read them.
 METRICS = (
     ("jobs", "gauge", "queue status", "pending and processing jobs; pending ones include delayed ones"),
-    ("jobs_delayed", "gauge", "", "pending jobs that wait for their runAt"),
+    ("jobs_delayed", "gauge", "", "pending jobs that wait for their runAt or for other jobs"),
     ("jobs_kept", "gauge", "status", "jobs that have ended and are still stored"),
     ("oldest_waiting_seconds", "gauge", "queue", "time that the next job has waited since it could start"),
     ("redis_memory_ratio", "gauge", "", "share of Redis' maxmemory that is used, 0 without a limit"),

@@ -77,7 +77,7 @@ from tinyqueue_config import (
     set_up_logging,
 )
 from tinyqueue_doctor import warnings
-from tinyqueue_json import MAX_DEPTH, Preview, from_json
+from tinyqueue_json import MAX_DEPTH, Preview, from_json, new_id
 from tinyqueue_metrics import Scrape
 from tinyqueue_problems import HEADERS, RETRY_AFTER, Problem, kind_of_status, problem, response_headers
 from tinyqueue_work import Guest
@@ -136,6 +136,8 @@ FIELDS = {
     "runAt": "run_at",
     "expiresIn": "expires_in",
     "uniqueKey": "unique_key",
+    "after": "after",
+    "onFailure": "on_failure",
 }
 # JSON or query name -> field of Filter
 FILTERS = {"status": "status", "type": "type", "queue": "queue", "errorType": "error_type"}
@@ -263,15 +265,7 @@ class API(bottle.Bottle):  # type: ignore[misc]
         allow_partial = _query_flag(_query(), "partial")
         if not isinstance(items, list) or not 1 <= len(items) <= MAX_JOBS:
             raise InvalidJob("jobs", f"must be an array of 1 to {MAX_JOBS} jobs")
-        drafts: list[Job | Problem] = []
-        for at, fields in enumerate(items):
-            try:
-                drafts.append(self._draft_job(fields))
-            except InvalidJob as error:
-                refusal = problem(error, index=at)
-                if not allow_partial:
-                    raise refusal from None
-                drafts.append(refusal)
+        drafts = self._draft_jobs(items, allow_partial)
         valid = [draft for draft in drafts if isinstance(draft, Job)]
         once = _idempotency_key(items)
         jobs = self.queue.submit(valid, once) if valid else []
@@ -291,18 +285,51 @@ class API(bottle.Bottle):  # type: ignore[misc]
             for job, new in zip(jobs, is_new, strict=True)
         ]
 
-    def _draft_job(self, fields: Any) -> Job:
-        """Make a job from a client's fields. Unlike Queue.draft, refuse types without a handler."""
+    def _draft_jobs(self, items: Sequence[Any], allow_partial: bool) -> list[Job | Problem]:
+        """Draft the jobs of a batch, which may name each other in `after` by their `ref`."""
+        now = self.queue.now()
+        ids = [new_id(now) for _ in items]
+        refs = _refs(items, ids)
+        drafts: list[Job | Problem] = []
+        for at, fields in enumerate(items):
+            try:
+                drafts.append(self._draft_job(fields, refs, ids[at]))
+            except InvalidJob as error:
+                refusal = problem(error, index=at)
+                if not allow_partial:
+                    raise refusal from None
+                drafts.append(refusal)
+        refused = {id for id, draft in zip(ids, drafts, strict=True) if isinstance(draft, Problem)}
+        while orphans := [at for at, job in enumerate(drafts) if isinstance(job, Job) and refused & {*job.after}]:
+            orphaned = InvalidJob("after", "must not name a job of the batch that is invalid")
+            drafts = [problem(orphaned, index=at) if at in orphans else draft for at, draft in enumerate(drafts)]
+            refused.update(ids[at] for at in orphans)
+        return drafts
+
+    def _draft_job(self, fields: Any, refs: Mapping[str, str] | None = None, id: str = "") -> Job:
+        """Make a job from a client's fields. Unlike Queue.draft, refuse types without a handler.
+
+        `refs` has the ids of the jobs of its batch that have a `ref`, and `id` is its own.
+        """
         if not isinstance(fields, dict):
             raise InvalidJob("job", "must be an object with type and payload")
-        if unknown := fields.keys() - FIELDS.keys():
-            raise InvalidJob(_printable(min(unknown)), f"unknown field; the fields of a job are {', '.join(FIELDS)}")
+        if unknown := fields.keys() - FIELDS.keys() - {"ref"}:
+            known = ", ".join([*FIELDS, "ref"])
+            raise InvalidJob(_printable(min(unknown)), f"unknown field; the fields of a job are {known}")
+        if fields.get("ref") is not None and not _is_ref(fields["ref"]):
+            raise InvalidJob("ref", "must be 1 to 100 of the characters A-Z a-z 0-9 . _ -, and not a job id")
+        if refs and refs.get(fields.get("ref", ""), id) != id:
+            raise InvalidJob("ref", "must differ from that of every other job of the batch")
         if missing := {"type", "payload"} - fields.keys():
             raise InvalidJob(max(missing), "is required")
         queue = self.queue  # opening it has loaded the handlers
         if isinstance(fields["type"], str) and fields["type"] not in HANDLERS:
             raise UnknownType(_printable(fields["type"]), sorted(HANDLERS))
-        job = queue.draft(**{FIELDS[name]: value for name, value in fields.items()})
+        options = {FIELDS[name]: value for name, value in fields.items() if name != "ref"}
+        if refs and isinstance(options.get("after"), list):
+            options["after"] = [refs.get(name, name) if isinstance(name, str) else name for name in options["after"]]
+        job = queue.draft(**options)
+        job.id = id or job.id
         sent_ids = request.environ["tinyqueue.sent_ids"]  # not a generated id: a client searches for its own
         job.request_id = sent_ids.get("requestId", "")
         job.traceparent = sent_ids.get("traceparent", "")
@@ -701,6 +728,19 @@ def _filter(wanted: Mapping[str, str]) -> Filter:
     if values.get("status", "pending") not in STATUSES:
         raise InvalidJob("status", f"must be one of {', '.join(STATUSES)}")
     return Filter(**values)  # type: ignore[arg-type]
+
+
+def _is_ref(value: Any) -> bool:
+    return isinstance(value, str) and bool(NAME.fullmatch(value)) and not ID.fullmatch(value)
+
+
+def _refs(items: Sequence[Any], ids: Sequence[str]) -> dict[str, str]:
+    """Return the ids of the jobs of a batch by `ref`. If two have the same, the first has it."""
+    refs: dict[str, str] = {}
+    for fields, id in zip(items, ids, strict=True):
+        if isinstance(fields, dict) and _is_ref(fields.get("ref")):
+            refs.setdefault(fields["ref"], id)
+    return refs
 
 
 def _printable(name: str) -> str:

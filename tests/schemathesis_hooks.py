@@ -2,8 +2,9 @@
 
 Reusing an Idempotency-Key for another request is an error, so each request gets its own key.
 `partial=true` accepts a batch that contains invalid jobs, so it is removed. `runAt` has a latest
-time and must be in the calendar, and `wait` and `seconds` may take long, so they are limited. Other
-tests cover all five.
+time and must be in the calendar, and `wait` and `seconds` may take long, so they are limited.
+`after` must name jobs that exist, and a `ref` must be unique in its batch, so valid ones are
+removed. Other tests cover all of these.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Any
 
 import schemathesis
 
+from tinyqueue import NAME
 from tinyqueue_json import TIME, epoch_ms, parse_time
 
 LATEST = timedelta(days=365)
@@ -35,6 +37,18 @@ def before_call(context: Any, case: Any, kwargs: Any) -> None:
             job["runAt"] = None
         if isinstance(job, dict) and _expires_first(job):
             job["expiresIn"] = None
+        if isinstance(job, dict) and _names_jobs(job.get("after")):
+            job["after"] = []
+        if isinstance(job, dict) and _is_name(job.get("ref")):
+            job["ref"] = None
+
+
+def _names_jobs(after: Any) -> bool:
+    return isinstance(after, list) and len(after) <= 1000 and all(map(_is_name, after))
+
+
+def _is_name(value: Any) -> bool:
+    return isinstance(value, str) and bool(NAME.fullmatch(value))
 
 
 def _expires_first(job: dict[str, Any]) -> bool:
