@@ -581,8 +581,8 @@ class Restored:
         for job in loaded.jobs:
             self.stored[job.status] += 1
             if job.status == "pending":
-                self.runs[job.queue, job.type, job.run_at <= now] += 1
-        self.dependents += [job.id for job in loaded.jobs if job.waiting_for]
+                self.runs[job.queue, job.type, job.due <= now] += 1
+        self.dependents += [job.id for job in young if job.waiting_for]
         self.left_out.update({job.id for job in jobs} - {job.id for job in loaded.jobs})
         self.taken += loaded.taken
         self.older += len(jobs) - len(young)

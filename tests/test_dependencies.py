@@ -6,15 +6,18 @@ import itertools
 import json
 import threading
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 from client import Client
-from conftest import Server, check_consistency, lapse, put, raw
+from conftest import NoBar, Server, check_consistency, lapse, put, raw
 from cutproxy import CutProxy
+from test_backup import Steps
 
 import tinyqueue
 from tinyqueue import Failure, InvalidJob, Job, Once, Outcome, Queue, Shards, handler
+from tinyqueue_backup import back_up, restore
 from tinyqueue_doctor import repair
 
 pytestmark = pytest.mark.usefixtures("no_handlers")
@@ -761,6 +764,62 @@ def test_push_and_read_nothing_for_a_job_that_nobody_follows(near: Queue) -> Non
     assert not [command for command in seen if "advance" in command["command"] or ":next:" in command["command"]]
 
 
+def test_end_a_parent_whose_reply_was_lost(near: Queue, far: Queue, proxy: CutProxy) -> None:
+    parent = near.enqueue("parent", None)
+    job = child(near, parent)
+    [started] = start(far)
+    proxy.drop_reply(b"EXEC")
+    far.complete(started)
+    assert run(near) == [job.id]
+
+
+def test_end_a_parent_whose_advance_got_no_reply(near: Queue, far: Queue, proxy: CutProxy) -> None:
+    parent = near.enqueue("parent", None)
+    job = child(near, parent)
+    [started] = start(far)
+    proxy.drop_reply(b"SREM")
+    far.complete(started)
+    assert near.advance() == 0
+    assert run(near) == [job.id]
+
+
+@pytest.mark.parametrize("end", ["completed", "failed"])
+def test_submit_while_the_parent_ends(near: Queue, far: Queue, proxy: CutProxy, end: str) -> None:
+    parent = near.enqueue("parent", None)
+    [started] = start(near)
+    job = far.draft("child", None, after=[parent])
+    act = {"completed": lambda: near.complete(started), "failed": lambda: near.fail(started, BOOM)}[end]
+    proxy.before(b"MSETNX", act)
+    far.submit([job])
+    assert run(near) == ([job.id] if end == "completed" else [])
+    assert statuses(near, job) == [end]
+
+
+def test_submit_while_the_parent_is_purged(near: Queue, far: Queue, proxy: CutProxy) -> None:
+    parent = put(near, "failed")
+    job = far.draft("child", None, after=[parent], on_failure="run")
+    proxy.before(b"MSETNX", lambda: near.forget("failed", [parent.id.encode()]))
+    with pytest.raises(InvalidJob, match="does not exist"):
+        far.submit([job])
+
+
+@pytest.mark.parametrize("verb", ["retry the parent", "cancel the job", "complete it by another"])
+def test_advance_while_others_change_the_jobs(near: Queue, far: Queue, proxy: CutProxy, verb: str) -> None:
+    parent = near.enqueue("parent", None)
+    job = child(near, parent)
+    near.store.advance = int
+    near.cancel(parent.id)
+    acts = {
+        "retry the parent": lambda: near.retry(parent.id),
+        "cancel the job": lambda: near.cancel(job.id),
+        "complete it by another": lambda: Queue(near.pool).advance(),
+    }
+    proxy.before(b"MULTI", acts[verb])
+    far.advance()
+    wanted = {"retry the parent": "pending", "cancel the job": "cancelled", "complete it by another": "failed"}
+    assert statuses(near, job) == [wanted[verb]]
+
+
 # Lost keys ------------------------------------------------------------------------------------------------------------
 
 
@@ -798,3 +857,56 @@ def test_submit_after_a_reply_was_lost(near: Queue, far: Queue, proxy: CutProxy)
     far.submit([job])
     run(near)
     assert run(near) == [job.id]
+
+
+# Backups --------------------------------------------------------------------------------------------------------------
+
+
+def move(queue: Queue, file: str, meanwhile: Callable[[], Any] = int, **options: Any) -> None:
+    """Back up, wipe, restore and resume. `meanwhile` runs after the jobs that wait have been read."""
+    back_up(queue, file, Steps(meanwhile))
+    raw(queue).flushall()
+    for name in restore(queue, file, NoBar(), **options).resumable:
+        queue.resume(name)
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> str:
+    return str(tmp_path / "backup.jsonl")
+
+
+def test_restore_jobs_that_wait(queue: Queue, file: str) -> None:
+    first, second = queue.enqueue("parent", 1), queue.enqueue("parent", 2, queue="other")
+    job = child(queue, first, second)
+    last = child(queue, job)
+    move(queue, file)
+    assert run(queue) == [first.id]
+    [parent] = start(queue, name="other")
+    queue.complete(parent)
+    assert [run(queue), run(queue)] == [[job.id], [last.id]]
+
+
+def test_restore_a_job_whose_parent_completed_while_the_backup_was_made(queue: Queue, file: str) -> None:
+    parent = queue.enqueue("parent", None)
+    job = child(queue, parent)
+    move(queue, file, lambda: run(queue))
+    assert queue.get(parent.id) is None
+    assert run(queue) == [job.id]
+
+
+def test_restore_a_job_that_failed_because_of_its_parent(queue: Queue, file: str) -> None:
+    parent = put(queue, "failed")
+    job = child(queue, parent)
+    move(queue, file)
+    assert statuses(queue, parent, job) == ["failed", "failed"]
+    queue.retry(parent.id)
+    assert [run(queue), run(queue)] == [[parent.id], [job.id]]
+
+
+def test_restore_a_job_whose_parent_is_left_out(queue: Queue, file: str) -> None:
+    parent = queue.enqueue("parent", None)
+    queue.clock.ahead += 100_000
+    job = child(queue, parent)
+    move(queue, file, oldest=50_000)
+    assert queue.get(parent.id) is None
+    assert statuses(queue, job) == ["failed"]
