@@ -13,6 +13,7 @@ does not depend on Redis. The judge requires:
 
     every accepted job has ended as its handler determines; a submit without an answer has made one
     job or none
+    a job of a chain starts after the one before it has completed, or fails because that did
     every run of a job except the first has a cause: its handler failed, or its worker was killed,
     was told to stop, or was cut off for longer than its lease
     runs of a job overlap only if the worker of the first was cut off for longer than its lease, or
@@ -283,6 +284,7 @@ class Submit:
     delay: float
     patient: bool  # repeat it with the same key until it is answered
     cancel: bool
+    chain: bool = False  # each job of the batch starts after the one before it
     ids: list[str] = field(default_factory=list)  # from the answer
     doubtful: bool = False  # not answered, so it may have been accepted
     cancelled_at: float = 0.0  # when the answer came that it is cancelled
@@ -336,9 +338,10 @@ def _draw_submit(rng: random.Random, token: str, type: str) -> Submit:
     ]
     delay = rng.choice((0.0, 0.0, round(rng.uniform(0.05, 0.5), 2)))
     patient = via != "python" and rng.random() < 0.8
-    return Submit(
-        token, round(rng.uniform(0.0, 0.6), 3), via, type, payloads, delay, patient, cancel=rng.random() < 0.15
-    )
+    at = round(rng.uniform(0.0, 0.6), 3)
+    cancel = rng.random() < 0.15
+    chain = via == "batch" and rng.random() < 0.6
+    return Submit(token, at, via, type, payloads, delay, patient, cancel, chain)
 
 
 # The world ------------------------------------------------------------------------------------------------------------
@@ -651,6 +654,8 @@ class World:
 
     def _send_over_http(self, submit: Submit) -> bool:
         bodies = [{"type": submit.type, "payload": payload, "delay": submit.delay} for payload in submit.payloads]
+        if submit.chain:
+            bodies = [{**body, "ref": f"r{n}", "after": [f"r{n - 1}"] if n else []} for n, body in enumerate(bodies)]
         path, body = ("/jobs/batch", bodies) if submit.via == "batch" else ("/jobs", bodies[0])
         submit.tries += 1
         try:
@@ -975,11 +980,18 @@ def judge(evidence: Evidence) -> Verdict:
     for submit in evidence.plan.submits:
         found = [by_token.pop(payload["token"], []) for payload in submit.payloads]
         _judge_submit(submit, found, verdict)
+        before: Job | None = None
         for n, job in enumerate(job for jobs in found for job in jobs):
             # By attempt: a worker that is suspended between start and handler runs the job late.
             runs = sorted((run for run in evidence.runs if run.id == job.id), key=lambda run: (run.attempt, run.begin))
-            _judge_end(submit, job, runs, n == 0, verdict)
+            if before and before.status != "completed":
+                _judge_dependent(job, runs, verdict)
+            else:
+                _judge_end(submit, job, runs, n == 0, verdict)
+            if before and runs and not any(run.end <= runs[0].begin for run in evidence.runs if run.id == before.id):
+                verdict.wrong.append(f"a job ran before the one that it waits for: {job}")
             _judge_runs(job, runs, evidence, verdict)
+            before = job if submit.chain else None
     unknown = [jobs for token, jobs in by_token.items() if token not in evidence.late]
     verdict.wrong.extend(f"jobs that nobody submitted: {jobs}" for jobs in unknown)
     known = {job.id for job in evidence.records}
@@ -1023,6 +1035,14 @@ def _judge_end(submit: Submit, job: Job, runs: list[Run], first: bool, verdict: 
         and (job.status != "cancelled" or any(run.begin > submit.cancelled_at for run in runs))
     ):
         verdict.wrong.append(f"a job was cancelled, but ran: {job}")
+
+
+def _judge_dependent(job: Job, runs: list[Run], verdict: Verdict) -> None:
+    """Check that a job has failed because the one that it waits for did not complete."""
+    if job.status not in ENDED:
+        verdict.lost.append(f"a job waits for ever: {job}")
+    elif runs or job.status != "failed" or not job.error or job.error.type != "DependencyFailed":
+        verdict.wrong.append(f"a job did not fail because of the one that it waits for: {job}")
 
 
 def _judge_runs(job: Job, runs: list[Run], evidence: Evidence, verdict: Verdict) -> None:
