@@ -908,8 +908,9 @@ class Queue(Verbs):
     def register(self, queues: Sequence[str], concurrency: int, worker: str = "") -> str:
         """Register a new worker and return its id. It must renew its lease with heartbeats."""
         worker = worker or _new_worker_id()
-        about = {"host": host_name(), "pid": os.getpid(), "queues": list(queues), "concurrency": concurrency}
-        about["startedAt"] = self.now()
+        about: dict[str, Any] = {"host": host_name(), "pid": os.getpid()}
+        about |= {"queues": list(queues), "concurrency": concurrency}
+        about |= {"startedAt": self.now(), "types": sorted(HANDLERS)}
 
         def body(tx: Transaction) -> str:
             tx.write("SADD", self.keys.workers, worker)
@@ -2578,7 +2579,7 @@ def _try_each(
 
 # Fields whose higher value counts when two reports are added up. Most are the same in both.
 HIGHEST = {"oldestWaitingMs", "workers", "at", "lastHeartbeat", "startedAt"}
-HIGHEST |= {"id", "host", "pid", "queues", "concurrency"}
+HIGHEST |= {"id", "host", "pid", "queues", "types", "concurrency"}
 
 
 def _added(one: Any, other: Any, name: Any = "") -> Any:

@@ -52,6 +52,7 @@ from tinyqueue_config import Settings, error_line, load_handlers, open_queue, pl
 from tinyqueue_doctor import Finding, examine, local_workers, repair
 from tinyqueue_embedded import StartError, folder_of, local_redis
 from tinyqueue_json import from_json, to_json
+from tinyqueue_why import answer
 
 # The group ------------------------------------------------------------------------------------------------------------
 
@@ -308,17 +309,18 @@ def get(ctx: click.Context, id: str, watch: bool, as_json: bool) -> None:
         last_line = line
         job = _require_job(queue.wait_for(id, 1.0), id)
     if as_json:
-        _print_json(job.answer())
+        _print_json(answer(queue, job))
     else:
-        _print_job(job)
+        _print_job(answer(queue, job))
     ctx.exit(int(watch and job.status != "completed"))
 
 
-def _print_job(job: Job) -> None:
-    answer = job.answer()
-    payload = answer.pop("payload")
-    error = answer.pop("error", None)
-    for name, value in answer.items():
+def _print_job(fields: dict[str, Any]) -> None:
+    payload = fields.pop("payload")
+    error = fields.pop("error", None)
+    if why := fields.pop("why", None):
+        fields["why"] = f"it {why['text']}"
+    for name, value in fields.items():
         shown = _format_time(value) if name.endswith("At") else to_json(value).decode() if name == "result" else value
         if name in ("after", "waitingFor"):
             shown = " ".join(value)

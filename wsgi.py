@@ -80,6 +80,7 @@ from tinyqueue_doctor import warnings
 from tinyqueue_json import MAX_DEPTH, Preview, from_json, new_id
 from tinyqueue_metrics import Scrape
 from tinyqueue_problems import HEADERS, RETRY_AFTER, Problem, kind_of_status, problem, response_headers
+from tinyqueue_why import answer
 from tinyqueue_work import Guest
 
 if TYPE_CHECKING:
@@ -358,16 +359,16 @@ class API(bottle.Bottle):  # type: ignore[misc]
             raise waited
         job = _require_job(self.queue.get(id))
         if not seconds or waited or job.status not in UNENDED:
-            return job.answer()
+            return answer(self.queue, job)
         if "tinyqueue.can_park" in request.environ:
             from tinyqueue_server import Parked
 
             raise Parked(partial(self._waiter_of(id).add, id, seconds, request.environ))
         if not request.environ.get("wsgi.multithread") or not self._blocked.acquire(blocking=False):
             bottle.response.set_header("Retry-After", "1")
-            return job.answer()
+            return answer(self.queue, job)
         try:
-            return _require_job(self.queue.wait_for(id, seconds)).answer()
+            return answer(self.queue, _require_job(self.queue.wait_for(id, seconds)))
         finally:
             self._blocked.release()
 

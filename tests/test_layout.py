@@ -22,9 +22,10 @@ IMPORTS = {  # each module, and those of ours that it may import
     "tinyqueue_backup": {"tinyqueue", "tinyqueue_job", "tinyqueue_json", "tinyqueue_redis"},
     "tinyqueue_cli": {
         *("tinyqueue", "tinyqueue_backup", "tinyqueue_config", "tinyqueue_doctor", "tinyqueue_embedded"),
-        *("tinyqueue_json",),
+        *("tinyqueue_json", "tinyqueue_why"),
     },
     "tinyqueue_metrics": {"tinyqueue"},
+    "tinyqueue_why": {"tinyqueue"},
     "tinyqueue_openapi": {"tinyqueue"},
     "tinyqueue_problems": {"tinyqueue"},
     "tinyqueue_access": {"tinyqueue", "tinyqueue_config", "tinyqueue_problems"},
@@ -37,7 +38,7 @@ IMPORTS = {  # each module, and those of ours that it may import
     "wsgi": {
         *("tinyqueue", "tinyqueue_access", "tinyqueue_config", "tinyqueue_doctor", "tinyqueue_json"),
         *("tinyqueue_metrics", "tinyqueue_openapi", "tinyqueue_problems", "tinyqueue_server", "tinyqueue_work"),
-        *("worker",),
+        *("tinyqueue_why", "worker"),
     },
 }
 SCREEN = 50  # lines
