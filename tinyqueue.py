@@ -202,6 +202,7 @@ from tinyqueue_job import (
     WrongStatus as WrongStatus,
     attempt_in,
     backoff as backoff,
+    check_limit as check_limit,
     check_name as check_name,
     handler as handler,
     ids_in,
@@ -213,14 +214,14 @@ from tinyqueue_job import (
     place_of,
     read_job,
     read_made,
+    read_override as read_override,
     record_of,
-    rule_of as rule_of,
     stopped,
     stored_job as stored_job,
     translated,
 )
 from tinyqueue_json import created_at, encode
-from tinyqueue_limits import LOOK, LOOK_MARK, Limits
+from tinyqueue_limits import LOOK_MARK, Limits
 from tinyqueue_redis import (
     Clock,
     Command,
@@ -717,7 +718,7 @@ class Queue(Verbs):
         self.max_pending = max_pending
         self.min_replicas = min_replicas
         self._paused: tuple[float, frozenset[str]] = (-1e9, frozenset())  # when read, and the names
-        self.limits = Limits(self.keys, lambda: self._paused[1])
+        self.limits = Limits(self.keys, self.store, lambda: self._paused[1])
         self._known: set[str] = set()  # the names of queues that exist
         self._leases: dict[str, tuple[bytes | None, float]] = {}  # as last seen, and since when
         self._lost: dict[str, bytes | None] = {}  # those that were seen unchanged for too long
@@ -1332,6 +1333,18 @@ class Queue(Verbs):
 
     # Upkeep -----------------------------------------------------------------------------------------------------------
 
+    def set_limit(self, limit: str, override: Override) -> None:
+        """Replace the numbers of a limit, or of all of a type. Effective within two seconds."""
+        self.limits.set(limit, override)
+
+    def limits_in_use(self) -> dict[str, dict[str, Any]]:
+        """Return the limits that types declare, that have held jobs, or whose numbers were set."""
+        return self.limits.in_use()
+
+    def place_among_held(self, job: Job) -> int:
+        """Return the place of a pending job among those held by its limit, from 1; 0: none."""
+        return self.limits.place_of(job)
+
     def heartbeat(self, worker: str, jobs: Sequence[str] = ()) -> None:
         """Renew the lease and report which jobs run. Raises Reaped if the registration is gone.
 
@@ -1385,27 +1398,8 @@ class Queue(Verbs):
 
         promoted = self.store.transact((), body)
         if looks:
-            self.reconcile(looks)
+            self.limits.reconcile(looks, self.now())
         return promoted
-
-    def reconcile(self, limits: Sequence[str]) -> None:
-        """Look at limits with held jobs: drop what does not run, and wake as many as have room.
-
-        Of several workers that look at the same moment one goes on. The others find that the time
-        of the next look is already set. If nothing has changed, a look takes four commands.
-        """
-        later = self.now() // 1000 * 1000 + LOOK
-        turns = self.store.read(
-            *(("ZADD", self.keys.delayed, "XX", "CH", later, LOOK_MARK + limit) for limit in limits)
-        )
-        mine = [limit for limit, changed in zip(limits, turns, strict=True) if changed]
-        sets = [("SMEMBERS", self.keys.running(limit)) for limit in mine]
-        overrides, *found = self.store.read(self.limits.overrides_of(mine), *sets) if mine else [()]
-        for at, (limit, running) in enumerate(zip(mine, found, strict=True)):
-            full = len(running) >= rule_of(limit, overrides[2 * at : 2 * at + 2]).max_running
-            jobs = self._pending_among(running, "processing") if full else []
-            if not full or sum(job.limit == limit for job in jobs) < len(running):
-                self.store.transact([self.keys.held(limit)], partial(self.limits.look, limit=limit))
 
     def _read_jobs(self, tx: Transaction, entries: Iterable[bytes], watch: bool = False) -> Iterator[Job]:
         """Read the jobs that list entries name, each once. Skip entries that name none."""
@@ -1907,11 +1901,11 @@ class Queue(Verbs):
             "oldestWaitingMs": max(ages, default=0),
         }
 
-    def _pending_among(self, entries: Iterable[bytes], status: Status = "pending") -> list[Job]:
+    def _pending_among(self, entries: Iterable[bytes]) -> list[Job]:
         ids = ids_in(entries)
         records = self.store.read(("MGET", *map(self.keys.job, ids)))[0] if ids else []
         jobs = (listed_job(id, record, 0) for id, record in zip(ids, records, strict=True) if record)
-        return [job for job in jobs if job.status == status]
+        return [job for job in jobs if job.status == "pending"]
 
     def _history(self, now: int, minutes: int) -> list[dict[str, int]]:
         """Count what started and ended in each minute, oldest first. The last is not over yet."""
@@ -2136,8 +2130,9 @@ class Shards(Verbs):
 
     The last two digits of a job's id name its shard. All jobs of a submit go into one shard, and
     those of the next into the next shard, so the order is first in, first out only within a shard.
-    A submit with a uniqueKey goes to the shard of that key, and one with only an Idempotency-Key to
-    the shard of that. A submit with both takes the Idempotency-Key in its own shard first.
+    A submit with a limit or a uniqueKey goes to the shard of that, which must be the same, and one
+    with only an Idempotency-Key to the shard of that. A submit with both takes the Idempotency-Key
+    in its own shard first.
 
     Each shard stands alone. While one does not answer, the others are served, and nobody waits for
     it. A worker has one id in all shards. The heartbeat registers it in those that did not answer
@@ -2222,9 +2217,17 @@ class Shards(Verbs):
     def submit(self, jobs: Sequence[Job], once: Once | None = None) -> list[Job]:
         """Like Queue.submit. Raises InvalidJob if the uniqueKeys belong to different shards."""
         indexes = {self._index_of(job.unique_key) for job in jobs if job.unique_key}
+        limits = {limit: self._index_of(limit) for job in jobs if (limit := limit_of(job))}
         if len(indexes) > 1:
             rule = "must be the same in all jobs of a batch, because TINYQUEUE_SHARDS is above 1"
             raise InvalidJob("uniqueKey", rule)
+        if len({*limits.values()}) > 1:
+            rule = f"the limits {' and '.join(sorted(limits)[:2])} belong to different shards; submit their jobs"
+            raise InvalidJob("jobs", f"{rule} in batches of their own")
+        if indexes and limits and indexes != {*limits.values()}:
+            rule = f"belongs to another shard than the limit {min(limits)} of the job; use another key, or none"
+            raise InvalidJob("uniqueKey", rule)
+        indexes |= {*limits.values()}
         if once and not indexes:
             indexes = {self._index_of(once.key)}
         elif once and (at := self._index_of(once.key)) not in indexes:
@@ -2373,6 +2376,15 @@ class Shards(Verbs):
     def resume(self, name: str) -> None:
         self._call_all(lambda shard: shard.resume(name), must=True)
 
+    def set_limit(self, limit: str, override: Override) -> None:
+        self._call_all(lambda shard: shard.set_limit(limit, override), must=True)
+
+    def limits_in_use(self) -> dict[str, dict[str, Any]]:
+        return reduce(_added, (shard.limits_in_use() for shard in self.parts))
+
+    def place_among_held(self, job: Job) -> int:
+        return self.part_of(job.id).place_among_held(job)
+
     def heartbeat(self, worker: str, jobs: Sequence[str] = ()) -> None:
         """Like Queue.heartbeat, in every shard that answers. Registers the worker where it is not.
 
@@ -2494,7 +2506,7 @@ def _try_each(
 
 # Fields whose higher value counts when two reports are added up. Most are the same in both.
 HIGHEST = {"oldestWaitingMs", "workers", "at", "lastHeartbeat", "startedAt"}
-HIGHEST |= {"id", "host", "pid", "queues", "concurrency"}
+HIGHEST |= {"id", "host", "pid", "queues", "concurrency", "maxRunning", "rate", "haltedMs"}
 
 
 def _added(one: Any, other: Any, name: Any = "") -> Any:
@@ -2503,7 +2515,7 @@ def _added(one: Any, other: Any, name: Any = "") -> Any:
         both = one.keys() & other.keys()
         return {**one, **other, **{name: _added(one[name], other[name], name) for name in both}}
     if name in HIGHEST or isinstance(one, bool):
-        return max(one, other)
+        return one if one is None else max(one, other)
     return one + other
 
 

@@ -733,6 +733,15 @@ class Rule(NamedTuple):
     period: int = 0
     paused: bool = False
 
+    def answer(self) -> dict[str, Any]:
+        """The numbers as clients see them: null where there is none."""
+        period = next((name for name, ms in PERIODS.items() if ms == self.period), "")
+        return {
+            "maxRunning": None if self.max_running == math.inf else int(self.max_running),
+            "rate": f"{self.starts}/{period}" if self.starts else None,
+            "paused": self.paused,
+        }
+
 
 def limit_of(job: Job) -> str:
     """Return the limit of a job, or "". A declaration that is newer than the job counts too."""
@@ -745,6 +754,31 @@ def limit_of(job: Job) -> str:
     text = value if isinstance(value, str) else encode(value).decode()
     short = text if VALUE.fullmatch(text) else hashlib.sha256(text.encode()).hexdigest()[:32]
     return f"{job.type}/{short}"
+
+
+def check_limit(limit: str) -> str:
+    if not LIMIT.fullmatch(limit):
+        raise InvalidJob("limit", "must be a type, or a type and a value: type/value")
+    return limit
+
+
+def read_override(limit: str, fields: Mapping[str, Any]) -> Override:
+    """Check what an operator wants to set for a limit or a type. Raises InvalidJob."""
+    names = {name for field in msgspec.structs.fields(Override) if (name := field.encode_name)}
+    if unknown := fields.keys() - names:
+        raise InvalidJob(min(unknown), f"unknown field; the fields of a limit are {', '.join(sorted(names))}")
+    values = {name: value for name, value in fields.items() if value is not None}
+    override = Override(values.get("maxRunning"), values.get("rate", ""), values.get("paused", False)).check()
+    known = HANDLERS.get(limit.partition("/")[0])
+    if override == Override():
+        return override
+    if not known or not known.limited:
+        limited = ", ".join(sorted(type for type, handler in HANDLERS.items() if handler.limited)) or "none"
+        raise InvalidJob("limit", f"its type has no limit in the handlers of this process; types with one: {limited}")
+    for field, declared in {"maxRunning": known.max_running, "rate": known.rate}.items():
+        if field in values and not declared:
+            raise InvalidJob(field, "the handler declares none; add it there first")
+    return override
 
 
 def rule_of(limit: str, overrides: Iterable[bytes | None]) -> Rule:

@@ -12,15 +12,18 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Collection, Iterable, Sequence
+from functools import partial
 from typing import Any, Protocol
 
-from tinyqueue_job import HANDLERS, Job, Rule, ids_in, limit_of, read_job, record_of, rule_of
-from tinyqueue_redis import Command, text_of
+from tinyqueue_job import HANDLERS, LIMIT, Job, Override, Rule, ids_in, limit_of, read_job, record_of, rule_of
+from tinyqueue_json import encode
+from tinyqueue_redis import Command, pairs, text_of
 
 LEAVE = 5  # tries of a start after which it leaves its limited jobs to adoption: many start under their limits
 LOOK = 10_000  # milliseconds between two looks at a limit with held jobs, unless a rate has room before
 LOOK_GAP = 20  # milliseconds between two looks, at least
 AHEAD = 100  # held jobs, or jobs at the head of a queue, that one look reads
+SHOWN = 1000  # limits of one report
 LOOK_MARK = "limit:"  # with a limit, what stands among the delayed ids until the next look at that limit
 
 
@@ -54,6 +57,13 @@ class Writes(Protocol):
     def count(self, field: str, by: int = 1) -> None: ...
 
 
+class Reads(Protocol):
+    """What limits need of the store."""
+
+    def read(self, *commands: Command) -> list[Any]: ...
+    def transact(self, watch: Sequence[str], body: Callable[[Any], None]) -> None: ...
+
+
 class Room:
     """What a limit allows at one moment: `left` more jobs may start."""
 
@@ -73,8 +83,9 @@ class Room:
 class Limits:
     """The limits of one queue. `paused` returns the names of the paused queues."""
 
-    def __init__(self, keys: Names, paused: Callable[[], Collection[str]]) -> None:
+    def __init__(self, keys: Names, store: Reads, paused: Callable[[], Collection[str]]) -> None:
         self.keys = keys
+        self.store = store
         self.paused = paused
         self.looks: dict[str, int] = {}  # when to look at a limit next, as far as this process knows
 
@@ -243,6 +254,28 @@ class Limits:
 
     # Look -------------------------------------------------------------------------------------------------------------
 
+    def reconcile(self, limits: Sequence[str], now: int) -> None:
+        """Look at limits whose time has come: drop what does not run, and wake what has room.
+
+        Of several workers that look at the same moment one goes on. The others find that the time
+        of the next look is already set. If nothing has changed, a look takes four commands.
+        """
+        later = now // 1000 * 1000 + LOOK
+        turns = [("ZADD", self.keys.delayed, "XX", "CH", later, LOOK_MARK + limit) for limit in limits]
+        mine = [limit for limit, changed in zip(limits, self.store.read(*turns), strict=True) if changed]
+        sets = [("SMEMBERS", self.keys.running(limit)) for limit in mine]
+        overrides, *found = self.store.read(self.overrides_of(mine), *sets) if mine else [()]
+        for at, (limit, running) in enumerate(zip(mine, found, strict=True)):
+            full = len(running) >= rule_of(limit, overrides[2 * at : 2 * at + 2]).max_running
+            if not full or not self._all_run(limit, running):
+                self.store.transact([self.keys.held(limit)], partial(self.look, limit=limit))
+
+    def _all_run(self, limit: str, running: Collection[bytes]) -> bool:
+        ids = list(map(text_of, running))
+        records = self.store.read(("MGET", *map(self.keys.job, ids)))[0]
+        jobs = [read_job(id, record) for id, record in zip(ids, records, strict=True) if record is not None]
+        return sum(job.status == "processing" and job.limit == limit for job in jobs) == len(ids)
+
     def look(self, tx: Writes, limit: str) -> None:
         """Drop what does not run under a limit, and wake as many held jobs as there is room for.
 
@@ -283,6 +316,45 @@ class Limits:
         jobs = self._read_jobs(tx, ids_in(itertools.chain(*heads)))
         held = set(map(_id_in, entries))
         return sum(job.status == "pending" and job.limit == limit and job.id not in held for job in jobs.values())
+
+    # For operators ----------------------------------------------------------------------------------------------------
+
+    def set(self, limit: str, override: Override) -> None:
+        """Store an override, or delete it if it is empty, and have somebody look at once."""
+        holding = map(text_of, self.store.read(("SMEMBERS", self.keys.holding))[0])
+        under = [name for name in holding if limit in (name, name.partition("/")[0])]
+        write: Command = ("HSET", self.keys.overrides, limit, encode(override))
+        if override == Override():
+            write = ("HDEL", self.keys.overrides, limit)
+        self.store.read(write, *(("ZADD", self.keys.delayed, "XX", 0, LOOK_MARK + name) for name in under))
+
+    def in_use(self) -> dict[str, dict[str, Any]]:
+        """Return up to SHOWN limits, those with the most held jobs first.
+
+        A type whose limits belong to the values of a field has a row too, with its numbers.
+        """
+        stored, holding = self.store.read(("HGETALL", self.keys.overrides), ("SMEMBERS", self.keys.holding))
+        overrides = dict(pairs(stored))
+        names = {type for type, handler in HANDLERS.items() if handler.limited} | overrides.keys()
+        limits = sorted(names.union(filter(LIMIT.fullmatch, map(text_of, holding))))
+        rows = {}
+        for at in range(0, len(limits), AHEAD):
+            some = limits[at : at + AHEAD]
+            reads = [[("SCARD", self.keys.running(name)), ("ZCARD", self.keys.held(name))] for name in some]
+            found = self.store.read(*itertools.chain(*reads), *(("PTTL", self.keys.halt(name)) for name in some))
+            for n, name in enumerate(some):
+                rule = rule_of(name, [overrides.get(name.partition("/")[0]), overrides.get(name)])
+                halted = max(0, found[2 * len(some) + n])
+                rows[name] = {"running": found[2 * n], "held": found[2 * n + 1], **rule.answer(), "haltedMs": halted}
+                rows[name]["overridden"] = name in overrides
+        return dict(sorted(rows.items(), key=lambda row: -row[1]["held"])[:SHOWN])
+
+    def place_of(self, job: Job) -> int:
+        """Return the position of a pending job among the held ones, from 1; 0: it is not held."""
+        if job.status != "pending" or not job.limit:
+            return 0
+        rank = self.store.read(("ZRANK", self.keys.held(job.limit), _entry_of(job)))[0]
+        return 0 if rank is None else int(rank) + 1
 
     def _read_jobs(self, tx: Writes, ids: Iterable[str], watch: bool = False) -> dict[str, Job]:
         keys = {id: self.keys.job(id) for id in ids}

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
-import pytest
-from conftest import lapse, newest, raw
+import zlib
+from collections import Counter
+from typing import Any, TypedDict
 
-from tinyqueue import HANDLERS, Failure, Job, Outcome, Queue, handler
+import pytest
+from client import Client
+from conftest import Server, check_consistency, lapse, newest, raw
+
+from tinyqueue import HANDLERS, Failure, InvalidJob, Job, Outcome, Override, Queue, RateLimited, Shards, handler
 from tinyqueue_limits import AHEAD, LOOK
 
 BOOM = Failure("Boom", "it broke")
@@ -297,3 +302,142 @@ def test_rate_limited_pauses_the_limit_and_refunds_the_attempt(queue: Queue, wor
     raw(queue).delete(queue.keys.halt("charge"))
     look(queue, 31_000)
     assert ids(start(queue, worker)) == ids(jobs[:1] + jobs[2:])
+
+
+# For operators --------------------------------------------------------------------------------------------------------
+
+
+def test_override_raises_lowers_and_pauses_a_limit(queue: Queue, worker: str) -> None:
+    jobs = queue.enqueue_many("charge", list(range(8)))
+    queue.set_limit("charge", Override(max_running=4))
+    first = start(queue, worker)
+    assert ids(first) == ids(jobs[:4])
+    queue.set_limit("charge", Override(max_running=1))
+    for job in first[:3]:
+        queue.complete(job)
+    assert start(queue, worker) == []
+    queue.set_limit("charge", Override(paused=True))
+    queue.complete(first[3])
+    assert start(queue, worker) == []
+    queue.set_limit("charge", Override())
+    queue.promote()
+    assert ids(start(queue, worker)) == ids(jobs[4:6])
+
+
+def test_override_of_a_value_goes_before_that_of_its_type(queue: Queue, worker: str) -> None:
+    queue.set_limit("bill", Override(max_running=2))
+    queue.set_limit("bill/b", Override(max_running=3))
+    for account in ("a", "b"):
+        queue.enqueue_many("bill", [{"account": account}] * 5)
+    assert Counter(job.limit for job in start(queue, worker, 10)) == {"bill/a": 2, "bill/b": 3}
+    assert {name: (row["running"], row["held"], row["maxRunning"]) for name, row in queue.limits_in_use().items()} == {
+        "bill/a": (2, 3, 2),
+        "bill/b": (3, 2, 3),
+        "bill": (0, 0, 2),
+        "charge": (0, 0, 2),
+        "sync": (0, 0, None),
+    }
+
+
+@pytest.mark.parametrize(
+    ("limit", "fields", "field"),
+    [
+        ("charge", {"maxRunning": 0}, "maxRunning"),
+        ("charge", {"maxRunning": True}, "maxRunning"),
+        ("charge", {"rate": "5/second"}, "rate"),
+        ("sync", {"rate": "5 a second"}, "rate"),
+        ("sync", {"rate": 5}, "rate"),
+        ("sync", {"maxRunning": 2}, "maxRunning"),
+        ("charge", {"paused": 1}, "paused"),
+        ("charge", {"color": "red"}, "color"),
+        ("plain", {"paused": True}, "limit"),
+        ("unknown/a", {"paused": True}, "limit"),
+    ],
+)
+def test_refuse_numbers_of_a_limit_that_are_wrong(api: Client, limit: str, fields: dict[str, Any], field: str) -> None:
+    answer = api.call("PUT", f"/limits/{limit}", fields)
+    assert (answer.status, answer.json["field"]) == (422, field)
+
+
+def test_http_sets_and_lists_limits(api: Client, queue: Queue, worker: str) -> None:
+    queue.enqueue_many("bill", [{"account": "a"}] * 3)
+    start(queue, worker)
+    answer = api.call("PUT", "/limits/bill/a", {"maxRunning": 2})
+    assert answer.status == 200
+    row = {"running": 1, "held": 2, "maxRunning": 2, "rate": None, "paused": False, "haltedMs": 0, "overridden": True}
+    assert answer.json == {"limit": "bill/a", **row}
+    assert api.get("/limits").json["limits"]["bill/a"] == row
+    assert api.call("PUT", "/limits/bill/a", {}).json["maxRunning"] == 1
+
+
+def test_http_says_which_limit_holds_a_job_and_its_position(api: Client, queue: Queue, worker: str) -> None:
+    jobs = queue.enqueue_many("bill", [{"account": "a"}] * 3)
+    start(queue, worker)
+    answers = [api.get(f"/jobs/{job.id}").json for job in jobs]
+    assert [(answer.get("heldBy"), answer.get("position")) for answer in answers] == [
+        (None, None),
+        ("bill/a", 1),
+        ("bill/a", 2),
+    ]
+
+
+# Declarations ---------------------------------------------------------------------------------------------------------
+
+
+class Payment(TypedDict):
+    account: str
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"max_running": -1},
+        {"max_running": 1.5},
+        {"max_running": True},
+        {"rate": "fast"},
+        {"rate": 10},
+        {"rate": "10/second", "limit_by": 5},
+        {"limit_by": "account"},
+        {"max_running": 1, "limit_by": "acount"},
+    ],
+)
+def test_refuse_a_limit_that_is_declared_wrong(options: dict[str, Any]) -> None:
+    with pytest.raises(TypeError, match=r"handler 'wrong': (max_running|rate|limit_by) (must|needs) "):
+
+        @handler("wrong", **options)
+        def wrong(payload: Payment) -> None: ...
+
+    assert "wrong" not in HANDLERS
+
+
+def test_rate_limited_needs_a_time() -> None:
+    for after in (0, -1, float("nan"), "30"):
+        with pytest.raises(ValueError, match="after must be"):
+            RateLimited(after=after)  # type: ignore[arg-type]
+
+
+# Shards ---------------------------------------------------------------------------------------------------------------
+
+
+def test_limit_decides_the_shard(server: Server) -> None:
+    shards = Shards([server.queue(namespace=f"queue.{at}") for at in range(4)])
+    jobs = [shards.enqueue("bill", {"account": f"a{n % 5}"}) for n in range(20)]
+    assert all(len({shards.part_of(job.id) for job in jobs[n::5]}) == 1 for n in range(5))
+    worker = shards.register(["default"], 20)
+    assert len(shards.start(worker, shards.take(worker, ["default"], 20))) == 5
+    shards.set_limit("bill", Override(max_running=2))
+    shards.promote()
+    assert len(shards.start(worker, shards.take(worker, ["default"], 20))) == 5
+    rows = shards.limits_in_use()
+    assert sum(row["running"] for row in rows.values()) == 10
+    held = next(job for job in jobs if shards.place_among_held(job))
+    assert shards.cancel(held.id)
+    with pytest.raises(InvalidJob, match="different shards"):
+        shards.enqueue_many("bill", [{"account": f"a{n}"} for n in range(20)])
+    at = shards.parts.index(shards.part_of(jobs[0].id))
+    other = next(key for key in map(str, range(20)) if zlib.crc32(key.encode()) % 4 != at)
+    with pytest.raises(InvalidJob, match="belongs to another shard than the limit bill/a0"):
+        shards.enqueue("bill", {"account": "a0"}, unique_key=other)
+    for part in shards.parts:
+        check_consistency(part)
+    shards.disconnect()
