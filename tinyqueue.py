@@ -25,7 +25,10 @@ round trips however many jobs it moves. No Lua.
     verb      from -> to                      watches          only if                   writes
     enqueue   nothing -> pending              once, unique     keys unused               record, list/delayed, keys
     take      (list to list)                  -                queue not paused          jobs -> proc, workers
-    start     pending -> processing           worker, records  registered; due           record: attempts + 1, worker
+    start     pending -> processing           worker, records  registered; due; room    record: attempts + 1, worker,
+                                              and running                               running, pace
+    hold      (list to held)                  worker, records  registered; no room      held, holding, delayed, proc
+                                              and running
     expire    pending -> failed               worker, records  registered; expired       record, proc, failed
     complete  processing -> completed         worker, records  registered; same attempt  record, proc, completed
     fail      processing -> pending, failed*  worker, records  registered; same attempt  record, proc, delayed/failed
@@ -33,8 +36,11 @@ round trips however many jobs it moves. No Lua.
                                                                                          list or delayed
     progress  processing -> processing        worker, record   registered; same attempt  record
     promote   (delayed to list)               records          runAt has come            delayed, list
+    wake      (held to list)                  -                an attempt has ended      held, head of list
+    look      (held to list)                  held, records,   room                      held, head of list, running,
+                                              running                                    holding, delayed
     reap      processing -> pending, failed*  worker, lease,   lease gone; worker's own  worker, proc, record,
-                                              proc, records                              head of list
+                                              proc, records                              head of list, running
     restore   (none to list)                  record           unended; in no list       delayed, or proc and workers
     cancel    pending -> cancelled            record           -                         record, delayed, cancelled
     request   processing -> processing        record           handler takes a Job       record: cancelRequested
@@ -68,6 +74,15 @@ round trips however many jobs it moves. No Lua.
     that wait for it fail with DependencyFailed, or it leaves their `waitingFor` if they have
     onFailure "run". Not ended: those that failed because of it wait again. A parent that is gone
     has the status in the token. revive, retry and restore push tokens for what their job waits for.
+    Limits. A handler declares how many jobs of its type, or of each value of a field, run at a time
+    (max_running) and how many start in a period (rate). The limit of a job is `type` or
+    `type/<value>`. A job is held if its limit has no room, or an older job could have it: then that
+    one is woken instead. A held job is pending, spends no attempt and costs nobody anything. Every
+    end of an attempt writes running too, and wakes the oldest held job; whatever drops the id of a
+    limited job wakes the next. wake watches nothing, because an id that is listed twice is dropped
+    once. look is for room that no end makes: a rate's, a raised limit's, a lost wake-up's. promote
+    finds its time among the delayed ids. The numbers are those of the code, unless `overrides` has
+    others. tests/limit_model.py shows what each of these guards is for.
 
     Lost replies. adopt finds the ids in a worker's list that the worker does not know. After a lost
     reply, start neither starts nor drops an id: it may have done so already. Only one thread of a
@@ -84,7 +99,8 @@ Keys. All share one hash tag, the namespace, and so one slot of a cluster.
     {queue}:jobs:<name>       list    ids that wait in queue <name>: enter left, leave right
     {queue}:proc:<worker>     list    ids that this worker holds
     {queue}:bell:<name>       list    wake-up tokens, at most 64; holds no work, may be lost
-    {queue}:delayed           zset    id -> runAt; of a job that waits for others: expiresAt or inf
+    {queue}:delayed           zset    id -> runAt; of a job that waits for others: expiresAt or inf;
+                                      limit:<limit> -> when to look at it
     {queue}:next:<id>         set     ids of the jobs that wait for job <id>, or failed because of it.
                                       Expires once that has failed
     {queue}:advance           list    tokens <id>:<status>:<any>: job <id> has ended or was revived,
@@ -98,6 +114,12 @@ Keys. All share one hash tag, the namespace, and so one slot of a cluster.
                                       job ids. Expires. Without ids: another shard has them
     {queue}:unique:<key>      string  id of the pending or processing job with this uniqueKey
     {queue}:paused            set     names of the paused queues
+    {queue}:running:<limit>   set     ids of the processing jobs that count against the limit
+    {queue}:held:<limit>      zset    <queue>:<id> of pending jobs that wait for room -> createdAt
+    {queue}:holding           set     limits that may have held jobs
+    {queue}:pace:<limit>      zset    <id>:<start> of the starts in the last period. Expires
+    {queue}:halt:<limit>      string  until when RateLimited has stopped the limit. Expires
+    {queue}:overrides         hash    by type or limit, what replaces the numbers in the code
     {queue}:minute:<n>        hash    started, waitedMs, completed, failed, cancelled in minute n
                                       since 1970. Expires after two hours
     {queue}:rate:<who>:<n>    string  requests of a client in rate window n. Expires
@@ -154,19 +176,19 @@ from typing import Any, Literal, TypeAlias, TypeVar
 import msgspec
 import redis
 
+from tinyqueue_dependents import OTHER_SHARD, Dependents, Rules, outer_parents
 from tinyqueue_job import (
     CURSOR as CURSOR,
     ENDED as ENDED,
-    FATES,
     HANDLERS as HANDLERS,
     ID as ID,
     KEY_LENGTH as KEY_LENGTH,
     KEY_REUSED as KEY_REUSED,
+    LIMIT as LIMIT,
     MAX_AFTER as MAX_AFTER,
     MAX_ATTEMPTS as MAX_ATTEMPTS,
     MAX_DELAY as MAX_DELAY,
     NAME as NAME,
-    OTHER_SHARD,
     PRINTABLE as PRINTABLE,
     STATUSES as STATUSES,
     UNENDED as UNENDED,
@@ -184,8 +206,10 @@ from tinyqueue_job import (
     NotReplicated as NotReplicated,
     Once as Once,
     Outcome as Outcome,
+    Override as Override,
     Place,
     QueueFull as QueueFull,
+    RateLimited as RateLimited,
     Reaped as Reaped,
     Retry as Retry,
     SettingsError as SettingsError,
@@ -197,27 +221,26 @@ from tinyqueue_job import (
     WrongStatus as WrongStatus,
     attempt_in,
     backoff as backoff,
+    check_limit as check_limit,
     check_name as check_name,
     handler as handler,
     ids_in as ids_in,
     is_delay as is_delay,
+    limit_of as limit_of,
     listed_job,
     make_job as make_job,
     note_record,
-    outer_parents,
     place_of,
     read_job,
     read_made,
-    read_parents,
+    read_override as read_override,
     record_of,
-    set_parents,
-    status_in,
     stopped,
     stored_job as stored_job,
-    tokens_by_job,
     translated,
 )
 from tinyqueue_json import created_at, encode
+from tinyqueue_limits import LOOK_MARK, Limits
 from tinyqueue_redis import (
     Clock,
     Command,
@@ -260,7 +283,6 @@ LISTED = 10_000  # entries of a list that are read with one command
 KEPT = 100_000  # ended jobs that are kept, of each status
 BELLS = 64  # wake-up tokens of a queue
 PROMOTED = 500  # jobs moved by one promote
-ADVANCED = 100  # dependents changed by one transaction of advance
 TRIES = 50  # of a transaction whose watched keys keep changing
 WRITERS = 3  # handlers of a worker that write progress at the same time; the others wait
 BLOCK = 2.0  # seconds of one wait for the bell
@@ -289,6 +311,8 @@ class Keys:
         self.advance = prefix + "advance"
         self.advancer = prefix + "advancer"
         self.mark = prefix + "mark"
+        self.holding = prefix + "holding"
+        self.overrides = prefix + "overrides"
         self.ended: dict[str, str] = {status: prefix + status for status in ENDED}
 
         def each(kind: str) -> Callable[[str], str]:
@@ -304,6 +328,10 @@ class Keys:
         self.proc = each("proc")
         self.next = each("next")
         self.once_hash = each("once")
+        self.running = each("running")
+        self.held = each("held")
+        self.pace = each("pace")
+        self.halt = each("halt")
         self._minute = each("minute")
         self._rate = each("rate")
 
@@ -324,6 +352,7 @@ S = TypeVar("S")
 T = TypeVar("T")
 Records = dict[str, bytes | None]  # by id
 Push = Literal["LPUSH", "RPUSH"]  # behind all other jobs of a queue, or before them
+Range = Literal["LRANGE", "ZRANGE"]
 
 
 class Transaction:
@@ -340,6 +369,9 @@ class Transaction:
         self._watching = False
         self.now = clock.now()
         self.again = again  # an earlier try lost the reply to EXEC, and may have been applied
+        self.tries = 0  # earlier tries during which a watched key changed
+        self.left: set[bytes] = set()  # ids that no longer count against their limits
+        self.wakes: dict[str, int] = {}  # by limit, how many held jobs to wake
         self.replicas = 0  # how many must receive the writes
         self.advances = False  # whether it pushes onto advance
         self.awaited: set[bytes] | None = None  # the ids that callers wait for; None until read
@@ -407,7 +439,7 @@ class Transaction:
         self._writes.append(command)
 
     def gather(self, command: str, key: str, *parts: Any) -> None:
-        """Add arguments to the one LPUSH, RPUSH, SADD, ZADD or ZREM of that key."""
+        """Add arguments to the one command of that name and key, such as LPUSH or ZADD."""
         self._gathered.setdefault((command, key), []).extend(parts)
 
     def push(self, command: Push, job: Job) -> None:
@@ -492,11 +524,12 @@ class Store:
             _learn_series(self)
         late = False
         advances = False
-        for _ in range(TRIES):
+        for tries in range(TRIES):
             sent = False
             try:
                 with self.lend() as connection:
                     tx = Transaction(connection, self.keys, self.clock, watch, again)
+                    tx.tries = tries
                     result, writes = self._run(tx, body)
                     advances = advances or tx.advances
                     if not writes and not tx.replicas:
@@ -604,6 +637,11 @@ class Verbs(ABC):
         """When Redis last failed to carry out a command."""
         return max(part.store.connections.last_trouble for part in self.parts)
 
+    @property
+    def seconds_to_look(self) -> float:
+        """In how many seconds a rate has room for a held job, as far as this process knows."""
+        return min(part.limits.next_look() - part.clock.now() for part in self.parts) / 1000
+
     def disconnect(self) -> None:
         """Close all connections. Do this before a fork: each process must open its own."""
         for part in self.parts:
@@ -705,7 +743,6 @@ class Queue(Verbs):
         min_replicas: int = 0,
     ) -> None:
         self.store = Store(pool, check_name("namespace", namespace))
-        self.store.advance = self.advance
         self.pool = pool
         self.keys = self.store.keys
         self.parts = [self]  # the queues that this one consists of: itself
@@ -717,6 +754,10 @@ class Queue(Verbs):
         self.max_pending = max_pending
         self.min_replicas = min_replicas
         self._paused: tuple[float, frozenset[str]] = (-1e9, frozenset())  # when read, and the names
+        rules = Rules(self._revive, self._requeue, self._fail_pending, self._holder, self.keep_ms)
+        self.dependents = Dependents(self.keys, self.store, rules)
+        self.store.advance = self.advance
+        self.limits = Limits(self.keys, self.store, lambda: self._paused[1])
         self._known: set[str] = set()  # the names of queues that exist
         self._leases: dict[str, tuple[bytes | None, float]] = {}  # as last seen, and since when
         self._lost: dict[str, bytes | None] = {}  # those that were seen unchanged for too long
@@ -790,7 +831,7 @@ class Queue(Verbs):
             accepted = self._without_duplicates(tx, jobs) if unique else list(jobs)
             new = list({job.id: job for job in accepted if job.id in ids}.values())
             if after:
-                self._link(tx, new, after, {job.id: kept.id for job, kept in zip(jobs, accepted, strict=True)})
+                self.dependents.link(tx, new, after, {job.id: has.id for job, has in zip(jobs, accepted, strict=True)})
             if new:
                 self._check_room(tx, Counter(job.queue for job in new), elsewhere or {})
                 # NX, because an EXEC that arrives late must not reset a job that ran meanwhile.
@@ -814,37 +855,6 @@ class Queue(Verbs):
             if now and now.status == "failed":
                 waiting[now.id].fail_as(now)
         return jobs
-
-    def _link(
-        self, tx: Transaction, new: Sequence[Job], after: Mapping[str, Sequence[str]], kept: Mapping[str, str]
-    ) -> None:
-        """Let new jobs wait for their parents, and mark these. `kept`: ids in place of drafts.
-
-        Raises InvalidJob if a parent does not exist, or if jobs of the batch wait for each other.
-        """
-        ids = set_parents(new, after, kept)
-        keys = list(map(self.keys.job, ids))
-        stored = read_parents(ids, tx.read(("WATCH", *keys), ("MGET", *keys))[1] if ids else [])
-        parents = {**stored, **{job.id: job for job in new}}
-        for job in new:
-            job.waiting_for = tuple(id for id in job.after if not job.may_follow(parents[id].status))
-            for id in job.waiting_for:
-                tx.gather("SADD", self.keys.next(id), job.id)
-                if parents[id].status in ENDED:
-                    tx.push_token(id, parents[id].status)
-        waited = {id for job in new for id in job.waiting_for}
-        for job in new:
-            job.followed = job.id in waited
-        for parent in stored.values():  # after a lost reply all, so that a late EXEC fails
-            if tx.again or (parent.id in waited and not parent.followed):
-                parent.followed = True
-                self._rewrite(tx, parent)
-
-    def _rewrite(self, tx: Transaction, job: Job) -> None:
-        """Write a changed record. That of an ended job keeps its time to live."""
-        left = ("PX", max(1, self._left(job, tx.now))) if job.status in ENDED else ()
-        if not job.unreadable:
-            tx.write("SET", self.keys.job(job.id), record_of(job), *left)
 
     def _replay(self, tx: Transaction, jobs: Sequence[Job], once: Once, stored: bytes) -> list[Job]:
         """Return the jobs of the first submit as they are now, or as submitted if deleted since."""
@@ -997,15 +1007,20 @@ class Queue(Verbs):
     ) -> list[Job]:
         started: list[Job] = []
         changed: list[Any] = []
-        unread = records.copy()
+        unread = {id: read_job(id, record) for id, record in records.items() if record is not None}
+        limited = [job for job in unread.values() if job.status == "pending" and limit_of(job)]
+        alone = [job for job in limited if not (company and is_suspect(job))]
+        rooms = self.limits.rooms(tx, alone) if alone else {}
         for entry in ids:
             id = text_of(entry)
-            record = unread.pop(id, None)  # a second entry of one id finds none and is dropped
-            job = read_job(id, record) if record is not None else None
-            if job and self._stays(job, worker, held, company, tx.again):
+            job = unread.pop(id, None)  # a second entry of one id finds none and is dropped
+            room = rooms.get(id) if job else None
+            if job and (self._stays(job, worker, held, company, tx.again) or (room and room.busy)):
                 started.append(job)
             elif tx.again:
                 continue
+            elif job and room and not self.limits.enter(tx, job, room):
+                tx.write("LREM", self.keys.proc(worker), 1, entry)
             elif job and job.status == "pending" and not job.has_expired(tx.now) and job.due <= tx.now:
                 changed += [self.keys.job(id), note_record(job, record_of(self._begin(tx, job, worker)))]
                 started.append(job)
@@ -1014,6 +1029,7 @@ class Queue(Verbs):
                 self._drop(tx, job)
         if changed:
             tx.write("MSET", *changed)
+        self.limits.wake(tx)
         return started
 
     def _after_start(self, jobs: list[Job], ids: Sequence[bytes], records: Records) -> list[Job]:
@@ -1066,6 +1082,8 @@ class Queue(Verbs):
 
     def _drop(self, tx: Transaction, job: Job | None) -> None:
         """Handle the job of a taken id that is dropped: fail it if it has expired."""
+        if job and job.limit:
+            self.limits.owe(tx, job.limit)  # it may have been woken
         if job and job.status == "pending" and job.has_expired(tx.now):
             self._fail_pending(tx, job, "Expired", "expired before it was started")
         else:
@@ -1109,7 +1127,9 @@ class Queue(Verbs):
         def body(tx: Transaction) -> list[Outcome]:
             awaited, records = self._read_fenced(tx, worker, keys, ("SMEMBERS", self.keys.awaited))
             tx.awaited = set(awaited)
-            return self._settle(tx, worker, outcomes, records)
+            lost = self._settle(tx, worker, outcomes, records)
+            self.limits.wake(tx)
+            return lost
 
         return self.store.transact([self.keys.worker(worker), *keys], body, again)
 
@@ -1183,6 +1203,14 @@ class Queue(Verbs):
         elif cancel_requested:
             job.cancel_requested = True
             self._end(tx, job, "cancelled")
+        elif outcome.halt and outcome.after:
+            job.attempts -= 1
+            if job.limit:
+                self._make_pending(tx, job)
+                tx.count("pending:" + job.queue)
+                self.limits.halt(tx, job, round(outcome.after * 1000))
+            else:
+                self._requeue(tx, job, tx.now + round(outcome.after * 1000))
         elif outcome.verb == "release" and job.refunds < MAX_REFUNDS:
             job.attempts -= 1
             job.refunds += 1
@@ -1223,6 +1251,8 @@ class Queue(Verbs):
         """Count that a job no longer runs. The counterpart of `_begin`."""
         tx.count("processing:" + job.queue, -1)
         tx.measure(event, job, ms)
+        if job.limit:
+            self.limits.leave(tx, job)
 
     def _end(self, tx: Transaction, job: Job, status: Literal["completed", "failed", "cancelled"]) -> None:
         """Write the final state of a job: the record, which now expires, and its index entry."""
@@ -1244,11 +1274,14 @@ class Queue(Verbs):
             tx.write("SREM", self.keys.awaited, job.id)
 
     def _requeue(self, tx: Transaction, job: Job, run_at: int = 0, push: Push = "LPUSH") -> None:
+        self._make_pending(tx, job, run_at)
+        self._add_to_queue(tx, job, push)
+
+    def _make_pending(self, tx: Transaction, job: Job, run_at: int = 0) -> None:
         job.status = "pending"
         job.worker = ""
         job.run_at = run_at
         tx.write("SET", self.keys.job(job.id), record_of(job))
-        self._add_to_queue(tx, job, push)
 
     def _requeue_or_fail(self, tx: Transaction, job: Job, reason: str, beside: bool = False) -> None:
         """End an attempt without outcome. Requeue the job at the head, or fail it after its last.
@@ -1294,6 +1327,8 @@ class Queue(Verbs):
             if job.status != "pending":
                 raise WrongStatus("cancel", job)
             tx.write("ZREM", self.keys.delayed, id)
+            if job.limit:
+                self.limits.forget(tx, job)
             tx.count("pending:" + job.queue, -1)
             self._end(tx, job, "cancelled")
 
@@ -1328,7 +1363,7 @@ class Queue(Verbs):
         if job.followed:
             tx.write("PERSIST", self.keys.next(job.id))
             tx.push_token(job.id, job.status)
-        self._look_again(tx, job, seen)
+        self.dependents.look_again(tx, job, seen)
 
     def _holder(self, tx: Transaction, job: Job) -> Job:
         """Take the uniqueKey of an ended job again. Return the job that has it now."""
@@ -1336,84 +1371,6 @@ class Queue(Verbs):
             return job
         tx.read(("WATCH", self.keys.unique(job.unique_key)))
         return self._without_duplicates(tx, [job])[0]
-
-    def _look_again(self, tx: Transaction, job: Job, seen: str = "", completed: Collection[str] = ()) -> None:
-        """Have `advance` look at the parents that a job waits for. They may have ended."""
-        for parent in job.waiting_for:
-            if parent != seen:
-                tx.gather("SADD", self.keys.next(parent), job.id)
-                tx.write("PERSIST", self.keys.next(parent))
-                tx.push_token(parent, "completed" if parent in completed else "")
-
-    # Advance ----------------------------------------------------------------------------------------------------------
-
-    def advance(self) -> int:
-        """Apply ends and revivals to the jobs that wait for them. Return how many tokens it took.
-
-        Whoever pushed a token calls this at once. Workers also call it every few seconds, in case
-        that one has crashed. The lock only saves duplicate work. It is free again before the last
-        look, so a token that was pushed while it was taken is seen.
-        """
-        taken = 0
-        while tokens := self.store.read(("LRANGE", self.keys.advance, 0, MAX_JOBS - 1))[0]:
-            if not self.store.read(("SET", self.keys.advancer, "1", "NX", "PX", 1000))[0]:
-                break
-            for parent, own in tokens_by_job(tokens).items():
-                self._advance(parent, own)
-            self.store.read(("DEL", self.keys.advancer))
-            taken += len(tokens)
-        return taken
-
-    def _advance(self, id: str, tokens: Sequence[bytes]) -> None:
-        """Apply the status of one parent to its dependents, some in each transaction.
-
-        Watches the records of the parent and of the dependents that it reads. The last transaction
-        removes the tokens.
-        """
-        ids: list[str] = []
-        with suppress(Corrupted):  # a key of the wrong type has no members
-            ids = ids_in(sorted(self.store.read(("SMEMBERS", self.keys.next(id)))[0]))
-
-        def body(tx: Transaction, some: Sequence[str], last: bool) -> None:
-            keys = [self.keys.job(id), *map(self.keys.job, some)]
-            record, *records = tx.read(("WATCH", *keys), ("MGET", *keys))[1]
-            parent = read_job(id, record) if record is not None else None
-            status = parent.status if parent else status_in(tokens)
-            for job in (read_job(job, record) for job, record in zip(some, records, strict=True) if record is not None):
-                if id in job.waiting_for and status:
-                    self._follow(tx, job, id, status)
-            if status == "completed" and some:
-                tx.write("SREM", self.keys.next(id), *some)
-            elif status in ENDED and last:
-                tx.write("EXPIRE", self.keys.next(id), self.keep_ms[status] // 1000 + 1)
-            elif parent and some and not parent.followed:
-                parent.followed = True
-                self._rewrite(tx, parent)
-            for token in tokens if last else ():
-                tx.write("LREM", self.keys.advance, 1, token)
-            tx.advances = False  # `advance` looks again
-
-        for at in range(0, max(len(ids), 1), ADVANCED):
-            some = ids[at : at + ADVANCED]
-            self.store.transact([self.keys.job(id)], partial(body, some=some, last=at + ADVANCED >= len(ids)))
-
-    def _follow(self, tx: Transaction, job: Job, parent: str, status: str) -> None:
-        """Apply the status of a parent to a job that waits for it."""
-        released = job.may_follow(status)
-        if released:
-            job.waiting_for = tuple(id for id in job.waiting_for if id != parent)
-        if job.failed_because_of(parent) and (released or status in UNENDED) and self._holder(tx, job) is job:
-            self._revive(tx, job, seen=parent)
-        elif job.status == "pending" and not job.waiting_for:
-            tx.write("ZREM", self.keys.delayed, job.id)
-            tx.count("pending:" + job.queue, -1)  # counted again at once
-            job.updated_at = max(tx.now, job.updated_at)
-            self._requeue(tx, job, job.run_at)
-        elif released:
-            self._rewrite(tx, job)
-        elif job.status == "pending" and status in ENDED:
-            tx.write("ZREM", self.keys.delayed, job.id)
-            self._fail_pending(tx, job, "DependencyFailed", f"job {parent}, which this job waits for, {FATES[status]}")
 
     def _change(self, id: str, body: Callable[[Transaction, Job], None]) -> Job | None:
         """Read one job and let `body` change it, under WATCH of its record."""
@@ -1450,6 +1407,18 @@ class Queue(Verbs):
 
     # Upkeep -----------------------------------------------------------------------------------------------------------
 
+    def set_limit(self, limit: str, override: Override) -> None:
+        """Replace the numbers of a limit, or of all of a type. Effective within two seconds."""
+        self.limits.set(limit, override)
+
+    def limits_in_use(self) -> dict[str, dict[str, Any]]:
+        """Return the limits that types declare, that have held jobs, or whose numbers were set."""
+        return self.limits.in_use()
+
+    def place_among_held(self, job: Job) -> int:
+        """Return the place of a pending job among those held by its limit, from 1; 0: none."""
+        return self.limits.place_of(job)
+
     def heartbeat(self, worker: str, jobs: Sequence[str] = ()) -> None:
         """Renew the lease and report which jobs run. Raises Reaped if the registration is gone.
 
@@ -1478,12 +1447,18 @@ class Queue(Verbs):
     def promote(self) -> int:
         """Move up to 500 jobs to their queues when runAt has come. Return how many ids it removed.
 
+        Also looks at the limits with held jobs whose time has come.
         Watches the records: a job that another promoter moved may have run, failed and be delayed
         again, and removing that new entry would lose the job. The lock only saves duplicate work.
         """
 
+        looks: list[str] = []
+        self.limits.note_looks(self.now())
+
         def body(tx: Transaction) -> int:
-            due = tx.read(("ZRANGEBYSCORE", self.keys.delayed, "-inf", tx.now, "LIMIT", 0, PROMOTED))[0]
+            found = tx.read(("ZRANGEBYSCORE", self.keys.delayed, "-inf", tx.now, "LIMIT", 0, PROMOTED))[0]
+            due = [entry for entry in found if not entry.startswith(LOOK_MARK.encode())]
+            looks[:] = [text_of(entry).removeprefix(LOOK_MARK) for entry in found if entry not in due]
             if not due or tx.again or not tx.read(("SET", self.keys.promoter, "1", "NX", "PX", 1000))[0]:
                 return 0
             tx.write("ZREM", self.keys.delayed, *due)
@@ -1495,7 +1470,10 @@ class Queue(Verbs):
             tx.write("DEL", self.keys.promoter)
             return len(due)
 
-        return self.store.transact((), body)
+        promoted = self.store.transact((), body)
+        if looks:
+            self.limits.reconcile(looks, self.now())
+        return promoted
 
     def _read_jobs(self, tx: Transaction, entries: Iterable[bytes], watch: bool = False) -> Iterator[Job]:
         """Read the jobs that list entries name, each once. Skip entries that name none."""
@@ -1505,6 +1483,14 @@ class Queue(Verbs):
         if watch:
             _warn_of_gone([id for id, record in zip(ids, records, strict=True) if record is None])
         return (read_job(id, record) for id, record in zip(ids, records, strict=True) if record is not None)
+
+    def advance(self) -> int:
+        """Apply ends and revivals to the jobs that wait for them. Return how many tokens it took.
+
+        Whoever pushed a token calls this at once. Workers also call it every few seconds, in case
+        that one has crashed.
+        """
+        return self.dependents.advance()
 
     def _known_workers(self) -> list[str]:
         """Return every worker that may hold a job. Skip what cannot be the name of a worker."""
@@ -1576,6 +1562,7 @@ class Queue(Verbs):
                 held += 1
             tx.write("DEL", registration, lease, proc)
             tx.write("SREM", self.keys.workers, worker)
+            self.limits.wake(tx)
             return held
 
         return self.store.transact([registration, lease, proc], body)
@@ -1592,14 +1579,18 @@ class Queue(Verbs):
         def body(tx: Transaction, job: Job) -> None:
             nonlocal restored
             key = self.keys.jobs(job.queue) if job.status == "pending" else self.keys.proc(job.worker)
-            listed, delayed = tx.read(("LPOS", key, id), ("ZSCORE", self.keys.delayed, id))
-            restored = job.status in UNENDED and listed is None and delayed is None
+            held = ("ZSCORE", self.keys.held(job.limit), f"{job.queue}:{id}")
+            holding = ("SISMEMBER", self.keys.holding, job.limit)
+            listed, delayed, *waits = tx.read(("LPOS", key, id), ("ZSCORE", self.keys.delayed, id), held, holding)
+            restored = job.status in UNENDED and listed is None and delayed is None and not all(waits)
             if restored and job.status == "processing":
                 tx.write("LPUSH", key, id)
                 tx.write("SADD", self.keys.workers, job.worker)
+                if job.limit:
+                    tx.write("SADD", self.keys.running(job.limit), id)
             elif restored:
                 self._set_aside(tx, job)
-            self._look_again(tx, job, completed=completed)
+            self.dependents.look_again(tx, job, completed=completed)
 
         self._change(id, body)
         return restored
@@ -1851,25 +1842,33 @@ class Queue(Verbs):
         yield from self.read_lists(held)
         if filter.status != "processing":
             yield from self.read_entries(self.keys.delayed, "ZRANGE")
+            yield from self.read_held()
             names = [filter.queue] if filter.queue else self.queue_names()
             yield from self.read_lists([self.keys.jobs(name) for name in names])
             yield from self.read_lists([self.keys.proc(worker) for worker in self._known_workers()])
+            yield from self.read_held()
+
+    def read_held(self) -> Iterator[list[bytes]]:
+        """Read the ids of the held jobs of all limits."""
+        limits = sorted(map(text_of, self.store.read(("SMEMBERS", self.keys.holding))[0]))
+        for window in self.read_lists(list(map(self.keys.held, limits)), "ZRANGE"):
+            yield [entry.rpartition(b":")[2] for entry in window]
 
     def queue_names(self) -> list[str]:
         """Return the names of the queues that have jobs, or had some and were not forgotten."""
         return sorted(_queues_in(pairs(self.store.read(("HGETALL", self.keys.counts))[0])))
 
-    def read_lists(self, keys: Sequence[str]) -> Iterator[list[bytes]]:
+    def read_lists(self, keys: Sequence[str], command: Range = "LRANGE") -> Iterator[list[bytes]]:
         """Read the first entries of 100 lists at a time, because most are short."""
         for at in range(0, len(keys), 100):
             part = keys[at : at + 100]
-            heads = self.store.read(*(("LRANGE", key, 0, 99) for key in part))
+            heads = self.store.read(*((command, key, 0, 99) for key in part))
             yield list(itertools.chain(*heads))
             for key, head in zip(part, heads, strict=True):
                 if len(head) == 100:
-                    yield from self.read_entries(key)
+                    yield from self.read_entries(key, command)
 
-    def read_entries(self, key: str, command: Literal["LRANGE", "ZRANGE"] = "LRANGE") -> Iterator[list[bytes]]:
+    def read_entries(self, key: str, command: Range = "LRANGE") -> Iterator[list[bytes]]:
         """Read a list from its left, or a sorted set from its highest score, LISTED at a time.
 
         That is the end at which take and promote remove nothing. Windows overlap, because whatever
@@ -1910,7 +1909,9 @@ class Queue(Verbs):
     def count_unended(self) -> tuple[list[int], int]:
         """Count pending and processing jobs, and the entries of their lists, all at one moment."""
         keys = [*map(self.keys.jobs, self.queue_names()), *map(self.keys.proc, self._known_workers())]
-        reads = ("HGETALL", self.keys.counts), ("ZCARD", self.keys.delayed), *(("LLEN", key) for key in keys)
+        limits = map(text_of, self.store.read(("SMEMBERS", self.keys.holding))[0])
+        lengths = [("LLEN", key) for key in keys] + [("ZCARD", self.keys.held(limit)) for limit in limits]
+        reads = ("HGETALL", self.keys.counts), ("ZCARD", self.keys.delayed), *lengths
         counts, *sizes = _checked(self.store.read(("MULTI",), *reads, ("EXEC",))[-1])
         return [_read_count(value) for field, value in pairs(counts) if ":" in field], sum(sizes)
 
@@ -1924,12 +1925,14 @@ class Queue(Verbs):
         queues = self.queues()
         now = self.now()
         indexes = {"delayed": self.keys.delayed, **self.keys.ended}
-        totals, last, this, *sizes = self.store.read(
+        totals, last, this, looks, *sizes = self.store.read(
             ("HMGET", self.keys.counts, *ENDED),
             ("HMGET", self.keys.minute(now - 60_000), *ENDED),
             ("HMGET", self.keys.minute(now), *ENDED),
+            ("SCARD", self.keys.holding),
             *(("ZCARD", index) for index in indexes.values()),
         )
+        sizes[0] = max(0, sizes[0] - looks)
         share = 1 - now % 60_000 / 60_000  # the part of the previous minute in the last sixty seconds
         recent = zip(ENDED, last, this, strict=True)
         leases = [self.keys.lease(worker) for worker in self._known_workers()]
@@ -2211,8 +2214,9 @@ class Shards(Verbs):
 
     The last two digits of a job's id name its shard. All jobs of a submit go into one shard, and
     those of the next into the next shard, so the order is first in, first out only within a shard.
-    A submit with a uniqueKey goes to the shard of that key, and one with only an Idempotency-Key to
-    the shard of that. A submit with both takes the Idempotency-Key in its own shard first.
+    A submit with a limit or a uniqueKey goes to the shard of that, which must be the same, and one
+    with only an Idempotency-Key to the shard of that. A submit with both takes the Idempotency-Key
+    in its own shard first.
 
     Each shard stands alone. While one does not answer, the others are served, and nobody waits for
     it. A worker has one id in all shards. The heartbeat registers it in those that did not answer
@@ -2297,11 +2301,18 @@ class Shards(Verbs):
     def submit(self, jobs: Sequence[Job], once: Once | None = None) -> list[Job]:
         """Like Queue.submit. Raises InvalidJob if the uniqueKeys belong to different shards."""
         indexes = {self._index_of(job.unique_key) for job in jobs if job.unique_key}
+        limits = {limit: self._index_of(limit) for job in jobs if (limit := limit_of(job))}
         if len(indexes) > 1:
             rule = "must be the same in all jobs of a batch, because TINYQUEUE_SHARDS is above 1"
             raise InvalidJob("uniqueKey", rule)
-        ids = {job.id for job in jobs}
-        parents = outer_parents({job.id: job.after for job in jobs}, ids)
+        if len({*limits.values()}) > 1:
+            rule = f"the limits {' and '.join(sorted(limits)[:2])} belong to different shards; submit their jobs"
+            raise InvalidJob("jobs", f"{rule} in batches of their own")
+        if indexes and limits and indexes != {*limits.values()}:
+            rule = f"belongs to another shard than the limit {min(limits)} of the job; use another key, or none"
+            raise InvalidJob("uniqueKey", rule)
+        indexes |= {*limits.values()}
+        parents = outer_parents({job.id: job.after for job in jobs}, {job.id for job in jobs})
         indexes |= {self.parts.index(self.part_of(id)) for id in parents}
         if len(indexes) > 1:
             raise InvalidJob("after", OTHER_SHARD)
@@ -2455,6 +2466,15 @@ class Shards(Verbs):
     def resume(self, name: str) -> None:
         self._call_all(lambda shard: shard.resume(name), must=True)
 
+    def set_limit(self, limit: str, override: Override) -> None:
+        self._call_all(lambda shard: shard.set_limit(limit, override), must=True)
+
+    def limits_in_use(self) -> dict[str, dict[str, Any]]:
+        return reduce(_added, (shard.limits_in_use() for shard in self.parts))
+
+    def place_among_held(self, job: Job) -> int:
+        return self.part_of(job.id).place_among_held(job)
+
     def heartbeat(self, worker: str, jobs: Sequence[str] = ()) -> None:
         """Like Queue.heartbeat, in every shard that answers. Registers the worker where it is not.
 
@@ -2579,7 +2599,7 @@ def _try_each(
 
 # Fields whose higher value counts when two reports are added up. Most are the same in both.
 HIGHEST = {"oldestWaitingMs", "workers", "at", "lastHeartbeat", "startedAt"}
-HIGHEST |= {"id", "host", "pid", "queues", "types", "concurrency"}
+HIGHEST |= {"id", "host", "pid", "queues", "types", "concurrency", "maxRunning", "rate", "haltedMs"}
 
 
 def _added(one: Any, other: Any, name: Any = "") -> Any:
@@ -2588,7 +2608,7 @@ def _added(one: Any, other: Any, name: Any = "") -> Any:
         both = one.keys() & other.keys()
         return {**one, **other, **{name: _added(one[name], other[name], name) for name in both}}
     if name in HIGHEST or isinstance(one, bool):
-        return max(one, other)
+        return one if one is None else max(one, other)
     return one + other
 
 

@@ -5,17 +5,17 @@ This module knows no queue. tinyqueue.py imports all of it, and users import it 
 
 from __future__ import annotations
 
+import hashlib
 import inspect
 import math
 import random
 import re
 import time
 import typing
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from datetime import datetime
 from functools import partial
-from graphlib import CycleError, TopologicalSorter
 from typing import Any, Concatenate, Generic, Literal, NamedTuple, ParamSpec, Protocol, TypeVar, cast
 
 import msgspec
@@ -28,7 +28,6 @@ from tinyqueue_redis import explain, shield, text_of
 MAX_ATTEMPTS = 100
 MAX_DELAY = 366 * 86400  # seconds
 MAX_AFTER = 1000  # parents of a job
-MAX_LINKS = 10_000  # parents of all jobs of a batch
 KEY_LENGTH = 200  # characters of a uniqueKey
 NAME = re.compile(r"[A-Za-z0-9._-]{1,100}")  # of queues, types, workers: cannot spell another key
 PRINTABLE = re.compile(r"[^\x00-\x1f\x7f-\xa0\xad\u2028\u2029\ud800-\udfff]+")  # as in openapi.json
@@ -145,7 +144,7 @@ ENDED = STATUSES[2:]
 SHOWN = ("id", "type", "payload", "status", "attempts", "maxAttempts", "queue", "createdAt", "updatedAt")
 SHOWN_IF_SET = (
     *("runAt", "startedAt", "endedAt", "worker", "progress", "expiresAt", "uniqueKey", "cancelRequested", "suspicions"),
-    *("requestId", "traceparent", "error", "after", "waitingFor", "onFailure"),
+    *("requestId", "traceparent", "limit", "error", "after", "waitingFor", "onFailure"),
 )
 UNREADABLE = "UnreadableRecord"
 
@@ -201,6 +200,7 @@ class Job(msgspec.Struct, rename="camel", omit_defaults=True, dict=True, forbid_
     error: Failure | None = None
     request_id: str = ""
     traceparent: str = ""
+    limit: str = ""
     after: tuple[str, ...] = ()  # its parents
     waiting_for: tuple[str, ...] = ()  # those of them that keep it from starting
     on_failure: Literal["", "run"] = ""  # "run": it starts even if a parent fails or is cancelled
@@ -510,13 +510,17 @@ def read_made(stored: bytes) -> Made:
 
 
 class Outcome(NamedTuple):
-    """How an attempt ended. `after`: seconds until the next; None: never, or released: now."""
+    """How an attempt ended. `after`: seconds until the next; None: never, or released: now.
+
+    `halt`: for `after` seconds, nothing else may start under the limit of the released job.
+    """
 
     job: Job
     verb: Literal["complete", "fail", "release"]
     result: Any = None
     error: Failure | None = None
     after: float | None = None
+    halt: bool = False
 
 
 class Loaded(NamedTuple):
@@ -529,65 +533,6 @@ class Loaded(NamedTuple):
     jobs: list[Job]
     taken: list[str]
     unpaused: list[str]
-
-
-# Dependencies ---------------------------------------------------------------------------------------------------------
-
-FATES = {"failed": "has failed", "cancelled": "was cancelled"}
-OTHER_SHARD = "must be jobs of one shard, that of the uniqueKey if it is given, because TINYQUEUE_SHARDS is above 1"
-
-
-def outer_parents(after: Mapping[str, Iterable[str]], own: Collection[str]) -> list[str]:
-    """Return the parents that are not in the batch itself. Raises InvalidJob for too many."""
-    links = [id for ids in after.values() for id in ids]
-    if len(links) > MAX_LINKS:
-        raise InvalidJob("after", f"must be at most {MAX_LINKS} ids in all jobs of a batch")
-    return [id for id in dict.fromkeys(links) if id not in own]
-
-
-def set_parents(new: Sequence[Job], after: Mapping[str, Sequence[str]], kept: Mapping[str, str]) -> list[str]:
-    """Set `after` of the new jobs of a batch. Return the parents that are not among them.
-
-    `kept` has the ids of the jobs that are kept in place of drafts. Raises InvalidJob if jobs wait
-    for each other in a circle.
-    """
-    for job in new:
-        job.after = tuple(dict.fromkeys(kept.get(id, id) for id in after.get(job.id, ())))
-    places = {job.id: str(place) for place, job in enumerate(new)}
-    try:
-        TopologicalSorter({job.id: [id for id in job.after if id in places] for job in new}).prepare()
-    except CycleError as error:
-        circle = ", ".join(places[id] for id in error.args[1])
-        raise InvalidJob("after", f"these jobs of the batch wait for each other in a circle: {circle}") from None
-    return outer_parents({job.id: job.after for job in new}, places)
-
-
-def read_parents(ids: Sequence[str], records: Sequence[bytes | None]) -> dict[str, Job]:
-    """Read the parents of new jobs. Raises InvalidJob if one does not exist."""
-    found = {id: read_job(id, record) for id, record in zip(ids, records, strict=True) if record is not None}
-    if missing := [id for id in ids if id not in found]:
-        raise InvalidJob("after", f"job {missing[0]} does not exist: its id is wrong, or it was purged or expired")
-    return found
-
-
-def tokens_by_job(tokens: Iterable[bytes]) -> dict[str, list[bytes]]:
-    """Group the tokens of advance by the job that ended or was revived."""
-    groups: dict[str, list[bytes]] = {}
-    for token in tokens:
-        groups.setdefault(text_of(token).partition(":")[0], []).append(token)
-    return groups
-
-
-def status_in(tokens: Iterable[bytes]) -> str:
-    """Return the status of a job that is gone from the tokens of its ends and revivals.
-
-    A token without a status was pushed because of a `waitingFor`, which a job leaves when it
-    completes, so the job has failed. Returns "" if it was only revived: the token of its later end
-    follows.
-    """
-    found = {text_of(token).partition(":")[2].partition(":")[0] for token in tokens}
-    known = next((status for status in ("completed", "cancelled", "failed") if status in found), "failed")
-    return "" if found == {"pending"} else known
 
 
 # Handlers -------------------------------------------------------------------------------------------------------------
@@ -620,6 +565,12 @@ class Handler(Generic[P, A, R]):
         self.queue: str = check_name("queue", options["queue"])
         self.payload_type, self.wants_job = _signature(function)
         self._parse = parser(self.payload_type)
+        self.max_running: int = options["max_running"]
+        self.rate: str = options["rate"]
+        self.limit_by: str = options["limit_by"]
+        self.limited = bool(self.max_running or self.rate)
+        if self.limit_by and self.limit_by not in (known := _fields_of(self.payload_type, self.limit_by)):
+            raise TypeError(f"handler {type!r}: limit_by must be a field of the payload, one of {', '.join(known)}")
 
     def __call__(self, payload: P, *args: A.args, **kwargs: A.kwargs) -> R:
         return self.function(payload, *args, **kwargs)
@@ -655,6 +606,9 @@ def handler(
     backoff: float = 1.0,
     backoff_cap: float = 300.0,
     queue: str = "default",
+    max_running: int = 0,
+    rate: str = "",
+    limit_by: str = "",
 ) -> Callable[[Callable[Concatenate[P, A], R]], Handler[P, A, R]]:
     """Register a function as the handler of jobs of `type`.
 
@@ -666,7 +620,11 @@ def handler(
     `timeout` is in seconds; None means unlimited. After failed attempt n the job waits for
     `backoff` * 2 ** (n - 1) seconds or up to half as much again, but not longer than `backoff_cap`.
     Waits that would be longer are spread between two thirds of `backoff_cap` and all of it.
-    Mistakes raise TypeError or InvalidJob when the module is imported.
+
+    `max_running` jobs of the type run at a time over all workers, and `rate`, such as "10/second",
+    is how many start in any second, minute, hour or day. With `limit_by`, the name of a field of
+    the payload, both hold for each value of that field alone. Jobs without room wait, and delay no
+    other type. Mistakes raise TypeError or InvalidJob when the module is imported.
     """
     if callable(type):
         raise TypeError("handler needs the type of the jobs: write @handler('send-email'), not @handler")
@@ -678,7 +636,9 @@ def handler(
     if not 0 < backoff <= backoff_cap <= MAX_DELAY:
         raise TypeError(f"handler {type!r}: backoff must be above 0, backoff_cap at least that and at most {MAX_DELAY}")
     times: dict[str, Any] = {"timeout": timeout, "backoff": backoff, "backoff_cap": backoff_cap}
-    options = {"max_attempts": max_attempts, "queue": queue, **times}
+    _check_limit(type, max_running, rate, limit_by)
+    limit = {"max_running": max_running, "rate": rate, "limit_by": limit_by}
+    options = {"max_attempts": max_attempts, "queue": queue, **times, **limit}
 
     def register(function: Callable[Concatenate[P, A], R]) -> Handler[P, A, R]:
         known = HANDLERS[type].function if type in HANDLERS else function
@@ -688,6 +648,24 @@ def handler(
         return made
 
     return register
+
+
+def _check_limit(type: str, max_running: Any, rate: Any, limit_by: Any) -> None:
+    try:
+        Override(max_running or None, rate).check()
+    except InvalidJob as error:
+        python = "max_running" if error.field == "maxRunning" else error.field
+        raise TypeError(f"handler {type!r}: {python} {error.rule}") from None
+    if not isinstance(limit_by, str):
+        raise TypeError(f"handler {type!r}: limit_by must be the name of a field of the payload")
+    if limit_by and not max_running and not rate:
+        raise TypeError(f"handler {type!r}: limit_by needs max_running or rate")
+
+
+def _fields_of(type: Any, name: str) -> list[str]:
+    """Return the fields of a payload in JSON; only `name` if the type says nothing about them."""
+    about = msgspec.inspect.type_info(type)
+    return [field.encode_name for field in getattr(about, "fields", ())] or [name]
 
 
 def _source(function: Callable[..., Any]) -> tuple[str, str, int]:
@@ -726,6 +704,19 @@ class Discard(Exception):
     """Raised by a handler to fail the job now, even if attempts are left."""
 
 
+class RateLimited(Exception):
+    """Raised by a handler whose work was refused for now, such as by a service that answers 429.
+
+    The attempt does not count. For `after` seconds, no job starts under the limit of this one.
+    """
+
+    def __init__(self, reason: str = "the rate limit of a service was reached", *, after: float) -> None:
+        if not is_delay(after) or not after:
+            raise ValueError(f"RateLimited: after must be a number of seconds above 0, at most {MAX_DELAY}")
+        super().__init__(reason)
+        self.after = after
+
+
 class TimedOut(BaseException):
     """Raised in a handler that exceeds its timeout. `except Exception` does not catch it."""
 
@@ -741,6 +732,113 @@ def backoff(attempts: int, base: float = 1.0, cap: float = 300.0) -> float:
     """
     longest = min(cap, base * 2 ** min(attempts - 1, 60) * 1.5)
     return random.uniform(max(min(base, cap), longest / 1.5), longest)
+
+
+# Limits ---------------------------------------------------------------------------------------------------------------
+
+VALUE = re.compile(r"[A-Za-z0-9._-]{1,64}")  # of a field that limits: others are replaced by a digest
+LIMIT = re.compile(rf"{NAME.pattern}(?:/{VALUE.pattern})?")
+RATE = re.compile(r"([1-9][0-9]{0,3}|10000)/(second|minute|hour|day)")
+PERIODS = {"second": 1000, "minute": 60_000, "hour": 3_600_000, "day": 86_400_000}
+MAX_RUNNING = 10_000
+
+
+class Override(msgspec.Struct, rename="camel", omit_defaults=True):
+    """What an operator has set for a limit, in place of the numbers in the code."""
+
+    max_running: int | None = None
+    rate: str = ""
+    paused: bool = False
+
+    def check(self) -> Override:
+        """Raise InvalidJob for values that no limit can have."""
+        if self.max_running is not None:
+            _whole("maxRunning", self.max_running, 1, MAX_RUNNING)
+        if not isinstance(self.rate, str) or (self.rate and not RATE.fullmatch(self.rate)):
+            raise InvalidJob(
+                "rate", 'must be a number up to 10000 and a time, such as "10/second"; or minute, hour, day'
+            )
+        if not isinstance(self.paused, bool):
+            raise InvalidJob("paused", "must be true or false")
+        return self
+
+
+class Rule(NamedTuple):
+    """What a limit allows: so many jobs at a time, and so many starts in so many milliseconds."""
+
+    max_running: float = math.inf
+    starts: int = 0
+    period: int = 0
+    paused: bool = False
+
+    def answer(self) -> dict[str, Any]:
+        """The numbers as clients see them: null where there is none."""
+        period = next((name for name, ms in PERIODS.items() if ms == self.period), "")
+        return {
+            "maxRunning": None if self.max_running == math.inf else int(self.max_running),
+            "rate": f"{self.starts}/{period}" if self.starts else None,
+            "paused": self.paused,
+        }
+
+
+def limit_of(job: Job) -> str:
+    """Return the limit of a job, or "". A declaration that is newer than the job counts too."""
+    known = HANDLERS.get(job.type)
+    if job.limit or not known or not known.limited:
+        return job.limit
+    if not known.limit_by:
+        return job.type
+    value = job.payload.get(known.limit_by) if isinstance(job.payload, dict) else None
+    text = value if isinstance(value, str) else encode(value).decode()
+    short = text if VALUE.fullmatch(text) else hashlib.sha256(text.encode()).hexdigest()[:32]
+    return f"{job.type}/{short}"
+
+
+def check_limit(limit: str) -> str:
+    if not LIMIT.fullmatch(limit):
+        raise InvalidJob("limit", "must be a type, or a type and a value: type/value")
+    return limit
+
+
+def read_override(limit: str, fields: Mapping[str, Any]) -> Override:
+    """Check what an operator wants to set for a limit or a type. Raises InvalidJob."""
+    names = {name for field in msgspec.structs.fields(Override) if (name := field.encode_name)}
+    if unknown := fields.keys() - names:
+        raise InvalidJob(min(unknown), f"unknown field; the fields of a limit are {', '.join(sorted(names))}")
+    values = {name: value for name, value in fields.items() if value is not None}
+    override = Override(values.get("maxRunning"), values.get("rate", ""), values.get("paused", False)).check()
+    known = HANDLERS.get(limit.partition("/")[0])
+    if override == Override():
+        return override
+    if not known or not known.limited:
+        limited = ", ".join(sorted(type for type, handler in HANDLERS.items() if handler.limited)) or "none"
+        raise InvalidJob("limit", f"its type has no limit in the handlers of this process; types with one: {limited}")
+    for field, declared in {"maxRunning": known.max_running, "rate": known.rate}.items():
+        if field in values and not declared:
+            raise InvalidJob(field, "the handler declares none; add it there first")
+    return override
+
+
+def rule_of(limit: str, overrides: Iterable[bytes | None]) -> Rule:
+    """Return what a limit allows. The overrides are that of its type, then its own.
+
+    The numbers belong to the code. A process without the handler starts one job at a time, which it
+    returns as it does with any type that it does not know. Without a limit in the code, all may go.
+    """
+    known = HANDLERS.get(limit.partition("/")[0])
+    if not known:
+        return Rule(1)
+    if not known.limited:
+        return Rule()
+    max_running = known.max_running
+    rate = known.rate
+    paused = False
+    for override in (msgspec.json.decode(stored, type=Override) for stored in overrides if stored):
+        max_running = (override.max_running or max_running) if max_running else 0
+        rate = (override.rate or rate) if rate else ""
+        paused = paused or override.paused
+    starts, _, period = rate.partition("/")
+    return Rule(max_running or math.inf, int(starts or 0), PERIODS.get(period, 0), paused)
 
 
 # Checking a job -------------------------------------------------------------------------------------------------------
@@ -780,10 +878,8 @@ def make_job(
     if queue is None:
         queue = known.queue if known else "default"
     starts_at = _first_run(delay, run_at, now)
-    expires_at = _expiry(expires_in, now) if expires_in is not None else 0
-    if expires_at and starts_at >= expires_at:
-        raise InvalidJob("expiresIn", "must end after the job may start: raise it, or lower delay or runAt")
-    return Job(
+    expires_at = _expiry(expires_in, now, starts_at)
+    job = Job(
         id=new_id(now),
         type=type,
         payload=payload,
@@ -795,6 +891,9 @@ def make_job(
         after=_parents(after) if after is not None else (),
         on_failure=_on_failure(on_failure) if on_failure is not None else "",
     )
+    if known and known.limited:
+        job.limit = limit_of(msgspec.structs.replace(job, payload=msgspec.json.decode(encoded)))
+    return job
 
 
 def check_name(field: str, value: Any) -> str:
@@ -855,10 +954,15 @@ def _first_run(delay: float | None, run_at: Any, now: int) -> int:
     return at if at and at > now else 0
 
 
-def _expiry(seconds: float, now: int) -> int:
+def _expiry(seconds: float | None, now: int, starts_at: int) -> int:
+    if seconds is None:
+        return 0
     if not is_delay(seconds) or not seconds:
         raise InvalidJob("expiresIn", f"must be a number of seconds above 0, at most {MAX_DELAY}")
-    return now + max(1, round(seconds * 1000))
+    expires_at = now + max(1, round(seconds * 1000))
+    if starts_at >= expires_at:
+        raise InvalidJob("expiresIn", "must end after the job may start: raise it, or lower delay or runAt")
+    return expires_at
 
 
 # Users import these classes from tinyqueue, so tracebacks and pickles must name that module.

@@ -20,9 +20,10 @@ Why = dict[str, Any]
 
 
 def answer(queue: AnyQueue, job: Job) -> dict[str, Any]:
-    """Return a job as clients see it, with `why` if it is pending."""
+    """Return a job as clients see it, with `why` if it is pending, and its place if it is held."""
     why = explain(queue, job)
-    return job.answer() | ({"why": why} if why else {})
+    held = {"heldBy": why["limit"], "position": why["position"]} if why and why["reason"] == "held" else {}
+    return job.answer() | held | ({"why": why} if why else {})
 
 
 def explain(queue: AnyQueue, job: Job) -> Why | None:
@@ -40,6 +41,9 @@ def _reasons(part: Queue, job: Job) -> Iterator[Why]:
         yield _why("retrying", f"{text}, after {job.error.type}: {job.error.message[:200]}", **about)
     if job.run_at > now:
         yield _why("delayed", f"is delayed until {_moment(job.run_at)}", until=job.run_at)
+    if place := part.place_among_held(job):
+        text = f"is held by the limit {job.limit}, at position {place} of those that wait for room"
+        yield _why("held", text, limit=job.limit, position=place)
     yield from _reasons_in_queue(part, job, now)
 
 

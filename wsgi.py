@@ -42,6 +42,7 @@ from tinyqueue import (
     BLOCK,
     HANDLERS,
     ID,
+    LIMIT,
     MAX_JOBS,
     NAME,
     STATUSES,
@@ -57,6 +58,7 @@ from tinyqueue import (
     Unavailable,
     UnknownType,
     check_name,
+    read_override,
 )
 from tinyqueue_access import ROLES, Access
 from tinyqueue_config import (
@@ -121,6 +123,8 @@ ROUTES = (
     ("GET", "/queues", "queues", "read"),
     ("POST", "/queues/<name>/pause", "pause", "admin"),
     ("POST", "/queues/<name>/resume", "resume", "admin"),
+    ("GET", "/limits", "limits", "read"),
+    ("PUT", "/limits/<limit>", "set_limit", "admin"),
     ("POST", "/work", "work", "admin"),
     ("GET", "/stats", "stats", "read"),
     ("GET", "/scale", "scale", "read"),
@@ -161,7 +165,7 @@ class API(bottle.Bottle):  # type: ignore[misc]
         self._guest = Guest()
         self._scrape_errors = 0  # not yet counted in Redis
         for method, path, name, role in ROUTES:
-            for part, pattern in (("<id>", ID.pattern), ("<name>", NAME.pattern)):
+            for part, pattern in (("<id>", ID.pattern), ("<name>", NAME.pattern), ("<limit>", LIMIT.pattern)):
                 # Bottle's own `$` would let a final line break pass.
                 path = path.replace(part, f"<{part[1:-1]}:re:{pattern}(?!\\n)>")  # noqa: PLW2901
             self.route(path, method, partial(self._run_route, getattr(self, name), role))
@@ -402,6 +406,9 @@ class API(bottle.Bottle):  # type: ignore[misc]
     def workers(self) -> dict[str, Any]:
         return {"workers": self.queue.workers()}
 
+    def limits(self) -> dict[str, Any]:
+        return {"limits": self.queue.limits_in_use()}
+
     # Changing jobs and queues -----------------------------------------------------------------------------------------
 
     def cancel(self, id: str) -> dict[str, str]:
@@ -436,6 +443,14 @@ class API(bottle.Bottle):  # type: ignore[misc]
     def resume(self, name: str) -> dict[str, Any]:
         self.queue.resume(name)
         return {"queue": name, "paused": False}
+
+    def set_limit(self, limit: str) -> dict[str, Any]:
+        """Pause, raise or lower a limit. An empty object returns to the numbers in the code."""
+        fields = _read_json(self.settings.max_body)
+        if not isinstance(fields, dict):
+            raise InvalidJob("limit", "must be an object with maxRunning, rate or paused")
+        self.queue.set_limit(limit, read_override(limit, fields))
+        return {"limit": limit, **self.queue.limits_in_use().get(limit, {})}
 
     def work(self) -> dict[str, Any]:
         """Run the due jobs in this process for at most ?seconds=, and count the outcomes."""

@@ -44,6 +44,16 @@ def is_delayed(queue: Queue) -> tuple[Job, str]:
     return put(queue, "delayed"), "is delayed until 20"
 
 
+def is_held(queue: Queue) -> tuple[Job, str]:
+    @handler("charge", max_running=1)
+    def charge(payload: Any) -> None: ...
+
+    jobs = queue.enqueue_many("charge", range(3), queue="charges")
+    queue.dequeue(queue.register(["charges"], 3), ["charges"], 3)
+    [job] = [job for job in jobs if queue.place_among_held(queue.get(job.id)) == 2]
+    return job, "is held by the limit charge, at position 2 of those that wait for room"
+
+
 def is_paused(queue: Queue) -> tuple[Job, str]:
     queue.register(["default"], 1)
     queue.pause("default")
@@ -113,6 +123,7 @@ SITUATIONS: dict[str, tuple[str, Callable[[Queue], tuple[Job, str]]]] = {
     "waits for many": ("waitingFor", waits_for_many),
     "retries": ("retrying", retries),
     "delayed": ("delayed", is_delayed),
+    "held": ("held", is_held),
     "paused": ("paused", is_paused),
     "not served": ("notServed", is_not_served),
     "unknown type": ("unknownType", is_of_an_unknown_type),
