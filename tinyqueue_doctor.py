@@ -438,7 +438,7 @@ def _look_again(queue: Queue, ids: Sequence[str]) -> Iterator[Finding]:
         if any(parent is None or parent.status in ENDED or not parent.followed for parent in parents):
             queue.restore(job.id)
             forgotten += 1
-    yield from _changed(forgotten, "job", "jobs", "waited for others that have ended, and no longer wait")
+    yield from _changed(forgotten, "job that waited", "jobs that waited", "looked at again: their parents have ended")
 
 
 def _drop_gone(queue: Queue, key: str, ids: Sequence[bytes]) -> int:

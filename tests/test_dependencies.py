@@ -18,7 +18,7 @@ from test_backup import Steps
 import tinyqueue
 from tinyqueue import Failure, InvalidJob, Job, Once, Outcome, Queue, Shards, handler
 from tinyqueue_backup import back_up, restore
-from tinyqueue_doctor import repair
+from tinyqueue_doctor import find_forgotten, repair
 
 pytestmark = pytest.mark.usefixtures("no_handlers")
 BOOM = Failure("Boom", "it broke")
@@ -848,6 +848,49 @@ def test_repair_the_dependents_of_a_job_whose_end_an_older_version_wrote(queue: 
     assert start(queue) == []
     repair([queue])
     assert sorted(run(queue)) == sorted(job.id for job in jobs)
+
+
+def test_find_a_job_that_waits_for_one_whose_end_was_not_seen(queue: Queue) -> None:
+    """An older version of a worker ends a parent, and pushes no token."""
+    parent = queue.enqueue("parent", None)
+    jobs = [
+        child(queue, parent),
+        *queue.enqueue_many("child", range(150), after=[queue.enqueue("parent", 1, delay=60)]),
+    ]
+    [started] = start(queue)
+    unseen = json.loads(raw(queue).get(queue.keys.job(parent.id)))
+    raw(queue).set(queue.keys.job(parent.id), json.dumps(unseen | {"followed": False}))
+    queue.complete(started)
+    assert start(queue) == []
+    findings = [finding for _ in range(50) for finding in find_forgotten(queue)]
+    assert [finding.seen for finding in findings] == ["1 job that waited looked at again: their parents have ended"]
+    assert run(queue) == [jobs[0].id]
+    assert find_forgotten(queue) == []
+
+
+def test_find_nothing_with_one_command_where_no_job_waits(near: Queue) -> None:
+    put(near, "delayed")
+    with raw(near).monitor() as monitor:
+        find_forgotten(near)
+        raw(near).echo("end")
+        seen = list(itertools.takewhile(lambda command: command["command"] != "ECHO end", monitor.listen()))
+    assert [command["command"] for command in seen] == ["ZCOUNT {queue}:delayed inf inf"]
+
+
+def test_start_limited_jobs_after_their_parent_one_by_one(queue: Queue) -> None:
+    @handler("limited", max_running=1)
+    def limited(payload: Any) -> None: ...
+
+    parent = queue.enqueue("limited", 0)
+    jobs = queue.enqueue_many("limited", range(5), after=[parent])
+    [started] = start(queue)
+    queue.complete(started)
+    ran = []
+    while jobs_now := start(queue):
+        [job] = jobs_now
+        ran.append(job.id)
+        queue.complete(job)
+    assert sorted(ran) == sorted(job.id for job in jobs)
 
 
 def test_submit_after_a_reply_was_lost(near: Queue, far: Queue, proxy: CutProxy) -> None:
