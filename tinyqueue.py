@@ -100,7 +100,7 @@ Keys. All share one hash tag, the namespace, and so one slot of a cluster.
     {queue}:proc:<worker>     list    ids that this worker holds
     {queue}:bell:<name>       list    wake-up tokens, at most 64; holds no work, may be lost
     {queue}:delayed           zset    id -> runAt; of a job that waits for others: expiresAt or inf;
-                                      limit:<limit> -> when to look at it
+                                      limit:<limit> -> when to look at it; advance: -> when to do so
     {queue}:next:<id>         set     ids of the jobs that wait for job <id>, or failed because of it.
                                       Expires once that has failed
     {queue}:advance           list    tokens <id>:<status>:<any>: job <id> has ended or was revived,
@@ -176,7 +176,7 @@ from typing import Any, Literal, TypeAlias, TypeVar
 import msgspec
 import redis
 
-from tinyqueue_dependents import OTHER_SHARD, Dependents, Rules, outer_parents
+from tinyqueue_dependents import OTHER_SHARD, SWEEP_AFTER, SWEEP_MARK, Dependents, Rules, outer_parents
 from tinyqueue_job import (
     CURSOR as CURSOR,
     ENDED as ENDED,
@@ -450,6 +450,7 @@ class Transaction:
     def push_token(self, id: str, status: str = "") -> None:
         """Have `advance` look at the dependents of a job. No two tokens are equal."""
         self.gather("RPUSH", self._keys.advance, f"{id}:{status}:{os.urandom(4).hex()}")
+        self.gather("ZADD", self._keys.delayed, self.now + SWEEP_AFTER, SWEEP_MARK)
         self.advances = True
 
     def ring(self, queue: str) -> None:
@@ -1447,7 +1448,7 @@ class Queue(Verbs):
     def promote(self) -> int:
         """Move up to 500 jobs to their queues when runAt has come. Return how many ids it removed.
 
-        Also looks at the limits with held jobs whose time has come.
+        Also looks at the limits with held jobs whose time has come, and takes tokens that are left.
         Watches the records: a job that another promoter moved may have run, failed and be delayed
         again, and removing that new entry would lose the job. The lock only saves duplicate work.
         """
@@ -1457,7 +1458,7 @@ class Queue(Verbs):
 
         def body(tx: Transaction) -> int:
             found = tx.read(("ZRANGEBYSCORE", self.keys.delayed, "-inf", tx.now, "LIMIT", 0, PROMOTED))[0]
-            due = [entry for entry in found if not entry.startswith(LOOK_MARK.encode())]
+            due = [entry for entry in found if not entry.startswith((LOOK_MARK.encode(), SWEEP_MARK.encode()))]
             looks[:] = [text_of(entry).removeprefix(LOOK_MARK) for entry in found if entry not in due]
             if not due or tx.again or not tx.read(("SET", self.keys.promoter, "1", "NX", "PX", 1000))[0]:
                 return 0
@@ -1471,6 +1472,9 @@ class Queue(Verbs):
             return len(due)
 
         promoted = self.store.transact((), body)
+        if SWEEP_MARK in looks:
+            looks.remove(SWEEP_MARK)
+            self.dependents.sweep()
         if looks:
             self.limits.reconcile(looks, self.now())
         return promoted
@@ -1487,8 +1491,8 @@ class Queue(Verbs):
     def advance(self) -> int:
         """Apply ends and revivals to the jobs that wait for them. Return how many tokens it took.
 
-        Whoever pushed a token calls this at once. Workers also call it every few seconds, in case
-        that one has crashed.
+        Whoever pushed a token calls this at once. promote calls it for tokens that are left after a
+        second: whoever pushed them may have crashed.
         """
         return self.dependents.advance()
 

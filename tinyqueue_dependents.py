@@ -18,6 +18,8 @@ from tinyqueue_job import ENDED, UNENDED, Corrupted, InvalidJob, Job, ids_in, re
 from tinyqueue_redis import Command, text_of
 
 MAX_LINKS = 10_000  # parents of all jobs of a batch
+SWEEP_MARK = "advance:"  # stands among the delayed ids, to have promote look for tokens that are left
+SWEEP_AFTER = 1000  # milliseconds
 TOKENS = 1000  # that are read at a time
 ADVANCED = 100  # jobs that one transaction changes
 FATES = {"failed": "has failed", "cancelled": "was cancelled"}
@@ -140,6 +142,15 @@ class Dependents:
             self.store.read(("DEL", self.keys.advancer))
             taken += len(tokens)
         return taken
+
+    def sweep(self) -> None:
+        """Take the tokens that are left. Remove the mark once there are none."""
+        self.advance()
+        self.store.transact([self.keys.advance], self._remove_mark)
+
+    def _remove_mark(self, tx: Writes) -> None:
+        if not tx.read(("LLEN", self.keys.advance))[0]:
+            tx.write("ZREM", self.keys.delayed, SWEEP_MARK)
 
     def _advance_next(self, id: str, tokens: Sequence[bytes]) -> None:
         """Apply the status of one parent to its dependents, some in each transaction."""

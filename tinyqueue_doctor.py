@@ -24,6 +24,7 @@ import redis
 from msgspec.structs import replace
 
 from tinyqueue import ENDED, MEMORY_SHARE, UNENDED, AnyQueue, Queue, TinyQueueError, Transaction, host_name, ids_in
+from tinyqueue_dependents import SWEEP_MARK
 from tinyqueue_limits import LOOK_MARK
 from tinyqueue_redis import ask_each, memory_use, pairs, parse_info, scan, text_of
 
@@ -345,6 +346,7 @@ def _is_running(pid: int) -> bool:
 
 # Repair ---------------------------------------------------------------------------------------------------------------
 
+MARKS = (LOOK_MARK.encode(), SWEEP_MARK.encode())  # among the delayed ids
 STEP = 1000  # keys or entries of one step
 OTHERS = "*"  # any queue, as it may be in the metrics that are counted as other
 REPAIR_EVERY = 600  # seconds between two repairs that no operator asked for
@@ -378,7 +380,7 @@ def _repair(queue: Queue) -> Iterator[Finding]:
     for key in (queue.keys.delayed, *lists, *queue.keys.ended.values()):
         for entries in queue.read_entries(key, "LRANGE" if key in lists else "ZRANGE"):
             missing.difference_update(entries)
-            others = [id for id in entries if id not in jobs and not id.startswith(LOOK_MARK.encode())]
+            others = [id for id in entries if id not in jobs and not id.startswith(MARKS)]
             for at in range(0, len(others), STEP):
                 dropped += _drop_gone(queue, key, others[at : at + STEP])
     yield from _changed(dropped, "entry without a job", "entries without a job", "dropped")

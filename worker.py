@@ -14,7 +14,7 @@ The methods of a worker are grouped by the thread that runs them:
     taker     takes jobs for the slots that got none in an exchange. If no jobs are left, it waits
               for the bell. It adopts jobs after a lost reply, and starts suspects alone
     settlers  save the outcomes that were not exchanged, one thread for each shard
-    keeper    sends heartbeats, promotes, advances, reaps, trims, and passes on cancellation requests
+    keeper    sends heartbeats, promotes, reaps, trims, and passes on cancellation requests
 
 A slot is free once its handler has returned and its outcome was exchanged, or left to a settler. No
 job is taken before a slot is free for it, so no job waits behind a long one inside a worker. The
@@ -696,7 +696,6 @@ class Worker:
             ("promote jobs", self._promote, PROMOTE_EVERY),
             ("read cancellation requests", self._pass_on_cancellations, PROMOTE_EVERY),
             ("reap workers", self._reap, min(lease / 6, PROMOTE_EVERY if self.burst else REAP_EVERY)),
-            ("advance jobs", self._advance, REAP_EVERY),
             ("trim ended jobs", self._trim, TRIM_EVERY),
         ]
         due = [0.0] * len(duties)
@@ -730,10 +729,6 @@ class Worker:
     def _promote(self) -> None:
         while self.queue.promote() >= PROMOTED and not self.closed.is_set():
             self.last_upkeep = time.monotonic()
-
-    def _advance(self) -> None:
-        """Advance what waits for ended jobs, in case whoever ended them has crashed since."""
-        self.queue.advance()
 
     def _pass_on_cancellations(self) -> None:
         """Set cancel_requested on running jobs whose handlers take a Job."""

@@ -492,6 +492,7 @@ def check_consistency(queue: Queue) -> None:
             )
     _check_counts(keys["counts"].value if "counts" in keys else {}, records, indexes)
     _check_metrics(queue.metrics(), records)
+    assert "advance" not in keys or b"advance:" in indexes["delayed"], "nobody looks for tokens that are left"
     tokens = {token.decode().partition(":")[0] for token in keys["advance"].value} if "advance" in keys else set()
     _check_dependents(records, {id: set(ids) for id, ids in family("next:").items()}, tokens)
     _check_unique_keys({key: id.decode() for key, id in family("unique:").items()}, records)

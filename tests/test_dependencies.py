@@ -11,13 +11,14 @@ from typing import Any
 
 import pytest
 from client import Client
-from conftest import NoBar, Server, check_consistency, lapse, put, raw
+from conftest import NoBar, Server, check_consistency, lapse, put, raw, until
 from cutproxy import CutProxy
 from test_backup import Steps
 
 import tinyqueue
 from tinyqueue import Failure, InvalidJob, Job, Once, Outcome, Queue, Shards, handler
 from tinyqueue_backup import back_up, restore
+from tinyqueue_dependents import SWEEP_AFTER
 from tinyqueue_doctor import find_forgotten, repair
 
 pytestmark = pytest.mark.usefixtures("no_handlers")
@@ -673,19 +674,32 @@ def test_advance_by_another_after_the_one_that_ended_the_parent_died(queue: Queu
     dying.store.advance = lambda: None
     run(dying)
     assert now(queue, job)[0].waiting_for == (parent.id,)
-    assert queue.advance() == 1
+    queue.promote()
+    assert now(queue, job)[0].waiting_for == (parent.id,)
+    queue.clock.ahead += SWEEP_AFTER
     assert run(queue) == [job.id]
-    assert queue.advance() == 0
+    assert raw(queue).zcard(queue.keys.delayed) == 0
 
 
-def test_advance_while_another_holds_the_lock(queue: Queue) -> None:
+def test_advance_after_the_one_that_held_the_lock_died(queue: Queue) -> None:
     raw(queue).set(queue.keys.advancer, "1", px=20)
     parent = queue.enqueue("parent", None)
     job = child(queue, parent)
     run(queue)
-    while raw(queue).exists(queue.keys.advancer):
-        pass
-    queue.advance()
+    until(lambda: not raw(queue).exists(queue.keys.advancer))
+    queue.clock.ahead += SWEEP_AFTER
+    assert run(queue) == [job.id]
+
+
+def test_sweep_until_no_token_is_left(queue: Queue) -> None:
+    parent = queue.enqueue("parent", None)
+    job = child(queue, parent)
+    raw(queue).set(queue.keys.advancer, "1", px=20)
+    run(queue)
+    queue.clock.ahead += SWEEP_AFTER
+    queue.promote()
+    until(lambda: not raw(queue).exists(queue.keys.advancer))
+    queue.promote()
     assert run(queue) == [job.id]
 
 

@@ -20,7 +20,7 @@ IMPORTS = {  # each module, and those of ours that it may import
     "tinyqueue_dependents": {"tinyqueue_job", "tinyqueue_redis"},
     "tinyqueue": {"tinyqueue_dependents", "tinyqueue_job", "tinyqueue_json", "tinyqueue_limits", "tinyqueue_redis"},
     "tinyqueue_config": {"tinyqueue", "tinyqueue_embedded", "tinyqueue_json"},
-    "tinyqueue_doctor": {"tinyqueue", "tinyqueue_limits", "tinyqueue_redis"},
+    "tinyqueue_doctor": {"tinyqueue", "tinyqueue_dependents", "tinyqueue_limits", "tinyqueue_redis"},
     "tinyqueue_backup": {"tinyqueue", "tinyqueue_job", "tinyqueue_json", "tinyqueue_redis"},
     "tinyqueue_cli": {
         *("tinyqueue", "tinyqueue_backup", "tinyqueue_config", "tinyqueue_doctor", "tinyqueue_embedded"),
