@@ -41,6 +41,7 @@ round trips however many jobs it moves. No Lua.
     retry     failed, cancelled -> pending    record, unique   uniqueKey free            record, its index, list
     load      nothing -> pending, failed*     records, unique  unused; queue paused      records, list/delayed,
                                               and paused                                 indexes, uniqueKeys
+    deliver   nothing -> pending              -                callbackUrl               record, list
 
     * cancelled, if that was requested. Due: runAt has come, and the job has not expired. Expired:
     expiresAt has passed before the first start. Same attempt: worker, attempts, refunds and
@@ -50,8 +51,9 @@ round trips however many jobs it moves. No Lua.
     uniqueKey. Queue paused: the queues of all pending jobs that load stores. A suspect is a job
     that two workers lost while they ran it along with others. It starts only alone.
 
-    dequeue is take, then start or expire. enqueue is written by submit, expire by start, and
-    request by cancel. complete, fail and release are written by settle, many in one transaction.
+    dequeue is take, then start or expire. enqueue is written by submit, expire by start, request by
+    cancel, and deliver by whatever ends a job, except load: the new job, of type webhook, sends the
+    end to the callbackUrl. complete, fail and release are written by settle, many in one transaction.
     exchange is settle and dequeue in three round trips. A busy worker uses it instead of these two,
     except with shards. load stores the jobs of a backup; the ended ones count in no metric. Every
     verb that fills a list rings its bell, and every verb keeps the counts and the metrics. Whatever
@@ -138,6 +140,7 @@ import msgspec
 import redis
 
 from tinyqueue_job import (
+    BUILT_IN as BUILT_IN,
     CURSOR as CURSOR,
     ENDED as ENDED,
     HANDLERS as HANDLERS,
@@ -178,6 +181,7 @@ from tinyqueue_job import (
     attempt_in,
     backoff as backoff,
     check_name as check_name,
+    delivery_of,
     handler as handler,
     ids_in,
     is_delay as is_delay,
@@ -1134,6 +1138,8 @@ class Queue(Verbs):
         job.status = status
         job.worker = ""
         job.ended_at = job.updated_at = max(tx.now, job.updated_at)
+        if job.callback_url:
+            self._add_delivery(tx, job)
         tx.write("SET", self.keys.job(job.id), record_of(job), "PX", self.keep_ms[status])
         tx.gather("ZADD", self.keys.ended[status], job.ended_at, job.id)
         tx.count_end(job)
@@ -1145,6 +1151,14 @@ class Queue(Verbs):
             tx.write("LPUSH", self.keys.done(job.id), "1")
             tx.write("EXPIRE", self.keys.done(job.id), 60)
             tx.write("SREM", self.keys.awaited, job.id)
+
+    def _add_delivery(self, tx: Transaction, job: Job) -> None:
+        """Enqueue the job that delivers this end to the callbackUrl."""
+        delivery = delivery_of(job, tx.now)
+        job.callback_job = delivery.id
+        tx.write("SET", self.keys.job(delivery.id), record_of(delivery))
+        self._add_to_queue(tx, delivery)
+        tx.measure("enqueued", delivery)
 
     def _requeue(self, tx: Transaction, job: Job, run_at: int = 0, push: Push = "LPUSH") -> None:
         job.status = "pending"

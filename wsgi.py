@@ -136,6 +136,7 @@ FIELDS = {
     "runAt": "run_at",
     "expiresIn": "expires_in",
     "uniqueKey": "unique_key",
+    "callbackUrl": "callback_url",
 }
 # JSON or query name -> field of Filter
 FILTERS = {"status": "status", "type": "type", "queue": "queue", "errorType": "error_type"}
