@@ -688,12 +688,12 @@ def load_handlers(modules: str) -> dict[str, Handler[Any, Any, Any]]:
         except (Exception, SystemExit) as error:
             text = " ".join(error_text(error).split())
             raise SettingsError(f"cannot import {module}: {type(error).__name__}: {text}") from error
-    if not HANDLERS.keys() - BUILT_IN and "tinyqueue_http" not in modules:
-        raise SettingsError(f"{modules} registers no handler: decorate a function with @handler('type')")
     try:
         register()
     except TypeError as error:
         raise SettingsError(str(error)) from None
+    if not HANDLERS.keys() - BUILT_IN and "tinyqueue_http" not in modules:
+        raise SettingsError(f"{modules} registers no handler: decorate a function with @handler('type')")
     return HANDLERS
 
 

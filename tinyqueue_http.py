@@ -22,6 +22,7 @@ import binascii
 import hashlib
 import hmac
 import http.client
+import io
 import ipaddress
 import logging
 import os
@@ -36,7 +37,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
 from email.utils import parsedate_to_datetime
 from functools import cache
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple, cast
 
 import msgspec
 from msgspec import Meta, Raw, Struct
@@ -274,7 +275,7 @@ def _connect(target: Target, places: Sequence[Place], until: float) -> socket.so
         try:
             sock.settimeout(seconds)
             sock.connect(place)
-            return _tls().wrap_socket(sock, server_hostname=target.host) if target.tls else sock
+            return tls_context().wrap_socket(sock, server_hostname=target.host) if target.tls else sock
         except OSError as error:
             sock.close()
             why = "the connection was not made in time" if isinstance(error, TimeoutError) else _reason(error)
@@ -290,7 +291,7 @@ def _reason(error: OSError) -> str:
 
 
 @cache
-def _tls() -> ssl.SSLContext:
+def tls_context() -> ssl.SSLContext:
     return ssl.create_default_context()
 
 
@@ -317,14 +318,49 @@ def _exchange(sock: socket.socket, target: Target, request: Outgoing, most: int)
     from urllib3.connection import HTTPConnection  # slow to import, and many processes send nothing
 
     connection = HTTPConnection(target.host, target.port, timeout=SECONDS)
-    connection.sock = sock
+    watched = Watched(sock)
+    connection.sock = cast(socket.socket, watched)
     options = {"preload_content": False, "decode_content": False}
     connection.request(request.method, target.path, request.body or None, request.headers, **options)
     response = connection.getresponse()
-    try:
-        return Answer(response.status, response.headers, response.read(most, decode_content=False))
-    finally:
-        response.close()
+    if not watched.headers_ended():
+        raise http.client.IncompleteRead(b"")
+    body = b""
+    while len(body) < most and (part := response.read(most - len(body), decode_content=False)):
+        body += part
+    return Answer(response.status, response.headers, body)
+
+
+class Lines(io.BufferedReader):
+    """A reader that knows the last line that was read as one."""
+
+    last = b""
+
+    def readline(self, size: int | None = -1, /) -> bytes:
+        self.last = super().readline(size)
+        return self.last
+
+
+class Watched:
+    """A socket that knows whether the headers of an answer came to their end.
+
+    http.client takes the end of the connection for it. A status alone does not tell what the
+    application would have answered.
+    """
+
+    def __init__(self, sock: socket.socket) -> None:
+        self._sock = sock
+        self._lines: Lines | None = None
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._sock, name)
+
+    def makefile(self, mode: str) -> Lines:
+        self._lines = Lines(self._sock.makefile("rb", buffering=0))
+        return self._lines
+
+    def headers_ended(self) -> bool:
+        return self._lines is not None and self._lines.last in (b"\r\n", b"\n")
 
 
 def _note(error: Exception, answer: Answer) -> Exception:

@@ -40,6 +40,7 @@ from bottle import request
 import tinyqueue_openapi
 from tinyqueue import (
     BLOCK,
+    BUILT_IN,
     HANDLERS,
     ID,
     MAX_JOBS,
@@ -47,6 +48,7 @@ from tinyqueue import (
     STATUSES,
     UNENDED,
     AnyQueue,
+    Failure,
     Filter,
     InvalidJob,
     Job,
@@ -332,18 +334,30 @@ class API(bottle.Bottle):  # type: ignore[misc]
             raise waited
         job = _require_job(self.queue.get(id))
         if not seconds or waited or job.status not in UNENDED:
-            return job.answer()
+            return self._answer_job(job)
         if "tinyqueue.can_park" in request.environ:
             from tinyqueue_server import Parked
 
             raise Parked(partial(self._waiter_of(id).add, id, seconds, request.environ))
         if not request.environ.get("wsgi.multithread") or not self._blocked.acquire(blocking=False):
             bottle.response.set_header("Retry-After", "1")
-            return job.answer()
+            return self._answer_job(job)
         try:
-            return _require_job(self.queue.wait_for(id, seconds)).answer()
+            return self._answer_job(_require_job(self.queue.wait_for(id, seconds)))
         finally:
             self._blocked.release()
+
+    def _answer_job(self, job: Job) -> dict[str, Any]:
+        """Return a job. Only admins see what was answered to a webhook or to an http job that failed."""
+        fields = job.answer()
+        if job.type in BUILT_IN and job.error and "admin" not in self._roles():
+            fields["error"] = Failure(job.error.type, job.error.message)
+        return fields
+
+    def _roles(self) -> Collection[str]:
+        """Return the roles of the caller's key. Without keys, these are all."""
+        name = request.environ["tinyqueue.caller"]
+        return next((key.roles for key in self.access.keys if key.name == name), ROLES["admin"])
 
     def _waiter_of(self, id: str) -> Waiter:
         queue = self.queue.part_of(id)
@@ -441,10 +455,9 @@ class API(bottle.Bottle):  # type: ignore[misc]
 
     def whoami(self) -> dict[str, Any]:
         """Return the name and roles of the caller's key. Without keys: no name, and all roles."""
-        name = request.environ["tinyqueue.caller"]
-        roles = next((key.roles for key in self.access.keys if key.name == name), ROLES["admin"])
+        roles = self._roles()
         return {
-            "name": name,
+            "name": request.environ["tinyqueue.caller"],
             "roles": [role for role in ROLES if role in roles],
             "embedded": not self.settings.redis_url,
         }
