@@ -5,6 +5,9 @@ from __future__ import annotations
 import base64
 import errno
 import os
+import random
+import re
+import shutil
 import socket
 import ssl
 import subprocess
@@ -20,7 +23,7 @@ from typing import Any, NamedTuple
 
 import pytest
 from client import Client
-from conftest import Server, dump, newest, put, raw, until
+from conftest import Server, dump, free_port, newest, put, raw, until
 from standardwebhooks.webhooks import Webhook, WebhookVerificationError
 
 import tinyqueue_http
@@ -987,3 +990,111 @@ def test_send_imports_its_client_only_when_it_is_needed() -> None:
     root = Path(tinyqueue_http.__file__).parent
     done = subprocess.run(run, cwd=root, env=os.environ | {"PYTHONPATH": str(root)}, capture_output=True, check=True)
     assert done.stdout.strip() == b"False"
+
+
+# The application of the documents -------------------------------------------------------------------------------------
+
+ROOT = Path(tinyqueue_http.__file__).parent
+HTTP_JOBS = int(os.environ.get("HTTP_JOBS", "100"))
+
+
+class Killed:
+    """A process that is killed at random times and started again."""
+
+    def __init__(self, command: list[str], folder: Path, environ: dict[str, str]) -> None:
+        self.start = lambda: subprocess.Popen(
+            command, cwd=folder, env=environ, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+        self.process = self.start()
+        self.kills = 0
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.wait()
+        self.process = self.start()
+        self.kills += 1
+
+    def end(self) -> None:
+        self.process.kill()
+        self.process.wait()
+
+
+def application() -> str:
+    [text] = re.findall(r"^```js\n(.*?)^```", (ROOT / "docs" / "webhooks.md").read_text(), re.M | re.S)
+    return str(text)
+
+
+@pytest.fixture
+def node(tmp_path: Path, real: Server) -> Iterator[tuple[Killed, Killed, str]]:
+    """The application of the documents, a worker, and the URL of the application."""
+    program = shutil.which("node")
+    if not program:
+        pytest.skip("needs node")
+    (tmp_path / "app.mjs").write_text(application())
+    port = str(free_port())
+    environ = {"PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT), "TINYQUEUE_WEBHOOK_SECRETS": ",".join(SECRETS)}
+    app = Killed([program, "app.mjs"], tmp_path, environ | {"PORT": port})
+    own = {"REDIS_URL": real.url, "TINYQUEUE_HANDLERS": "tinyqueue_http", "TINYQUEUE_HTTP_ALLOW": "127.0.0.0/8"}
+    own |= {"TINYQUEUE_LEASE": "2", "LOG_LEVEL": "error"}
+    worker = Killed([sys.executable, str(ROOT / "worker.py")], tmp_path, environ | own)
+    yield app, worker, f"http://127.0.0.1:{port}"
+    worker.end()
+    app.end()
+
+
+def test_http_jobs_lose_none_while_worker_and_application_are_killed(near: Queue, node: Any) -> None:
+    app, worker, url = node
+    jobs = [
+        job
+        for at in range(0, HTTP_JOBS, 100)
+        for job in near.submit(
+            [
+                near.draft("http", {"url": f"{url}/greet", "body": {"name": f"ü{n}"}}, max_attempts=20)
+                for n in range(at, min(at + 100, HTTP_JOBS))
+            ]
+        )
+    ]
+    chance = random.Random(HTTP_JOBS)
+    marks = sorted(chance.sample(range(10, HTTP_JOBS - 10), HTTP_JOBS // 50))  # after how many jobs to kill
+    deadline = time.monotonic() + 600
+    while (stats := near.stats())["pending"] + stats["processing"]:
+        assert time.monotonic() < deadline, stats
+        if marks and stats["completed"] >= marks[0]:
+            del marks[0]
+            (app if app.kills <= worker.kills else worker).kill()
+    ended = [near.get(job.id) for job in jobs]
+    assert [(job.status, job.result) for job in ended] == [
+        ("completed", {"text": f"Hello ü{n}", "id": job.id}) for n, job in enumerate(jobs)
+    ]
+    assert min(app.kills, worker.kills) >= 1
+    worker.process.terminate()
+    assert worker.process.wait(20) == 0
+
+
+def test_application_of_the_documents_refuses_an_unknown_path(near: Queue, node: Any) -> None:
+    _, worker, url = node
+    job = near.enqueue("http", {"url": f"{url}/nowhere", "body": {"name": "Ada"}})
+    failed = until(lambda: (now := near.get(job.id)).status == "failed" and now)
+    assert failed.error.message == "127.0.0.1 answered 404"
+    worker.process.terminate()
+    assert worker.process.wait(20) == 0
+
+
+def test_application_of_the_documents_refuses_another_signature(
+    near: Queue, node: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, worker, url = node
+    until(lambda: is_listening(url) and near.workers())
+    monkeypatch.setenv("TINYQUEUE_WEBHOOK_SECRETS", "whsec_" + base64.b64encode(b"x" * 32).decode())
+    near.enqueue("http", {"url": f"{url}/greet", "body": {"name": "Ada"}}, queue="here")
+    [job] = work(near, "here")
+    assert job.error.message == "127.0.0.1 answered 401"
+    worker.process.terminate()
+    assert worker.process.wait(20) == 0
+
+
+def is_listening(url: str) -> bool:
+    host, _, port = url.removeprefix("http://").partition(":")
+    with suppress(OSError), socket.create_connection((host, int(port)), 1):
+        return True
+    return False
