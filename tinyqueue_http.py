@@ -321,14 +321,16 @@ def _exchange(sock: socket.socket, target: Target, request: Outgoing, most: int)
     watched = Watched(sock)
     connection.sock = cast(socket.socket, watched)
     options = {"preload_content": False, "decode_content": False}
-    connection.request(request.method, target.path, request.body or None, request.headers, **options)
-    response = connection.getresponse()
-    if not watched.headers_ended():
-        raise http.client.IncompleteRead(b"")
-    body = b""
-    while len(body) < most and (part := response.read(most - len(body), decode_content=False)):
-        body += part
-    return Answer(response.status, response.headers, body)
+    with closing(connection):
+        with suppress(BrokenPipeError):  # it may have answered before it has read all
+            connection.request(request.method, target.path, request.body or None, request.headers, **options)
+        response = connection.getresponse()
+        if not watched.headers_ended():
+            raise http.client.IncompleteRead(b"")
+        body = b""
+        while len(body) < most and (part := response.read(most - len(body), decode_content=False)):
+            body += part
+        return Answer(response.status, response.headers, body)
 
 
 class Lines(io.BufferedReader):
@@ -423,7 +425,9 @@ CIRCUITS = Circuits()
 
 # Deliveries -----------------------------------------------------------------------------------------------------------
 
-Url = Annotated[str, Meta(pattern=rf"^{URL.pattern}\Z", max_length=URL_LENGTH, description=URL_RULE)]
+# Without names of groups: the pattern is in /openapi.json, and languages spell them differently.
+URL_PATTERN = "^" + re.sub(r"\?P<\w+>", "", URL.pattern) + r"\Z"
+Url = Annotated[str, Meta(pattern=URL_PATTERN, max_length=URL_LENGTH, description=URL_RULE)]
 
 
 class Delivery(Struct):
@@ -446,8 +450,9 @@ def deliver(delivery: Delivery, job: Job) -> Delivered:
     try:
         request = Outgoing("POST", delivery.url, {"Content-Type": "application/json"}, bytes(delivery.event))
         answer = send(job, request, KEPT)
-    except NoAnswer as error:
-        CIRCUITS.note(host, failed=True)
+    except (NoAnswer, Unsigned) as error:
+        if isinstance(error, NoAnswer):
+            CIRCUITS.note(host, failed=True)
         error.after = wait
         raise
     CIRCUITS.note(host, failed=answer.status >= 500)
