@@ -834,12 +834,12 @@ class Queue(Verbs):
 
         return self.store.transact((), body)
 
-    def wait(self, names: Sequence[str], seconds: float = BLOCK) -> bool:
-        """Wait for a bell of these queues. Return whether one rang in time. Takes no job."""
+    def wait(self, names: Sequence[str], seconds: float = BLOCK) -> set[str]:
+        """Wait for a bell of these queues. Return the name if one rang in time. Takes no job."""
         bells = ("BLPOP", *map(self.keys.bell, names), seconds)
         token, paused = self.store.read(bells, ("SMEMBERS", self.keys.paused))
         self._note_paused(paused)
-        return token is not None
+        return {text_of(token[0]).removeprefix(self.keys.bell(""))} if token is not None else set()
 
     def _note_paused(self, members: Iterable[bytes] | Exception) -> None:
         found = () if isinstance(members, Exception) else members
@@ -2057,7 +2057,7 @@ class Shards(Verbs):
     def _open_threads(self) -> None:
         self._waiters = ThreadPoolExecutor(len(self.parts), "bell")
         self._callers = ThreadPoolExecutor(2 * len(self.parts), "shard")
-        self._waits: dict[Queue, Future[bool]] = {}
+        self._waits: dict[Queue, Future[set[str]]] = {}
 
     def disconnect(self) -> None:
         """Close all connections and end all threads. A fork would not take the threads along."""
@@ -2175,22 +2175,21 @@ class Shards(Verbs):
             self._absent(worker).add(shard)
             raise
 
-    def wait(self, names: Sequence[str], seconds: float = BLOCK) -> bool:
+    def wait(self, names: Sequence[str], seconds: float = BLOCK) -> set[str]:
         """Like Queue.wait, in all shards. Waits that outlast this call go on in the next one."""
         for shard in self.parts:
             if shard not in self._waits:
                 self._waits[shard] = self._waiters.submit(self._wait_in, shard, names, seconds)
         done, _ = wait(self._waits.values(), return_when=FIRST_COMPLETED)
         self._waits = {shard: future for shard, future in self._waits.items() if future not in done}
-        rung = [future.result() for future in done]
-        return any(rung)
+        return {name for future in done for name in future.result()}
 
-    def _wait_in(self, shard: Queue, names: Sequence[str], seconds: float) -> bool:
+    def _wait_in(self, shard: Queue, names: Sequence[str], seconds: float) -> set[str]:
         try:
             return shard.wait(names, seconds)
         except TinyQueueError:  # as if no bell rang: the other shards are still waited for
             time.sleep(seconds)
-            return False
+            return set()
 
     def waiting(self, names: Sequence[str], due: bool = False) -> int:
         return sum(_try_each(self.parts, lambda shard: shard.waiting(names, due)))

@@ -480,16 +480,10 @@ def test_deliver_to_others_while_a_receiver_is_dead(
         end(queue, dead.url)
     for _ in range(50):
         end(queue, alive.url)
-    worker = Worker(queue, Settings(worker_concurrency=5), ["webhooks"])
-    thread = threading.Thread(target=worker.run)
     began = time.monotonic()
-    thread.start()
-    try:
+    with Working(queue, "webhooks"):
         until(lambda: len(alive.requests) == 50)
         seconds = time.monotonic() - began
-    finally:
-        worker.stop("release")
-        thread.join(20)
     assert seconds < 4, "50 deliveries to the dead receiver alone take 10 s in 5 slots"
     assert dead.connections <= FAILURES + 5
 
@@ -870,6 +864,78 @@ def test_ready_warns_of_deliveries_that_no_worker_serves(api: Client, queue: Que
 
 def test_worker_serves_deliveries_without_a_handler_of_the_user(queue: Queue) -> None:
     assert Worker(queue, Settings()).names == ["default", "webhooks"]
+
+
+class Working:
+    """A worker in a thread."""
+
+    def __init__(self, queue: Any, *names: str, **settings: Any) -> None:
+        self.worker = Worker(queue, Settings(**settings), names)
+        self.thread = threading.Thread(target=self.worker.run)
+
+    def __enter__(self) -> Worker:
+        self.thread.start()
+        return self.worker
+
+    def __exit__(self, *_: object) -> None:
+        self.worker.stop("release")
+        self.thread.join(20)
+
+
+def test_worker_delivers_the_end_of_a_job_at_once(server: Server, receive: Any) -> None:
+    receiver = receive()
+    queue = server.queue()
+    with Working(queue):
+        until(queue.workers)
+        for n in range(1, 6):
+            queue.enqueue("echo", n, callback_url=receiver.url)
+            until(lambda n=n: len(receiver.requests) == n, 1.5)  # of a wait for the bell, which lasts 2 s
+
+
+def test_worker_of_shards_delivers_the_end_of_a_job_at_once(real: Server, receive: Any) -> None:
+    receiver = receive()
+    shards = Shards([real.queue(namespace=f"queue.{at}") for at in range(3)])
+    with Working(shards):
+        until(shards.workers)
+        for n in range(1, 6):
+            shards.enqueue("echo", n, callback_url=receiver.url)
+            until(lambda n=n: len(receiver.requests) == n, 1.9)
+
+
+def test_worker_of_deliveries_alone_delivers(server: Server, receive: Any) -> None:
+    receiver = receive()
+    queue = server.queue()
+    for _ in range(20):
+        end(queue, receiver.url)
+    with Working(queue, "webhooks"):
+        until(lambda: len(receiver.requests) == 20)
+
+
+def test_worker_in_a_burst_delivers_what_its_jobs_made_even_if_the_bell_is_lost(queue: Queue, receive: Any) -> None:
+    receiver = receive()
+    for _ in range(5):
+        end(queue, receiver.url)
+    queue.enqueue("echo", 1, callback_url=receiver.url)
+    raw(queue).delete(queue.keys.bell("webhooks"))
+    worker = Worker(queue, Settings(), burst=True)
+    assert worker.run() == 0
+    assert len(receiver.requests) == 6
+
+
+def test_worker_without_deliveries_does_not_look_for_them(real: Server) -> None:
+    queue = real.queue()
+    looks: list[str] = []
+    with Working(queue), raw(queue).monitor() as monitor:
+        until(queue.workers)
+        for n in range(20):
+            job = queue.enqueue("echo", n)
+            until(lambda job=job: queue.get(job.id).status == "completed")
+        raw(queue).echo("that is all")
+        for command in monitor.listen():
+            if "that is all" in command["command"]:
+                break
+            looks += [command["command"]] * ("jobs:webhooks" in command["command"])
+    assert len(looks) <= 5, "only the first take, of up to 5 jobs, looks into that queue"
 
 
 # HTTP jobs ------------------------------------------------------------------------------------------------------------
