@@ -42,7 +42,7 @@ from typing import Annotated, Any, Literal, NamedTuple, cast
 import msgspec
 from msgspec import Meta, Raw, Struct
 
-from tinyqueue import HANDLERS, MAX_RESULT, Discard, Job, Retry, __version__, backoff, handler
+from tinyqueue import HANDLERS, MAX_RESULT, Discard, Job, RateLimited, Retry, __version__, backoff, handler
 from tinyqueue_job import DELIVERIES, URL, URL_LENGTH, URL_RULE, check_url, host_of
 from tinyqueue_json import encode
 
@@ -54,6 +54,7 @@ JITTER = 0.2  # how much longer a wait may be, so that deliveries that failed to
 LONGEST_WAIT = 86_400  # seconds of a Retry-After that are honoured
 ATTEMPTS = 5  # of an http job, unless its submit says otherwise
 BACKOFF = 5.0  # seconds after its first failed attempt
+AT_ONCE = 2  # deliveries to one receiver at a time: one that hangs keeps no more slots from the others
 FAILURES = 5  # in a row, after which a receiver gets no deliveries for PAUSE seconds
 PAUSE = 60.0
 RECEIVERS = 10_000  # whose failures a process remembers
@@ -86,8 +87,8 @@ class Refused(Discard):
     """The answer says that the request failed, and that no attempt will help."""
 
 
-class CircuitOpen(Retry):
-    """The receiver has failed several times in a row. Nothing was sent."""
+class CircuitOpen(RateLimited):
+    """The receiver has failed several times in a row. Nothing was sent, and nothing is for a while."""
 
 
 # Settings -------------------------------------------------------------------------------------------------------------
@@ -388,8 +389,8 @@ def asked_wait(answer: Answer) -> float:
 class Circuits:
     """Which receivers have failed FAILURES times in a row: they get a try every PAUSE seconds.
 
-    A process learns that by itself. Redis would save each other process five tries, and would cost
-    every delivery a round trip.
+    A process learns that by itself, which costs no command. Then it halts the limit of the
+    receiver, so that all processes hold its deliveries back.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
@@ -444,9 +445,9 @@ def deliver(delivery: Delivery, job: Job) -> Delivered:
     """Send the end of a job to its callbackUrl."""
     wait = WAITS[min(job.attempts, len(WAITS)) - 1] * random.uniform(1, 1 + JITTER)
     host = host_of(delivery.url)
-    if job.attempts < job.max_attempts and (left := CIRCUITS.check(host)):
-        text = f"{host} has failed {FAILURES} times in a row; nothing was sent to it for up to {PAUSE:.0f} s"
-        raise CircuitOpen(text, after=max(wait, left))
+    if left := CIRCUITS.check(host):
+        text = f"{host} has failed {FAILURES} times in a row; it gets one delivery every {PAUSE:.0f} s"
+        raise CircuitOpen(text, after=left)
     try:
         request = Outgoing("POST", delivery.url, {"Content-Type": "application/json"}, bytes(delivery.event))
         answer = send(job, request, KEPT)
@@ -524,4 +525,5 @@ def register() -> None:
     if "http" not in HANDLERS or HANDLERS["http"].function is not run_request:
         handler("http", max_attempts=ATTEMPTS, timeout=2 * SECONDS, backoff=BACKOFF)(run_request)
     if "webhook" not in HANDLERS or HANDLERS["webhook"].function is not deliver:
-        handler("webhook", max_attempts=DELIVERIES, timeout=2 * SECONDS, queue="webhooks")(deliver)
+        options = {"timeout": 2 * SECONDS, "queue": "webhooks", "max_running": AT_ONCE, "limit_by": "host"}
+        handler("webhook", max_attempts=DELIVERIES, **options)(deliver)

@@ -279,6 +279,7 @@ NUMBERS = {
     "KEPT of an answer": (WEBHOOKS, r"A worker reads (\d+) bytes of the answer", tinyqueue_http.KEPT),
     "JITTER of deliveries": (WEBHOOKS, r"or up to (\d+) % later", 100 * tinyqueue_http.JITTER),
     "FAILURES in a row": (WEBHOOKS, r"has failed (\d+) times in a row", tinyqueue_http.FAILURES),
+    "AT_ONCE to a receiver": (WEBHOOKS, r"gets (\d+) deliveries at a time", tinyqueue_http.AT_ONCE),
     "PAUSE of a circuit": (WEBHOOKS, r"one delivery every (\d+) s", tinyqueue_http.PAUSE),
     "ATTEMPTS of an http job": (WEBHOOKS, r"has (\d+) attempts unless", tinyqueue_http.ATTEMPTS),
     "BACKOFF of an http job": (WEBHOOKS, r"next one follows after (\d+) s", tinyqueue_http.BACKOFF),
