@@ -348,7 +348,7 @@ class API(bottle.Bottle):  # type: ignore[misc]
             self._blocked.release()
 
     def _answer_job(self, job: Job) -> dict[str, Any]:
-        """Return a job. Only admins see what was answered to a webhook or to an http job that failed."""
+        """Return a job. Only admins see the answer to a webhook or an http job that failed."""
         fields = job.answer()
         if job.type in BUILT_IN and job.error and "admin" not in self._roles():
             fields["error"] = Failure(job.error.type, job.error.message)
