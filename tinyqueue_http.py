@@ -88,7 +88,7 @@ class Refused(Discard):
 
 
 class CircuitOpen(RateLimited):
-    """The receiver has failed several times in a row. Nothing was sent, and nothing is for a while."""
+    """The receiver has failed several times in a row. Nothing was sent, nor is it for a while."""
 
 
 # Settings -------------------------------------------------------------------------------------------------------------
@@ -525,5 +525,5 @@ def register() -> None:
     if "http" not in HANDLERS or HANDLERS["http"].function is not run_request:
         handler("http", max_attempts=ATTEMPTS, timeout=2 * SECONDS, backoff=BACKOFF)(run_request)
     if "webhook" not in HANDLERS or HANDLERS["webhook"].function is not deliver:
-        options = {"timeout": 2 * SECONDS, "queue": "webhooks", "max_running": AT_ONCE, "limit_by": "host"}
-        handler("webhook", max_attempts=DELIVERIES, **options)(deliver)
+        options: dict[str, Any] = {"timeout": 2 * SECONDS, "queue": "webhooks"}
+        handler("webhook", max_attempts=DELIVERIES, max_running=AT_ONCE, limit_by="host", **options)(deliver)

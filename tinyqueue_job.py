@@ -651,10 +651,7 @@ def handler(
     options = {"max_attempts": max_attempts, "queue": queue, **times, **limit}
 
     def register(function: Callable[Concatenate[P, A], R]) -> Handler[P, A, R]:
-        known = HANDLERS[type].function if type in HANDLERS else function
-        if _source(known) != _source(function):  # a reload declares the same function again
-            todo = "; this type is built in: choose another name" if type in BUILT_IN else ""
-            raise TypeError(f"two handlers are declared for type {type!r}{todo}")
+        _refuse_another(type, function)
         made = HANDLERS[type] = Handler(function, type, options)
         return made
 
@@ -677,6 +674,13 @@ def _fields_of(type: Any, name: str) -> list[str]:
     """Return the fields of a payload in JSON; only `name` if the type says nothing about them."""
     about = msgspec.inspect.type_info(type)
     return [field.encode_name for field in getattr(about, "fields", ())] or [name]
+
+
+def _refuse_another(type: str, function: Callable[..., Any]) -> None:
+    """Raise TypeError if a type has another handler. A reload declares the same function again."""
+    if type in HANDLERS and _source(HANDLERS[type].function) != _source(function):
+        todo = "; this type is built in: choose another name" if type in BUILT_IN else ""
+        raise TypeError(f"two handlers are declared for type {type!r}{todo}")
 
 
 def _source(function: Callable[..., Any]) -> tuple[str, str, int]:

@@ -139,9 +139,7 @@ class Worker:
         self.until = until
         self.take_until = until - min(RUN_OUT, (until - time.monotonic()) / 4) if until < math.inf else until
         self.names = list(names) or list(dict.fromkeys(["default", *(handler.queue for handler in HANDLERS.values())]))
-        # Without the queue of deliveries. Most workers have none, and looking into it takes a round trip.
-        self.usual_names = [name for name in self.names if name != "webhooks"] or self.names
-        self.deliveries_due = True  # take from all queues: its bell rang, or may have been lost
+        self.deliveries_due = True  # the bell of the queue webhooks rang, or may have been lost
         self.id = ""  # the registered worker id; empty while not registered
         self.held: dict[str, Job] = {}  # jobs that were started and are not settled
         self.lock = threading.Lock()  # for `id` and `held` together
@@ -448,8 +446,12 @@ class Worker:
         return len(ids), self.queue.start(worker, ids, held) if ids else []
 
     def _names(self) -> list[str]:
-        """Return the queues to take from now."""
-        return self.names if self.deliveries_due else self.usual_names
+        """Return the queues to take from now.
+
+        Looking into a queue takes a round trip, and most workers never find deliveries.
+        """
+        usual = [name for name in self.names if name != "webhooks" or self.deliveries_due]
+        return usual or self.names
 
     @contextmanager
     def _in_cycle(self) -> Iterator[None]:
@@ -510,7 +512,7 @@ class Worker:
                 rung = set() if self.stopping.wait(0.5) else set(self.names)
             finally:
                 self.at_bell = False
-            # The bell of deliveries may be lost until the next adoption, except in a burst, which has none.
+            # If the bell of deliveries is lost, the next adoption looks. A burst has none.
             self.deliveries_due = self.deliveries_due or self.burst or "webhooks" in rung
             if rung or self.queue.waiting(self._names()):
                 return
