@@ -198,6 +198,7 @@ def filter_options(*statuses: str, required: bool = False, default: str | None =
     type=click.Choice(["fail", "run"]),
     help="If a job in --after fails or is cancelled: fail too, or run anyway.  [default: fail]",
 )
+@click.option("--callback-url", metavar="URL", help="http or https URL that gets a webhook when the job has ended.")
 @click.pass_obj
 def enqueue(settings: Settings, /, type: str, payload: str, **options: Any) -> None:
     """Submit a job and print its id. PAYLOAD is JSON, or - to read it from standard input."""

@@ -40,6 +40,7 @@ from bottle import request
 import tinyqueue_openapi
 from tinyqueue import (
     BLOCK,
+    BUILT_IN,
     HANDLERS,
     ID,
     LIMIT,
@@ -48,6 +49,7 @@ from tinyqueue import (
     STATUSES,
     UNENDED,
     AnyQueue,
+    Failure,
     Filter,
     InvalidJob,
     Job,
@@ -143,6 +145,7 @@ FIELDS = {
     "uniqueKey": "unique_key",
     "after": "after",
     "onFailure": "on_failure",
+    "callbackUrl": "callback_url",
 }
 # JSON or query name -> field of Filter
 FILTERS = {"status": "status", "type": "type", "queue": "queue", "errorType": "error_type"}
@@ -363,18 +366,33 @@ class API(bottle.Bottle):  # type: ignore[misc]
             raise waited
         job = _require_job(self.queue.get(id))
         if not seconds or waited or job.status not in UNENDED:
-            return answer(self.queue, job)
+            return self._explain(job)
         if "tinyqueue.can_park" in request.environ:
             from tinyqueue_server import Parked
 
             raise Parked(partial(self._waiter_of(id).add, id, seconds, request.environ))
         if not request.environ.get("wsgi.multithread") or not self._blocked.acquire(blocking=False):
             bottle.response.set_header("Retry-After", "1")
-            return answer(self.queue, job)
+            return self._explain(job)
         try:
-            return answer(self.queue, _require_job(self.queue.wait_for(id, seconds)))
+            return self._explain(_require_job(self.queue.wait_for(id, seconds)))
         finally:
             self._blocked.release()
+
+    def _explain(self, job: Job) -> dict[str, Any]:
+        """Return a job as clients see it, and why it does not run if it is pending.
+
+        Only admins see what was answered to a webhook or to an http job that failed.
+        """
+        fields = answer(self.queue, job)
+        if job.type in BUILT_IN and job.error and "admin" not in self._roles():
+            fields["error"] = Failure(job.error.type, job.error.message)
+        return fields
+
+    def _roles(self) -> Collection[str]:
+        """Return the roles of the caller's key. Without keys, these are all."""
+        name = request.environ["tinyqueue.caller"]
+        return next((key.roles for key in self.access.keys if key.name == name), ROLES["admin"])
 
     def _waiter_of(self, id: str) -> Waiter:
         queue = self.queue.part_of(id)
@@ -483,10 +501,9 @@ class API(bottle.Bottle):  # type: ignore[misc]
 
     def whoami(self) -> dict[str, Any]:
         """Return the name and roles of the caller's key. Without keys: no name, and all roles."""
-        name = request.environ["tinyqueue.caller"]
-        roles = next((key.roles for key in self.access.keys if key.name == name), ROLES["admin"])
+        roles = self._roles()
         return {
-            "name": name,
+            "name": request.environ["tinyqueue.caller"],
             "roles": [role for role in ROLES if role in roles],
             "embedded": not self.settings.redis_url,
         }

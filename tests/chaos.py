@@ -14,6 +14,7 @@ does not depend on Redis. The judge requires:
     every accepted job has ended as its handler determines; a submit without an answer has made one
     job or none
     a job of a chain starts after the one before it has completed, or fails because that did
+    every end of a job with a callbackUrl was delivered to a receiver, under one id
     every run of a job except the first has a cause: its handler failed, or its worker was killed,
     was told to stop, or was cut off for longer than its lease
     runs of a job overlap only if the worker of the first was cut off for longer than its lease, or
@@ -33,6 +34,7 @@ from __future__ import annotations
 
 import fcntl
 import http.client
+import http.server
 import json
 import math
 import multiprocessing
@@ -302,6 +304,7 @@ class Submit:
     delay: float
     patient: bool  # repeat it with the same key until it is answered
     cancel: bool
+    callback: bool = False
     chain: bool = False  # each job of the batch starts after the one before it
     ids: list[str] = field(default_factory=list)  # from the answer
     doubtful: bool = False  # not answered, so it may have been accepted
@@ -360,8 +363,9 @@ def _draw_submit(rng: random.Random, token: str, type: str) -> Submit:
     patient = via != "python" and rng.random() < 0.8
     at = round(rng.uniform(0.0, 0.6), 3)
     cancel = rng.random() < 0.15
+    callback = rng.random() < 0.3
     chain = via == "batch" and rng.random() < 0.6
-    return Submit(token, at, via, type, payloads, delay, patient, cancel, chain)
+    return Submit(token, at, via, type, payloads, delay, patient, cancel, callback, chain)
 
 
 # The world ------------------------------------------------------------------------------------------------------------
@@ -388,6 +392,31 @@ class Cut(NamedTuple):
     victim: str
 
 
+class Receiver(http.server.ThreadingHTTPServer):
+    """Receives the ends of jobs. `received` has the id of each request and that of its job."""
+
+    daemon_threads = True
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), ReceiverHandler)
+        self.received: list[tuple[str, str]] = []
+        self.url = f"http://127.0.0.1:{self.server_port}/"
+        threading.Thread(target=self.serve_forever, daemon=True).start()
+
+
+class ReceiverHandler(http.server.BaseHTTPRequestHandler):
+    server: Receiver
+
+    def do_POST(self) -> None:
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        self.server.received.append((self.headers["webhook-id"], json.loads(body)["data"]["id"]))
+        self.send_response(204)
+        self.end_headers()
+
+    def log_message(self, format: str, *args: Any) -> None:
+        pass
+
+
 class World:
     """A Redis, a web process and two workers behind proxies, and their supervisor."""
 
@@ -408,6 +437,7 @@ class World:
         self.client = redis.Redis(connection_pool=self.queue.pool)
         self.proxied_queue = Queue.from_url(self.proxies["web"].url, lease=LEASE)
         self.port = free_port()
+        self.receiver = Receiver()
         self.password = ""
         self.names: dict[int, str] = {}  # of processes, by pid
         self.lock = threading.Lock()  # for the processes
@@ -431,6 +461,8 @@ class World:
         disconnect([self.queue.pool, self.proxied_queue.pool])
         for proxy in self.proxies.values():
             proxy.close()
+        self.receiver.shutdown()
+        self.receiver.server_close()
         self.redis.kill()
 
     def set_clock(self, by: int) -> None:
@@ -454,6 +486,7 @@ class World:
         }
         environ |= {"PYTHONPATH": str(ROOT), "WORKER_CONCURRENCY": "3", "TINYQUEUE_HANDLERS": "chaoshandlers"}
         environ |= {"TINYQUEUE_LEASE": str(LEASE), "TINYQUEUE_SHUTDOWN_TIMEOUT": name[-1] if name in WORKERS else "5"}
+        environ |= {"TINYQUEUE_WEBHOOK_SECRETS": f"whsec_{'A' * 32}", "TINYQUEUE_HTTP_ALLOW": "127.0.0.0/8"}
         if name in self.wrong_clocks and CC:
             environ["LD_PRELOAD"] = str(self.folder / "clock.so")
         program = ROOT / ("wsgi.py" if name == "web" else "worker.py")
@@ -569,6 +602,7 @@ class World:
         if not self._wait_for_quiet(time.monotonic() + PATIENCE):
             raise RuntimeError(f"the world did not become quiet: {self.queue.workers()}")
         os.truncate(self.folder / "marks", 0)
+        self.receiver.received.clear()
         self.signals.clear()
         self.deaths.clear()
         self.cuts.clear()
@@ -639,7 +673,9 @@ class World:
         signals, deaths, cuts = list(self.signals), list(self.deaths), list(self.cuts)
         late = frozenset(self.unanswered)
         self.unanswered |= {item["token"] for submit in plan.submits if submit.doubtful for item in submit.payloads}
-        return Evidence(plan, self._records(), self._runs(), signals, deaths, cuts, dict(self.names), logs, late)
+        received = list(self.receiver.received)
+        names = dict(self.names)
+        return Evidence(plan, self._records(), self._runs(), signals, deaths, cuts, names, logs, late, received)
 
     # Submitting -------------------------------------------------------------------------------------------------------
 
@@ -671,7 +707,8 @@ class World:
         return ""
 
     def _send_from_python(self, submit: Submit) -> bool:
-        options = {"max_attempts": MAX_ATTEMPTS[submit.type], "delay": submit.delay}
+        url = self.receiver.url if submit.callback else None
+        options = {"max_attempts": MAX_ATTEMPTS[submit.type], "delay": submit.delay, "callback_url": url}
         try:
             submit.ids = [self.proxied_queue.enqueue(submit.type, submit.payloads[0], **options).id]
         except Unavailable as error:
@@ -679,7 +716,9 @@ class World:
         return bool(submit.ids)
 
     def _send_over_http(self, submit: Submit) -> bool:
-        bodies = [{"type": submit.type, "payload": payload, "delay": submit.delay} for payload in submit.payloads]
+        more = {"type": submit.type, "delay": submit.delay}
+        more |= {"callbackUrl": self.receiver.url} if submit.callback else {}
+        bodies = [{"payload": payload, **more} for payload in submit.payloads]
         if submit.chain:
             bodies = [{**body, "ref": f"r{n}", "after": [f"r{n - 1}"] if n else []} for n, body in enumerate(bodies)]
         path, body = ("/jobs/batch", bodies) if submit.via == "batch" else ("/jobs", bodies[0])
@@ -959,6 +998,7 @@ class Evidence(NamedTuple):
     names: dict[int, str]  # of processes
     logs: dict[str, list[str]]
     late: Collection[str] = ()  # tokens of earlier trials whose submit had no answer: the job may come now
+    received: Sequence[tuple[str, str]] = ()  # ids of delivered ends, and of their jobs
 
 
 class Verdict(NamedTuple):
@@ -1001,7 +1041,8 @@ def judge(evidence: Evidence) -> Verdict:
     """Compare the accepted jobs, the records in Redis and the marks of the handlers."""
     verdict = Verdict([], [], [], Counter())
     by_token: dict[str, list[Job]] = {}
-    for job in evidence.records:
+    deliveries = [job for job in evidence.records if job.type == "webhook"]
+    for job in (job for job in evidence.records if job.type != "webhook"):
         by_token.setdefault(job.payload["token"], []).append(job)
     for submit in evidence.plan.submits:
         found = [by_token.pop(payload["token"], []) for payload in submit.payloads]
@@ -1018,6 +1059,8 @@ def judge(evidence: Evidence) -> Verdict:
                 verdict.wrong.append(f"a job ran before the one that it waits for: {job}")
             _judge_runs(job, runs, evidence, verdict)
             before = job if submit.chain else None
+            if submit.callback:
+                _judge_delivery(job, deliveries, evidence.received, verdict)
     unknown = [jobs for token, jobs in by_token.items() if token not in evidence.late]
     verdict.wrong.extend(f"jobs that nobody submitted: {jobs}" for jobs in unknown)
     known = {job.id for job in evidence.records}
@@ -1070,6 +1113,15 @@ def _judge_dependent(job: Job, runs: list[Run], verdict: Verdict) -> None:
         verdict.lost.append(f"a job waits for ever: {job}")
     elif runs or job.status != "failed" or not job.error or job.error.type != "DependencyFailed":
         verdict.wrong.append(f"a job did not fail because of the one that it waits for: {job}")
+
+
+def _judge_delivery(job: Job, jobs: list[Job], received: Sequence[tuple[str, str]], verdict: Verdict) -> None:
+    """Check that the end of a job was delivered under one id, once or several times."""
+    made = [delivery for delivery in jobs if delivery.payload["event"]["data"]["id"] == job.id]
+    if [delivery.id for delivery in made] != [job.callback_job] or made[0].status != "completed":
+        verdict.lost.append(f"the end of a job has not one delivery that completed: {job}, {made}")
+    if {id for id, of in received if of == job.id} != {job.callback_job}:
+        verdict.lost.append(f"the end of a job was not received under one id: {job}, {received}")
 
 
 def _judge_runs(job: Job, runs: list[Run], evidence: Evidence, verdict: Verdict) -> None:

@@ -19,7 +19,8 @@ IMPORTS = {  # each module, and those of ours that it may import
     "tinyqueue_limits": {"tinyqueue_job", "tinyqueue_json", "tinyqueue_redis"},
     "tinyqueue_dependents": {"tinyqueue_job", "tinyqueue_redis"},
     "tinyqueue": {"tinyqueue_dependents", "tinyqueue_job", "tinyqueue_json", "tinyqueue_limits", "tinyqueue_redis"},
-    "tinyqueue_config": {"tinyqueue", "tinyqueue_embedded", "tinyqueue_json"},
+    "tinyqueue_http": {"tinyqueue", "tinyqueue_job", "tinyqueue_json"},
+    "tinyqueue_config": {"tinyqueue", "tinyqueue_embedded", "tinyqueue_http", "tinyqueue_json"},
     "tinyqueue_doctor": {"tinyqueue", "tinyqueue_dependents", "tinyqueue_limits", "tinyqueue_redis"},
     "tinyqueue_backup": {"tinyqueue", "tinyqueue_job", "tinyqueue_json", "tinyqueue_redis"},
     "tinyqueue_cli": {
