@@ -128,7 +128,7 @@ class Limits:
         first = [id for id in oldest if id <= newest]
         owed = tx.wakes.pop(room.limit, 0) - len(first)
         more = _first([id for id in oldest if id > newest], owed)
-        if 0 < owed - len(more) and len(first) + len(more) < room.left:
+        if owed - len(more) > 0 and len(first) + len(more) < room.left:
             tx.wakes[room.limit] = owed - len(more)
         room.admitted = taken.intersection(first)
         # Without an end, none younger than all these is woken: it would overtake others.

@@ -371,6 +371,9 @@ def exposed() -> set[str]:
 
 
 def test_used_queue_exposes_every_metric(queue: Queue) -> None:
+    @handler("limited", max_running=1)
+    def limited(payload: object) -> None: ...
+
     put(queue, "completed")
     assert {key[0] for key in samples(queue)} == exposed()
 
