@@ -17,7 +17,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 import tinyqueue
 import tinyqueue_metrics
-from tinyqueue import Failure, Job, Outcome, Queue
+from tinyqueue import Failure, Job, Outcome, Queue, handler
 from tinyqueue_config import Settings
 from tinyqueue_metrics import METRICS
 from wsgi import API
