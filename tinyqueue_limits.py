@@ -118,7 +118,8 @@ class Limits:
             rooms = {limit: Room(limit, Rule()) for limit in found}
         for limit, room in rooms.items():
             room.busy = tx.tries >= LEAVE
-            self._admit(tx, room, {job.id for job in found[limit]})
+            if not room.busy:
+                self._admit(tx, room, {job.id for job in found[limit]})
         return {job.id: rooms[limit] for limit, jobs in found.items() for job in jobs}
 
     def _admit(self, tx: Writes, room: Room, taken: set[str]) -> None:
@@ -185,9 +186,10 @@ class Limits:
         if (entry := _entry_of(job)) in room.held:
             tx.gather("ZREM", self.keys.held(limit), entry)
         if period := room.rule.period:
-            tx.write("ZREMRANGEBYSCORE", self.keys.pace(limit), "-inf", tx.now - period)
+            # Twice the period, because the clock of another worker may be behind.
+            tx.write("ZREMRANGEBYSCORE", self.keys.pace(limit), "-inf", tx.now - 2 * period)
             tx.write("ZADD", self.keys.pace(limit), tx.now, f"{job.id}:{tx.now}")
-            tx.write("PEXPIRE", self.keys.pace(limit), period)
+            tx.write("PEXPIRE", self.keys.pace(limit), 2 * period)
         return True
 
     def _hold(self, tx: Writes, job: Job, room: Room) -> None:
