@@ -47,6 +47,7 @@ round trips however many jobs it moves. No Lua.
     retry     failed, cancelled -> pending    record, unique   uniqueKey free            record, its index, list
     load      nothing -> pending, failed*     records, unique  unused; queue paused      records, list/delayed,
                                               and paused                                 indexes, uniqueKeys
+    deliver   nothing -> pending              -                callbackUrl               record, list
 
     * cancelled, if that was requested. Due: runAt has come, and the job has not expired. Expired:
     expiresAt has passed before the first start. Same attempt: worker, attempts, refunds and
@@ -56,8 +57,9 @@ round trips however many jobs it moves. No Lua.
     uniqueKey. Queue paused: the queues of all pending jobs that load stores. A suspect is a job
     that two workers lost while they ran it along with others. It starts only alone.
 
-    dequeue is take, then start or expire. enqueue is written by submit, expire by start, and
-    request by cancel. complete, fail and release are written by settle, many in one transaction.
+    dequeue is take, then start or expire. enqueue is written by submit, expire by start, request by
+    cancel, and deliver by whatever ends a job, except load: the new job, of type webhook, sends the
+    end to the callbackUrl. complete, fail and release are written by settle, many in one transaction.
     exchange is settle and dequeue in three round trips. A busy worker uses it instead of these two,
     except with shards. load stores the jobs of a backup; the ended ones count in no metric. Every
     verb that fills a list rings its bell, and every verb keeps the counts and the metrics. Whatever
@@ -160,6 +162,7 @@ import msgspec
 import redis
 
 from tinyqueue_job import (
+    BUILT_IN as BUILT_IN,
     CURSOR as CURSOR,
     ENDED as ENDED,
     HANDLERS as HANDLERS,
@@ -204,6 +207,7 @@ from tinyqueue_job import (
     backoff as backoff,
     check_limit as check_limit,
     check_name as check_name,
+    delivery_of,
     handler as handler,
     ids_in,
     is_delay as is_delay,
@@ -876,12 +880,12 @@ class Queue(Verbs):
 
         return self.store.transact((), body)
 
-    def wait(self, names: Sequence[str], seconds: float = BLOCK) -> bool:
-        """Wait for a bell of these queues. Return whether one rang in time. Takes no job."""
+    def wait(self, names: Sequence[str], seconds: float = BLOCK) -> set[str]:
+        """Wait for a bell of these queues. Return the name if one rang in time. Takes no job."""
         bells = ("BLPOP", *map(self.keys.bell, names), seconds)
         token, paused = self.store.read(bells, ("SMEMBERS", self.keys.paused))
         self._note_paused(paused)
-        return token is not None
+        return {text_of(token[0]).removeprefix(self.keys.bell(""))} if token is not None else set()
 
     def _note_paused(self, members: Iterable[bytes] | Exception) -> None:
         found = () if isinstance(members, Exception) else members
@@ -981,7 +985,7 @@ class Queue(Verbs):
     def _after_start(self, jobs: list[Job], ids: Sequence[bytes], records: Records) -> list[Job]:
         """Report the taken ids that no job has, and let the handlers of the jobs write progress."""
         if len(records) < len(set(ids)):
-            log.warning("dropped %d entries of a queue that are not job ids", len(set(ids)) - len(records))
+            log.warning("entries of a queue that are not job ids were dropped: %d", len(set(ids)) - len(records))
         _warn_of_gone([id for id, record in records.items() if record is None])
         for job in jobs:
             job.__dict__["_queue"] = self
@@ -1200,6 +1204,8 @@ class Queue(Verbs):
         job.status = status
         job.worker = ""
         job.ended_at = job.updated_at = max(tx.now, job.updated_at)
+        if job.callback_url:
+            self._add_delivery(tx, job)
         tx.write("SET", self.keys.job(job.id), record_of(job), "PX", self.keep_ms[status])
         tx.gather("ZADD", self.keys.ended[status], job.ended_at, job.id)
         tx.count_end(job)
@@ -1211,6 +1217,14 @@ class Queue(Verbs):
             tx.write("LPUSH", self.keys.done(job.id), "1")
             tx.write("EXPIRE", self.keys.done(job.id), 60)
             tx.write("SREM", self.keys.awaited, job.id)
+
+    def _add_delivery(self, tx: Transaction, job: Job) -> None:
+        """Enqueue the job that delivers this end to the callbackUrl."""
+        delivery = delivery_of(job, tx.now)
+        job.callback_job = delivery.id
+        tx.write("SET", self.keys.job(delivery.id), record_of(delivery))
+        self._add_to_queue(tx, delivery)
+        tx.measure("enqueued", delivery)
 
     def _requeue(self, tx: Transaction, job: Job, run_at: int = 0, push: Push = "LPUSH") -> None:
         self._make_pending(tx, job, run_at)
@@ -2035,7 +2049,7 @@ class Queue(Verbs):
     def discard(self, worker: str, entries: Sequence[bytes]) -> None:
         """Drop entries of the worker's own list that cannot name a job of this queue."""
         shown = ", ".join(text_of(entry)[:50] for entry in entries[:3])
-        log.warning("dropped %d entries of a list that name no job of this shard: %s", len(entries), ascii(shown))
+        log.warning("entries of a list that name no job of this shard were dropped: %d, %s", len(entries), ascii(shown))
         self.store.read(*(("LREM", self.keys.proc(worker), 1, entry) for entry in entries))
 
 
@@ -2061,7 +2075,7 @@ def _queues_in(counts: Iterable[tuple[str, bytes]]) -> set[str]:
 
 def _warn_of_gone(ids: Sequence[str]) -> None:
     if ids:
-        text = "dropped %d ids of jobs that do not exist any more, such as %s: they were purged, or keys were lost"
+        text = "ids of jobs that do not exist any more were dropped: %d, such as %s; they were purged, or keys lost"
         log.warning(text, len(ids), ids[0])
 
 
@@ -2153,7 +2167,7 @@ class Shards(Verbs):
     def _open_threads(self) -> None:
         self._waiters = ThreadPoolExecutor(len(self.parts), "bell")
         self._callers = ThreadPoolExecutor(2 * len(self.parts), "shard")
-        self._waits: dict[Queue, Future[bool]] = {}
+        self._waits: dict[Queue, Future[set[str]]] = {}
 
     def disconnect(self) -> None:
         """Close all connections and end all threads. A fork would not take the threads along."""
@@ -2279,22 +2293,21 @@ class Shards(Verbs):
             self._absent(worker).add(shard)
             raise
 
-    def wait(self, names: Sequence[str], seconds: float = BLOCK) -> bool:
+    def wait(self, names: Sequence[str], seconds: float = BLOCK) -> set[str]:
         """Like Queue.wait, in all shards. Waits that outlast this call go on in the next one."""
         for shard in self.parts:
             if shard not in self._waits:
                 self._waits[shard] = self._waiters.submit(self._wait_in, shard, names, seconds)
         done, _ = wait(self._waits.values(), return_when=FIRST_COMPLETED)
         self._waits = {shard: future for shard, future in self._waits.items() if future not in done}
-        rung = [future.result() for future in done]
-        return any(rung)
+        return {name for future in done for name in future.result()}
 
-    def _wait_in(self, shard: Queue, names: Sequence[str], seconds: float) -> bool:
+    def _wait_in(self, shard: Queue, names: Sequence[str], seconds: float) -> set[str]:
         try:
             return shard.wait(names, seconds)
         except TinyQueueError:  # as if no bell rang: the other shards are still waited for
             time.sleep(seconds)
-            return False
+            return set()
 
     def waiting(self, names: Sequence[str], due: bool = False) -> int:
         return sum(_try_each(self.parts, lambda shard: shard.waiting(names, due)))

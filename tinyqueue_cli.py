@@ -191,6 +191,7 @@ def filter_options(*statuses: str, required: bool = False, default: str | None =
     help="Seconds until the job expires. An expired job is not run; it fails when a worker takes it.",
 )
 @click.option("--unique-key", metavar="KEY", help="If a job with this key has not ended, print its id instead.")
+@click.option("--callback-url", metavar="URL", help="http or https URL that gets a webhook when the job has ended.")
 @click.pass_obj
 def enqueue(settings: Settings, /, type: str, payload: str, **options: Any) -> None:
     """Submit a job and print its id. PAYLOAD is JSON, or - to read it from standard input."""
@@ -537,7 +538,9 @@ def restore(queue: AnyQueue, file: str, merge: bool, resumes: bool, oldest: int)
     if names and resumes:
         click.echo(f"resumed: {' '.join(names)}")
     elif names:
-        click.echo(f"these queues are paused; to run their jobs: tinyqueue resume {' '.join(names)}")
+        program = click.get_current_context().find_root().command_path
+        program = f"python {program}" if program.endswith(".py") else program
+        click.echo(f"these queues are paused; to run their jobs: {program} resume {' '.join(names)}")
 
 
 def _print_restored(restored: Restored) -> None:

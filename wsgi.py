@@ -40,6 +40,7 @@ from bottle import request
 import tinyqueue_openapi
 from tinyqueue import (
     BLOCK,
+    BUILT_IN,
     HANDLERS,
     ID,
     LIMIT,
@@ -48,6 +49,7 @@ from tinyqueue import (
     STATUSES,
     UNENDED,
     AnyQueue,
+    Failure,
     Filter,
     InvalidJob,
     Job,
@@ -140,6 +142,7 @@ FIELDS = {
     "runAt": "run_at",
     "expiresIn": "expires_in",
     "uniqueKey": "unique_key",
+    "callbackUrl": "callback_url",
 }
 # JSON or query name -> field of Filter
 FILTERS = {"status": "status", "type": "type", "queue": "queue", "errorType": "error_type"}
@@ -264,7 +267,7 @@ class API(bottle.Bottle):  # type: ignore[misc]
         status is 201 if at least one job is new, and 200 if none is.
         """
         items = _read_batch(self.settings.max_body)
-        allow_partial = _query_flag(_query(), "partial")
+        allow_partial = _query_flag(_query("partial"), "partial")
         if not isinstance(items, list) or not 1 <= len(items) <= MAX_JOBS:
             raise InvalidJob("jobs", f"must be an array of 1 to {MAX_JOBS} jobs")
         drafts: list[Job | Problem] = []
@@ -329,7 +332,7 @@ class API(bottle.Bottle):  # type: ignore[misc]
         requests wait. The others are answered at once, with Retry-After. None waits where a process
         has one request at a time, because no other request could be answered meanwhile.
         """
-        seconds = min(_query_int(_query(), "wait", 0, 0, 3600), LONGEST_WAIT)
+        seconds = min(_query_int(_query("wait"), "wait", 0, 0, 3600), LONGEST_WAIT)
         waited = request.environ.get("tinyqueue.waited")
         if isinstance(waited, TinyQueueError):
             raise waited
@@ -349,9 +352,20 @@ class API(bottle.Bottle):  # type: ignore[misc]
             self._blocked.release()
 
     def _explain(self, job: Job) -> dict[str, Any]:
-        """Return a job as clients see it, and if it is held by a limit: by which, and its place."""
+        """Return a job as clients see it, and if it is held by a limit: by which, and its place.
+
+        Only admins see what was answered to a webhook or to an http job that failed.
+        """
         place = self.queue.place_among_held(job)
-        return job.answer() | ({"heldBy": job.limit, "position": place} if place else {})
+        fields = job.answer() | ({"heldBy": job.limit, "position": place} if place else {})
+        if job.type in BUILT_IN and job.error and "admin" not in self._roles():
+            fields["error"] = Failure(job.error.type, job.error.message)
+        return fields
+
+    def _roles(self) -> Collection[str]:
+        """Return the roles of the caller's key. Without keys, these are all."""
+        name = request.environ["tinyqueue.caller"]
+        return next((key.roles for key in self.access.keys if key.name == name), ROLES["admin"])
 
     def _waiter_of(self, id: str) -> Waiter:
         queue = self.queue.part_of(id)
@@ -368,7 +382,7 @@ class API(bottle.Bottle):  # type: ignore[misc]
         return {"queues": self.queue.queues()}
 
     def stats(self) -> dict[str, Any]:
-        return self.queue.stats(_query_int(_query(), "minutes", 0, 0, 120))
+        return self.queue.stats(_query_int(_query("minutes"), "minutes", 0, 0, 120))
 
     def scale(self) -> dict[str, int]:
         """Count the jobs that need workers now, in each ?queue= or in all, for an autoscaler."""
@@ -432,7 +446,7 @@ class API(bottle.Bottle):  # type: ignore[misc]
     def work(self) -> dict[str, Any]:
         """Run the due jobs in this process for at most ?seconds=, and count the outcomes."""
         most = self.settings.max_work
-        return self.run_jobs(_query_int(_query(), "seconds", min(WORK_TIME, most), 1, most))
+        return self.run_jobs(_query_int(_query("seconds"), "seconds", min(WORK_TIME, most), 1, most))
 
     def run_jobs(self, seconds: float) -> dict[str, Any]:
         """Do what POST /work does, for a host that calls a function on a schedule.
@@ -460,10 +474,9 @@ class API(bottle.Bottle):  # type: ignore[misc]
 
     def whoami(self) -> dict[str, Any]:
         """Return the name and roles of the caller's key. Without keys: no name, and all roles."""
-        name = request.environ["tinyqueue.caller"]
-        roles = next((key.roles for key in self.access.keys if key.name == name), ROLES["admin"])
+        roles = self._roles()
         return {
-            "name": name,
+            "name": request.environ["tinyqueue.caller"],
             "roles": [role for role in ROLES if role in roles],
             "embedded": not self.settings.redis_url,
         }
@@ -687,8 +700,13 @@ def _idempotency_key(content: Any) -> Once | None:
     return Once(own_key, hashlib.sha256(whole_request.encode()).hexdigest())
 
 
-def _query() -> dict[str, str]:
-    return dict(_query_pairs())
+def _query(only: str = "") -> dict[str, str]:
+    """Return the query. With `only`, refuse other parameters."""
+    query = dict(_query_pairs())
+    if only and (unknown := query.keys() - {only}):
+        name = _printable(min(unknown))
+        raise Problem(400, "invalid-query", f"{name}: unknown parameter; the only one is {only}", field=name)
+    return query
 
 
 def _query_pairs() -> list[tuple[str, str]]:
