@@ -16,11 +16,10 @@ IMPORTS = {  # each module, and those of ours that it may import
     "tinyqueue_redis": {"tinyqueue_embedded"},
     "tinyqueue_json": set(),
     "tinyqueue_job": {"tinyqueue_json", "tinyqueue_redis"},
-    "tinyqueue_limits": {"tinyqueue_job", "tinyqueue_json", "tinyqueue_redis"},
-    "tinyqueue": {"tinyqueue_job", "tinyqueue_json", "tinyqueue_limits", "tinyqueue_redis"},
+    "tinyqueue": {"tinyqueue_job", "tinyqueue_json", "tinyqueue_redis"},
     "tinyqueue_http": {"tinyqueue", "tinyqueue_job", "tinyqueue_json"},
     "tinyqueue_config": {"tinyqueue", "tinyqueue_embedded", "tinyqueue_http", "tinyqueue_json"},
-    "tinyqueue_doctor": {"tinyqueue", "tinyqueue_limits", "tinyqueue_redis"},
+    "tinyqueue_doctor": {"tinyqueue", "tinyqueue_redis"},
     "tinyqueue_backup": {"tinyqueue", "tinyqueue_job", "tinyqueue_json", "tinyqueue_redis"},
     "tinyqueue_cli": {
         *("tinyqueue", "tinyqueue_backup", "tinyqueue_config", "tinyqueue_doctor", "tinyqueue_embedded"),
