@@ -23,9 +23,19 @@ import msgspec
 import redis
 from msgspec.structs import replace
 
-from tinyqueue import ENDED, MEMORY_SHARE, UNENDED, AnyQueue, Queue, TinyQueueError, Transaction, host_name, ids_in
+from tinyqueue import (
+    ENDED,
+    LOOK_MARK,
+    MEMORY_SHARE,
+    UNENDED,
+    AnyQueue,
+    Queue,
+    TinyQueueError,
+    Transaction,
+    host_name,
+    ids_in,
+)
 from tinyqueue_dependents import SWEEP_MARK
-from tinyqueue_limits import LOOK_MARK
 from tinyqueue_redis import ask_each, memory_use, pairs, parse_info, scan, text_of
 
 OLDEST = (6, 0, 6)  # version of Redis: the first with LPOS

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 from cycle_model import GUARDS as CYCLE_GUARDS, Cycle
-from dependency_model import GUARDS as DEPENDENCY_GUARDS, NEEDED_IN, WORLDS, Dependencies
+from dependency_model import GUARDS as DEPENDENCY_GUARDS, NEEDED_IN, WORLDS as DEPENDENCY_WORLDS, Dependencies
+from limit_model import GUARDS as LIMIT_GUARDS, NEEDS, WORLDS, World as LimitWorld
 from protocol_model import GUARDS, World, search
 
 pytestmark = pytest.mark.flaky(reruns=0)  # a search visits the same states every time
@@ -43,13 +44,27 @@ def test_slots_leave_work_undone_without_any_of_their_guards(guard: str) -> None
     assert search(Cycle(2, 4, without=guard))[1], CYCLE_GUARDS[guard]
 
 
-@pytest.mark.parametrize("world", WORLDS)
+@pytest.mark.parametrize("world", DEPENDENCY_WORLDS)
 def test_dependents_wait_for_no_ended_job_in_every_interleaving(world: str) -> None:
-    states, why, path = search(Dependencies(**WORLDS[world]))
+    states, why, path = search(Dependencies(**DEPENDENCY_WORLDS[world]))
     assert not why, f"{why}: {path}"
     assert states > 3000, "the search visited too few states"
 
 
 @pytest.mark.parametrize("guard", DEPENDENCY_GUARDS)
 def test_dependents_fail_without_any_of_their_guards(guard: str) -> None:
-    assert search(Dependencies(**WORLDS[NEEDED_IN.get(guard, "two")], without=guard))[1], DEPENDENCY_GUARDS[guard]
+    assert search(Dependencies(**DEPENDENCY_WORLDS[NEEDED_IN.get(guard, "two")], without=guard))[1], DEPENDENCY_GUARDS[
+        guard
+    ]
+
+
+@pytest.mark.parametrize("world", sorted(WORLDS.keys() - {"ahead"}))
+def test_limits_hold_in_every_interleaving(world: str) -> None:
+    states, why, path = search(LimitWorld(**WORLDS[world]))
+    assert not why, f"{why}: {path}"
+    assert states > 100, "the search visited too few states"
+
+
+@pytest.mark.parametrize("guard", LIMIT_GUARDS)
+def test_limits_fail_without_any_of_their_guards(guard: str) -> None:
+    assert search(LimitWorld(**WORLDS[NEEDS[guard]], without=guard))[1], LIMIT_GUARDS[guard]

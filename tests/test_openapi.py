@@ -173,7 +173,7 @@ def test_document_describes_exactly_the_routes(document: Any) -> None:
 def test_operation_ids_are_a_verb_and_a_noun(document: Any) -> None:
     ids = [operation["operationId"] for operation in operations(document).values()]
     assert [
-        id for id in ids if not re.fullmatch("(get|list|submit|cancel|retry|pause|resume|run)[A-Z][a-z]+", id)
+        id for id in ids if not re.fullmatch("(get|list|submit|cancel|retry|pause|resume|run|set)[A-Z][a-z]+", id)
     ] == []
     assert len(set(ids)) == len(ids)
 
@@ -194,6 +194,8 @@ STATUSES_OF = {
     ("GET", "/queues"): {200},
     ("POST", "/queues/<name>/pause"): {200, 404},
     ("POST", "/queues/<name>/resume"): {200, 404},
+    ("GET", "/limits"): {200},
+    ("PUT", "/limits/<limit>"): {200, 404} | BODY,
     ("GET", "/stats"): {200},
     ("GET", "/workers"): {200},
     ("GET", "/metrics"): {200},
