@@ -33,9 +33,21 @@ import msgspec
 from dotenv import load_dotenv
 from msgspec import Meta
 
-from tinyqueue import HANDLERS, WRITERS, AnyQueue, Failure, Handler, Queue, SettingsError, Shards, Unavailable
+from tinyqueue import (
+    HANDLERS,
+    WRITERS,
+    AnyQueue,
+    Failure,
+    Handler,
+    InvalidJob,
+    Queue,
+    SettingsError,
+    Shards,
+    Unavailable,
+)
 from tinyqueue_embedded import SCHEME, StartError, folder_of, local_redis
 from tinyqueue_json import error_text
+from tinyqueue_schedule import declared
 
 WEB_THREADS = 8  # threads of a web process that answer requests
 SIGNALS = (signal.SIGTERM, signal.SIGINT)  # they stop a process
@@ -647,7 +659,8 @@ def start_redis(url: str) -> None:
 def load_handlers(modules: str) -> dict[str, Handler[Any, Any, Any]]:
     """Import the modules that register handlers, from the working directory first.
 
-    Raises SettingsError if one cannot be imported, or if none registers a handler.
+    Raises SettingsError if one cannot be imported, if none registers a handler, or if a schedule is
+    wrong.
     """
     if sys.path[:1] != [os.getcwd()]:
         sys.path.insert(0, os.getcwd())
@@ -665,6 +678,10 @@ def load_handlers(modules: str) -> dict[str, Handler[Any, Any, Any]]:
             raise SettingsError(f"cannot import {module}: {type(error).__name__}: {text}") from error
     if not HANDLERS:
         raise SettingsError(f"{modules} registers no handler: decorate a function with @handler('type')")
+    try:
+        declared()
+    except InvalidJob as error:
+        raise SettingsError(f"{modules}: {error}") from None
     return HANDLERS
 
 

@@ -141,7 +141,7 @@ ENDED = STATUSES[2:]
 SHOWN = ("id", "type", "payload", "status", "attempts", "maxAttempts", "queue", "createdAt", "updatedAt")
 SHOWN_IF_SET = (
     *("runAt", "startedAt", "endedAt", "worker", "progress", "expiresAt", "uniqueKey", "cancelRequested", "suspicions"),
-    *("requestId", "traceparent", "error"),
+    *("requestId", "traceparent", "schedule", "scheduledFor", "error"),
 )
 UNREADABLE = "UnreadableRecord"
 
@@ -197,6 +197,8 @@ class Job(msgspec.Struct, rename="camel", omit_defaults=True, dict=True, forbid_
     error: Failure | None = None
     request_id: str = ""
     traceparent: str = ""
+    schedule: str = ""  # whose tick enqueued it, and the time that the tick was for
+    scheduled_for: int = 0
     # The fields of a newer version. In the record they are beside the others, not under this name.
     unknown: dict[str, msgspec.Raw] | None = msgspec.field(default=None, name="*")
 
@@ -518,6 +520,8 @@ class Handler(Generic[P, A, R]):
         self.backoff: float = options["backoff"]
         self.backoff_cap: float = options["backoff_cap"]
         self.queue: str = check_name("queue", options["queue"])
+        self.schedule: str = options["schedule"]
+        self.timezone: str = options["timezone"]
         self.payload_type, self.wants_job = _signature(function)
         self._parse = parser(self.payload_type)
 
@@ -555,6 +559,8 @@ def handler(
     backoff: float = 1.0,
     backoff_cap: float = 300.0,
     queue: str = "default",
+    schedule: str = "",
+    timezone: str = "UTC",
 ) -> Callable[[Callable[Concatenate[P, A], R]], Handler[P, A, R]]:
     """Register a function as the handler of jobs of `type`.
 
@@ -566,7 +572,9 @@ def handler(
     `timeout` is in seconds; None means unlimited. After failed attempt n the job waits for
     `backoff` * 2 ** (n - 1) seconds or up to half as much again, but not longer than `backoff_cap`.
     Waits that would be longer are spread between two thirds of `backoff_cap` and all of it.
-    Mistakes raise TypeError or InvalidJob when the module is imported.
+    `schedule` is a cron expression: workers enqueue a job with the payload {} whenever it matches
+    in `timezone`. The function `schedule` has more options. Mistakes raise TypeError or InvalidJob
+    when the module is imported.
     """
     if callable(type):
         raise TypeError("handler needs the type of the jobs: write @handler('send-email'), not @handler")
@@ -578,7 +586,7 @@ def handler(
     if not 0 < backoff <= backoff_cap <= MAX_DELAY:
         raise TypeError(f"handler {type!r}: backoff must be above 0, backoff_cap at least that and at most {MAX_DELAY}")
     times: dict[str, Any] = {"timeout": timeout, "backoff": backoff, "backoff_cap": backoff_cap}
-    options = {"max_attempts": max_attempts, "queue": queue, **times}
+    options = {"max_attempts": max_attempts, "queue": queue, "schedule": schedule, "timezone": timezone, **times}
 
     def register(function: Callable[Concatenate[P, A], R]) -> Handler[P, A, R]:
         known = HANDLERS[type].function if type in HANDLERS else function

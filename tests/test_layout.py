@@ -15,9 +15,11 @@ IMPORTS = {  # each module, and those of ours that it may import
     "tinyqueue_embedded": set(),
     "tinyqueue_redis": {"tinyqueue_embedded"},
     "tinyqueue_json": set(),
+    "tinyqueue_calendar": set(),
     "tinyqueue_job": {"tinyqueue_json", "tinyqueue_redis"},
-    "tinyqueue": {"tinyqueue_job", "tinyqueue_json", "tinyqueue_redis"},
-    "tinyqueue_config": {"tinyqueue", "tinyqueue_embedded", "tinyqueue_json"},
+    "tinyqueue_schedule": {"tinyqueue_calendar", "tinyqueue_job", "tinyqueue_json", "tinyqueue_redis"},
+    "tinyqueue": {"tinyqueue_job", "tinyqueue_json", "tinyqueue_redis", "tinyqueue_schedule"},
+    "tinyqueue_config": {"tinyqueue", "tinyqueue_embedded", "tinyqueue_json", "tinyqueue_schedule"},
     "tinyqueue_doctor": {"tinyqueue", "tinyqueue_redis"},
     "tinyqueue_backup": {"tinyqueue", "tinyqueue_job", "tinyqueue_json", "tinyqueue_redis"},
     "tinyqueue_cli": {
@@ -33,7 +35,10 @@ IMPORTS = {  # each module, and those of ours that it may import
     "handlers": {"tinyqueue"},
     # The two programs start each other, from within a function: `tinyqueue web`, and the workers of an embedded Redis.
     "tinyqueue_slot": {"tinyqueue", "tinyqueue_config", "tinyqueue_json", "tinyqueue_redis"},
-    "worker": {"tinyqueue", "tinyqueue_cli", "tinyqueue_config", "tinyqueue_doctor", "tinyqueue_slot", "wsgi"},
+    "worker": {
+        *("tinyqueue", "tinyqueue_cli", "tinyqueue_config", "tinyqueue_doctor", "tinyqueue_schedule"),
+        *("tinyqueue_slot", "wsgi"),
+    },
     "wsgi": {
         *("tinyqueue", "tinyqueue_access", "tinyqueue_config", "tinyqueue_doctor", "tinyqueue_json"),
         *("tinyqueue_metrics", "tinyqueue_openapi", "tinyqueue_problems", "tinyqueue_server", "tinyqueue_work"),

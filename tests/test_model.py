@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 from cycle_model import GUARDS as CYCLE_GUARDS, Cycle
 from protocol_model import GUARDS, World, search
+from schedule_model import PERIOD, SYNC, TICKS, Sync, Ticks
 
 
 @pytest.mark.parametrize(
@@ -38,3 +39,26 @@ def test_slots_pass_on_jobs_and_outcomes_in_every_interleaving(slots: int, jobs:
 @pytest.mark.parametrize("guard", CYCLE_GUARDS)
 def test_slots_leave_work_undone_without_any_of_their_guards(guard: str) -> None:
     assert search(Cycle(2, 4, without=guard))[1], CYCLE_GUARDS[guard]
+
+
+@pytest.mark.parametrize(("workers", "catchup"), [(1, 1), (1, PERIOD), (2, 1)])
+def test_ticks_hold_in_every_interleaving(workers: int, catchup: int) -> None:
+    states, why, path = search(Ticks(workers, catchup=catchup))
+    assert not why, f"{why}: {path}"
+    assert states > 3000, "the search visited too few states"
+
+
+@pytest.mark.parametrize("guard", TICKS)
+def test_ticks_fail_without_any_of_their_guards(guard: str) -> None:
+    assert search(Ticks(2, guard, PERIOD if guard == "fold" else 1))[1], TICKS[guard]
+
+
+def test_sync_of_two_releases_holds_in_every_interleaving() -> None:
+    states, why, path = search(Sync())
+    assert not why, f"{why}: {path}"
+    assert states > 300, "the search visited too few states"
+
+
+@pytest.mark.parametrize("guard", SYNC)
+def test_sync_of_two_releases_fails_without_any_of_its_guards(guard: str) -> None:
+    assert search(Sync(guard))[1], SYNC[guard]
