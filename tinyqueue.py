@@ -855,7 +855,8 @@ class Queue(Verbs):
 
         def body(tx: Transaction) -> Schedule | None:
             nonlocal first, job
-            found = read_schedule(tx.read(("GET", key))[0])
+            stored = tx.read(("GET", key))[0]
+            found = read_schedule(stored) if stored else None
             first = first or found
             if found and job and tx.again and found.last_job == job.id:
                 return found

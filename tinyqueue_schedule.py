@@ -144,6 +144,14 @@ class Schedule(msgspec.Struct, rename="camel", omit_defaults=True):
         same = (self.cron, self.timezone) == (old.cron, old.timezone)
         return replace(old, **own, next_at=old.next_at if same else self.calendar.next(now))
 
+    def restore(self, found: Schedule | None, last: Job | None, now: int) -> tuple[Schedule, int]:
+        """Store a schedule of a backup, if it is not there. What it missed is not made up for."""
+        return found or replace(self, next_at=self.calendar.next(now)), 0
+
+    def overdue(self, now: int) -> int:
+        """Return for how many milliseconds a tick has been due."""
+        return 0 if self.paused else max(0, now - self.next_at)
+
     def answer(self, now: int, last: Job | None) -> dict[str, Any]:
         """The schedule as clients see it. Changes nothing."""
         ticks = [] if self.paused else list(itertools.islice(self.calendar.ticks(now), SHOWN_RUNS))
@@ -171,12 +179,12 @@ class Schedule(msgspec.Struct, rename="camel", omit_defaults=True):
 _decode = msgspec.json.Decoder(Schedule).decode
 
 
-def read_schedule(stored: bytes | None) -> Schedule | None:
+def read_schedule(stored: bytes) -> Schedule:
     """Read a record. Raises Corrupted if it cannot be read."""
     try:
-        return _decode(stored) if stored is not None else None
+        return _decode(stored)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise Corrupted(f"the record of a schedule cannot be read: {error}; remove the schedule") from None
+        raise Corrupted(f"the record of a schedule cannot be read: {error}; delete its key") from None
 
 
 # Declaring ------------------------------------------------------------------------------------------------------------
@@ -344,7 +352,7 @@ def list_schedules(queue: Any) -> list[tuple[Schedule, Job | None]]:
     for part in queue.parts:
         names = list(map(text_of, part.store.read(("ZRANGE", part.keys.ticks, 0, -1))[0]))
         records = part.store.read(("MGET", *map(part.keys.schedule, names)))[0] if names else []
-        schedules = [made for record in records if (made := read_schedule(record))]
+        schedules = [read_schedule(record) for record in records if record is not None]
         jobs = {
             job.id: job for job, _ in part.read_jobs([made.last_job for made in schedules if made.last_job], 0) if job
         }
@@ -455,10 +463,9 @@ class Merge(NamedTuple):
         return {event: names for event, names in events.items() if names}
 
 
-def merge(code: str, wanted: Iterable[Schedule], stored: Mapping[str, Schedule | None], now: int) -> Merge:
+def merge(code: str, wanted: Iterable[Schedule], found: Mapping[str, Schedule], now: int) -> Merge:
     """Compare the schedules that a code declares with those that are stored."""
     ours = {made.name: made for made in wanted}
-    found = {name: old for name, old in stored.items() if old}
     free = {name: made for name, made in ours.items() if name not in found or found[name].code == code}
     after = [made.after(found.get(name), now) for name, made in free.items()]
     changed = [made for made in after if made != found.get(made.name)]
@@ -492,14 +499,14 @@ def _sync_part(part: Any, code: str, wanted: Sequence[Schedule]) -> Merge | None
         names = list(dict.fromkeys([*listed, *(made.name for made in wanted)]))
         keys = list(map(part.keys.schedule, names))
         records = tx.read(("WATCH", *keys), ("MGET", *keys))[1] if keys else []
-        found = {name: read_schedule(record) for name, record in zip(names, records, strict=True)}
+        found = {name: read_schedule(record) for name, record in zip(names, records, strict=True) if record}
         merged = merge(code, wanted, found, tx.now)
         for made in merged.changed:
             part.write_schedule(tx, made.name, made)
         for name in merged.gone:
             part.write_schedule(tx, name, None)
         written = {*listed, *(made.name for made in merged.changed)}
-        for lost in (made for name, made in found.items() if made and name not in written):
+        for lost in (made for name, made in found.items() if name not in written):
             part.write_schedule(tx, lost.name, lost, changed=False)
         if after != before:
             tx.write("SET", key, encode(after))

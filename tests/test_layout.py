@@ -20,13 +20,13 @@ IMPORTS = {  # each module, and those of ours that it may import
     "tinyqueue_schedule": {"tinyqueue_calendar", "tinyqueue_job", "tinyqueue_json", "tinyqueue_redis"},
     "tinyqueue": {"tinyqueue_job", "tinyqueue_json", "tinyqueue_redis", "tinyqueue_schedule"},
     "tinyqueue_config": {"tinyqueue", "tinyqueue_embedded", "tinyqueue_json", "tinyqueue_schedule"},
-    "tinyqueue_doctor": {"tinyqueue", "tinyqueue_redis"},
-    "tinyqueue_backup": {"tinyqueue", "tinyqueue_job", "tinyqueue_json", "tinyqueue_redis"},
+    "tinyqueue_doctor": {"tinyqueue", "tinyqueue_redis", "tinyqueue_schedule"},
+    "tinyqueue_backup": {"tinyqueue", "tinyqueue_job", "tinyqueue_json", "tinyqueue_redis", "tinyqueue_schedule"},
     "tinyqueue_cli": {
         *("tinyqueue", "tinyqueue_backup", "tinyqueue_config", "tinyqueue_doctor", "tinyqueue_embedded"),
-        *("tinyqueue_json",),
+        *("tinyqueue_json", "tinyqueue_schedule"),
     },
-    "tinyqueue_metrics": {"tinyqueue"},
+    "tinyqueue_metrics": {"tinyqueue", "tinyqueue_schedule"},
     "tinyqueue_openapi": {"tinyqueue"},
     "tinyqueue_problems": {"tinyqueue"},
     "tinyqueue_access": {"tinyqueue", "tinyqueue_config", "tinyqueue_problems"},
@@ -41,7 +41,8 @@ IMPORTS = {  # each module, and those of ours that it may import
     },
     "wsgi": {
         *("tinyqueue", "tinyqueue_access", "tinyqueue_config", "tinyqueue_doctor", "tinyqueue_json"),
-        *("tinyqueue_metrics", "tinyqueue_openapi", "tinyqueue_problems", "tinyqueue_server", "tinyqueue_work"),
+        *("tinyqueue_metrics", "tinyqueue_openapi", "tinyqueue_problems", "tinyqueue_schedule", "tinyqueue_server"),
+        *("tinyqueue_work",),
         *("worker",),
     },
 }
