@@ -851,19 +851,20 @@ class Queue(Verbs):
         """
         key = self.keys.schedule(check_name("name", name))
         first: Schedule | None = None
-        job: Job | None = None
+        id = ""
 
         def body(tx: Transaction) -> Schedule | None:
-            nonlocal first, job
+            nonlocal first, id
             stored = tx.read(("GET", key))[0]
             found = read_schedule(stored) if stored else None
             first = first or found
-            if found and job and tx.again and found.last_job == job.id:
+            if found and id and tx.again and found.last_job == id:
                 return found
             last = tx.read(("GET", self.keys.job(found.last_job)))[0] if found and found.last_job else None
             made, tick = change(found, read_job(found.last_job, last) if found and last else None, tx.now)
             if made and tick:
-                job = job or made.job(tx.now, tick, self.shard)
+                job = made.job(tx.now, tick, self.shard, id)
+                id = job.id
                 made = made.ran(tick, job, self._store_scheduled(tx, job))
             self.write_schedule(tx, name, made, made != found)
             return made or first

@@ -558,6 +558,7 @@ def _check_schedule(line: Line, name: str, number: int) -> Schedule:
         made.calendar  # noqa: B018 - raises
         check_name("name", made.name)
         check_name("queue", made.queue)
+        check_name("code", made.code or "api")
     except TinyQueueError as error:
         raise _damaged(name, f"line {number} is not a schedule: {error}") from None
     return made
@@ -607,6 +608,8 @@ class Restored:
         for made in schedules:
             if not part.store.read(("EXISTS", part.keys.schedule(made.name)))[0]:
                 part.change_schedule(made.name, made.restore)
+                if made.code:  # so that the code removes it if it does not declare it any more
+                    part.store.read(("SET", part.keys.generation(made.code), "{}", "NX"))
                 self.schedules += 1
 
     def _pause_queues(self) -> None:

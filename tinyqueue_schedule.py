@@ -122,11 +122,11 @@ class Schedule(msgspec.Struct, rename="camel", omit_defaults=True):
         outcome: Outcome = "duplicate" if duplicate else self.last_outcome
         return replace(self, last_outcome=outcome, last_run_at=at, last_job=stored.id)
 
-    def job(self, now: int, at: int, shard: int | None) -> Job:
+    def job(self, now: int, at: int, shard: int | None, id: str) -> Job:
         """Make the job of a run. It is checked when it starts, as it was when it was declared."""
-        id = new_id(now)
+        made = new_id(now)
         return Job(
-            id=id if shard is None else f"{id[:-2]}{shard:02x}",
+            id=id or (made if shard is None else f"{made[:-2]}{shard:02x}"),
             type=self.type,
             payload=self.payload,
             max_attempts=self.max_attempts,

@@ -430,7 +430,7 @@ class API(bottle.Bottle):  # type: ignore[misc]
         return {"schedules": [made.answer(now, last) for made, last in found]}
 
     def put_schedule(self, name: str) -> dict[str, Any]:
-        """Make a schedule, or replace one that was made here. It keeps its pause and its last run."""
+        """Make a schedule, or replace one of the API. It keeps its pause and its last run."""
         queue = self.queue
         fields = _arguments("schedule", _read_json(self.settings.max_body), SCHEDULE_FIELDS, ("cron", "type"))
         made = tinyqueue_schedule.make_schedule(name, **({"payload": {}} | fields))
