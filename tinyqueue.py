@@ -1831,16 +1831,17 @@ class Queue(Verbs):
     def scale(self, names: Sequence[str] = ()) -> dict[str, int]:
         """Count the jobs that need workers now, of these queues or of all.
 
-        `ready` jobs are due, and their queue is not paused. `load` adds the jobs in `processing`.
+        `ready` jobs are due, and their queue is not paused. Due ticks count as such jobs, because
+        only workers tick. `load` adds the jobs in `processing`.
         Due jobs that no worker has promoted yet are ready too. If these are more than SAMPLED, only
         the first are read. The others are expected to have the same queues, and at least one job is
         counted for every queue that may have one. So a first worker starts, which promotes them.
         """
         now = self.now()
         due = self.keys.delayed, "-inf", now
-        reads = ("ZCOUNT", *due), ("ZRANGEBYSCORE", *due, "LIMIT", 0, SAMPLED)
+        reads = ("ZCOUNT", *due), ("ZRANGEBYSCORE", *due, "LIMIT", 0, SAMPLED), ("ZCOUNT", self.keys.ticks, "-inf", now)
         tables = ("HGETALL", self.keys.counts), ("SMEMBERS", self.keys.paused)
-        counted, paused, late, first = self.store.read(*tables, *reads)
+        counted, paused, late, first, ticks = self.store.read(*tables, *reads)
         self._note_paused(paused)
         counts = {field: _read_count(value) for field, value in pairs(counted)}
         names = list(dict.fromkeys(names)) or sorted(_queues_in(pairs(counted)))
@@ -1855,7 +1856,7 @@ class Queue(Verbs):
         for name, size in zip(waiting, sizes, strict=True):
             unpromoted = max(math.ceil(share[name] * late / max(len(first), 1)), int(late > len(first)))
             ready += min(counts["pending:" + name], size + unpromoted)
-        ready = min(ready, sum(sizes) + late)
+        ready = min(ready, sum(sizes) + late) + ticks
         ages = [job.waited(now) for job in (*promotable, *self._pending_among(heads)) if job.queue in waiting]
         processing = sum(counts.get("processing:" + name, 0) for name in names)
         return {

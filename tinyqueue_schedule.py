@@ -463,6 +463,9 @@ class Merge(NamedTuple):
         return {event: names for event, names in events.items() if names}
 
 
+NOTHING = Merge([], [], [])
+
+
 def merge(code: str, wanted: Iterable[Schedule], found: Mapping[str, Schedule], now: int) -> Merge:
     """Compare the schedules that a code declares with those that are stored."""
     ours = {made.name: made for made in wanted}
@@ -477,7 +480,7 @@ def sync(queue: Any, code: str, wanted: Sequence[Schedule]) -> list[Merge]:
     """Bring the schedules that a code declares up to date, unless a newer release of it has.
 
     Watches the generation, which every sync of that code writes, and the schedules. Returns what
-    has changed, in each shard.
+    has changed, in each shard in which this code has ever declared a schedule.
     """
     parts = ((part, [made for made in wanted if queue.part_for(made.name) is part]) for part in queue.parts)
     return [merged for part, made in parts if (merged := _sync_part(part, code, made))]
@@ -489,11 +492,14 @@ def _sync_part(part: Any, code: str, wanted: Sequence[Schedule]) -> Merge | None
 
     def body(tx: Any) -> Merge | None:
         stored = tx.read(("GET", key))[0]
-        if not stored and not wanted:
-            return None
         before = read_generation(stored)
         after = before.next(own, tx.now)
         if not after:
+            return NOTHING
+        if not wanted and after.releases == [own] and (before.releases or not stored):
+            # If the next release declares some, it must know that this one is older.
+            if not stored:
+                tx.write("SET", key, encode(after))
             return None
         listed = list(map(text_of, tx.read(("ZRANGE", part.keys.ticks, 0, -1))[0]))
         names = list(dict.fromkeys([*listed, *(made.name for made in wanted)]))
@@ -528,6 +534,7 @@ class Scheduler:
         for made in self.declared:
             _check_shard(queue, made)
         self.tickers = [Ticker(part) for part in queue.parts]
+        self.unused = False  # this code declares none, and never has
         self.taken: list[str] = []  # declared names that are others' schedules, as last logged
 
     def surprises(self) -> list[str]:
@@ -539,7 +546,9 @@ class Scheduler:
     def sync(self) -> None:
         """Bring the schedules up to date, and log what has changed."""
         taken = []
-        for merged in sync(self.queue, self.code, self.declared):
+        merges = [] if self.unused else sync(self.queue, self.code, self.declared)
+        self.unused = not self.declared and not merges
+        for merged in merges:
             for event, names in merged.names().items():
                 log.info("schedules %s: %s", event, ", ".join(names))
             taken += merged.taken

@@ -17,7 +17,7 @@ from conftest import Entry, dump, lapse, newest, put, raw
 
 import tinyqueue
 from tinyqueue import STATUSES, Failure, Filter, Job, Loaded, Queue, Reaped, WrongStatus, handler
-from tinyqueue_schedule import Ticker, list_schedules, make_schedule, put as put_schedule, sync
+from tinyqueue_schedule import Merge, Ticker, list_schedules, make_schedule, put as put_schedule, sync
 
 pytestmark = pytest.mark.usefixtures("no_handlers")
 BOOM = Failure("Boom", "it broke")
@@ -345,7 +345,7 @@ def break_code_not_replaced(queue: Queue, verb: str) -> None:
     sync(queue, "c", old)
     sync(queue, "c", new)
     before = dump(queue)
-    assert sync(queue, "c", old) == []
+    assert sync(queue, "c", old) == [Merge([], [], [])]
     assert dump(queue) == before
     queue.clock.ahead += 301_000
     sync(queue, "c", old)

@@ -26,7 +26,7 @@ from tinyqueue import HANDLERS, Failure, InvalidJob, Job, Queue, QueueFull, Shar
 from tinyqueue_backup import back_up, restore
 from tinyqueue_config import Settings
 from tinyqueue_doctor import examine, repair
-from tinyqueue_schedule import Schedule, Scheduler, Ticker, declared, list_schedules, make_schedule, put, sync
+from tinyqueue_schedule import NOTHING, Schedule, Scheduler, Ticker, declared, list_schedules, make_schedule, put, sync
 from wsgi import API
 
 pytestmark = pytest.mark.usefixtures("no_handlers")
@@ -397,7 +397,7 @@ def test_tick_into_a_full_queue_is_given_up_after_catchup(server: Server) -> Non
     set_clock(queue, "2026-11-26T06:30")
     put(queue, made(catchup=600))
     with pytest.raises(QueueFull):
-        tick(queue, "2026-11-26T07:10")
+        tick(queue, "2026-11-26T07:09")
     tick(queue, "2026-11-26T07:10:01")
     assert stored(queue).last_outcome == "missed"
     check_consistency(queue)
@@ -537,6 +537,16 @@ def test_workers_that_were_down_for_three_ticks_make_one_job(queue: Queue) -> No
     assert times(queue) == [ms("2026-11-26T09:00")]
 
 
+def test_due_tick_counts_as_load_so_that_an_autoscaler_starts_a_worker(queue: Queue) -> None:
+    set_clock(queue, "2026-11-26T06:30")
+    put(queue, made())
+    assert queue.scale()["load"] == 0
+    set_clock(queue, "2026-11-26T07:00")
+    assert queue.scale()["load"] == 1
+    tick(queue)
+    assert queue.scale()["load"] == 1  # its job
+
+
 # Sync -----------------------------------------------------------------------------------------------------------------
 
 
@@ -586,7 +596,7 @@ def test_sync_of_older_code_does_not_bring_back_what_newer_code_removed(queue: Q
     sync(queue, "app", NEW)
     for minute in range(1, 20):  # a worker of the newer code is seen every minute
         set_clock(queue, f"2026-11-26T06:{minute:02}")
-        assert sync(queue, "app", OLD) == []
+        assert sync(queue, "app", OLD) == [NOTHING]
         sync(queue, "app", NEW)
     assert names(queue) == ["a"]
 
@@ -601,7 +611,7 @@ def test_sync_of_older_code_takes_over_after_a_rollback(queue: Queue) -> None:
     set_clock(queue, "2026-11-26T06:05:01")
     sync(queue, "app", OLD)
     assert names(queue) == ["a", "b"]
-    assert sync(queue, "app", NEW) == []
+    assert sync(queue, "app", NEW) == [NOTHING]
 
 
 def test_sync_of_two_programs_that_share_a_queue_keeps_the_schedules_of_both(queue: Queue) -> None:
@@ -614,9 +624,37 @@ def test_sync_of_two_programs_that_share_a_queue_keeps_the_schedules_of_both(que
     assert names(queue) == ["a"]
 
 
-def test_sync_of_code_without_schedules_stores_nothing(queue: Queue) -> None:
+def test_sync_of_code_without_schedules_stores_only_that_it_was_there(queue: Queue) -> None:
+    assert sync(queue, "app", []) == []
+    assert list(dump(queue)) == [queue.keys.generation("app")]
+    before = dump(queue)
+    assert sync(queue, "app", []) == []
+    assert dump(queue) == before
+
+
+def test_sync_of_older_code_without_schedules_does_not_remove_the_first(queue: Queue) -> None:
     sync(queue, "app", [])
-    assert dump(queue) == {}
+    sync(queue, "app", NEW)
+    sync(queue, "app", [])  # a worker of the older release starts again
+    assert names(queue) == ["a"]
+
+
+def test_sync_removes_the_last_schedule(queue: Queue) -> None:
+    sync(queue, "app", NEW)
+    sync(queue, "app", [])
+    assert names(queue) == []
+
+
+def test_scheduler_of_code_without_schedules_syncs_once(near: Queue, far: Queue, proxy: CutProxy) -> None:
+    scheduler = Scheduler(far, "handlers")
+    scheduler.sync()
+    before = len(proxy.packets)
+    scheduler.sync()
+    assert len(proxy.packets) == before
+    sync(near, "handlers", [made(code="handlers")])
+    sync(near, "handlers", [made(code="handlers"), made("b", code="handlers")])
+    Scheduler(far, "handlers").sync()
+    assert names(near) == ["b", "nightly"]
 
 
 def test_sync_that_lost_its_reply_is_done_once(near: Queue, far: Queue, proxy: CutProxy) -> None:
@@ -629,7 +667,7 @@ def test_sync_that_lost_its_reply_is_done_once(near: Queue, far: Queue, proxy: C
 
 def test_sync_of_older_code_that_newer_code_overtakes_changes_nothing(near: Queue, far: Queue, proxy: CutProxy) -> None:
     proxy.before(b"EXEC", lambda: (sync(near, "app", OLD), sync(near, "app", NEW)))
-    assert sync(far, "app", OLD) == []
+    assert sync(far, "app", OLD) == [NOTHING]
     assert names(near) == ["a"]
 
 
