@@ -1002,7 +1002,7 @@ class Queue(Verbs):
     def _after_start(self, jobs: list[Job], ids: Sequence[bytes], records: Records) -> list[Job]:
         """Report the taken ids that no job has, and let the handlers of the jobs write progress."""
         if len(records) < len(set(ids)):
-            log.warning("dropped %d entries of a queue that are not job ids", len(set(ids)) - len(records))
+            log.warning("entries of a queue that are not job ids were dropped: %d", len(set(ids)) - len(records))
         _warn_of_gone([id for id, record in records.items() if record is None])
         for job in jobs:
             job.__dict__["_queue"] = self
@@ -1999,7 +1999,7 @@ class Queue(Verbs):
     def discard(self, worker: str, entries: Sequence[bytes]) -> None:
         """Drop entries of the worker's own list that cannot name a job of this queue."""
         shown = ", ".join(text_of(entry)[:50] for entry in entries[:3])
-        log.warning("dropped %d entries of a list that name no job of this shard: %s", len(entries), ascii(shown))
+        log.warning("entries of a list that name no job of this shard were dropped: %d, %s", len(entries), ascii(shown))
         self.store.read(*(("LREM", self.keys.proc(worker), 1, entry) for entry in entries))
 
 
@@ -2025,7 +2025,7 @@ def _queues_in(counts: Iterable[tuple[str, bytes]]) -> set[str]:
 
 def _warn_of_gone(ids: Sequence[str]) -> None:
     if ids:
-        text = "dropped %d ids of jobs that do not exist any more, such as %s: they were purged, or keys were lost"
+        text = "ids of jobs that do not exist any more were dropped: %d, such as %s; they were purged, or keys lost"
         log.warning(text, len(ids), ids[0])
 
 

@@ -548,7 +548,9 @@ def restore(queue: AnyQueue, file: str, merge: bool, resumes: bool, oldest: int)
     if names and resumes:
         click.echo(f"resumed: {' '.join(names)}")
     elif names:
-        click.echo(f"these queues are paused; to run their jobs: tinyqueue resume {' '.join(names)}")
+        program = click.get_current_context().find_root().command_path
+        program = f"python {program}" if program.endswith(".py") else program
+        click.echo(f"these queues are paused; to run their jobs: {program} resume {' '.join(names)}")
 
 
 def _print_restored(restored: Restored) -> None:

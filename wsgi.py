@@ -281,7 +281,7 @@ class API(bottle.Bottle):  # type: ignore[misc]
         status is 201 if at least one job is new, and 200 if none is.
         """
         items = _read_batch(self.settings.max_body)
-        allow_partial = _query_flag(_query(), "partial")
+        allow_partial = _query_flag(_query("partial"), "partial")
         if not isinstance(items, list) or not 1 <= len(items) <= MAX_JOBS:
             raise InvalidJob("jobs", f"must be an array of 1 to {MAX_JOBS} jobs")
         drafts: list[Job | Problem] = []
@@ -338,7 +338,7 @@ class API(bottle.Bottle):  # type: ignore[misc]
         requests wait. The others are answered at once, with Retry-After. None waits where a process
         has one request at a time, because no other request could be answered meanwhile.
         """
-        seconds = min(_query_int(_query(), "wait", 0, 0, 3600), LONGEST_WAIT)
+        seconds = min(_query_int(_query("wait"), "wait", 0, 0, 3600), LONGEST_WAIT)
         waited = request.environ.get("tinyqueue.waited")
         if isinstance(waited, TinyQueueError):
             raise waited
@@ -372,7 +372,7 @@ class API(bottle.Bottle):  # type: ignore[misc]
         return {"queues": self.queue.queues()}
 
     def stats(self) -> dict[str, Any]:
-        return self.queue.stats(_query_int(_query(), "minutes", 0, 0, 120))
+        return self.queue.stats(_query_int(_query("minutes"), "minutes", 0, 0, 120))
 
     def scale(self) -> dict[str, int]:
         """Count the jobs that need workers now, in each ?queue= or in all, for an autoscaler."""
@@ -462,7 +462,7 @@ class API(bottle.Bottle):  # type: ignore[misc]
     def work(self) -> dict[str, Any]:
         """Run the due jobs in this process for at most ?seconds=, and count the outcomes."""
         most = self.settings.max_work
-        return self.run_jobs(_query_int(_query(), "seconds", min(WORK_TIME, most), 1, most))
+        return self.run_jobs(_query_int(_query("seconds"), "seconds", min(WORK_TIME, most), 1, most))
 
     def run_jobs(self, seconds: float) -> dict[str, Any]:
         """Do what POST /work does, for a host that calls a function on a schedule.
@@ -732,8 +732,13 @@ def _idempotency_key(content: Any) -> Once | None:
     return Once(own_key, hashlib.sha256(whole_request.encode()).hexdigest())
 
 
-def _query() -> dict[str, str]:
-    return dict(_query_pairs())
+def _query(only: str = "") -> dict[str, str]:
+    """Return the query. With `only`, refuse other parameters."""
+    query = dict(_query_pairs())
+    if only and (unknown := query.keys() - {only}):
+        name = _printable(min(unknown))
+        raise Problem(400, "invalid-query", f"{name}: unknown parameter; the only one is {only}", field=name)
+    return query
 
 
 def _query_pairs() -> list[tuple[str, str]]:

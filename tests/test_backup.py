@@ -916,7 +916,7 @@ def test_restore_command_prints_what_would_run(near: Queue, run: Any, folder: Pa
         ["a", "echo", "1", "0"],
         ["b", "echo", "0", "1"],
     ]
-    assert "tinyqueue resume a" in text.splitlines()[-1]
+    assert "to run their jobs: python worker.py resume a" in text.splitlines()[-1]
     text = run("restore", "backup.gz", "--merge", "--resume").stdout.decode()
     assert "3 jobs left out" in text
     assert text.splitlines()[-1] == "resumed: a"

@@ -20,7 +20,8 @@ from hypothesis.stateful import (
 import tinyqueue
 from tinyqueue import Failure, Job, KeyReused, Once, Outcome, Queue, Reaped, WrongStatus
 
-pytestmark = pytest.mark.usefixtures("no_handlers")
+# No second run: hypothesis might not find the same steps again.
+pytestmark = [pytest.mark.usefixtures("no_handlers"), pytest.mark.flaky(reruns=0)]
 BOOM = Failure("Boom", "it broke")
 NAMES = ["high", "low"]
 VERBS = ["complete", "complete", "fail", "fail for good", "release"]

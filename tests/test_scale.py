@@ -216,6 +216,21 @@ def test_scale_refuses_an_unknown_parameter(api: Client) -> None:
     assert (answer.status, answer.kind, answer.problem["field"]) == (422, "invalid-job", "queues")
 
 
+@pytest.mark.parametrize(
+    ("method", "path"),
+    [
+        ("POST", "/work?second=1"),
+        ("POST", "/jobs/batch?parts=true"),
+        ("GET", "/stats?minute=5"),
+        ("GET", "/jobs/01a212e8-0d63-7018-974e-7771d63fb8fa?waits=9"),
+    ],
+)
+def test_refuse_a_misspelled_parameter(api: Client, method: str, path: str) -> None:
+    answer = api.call(method, path, *([[]] if "batch" in path else []))
+    name = path.partition("?")[2].partition("=")[0]
+    assert (answer.status, answer.kind, answer.problem["field"]) == (400, "invalid-query", name)
+
+
 def test_scale_refuses_too_many_queues(api: Client) -> None:
     names = [f"queue=q{at}" for at in range(MAX_SCALED + 1)]
     assert api.get("/scale?" + "&".join(names[1:])).json == NOTHING
