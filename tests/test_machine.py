@@ -396,7 +396,7 @@ class Machine(RuleBasedStateMachine):
 
     @rule(name=st.sampled_from("st"), overlap=st.sampled_from(["skip", "allow"]), key=st.sampled_from([None, "a"]))
     def put_schedule(self, name: str, overlap: str, key: str | None) -> None:
-        made = make_schedule(name, "*/2 * * * *", "echo", {}, queue="high", overlap=overlap, unique_key=key)
+        made = make_schedule(name, "* * * * *", "echo", {}, queue="high", overlap=overlap, unique_key=key)
         self.schedules[name] = tinyqueue_schedule.put(self.queue, made)
 
     @precondition(lambda self: self.schedules)
@@ -410,10 +410,11 @@ class Machine(RuleBasedStateMachine):
         else:
             self.schedules[name] = changed
 
-    @precondition(lambda self: self.schedules)
-    @rule(target=jobs)
-    def tick(self) -> Any:
+    @rule(target=jobs, name=st.sampled_from("st"), overlap=st.sampled_from(["skip", "allow"]))
+    def tick(self, name: str, overlap: str) -> Any:
         """Let the next minute begin, and tick as two workers do."""
+        if name not in self.schedules:
+            self.put_schedule(name, overlap, None)
         now = self.queue.now()
         self.queue.clock.ahead += 61_000 - now % 60_000
         made = []
@@ -421,11 +422,11 @@ class Machine(RuleBasedStateMachine):
         Ticker(self.queue).tick()
         Ticker(self.queue).tick()
         after = {found.name: found for found, _ in list_schedules(self.queue)}
-        for name, found in sorted(before.items()):
+        for found in sorted(before.values(), key=lambda found: found.name):
             if found.paused or found.next_at > self.queue.now():
-                assert after[name] == found
-                continue
-            made += self._ticked(found, after[name])
+                assert after[found.name] == found
+            else:
+                made += self._ticked(found, after[found.name])
         self.schedules = after
         return multiple(*made)
 
