@@ -25,7 +25,10 @@ round trips however many jobs it moves. No Lua.
     verb      from -> to                      watches          only if                   writes
     enqueue   nothing -> pending              once, unique     keys unused               record, list/delayed, keys
     take      (list to list)                  -                queue not paused          jobs -> proc, workers
-    start     pending -> processing           worker, records  registered; due           record: attempts + 1, worker
+    start     pending -> processing           worker, records  registered; due; room    record: attempts + 1, worker,
+                                              and running                               running, pace
+    hold      (list to held)                  worker, records  registered; no room      held, holding, delayed, proc
+                                              and running
     expire    pending -> failed               worker, records  registered; expired       record, proc, failed
     complete  processing -> completed         worker, records  registered; same attempt  record, proc, completed
     fail      processing -> pending, failed*  worker, records  registered; same attempt  record, proc, delayed/failed
@@ -33,8 +36,11 @@ round trips however many jobs it moves. No Lua.
                                                                                          list or delayed
     progress  processing -> processing        worker, record   registered; same attempt  record
     promote   (delayed to list)               records          runAt has come            delayed, list
+    wake      (held to list)                  -                an attempt has ended      held, head of list
+    look      (held to list)                  held, records,   room                      held, head of list, running,
+                                              running                                    holding, delayed
     reap      processing -> pending, failed*  worker, lease,   lease gone; worker's own  worker, proc, record,
-                                              proc, records                              head of list
+                                              proc, records                              head of list, running
     restore   (none to list)                  record           unended; in no list       delayed, or proc and workers
     cancel    pending -> cancelled            record           -                         record, delayed, cancelled
     request   processing -> processing        record           handler takes a Job       record: cancelRequested
@@ -62,6 +68,16 @@ round trips however many jobs it moves. No Lua.
     ends a job frees its uniqueKey and leaves a token for those who wait for it. A tick that fails
     stays due. tinyqueue_schedule.py decides what tick and sync make of a schedule.
 
+    Limits. A handler declares how many jobs of its type, or of each value of a field, run at a time
+    (max_running) and how many start in a period (rate). The limit of a job is `type` or
+    `type/<value>`. A job is held if its limit has no room, or an older job could have it: then that
+    one is woken instead. A held job is pending, spends no attempt and costs nobody anything. Every
+    end of an attempt writes running too, and wakes the oldest held job; whatever drops the id of a
+    limited job wakes the next. wake watches nothing, because an id that is listed twice is dropped
+    once. look is for room that no end makes: a rate's, a raised limit's, a lost wake-up's. promote
+    finds its time among the delayed ids. The numbers are those of the code, unless `overrides` has
+    others. tests/limit_model.py shows what each of these guards is for.
+
     Lost replies. adopt finds the ids in a worker's list that the worker does not know. After a lost
     reply, start neither starts nor drops an id: it may have done so already. Only one thread of a
     worker at a time takes, adopts and starts, or an id would be started twice. A worker that was
@@ -77,7 +93,7 @@ Keys. All share one hash tag, the namespace, and so one slot of a cluster.
     {queue}:jobs:<name>       list    ids that wait in queue <name>: enter left, leave right
     {queue}:proc:<worker>     list    ids that this worker holds
     {queue}:bell:<name>       list    wake-up tokens, at most 64; holds no work, may be lost
-    {queue}:delayed           zset    id -> runAt
+    {queue}:delayed           zset    id -> runAt; limit:<limit> -> when to look at it
     {queue}:completed         zset    id -> endedAt; likewise {queue}:failed and {queue}:cancelled
     {queue}:workers           set     every worker that may hold a job
     {queue}:worker:<worker>   string  its registration: the fence. Never expires
@@ -89,6 +105,12 @@ Keys. All share one hash tag, the namespace, and so one slot of a cluster.
     {queue}:schedule:<name>   string  a schedule as JSON: when to enqueue what, and its last tick
     {queue}:ticks             zset    name of a schedule -> its next tick, +inf while it is paused
     {queue}:generation:<code> string  the releases of the code that synced schedules, newest first
+    {queue}:running:<limit>   set     ids of the processing jobs that count against the limit
+    {queue}:held:<limit>      zset    <queue>:<id> of pending jobs that wait for room -> createdAt
+    {queue}:holding           set     limits that may have held jobs
+    {queue}:pace:<limit>      zset    <id>:<start> of the starts in the last period. Expires
+    {queue}:halt:<limit>      string  until when RateLimited has stopped the limit. Expires
+    {queue}:overrides         hash    by type or limit, what replaces the numbers in the code
     {queue}:minute:<n>        hash    started, waitedMs, completed, failed, cancelled in minute n
                                       since 1970. Expires after two hours
     {queue}:rate:<who>:<n>    string  requests of a client in rate window n. Expires
@@ -152,6 +174,7 @@ from tinyqueue_job import (
     ID as ID,
     KEY_LENGTH as KEY_LENGTH,
     KEY_REUSED as KEY_REUSED,
+    LIMIT as LIMIT,
     MAX_ATTEMPTS as MAX_ATTEMPTS,
     MAX_DELAY as MAX_DELAY,
     NAME as NAME,
@@ -172,8 +195,10 @@ from tinyqueue_job import (
     NotReplicated as NotReplicated,
     Once as Once,
     Outcome as Outcome,
+    Override as Override,
     Place,
     QueueFull as QueueFull,
+    RateLimited as RateLimited,
     Reaped as Reaped,
     Retry as Retry,
     SettingsError as SettingsError,
@@ -185,22 +210,26 @@ from tinyqueue_job import (
     WrongStatus as WrongStatus,
     attempt_in,
     backoff as backoff,
+    check_limit as check_limit,
     check_name as check_name,
     handler as handler,
     ids_in,
     is_delay as is_delay,
+    limit_of as limit_of,
     listed_job,
     make_job as make_job,
     note_record,
     place_of,
     read_job,
     read_made,
+    read_override as read_override,
     record_of,
     stopped,
     stored_job as stored_job,
     translated,
 )
 from tinyqueue_json import created_at, encode
+from tinyqueue_limits import LOOK_MARK, Limits
 from tinyqueue_redis import (
     Clock,
     Command,
@@ -271,6 +300,8 @@ class Keys:
         self.promoter = prefix + "promoter"
         self.repairer = prefix + "repairer"
         self.mark = prefix + "mark"
+        self.holding = prefix + "holding"
+        self.overrides = prefix + "overrides"
         self.ended: dict[str, str] = {status: prefix + status for status in ENDED}
 
         def each(kind: str) -> Callable[[str], str]:
@@ -287,6 +318,10 @@ class Keys:
         self.once_hash = each("once")
         self.schedule = each("schedule")
         self.generation = each("generation")
+        self.running = each("running")
+        self.held = each("held")
+        self.pace = each("pace")
+        self.halt = each("halt")
         self._minute = each("minute")
         self._rate = each("rate")
 
@@ -307,6 +342,7 @@ S = TypeVar("S")
 T = TypeVar("T")
 Records = dict[str, bytes | None]  # by id
 Push = Literal["LPUSH", "RPUSH"]  # behind all other jobs of a queue, or before them
+Range = Literal["LRANGE", "ZRANGE"]
 
 
 class Transaction:
@@ -323,6 +359,9 @@ class Transaction:
         self._watching = False
         self.now = clock.now()
         self.again = again  # an earlier try lost the reply to EXEC, and may have been applied
+        self.tries = 0  # earlier tries during which a watched key changed
+        self.left: set[bytes] = set()  # ids that no longer count against their limits
+        self.wakes: dict[str, int] = {}  # by limit, how many held jobs to wake
         self.replicas = 0  # how many must receive the writes
         self.awaited: set[bytes] | None = None  # the ids that callers wait for; None until read
         self.measured: defaultdict[tuple[str, str, str], list[int]] = defaultdict(list)
@@ -389,7 +428,7 @@ class Transaction:
         self._writes.append(command)
 
     def gather(self, command: str, key: str, *parts: Any) -> None:
-        """Add arguments to the one LPUSH, RPUSH, ZADD or ZREM of that key."""
+        """Add arguments to the one command of that name and key, such as LPUSH or ZADD."""
         self._gathered.setdefault((command, key), []).extend(parts)
 
     def push(self, command: Push, job: Job) -> None:
@@ -467,11 +506,12 @@ class Store:
         if counts and not self.series_known:
             _learn_series(self)
         late = False
-        for _ in range(TRIES):
+        for tries in range(TRIES):
             sent = False
             try:
                 with self.lend() as connection:
                     tx = Transaction(connection, self.keys, self.clock, watch, again)
+                    tx.tries = tries
                     result, writes = self._run(tx, body)
                     if not writes and not tx.replicas:
                         tx.unwatch()
@@ -572,6 +612,11 @@ class Verbs(ABC):
     def last_trouble(self) -> float:
         """When Redis last failed to carry out a command."""
         return max(part.store.connections.last_trouble for part in self.parts)
+
+    @property
+    def seconds_to_look(self) -> float:
+        """In how many seconds a rate has room for a held job, as far as this process knows."""
+        return min(part.limits.next_look() - part.clock.now() for part in self.parts) / 1000
 
     def disconnect(self) -> None:
         """Close all connections. Do this before a fork: each process must open its own."""
@@ -685,6 +730,7 @@ class Queue(Verbs):
         self.max_pending = max_pending
         self.min_replicas = min_replicas
         self._paused: tuple[float, frozenset[str]] = (-1e9, frozenset())  # when read, and the names
+        self.limits = Limits(self.keys, self.store, lambda: self._paused[1])
         self._known: set[str] = set()  # the names of queues that exist
         self._leases: dict[str, tuple[bytes | None, float]] = {}  # as last seen, and since when
         self._lost: dict[str, bytes | None] = {}  # those that were seen unchanged for too long
@@ -980,15 +1026,20 @@ class Queue(Verbs):
     ) -> list[Job]:
         started: list[Job] = []
         changed: list[Any] = []
-        unread = records.copy()
+        unread = {id: read_job(id, record) for id, record in records.items() if record is not None}
+        limited = [job for job in unread.values() if job.status == "pending" and limit_of(job)]
+        alone = [job for job in limited if not (company and is_suspect(job))]
+        rooms = self.limits.rooms(tx, alone) if alone else {}
         for entry in ids:
             id = text_of(entry)
-            record = unread.pop(id, None)  # a second entry of one id finds none and is dropped
-            job = read_job(id, record) if record is not None else None
-            if job and self._stays(job, worker, held, company, tx.again):
+            job = unread.pop(id, None)  # a second entry of one id finds none and is dropped
+            room = rooms.get(id) if job else None
+            if job and (self._stays(job, worker, held, company, tx.again) or (room and room.busy)):
                 started.append(job)
             elif tx.again:
                 continue
+            elif job and room and not self.limits.enter(tx, job, room):
+                tx.write("LREM", self.keys.proc(worker), 1, entry)
             elif job and job.status == "pending" and not job.has_expired(tx.now) and job.run_at <= tx.now:
                 changed += [self.keys.job(id), note_record(job, record_of(self._begin(tx, job, worker)))]
                 started.append(job)
@@ -997,6 +1048,7 @@ class Queue(Verbs):
                 self._drop(tx, job)
         if changed:
             tx.write("MSET", *changed)
+        self.limits.wake(tx)
         return started
 
     def _after_start(self, jobs: list[Job], ids: Sequence[bytes], records: Records) -> list[Job]:
@@ -1049,6 +1101,8 @@ class Queue(Verbs):
 
     def _drop(self, tx: Transaction, job: Job | None) -> None:
         """Handle the job of a taken id that is dropped: fail it if it has expired."""
+        if job and job.limit:
+            self.limits.owe(tx, job.limit)  # it may have been woken
         if job and job.status == "pending" and job.has_expired(tx.now):
             job.error = Failure("Expired", "expired before it was started")
             tx.count("pending:" + job.queue, -1)
@@ -1089,7 +1143,9 @@ class Queue(Verbs):
         def body(tx: Transaction) -> list[Outcome]:
             awaited, records = self._read_fenced(tx, worker, keys, ("SMEMBERS", self.keys.awaited))
             tx.awaited = set(awaited)
-            return self._settle(tx, worker, outcomes, records)
+            lost = self._settle(tx, worker, outcomes, records)
+            self.limits.wake(tx)
+            return lost
 
         return self.store.transact([self.keys.worker(worker), *keys], body, again)
 
@@ -1162,6 +1218,14 @@ class Queue(Verbs):
         elif cancel_requested:
             job.cancel_requested = True
             self._end(tx, job, "cancelled")
+        elif outcome.halt and outcome.after:
+            job.attempts -= 1
+            if job.limit:
+                self._make_pending(tx, job)
+                tx.count("pending:" + job.queue)
+                self.limits.halt(tx, job, round(outcome.after * 1000))
+            else:
+                self._requeue(tx, job, tx.now + round(outcome.after * 1000))
         elif outcome.verb == "release" and job.refunds < MAX_REFUNDS:
             job.attempts -= 1
             job.refunds += 1
@@ -1201,6 +1265,8 @@ class Queue(Verbs):
         """Count that a job no longer runs. The counterpart of `_begin`."""
         tx.count("processing:" + job.queue, -1)
         tx.measure(event, job, ms)
+        if job.limit:
+            self.limits.leave(tx, job)
 
     def _end(self, tx: Transaction, job: Job, status: Literal["completed", "failed", "cancelled"]) -> None:
         """Write the final state of a job: the record, which now expires, and its index entry."""
@@ -1220,11 +1286,14 @@ class Queue(Verbs):
             tx.write("SREM", self.keys.awaited, job.id)
 
     def _requeue(self, tx: Transaction, job: Job, run_at: int = 0, push: Push = "LPUSH") -> None:
+        self._make_pending(tx, job, run_at)
+        self._add_to_queue(tx, job, push)
+
+    def _make_pending(self, tx: Transaction, job: Job, run_at: int = 0) -> None:
         job.status = "pending"
         job.worker = ""
         job.run_at = run_at
         tx.write("SET", self.keys.job(job.id), record_of(job))
-        self._add_to_queue(tx, job, push)
 
     def _requeue_or_fail(self, tx: Transaction, job: Job, reason: str, beside: bool = False) -> None:
         """End an attempt without outcome. Requeue the job at the head, or fail it after its last.
@@ -1270,6 +1339,8 @@ class Queue(Verbs):
             if job.status != "pending":
                 raise WrongStatus("cancel", job)
             tx.write("ZREM", self.keys.delayed, id)
+            if job.limit:
+                self.limits.forget(tx, job)
             tx.count("pending:" + job.queue, -1)
             self._end(tx, job, "cancelled")
 
@@ -1335,6 +1406,18 @@ class Queue(Verbs):
 
     # Upkeep -----------------------------------------------------------------------------------------------------------
 
+    def set_limit(self, limit: str, override: Override) -> None:
+        """Replace the numbers of a limit, or of all of a type. Effective within two seconds."""
+        self.limits.set(limit, override)
+
+    def limits_in_use(self) -> dict[str, dict[str, Any]]:
+        """Return the limits that types declare, that have held jobs, or whose numbers were set."""
+        return self.limits.in_use()
+
+    def place_among_held(self, job: Job) -> int:
+        """Return the place of a pending job among those held by its limit, from 1; 0: none."""
+        return self.limits.place_of(job)
+
     def heartbeat(self, worker: str, jobs: Sequence[str] = ()) -> None:
         """Renew the lease and report which jobs run. Raises Reaped if the registration is gone.
 
@@ -1363,12 +1446,18 @@ class Queue(Verbs):
     def promote(self) -> int:
         """Move up to 500 jobs to their queues when runAt has come. Return how many ids it removed.
 
+        Also looks at the limits with held jobs whose time has come.
         Watches the records: a job that another promoter moved may have run, failed and be delayed
         again, and removing that new entry would lose the job. The lock only saves duplicate work.
         """
 
+        looks: list[str] = []
+        self.limits.note_looks(self.now())
+
         def body(tx: Transaction) -> int:
-            due = tx.read(("ZRANGEBYSCORE", self.keys.delayed, "-inf", tx.now, "LIMIT", 0, PROMOTED))[0]
+            found = tx.read(("ZRANGEBYSCORE", self.keys.delayed, "-inf", tx.now, "LIMIT", 0, PROMOTED))[0]
+            due = [entry for entry in found if not entry.startswith(LOOK_MARK.encode())]
+            looks[:] = [text_of(entry).removeprefix(LOOK_MARK) for entry in found if entry not in due]
             if not due or tx.again or not tx.read(("SET", self.keys.promoter, "1", "NX", "PX", 1000))[0]:
                 return 0
             tx.write("ZREM", self.keys.delayed, *due)
@@ -1380,7 +1469,10 @@ class Queue(Verbs):
             tx.write("DEL", self.keys.promoter)
             return len(due)
 
-        return self.store.transact((), body)
+        promoted = self.store.transact((), body)
+        if looks:
+            self.limits.reconcile(looks, self.now())
+        return promoted
 
     def _read_jobs(self, tx: Transaction, entries: Iterable[bytes], watch: bool = False) -> Iterator[Job]:
         """Read the jobs that list entries name, each once. Skip entries that name none."""
@@ -1461,6 +1553,7 @@ class Queue(Verbs):
                 held += 1
             tx.write("DEL", registration, lease, proc)
             tx.write("SREM", self.keys.workers, worker)
+            self.limits.wake(tx)
             return held
 
         return self.store.transact([registration, lease, proc], body)
@@ -1476,11 +1569,15 @@ class Queue(Verbs):
         def body(tx: Transaction, job: Job) -> None:
             nonlocal restored
             key = self.keys.jobs(job.queue) if job.status == "pending" else self.keys.proc(job.worker)
-            listed, delayed = tx.read(("LPOS", key, id), ("ZSCORE", self.keys.delayed, id))
-            restored = job.status in UNENDED and listed is None and delayed is None
+            held = ("ZSCORE", self.keys.held(job.limit), f"{job.queue}:{id}")
+            holding = ("SISMEMBER", self.keys.holding, job.limit)
+            listed, delayed, *waits = tx.read(("LPOS", key, id), ("ZSCORE", self.keys.delayed, id), held, holding)
+            restored = job.status in UNENDED and listed is None and delayed is None and not all(waits)
             if restored and job.status == "processing":
                 tx.write("LPUSH", key, id)
                 tx.write("SADD", self.keys.workers, job.worker)
+                if job.limit:
+                    tx.write("SADD", self.keys.running(job.limit), id)
             elif restored:
                 self._set_aside(tx, job)
 
@@ -1734,25 +1831,33 @@ class Queue(Verbs):
         yield from self.read_lists(held)
         if filter.status != "processing":
             yield from self.read_entries(self.keys.delayed, "ZRANGE")
+            yield from self.read_held()
             names = [filter.queue] if filter.queue else self.queue_names()
             yield from self.read_lists([self.keys.jobs(name) for name in names])
             yield from self.read_lists([self.keys.proc(worker) for worker in self._known_workers()])
+            yield from self.read_held()
+
+    def read_held(self) -> Iterator[list[bytes]]:
+        """Read the ids of the held jobs of all limits."""
+        limits = sorted(map(text_of, self.store.read(("SMEMBERS", self.keys.holding))[0]))
+        for window in self.read_lists(list(map(self.keys.held, limits)), "ZRANGE"):
+            yield [entry.rpartition(b":")[2] for entry in window]
 
     def queue_names(self) -> list[str]:
         """Return the names of the queues that have jobs, or had some and were not forgotten."""
         return sorted(_queues_in(pairs(self.store.read(("HGETALL", self.keys.counts))[0])))
 
-    def read_lists(self, keys: Sequence[str]) -> Iterator[list[bytes]]:
+    def read_lists(self, keys: Sequence[str], command: Range = "LRANGE") -> Iterator[list[bytes]]:
         """Read the first entries of 100 lists at a time, because most are short."""
         for at in range(0, len(keys), 100):
             part = keys[at : at + 100]
-            heads = self.store.read(*(("LRANGE", key, 0, 99) for key in part))
+            heads = self.store.read(*((command, key, 0, 99) for key in part))
             yield list(itertools.chain(*heads))
             for key, head in zip(part, heads, strict=True):
                 if len(head) == 100:
-                    yield from self.read_entries(key)
+                    yield from self.read_entries(key, command)
 
-    def read_entries(self, key: str, command: Literal["LRANGE", "ZRANGE"] = "LRANGE") -> Iterator[list[bytes]]:
+    def read_entries(self, key: str, command: Range = "LRANGE") -> Iterator[list[bytes]]:
         """Read a list from its left, or a sorted set from its highest score, LISTED at a time.
 
         That is the end at which take and promote remove nothing. Windows overlap, because whatever
@@ -1793,7 +1898,9 @@ class Queue(Verbs):
     def count_unended(self) -> tuple[list[int], int]:
         """Count pending and processing jobs, and the entries of their lists, all at one moment."""
         keys = [*map(self.keys.jobs, self.queue_names()), *map(self.keys.proc, self._known_workers())]
-        reads = ("HGETALL", self.keys.counts), ("ZCARD", self.keys.delayed), *(("LLEN", key) for key in keys)
+        limits = map(text_of, self.store.read(("SMEMBERS", self.keys.holding))[0])
+        lengths = [("LLEN", key) for key in keys] + [("ZCARD", self.keys.held(limit)) for limit in limits]
+        reads = ("HGETALL", self.keys.counts), ("ZCARD", self.keys.delayed), *lengths
         counts, *sizes = _checked(self.store.read(("MULTI",), *reads, ("EXEC",))[-1])
         return [_read_count(value) for field, value in pairs(counts) if ":" in field], sum(sizes)
 
@@ -1807,12 +1914,14 @@ class Queue(Verbs):
         queues = self.queues()
         now = self.now()
         indexes = {"delayed": self.keys.delayed, **self.keys.ended}
-        totals, last, this, *sizes = self.store.read(
+        totals, last, this, looks, *sizes = self.store.read(
             ("HMGET", self.keys.counts, *ENDED),
             ("HMGET", self.keys.minute(now - 60_000), *ENDED),
             ("HMGET", self.keys.minute(now), *ENDED),
+            ("SCARD", self.keys.holding),
             *(("ZCARD", index) for index in indexes.values()),
         )
+        sizes[0] = max(0, sizes[0] - looks)
         share = 1 - now % 60_000 / 60_000  # the part of the previous minute in the last sixty seconds
         recent = zip(ENDED, last, this, strict=True)
         leases = [self.keys.lease(worker) for worker in self._known_workers()]
@@ -2094,8 +2203,9 @@ class Shards(Verbs):
 
     The last two digits of a job's id name its shard. All jobs of a submit go into one shard, and
     those of the next into the next shard, so the order is first in, first out only within a shard.
-    A submit with a uniqueKey goes to the shard of that key, and one with only an Idempotency-Key to
-    the shard of that. A submit with both takes the Idempotency-Key in its own shard first.
+    A submit with a limit or a uniqueKey goes to the shard of that, which must be the same, and one
+    with only an Idempotency-Key to the shard of that. A submit with both takes the Idempotency-Key
+    in its own shard first.
 
     Each shard stands alone. While one does not answer, the others are served, and nobody waits for
     it. A worker has one id in all shards. The heartbeat registers it in those that did not answer
@@ -2185,9 +2295,17 @@ class Shards(Verbs):
     def submit(self, jobs: Sequence[Job], once: Once | None = None) -> list[Job]:
         """Like Queue.submit. Raises InvalidJob if the uniqueKeys belong to different shards."""
         indexes = {self._index_of(job.unique_key) for job in jobs if job.unique_key}
+        limits = {limit: self._index_of(limit) for job in jobs if (limit := limit_of(job))}
         if len(indexes) > 1:
             rule = "must be the same in all jobs of a batch, because TINYQUEUE_SHARDS is above 1"
             raise InvalidJob("uniqueKey", rule)
+        if len({*limits.values()}) > 1:
+            rule = f"the limits {' and '.join(sorted(limits)[:2])} belong to different shards; submit their jobs"
+            raise InvalidJob("jobs", f"{rule} in batches of their own")
+        if indexes and limits and indexes != {*limits.values()}:
+            rule = f"belongs to another shard than the limit {min(limits)} of the job; use another key, or none"
+            raise InvalidJob("uniqueKey", rule)
+        indexes |= {*limits.values()}
         if once and not indexes:
             indexes = {self._index_of(once.key)}
         elif once and (at := self._index_of(once.key)) not in indexes:
@@ -2336,6 +2454,15 @@ class Shards(Verbs):
     def resume(self, name: str) -> None:
         self._call_all(lambda shard: shard.resume(name), must=True)
 
+    def set_limit(self, limit: str, override: Override) -> None:
+        self._call_all(lambda shard: shard.set_limit(limit, override), must=True)
+
+    def limits_in_use(self) -> dict[str, dict[str, Any]]:
+        return reduce(_added, (shard.limits_in_use() for shard in self.parts))
+
+    def place_among_held(self, job: Job) -> int:
+        return self.part_of(job.id).place_among_held(job)
+
     def heartbeat(self, worker: str, jobs: Sequence[str] = ()) -> None:
         """Like Queue.heartbeat, in every shard that answers. Registers the worker where it is not.
 
@@ -2457,7 +2584,7 @@ def _try_each(
 
 # Fields whose higher value counts when two reports are added up. Most are the same in both.
 HIGHEST = {"oldestWaitingMs", "workers", "at", "lastHeartbeat", "startedAt"}
-HIGHEST |= {"id", "host", "pid", "queues", "concurrency"}
+HIGHEST |= {"id", "host", "pid", "queues", "concurrency", "maxRunning", "rate", "haltedMs"}
 
 
 def _added(one: Any, other: Any, name: Any = "") -> Any:
@@ -2466,7 +2593,7 @@ def _added(one: Any, other: Any, name: Any = "") -> Any:
         both = one.keys() & other.keys()
         return {**one, **other, **{name: _added(one[name], other[name], name) for name in both}}
     if name in HIGHEST or isinstance(one, bool):
-        return max(one, other)
+        return one if one is None else max(one, other)
     return one + other
 
 

@@ -405,15 +405,17 @@ def _run_id(part: Queue) -> str:
 
 
 def _waiting_ids(part: Queue) -> Iterator[list[str]]:
-    """Return the ids that wait: the delayed ones, then those of each queue, last in first.
+    """Return the ids that wait: the delayed ones, those of each queue, and the held ones.
 
-    This is the order in which `load` takes jobs. Some ids come twice. Jobs that move meanwhile may
-    be missing, but `_stored_ids` has them.
+    Each kind comes last in first, in the order in which `load` takes jobs. Some ids come twice.
+    Jobs that move meanwhile may be missing, but `_stored_ids` has them.
     """
     for window in part.read_entries(part.keys.delayed, "ZRANGE"):
         yield ids_in(reversed(window))
     for window in part.read_lists([part.keys.jobs(name) for name in part.queue_names()]):
         yield ids_in(window)
+    for window in part.read_held():
+        yield ids_in(reversed(window))
 
 
 def _stored_ids(part: Queue) -> Iterator[list[str]]:

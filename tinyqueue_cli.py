@@ -46,8 +46,10 @@ from tinyqueue import (
     UnknownType,
     WrongStatus,
     __version__,
+    check_limit,
     check_name,
     host_name,
+    read_override,
 )
 from tinyqueue_backup import Restored, back_up, restore as restore_file
 from tinyqueue_config import Settings, error_line, load_handlers, open_queue, plural, set_up_logging
@@ -61,7 +63,7 @@ SECTIONS = {
     "Processes": ("web", "run", "worker", "redis"),
     "Submit jobs": ("enqueue",),
     "Inspect": ("stats", "workers", "list", "failed", "get"),
-    "Manage jobs and queues": ("retry", "cancel", "pause", "resume", "purge", "schedules"),
+    "Manage jobs and queues": ("retry", "cancel", "pause", "resume", "limits", "purge", "schedules"),
     "Back up": ("backup", "restore"),
     "Diagnose": ("doctor", "check"),
     "Prepare": ("plan",),
@@ -376,6 +378,43 @@ def resume(queue: AnyQueue, names: tuple[str, ...]) -> None:
     for name in [check_name("queue", name) for name in names]:
         queue.resume(name)
         click.echo(f"{name} resumed")
+
+
+@cli.command()
+@click.argument("limit", required=False)
+@click.option("--max-running", type=int, metavar="N", help="Jobs that run at a time.")
+@click.option("--rate", metavar="RATE", help="Starts in a period, such as 10/second.")
+@click.option("--pause", "paused", is_flag=True, help="Start none of its jobs.")
+@click.option("--reset", is_flag=True, help="Return to the numbers in the code.")
+@json_option
+@click.pass_obj
+def limits(settings: Settings, /, limit: str | None, reset: bool, as_json: bool, **options: Any) -> None:
+    """List the limits, or set the numbers of LIMIT: a type, or a type and a value, type/value.
+
+    What is set replaces what was set before, on all workers and within two seconds.
+    """
+    fields = {"maxRunning": options["max_running"], "rate": options["rate"], "paused": options["paused"] or None}
+    wanted = {name: value for name, value in fields.items() if value is not None}
+    if bool(wanted or reset) != bool(limit) or (wanted and reset):
+        raise click.UsageError("name a LIMIT together with --max-running, --rate, --pause or --reset")
+    queue = require_queue(settings)
+    load_handlers(settings.handlers)
+    if limit:
+        queue.set_limit(check_limit(limit), read_override(limit, wanted))
+        click.echo(f"{limit} reset" if reset else f"{limit} set")
+        return
+    _show(queue.limits_in_use, _print_limits, as_json, False)
+
+
+def _print_limits(limits: dict[str, dict[str, Any]]) -> None:
+    rows = [["limit", "running", "at most", "rate", "held", ""]]
+    for name, about in limits.items():
+        state = (
+            "paused" if about["paused"] else f"halted for {about['haltedMs'] / 1000:.0f} s" if about["haltedMs"] else ""
+        )
+        most = about["maxRunning"] or "-"
+        rows.append([name, about["running"], most, about["rate"] or "-", about["held"], state])
+    _print_table(rows, empty="no limits; a handler declares one with max_running or rate")
 
 
 @cli.command()

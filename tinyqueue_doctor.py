@@ -23,6 +23,7 @@ import redis
 from msgspec.structs import replace
 
 from tinyqueue import MEMORY_SHARE, NAME, UNENDED, AnyQueue, Queue, TinyQueueError, Transaction, host_name
+from tinyqueue_limits import LOOK_MARK
 from tinyqueue_redis import ask_each, memory_use, pairs, parse_info, scan, text_of
 from tinyqueue_schedule import list_schedules
 
@@ -389,13 +390,14 @@ def _repair(queue: Queue) -> Iterator[Finding]:
     workers = [name[5:] for name in names if name.startswith("proc:")]
     yield from _changed(_enlist(queue, workers), "list of an unknown worker", "lists of unknown workers", "found")
     lists = sorted(queue.keys.prefix + name for name in names if name.startswith(("jobs:", "proc:")))
-    missing = set(jobs)
+    missing = set(jobs).difference(*queue.read_held())
     dropped = 0
     for key in (queue.keys.delayed, *lists, *queue.keys.ended.values()):
         for entries in queue.read_entries(key, "LRANGE" if key in lists else "ZRANGE"):
             missing.difference_update(entries)
-            for at in range(0, len(entries), STEP):
-                dropped += _drop_gone(queue, key, [id for id in entries[at : at + STEP] if id not in jobs])
+            others = [id for id in entries if id not in jobs and not id.startswith(LOOK_MARK.encode())]
+            for at in range(0, len(others), STEP):
+                dropped += _drop_gone(queue, key, others[at : at + STEP])
     yield from _changed(dropped, "entry without a job", "entries without a job", "dropped")
     restored = sum(queue.restore(id.decode()) for id in missing)
     yield from _changed(restored, "job", "jobs", "listed again")

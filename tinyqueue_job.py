@@ -5,7 +5,9 @@ This module knows no queue. tinyqueue.py imports all of it, and users import it 
 
 from __future__ import annotations
 
+import hashlib
 import inspect
+import math
 import random
 import re
 import time
@@ -141,7 +143,7 @@ ENDED = STATUSES[2:]
 SHOWN = ("id", "type", "payload", "status", "attempts", "maxAttempts", "queue", "createdAt", "updatedAt")
 SHOWN_IF_SET = (
     *("runAt", "startedAt", "endedAt", "worker", "progress", "expiresAt", "uniqueKey", "cancelRequested", "suspicions"),
-    *("requestId", "traceparent", "schedule", "scheduledFor", "error"),
+    *("requestId", "traceparent", "limit", "schedule", "scheduledFor", "error"),
 )
 UNREADABLE = "UnreadableRecord"
 
@@ -197,6 +199,7 @@ class Job(msgspec.Struct, rename="camel", omit_defaults=True, dict=True, forbid_
     error: Failure | None = None
     request_id: str = ""
     traceparent: str = ""
+    limit: str = ""
     schedule: str = ""  # whose tick enqueued it, and the time that the tick was for
     scheduled_for: int = 0
     # The fields of a newer version. In the record they are beside the others, not under this name.
@@ -471,13 +474,17 @@ def read_made(stored: bytes) -> Made:
 
 
 class Outcome(NamedTuple):
-    """How an attempt ended. `after`: seconds until the next; None: never, or released: now."""
+    """How an attempt ended. `after`: seconds until the next; None: never, or released: now.
+
+    `halt`: for `after` seconds, nothing else may start under the limit of the released job.
+    """
 
     job: Job
     verb: Literal["complete", "fail", "release"]
     result: Any = None
     error: Failure | None = None
     after: float | None = None
+    halt: bool = False
 
 
 class Loaded(NamedTuple):
@@ -524,6 +531,12 @@ class Handler(Generic[P, A, R]):
         self.timezone: str = options["timezone"]
         self.payload_type, self.wants_job = _signature(function)
         self._parse = parser(self.payload_type)
+        self.max_running: int = options["max_running"]
+        self.rate: str = options["rate"]
+        self.limit_by: str = options["limit_by"]
+        self.limited = bool(self.max_running or self.rate)
+        if self.limit_by and self.limit_by not in (known := _fields_of(self.payload_type, self.limit_by)):
+            raise TypeError(f"handler {type!r}: limit_by must be a field of the payload, one of {', '.join(known)}")
 
     def __call__(self, payload: P, *args: A.args, **kwargs: A.kwargs) -> R:
         return self.function(payload, *args, **kwargs)
@@ -561,6 +574,9 @@ def handler(
     queue: str = "default",
     schedule: str = "",
     timezone: str = "UTC",
+    max_running: int = 0,
+    rate: str = "",
+    limit_by: str = "",
 ) -> Callable[[Callable[Concatenate[P, A], R]], Handler[P, A, R]]:
     """Register a function as the handler of jobs of `type`.
 
@@ -572,6 +588,11 @@ def handler(
     `timeout` is in seconds; None means unlimited. After failed attempt n the job waits for
     `backoff` * 2 ** (n - 1) seconds or up to half as much again, but not longer than `backoff_cap`.
     Waits that would be longer are spread between two thirds of `backoff_cap` and all of it.
+
+    `max_running` jobs of the type run at a time over all workers, and `rate`, such as "10/second",
+    is how many start in any second, minute, hour or day. With `limit_by`, the name of a field of
+    the payload, both hold for each value of that field alone. Jobs without room wait, and delay no
+    other type.
     `schedule` is a cron expression: workers enqueue a job with the payload {} whenever it matches
     in `timezone`. The function `schedule` has more options. Mistakes raise TypeError or InvalidJob
     when the module is imported.
@@ -579,14 +600,11 @@ def handler(
     if callable(type):
         raise TypeError("handler needs the type of the jobs: write @handler('send-email'), not @handler")
     check_name("type", type)
-    if not all(is_number(value) for value in (300 if timeout is None else timeout, backoff, backoff_cap)):
-        raise TypeError(f"handler {type!r}: timeout, backoff and backoff_cap must be numbers of seconds")
-    if timeout is not None and not timeout > 0:
-        raise TypeError(f"handler {type!r}: timeout must be above 0, or None")
-    if not 0 < backoff <= backoff_cap <= MAX_DELAY:
-        raise TypeError(f"handler {type!r}: backoff must be above 0, backoff_cap at least that and at most {MAX_DELAY}")
-    times: dict[str, Any] = {"timeout": timeout, "backoff": backoff, "backoff_cap": backoff_cap}
-    options = {"max_attempts": max_attempts, "queue": queue, "schedule": schedule, "timezone": timezone, **times}
+    _check_times(type, timeout, backoff, backoff_cap)
+    _check_limit(type, max_running, rate, limit_by)
+    options: dict[str, Any] = {"max_attempts": max_attempts, "queue": queue, "schedule": schedule, "timezone": timezone}
+    options |= {"timeout": timeout, "backoff": backoff, "backoff_cap": backoff_cap}
+    options |= {"max_running": max_running, "rate": rate, "limit_by": limit_by}
 
     def register(function: Callable[Concatenate[P, A], R]) -> Handler[P, A, R]:
         known = HANDLERS[type].function if type in HANDLERS else function
@@ -596,6 +614,33 @@ def handler(
         return made
 
     return register
+
+
+def _check_times(type: str, timeout: Any, backoff: Any, backoff_cap: Any) -> None:
+    if not all(is_number(value) for value in (300 if timeout is None else timeout, backoff, backoff_cap)):
+        raise TypeError(f"handler {type!r}: timeout, backoff and backoff_cap must be numbers of seconds")
+    if timeout is not None and not timeout > 0:
+        raise TypeError(f"handler {type!r}: timeout must be above 0, or None")
+    if not 0 < backoff <= backoff_cap <= MAX_DELAY:
+        raise TypeError(f"handler {type!r}: backoff must be above 0, backoff_cap at least that and at most {MAX_DELAY}")
+
+
+def _check_limit(type: str, max_running: Any, rate: Any, limit_by: Any) -> None:
+    try:
+        Override(max_running or None, rate).check()
+    except InvalidJob as error:
+        python = "max_running" if error.field == "maxRunning" else error.field
+        raise TypeError(f"handler {type!r}: {python} {error.rule}") from None
+    if not isinstance(limit_by, str):
+        raise TypeError(f"handler {type!r}: limit_by must be the name of a field of the payload")
+    if limit_by and not max_running and not rate:
+        raise TypeError(f"handler {type!r}: limit_by needs max_running or rate")
+
+
+def _fields_of(type: Any, name: str) -> list[str]:
+    """Return the fields of a payload in JSON; only `name` if the type says nothing about them."""
+    about = msgspec.inspect.type_info(type)
+    return [field.encode_name for field in getattr(about, "fields", ())] or [name]
 
 
 def _source(function: Callable[..., Any]) -> tuple[str, str, int]:
@@ -634,6 +679,19 @@ class Discard(Exception):
     """Raised by a handler to fail the job now, even if attempts are left."""
 
 
+class RateLimited(Exception):
+    """Raised by a handler whose work was refused for now, such as by a service that answers 429.
+
+    The attempt does not count. For `after` seconds, no job starts under the limit of this one.
+    """
+
+    def __init__(self, reason: str = "the rate limit of a service was reached", *, after: float) -> None:
+        if not is_delay(after) or not after:
+            raise ValueError(f"RateLimited: after must be a number of seconds above 0, at most {MAX_DELAY}")
+        super().__init__(reason)
+        self.after = after
+
+
 class TimedOut(BaseException):
     """Raised in a handler that exceeds its timeout. `except Exception` does not catch it."""
 
@@ -649,6 +707,113 @@ def backoff(attempts: int, base: float = 1.0, cap: float = 300.0) -> float:
     """
     longest = min(cap, base * 2 ** min(attempts - 1, 60) * 1.5)
     return random.uniform(max(min(base, cap), longest / 1.5), longest)
+
+
+# Limits ---------------------------------------------------------------------------------------------------------------
+
+VALUE = re.compile(r"[A-Za-z0-9._-]{1,64}")  # of a field that limits: others are replaced by a digest
+LIMIT = re.compile(rf"{NAME.pattern}(?:/{VALUE.pattern})?")
+RATE = re.compile(r"([1-9][0-9]{0,3}|10000)/(second|minute|hour|day)")
+PERIODS = {"second": 1000, "minute": 60_000, "hour": 3_600_000, "day": 86_400_000}
+MAX_RUNNING = 10_000
+
+
+class Override(msgspec.Struct, rename="camel", omit_defaults=True):
+    """What an operator has set for a limit, in place of the numbers in the code."""
+
+    max_running: int | None = None
+    rate: str = ""
+    paused: bool = False
+
+    def check(self) -> Override:
+        """Raise InvalidJob for values that no limit can have."""
+        if self.max_running is not None:
+            _whole("maxRunning", self.max_running, 1, MAX_RUNNING)
+        if not isinstance(self.rate, str) or (self.rate and not RATE.fullmatch(self.rate)):
+            raise InvalidJob(
+                "rate", 'must be a number up to 10000 and a time, such as "10/second"; or minute, hour, day'
+            )
+        if not isinstance(self.paused, bool):
+            raise InvalidJob("paused", "must be true or false")
+        return self
+
+
+class Rule(NamedTuple):
+    """What a limit allows: so many jobs at a time, and so many starts in so many milliseconds."""
+
+    max_running: float = math.inf
+    starts: int = 0
+    period: int = 0
+    paused: bool = False
+
+    def answer(self) -> dict[str, Any]:
+        """The numbers as clients see them: null where there is none."""
+        period = next((name for name, ms in PERIODS.items() if ms == self.period), "")
+        return {
+            "maxRunning": None if self.max_running == math.inf else int(self.max_running),
+            "rate": f"{self.starts}/{period}" if self.starts else None,
+            "paused": self.paused,
+        }
+
+
+def limit_of(job: Job) -> str:
+    """Return the limit of a job, or "". A declaration that is newer than the job counts too."""
+    known = HANDLERS.get(job.type)
+    if job.limit or not known or not known.limited:
+        return job.limit
+    if not known.limit_by:
+        return job.type
+    value = job.payload.get(known.limit_by) if isinstance(job.payload, dict) else None
+    text = value if isinstance(value, str) else encode(value).decode()
+    short = text if VALUE.fullmatch(text) else hashlib.sha256(text.encode()).hexdigest()[:32]
+    return f"{job.type}/{short}"
+
+
+def check_limit(limit: str) -> str:
+    if not LIMIT.fullmatch(limit):
+        raise InvalidJob("limit", "must be a type, or a type and a value: type/value")
+    return limit
+
+
+def read_override(limit: str, fields: Mapping[str, Any]) -> Override:
+    """Check what an operator wants to set for a limit or a type. Raises InvalidJob."""
+    names = {name for field in msgspec.structs.fields(Override) if (name := field.encode_name)}
+    if unknown := fields.keys() - names:
+        raise InvalidJob(min(unknown), f"unknown field; the fields of a limit are {', '.join(sorted(names))}")
+    values = {name: value for name, value in fields.items() if value is not None}
+    override = Override(values.get("maxRunning"), values.get("rate", ""), values.get("paused", False)).check()
+    known = HANDLERS.get(limit.partition("/")[0])
+    if override == Override():
+        return override
+    if not known or not known.limited:
+        limited = ", ".join(sorted(type for type, handler in HANDLERS.items() if handler.limited)) or "none"
+        raise InvalidJob("limit", f"its type has no limit in the handlers of this process; types with one: {limited}")
+    for field, declared in {"maxRunning": known.max_running, "rate": known.rate}.items():
+        if field in values and not declared:
+            raise InvalidJob(field, "the handler declares none; add it there first")
+    return override
+
+
+def rule_of(limit: str, overrides: Iterable[bytes | None]) -> Rule:
+    """Return what a limit allows. The overrides are that of its type, then its own.
+
+    The numbers belong to the code. A process without the handler starts one job at a time, which it
+    returns as it does with any type that it does not know. Without a limit in the code, all may go.
+    """
+    known = HANDLERS.get(limit.partition("/")[0])
+    if not known:
+        return Rule(1)
+    if not known.limited:
+        return Rule()
+    max_running = known.max_running
+    rate = known.rate
+    paused = False
+    for override in (msgspec.json.decode(stored, type=Override) for stored in overrides if stored):
+        max_running = (override.max_running or max_running) if max_running else 0
+        rate = (override.rate or rate) if rate else ""
+        paused = paused or override.paused
+    starts, _, period = rate.partition("/")
+    return Rule(max_running or math.inf, int(starts or 0), PERIODS.get(period, 0), paused)
 
 
 # Checking a job -------------------------------------------------------------------------------------------------------
@@ -687,7 +852,7 @@ def make_job(
     expires_at = _expiry(expires_in, now) if expires_in is not None else 0
     if expires_at and starts_at >= expires_at:
         raise InvalidJob("expiresIn", "must end after the job may start: raise it, or lower delay or runAt")
-    return Job(
+    job = Job(
         id=new_id(now),
         type=type,
         payload=payload,
@@ -697,6 +862,9 @@ def make_job(
         expires_at=expires_at,
         unique_key=_text_key("uniqueKey", unique_key) if unique_key is not None else "",
     )
+    if known and known.limited:
+        job.limit = limit_of(msgspec.structs.replace(job, payload=msgspec.json.decode(encoded)))
+    return job
 
 
 def check_name(field: str, value: Any) -> str:

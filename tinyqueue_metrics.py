@@ -18,6 +18,13 @@ METRICS = (
     ("oldest_waiting_seconds", "gauge", "queue", "time that the next job has waited since it could start"),
     ("redis_memory_ratio", "gauge", "", "share of Redis' maxmemory that is used, 0 without a limit"),
     ("queue_paused", "gauge", "queue", "1 if the queue is paused, else 0"),
+    ("jobs_held", "gauge", "type", "pending jobs that wait for room under a limit"),
+    (
+        "limit_usage",
+        "gauge",
+        "type",
+        "share of max_running that is in use; of several limits the highest",
+    ),
     ("workers", "gauge", "", "live workers"),
     ("slots", "gauge", "", "jobs that the live workers can run at a time"),
     ("slots_busy", "gauge", "", "jobs that the live workers held at their last heartbeat"),
@@ -80,6 +87,7 @@ class Scrape:
             "oldest_waiting_seconds": {(name,): queue["oldestWaitingMs"] / 1000 for name, queue in queues},
             "queue_paused": {(name,): int(queue["paused"]) for name, queue in queues},
             "redis_memory_ratio": {(): queue.memory_use},
+            **_limit_gauges(queue.limits_in_use()),
             "workers": {(): len(workers)},
             "slots": {(): sum(worker["concurrency"] for worker in workers)},
             "slots_busy": {(): sum(len(worker["jobs"]) for worker in workers)},
@@ -107,6 +115,18 @@ class Scrape:
             for label_values, value in self.values[name].items():
                 family.add_metric(label_values, *(value if kind == "histogram" else (value,)))
             yield family
+
+
+def _limit_gauges(limits: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[tuple[str, ...], float]]:
+    """Return the gauges by type: the values of a field that a limit is by may be too many."""
+    held: dict[tuple[str, ...], float] = {}
+    usage: dict[tuple[str, ...], float] = {}
+    for limit, about in limits.items():
+        type = (limit.partition("/")[0],)
+        held[type] = held.get(type, 0) + about["held"]
+        if most := about["maxRunning"]:
+            usage[type] = max(usage.get(type, 0.0), about["running"] / most)
+    return {"jobs_held": held, "limit_usage": usage}
 
 
 def _histograms(

@@ -32,6 +32,7 @@ from tinyqueue_job import (
     TinyQueueError,
     UnknownType,
     check_name,
+    limit_of,
     make_job,
 )
 from tinyqueue_json import encode, is_number, new_id, to_json
@@ -125,7 +126,7 @@ class Schedule(msgspec.Struct, rename="camel", omit_defaults=True):
     def job(self, now: int, at: int, shard: int | None, id: str) -> Job:
         """Make the job of a run. It is checked when it starts, as it was when it was declared."""
         made = new_id(now)
-        return Job(
+        job = Job(
             id=id or (made if shard is None else f"{made[:-2]}{shard:02x}"),
             type=self.type,
             payload=self.payload,
@@ -135,6 +136,8 @@ class Schedule(msgspec.Struct, rename="camel", omit_defaults=True):
             schedule=self.name,
             scheduled_for=at,
         )
+        job.limit = limit_of(job)
+        return job
 
     def after(self, old: Schedule | None, now: int) -> Schedule:
         """Return this declaration in place of an older one, which keeps what has happened to it."""
@@ -341,9 +344,15 @@ def _change(queue: Any, name: str, change: Callable[[Schedule, int], tuple[Sched
 
 
 def _check_shard(queue: Any, made: Schedule) -> None:
-    if made.unique_key and queue.part_for(made.unique_key) is not queue.part_for(made.name):
+    """Raise InvalidJob if the uniqueKey or the limit of its jobs belongs to another shard."""
+    part = queue.part_for(made.name)
+    if made.unique_key and queue.part_for(made.unique_key) is not part:
         rule = f"belongs to another shard than schedule {made.name}; use the name of the schedule as its uniqueKey"
         raise InvalidJob("uniqueKey", rule)
+    limit = limit_of(made.job(0, 0, None, ""))
+    if limit and queue.part_for(limit) is not part:
+        rule = f"{made.name} belongs to another shard than the limit {limit} of its jobs; use another name"
+        raise InvalidJob("name", rule)
 
 
 def list_schedules(queue: Any) -> list[tuple[Schedule, Job | None]]:

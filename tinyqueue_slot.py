@@ -29,6 +29,7 @@ from tinyqueue import (
     InvalidJob,
     Job,
     Outcome,
+    RateLimited,
     Retry,
     TimedOut,
     UnknownType,
@@ -91,6 +92,8 @@ def _postpone(job: Job, error: InvalidJob) -> Outcome:
 
 
 def fail(job: Job, error: BaseException) -> Outcome:
+    if isinstance(error, RateLimited):
+        return Outcome(job, "release", error=Failure.of(error), after=error.after, halt=True)
     known = HANDLERS.get(job.type)
     limits = (known.backoff, known.backoff_cap) if known else (UNREADABLE_BACKOFF,)
     after: float | None = backoff(job.attempts, *limits)

@@ -718,7 +718,10 @@ class Worker:
                     self._warn(name, error)
                     if duty == self._heartbeat:  # it cannot wait for the next interval: the lease would soon expire
                         due[at] = 0.0
-            self.closed.wait(TICK)
+            pause = min(TICK, max(0.0, self.queue.seconds_to_look))
+            if pause < TICK:
+                due[1] = 0.0  # promote looks at the limit that has room then
+            self.closed.wait(pause)
 
     def _heartbeat(self) -> None:
         if worker := self.id:

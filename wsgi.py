@@ -43,6 +43,7 @@ from tinyqueue import (
     BLOCK,
     HANDLERS,
     ID,
+    LIMIT,
     MAX_JOBS,
     NAME,
     STATUSES,
@@ -59,6 +60,7 @@ from tinyqueue import (
     Unavailable,
     UnknownType,
     check_name,
+    read_override,
 )
 from tinyqueue_access import ROLES, Access
 from tinyqueue_config import (
@@ -129,6 +131,8 @@ ROUTES = (
     ("POST", "/schedules/<name>/pause", "pause_schedule", "admin"),
     ("POST", "/schedules/<name>/resume", "resume_schedule", "admin"),
     ("POST", "/schedules/<name>/run", "run_schedule", "admin"),
+    ("GET", "/limits", "limits", "read"),
+    ("PUT", "/limits/<limit>", "set_limit", "admin"),
     ("POST", "/work", "work", "admin"),
     ("GET", "/stats", "stats", "read"),
     ("GET", "/scale", "scale", "read"),
@@ -179,7 +183,7 @@ class API(bottle.Bottle):  # type: ignore[misc]
         self._guest = Guest()
         self._scrape_errors = 0  # not yet counted in Redis
         for method, path, name, role in ROUTES:
-            for part, pattern in (("<id>", ID.pattern), ("<name>", NAME.pattern)):
+            for part, pattern in (("<id>", ID.pattern), ("<name>", NAME.pattern), ("<limit>", LIMIT.pattern)):
                 # Bottle's own `$` would let a final line break pass.
                 path = path.replace(part, f"<{part[1:-1]}:re:{pattern}(?!\\n)>")  # noqa: PLW2901
             self.route(path, method, partial(self._run_route, getattr(self, name), role))
@@ -344,18 +348,23 @@ class API(bottle.Bottle):  # type: ignore[misc]
             raise waited
         job = _require_job(self.queue.get(id))
         if not seconds or waited or job.status not in UNENDED:
-            return job.answer()
+            return self._explain(job)
         if "tinyqueue.can_park" in request.environ:
             from tinyqueue_server import Parked
 
             raise Parked(partial(self._waiter_of(id).add, id, seconds, request.environ))
         if not request.environ.get("wsgi.multithread") or not self._blocked.acquire(blocking=False):
             bottle.response.set_header("Retry-After", "1")
-            return job.answer()
+            return self._explain(job)
         try:
-            return _require_job(self.queue.wait_for(id, seconds)).answer()
+            return self._explain(_require_job(self.queue.wait_for(id, seconds)))
         finally:
             self._blocked.release()
+
+    def _explain(self, job: Job) -> dict[str, Any]:
+        """Return a job as clients see it, and if it is held by a limit: by which, and its place."""
+        place = self.queue.place_among_held(job)
+        return job.answer() | ({"heldBy": job.limit, "position": place} if place else {})
 
     def _waiter_of(self, id: str) -> Waiter:
         queue = self.queue.part_of(id)
@@ -386,6 +395,9 @@ class API(bottle.Bottle):  # type: ignore[misc]
 
     def workers(self) -> dict[str, Any]:
         return {"workers": self.queue.workers()}
+
+    def limits(self) -> dict[str, Any]:
+        return {"limits": self.queue.limits_in_use()}
 
     # Changing jobs and queues -----------------------------------------------------------------------------------------
 
@@ -421,6 +433,14 @@ class API(bottle.Bottle):  # type: ignore[misc]
     def resume(self, name: str) -> dict[str, Any]:
         self.queue.resume(name)
         return {"queue": name, "paused": False}
+
+    def set_limit(self, limit: str) -> dict[str, Any]:
+        """Pause, raise or lower a limit. An empty object returns to the numbers in the code."""
+        fields = _read_json(self.settings.max_body)
+        if not isinstance(fields, dict):
+            raise InvalidJob("limit", "must be an object with maxRunning, rate or paused")
+        self.queue.set_limit(limit, read_override(limit, fields))
+        return {"limit": limit, **self.queue.limits_in_use().get(limit, {})}
 
     # Schedules --------------------------------------------------------------------------------------------------------
 

@@ -17,6 +17,8 @@ does not depend on Redis. The judge requires:
     was told to stop, or was cut off for longer than its lease
     runs of a job overlap only if the worker of the first was cut off for longer than its lease, or
     for up to 1.5 seconds if it was told to stop
+    no more jobs of a limit run at a time than it allows, except those of a worker that was cut off,
+    and at the end none counts as running or is held
     processes exit only because of a fault, and check_consistency finds no error
 
 No fault lasts between SHORT and LONG, because it would then depend on the heartbeat whether a lease
@@ -172,6 +174,18 @@ def thread(payload: dict, job: Job) -> str:
         threading.Thread(target=time.sleep, args=(1.0,)).start()
         return payload["token"]
 
+@handler("one", max_attempts=10, timeout=10, max_running=1, limit_by="account", **SOON)
+def one(payload: dict, job: Job) -> str:
+    with marked(job):
+        time.sleep(payload["ms"] / 1000)
+        return payload["token"]
+
+@handler("three", max_attempts=10, timeout=10, max_running=3, limit_by="account", **SOON)
+def three(payload: dict, job: Job) -> str:
+    with marked(job):
+        time.sleep(payload["ms"] / 1000)
+        return payload["token"]
+
 @handler("interrupted", max_attempts=10, timeout=60, **SOON)
 def interrupted(payload: dict, job: Job) -> str:
     with marked(job):
@@ -201,8 +215,12 @@ MAX_ATTEMPTS = {
     "exit": 2,
     "fork": 10,
     "thread": 10,
+    "one": 10,
+    "three": 10,
     "interrupted": 10,
 }
+LIMITS = {"one": 1, "three": 3}  # jobs of these types that run at a time for each account
+ACCOUNTS = 20
 FAILS_WITH = {
     **{"flaky": "OSError", "discard": "Discard", "poison": "WorkerLost"},
     **{"hang": "TimedOut", "loud": "TimedOut", "stuck": "TimedOut", "exit": "SystemExit"},
@@ -317,6 +335,7 @@ def plan(seed: int) -> Plan:
         seconds = rng.uniform(*(LONG if kind.endswith("-long") else SHORT))
         faults.append(Fault(kind, round(rng.uniform(0.1, 0.8), 3), victim, round(seconds, 3)))
     types = rng.choices(("work", "flaky", "discard"), (8, 2, 1), k=rng.randrange(16, 24))
+    types += rng.choices(tuple(LIMITS), k=rng.randrange(8, 16))
     types += [kind for kind in [kinds[seed % len(kinds)], *others] if kind in HARMFUL for _ in range(2)]
     submits = [_draw_submit(rng, f"{seed}-{n}", type) for n, type in enumerate(types)]
     if any(fault.kind == "schedule-tick" for fault in faults):
@@ -338,6 +357,7 @@ def _draw_submit(rng: random.Random, token: str, type: str) -> Submit:
             "token": f"{token}.{n}",
             "ms": rng.choice((rng.randrange(50), rng.randrange(50, 200))),
             "fails": rng.randrange(1, 5),
+            "account": f"a{int(rng.random() ** 3 * ACCOUNTS)}",  # few have many jobs
         }
         for n in range(rng.randrange(2, 5) if via == "batch" and type not in HARMFUL else 1)
     ]
@@ -593,6 +613,12 @@ class World:
         while True:
             try:
                 check_consistency(self.queue)
+                left = [
+                    key
+                    for family in (self.queue.keys.running("*"), self.queue.keys.held("*"))
+                    for key in self.client.keys(family)
+                ]
+                assert not left, f"jobs of limits are left: {left}"
                 return []
             except AssertionError as error:
                 if time.monotonic() > until:
@@ -1021,6 +1047,7 @@ def judge(evidence: Evidence) -> Verdict:
     known = {job.id for job in evidence.records}
     verdict.lost.extend(f"{run.id} ran, but the job does not exist" for run in evidence.runs if run.id not in known)
     _judge_deaths(evidence, verdict)
+    _judge_limits(evidence, verdict)
     return verdict
 
 
@@ -1108,6 +1135,29 @@ def cause_of(run: Run, after: Run, evidence: Evidence) -> str:
     if any(s.number == SIGTERM and s.pid == run.pid and s.at < min(after.begin, saved) for s in evidence.signals):
         return "told to stop"
     return ""
+
+
+def _judge_limits(evidence: Evidence, verdict: Verdict) -> None:
+    """Check that no more jobs of a limit ran at a time than it allows.
+
+    A run of a worker that died, that was told to stop or that was cut off counts only until then:
+    its job was requeued, and its handler may run on for a while.
+    """
+    jobs = {job.id: job for job in evidence.records if job.type in LIMITS}
+    spans: dict[tuple[str, str], list[tuple[float, float, str]]] = {}
+    for run in evidence.runs:
+        if run.id in jobs:
+            ends = [run.end, *(death.at for death in evidence.deaths if death.pid == run.pid)]
+            ends += [signal.at for signal in evidence.signals if signal.pid == run.pid and signal.at > run.begin]
+            name = evidence.names.get(run.pid, "")
+            ends += [cut.begin for cut in evidence.cuts if cut.victim == name and cut.end > run.begin]
+            key = jobs[run.id].type, jobs[run.id].payload["account"]
+            spans.setdefault(key, []).append((run.begin, min(ends), run.id))
+    for (type, account), found in spans.items():
+        for begin, _, id in found:
+            beside = [other for start, end, other in found if start <= begin < end and other != id]
+            if len(beside) >= LIMITS[type]:
+                verdict.wrong.append(f"{id} ran beside {beside}: more than the limit of {type}/{account}")
 
 
 def _judge_deaths(evidence: Evidence, verdict: Verdict) -> None:

@@ -438,8 +438,14 @@ FAMILIES = {
     "schedule:": "string",
     "ticks": "zset",
     "generation:": "string",
+    "holding": "set",
+    "overrides": "hash",
+    "running:": "set",
+    "held:": "zset",
+    "pace:": "zset",
+    "halt:": "string",
 }
-EXPIRING = ("lease:", "promoter", "repairer", "mark", "once:", "minute:", "rate:", "done:")
+EXPIRING = ("lease:", "promoter", "repairer", "mark", "once:", "minute:", "rate:", "done:", "pace:", "halt:")
 ENDED = ("completed", "failed", "cancelled")
 
 
@@ -465,6 +471,8 @@ def check_consistency(queue: Queue) -> None:
     lists = {name: set(ids) for name, ids in family("jobs:").items()}
     held = {worker: set(ids) for worker, ids in family("proc:").items()}
     indexes = {name: keys[name].value if name in keys else {} for name in ("delayed", *ENDED)}
+    waiting = {limit: {entry.decode() for entry in entries} for limit, entries in family("held:").items()}
+    _check_limits(records, family("running:"), waiting, keys["holding"].value if "holding" in keys else set(), indexes)
     workers = {worker.decode() for worker in keys["workers"].value} if "workers" in keys else set()
     assert held.keys() <= workers, "a list belongs to a worker that is not in the set of workers"
     assert family("worker:").keys() <= workers
@@ -475,6 +483,7 @@ def check_consistency(queue: Queue) -> None:
             queue={name for name, listed in lists.items() if id.encode() in listed},
             held={worker for worker, listed in held.items() if id.encode() in listed},
             index={status: index[id.encode()] for status, index in indexes.items() if id.encode() in index},
+            waits=f"{record.get('queue', 'default')}:{id}" in waiting.get(record.get("limit", ""), ()),
         )
         _check_place(id, record, keys["job:" + id].expires, places)
     now = queue.now()
@@ -505,6 +514,25 @@ def _check_schedules(stored: dict[str, bytes], ticks: dict[bytes, float]) -> Non
         assert found.next_at % 60_000 == 0
         due[name] = float("inf") if found.paused else float(found.next_at)
     assert {name.decode(): score for name, score in ticks.items()} == due
+
+
+def _check_limits(
+    records: dict[str, dict[str, Any]],
+    running: dict[str, set[bytes]],
+    waiting: dict[str, set[str]],
+    holding: set[bytes],
+    indexes: dict[str, dict[bytes, float]],
+) -> None:
+    """Check that exactly the processing jobs of a limit count as running, and that somebody will look at held ones."""
+    counted: dict[str, set[bytes]] = {}
+    for id, record in records.items():
+        if record.get("status") == "processing" and record.get("limit"):
+            counted.setdefault(record["limit"], set()).add(id.encode())
+    assert running == counted, "other jobs count as running under limits than are processing"
+    limits = {limit.decode() for limit in holding}
+    assert waiting.keys() <= limits, "a limit has held jobs and is not in `holding`"
+    marks = {id.decode().removeprefix("limit:") for id in indexes["delayed"] if id.startswith(b"limit:")}
+    assert marks == limits, "nobody looks at a limit with held jobs, or somebody looks at another"
 
 
 def _check_metrics(counters: dict[str, dict[tuple[str, ...], int]], records: dict[str, dict[str, Any]]) -> None:
@@ -551,6 +579,7 @@ class Places(NamedTuple):
     queue: set[str]
     held: set[str]
     index: dict[str, float]
+    waits: bool  # among the held jobs of its limit
 
 
 def _check_place(id: str, record: dict[str, Any], expires: bool, places: Places) -> None:
@@ -561,7 +590,7 @@ def _check_place(id: str, record: dict[str, Any], expires: bool, places: Places)
     assert bool(worker) == (status == "processing"), details
     assert places.index.keys() - {"delayed"} == {status} & set(ENDED), details
     if status == "pending":
-        listed = record.get("queue", "default") in places.queue or places.held
+        listed = record.get("queue", "default") in places.queue or places.held or places.waits
         assert listed or places.index.get("delayed") == record.get("runAt", 0), f"lost job: {details}"
     elif status == "processing":
         assert worker in places.held, f"lost job: {details}"

@@ -126,6 +126,7 @@ ACTIONS = {
 TWINS = {"cancel": "request", "request": "cancel"}  # one verb of the queue, two rows
 BY_ENQUEUE = {("enqueue", "pending"), ("take", ""), ("promote", ""), ("restore", "")}  # tried below
 BY_SCHEDULES = {("tick", "pending"), ("sync", "")}  # tried by test_schedules.py
+BY_LIMITS = {("hold", ""), ("wake", ""), ("look", "")}  # tried below, and by test_limits.py
 BY_LOAD = {("load", "pending"), ("load", "failed"), ("load", "cancelled")}  # tried by test_backup.py
 RELEASED_TOO_OFTEN = ("release", "failed")  # tried by test_queue.py, which releases a job ten times
 
@@ -158,8 +159,8 @@ def record(queue: Queue, job: Job) -> Entry | None:
 
 
 def test_actions_cover_every_row_and_result_of_the_contract() -> None:
-    tried = {(action.row, action.to) for action in ACTIONS.values()}
-    tried |= BY_ENQUEUE | BY_LOAD | BY_SCHEDULES | {RELEASED_TOO_OFTEN}
+    tried = {(action.row, action.to) for action in ACTIONS.values()} | {RELEASED_TOO_OFTEN}
+    tried |= BY_ENQUEUE | BY_LIMITS | BY_LOAD | BY_SCHEDULES
     assert tried == {(verb, to) for verb, row in TABLE.items() for to in row.after or {""}}
 
 
@@ -176,7 +177,9 @@ def settle_as(verb: str, queue: Queue, job: Job) -> None:
 
 
 def break_registered(queue: Queue, verb: str) -> None:
-    if verb in ("start", "expire"):
+    if verb in ("start", "expire", "hold"):
+        if verb == "hold":
+            fill_limit(queue)
         job = put(queue, "pending", expires_in=120)
         worker = queue.register(["default"], 1)
         ids = queue.take(worker, ["default"], 1)
@@ -208,6 +211,49 @@ def break_same_attempt(queue: Queue, verb: str) -> None:
             settle_as(verb, queue, job)
         assert dump(queue) == before
         raw(queue).set(queue.keys.job(job.id), stored)
+
+
+def fill_limit(queue: Queue) -> Job:
+    """Declare a limit of one job at a time, and start one."""
+
+    @handler("echo", max_running=1)
+    def echo(payload: object) -> None: ...
+
+    return put(queue, "processing", queue="other")
+
+
+def break_room(queue: Queue, verb: str) -> None:
+    running = fill_limit(queue)
+    job = put(queue, "pending")
+    before = record(queue, job)
+    dequeue(queue, job)
+    assert record(queue, job) == before
+    held = dump(queue)[queue.keys.held("echo")]
+    queue.clock.ahead += 11_000
+    queue.promote()
+    assert dump(queue)[queue.keys.held("echo")] == held
+    raw(queue).srem(queue.keys.running("echo"), running.id)
+    queue.clock.ahead += 11_000
+    queue.promote()
+    assert queue.keys.held("echo") not in dump(queue)
+    raw(queue).sadd(queue.keys.running("echo"), running.id)
+
+
+def break_no_room(queue: Queue, verb: str) -> None:
+    queue.complete(fill_limit(queue))
+    job = put(queue, "pending")
+    dequeue(queue, job)
+    assert queue.get(job.id).status == "processing"
+
+
+def break_an_attempt_has_ended(queue: Queue, verb: str) -> None:
+    running = fill_limit(queue)
+    job = put(queue, "pending")
+    dequeue(queue, job)
+    queue.write_progress(running)
+    assert queue.keys.held("echo") in dump(queue)
+    queue.complete(running)
+    assert queue.keys.held("echo") not in dump(queue)
 
 
 def break_due(queue: Queue, verb: str) -> None:
@@ -362,6 +408,9 @@ BREAKS = {
     "registered": break_registered,
     "same attempt": break_same_attempt,
     "due": break_due,
+    "room": break_room,
+    "no room": break_no_room,
+    "an attempt has ended": break_an_attempt_has_ended,
     "expired": break_expired,
     "queue not paused": break_queue_not_paused,
     "runAt has come": break_run_at_has_come,

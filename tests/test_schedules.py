@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import pytest
 import schedule_storm
@@ -730,6 +730,38 @@ def test_unique_key_of_another_shard_is_refused(shards: Shards) -> None:
     schedule("nightly", HOURLY, "echo", {}, unique_key=other)
     with pytest.raises(InvalidJob, match="use the name of the schedule as its uniqueKey"):
         Scheduler(shards, "handlers")
+
+
+def test_limit_of_another_shard_is_refused(shards: Shards) -> None:
+    handler("charge", max_running=1, schedule=HOURLY)(lambda_handler)
+    for code in declared("app"):  # has the name of its limit
+        assert sync(shards, "app", [code])
+    other = next(name for name in "abcdef" if shards.part_for(name) is not shards.part_for("charge"))
+    with pytest.raises(InvalidJob, match="belongs to another shard than the limit charge"):
+        put(shards, make_schedule(other, HOURLY, "charge", {}))
+
+
+def test_tick_of_a_limited_type_counts_against_the_limit(queue: Queue) -> None:
+    handler("charge", max_running=1, limit_by="account")(charge)
+    set_clock(queue, "2026-11-26T06:30")
+    put(queue, make_schedule("nightly", HOURLY, "charge", {"account": "a"}, overlap="allow"))
+    for hour in ("07", "08"):
+        tick(queue, f"2026-11-26T{hour}:00")
+    assert [job.limit for job in jobs(queue)] == ["charge/a", "charge/a"]
+    own = queue.register(["default"], 2)
+    [first] = queue.dequeue(own, ["default"], 2)
+    assert queue.dequeue(own, ["default"], 2) == []
+    queue.complete(first)
+    [second] = queue.dequeue(own, ["default"], 2)
+    queue.complete(second)
+    queue.deregister(own)
+
+
+class Charge(TypedDict):
+    account: str
+
+
+def charge(payload: Charge) -> None: ...
 
 
 # The API --------------------------------------------------------------------------------------------------------------

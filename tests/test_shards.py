@@ -43,6 +43,7 @@ DEFAULT = ["default"]
 COUNT = 3
 CONSTRUCTORS = {"from_url", "embedded"}
 ONE_BY_ONE = {
+    "read_held",
     "await_ends",
     "wait_for_end",
     "leave_token",
