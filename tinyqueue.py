@@ -51,6 +51,7 @@ round trips however many jobs it moves. No Lua.
                                            unique
     sync      (schedules of the code)      generation,      code not replaced         schedules, ticks, generation
                                            schedules
+    deliver   nothing -> pending              -                callbackUrl               record, list
 
     * cancelled, if that was requested. Due: runAt has come, and the job has not expired. Expired:
     expiresAt has passed before the first start. Same attempt: worker, attempts, refunds and
@@ -60,8 +61,9 @@ round trips however many jobs it moves. No Lua.
     uniqueKey. Queue paused: the queues of all pending jobs that load stores. A suspect is a job
     that two workers lost while they ran it along with others. It starts only alone.
 
-    dequeue is take, then start or expire. enqueue is written by submit, expire by start, and
-    request by cancel. complete, fail and release are written by settle, many in one transaction.
+    dequeue is take, then start or expire. enqueue is written by submit, expire by start, request by
+    cancel, and deliver by whatever ends a job, except load: the new job, of type webhook, sends the
+    end to the callbackUrl. complete, fail and release are written by settle, many in one transaction.
     exchange is settle and dequeue in three round trips. A busy worker uses it instead of these two,
     except with shards. load stores the jobs of a backup; the ended ones count in no metric. Every
     verb that fills a list rings its bell, and every verb keeps the counts and the metrics. Whatever
@@ -168,6 +170,7 @@ import msgspec
 import redis
 
 from tinyqueue_job import (
+    BUILT_IN as BUILT_IN,
     CURSOR as CURSOR,
     ENDED as ENDED,
     HANDLERS as HANDLERS,
@@ -212,6 +215,7 @@ from tinyqueue_job import (
     backoff as backoff,
     check_limit as check_limit,
     check_name as check_name,
+    delivery_of,
     handler as handler,
     ids_in,
     is_delay as is_delay,
@@ -949,12 +953,12 @@ class Queue(Verbs):
 
         return self.store.transact((), body)
 
-    def wait(self, names: Sequence[str], seconds: float = BLOCK) -> bool:
-        """Wait for a bell of these queues. Return whether one rang in time. Takes no job."""
+    def wait(self, names: Sequence[str], seconds: float = BLOCK) -> set[str]:
+        """Wait for a bell of these queues. Return the name if one rang in time. Takes no job."""
         bells = ("BLPOP", *map(self.keys.bell, names), seconds)
         token, paused = self.store.read(bells, ("SMEMBERS", self.keys.paused))
         self._note_paused(paused)
-        return token is not None
+        return {text_of(token[0]).removeprefix(self.keys.bell(""))} if token is not None else set()
 
     def _note_paused(self, members: Iterable[bytes] | Exception) -> None:
         found = () if isinstance(members, Exception) else members
@@ -1273,6 +1277,8 @@ class Queue(Verbs):
         job.status = status
         job.worker = ""
         job.ended_at = job.updated_at = max(tx.now, job.updated_at)
+        if job.callback_url:
+            self._add_delivery(tx, job)
         tx.write("SET", self.keys.job(job.id), record_of(job), "PX", self.keep_ms[status])
         tx.gather("ZADD", self.keys.ended[status], job.ended_at, job.id)
         tx.count_end(job)
@@ -1284,6 +1290,14 @@ class Queue(Verbs):
             tx.write("LPUSH", self.keys.done(job.id), "1")
             tx.write("EXPIRE", self.keys.done(job.id), 60)
             tx.write("SREM", self.keys.awaited, job.id)
+
+    def _add_delivery(self, tx: Transaction, job: Job) -> None:
+        """Enqueue the job that delivers this end to the callbackUrl."""
+        delivery = delivery_of(job, tx.now)
+        job.callback_job = delivery.id
+        tx.write("SET", self.keys.job(delivery.id), record_of(delivery))
+        self._add_to_queue(tx, delivery)
+        tx.measure("enqueued", delivery)
 
     def _requeue(self, tx: Transaction, job: Job, run_at: int = 0, push: Push = "LPUSH") -> None:
         self._make_pending(tx, job, run_at)
@@ -2227,7 +2241,7 @@ class Shards(Verbs):
     def _open_threads(self) -> None:
         self._waiters = ThreadPoolExecutor(len(self.parts), "bell")
         self._callers = ThreadPoolExecutor(2 * len(self.parts), "shard")
-        self._waits: dict[Queue, Future[bool]] = {}
+        self._waits: dict[Queue, Future[set[str]]] = {}
 
     def disconnect(self) -> None:
         """Close all connections and end all threads. A fork would not take the threads along."""
@@ -2357,22 +2371,21 @@ class Shards(Verbs):
             self._absent(worker).add(shard)
             raise
 
-    def wait(self, names: Sequence[str], seconds: float = BLOCK) -> bool:
+    def wait(self, names: Sequence[str], seconds: float = BLOCK) -> set[str]:
         """Like Queue.wait, in all shards. Waits that outlast this call go on in the next one."""
         for shard in self.parts:
             if shard not in self._waits:
                 self._waits[shard] = self._waiters.submit(self._wait_in, shard, names, seconds)
         done, _ = wait(self._waits.values(), return_when=FIRST_COMPLETED)
         self._waits = {shard: future for shard, future in self._waits.items() if future not in done}
-        rung = [future.result() for future in done]
-        return any(rung)
+        return {name for future in done for name in future.result()}
 
-    def _wait_in(self, shard: Queue, names: Sequence[str], seconds: float) -> bool:
+    def _wait_in(self, shard: Queue, names: Sequence[str], seconds: float) -> set[str]:
         try:
             return shard.wait(names, seconds)
         except TinyQueueError:  # as if no bell rang: the other shards are still waited for
             time.sleep(seconds)
-            return False
+            return set()
 
     def waiting(self, names: Sequence[str], due: bool = False) -> int:
         return sum(_try_each(self.parts, lambda shard: shard.waiting(names, due)))

@@ -193,6 +193,7 @@ def filter_options(*statuses: str, required: bool = False, default: str | None =
     help="Seconds until the job expires. An expired job is not run; it fails when a worker takes it.",
 )
 @click.option("--unique-key", metavar="KEY", help="If a job with this key has not ended, print its id instead.")
+@click.option("--callback-url", metavar="URL", help="http or https URL that gets a webhook when the job has ended.")
 @click.pass_obj
 def enqueue(settings: Settings, /, type: str, payload: str, **options: Any) -> None:
     """Submit a job and print its id. PAYLOAD is JSON, or - to read it from standard input."""

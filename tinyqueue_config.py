@@ -34,6 +34,7 @@ from dotenv import load_dotenv
 from msgspec import Meta
 
 from tinyqueue import (
+    BUILT_IN,
     HANDLERS,
     WRITERS,
     AnyQueue,
@@ -46,6 +47,7 @@ from tinyqueue import (
     Unavailable,
 )
 from tinyqueue_embedded import SCHEME, StartError, folder_of, local_redis
+from tinyqueue_http import read_networks, read_secrets, register
 from tinyqueue_json import error_text
 from tinyqueue_schedule import declared
 
@@ -70,6 +72,10 @@ ENCODINGS = (
     (codecs.BOM_UTF16_LE, "utf-16"),
     (codecs.BOM_UTF16_BE, "utf-16"),
 )
+
+
+# What a pattern cannot check. Each raises ValueError with the rule, and without the value.
+CHECKS: dict[str, Callable[[str], object]] = {"webhook_secrets": read_secrets, "http_allow": read_networks}
 
 
 def variable(field: str) -> str:
@@ -186,6 +192,20 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         ),
     ] = 1
     tls_verify: Annotated[bool, Meta(description="0: accept any certificate of a rediss:// server")] = True
+    webhook_secrets: Annotated[
+        str,
+        Meta(
+            description="secret that signs webhooks and http jobs, as whsec_ and the Base64 of 24 to 64 bytes; two, "
+            "comma-separated, while receivers change from one to the other"
+        ),
+    ] = ""
+    http_allow: Annotated[
+        str,
+        Meta(
+            description="networks that are not public and that webhooks and http jobs may reach, comma-separated, such "
+            "as 10.1.0.0/16"
+        ),
+    ] = ""
 
     @classmethod
     def read(cls, environ: Mapping[str, str] | None = None, **overrides: Any) -> Settings:
@@ -209,6 +229,11 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         except msgspec.ValidationError as error:
             rule, _, path = str(error).partition(" - at `$.")
             raise SettingsError(cls._explain(rule, path.rstrip("`"), raw)) from None
+        for field, check in CHECKS.items():
+            try:
+                check(getattr(settings, field))
+            except ValueError as error:
+                raise SettingsError(cls._explain(str(error), variable(field), raw)) from None
         platform = next((name for name, value in environ.items() if value and PLATFORMS.fullmatch(name)), None)
         if platform and (not settings.redis_url or settings.is_local):
             needed = "must name a Redis server" if settings.redis_url else "is required"
@@ -659,8 +684,9 @@ def start_redis(url: str) -> None:
 def load_handlers(modules: str) -> dict[str, Handler[Any, Any, Any]]:
     """Import the modules that register handlers, from the working directory first.
 
-    Raises SettingsError if one cannot be imported, if none registers a handler, or if a schedule is
-    wrong.
+    Then registers the built-in types. Raises SettingsError if a module cannot be imported, if a
+    schedule is wrong, or if none registers a handler, unless tinyqueue_http is one of them: it has
+    the built-in types.
     """
     if sys.path[:1] != [os.getcwd()]:
         sys.path.insert(0, os.getcwd())
@@ -676,7 +702,11 @@ def load_handlers(modules: str) -> dict[str, Handler[Any, Any, Any]]:
         except (Exception, SystemExit) as error:
             text = " ".join(error_text(error).split())
             raise SettingsError(f"cannot import {module}: {type(error).__name__}: {text}") from error
-    if not HANDLERS:
+    try:
+        register()
+    except TypeError as error:
+        raise SettingsError(str(error)) from None
+    if not HANDLERS.keys() - BUILT_IN and "tinyqueue_http" not in modules:
         raise SettingsError(f"{modules} registers no handler: decorate a function with @handler('type')")
     try:
         declared()

@@ -81,10 +81,22 @@ def _warnings(queue: Queue, one_of_many: bool) -> list[str]:
         if one_of_many:
             queue.ping()
         info = queue.store.memory()
+        unserved = _unserved_deliveries(queue)
     except TinyQueueError as error:
         return [f"shard {queue.keys.prefix[1:-2]}: {error}"] if one_of_many else []
     found = [_eviction(info), replace(_memory(info), seen=f"Redis uses {_memory(info).seen}")]
-    return [f"{finding.seen}: {finding.advice}" for finding in found if finding.level != "ok"]
+    return [f"{finding.seen}: {finding.advice}" for finding in found if finding.level != "ok"] + unserved
+
+
+def _unserved_deliveries(queue: Queue) -> list[str]:
+    """Warn if there are workers, and deliveries to callbackUrls that none of them serves."""
+    if not queue.count_pending(["webhooks"])["webhooks"]:
+        return []
+    alive = [worker for worker in queue.workers() if worker["alive"]]
+    if not alive or any("webhooks" in worker["queues"] for worker in alive):
+        return []
+    todo = "add it to the queues of a worker, or start one: tinyqueue worker --queue webhooks"
+    return [f"deliveries wait in queue webhooks, and no worker serves it: {todo}"]
 
 
 def examine(queue: AnyQueue, connections: int) -> list[Finding]:

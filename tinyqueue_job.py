@@ -14,7 +14,7 @@ import time
 import typing
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
-from datetime import datetime
+from datetime import UTC, datetime
 from functools import partial
 from typing import Any, Concatenate, Generic, Literal, NamedTuple, ParamSpec, Protocol, TypeVar, cast
 
@@ -30,6 +30,16 @@ MAX_DELAY = 366 * 86400  # seconds
 KEY_LENGTH = 200  # characters of a uniqueKey
 NAME = re.compile(r"[A-Za-z0-9._-]{1,100}")  # of queues, types, workers: cannot spell another key
 PRINTABLE = re.compile(r"[^\x00-\x1f\x7f-\xa0\xad\u2028\u2029\ud800-\udfff]+")  # as in openapi.json
+# Parsed by this one pattern wherever a URL is checked or used. It has no place for a user part, a
+# fragment, a backslash or a character beyond ASCII, which parsers of URLs read differently.
+URL = re.compile(
+    r"(?P<scheme>[Hh][Tt][Tt][Pp][Ss]?)://(?P<host>[A-Za-z0-9._-]{1,253}|\[[0-9A-Fa-f:.]{2,45}\])"
+    r"(?::(?P<port>[1-9][0-9]{0,3}|[1-5][0-9]{4}|6[0-4][0-9]{3}|65[0-4][0-9]{2}|655[0-2][0-9]|6553[0-5]))?"
+    r"(?P<target>[/?][!-\"$-\[\]-~]*)?"
+)
+URL_LENGTH = 2000
+URL_RULE = "must be an http or https URL in ASCII, without a user part or a fragment, of at most 2000 characters"
+DELIVERIES = 10  # attempts of a delivery: one at once, and one after each wait in tinyqueue_http.WAITS
 ID = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-7[0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9a-f]{12}")
 
 # Errors ---------------------------------------------------------------------------------------------------------------
@@ -143,7 +153,7 @@ ENDED = STATUSES[2:]
 SHOWN = ("id", "type", "payload", "status", "attempts", "maxAttempts", "queue", "createdAt", "updatedAt")
 SHOWN_IF_SET = (
     *("runAt", "startedAt", "endedAt", "worker", "progress", "expiresAt", "uniqueKey", "cancelRequested", "suspicions"),
-    *("requestId", "traceparent", "limit", "schedule", "scheduledFor", "error"),
+    *("requestId", "traceparent", "limit", "callbackUrl", "callbackJob", "schedule", "scheduledFor", "error"),
 )
 UNREADABLE = "UnreadableRecord"
 
@@ -202,6 +212,8 @@ class Job(msgspec.Struct, rename="camel", omit_defaults=True, dict=True, forbid_
     limit: str = ""
     schedule: str = ""  # whose tick enqueued it, and the time that the tick was for
     scheduled_for: int = 0
+    callback_url: str = ""
+    callback_job: str = ""  # id of the job that delivers its last end
     # The fields of a newer version. In the record they are beside the others, not under this name.
     unknown: dict[str, msgspec.Raw] | None = msgspec.field(default=None, name="*")
 
@@ -279,6 +291,41 @@ class Job(msgspec.Struct, rename="camel", omit_defaults=True, dict=True, forbid_
         fields |= {"createdAt": self.created_at, "updatedAt": self.updated_at or self.created_at}
         set_now = [name for name in SHOWN_IF_SET if fields[name]] + ["result"] * (self.status == "completed")
         return {name: fields[name] for name in (*SHOWN, *set_now)}
+
+
+# Fields of a job that its delivery reports if the job has them.
+REPORTED = ("id", "type", "queue", "status", "attempts", "createdAt", "endedAt", "requestId", "result", "error")
+
+
+def delivery_of(job: Job, now: int) -> Job:
+    """Make the job that delivers the end of a job to its callbackUrl. Both are in one shard."""
+    answer = job.answer()
+    data = {name: answer[name] for name in REPORTED if name in answer}
+    if job.error:
+        data["error"] = {"type": job.error.type, "message": job.error.message}
+    at = datetime.fromtimestamp(job.ended_at / 1000, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+    event = {"type": f"job.{job.status}", "timestamp": at, "data": data}
+    delivery = Job(
+        id=new_id(now)[:-2] + job.id[-2:],
+        type="webhook",
+        payload={"url": job.callback_url, "host": host_of(job.callback_url), "event": event},
+        max_attempts=DELIVERIES,
+        queue="webhooks",
+        request_id=job.request_id,
+        traceparent=job.traceparent,
+    )
+    delivery.limit = limit_of(delivery)
+    return delivery
+
+
+def host_of(url: str) -> str:
+    """Return the host of a URL, with the port if that is not the scheme's own."""
+    parts = URL.fullmatch(url)
+    if not parts:
+        return ""
+    own = {"http": "80", "https": "443"}[parts["scheme"].lower()]
+    port = f":{parts['port']}" if parts["port"] not in (None, own) else ""
+    return f"{parts['host'].lower()}{port}"
 
 
 class Attempt(msgspec.Struct, rename="camel"):
@@ -513,6 +560,7 @@ class Enqueues(Protocol):
 
 
 HANDLERS: dict[str, Handler[Any, Any, Any]] = {}
+BUILT_IN = ("http", "webhook")  # types whose handlers are in tinyqueue_http.py
 
 
 class Handler(Generic[P, A, R]):
@@ -607,9 +655,7 @@ def handler(
     options |= {"max_running": max_running, "rate": rate, "limit_by": limit_by}
 
     def register(function: Callable[Concatenate[P, A], R]) -> Handler[P, A, R]:
-        known = HANDLERS[type].function if type in HANDLERS else function
-        if _source(known) != _source(function):  # a reload declares the same function again
-            raise TypeError(f"two handlers are declared for type {type!r}")
+        _refuse_another(type, function)
         made = HANDLERS[type] = Handler(function, type, options)
         return made
 
@@ -641,6 +687,13 @@ def _fields_of(type: Any, name: str) -> list[str]:
     """Return the fields of a payload in JSON; only `name` if the type says nothing about them."""
     about = msgspec.inspect.type_info(type)
     return [field.encode_name for field in getattr(about, "fields", ())] or [name]
+
+
+def _refuse_another(type: str, function: Callable[..., Any]) -> None:
+    """Raise TypeError if a type has another handler. A reload declares the same function again."""
+    if type in HANDLERS and _source(HANDLERS[type].function) != _source(function):
+        todo = "; this type is built in: choose another name" if type in BUILT_IN else ""
+        raise TypeError(f"two handlers are declared for type {type!r}{todo}")
 
 
 def _source(function: Callable[..., Any]) -> tuple[str, str, int]:
@@ -830,12 +883,14 @@ def make_job(
     run_at: int | str | datetime | None = None,
     expires_in: float | None = None,
     unique_key: str | None = None,
+    callback_url: str | None = None,
 ) -> Job:
     """Check the parts of a job and make it. Raises InvalidJob with the field and the rule.
 
     Defaults come from the handler's declaration, if this process has it. A job that was not started
     within `expires_in` seconds fails when its turn comes. While a job with the same `unique_key` is
-    pending or processing, submit returns that job and stores no other.
+    pending or processing, submit returns that job and stores no other. The end of the job is sent
+    to `callback_url` by a job of its own, of type webhook.
     """
     known = HANDLERS.get(check_name("type", type))
     try:
@@ -861,6 +916,7 @@ def make_job(
         run_at=starts_at,
         expires_at=expires_at,
         unique_key=_text_key("uniqueKey", unique_key) if unique_key is not None else "",
+        callback_url=check_url("callbackUrl", callback_url) if callback_url is not None else "",
     )
     if known and known.limited:
         job.limit = limit_of(msgspec.structs.replace(job, payload=msgspec.json.decode(encoded)))
@@ -870,6 +926,12 @@ def make_job(
 def check_name(field: str, value: Any) -> str:
     if not isinstance(value, str) or not NAME.fullmatch(value):
         raise InvalidJob(field, "must be 1 to 100 of the characters A-Z a-z 0-9 . _ -")
+    return value
+
+
+def check_url(field: str, value: Any) -> str:
+    if not isinstance(value, str) or len(value) > URL_LENGTH or not URL.fullmatch(value):
+        raise InvalidJob(field, URL_RULE)
     return value
 
 

@@ -142,6 +142,7 @@ class Worker:
         self.until = until
         self.take_until = until - min(RUN_OUT, (until - time.monotonic()) / 4) if until < math.inf else until
         self.names = list(names) or list(dict.fromkeys(["default", *(handler.queue for handler in HANDLERS.values())]))
+        self.deliveries_due = True  # the bell of the queue webhooks rang, or may have been lost
         self.id = ""  # the registered worker id; empty while not registered
         self.held: dict[str, Job] = {}  # jobs that were started and are not settled
         self.lock = threading.Lock()  # for `id` and `held` together
@@ -165,8 +166,7 @@ class Worker:
         self.closed = threading.Event()  # the settlers and the keeper must end
         self.adopt_at = 0.0  # when the taker next looks for jobs whose replies were lost
         self.all_busy = False  # True while the taker waits for slots: that is not a hang
-        # True while the taker waits for the bell. After a stop it takes nothing then.
-        self.at_bell = False
+        self.at_bell = False  # True while the taker waits for the bell: after a stop it takes nothing then
         self.last_take = time.monotonic()  # when Redis last answered a take or an exchange, even without a job
         self.last_upkeep = time.monotonic()  # when the keeper last began one of its duties
         self.exit_by = 0.0  # when this process must have exited, once it stops
@@ -440,11 +440,21 @@ class Worker:
             held = dict(self.held)
         ids: list[bytes] = []
         if time.monotonic() >= self.adopt_at:
+            self.deliveries_due = True
             ids = self.queue.adopt(worker, held)[:free]
             self.adopt_at = time.monotonic() + self.queue.lease if len(ids) < free else 0.0
         if len(ids) < free:
-            ids += self.queue.take(worker, self.names, free - len(ids))
+            ids += self.queue.take(worker, self._names(), free - len(ids))
+            self.deliveries_due = self.deliveries_due and len(ids) == free
         return len(ids), self.queue.start(worker, ids, held) if ids else []
+
+    def _names(self) -> list[str]:
+        """Return the queues to take from now.
+
+        Looking into a queue takes a round trip, and most workers never find deliveries.
+        """
+        usual = [name for name in self.names if name != "webhooks" or self.deliveries_due]
+        return usual or self.names
 
     @contextmanager
     def _in_cycle(self) -> Iterator[None]:
@@ -502,10 +512,12 @@ class Worker:
                 rung = self.queue.wait(self.names, 0.1 if self.burst else BLOCK)
             except Corrupted as error:  # a bell of the wrong type does not keep jobs from being taken
                 self._warn("wait for the bell", error)
-                rung = not self.stopping.wait(0.5)
+                rung = set() if self.stopping.wait(0.5) else set(self.names)
             finally:
                 self.at_bell = False
-            if rung or self.queue.waiting(self.names):
+            # If the bell of deliveries is lost, the next adoption looks. A burst has none.
+            self.deliveries_due = self.deliveries_due or self.burst or "webhooks" in rung
+            if rung or self.queue.waiting(self._names()):
                 return
             self.last_take = time.monotonic()
 
@@ -595,7 +607,7 @@ class Worker:
         again = False
         try:
             if all(outcome.job.worker == worker for outcome in outcomes):
-                others, jobs = self.queue.parts[0].exchange(worker, outcomes, self.names, most, held)
+                others, jobs = self.queue.parts[0].exchange(worker, outcomes, self._names(), most, held)
                 started = self._begin(jobs)  # before the outcomes leave `held`, so that no waiter finds it empty
                 if started < len(jobs):  # a suspect, or a reply was lost
                     self.adopt_at = 0.0

@@ -41,6 +41,7 @@ import tinyqueue_openapi
 import tinyqueue_schedule
 from tinyqueue import (
     BLOCK,
+    BUILT_IN,
     HANDLERS,
     ID,
     LIMIT,
@@ -49,6 +50,7 @@ from tinyqueue import (
     STATUSES,
     UNENDED,
     AnyQueue,
+    Failure,
     Filter,
     InvalidJob,
     Job,
@@ -149,6 +151,7 @@ FIELDS = {
     "runAt": "run_at",
     "expiresIn": "expires_in",
     "uniqueKey": "unique_key",
+    "callbackUrl": "callback_url",
 }
 # JSON name -> argument of make_schedule
 SCHEDULE_FIELDS = {
@@ -362,9 +365,20 @@ class API(bottle.Bottle):  # type: ignore[misc]
             self._blocked.release()
 
     def _explain(self, job: Job) -> dict[str, Any]:
-        """Return a job as clients see it, and if it is held by a limit: by which, and its place."""
+        """Return a job as clients see it, and if it is held by a limit: by which, and its place.
+
+        Only admins see what was answered to a webhook or to an http job that failed.
+        """
         place = self.queue.place_among_held(job)
-        return job.answer() | ({"heldBy": job.limit, "position": place} if place else {})
+        fields = job.answer() | ({"heldBy": job.limit, "position": place} if place else {})
+        if job.type in BUILT_IN and job.error and "admin" not in self._roles():
+            fields["error"] = Failure(job.error.type, job.error.message)
+        return fields
+
+    def _roles(self) -> Collection[str]:
+        """Return the roles of the caller's key. Without keys, these are all."""
+        name = request.environ["tinyqueue.caller"]
+        return next((key.roles for key in self.access.keys if key.name == name), ROLES["admin"])
 
     def _waiter_of(self, id: str) -> Waiter:
         queue = self.queue.part_of(id)
@@ -510,10 +524,9 @@ class API(bottle.Bottle):  # type: ignore[misc]
 
     def whoami(self) -> dict[str, Any]:
         """Return the name and roles of the caller's key. Without keys: no name, and all roles."""
-        name = request.environ["tinyqueue.caller"]
-        roles = next((key.roles for key in self.access.keys if key.name == name), ROLES["admin"])
+        roles = self._roles()
         return {
-            "name": name,
+            "name": request.environ["tinyqueue.caller"],
             "roles": [role for role in ROLES if role in roles],
             "embedded": not self.settings.redis_url,
         }

@@ -13,6 +13,7 @@ does not depend on Redis. The judge requires:
 
     every accepted job has ended as its handler determines; a submit without an answer has made one
     job or none; the tick of a schedule has made one job
+    every end of a job with a callbackUrl was delivered to a receiver, under one id
     every run of a job except the first has a cause: its handler failed, or its worker was killed,
     was told to stop, or was cut off for longer than its lease
     runs of a job overlap only if the worker of the first was cut off for longer than its lease, or
@@ -32,6 +33,7 @@ from __future__ import annotations
 
 import fcntl
 import http.client
+import http.server
 import json
 import math
 import multiprocessing
@@ -304,6 +306,7 @@ class Submit:
     delay: float
     patient: bool  # repeat it with the same key until it is answered
     cancel: bool
+    callback: bool = False
     ids: list[str] = field(default_factory=list)  # from the answer
     doubtful: bool = False  # not answered, so it may have been accepted
     cancelled_at: float = 0.0  # when the answer came that it is cancelled
@@ -363,9 +366,10 @@ def _draw_submit(rng: random.Random, token: str, type: str) -> Submit:
     ]
     delay = rng.choice((0.0, 0.0, round(rng.uniform(0.05, 0.5), 2)))
     patient = via != "python" and rng.random() < 0.8
-    return Submit(
-        token, round(rng.uniform(0.0, 0.6), 3), via, type, payloads, delay, patient, cancel=rng.random() < 0.15
-    )
+    at = round(rng.uniform(0.0, 0.6), 3)
+    cancel = rng.random() < 0.15
+    callback = rng.random() < 0.3
+    return Submit(token, at, via, type, payloads, delay, patient, cancel, callback)
 
 
 # The world ------------------------------------------------------------------------------------------------------------
@@ -392,6 +396,31 @@ class Cut(NamedTuple):
     victim: str
 
 
+class Receiver(http.server.ThreadingHTTPServer):
+    """Receives the ends of jobs. `received` has the id of each request and that of its job."""
+
+    daemon_threads = True
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), ReceiverHandler)
+        self.received: list[tuple[str, str]] = []
+        self.url = f"http://127.0.0.1:{self.server_port}/"
+        threading.Thread(target=self.serve_forever, daemon=True).start()
+
+
+class ReceiverHandler(http.server.BaseHTTPRequestHandler):
+    server: Receiver
+
+    def do_POST(self) -> None:
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        self.server.received.append((self.headers["webhook-id"], json.loads(body)["data"]["id"]))
+        self.send_response(204)
+        self.end_headers()
+
+    def log_message(self, format: str, *args: Any) -> None:
+        pass
+
+
 class World:
     """A Redis, a web process and two workers behind proxies, and their supervisor."""
 
@@ -412,6 +441,7 @@ class World:
         self.client = redis.Redis(connection_pool=self.queue.pool)
         self.proxied_queue = Queue.from_url(self.proxies["web"].url, lease=LEASE)
         self.port = free_port()
+        self.receiver = Receiver()
         self.password = ""
         self.seed = 0  # of the trial
         self.names: dict[int, str] = {}  # of processes, by pid
@@ -436,6 +466,8 @@ class World:
         disconnect([self.queue.pool, self.proxied_queue.pool])
         for proxy in self.proxies.values():
             proxy.close()
+        self.receiver.shutdown()
+        self.receiver.server_close()
         self.redis.kill()
 
     def set_clock(self, by: int) -> None:
@@ -459,6 +491,7 @@ class World:
         }
         environ |= {"PYTHONPATH": str(ROOT), "WORKER_CONCURRENCY": "3", "TINYQUEUE_HANDLERS": "chaoshandlers"}
         environ |= {"TINYQUEUE_LEASE": str(LEASE), "TINYQUEUE_SHUTDOWN_TIMEOUT": name[-1] if name in WORKERS else "5"}
+        environ |= {"TINYQUEUE_WEBHOOK_SECRETS": f"whsec_{'A' * 32}", "TINYQUEUE_HTTP_ALLOW": "127.0.0.0/8"}
         if name in self.wrong_clocks and CC:
             environ["LD_PRELOAD"] = str(self.folder / "clock.so")
         program = ROOT / ("wsgi.py" if name == "web" else "worker.py")
@@ -575,6 +608,7 @@ class World:
         if not self._wait_for_quiet(time.monotonic() + PATIENCE):
             raise RuntimeError(f"the world did not become quiet: {self.queue.workers()}")
         os.truncate(self.folder / "marks", 0)
+        self.receiver.received.clear()
         self.signals.clear()
         self.deaths.clear()
         self.cuts.clear()
@@ -646,7 +680,9 @@ class World:
         signals, deaths, cuts = list(self.signals), list(self.deaths), list(self.cuts)
         late = frozenset(self.unanswered)
         self.unanswered |= {item["token"] for submit in plan.submits if submit.doubtful for item in submit.payloads}
-        return Evidence(plan, self._records(), self._runs(), signals, deaths, cuts, dict(self.names), logs, late)
+        received = list(self.receiver.received)
+        names = dict(self.names)
+        return Evidence(plan, self._records(), self._runs(), signals, deaths, cuts, names, logs, late, received)
 
     # Submitting -------------------------------------------------------------------------------------------------------
 
@@ -679,7 +715,8 @@ class World:
         return ""
 
     def _send_from_python(self, submit: Submit) -> bool:
-        options = {"max_attempts": MAX_ATTEMPTS[submit.type], "delay": submit.delay}
+        url = self.receiver.url if submit.callback else None
+        options = {"max_attempts": MAX_ATTEMPTS[submit.type], "delay": submit.delay, "callback_url": url}
         try:
             submit.ids = [self.proxied_queue.enqueue(submit.type, submit.payloads[0], **options).id]
         except Unavailable as error:
@@ -693,7 +730,9 @@ class World:
         return bool(submit.ids)
 
     def _send_over_http(self, submit: Submit) -> bool:
-        bodies = [{"type": submit.type, "payload": payload, "delay": submit.delay} for payload in submit.payloads]
+        more = {"type": submit.type, "delay": submit.delay}
+        more |= {"callbackUrl": self.receiver.url} if submit.callback else {}
+        bodies = [{"payload": payload, **more} for payload in submit.payloads]
         path, body = ("/jobs/batch", bodies) if submit.via == "batch" else ("/jobs", bodies[0])
         submit.tries += 1
         try:
@@ -990,6 +1029,7 @@ class Evidence(NamedTuple):
     names: dict[int, str]  # of processes
     logs: dict[str, list[str]]
     late: Collection[str] = ()  # tokens of earlier trials whose submit had no answer: the job may come now
+    received: Sequence[tuple[str, str]] = ()  # ids of delivered ends, and of their jobs
 
 
 class Verdict(NamedTuple):
@@ -1032,7 +1072,8 @@ def judge(evidence: Evidence) -> Verdict:
     """Compare the accepted jobs, the records in Redis and the marks of the handlers."""
     verdict = Verdict([], [], [], Counter())
     by_token: dict[str, list[Job]] = {}
-    for job in evidence.records:
+    deliveries = [job for job in evidence.records if job.type == "webhook"]
+    for job in (job for job in evidence.records if job.type != "webhook"):
         by_token.setdefault(job.payload["token"], []).append(job)
     for submit in evidence.plan.submits:
         found = [by_token.pop(payload["token"], []) for payload in submit.payloads]
@@ -1042,6 +1083,8 @@ def judge(evidence: Evidence) -> Verdict:
             runs = sorted((run for run in evidence.runs if run.id == job.id), key=lambda run: (run.attempt, run.begin))
             _judge_end(submit, job, runs, n == 0, verdict)
             _judge_runs(job, runs, evidence, verdict)
+            if submit.callback:
+                _judge_delivery(job, deliveries, evidence.received, verdict)
     unknown = [jobs for token, jobs in by_token.items() if token not in evidence.late]
     verdict.wrong.extend(f"jobs that nobody submitted: {jobs}" for jobs in unknown)
     known = {job.id for job in evidence.records}
@@ -1086,6 +1129,15 @@ def _judge_end(submit: Submit, job: Job, runs: list[Run], first: bool, verdict: 
         and (job.status != "cancelled" or any(run.begin > submit.cancelled_at for run in runs))
     ):
         verdict.wrong.append(f"a job was cancelled, but ran: {job}")
+
+
+def _judge_delivery(job: Job, jobs: list[Job], received: Sequence[tuple[str, str]], verdict: Verdict) -> None:
+    """Check that the end of a job was delivered under one id, once or several times."""
+    made = [delivery for delivery in jobs if delivery.payload["event"]["data"]["id"] == job.id]
+    if [delivery.id for delivery in made] != [job.callback_job] or made[0].status != "completed":
+        verdict.lost.append(f"the end of a job has not one delivery that completed: {job}, {made}")
+    if {id for id, of in received if of == job.id} != {job.callback_job}:
+        verdict.lost.append(f"the end of a job was not received under one id: {job}, {received}")
 
 
 def _judge_runs(job: Job, runs: list[Run], evidence: Evidence, verdict: Verdict) -> None:

@@ -585,6 +585,9 @@ class Places(NamedTuple):
 def _check_place(id: str, record: dict[str, Any], expires: bool, places: Places) -> None:
     status = record.get("status", "pending")
     worker = record.get("worker", "")
+    # The end of a job that a backup has ended is not delivered.
+    silent = not record.get("callbackUrl") or record.get("cancelRequested") or status not in ENDED
+    assert silent or record.get("callbackJob"), f"no delivery of an end: {record}"
     details = f"{id} is in {places}, and its record is {record}"
     assert expires == (status in ENDED), f"only an ended job may have a time to live, and it must: {details}"
     assert bool(worker) == (status == "processing"), details

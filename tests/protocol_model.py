@@ -32,6 +32,7 @@ GUARDS = {
     "leave": "after a lost reply start neither starts nor drops an id: it may have done so already",
     "cycle": "one thread of a worker at a time takes, adopts and starts",
     "same": "an outcome is written only for its own attempt: after a lost reply it may be written again",
+    "callback": "the transaction that ends a job enqueues the delivery to its callbackUrl",
 }
 
 
@@ -58,6 +59,7 @@ class Worker(NamedTuple):
     coming: frozenset[int] = frozenset()  # started by an exchange whose reply is on its way
     twice: bool = False  # two of its slots run one job
     doubts: frozenset[tuple[int, int, int]] = frozenset()  # settled, but the reply was lost: job, attempts, begun
+    owes: frozenset[int] = frozenset()  # without the guard "callback": jobs whose delivery it will enqueue
 
 
 class State(NamedTuple):
@@ -66,11 +68,17 @@ class State(NamedTuple):
     list: tuple[int, ...]  # enter left, leave right
     delayed: frozenset[int] = frozenset()
     completed: tuple[int, ...] = ()  # how many times each job was completed
+    ends: tuple[int, ...] = ()  # how many times each job has ended
+    deliveries: tuple[int, ...] = ()  # how many deliveries each job has enqueued
     kills: int = 0
 
     def record(self, job: int, **changes: object) -> State:
         record = self.records[job]._replace(**changes)  # type: ignore[arg-type]
         return self._replace(records=(*self.records[:job], record, *self.records[job + 1 :]))
+
+    def ended(self, job: int, status: str) -> State:
+        """End a job."""
+        return self.record(job, status=status, worker=None)._replace(ends=one_more(self.ends, job))
 
     def worker(self, at: int, **changes: object) -> State:
         worker = self.workers[at]._replace(**changes)  # type: ignore[arg-type]
@@ -88,7 +96,8 @@ class World:
         # Larger worlds would have millions of states.
         self.timed = jobs * workers <= 2 and jobs == 1  # has jobs that are not due
         self.detailed = jobs * workers == 1  # has lost replies of settle, and retries, too
-        self.first = State((Record(),) * jobs, (Worker(),) * workers, tuple(self.jobs), completed=(0,) * jobs)
+        self.first = State((Record(),) * jobs, (Worker(),) * workers, tuple(self.jobs))
+        self.first = self.first._replace(**dict.fromkeys(("completed", "ends", "deliveries"), (0,) * jobs))
 
     def guarded(self, guard: str) -> bool:
         return guard != self.without
@@ -103,6 +112,7 @@ class World:
                 yield from self.settles(state, at)
                 yield from self.learns(state, at)
                 yield from self.sleeps(state, at)
+                yield from self.reports(state, at)
             if not worker.leased:
                 yield from self.is_reaped(state, at)
         for job in self.jobs:
@@ -120,7 +130,8 @@ class World:
                 yield f"promote {job} twice", state._replace(delayed=delayed, list=(job, job, *state.list))
         for job in self.jobs if not self.pill else ():
             if state.records[job].status == "pending":
-                yield f"cancel {job}", state.record(job, status="cancelled")._replace(delayed=state.delayed - {job})
+                cancelled = state.ended(job, "cancelled")._replace(delayed=state.delayed - {job})
+                yield f"cancel {job}", self.delivered(cancelled, job)
 
     def takes(self, state: State, at: int) -> Iterator[Step]:
         worker = state.workers[at]
@@ -193,7 +204,7 @@ class World:
             known = state.worker(at, doubts=worker.doubts - {doubt})
             ours = (state.records[job].status, state.records[job].worker) == ("processing", at)
             if ours and not self.guarded("same"):
-                written = known.worker(at, proc=less(worker.proc, job)).record(job, status="failed", worker=None)
+                written = known.worker(at, proc=less(worker.proc, job)).ended(job, "failed")
                 yield f"{at} writes the outcome of {job} again", written
             else:
                 yield f"{at} learns that it settled {job}", known
@@ -213,14 +224,14 @@ class World:
         worker = state.workers[at]
         over = state.worker(at, runs=worker.runs - {job}, proc=less(worker.proc, job))
         attempts = state.records[job].attempts
-        completed = tuple(times + (j == job) for j, times in enumerate(state.completed))
-        yield f"completes {job}", over.record(job, status="completed", worker=None)._replace(completed=completed)
+        completed = over.ended(job, "completed")._replace(completed=one_more(state.completed, job))
+        yield f"completes {job}", self.called_back(completed, at, job)
         if self.pill:
             return
         if attempts < MAX_ATTEMPTS:
             later = over.record(job, status="pending", due=not self.timed, worker=None)
             yield f"fails {job}", later._replace(delayed=state.delayed | {job})
-        failed = over.record(job, status="failed", worker=None)  # at any attempt: a handler may give up early
+        failed = self.called_back(over.ended(job, "failed"), at, job)  # at any attempt: a handler may give up early
         yield f"fails {job} for good", failed
         if self.detailed:
             doubt = (job, attempts, state.records[job].begun)
@@ -229,6 +240,20 @@ class World:
         yield f"releases {job}", back._replace(list=(*state.list, job))
         if self.timed:
             yield f"cannot read {job}", back._replace(delayed=state.delayed | {job})
+
+    def called_back(self, state: State, at: int, job: int) -> State:
+        """Enqueue the delivery of a job that this worker has ended, or leave it for later."""
+        if self.guarded("callback"):
+            return self.delivered(state, job)
+        return state.worker(at, owes=state.workers[at].owes | {job})
+
+    def delivered(self, state: State, job: int) -> State:
+        return state._replace(deliveries=one_more(state.deliveries, job))
+
+    def reports(self, state: State, at: int) -> Iterator[Step]:
+        owes = state.workers[at].owes
+        for job in owes:
+            yield f"{at} enqueues the delivery of {job}", self.delivered(state.worker(at, owes=owes - {job}), job)
 
     def exchanges(self, state: State, settled: State, at: int, job: int, name: str) -> Iterator[Step]:
         """Start a job in the transaction that settled another. The reply comes later, or is lost."""
@@ -278,7 +303,7 @@ class World:
             elif job in running or (record.status == "processing" and not self.guarded("owner")):
                 attempts = record.attempts - beside
                 if attempts >= MAX_ATTEMPTS:
-                    state = state.record(job, status="failed", worker=None)
+                    state = self.delivered(state.ended(job, "failed"), job)
                     continue
                 suspicions = min(record.suspicions + beside, SUSPICIOUS)
                 state = state.record(job, status="pending", worker=None, attempts=attempts, suspicions=suspicions)
@@ -297,6 +322,7 @@ class World:
         runners = [
             at for at, worker in enumerate(state.workers) if worker.alive and worker.registered and job in worker.runs
         ]
+        owed = sum(job in worker.owes for worker in state.workers)
         lost = record.status == "pending" and job not in state.list and job not in state.delayed and not finders
         rules = {
             f"job {job} is pending, and no worker can find it": lost,
@@ -307,6 +333,8 @@ class World:
             f"job {job} is {record.status} while a registered worker runs it": bool(runners)
             and record.status != "processing",
             f"job {job} was completed twice": state.completed[job] > 1,
+            f"nobody hears of an end of job {job}": state.ends[job] > state.deliveries[job] + owed,
+            f"an end of job {job} was delivered twice": state.ends[job] < state.deliveries[job],
             f"job {job} failed because of another": self.pill and job > 0 and record.status == "failed",
         }
         return next((rule for rule, broken in rules.items() if broken), "")
@@ -324,11 +352,15 @@ def less(proc: tuple[int, ...], job: int) -> tuple[int, ...]:
     return proc[:at] + proc[at + 1 :]
 
 
+def one_more(counts: tuple[int, ...], job: int) -> tuple[int, ...]:
+    return tuple(count + (j == job) for j, count in enumerate(counts))
+
+
 def lost(state: State, at: int) -> State:
     return state.worker(
         at,
         **dict.fromkeys(("alive", "leased", "twice"), False),
-        **dict.fromkeys(("taken", "again", "runs", "coming", "doubts"), frozenset()),
+        **dict.fromkeys(("taken", "again", "runs", "coming", "doubts", "owes"), frozenset()),
     )
 
 

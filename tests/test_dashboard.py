@@ -238,6 +238,7 @@ def test_submit_form_sends_every_field_and_links_to_the_job(open: Open, near: Qu
     page.locator("[name='payload.cc']").fill('["b@example.com"]')
     page.locator("[name=maxAttempts]").fill("5")
     page.locator("[name=uniqueKey]").fill("u")
+    page.locator("[name=callbackUrl]").fill("http://receiver.example/end")
     page.get_by_role("button", name="Submit").click()
     page.locator("text=Accepted: >> a").click()
     shows(page, "waiting for")
@@ -245,6 +246,7 @@ def test_submit_form_sends_every_field_and_links_to_the_job(open: Open, near: Qu
     message = {"to": "ada@example.com", "subject": "Hello", "body": "two\nlines", "format": "html", "copies": 2}
     assert job.payload == message | {"urgent": True, "cc": ["b@example.com"]}
     assert (job.max_attempts, job.queue, job.unique_key) == (5, "default", "u")
+    assert job.callback_url == "http://receiver.example/end"
     with working(near):
         shows(page, "completed", '"sent": "ada@example.com"')
 
@@ -253,6 +255,33 @@ def fill_required(page: Any) -> None:
     """Fill in the required fields of send-email."""
     for name, text in {"to": "ada@example.com", "subject": "Hello", "body": "Hi"}.items():
         page.locator(f"[name='payload.{name}']").fill(text)
+
+
+def test_job_shows_its_callback_and_the_state_of_its_delivery(open: Open, near: Queue) -> None:
+    url = "http://receiver.example/<b>end"
+    job = put(near, "pending", callback_url=url)
+    page = open(f"#/jobs/{job.id}")
+    shows(page, "Callback URL", url)
+    lacks(page, "text=Delivery")
+    near.cancel(job.id)
+    shows(page, "Delivery", "attempt 0 of 10")
+    worker = near.register(["webhooks"], 1)
+    [delivery] = near.dequeue(worker, ["webhooks"])
+    near.fail(delivery, Failure("NoAnswer", "receiver.example: connection refused"), after=300)
+    shows(page, "delayed", "attempt 1 of 10", "NoAnswer: receiver.example: connection refused")
+    page.locator(f"a[href='#/jobs/{delivery.id}']").click()
+    shows(page, "webhook", delivery.id, "Delayed until")
+    near.deregister(worker)
+
+
+def test_job_shows_the_id_of_a_delivery_that_was_deleted(open: Open, near: Queue) -> None:
+    job = put(near, "pending", callback_url="http://receiver.example/")
+    near.cancel(job.id)
+    id = near.get(job.id).callback_job
+    near.cancel(id)
+    near.forget("cancelled", [id.encode()])
+    page = open(f"#/jobs/{job.id}", monitored=False)  # the browser logs the 404
+    shows(page, "Delivery", id)
 
 
 def test_submit_omits_empty_fields(open: Open, near: Queue) -> None:
@@ -322,6 +351,7 @@ def test_pending_job_shows_why_it_does_not_start(open: Open, near: Queue) -> Non
         ("payload.cc", "[", "is not valid JSON"),
         ("queue", "a b", "must be 1 to 100 of the characters"),
         ("maxAttempts", "0", "must be a whole number from 1 to 100"),
+        ("callbackUrl", "http://user@receiver.example/", "must be an http or https URL"),
     ],
 )
 def test_submit_shows_an_error_beside_the_invalid_field(

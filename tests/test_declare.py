@@ -17,7 +17,7 @@ import msgspec
 import pytest
 from msgspec import Meta
 
-from tinyqueue import HANDLERS, InvalidJob, Job, Queue, SettingsError, handler
+from tinyqueue import BUILT_IN, HANDLERS, InvalidJob, Job, Queue, SettingsError, handler
 from tinyqueue_config import load_handlers
 
 pytestmark = pytest.mark.usefixtures("no_handlers")
@@ -192,7 +192,7 @@ def test_load_handlers_finds_modules_in_the_working_directory(folder: Path) -> N
     (folder / "first_ones.py").write_text(GREET.format(type="greet", text="Hello "))
     (folder / "more").mkdir()
     (folder / "more" / "jobs.py").write_text(GREET.format(type="welcome", text="Welcome "))
-    assert set(load_handlers("first_ones, more.jobs,")) == {"greet", "welcome"}
+    assert set(load_handlers("first_ones, more.jobs,")) == {"greet", "welcome", *BUILT_IN}
     assert HANDLERS["welcome"]("you") == "Welcome you"
     assert sys.path[0] == str(folder)
 
@@ -213,7 +213,18 @@ def test_load_handlers_prefers_the_users_own_file(tmp_path: Path) -> None:
     done = subprocess.run(
         run, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, check=True
     )
-    assert json.loads(done.stdout) == ["greet"]
+    assert json.loads(done.stdout) == ["greet", *BUILT_IN]
+
+
+@pytest.mark.parametrize("type", BUILT_IN)
+def test_load_handlers_refuses_a_type_that_is_built_in(folder: Path, type: str) -> None:
+    (folder / "own.py").write_text(GREET.format(type=type, text="Hello "))
+    with pytest.raises(SettingsError, match=f"^two handlers are declared for type '{type}'; .* choose another name$"):
+        load_handlers("own")
+
+
+def test_load_handlers_without_a_module_of_the_user(folder: Path) -> None:
+    assert set(load_handlers("tinyqueue_http")) == set(BUILT_IN)
 
 
 def test_handler_without_a_type_says_what_to_write() -> None:

@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
+import msgspec
 import pytest
 from conftest import Server, free_port, until
 
@@ -24,6 +25,7 @@ import tinyqueue
 import tinyqueue_access
 import tinyqueue_cli
 import tinyqueue_config
+import tinyqueue_http
 import tinyqueue_json
 import tinyqueue_metrics
 import tinyqueue_problems
@@ -45,6 +47,7 @@ DOCUMENTS = {
 README, HTTP, OPERATIONS = DOCUMENTS["README.md"], DOCUMENTS["docs/http.md"], DOCUMENTS["docs/operations.md"]
 SETTINGS, DEPLOY = DOCUMENTS["docs/settings.md"], DOCUMENTS["docs/deploy.md"]
 SCHEDULES = DOCUMENTS["docs/schedules.md"]
+WEBHOOKS = DOCUMENTS["docs/webhooks.md"]
 EVERYTHING = "\n".join(DOCUMENTS.values())
 each_document = pytest.mark.parametrize("document", DOCUMENTS.values(), ids=DOCUMENTS.keys())
 
@@ -285,6 +288,15 @@ NUMBERS = {
     "RETRY": (SCHEDULES, r"tried again every (\d+) seconds", tinyqueue_schedule.RETRY / 1000),
     "ABSENT": (SCHEDULES, r"was seen for (\d+) seconds", tinyqueue_schedule.ABSENT),
     "MAX_SCHEDULES": (SCHEDULES, r"There can be (\d+) schedules", tinyqueue_schedule.MAX_SCHEDULES),
+    "SECONDS of a request": (WEBHOOKS, r"does not answer within (\d+) s", tinyqueue_http.SECONDS),
+    "KEPT of an answer": (WEBHOOKS, r"A worker reads (\d+) bytes of the answer", tinyqueue_http.KEPT),
+    "JITTER of deliveries": (WEBHOOKS, r"or up to (\d+) % later", 100 * tinyqueue_http.JITTER),
+    "FAILURES in a row": (WEBHOOKS, r"has failed (\d+) times in a row", tinyqueue_http.FAILURES),
+    "AT_ONCE to a receiver": (WEBHOOKS, r"gets (\d+) deliveries at a time", tinyqueue_http.AT_ONCE),
+    "PAUSE of a circuit": (WEBHOOKS, r"one delivery every (\d+) s", tinyqueue_http.PAUSE),
+    "ATTEMPTS of an http job": (WEBHOOKS, r"has (\d+) attempts unless", tinyqueue_http.ATTEMPTS),
+    "BACKOFF of an http job": (WEBHOOKS, r"next one follows after (\d+) s", tinyqueue_http.BACKOFF),
+    "MAX_RESULT of an http job": (WEBHOOKS, r"at most ([\d,]+) bytes: as JSON", tinyqueue.MAX_RESULT),
     "exit code": (OPERATIONS, r"(\d+) when it could not do its work", worker.EXIT_BROKEN),
 }
 
@@ -294,6 +306,18 @@ def test_documents_give_the_right_number(document: str, words: str, number: floa
     found = re.findall(words, in_one_line(document))
     assert found, "the document no longer says it in these words"
     assert {float(text.replace(",", "").replace("ten", "10")) for text in found} == {number}
+
+
+def test_webhooks_page_lists_the_wait_before_each_delivery() -> None:
+    [listed] = re.findall(r"sent again ([\w ,]+) and (\d+ h) after", in_one_line(WEBHOOKS))
+    units = {"s": 1, "min": 60, "h": 3600}
+    waits = [text.split() for text in ", ".join(listed).split(", ")]
+    assert [int(number) * units[unit] for number, unit in waits] == list(tinyqueue_http.WAITS)
+
+
+def test_webhooks_page_lists_every_field_of_an_http_job() -> None:
+    fields = [row[0] for row in rows(section(WEBHOOKS, "HTTP jobs")) if row[0].isidentifier()]
+    assert fields[1:] == [field.name for field in msgspec.structs.fields(tinyqueue_http.Request)]
 
 
 def test_operations_page_says_how_long_ended_jobs_stay() -> None:

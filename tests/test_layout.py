@@ -20,7 +20,8 @@ IMPORTS = {  # each module, and those of ours that it may import
     "tinyqueue_limits": {"tinyqueue_job", "tinyqueue_json", "tinyqueue_redis"},
     "tinyqueue_schedule": {"tinyqueue_calendar", "tinyqueue_job", "tinyqueue_json", "tinyqueue_redis"},
     "tinyqueue": {"tinyqueue_job", "tinyqueue_json", "tinyqueue_limits", "tinyqueue_redis", "tinyqueue_schedule"},
-    "tinyqueue_config": {"tinyqueue", "tinyqueue_embedded", "tinyqueue_json", "tinyqueue_schedule"},
+    "tinyqueue_http": {"tinyqueue", "tinyqueue_job", "tinyqueue_json"},
+    "tinyqueue_config": {"tinyqueue", "tinyqueue_embedded", "tinyqueue_http", "tinyqueue_json", "tinyqueue_schedule"},
     "tinyqueue_doctor": {"tinyqueue", "tinyqueue_limits", "tinyqueue_redis", "tinyqueue_schedule"},
     "tinyqueue_backup": {"tinyqueue", "tinyqueue_job", "tinyqueue_json", "tinyqueue_redis", "tinyqueue_schedule"},
     "tinyqueue_cli": {

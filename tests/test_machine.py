@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 import pytest
@@ -33,7 +34,9 @@ class Known:
     """What the model knows about a job."""
 
     def __init__(self, job: Job) -> None:
-        self.status = "pending"
+        self.ends = 0
+        self._status = "pending"
+        self.callback_url = job.callback_url
         self.attempts = 0
         self.max_attempts = job.max_attempts
         self.due = job.run_at
@@ -42,6 +45,15 @@ class Known:
         self.unique_key = job.unique_key
         self.cancel_requested = False
         self.suspicions = 0
+
+    @property
+    def status(self) -> str:
+        return self._status
+
+    @status.setter
+    def status(self, status: str) -> None:
+        self.ends += self.active and status in ("completed", "failed", "cancelled")
+        self._status = status
 
     @property
     def active(self) -> bool:
@@ -113,9 +125,11 @@ class Machine(RuleBasedStateMachine):
         most=st.integers(1, 3),
         delay=st.sampled_from([0, 0, 10]),
         expires_in=st.sampled_from([None, None, 20]),
+        callback=st.sampled_from([None, None, "http://receiver.example/"]),
     )
-    def enqueue(self, name: str, most: int, delay: int, expires_in: int | None) -> str:
-        job = self.queue.enqueue("echo", {}, queue=name, max_attempts=most, delay=delay, expires_in=expires_in)
+    def enqueue(self, name: str, most: int, *, delay: int, expires_in: int | None, callback: str | None) -> str:
+        options = {"delay": delay, "expires_in": expires_in, "callback_url": callback}
+        job = self.queue.enqueue("echo", {}, queue=name, max_attempts=most, **options)
         self.model[job.id] = Known(job)
         return job.id
 
@@ -467,6 +481,13 @@ class Machine(RuleBasedStateMachine):
             assert (job.status, job.attempts, job.worker) == (known.status, known.attempts, known.worker)
             assert job.suspicions == known.suspicions
             assert job.cancelled == known.cancel_requested
+
+    @invariant()
+    def every_end_has_one_delivery(self) -> None:
+        ids = raw(self.queue).lrange(self.queue.keys.jobs("webhooks"), 0, -1)
+        deliveries = [self.queue.get(id.decode()) for id in ids]
+        made = Counter(delivery.payload["event"]["data"]["id"] for delivery in deliveries)
+        assert made == {id: known.ends for id, known in self.model.items() if known.callback_url and known.ends}
 
     def teardown(self) -> None:
         """All workers are lost. One new worker must be able to end every job that has not ended."""

@@ -16,7 +16,7 @@ import pytest
 from conftest import Entry, dump, lapse, newest, put, raw
 
 import tinyqueue
-from tinyqueue import STATUSES, Failure, Filter, Job, Loaded, Queue, Reaped, WrongStatus, handler
+from tinyqueue import ENDED, STATUSES, Failure, Filter, Job, Loaded, Queue, Reaped, WrongStatus, handler
 from tinyqueue_schedule import Merge, Ticker, list_schedules, make_schedule, put as put_schedule, sync
 
 pytestmark = pytest.mark.usefixtures("no_handlers")
@@ -126,6 +126,7 @@ ACTIONS = {
 TWINS = {"cancel": "request", "request": "cancel"}  # one verb of the queue, two rows
 BY_ENQUEUE = {("enqueue", "pending"), ("take", ""), ("promote", ""), ("restore", "")}  # tried below
 BY_SCHEDULES = {("tick", "pending"), ("sync", "")}  # tried by test_schedules.py
+BY_END = {("deliver", "pending")}  # tried below, on each verb that ends a job
 BY_LIMITS = {("hold", ""), ("wake", ""), ("look", "")}  # tried below, and by test_limits.py
 BY_LOAD = {("load", "pending"), ("load", "failed"), ("load", "cancelled")}  # tried by test_backup.py
 RELEASED_TOO_OFTEN = ("release", "failed")  # tried by test_queue.py, which releases a job ten times
@@ -160,8 +161,27 @@ def record(queue: Queue, job: Job) -> Entry | None:
 
 def test_actions_cover_every_row_and_result_of_the_contract() -> None:
     tried = {(action.row, action.to) for action in ACTIONS.values()} | {RELEASED_TOO_OFTEN}
-    tried |= BY_ENQUEUE | BY_LIMITS | BY_LOAD | BY_SCHEDULES
+    tried |= BY_ENQUEUE | BY_END | BY_LIMITS | BY_LOAD | BY_SCHEDULES
     assert tried == {(verb, to) for verb, row in TABLE.items() for to in row.after or {""}}
+
+
+ENDING = [name for name, action in ACTIONS.items() if action.to in ENDED]
+
+
+@pytest.mark.parametrize("name", ENDING)
+def test_end_of_a_job_with_a_callback_enqueues_one_delivery(queue: Queue, name: str) -> None:
+    row, to, act, _, options = ACTIONS[name]
+    status = "pending" if "pending" in TABLE[row].before else "processing"
+    job = put(queue, status, callback_url="http://receiver.example/end", **options)
+    act(queue, job)
+    ended = queue.get(job.id)
+    [delivery] = [other for other in queue.page()[0] if other.id != job.id]
+    assert (ended.status, ended.callback_job) == (to, delivery.id)
+    assert (delivery.type, delivery.queue, delivery.status) == ("webhook", "webhooks", "pending")
+    assert delivery.payload["url"] == "http://receiver.example/end"
+    event = delivery.payload["event"]
+    assert (event["type"], event["data"]["id"], event["data"]["status"]) == (f"job.{to}", job.id, to)
+    assert raw(queue).lrange(queue.keys.jobs("webhooks"), 0, -1) == [delivery.id.encode()]
 
 
 # Every condition of the contract, broken ------------------------------------------------------------------------------
@@ -335,6 +355,13 @@ def break_keys_unused(queue: Queue, verb: str) -> None:
     assert dump(queue) == before
 
 
+def break_callback_url(queue: Queue, verb: str) -> None:
+    job = put(queue, "processing")
+    queue.complete(job)
+    assert queue.get(job.id).callback_job == ""
+    assert [job.id for job in queue.page()[0]] == [job.id]
+
+
 def break_unused(queue: Queue, verb: str) -> None:
     """Load a job whose id another job has, and one whose uniqueKey another has."""
     there = put(queue, "pending", unique_key="a")
@@ -419,6 +446,7 @@ BREAKS = {
     "handler takes a Job": break_handler_takes_a_job,
     "uniqueKey free": break_unique_key_free,
     "keys unused": break_keys_unused,
+    "callbackUrl": break_callback_url,
 }
 CONDITIONS = [(verb, condition) for verb, row in TABLE.items() for condition in row.conditions]
 

@@ -18,6 +18,7 @@ from test_http import TIMES, WHOLE_TIMES
 
 from tinyqueue import HANDLERS, KEY_LENGTH, MAX_ATTEMPTS, MAX_DELAY, MAX_JOBS, STATUSES, Queue, __version__, handler
 from tinyqueue_config import Settings
+from tinyqueue_job import URL, URL_LENGTH
 from tinyqueue_json import TIME
 from tinyqueue_openapi import ecma_pattern
 from wsgi import API, FIELDS, FILTERS, LONGEST_WAIT, ROUTES, describe
@@ -258,6 +259,13 @@ def test_document_describes_the_forms_of_a_time_that_the_server_reads(document: 
     assert pattern == "^" + re.sub(r"\(\?<\w+>", "(", ecma_pattern(TIME.pattern)) + "$"
 
 
+def test_document_describes_the_urls_that_the_server_takes(document: Any) -> None:
+    job = resolved(document, document["components"]["schemas"]["Job"]["oneOf"][0])
+    url = job["properties"]["callbackUrl"]
+    assert url["pattern"] == "^" + re.sub(r"\(\?<\w+>", "(", ecma_pattern(URL.pattern)) + "$"
+    assert url["maxLength"] == URL_LENGTH
+
+
 # Job types ------------------------------------------------------------------------------------------------------------
 
 
@@ -290,6 +298,11 @@ JOBS = {
         False,
     ),
     "delay and runAt": ({"type": "echo", "payload": 1, "delay": 1, "runAt": 1}, False),
+    "callbackUrl": ({"type": "echo", "payload": 1, "callbackUrl": "https://[2606::1]:65535/a?b=@"}, True),
+    "callbackUrl with a user": ({"type": "echo", "payload": 1, "callbackUrl": "https://user@a.example/"}, False),
+    "callbackUrl with port 65536": ({"type": "echo", "payload": 1, "callbackUrl": "http://a.example:65536"}, False),
+    "callbackUrl with a fragment": ({"type": "echo", "payload": 1, "callbackUrl": "http://a.example/#b"}, False),
+    "callbackUrl of another scheme": ({"type": "echo", "payload": 1, "callbackUrl": "ftp://a.example/"}, False),
     "zero expiresIn": ({"type": "echo", "payload": 1, "expiresIn": 0}, False),
     "runAt in words": ({"type": "echo", "payload": 1, "runAt": "tomorrow"}, False),
     "runAt without a zone": ({"type": "echo", "payload": 1, "runAt": "2026-01-01T00:00:00"}, False),

@@ -1178,6 +1178,11 @@ def test_enqueue_prints_the_id(near: Queue, run: Any) -> None:
     assert 59_000 <= job.run_at - job.created_at <= 61_000
 
 
+def test_enqueue_takes_a_callback_url(near: Queue, run: Any) -> None:
+    done = run("enqueue", "echo", "7", "--callback-url", "http://receiver.example/end")
+    assert near.get(done.stdout.decode().strip()).callback_url == "http://receiver.example/end"
+
+
 def test_enqueue_reads_the_payload_from_standard_input(near: Queue, run: Any) -> None:
     done = run("enqueue", "gate", "-", input='"é"\n'.encode())
     assert done.returncode == 0
@@ -1198,6 +1203,7 @@ def test_enqueue_reads_the_payload_from_standard_input(near: Queue, run: Any) ->
         (("echo", "1", "--delay", "1", "--run-at", "2030-01-01T00:00:00Z"), "delay: must not be given together"),
         (("echo", "1", "--run-at", "tomorrow"), "runAt: must be"),
         (("echo", "1", "--queue", "a/b"), "queue: must be"),
+        (("echo", "1", "--callback-url", "ftp://a/"), "callbackUrl: must be"),
         (("echo",), "Missing argument"),
     ],
 )
