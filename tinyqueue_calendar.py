@@ -102,6 +102,7 @@ class Calendar:
     def __init__(self, cron: str, timezone: str) -> None:
         self.zone = _read_zone(timezone)
         self.timezone = timezone
+        self._surprises: tuple[int, list[str]] = (-1, [])  # as found on a day
         self.cron = NICKNAMES.get(cron.strip().lower(), cron)
         fields = self.cron.split()
         if len(fields) != 5:
@@ -174,8 +175,16 @@ class Calendar:
             yield Change(end, offset, offset)
 
     def surprises(self, now: int) -> list[str]:
-        """Describe what the next two clock changes do to it, if that may surprise."""
-        start = EPOCH + timedelta(milliseconds=now)
+        """Describe what the next two clock changes do to it, if that may surprise.
+
+        Remembers that for a day, because listings ask for it often.
+        """
+        day = now // 86_400_000
+        if self._surprises[0] != day:
+            self._surprises = day, self._find_surprises(EPOCH + timedelta(milliseconds=now))
+        return list(self._surprises[1])
+
+    def _find_surprises(self, start: datetime) -> list[str]:
         near = itertools.takewhile(lambda change: change.at.year <= start.year + YEARS, self._changes(start))
         coming = (change for change in near if change.before != change.after)
         return [text for change in itertools.islice(coming, 2) if (text := self._surprise(change))]
