@@ -118,7 +118,8 @@ class Limits:
             rooms = {limit: Room(limit, Rule()) for limit in found}
         for limit, room in rooms.items():
             room.busy = tx.tries >= LEAVE
-            self._admit(tx, room, {job.id for job in found[limit]})
+            if not room.busy:
+                self._admit(tx, room, {job.id for job in found[limit]})
         return {job.id: rooms[limit] for limit, jobs in found.items() for job in jobs}
 
     def _admit(self, tx: Writes, room: Room, taken: set[str]) -> None:
@@ -126,7 +127,10 @@ class Limits:
         oldest = _first(sorted(held.keys() | taken), room.left)
         newest = max(taken)
         first = [id for id in oldest if id <= newest]
-        more = _first([id for id in oldest if id > newest], tx.wakes.pop(room.limit, 0) - len(first))
+        owed = tx.wakes.pop(room.limit, 0) - len(first)
+        more = _first([id for id in oldest if id > newest], owed)
+        if owed - len(more) > 0 and len(first) + len(more) < room.left:
+            tx.wakes[room.limit] = owed - len(more)
         room.admitted = taken.intersection(first)
         # Without an end, none younger than all these is woken: it would overtake others.
         self._move(tx, room.limit, [held[id] for id in (*first, *more) if id not in taken])
@@ -182,9 +186,10 @@ class Limits:
         if (entry := _entry_of(job)) in room.held:
             tx.gather("ZREM", self.keys.held(limit), entry)
         if period := room.rule.period:
-            tx.write("ZREMRANGEBYSCORE", self.keys.pace(limit), "-inf", tx.now - period)
+            # Twice the period, because the clock of another worker may be behind.
+            tx.write("ZREMRANGEBYSCORE", self.keys.pace(limit), "-inf", tx.now - 2 * period)
             tx.write("ZADD", self.keys.pace(limit), tx.now, f"{job.id}:{tx.now}")
-            tx.write("PEXPIRE", self.keys.pace(limit), period)
+            tx.write("PEXPIRE", self.keys.pace(limit), 2 * period)
         return True
 
     def _hold(self, tx: Writes, job: Job, room: Room) -> None:
@@ -232,14 +237,27 @@ class Limits:
     def wake(self, tx: Writes) -> None:
         """Move the oldest held jobs to the heads of their queues, as many as are owed.
 
-        Nothing is watched. Two workers that wake the same job put its id into the list twice.
-        Whoever takes the second drops it, and that wakes the next job.
+        Watches the held jobs only if there are too few: one that is held before this is written
+        would wait for room that it has. Otherwise two workers may wake the same job, and put its id
+        into the list twice. Whoever takes the second drops it, and that wakes the next job.
         """
-        if not tx.wakes:
-            return
-        found = tx.read(*(("ZRANGE", self.keys.held(limit), 0, AHEAD - 1) for limit in tx.wakes))
-        for (limit, times), entries in zip(tx.wakes.items(), found, strict=True):
-            self._move(tx, limit, self._awake(entries)[:times])
+        few: list[str] = []
+        for limit, entries in self._read_held(tx, tx.wakes):
+            awake = self._awake(entries)[: tx.wakes[limit]]
+            if len(awake) < tx.wakes[limit]:
+                few.append(limit)
+            else:
+                self._move(tx, limit, awake)
+        if few:
+            tx.read(("WATCH", *map(self.keys.held, few)))
+        if few:
+            tx.read(("WATCH", *map(self.keys.held, few)))
+        for limit, entries in self._read_held(tx, few):
+            self._move(tx, limit, self._awake(entries)[: tx.wakes[limit]])
+
+    def _read_held(self, tx: Writes, limits: Collection[str]) -> Iterable[tuple[str, list[bytes]]]:
+        reads = [("ZRANGE", self.keys.held(limit), 0, AHEAD - 1) for limit in limits]
+        return zip(limits, tx.read(*reads), strict=True) if reads else ()
 
     def _move(self, tx: Writes, limit: str, entries: Sequence[str]) -> None:
         for entry in reversed(entries):

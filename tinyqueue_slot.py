@@ -92,20 +92,19 @@ def _postpone(job: Job, error: InvalidJob) -> Outcome:
 
 
 def fail(job: Job, error: BaseException) -> Outcome:
-    if isinstance(error, RateLimited):
-        return Outcome(job, "release", error=Failure.of(error), after=error.after, halt=True)
+    halt = issubclass(type(error), RateLimited)  # not isinstance, which asks the exception for its class
     known = HANDLERS.get(job.type)
     limits = (known.backoff, known.backoff_cap) if known else (UNREADABLE_BACKOFF,)
     after: float | None = backoff(job.attempts, *limits)
     try:
         if issubclass(type(error), Discard):
             after = None
-        elif issubclass(type(error), Retry):
+        elif halt or issubclass(type(error), Retry):
             after = _wanted_delay(error, after)
-        failure = Failure.of(error, _format_traceback(error))
+        failure = Failure.of(error, "" if halt else _format_traceback(error))
     except BaseException:  # an exception may raise another whenever it is touched
         failure = Failure.of(error)
-    return Outcome(job, "fail", error=failure, after=after)
+    return Outcome(job, "release" if halt else "fail", error=failure, after=after, halt=halt)
 
 
 def _wanted_delay(error: BaseException, default: float | None) -> float | None:

@@ -57,9 +57,12 @@ def open_to_all(queue: Queue, peer: str = "198.51.100.7", **settings: Any) -> Cl
 
 def send(api: Client, method: str, path: str, **headers: str) -> Answer:
     """Call a route. The body of a POST is an empty object."""
-    spelled = path.replace("<id>", NO_JOB).replace("<name>", "default")
+    spelled = path.replace("<id>", NO_JOB).replace("<name>", "default").replace("<limit>", "echo")
     return api.call(
-        method, spelled, {} if method == "POST" else NO_BODY, {n.replace("_", "-"): v for n, v in headers.items()}
+        method,
+        spelled,
+        {} if method in ("POST", "PUT") else NO_BODY,
+        {n.replace("_", "-"): v for n, v in headers.items()},
     )
 
 
@@ -82,6 +85,8 @@ NEEDED_ROLES = {
     ("GET", "/queues"): "read",
     ("POST", "/queues/<name>/pause"): "admin",
     ("POST", "/queues/<name>/resume"): "admin",
+    ("GET", "/limits"): "read",
+    ("PUT", "/limits/<limit>"): "admin",
     ("POST", "/work"): "admin",
     ("GET", "/stats"): "read",
     ("GET", "/scale"): "read",

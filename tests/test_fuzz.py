@@ -120,7 +120,10 @@ METHODS = [
     "!",
 ]
 NO_JOB = "01900000-0000-7000-8000-000000000000"
-FILLED_ROUTES = [(method, path.replace("<id>", NO_JOB).replace("<name>", "default")) for method, path, *_ in ROUTES]
+FILLED_ROUTES = [
+    (method, path.replace("<id>", NO_JOB).replace("<name>", "default").replace("<limit>", "echo"))
+    for method, path, *_ in ROUTES
+]
 PATHS = ["/", "/jobs/", "/jobs/x", "/nope", "/queues/", "/queues/default", *sorted({path for _, path in FILLED_ROUTES})]
 SUPPORTED = {
     (spelled, path)

@@ -786,7 +786,7 @@ NO_JOB = "01900000-0000-7000-8000-000000000000"
 
 
 def fill_in(path: str) -> str:
-    return path.replace("<id>", NO_JOB).replace("<name>", "default")
+    return path.replace("<id>", NO_JOB).replace("<name>", "default").replace("<limit>", "echo")
 
 
 def supported_methods(path: str) -> set[str]:

@@ -17,7 +17,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 import tinyqueue
 import tinyqueue_metrics
-from tinyqueue import Failure, Job, Outcome, Queue
+from tinyqueue import Failure, Job, Outcome, Queue, handler
 from tinyqueue_config import Settings
 from tinyqueue_metrics import METRICS
 from tinyqueue_schedule import make_schedule, put as put_schedule
@@ -372,6 +372,9 @@ def exposed() -> set[str]:
 
 
 def test_used_queue_exposes_every_metric(queue: Queue) -> None:
+    @handler("limited", max_running=1)
+    def limited(payload: object) -> None: ...
+
     put(queue, "completed")
     put_schedule(queue, make_schedule("nightly", "@daily", "echo", {}))
     assert {key[0] for key in samples(queue)} == exposed()

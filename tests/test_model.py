@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 from cycle_model import GUARDS as CYCLE_GUARDS, Cycle
+from limit_model import GUARDS as LIMIT_GUARDS, NEEDS, WORLDS, World as LimitWorld
 from protocol_model import GUARDS, World, search
 from schedule_model import PERIOD, SYNC, TICKS, Sync, Ticks
 
@@ -64,3 +65,15 @@ def test_sync_of_two_releases_holds_in_every_interleaving() -> None:
 @pytest.mark.parametrize("guard", SYNC)
 def test_sync_of_two_releases_fails_without_any_of_its_guards(guard: str) -> None:
     assert search(Sync(guard))[1], SYNC[guard]
+
+
+@pytest.mark.parametrize("world", sorted(WORLDS.keys() - {"ahead"}))
+def test_limits_hold_in_every_interleaving(world: str) -> None:
+    states, why, path = search(LimitWorld(**WORLDS[world]))
+    assert not why, f"{why}: {path}"
+    assert states > 100, "the search visited too few states"
+
+
+@pytest.mark.parametrize("guard", LIMIT_GUARDS)
+def test_limits_fail_without_any_of_their_guards(guard: str) -> None:
+    assert search(LimitWorld(**WORLDS[NEEDS[guard]], without=guard))[1], LIMIT_GUARDS[guard]

@@ -175,7 +175,7 @@ def test_operation_ids_are_a_verb_and_a_noun(document: Any) -> None:
     assert [
         id
         for id in ids
-        if not re.fullmatch("(get|list|put|remove|submit|cancel|retry|pause|resume|run)[A-Z][a-z]+", id)
+        if not re.fullmatch("(get|list|remove|submit|cancel|retry|pause|resume|run|set)[A-Z][a-z]+", id)
     ] == []
     assert len(set(ids)) == len(ids)
 
@@ -196,6 +196,8 @@ STATUSES_OF = {
     ("GET", "/queues"): {200},
     ("POST", "/queues/<name>/pause"): {200, 404},
     ("POST", "/queues/<name>/resume"): {200, 404},
+    ("GET", "/limits"): {200},
+    ("PUT", "/limits/<limit>"): {200, 404} | BODY,
     ("GET", "/stats"): {200},
     ("GET", "/workers"): {200},
     ("GET", "/metrics"): {200},

@@ -438,7 +438,7 @@ def test_documented_user_may_do_all_that_the_queue_does(admin: redis.Redis, queu
         status, answer = post(web, 7)
         assert status == 201
         for method, route, *_ in ROUTES:
-            path = route.replace("<id>", answer["jobId"]).replace("<name>", "default")
+            path = route.replace("<id>", answer["jobId"]).replace("<name>", "default").replace("<limit>", "echo")
             missing = (404,) if "/schedules/" in path else ()  # there is no schedule of that name
             assert call(web, method, path, {})[0] in (200, 202, 409, 422, *missing)
         until(lambda: short.stats()["pending"] == short.stats()["processing"] == 0)

@@ -96,6 +96,9 @@ class Receiver:
         self.tls = tls
         self.requests: list[Request] = []
         self.connections = 0
+        self.open = 0
+        self.most_open = 0  # connections at a time
+        self.lock = threading.Lock()
         self.closing = threading.Event()
         self.listener = socket.create_server(("127.0.0.1", port))
         self.port = self.listener.getsockname()[1]
@@ -107,10 +110,22 @@ class Receiver:
         while not self.closing.is_set():
             with suppress(OSError):
                 connection, _ = self.listener.accept()
-                self.connections += 1
+                self._count(1)
                 threading.Thread(target=self._serve, args=(connection,), daemon=True).start()
 
+    def _count(self, by: int) -> None:
+        with self.lock:
+            self.open += by
+            self.connections += max(0, by)
+            self.most_open = max(self.most_open, self.open)
+
     def _serve(self, connection: socket.socket) -> None:
+        try:
+            self._answer(connection)
+        finally:
+            self._count(-1)
+
+    def _answer(self, connection: socket.socket) -> None:
         with suppress(OSError), connection:
             if self.tls:
                 connection = self.tls.wrap_socket(connection, server_side=True)
@@ -166,6 +181,12 @@ def drip(start: bytes) -> Callable[[socket.socket], None]:
 def hurry(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let a request take at most 0.3 seconds."""
     monkeypatch.setattr(tinyqueue_http, "SECONDS", 0.3)
+
+
+@pytest.fixture
+def short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let a worker wait for the bell for a short time, so that it stops soon."""
+    monkeypatch.setattr("worker.BLOCK", 0.1)
 
 
 def say_nothing(connection: socket.socket) -> None:
@@ -489,7 +510,7 @@ def test_deliver_to_a_receiver_that_has_failed_in_a_row_sends_nothing_and_says_s
 
 
 def test_deliver_to_others_while_a_receiver_is_dead(
-    server: Server, receive: Any, monkeypatch: pytest.MonkeyPatch
+    server: Server, receive: Any, short_waits: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tinyqueue_http, "SECONDS", 1.0)
     queue = server.queue()
@@ -502,8 +523,12 @@ def test_deliver_to_others_while_a_receiver_is_dead(
     with Working(queue, "webhooks"):
         until(lambda: len(alive.requests) == 50)
         seconds = time.monotonic() - began
+        [halted] = until(lambda: [about for about in queue.limits_in_use().values() if about["haltedMs"]])
     assert seconds < 4, "50 deliveries to the dead receiver alone take 10 s in 5 slots"
     assert dead.connections <= FAILURES + AT_ONCE
+    # The receiver may notice the end of a connection after the next one has begun.
+    assert AT_ONCE <= dead.most_open <= 2 * AT_ONCE < 5
+    assert halted["held"] > 30, "what is held spends no attempts"
 
 
 # Server-side request forgery ------------------------------------------------------------------------------------------
@@ -920,7 +945,7 @@ def test_worker_of_shards_delivers_the_end_of_a_job_at_once(real: Server, receiv
             until(lambda n=n: len(receiver.requests) == n, 1.9)
 
 
-def test_worker_of_deliveries_alone_delivers(server: Server, receive: Any) -> None:
+def test_worker_of_deliveries_alone_delivers(server: Server, receive: Any, short_waits: None) -> None:
     receiver = receive()
     queue = server.queue()
     for _ in range(20):
@@ -940,7 +965,7 @@ def test_worker_in_a_burst_delivers_what_its_jobs_made_even_if_the_bell_is_lost(
     assert len(receiver.requests) == 6
 
 
-def test_worker_without_deliveries_does_not_look_for_them(real: Server) -> None:
+def test_worker_without_deliveries_does_not_look_for_them(real: Server, short_waits: None) -> None:
     queue = real.queue()
     looks: list[str] = []
     with Working(queue), raw(queue).monitor() as monitor:
