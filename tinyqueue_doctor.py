@@ -22,8 +22,7 @@ import msgspec
 import redis
 from msgspec.structs import replace
 
-from tinyqueue import MEMORY_SHARE, NAME, UNENDED, AnyQueue, Queue, TinyQueueError, Transaction, host_name
-from tinyqueue_limits import LOOK_MARK
+from tinyqueue import LOOK_MARK, MEMORY_SHARE, NAME, UNENDED, AnyQueue, Queue, TinyQueueError, Transaction, host_name
 from tinyqueue_redis import ask_each, memory_use, pairs, parse_info, scan, text_of
 from tinyqueue_schedule import list_schedules
 

@@ -10,8 +10,20 @@ import pytest
 from client import Client
 from conftest import Server, check_consistency, lapse, newest, raw
 
-from tinyqueue import HANDLERS, Failure, InvalidJob, Job, Outcome, Override, Queue, RateLimited, Shards, handler
-from tinyqueue_limits import AHEAD, LOOK
+from tinyqueue import (
+    AHEAD,
+    HANDLERS,
+    LOOK,
+    Failure,
+    InvalidJob,
+    Job,
+    Outcome,
+    Override,
+    Queue,
+    RateLimited,
+    Shards,
+    handler,
+)
 
 BOOM = Failure("Boom", "it broke")
 

@@ -44,6 +44,18 @@ def test_slots_leave_work_undone_without_any_of_their_guards(guard: str) -> None
     assert search(Cycle(2, 4, without=guard))[1], CYCLE_GUARDS[guard]
 
 
+@pytest.mark.parametrize("world", sorted(WORLDS.keys() - {"ahead"}))
+def test_limits_hold_in_every_interleaving(world: str) -> None:
+    states, why, path = search(LimitWorld(**WORLDS[world]))
+    assert not why, f"{why}: {path}"
+    assert states > 100, "the search visited too few states"
+
+
+@pytest.mark.parametrize("guard", LIMIT_GUARDS)
+def test_limits_fail_without_any_of_their_guards(guard: str) -> None:
+    assert search(LimitWorld(**WORLDS[NEEDS[guard]], without=guard))[1], LIMIT_GUARDS[guard]
+
+
 @pytest.mark.parametrize(("workers", "catchup"), [(1, 1), (1, PERIOD), (2, 1)])
 def test_ticks_hold_in_every_interleaving(workers: int, catchup: int) -> None:
     states, why, path = search(Ticks(workers, catchup=catchup))
@@ -65,15 +77,3 @@ def test_sync_of_two_releases_holds_in_every_interleaving() -> None:
 @pytest.mark.parametrize("guard", SYNC)
 def test_sync_of_two_releases_fails_without_any_of_its_guards(guard: str) -> None:
     assert search(Sync(guard))[1], SYNC[guard]
-
-
-@pytest.mark.parametrize("world", sorted(WORLDS.keys() - {"ahead"}))
-def test_limits_hold_in_every_interleaving(world: str) -> None:
-    states, why, path = search(LimitWorld(**WORLDS[world]))
-    assert not why, f"{why}: {path}"
-    assert states > 100, "the search visited too few states"
-
-
-@pytest.mark.parametrize("guard", LIMIT_GUARDS)
-def test_limits_fail_without_any_of_their_guards(guard: str) -> None:
-    assert search(LimitWorld(**WORLDS[NEEDS[guard]], without=guard))[1], LIMIT_GUARDS[guard]

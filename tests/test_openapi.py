@@ -175,7 +175,7 @@ def test_operation_ids_are_a_verb_and_a_noun(document: Any) -> None:
     assert [
         id
         for id in ids
-        if not re.fullmatch("(get|list|remove|submit|cancel|retry|pause|resume|run|set)[A-Z][a-z]+", id)
+        if not re.fullmatch("(get|list|put|remove|submit|cancel|retry|pause|resume|run|set)[A-Z][a-z]+", id)
     ] == []
     assert len(set(ids)) == len(ids)
 
