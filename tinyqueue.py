@@ -249,7 +249,17 @@ from tinyqueue_redis import (
     shield,
     text_of,
 )
-from tinyqueue_schedule import Change, Schedule as Schedule, read_schedule, schedule as schedule
+from tinyqueue_schedule import (
+    NOTHING as NO_CHANGE,
+    Change,
+    Merge,
+    Schedule as Schedule,
+    fingerprint,
+    merge,
+    read_generation,
+    read_schedule,
+    schedule as schedule,
+)
 
 __version__ = "0.1.0"
 # Makes worker.py and wsgi.py beside this file importable as tinyqueue.worker and tinyqueue.wsgi,
@@ -1282,6 +1292,47 @@ class Queue(Verbs):
         if changed:
             tx.write("SET", self.keys.schedule(name), encode(made))
         tx.gather("ZADD", self.keys.ticks, "+inf" if made.paused else made.next_at, name)
+
+    def sync_schedules(self, code: str, wanted: Sequence[Schedule]) -> Merge | None:
+        """Bring the schedules that a code declares up to date, unless a newer release of it has.
+
+        Watches the generation, which every sync of that code writes, and the schedules. Returns
+        what has changed; None if this code has never declared a schedule.
+        """
+        key = self.keys.generation(code)
+
+        def body(tx: Transaction) -> Merge | None:
+            stored = tx.read(("GET", key))[0]
+            before = read_generation(stored)
+            after = before.next(fingerprint(wanted), tx.now)
+            if not after:
+                return NO_CHANGE
+            if not wanted and len(after.releases) == 1 and (before.releases or not stored):
+                # If the next release declares some, it must know that this one is older.
+                if not stored:
+                    tx.write("SET", key, encode(after))
+                return None
+            if after != before:
+                tx.write("SET", key, encode(after))
+            return self._merge_schedules(tx, code, wanted)
+
+        return self.store.transact([key], body)
+
+    def _merge_schedules(self, tx: Transaction, code: str, wanted: Sequence[Schedule]) -> Merge:
+        listed = list(map(text_of, tx.read(("ZRANGE", self.keys.ticks, 0, -1))[0]))
+        names = list(dict.fromkeys([*listed, *(made.name for made in wanted)]))
+        keys = list(map(self.keys.schedule, names))
+        records = tx.read(("WATCH", *keys), ("MGET", *keys))[1] if keys else []
+        found = {name: read_schedule(record) for name, record in zip(names, records, strict=True) if record}
+        merged = merge(code, wanted, found, tx.now)
+        for made in merged.changed:
+            self.write_schedule(tx, made.name, made)
+        for name in merged.gone:
+            self.write_schedule(tx, name, None)
+        written = {*listed, *(made.name for made in merged.changed)}
+        for lost in (made for name, made in found.items() if name not in written):
+            self.write_schedule(tx, lost.name, lost, changed=False)
+        return merged
 
     # Dequeue ----------------------------------------------------------------------------------------------------------
 
