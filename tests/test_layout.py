@@ -15,18 +15,22 @@ IMPORTS = {  # each module, and those of ours that it may import
     "tinyqueue_embedded": set(),
     "tinyqueue_redis": {"tinyqueue_embedded"},
     "tinyqueue_json": set(),
+    "tinyqueue_calendar": set(),
     "tinyqueue_job": {"tinyqueue_json", "tinyqueue_redis"},
+    "tinyqueue_schedule": {"tinyqueue_calendar", "tinyqueue_job", "tinyqueue_json", "tinyqueue_redis"},
     "tinyqueue_dependents": {"tinyqueue_job", "tinyqueue_redis"},
-    "tinyqueue": {"tinyqueue_dependents", "tinyqueue_job", "tinyqueue_json", "tinyqueue_redis"},
+    "tinyqueue": {
+        *("tinyqueue_dependents", "tinyqueue_job", "tinyqueue_json", "tinyqueue_redis", "tinyqueue_schedule"),
+    },
     "tinyqueue_http": {"tinyqueue", "tinyqueue_job", "tinyqueue_json"},
-    "tinyqueue_config": {"tinyqueue", "tinyqueue_embedded", "tinyqueue_http", "tinyqueue_json"},
-    "tinyqueue_doctor": {"tinyqueue", "tinyqueue_dependents", "tinyqueue_redis"},
-    "tinyqueue_backup": {"tinyqueue", "tinyqueue_job", "tinyqueue_json", "tinyqueue_redis"},
+    "tinyqueue_config": {"tinyqueue", "tinyqueue_embedded", "tinyqueue_http", "tinyqueue_json", "tinyqueue_schedule"},
+    "tinyqueue_doctor": {"tinyqueue", "tinyqueue_dependents", "tinyqueue_redis", "tinyqueue_schedule"},
+    "tinyqueue_backup": {"tinyqueue", "tinyqueue_job", "tinyqueue_json", "tinyqueue_redis", "tinyqueue_schedule"},
     "tinyqueue_cli": {
         *("tinyqueue", "tinyqueue_backup", "tinyqueue_config", "tinyqueue_doctor", "tinyqueue_embedded"),
-        *("tinyqueue_json", "tinyqueue_why"),
+        *("tinyqueue_json", "tinyqueue_schedule", "tinyqueue_why"),
     },
-    "tinyqueue_metrics": {"tinyqueue"},
+    "tinyqueue_metrics": {"tinyqueue", "tinyqueue_schedule"},
     "tinyqueue_why": {"tinyqueue"},
     "tinyqueue_openapi": {"tinyqueue"},
     "tinyqueue_problems": {"tinyqueue"},
@@ -36,11 +40,15 @@ IMPORTS = {  # each module, and those of ours that it may import
     "handlers": {"tinyqueue"},
     # The two programs start each other, from within a function: `tinyqueue web`, and the workers of an embedded Redis.
     "tinyqueue_slot": {"tinyqueue", "tinyqueue_config", "tinyqueue_json", "tinyqueue_redis"},
-    "worker": {"tinyqueue", "tinyqueue_cli", "tinyqueue_config", "tinyqueue_doctor", "tinyqueue_slot", "wsgi"},
+    "worker": {
+        *("tinyqueue", "tinyqueue_cli", "tinyqueue_config", "tinyqueue_doctor", "tinyqueue_schedule"),
+        *("tinyqueue_slot", "wsgi"),
+    },
     "wsgi": {
         *("tinyqueue", "tinyqueue_access", "tinyqueue_config", "tinyqueue_doctor", "tinyqueue_json"),
-        *("tinyqueue_metrics", "tinyqueue_openapi", "tinyqueue_problems", "tinyqueue_server", "tinyqueue_work"),
-        *("tinyqueue_why", "worker"),
+        *("tinyqueue_metrics", "tinyqueue_openapi", "tinyqueue_problems", "tinyqueue_schedule", "tinyqueue_server"),
+        *("tinyqueue_why", "tinyqueue_work"),
+        *("worker",),
     },
 }
 SCREEN = 50  # lines
