@@ -486,7 +486,7 @@ def merge(code: str, wanted: Iterable[Schedule], found: Mapping[str, Schedule], 
 
 
 def sync(queue: Any, code: str, wanted: Sequence[Schedule]) -> list[Merge]:
-    """Call `Queue.sync_schedules` in every shard. Return what has changed in those that have some."""
+    """Call `Queue.sync_schedules` in every shard. Return what has changed where it is used."""
     parts = ((part, [made for made in wanted if queue.part_for(made.name) is part]) for part in queue.parts)
     return [merged for part, made in parts if (merged := part.sync_schedules(code, made))]
 
