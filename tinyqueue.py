@@ -186,11 +186,11 @@ from typing import Any, Literal, TypeAlias, TypeVar
 import msgspec
 import redis
 
-from tinyqueue_dependents import OTHER_SHARD, SWEEP_AFTER, SWEEP_MARK, Dependents, Rules, outer_parents
 from tinyqueue_job import (
     BUILT_IN as BUILT_IN,
     CURSOR as CURSOR,
     ENDED as ENDED,
+    FATES,
     HANDLERS as HANDLERS,
     ID as ID,
     KEY_LENGTH as KEY_LENGTH,
@@ -200,6 +200,7 @@ from tinyqueue_job import (
     MAX_ATTEMPTS as MAX_ATTEMPTS,
     MAX_DELAY as MAX_DELAY,
     NAME as NAME,
+    OTHER_SHARD,
     PRINTABLE as PRINTABLE,
     STATUSES as STATUSES,
     UNENDED as UNENDED,
@@ -243,14 +244,19 @@ from tinyqueue_job import (
     listed_job,
     make_job as make_job,
     note_record,
+    outer_parents,
     place_of,
     read_job,
     read_made,
     read_override as read_override,
+    read_parents,
     record_of,
     rule_of,
+    set_parents,
+    status_in,
     stopped,
     stored_job as stored_job,
+    tokens_by_job,
     translated,
 )
 from tinyqueue_json import created_at, encode
@@ -318,6 +324,10 @@ LOOK_GAP = 20  # milliseconds between two looks, at least
 AHEAD = 100  # held jobs, or jobs at the head of a queue, that one look reads
 SHOWN = 1000  # limits of one report
 LOOK_MARK = "limit:"  # with a limit, what stands among the delayed ids until the next look at that limit
+SWEEP_MARK = "advance:"  # stands among the delayed ids, to have promote look for tokens that are left
+SWEEP_AFTER = 1000  # milliseconds
+TOKENS = 1000  # of advance that are read at a time
+ADVANCED = 100  # waiting jobs that one transaction of advance changes
 SERIES = 1000  # pairs of type and queue in the metrics: each adds some thirty lines to a scrape
 BUCKETS = (10, 50, 250, 1000, 5000, 15_000, 60_000, 300_000, 1_800_000, math.inf)  # ms
 
@@ -1127,8 +1137,6 @@ class Queue(Verbs):
         self.max_pending = max_pending
         self.min_replicas = min_replicas
         self._paused: tuple[float, frozenset[str]] = (-1e9, frozenset())  # when read, and the names
-        rules = Rules(self._revive, self._requeue, self._fail_pending, self._holder, self.keep_ms)
-        self.dependents = Dependents(self.keys, self.store, rules)
         self.store.advance = self.advance
         self.limits = Limits(self.keys, self.store, lambda: self._paused[1])
         self._known: set[str] = set()  # the names of queues that exist
@@ -1235,7 +1243,7 @@ class Queue(Verbs):
         accepted = self._without_duplicates(tx, jobs) if any(job.unique_key for job in jobs) else list(jobs)
         new = list({job.id: job for job in accepted if job.id in ids}.values())
         if after:
-            self.dependents.link(tx, new, after, {job.id: has.id for job, has in zip(jobs, accepted, strict=True)})
+            self._link(tx, new, after, {job.id: has.id for job, has in zip(jobs, accepted, strict=True)})
         if new:
             self._check_room(tx, Counter(job.queue for job in new), elsewhere)
             # NX, because an EXEC that arrives late must not reset a job that ran meanwhile.
@@ -1850,7 +1858,7 @@ class Queue(Verbs):
         if job.followed:
             tx.write("PERSIST", self.keys.next(job.id))
             tx.push_token(job.id, job.status)
-        self.dependents.look_again(tx, job, seen)
+        self._look_again(tx, job, seen)
 
     def _holder(self, tx: Transaction, job: Job) -> Job:
         """Take the uniqueKey of an ended job again. Return the job that has it now."""
@@ -1873,6 +1881,133 @@ class Queue(Verbs):
             return job
 
         return self.store.transact([self.keys.job(id)], change)
+
+    # Jobs that wait for others ----------------------------------------------------------------------------------------
+
+    def _link(
+        self,
+        tx: Transaction,
+        new: Sequence[Job],
+        after: Mapping[str, Sequence[str]],
+        kept: Mapping[str, str],
+    ) -> None:
+        """Let new jobs wait for their parents, and mark these. `kept`: ids in place of drafts.
+
+        Watches the parents. Raises InvalidJob if one does not exist, or if jobs of the batch wait
+        for each other.
+        """
+        ids = set_parents(new, after, kept)
+        keys = list(map(self.keys.job, ids))
+        stored = read_parents(ids, tx.read(("WATCH", *keys), ("MGET", *keys))[1] if ids else [])
+        parents = {**stored, **{job.id: job for job in new}}
+        for job in new:
+            job.waiting_for = tuple(id for id in job.after if not job.may_follow(parents[id].status))
+            for id in job.waiting_for:
+                tx.gather("SADD", self.keys.next(id), job.id)
+                if parents[id].status in ENDED:
+                    tx.push_token(id, parents[id].status)
+        waited = {id for job in new for id in job.waiting_for}
+        for job in new:
+            job.followed = job.id in waited
+        for parent in stored.values():  # after a lost reply all, so that a late EXEC fails
+            if tx.again or (parent.id in waited and not parent.followed):
+                self._mark(tx, parent)
+
+    def _mark(self, tx: Transaction, parent: Job) -> None:
+        parent.followed = True
+        self._rewrite(tx, parent)
+
+    def _rewrite(self, tx: Transaction, job: Job) -> None:
+        """Write a changed record. That of an ended job keeps its time to live."""
+        ended = job.status in ENDED
+        left = job.ended_at + self.keep_ms[job.status] - tx.now if ended else 0
+        if not job.unreadable:
+            tx.write("SET", self.keys.job(job.id), record_of(job), *(("PX", max(1, left)) if ended else ()))
+
+    def _look_again(self, tx: Transaction, job: Job, seen: str = "", completed: Collection[str] = ()) -> None:
+        """Have `advance` look at the parents that a job waits for. They may have ended."""
+        for parent in job.waiting_for:
+            if parent != seen:
+                tx.gather("SADD", self.keys.next(parent), job.id)
+                tx.write("PERSIST", self.keys.next(parent))
+                tx.push_token(parent, "completed" if parent in completed else "")
+
+    def advance(self) -> int:
+        """Apply ends and revivals to the jobs that wait for them. Return how many tokens it took.
+
+        Whoever pushed a token calls this at once. promote calls it for tokens that are left after a
+        second: whoever pushed them may have crashed. The lock only saves duplicate work. It is free
+        again before the last look, so a token that was pushed while it was taken is seen.
+        """
+        taken = 0
+        while tokens := self.store.read(("LRANGE", self.keys.advance, 0, TOKENS - 1))[0]:
+            if not self.store.read(("SET", self.keys.advancer, "1", "NX", "PX", 1000))[0]:
+                break
+            for parent, own in tokens_by_job(tokens).items():
+                self._advance_next(parent, own)
+            self.store.read(("DEL", self.keys.advancer))
+            taken += len(tokens)
+        return taken
+
+    def _sweep(self) -> None:
+        """Take the tokens that are left. Remove the mark once there are none."""
+        self.advance()
+        self.store.transact([self.keys.advance], self._remove_mark)
+
+    def _remove_mark(self, tx: Transaction) -> None:
+        if not tx.read(("LLEN", self.keys.advance))[0]:
+            tx.write("ZREM", self.keys.delayed, SWEEP_MARK)
+
+    def _advance_next(self, id: str, tokens: Sequence[bytes]) -> None:
+        """Apply the status of one parent to its dependents, some in each transaction."""
+        ids: list[str] = []
+        with suppress(Corrupted):  # a key of the wrong type has no members
+            ids = ids_in(sorted(self.store.read(("SMEMBERS", self.keys.next(id)))[0]))
+        for at in range(0, max(len(ids), 1), ADVANCED):
+            some = ids[at : at + ADVANCED]
+            last = at + ADVANCED >= len(ids)
+            body = partial(self._advance_some, id=id, tokens=tokens, some=some, last=last)
+            self.store.transact([self.keys.job(id)], body)
+
+    def _advance_some(self, tx: Transaction, id: str, tokens: Sequence[bytes], some: Sequence[str], last: bool) -> None:
+        """Apply the status of a parent to some dependents. Watches its record and theirs.
+
+        The last transaction removes the tokens, and no others: somebody may have pushed more.
+        """
+        keys = [self.keys.job(id), *map(self.keys.job, some)]
+        record, *records = tx.read(("WATCH", *keys), ("MGET", *keys))[1]
+        parent = read_job(id, record) if record is not None else None
+        status = parent.status if parent else status_in(tokens)
+        for job in (read_job(job, record) for job, record in zip(some, records, strict=True) if record is not None):
+            if id in job.waiting_for and status:
+                self._follow(tx, job, id, status)
+        if status == "completed" and some:
+            tx.write("SREM", self.keys.next(id), *some)
+        elif status in ENDED and last:
+            tx.write("EXPIRE", self.keys.next(id), self.keep_ms[status] // 1000 + 1)
+        elif parent and some and not parent.followed:
+            self._mark(tx, parent)
+        for token in tokens if last else ():
+            tx.write("LREM", self.keys.advance, 1, token)
+        tx.advances = False  # `advance` looks again
+
+    def _follow(self, tx: Transaction, job: Job, parent: str, status: str) -> None:
+        """Apply the status of a parent to a job that waits for it."""
+        released = job.may_follow(status)
+        if released:
+            job.waiting_for = tuple(id for id in job.waiting_for if id != parent)
+        if job.failed_because_of(parent) and (released or status in UNENDED) and self._holder(tx, job) is job:
+            self._revive(tx, job, seen=parent)
+        elif job.status == "pending" and not job.waiting_for:
+            tx.write("ZREM", self.keys.delayed, job.id)
+            tx.count("pending:" + job.queue, -1)  # counted again at once
+            job.updated_at = max(tx.now, job.updated_at)
+            self._requeue(tx, job, job.run_at)
+        elif released:
+            self._rewrite(tx, job)
+        elif job.status == "pending" and status in ENDED:
+            tx.write("ZREM", self.keys.delayed, job.id)
+            self._fail_pending(tx, job, "DependencyFailed", f"job {parent}, which this job waits for, {FATES[status]}")
 
     # Pause and resume -------------------------------------------------------------------------------------------------
 
@@ -1960,7 +2095,7 @@ class Queue(Verbs):
         promoted = self.store.transact((), body)
         if SWEEP_MARK in looks:
             looks.remove(SWEEP_MARK)
-            self.dependents.sweep()
+            self._sweep()
         if looks:
             self.limits.reconcile(looks, self.now())
         return promoted
@@ -1973,14 +2108,6 @@ class Queue(Verbs):
         if watch:
             _warn_of_gone([id for id, record in zip(ids, records, strict=True) if record is None])
         return (read_job(id, record) for id, record in zip(ids, records, strict=True) if record is not None)
-
-    def advance(self) -> int:
-        """Apply ends and revivals to the jobs that wait for them. Return how many tokens it took.
-
-        Whoever pushed a token calls this at once. promote calls it for tokens that are left after a
-        second: whoever pushed them may have crashed.
-        """
-        return self.dependents.advance()
 
     def _known_workers(self) -> list[str]:
         """Return every worker that may hold a job. Skip what cannot be the name of a worker."""
@@ -2080,7 +2207,7 @@ class Queue(Verbs):
                     tx.write("SADD", self.keys.running(job.limit), id)
             elif restored:
                 self._set_aside(tx, job)
-            self.dependents.look_again(tx, job, completed=completed)
+            self._look_again(tx, job, completed=completed)
 
         self._change(id, body)
         return restored

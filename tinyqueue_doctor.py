@@ -28,6 +28,7 @@ from tinyqueue import (
     LOOK_MARK,
     MEMORY_SHARE,
     NAME,
+    SWEEP_MARK,
     UNENDED,
     AnyQueue,
     Queue,
@@ -36,7 +37,6 @@ from tinyqueue import (
     host_name,
     ids_in,
 )
-from tinyqueue_dependents import SWEEP_MARK
 from tinyqueue_redis import ask_each, memory_use, pairs, parse_info, scan, text_of
 from tinyqueue_schedule import list_schedules
 

@@ -12,10 +12,11 @@ import random
 import re
 import time
 import typing
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
 from functools import partial
+from graphlib import CycleError, TopologicalSorter
 from typing import Any, Concatenate, Generic, Literal, NamedTuple, ParamSpec, Protocol, TypeVar, cast
 
 import msgspec
@@ -1048,3 +1049,63 @@ def _expiry(seconds: float | None, now: int, starts_at: int) -> int:
 # Users import these classes from tinyqueue, so tracebacks and pickles must name that module.
 for _defined in [value for value in globals().values() if isinstance(value, type) and value.__module__ == __name__]:
     _defined.__module__ = "tinyqueue"
+
+
+# Parents and tokens ---------------------------------------------------------------------------------------------------
+
+MAX_LINKS = 10_000  # parents of all jobs of a batch
+FATES = {"failed": "has failed", "cancelled": "was cancelled"}
+OTHER_SHARD = "must be jobs of one shard, that of the uniqueKey if it is given, because TINYQUEUE_SHARDS is above 1"
+
+
+def outer_parents(after: Mapping[str, Iterable[str]], own: Collection[str]) -> list[str]:
+    """Return the parents that are not in the batch itself. Raises InvalidJob for too many."""
+    links = [id for ids in after.values() for id in ids]
+    if len(links) > MAX_LINKS:
+        raise InvalidJob("after", f"must be at most {MAX_LINKS} ids in all jobs of a batch")
+    return [id for id in dict.fromkeys(links) if id not in own]
+
+
+def set_parents(new: Sequence[Job], after: Mapping[str, Sequence[str]], kept: Mapping[str, str]) -> list[str]:
+    """Set `after` of the new jobs of a batch. Return the parents that are not among them.
+
+    `kept` has the ids of the jobs that are kept in place of drafts. Raises InvalidJob if jobs wait
+    for each other in a circle.
+    """
+    for job in new:
+        job.after = tuple(dict.fromkeys(kept.get(id, id) for id in after.get(job.id, ())))
+    places = {job.id: str(place) for place, job in enumerate(new)}
+    try:
+        TopologicalSorter({job.id: [id for id in job.after if id in places] for job in new}).prepare()
+    except CycleError as error:
+        circle = ", ".join(places[id] for id in error.args[1])
+        raise InvalidJob("after", f"these jobs of the batch wait for each other in a circle: {circle}") from None
+    return outer_parents({job.id: job.after for job in new}, places)
+
+
+def read_parents(ids: Sequence[str], records: Sequence[bytes | None]) -> dict[str, Job]:
+    """Read the parents of new jobs. Raises InvalidJob if one does not exist."""
+    found = {id: read_job(id, record) for id, record in zip(ids, records, strict=True) if record is not None}
+    if missing := [id for id in ids if id not in found]:
+        raise InvalidJob("after", f"job {missing[0]} does not exist: its id is wrong, or it was purged or expired")
+    return found
+
+
+def tokens_by_job(tokens: Iterable[bytes]) -> dict[str, list[bytes]]:
+    """Group the tokens of advance by the job that ended or was revived."""
+    groups: dict[str, list[bytes]] = {}
+    for token in tokens:
+        groups.setdefault(text_of(token).partition(":")[0], []).append(token)
+    return groups
+
+
+def status_in(tokens: Iterable[bytes]) -> str:
+    """Return the status of a job that is gone from the tokens of its ends and revivals.
+
+    A token without a status was pushed because of a `waitingFor`, which a job leaves when it
+    completes, so the job has failed. Returns "" if it was only revived: the token of its later end
+    follows.
+    """
+    found = {text_of(token).partition(":")[2].partition(":")[0] for token in tokens}
+    known = next((status for status in ("completed", "cancelled", "failed") if status in found), "failed")
+    return "" if found == {"pending"} else known

@@ -16,9 +16,8 @@ from cutproxy import CutProxy
 from test_backup import Steps
 
 import tinyqueue
-from tinyqueue import Failure, InvalidJob, Job, Once, Outcome, Queue, Shards, handler
+from tinyqueue import SWEEP_AFTER, Failure, InvalidJob, Job, Once, Outcome, Queue, Shards, handler
 from tinyqueue_backup import back_up, restore
-from tinyqueue_dependents import SWEEP_AFTER
 from tinyqueue_doctor import find_forgotten, repair
 
 pytestmark = pytest.mark.usefixtures("no_handlers")

@@ -18,13 +18,12 @@ IMPORTS = {  # each module, and those of ours that it may import
     "tinyqueue_calendar": set(),
     "tinyqueue_job": {"tinyqueue_json", "tinyqueue_redis"},
     "tinyqueue_schedule": {"tinyqueue_calendar", "tinyqueue_job", "tinyqueue_json", "tinyqueue_redis"},
-    "tinyqueue_dependents": {"tinyqueue_job", "tinyqueue_redis"},
     "tinyqueue": {
-        *("tinyqueue_dependents", "tinyqueue_job", "tinyqueue_json", "tinyqueue_redis", "tinyqueue_schedule"),
+        *("tinyqueue_job", "tinyqueue_json", "tinyqueue_redis", "tinyqueue_schedule"),
     },
     "tinyqueue_http": {"tinyqueue", "tinyqueue_job", "tinyqueue_json"},
     "tinyqueue_config": {"tinyqueue", "tinyqueue_embedded", "tinyqueue_http", "tinyqueue_json", "tinyqueue_schedule"},
-    "tinyqueue_doctor": {"tinyqueue", "tinyqueue_dependents", "tinyqueue_redis", "tinyqueue_schedule"},
+    "tinyqueue_doctor": {"tinyqueue", "tinyqueue_redis", "tinyqueue_schedule"},
     "tinyqueue_backup": {"tinyqueue", "tinyqueue_job", "tinyqueue_json", "tinyqueue_redis", "tinyqueue_schedule"},
     "tinyqueue_cli": {
         *("tinyqueue", "tinyqueue_backup", "tinyqueue_config", "tinyqueue_doctor", "tinyqueue_embedded"),

@@ -20,8 +20,7 @@ from hypothesis.stateful import (
 
 import tinyqueue
 import tinyqueue_schedule
-from tinyqueue import Failure, Job, KeyReused, Once, Outcome, Queue, Reaped, WrongStatus
-from tinyqueue_dependents import SWEEP_MARK
+from tinyqueue import SWEEP_MARK, Failure, Job, KeyReused, Once, Outcome, Queue, Reaped, WrongStatus
 from tinyqueue_schedule import Schedule, Ticker, list_schedules, make_schedule
 
 # No second run: hypothesis might not find the same steps again.
