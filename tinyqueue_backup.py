@@ -51,7 +51,6 @@ from tinyqueue import (
     PAUSE_AGE,
     SCANNED,
     UNENDED,
-    AnyQueue,
     Corrupted,
     Job,
     Made,
@@ -66,6 +65,7 @@ from tinyqueue_job import ids_in, read_made, record_of
 from tinyqueue_json import created_at
 from tinyqueue_redis import parse_info, scan
 from tinyqueue_schedule import Schedule, list_schedules, read_schedule
+from tinyqueue_shards import AnyQueue
 
 FORMAT = "tinyqueue-backup"
 VERSION = 1

@@ -34,7 +34,6 @@ from tinyqueue import (
     KEPT,
     SCANNED,
     STATUSES,
-    AnyQueue,
     Filter,
     InvalidJob,
     Job,
@@ -56,6 +55,7 @@ from tinyqueue_config import Settings, error_line, load_handlers, open_queue, pl
 from tinyqueue_doctor import Finding, examine, local_workers, repair
 from tinyqueue_embedded import StartError, folder_of, local_redis
 from tinyqueue_json import from_json, to_json
+from tinyqueue_shards import AnyQueue
 from tinyqueue_why import answer
 
 # The group ------------------------------------------------------------------------------------------------------------

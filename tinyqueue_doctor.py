@@ -30,7 +30,6 @@ from tinyqueue import (
     NAME,
     SWEEP_MARK,
     UNENDED,
-    AnyQueue,
     Queue,
     TinyQueueError,
     Transaction,
@@ -39,6 +38,7 @@ from tinyqueue import (
 )
 from tinyqueue_redis import ask_each, memory_use, pairs, parse_info, scan, text_of
 from tinyqueue_schedule import list_schedules
+from tinyqueue_shards import AnyQueue
 
 OLDEST = (6, 0, 6)  # version of Redis: the first with LPOS
 SLOW = 10.0  # milliseconds to Redis and back; above this a worker spends its time waiting

@@ -6,8 +6,9 @@ from collections.abc import Iterator, Mapping
 from itertools import accumulate, product
 from typing import Any
 
-from tinyqueue import BUCKETS, ENDED, HANDLERS, SERIES, UNENDED, AnyQueue
+from tinyqueue import BUCKETS, ENDED, HANDLERS, SERIES, UNENDED
 from tinyqueue_schedule import list_schedules
+from tinyqueue_shards import AnyQueue
 
 # Name after tinyqueue_, kind, labels, help text. The names and labels are a part of the contract:
 # deploy/ and users' own dashboards read them.

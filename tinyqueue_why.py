@@ -10,7 +10,8 @@ from collections.abc import Iterator
 from datetime import UTC, datetime
 from typing import Any
 
-from tinyqueue import AnyQueue, Job, Queue, is_suspect
+from tinyqueue import Job, Queue, is_suspect
+from tinyqueue_shards import AnyQueue
 
 NAMED = 20  # parents that are named
 COUNTED = 10_000  # jobs before a job that are counted, from the head of its queue

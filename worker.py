@@ -61,7 +61,6 @@ from tinyqueue import (
     HANDLERS,
     MAX_JOBS,
     PROMOTED,
-    AnyQueue,
     Corrupted,
     Job,
     Outcome,
@@ -89,6 +88,7 @@ from tinyqueue_config import (
 )
 from tinyqueue_doctor import find_broken, find_forgotten, repair, warnings
 from tinyqueue_schedule import Scheduler
+from tinyqueue_shards import AnyQueue
 from tinyqueue_slot import Slot, fail
 
 log = logging.getLogger("tinyqueue.worker")

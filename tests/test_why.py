@@ -11,7 +11,8 @@ from client import Client
 from conftest import Server, dump, lapse, put, raw, until
 from test_processes import folder, run  # noqa: F401  fixtures
 
-from tinyqueue import Failure, Job, Queue, Shards, handler
+from tinyqueue import Failure, Job, Queue, handler
+from tinyqueue_shards import Shards
 from tinyqueue_why import COUNTED, explain
 
 BOOM = Failure("Boom", "it broke")
