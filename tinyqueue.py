@@ -757,8 +757,6 @@ class Limits:
                 self._move(tx, limit, awake)
         if few:
             tx.read(("WATCH", *map(self.keys.held, few)))
-        if few:
-            tx.read(("WATCH", *map(self.keys.held, few)))
         for limit, entries in self._read_held(tx, few):
             self._move(tx, limit, self._awake(entries)[: tx.wakes[limit]])
 
@@ -794,6 +792,29 @@ class Limits:
             full = len(running) >= rule_of(limit, overrides[2 * at : 2 * at + 2]).max_running
             if not full or not self._all_run(limit, running):
                 self.store.transact([self.keys.held(limit)], partial(self.look, limit=limit))
+
+    def review(self) -> None:
+        """Look at the limits of this process's types: its code may allow more than the code before.
+
+        Of many, it looks at the first only. The others become due, which promote notices.
+        """
+        own = [limit for limit in self._holding() if limit.partition("/")[0] in HANDLERS]
+        if later := own[AHEAD:]:
+            self.store.read(*(("ZADD", self.keys.delayed, "XX", 0, LOOK_MARK + limit) for limit in later))
+        for limit in own[:AHEAD]:
+            self.store.transact([self.keys.held(limit)], partial(self.look, limit=limit))
+
+    def startable(self, due: Iterable[bytes]) -> list[str]:
+        """Return up to AHEAD held jobs with room of each limit that is due, as entries."""
+        marks = [text_of(entry) for entry in due if entry.startswith(LOOK_MARK.encode())]
+        limits = [mark.removeprefix(LOOK_MARK) for mark in marks]
+        # The watch is of no use here. With it, transact removes those of read_rooms too.
+        watch = [self.keys.holding]
+        rooms = self.store.transact(watch, lambda tx: self.read_rooms(tx, limits), counts=False) if limits else {}
+        return [entry for room in rooms.values() for entry in _first(room.held, room.left)]
+
+    def _holding(self) -> list[str]:
+        return sorted(map(text_of, self.store.read(("SMEMBERS", self.keys.holding))[0]))
 
     def _all_run(self, limit: str, running: Collection[bytes]) -> bool:
         ids = list(map(text_of, running))
@@ -846,8 +867,7 @@ class Limits:
 
     def set(self, limit: str, override: Override) -> None:
         """Store an override, or delete it if it is empty, and have somebody look at once."""
-        holding = map(text_of, self.store.read(("SMEMBERS", self.keys.holding))[0])
-        under = [name for name in holding if limit in (name, name.partition("/")[0])]
+        under = [name for name in self._holding() if limit in (name, name.partition("/")[0])]
         write: Command = ("HSET", self.keys.overrides, limit, encode(override))
         if override == Override():
             write = ("HDEL", self.keys.overrides, limit)
@@ -1213,8 +1233,13 @@ class Queue(Verbs):
     # Dequeue ----------------------------------------------------------------------------------------------------------
 
     def register(self, queues: Sequence[str], concurrency: int, worker: str = "") -> str:
-        """Register a new worker and return its id. It must renew its lease with heartbeats."""
+        """Register a new worker and return its id. It must renew its lease with heartbeats.
+
+        Also looks at the limits of its types, whose numbers may have changed with its code.
+        """
         worker = worker or _new_worker_id()
+        self._not_paused([])
+        self.limits.review()
         about = {"host": host_name(), "pid": os.getpid(), "queues": list(queues), "concurrency": concurrency}
         about["startedAt"] = self.now()
 
@@ -2228,9 +2253,10 @@ class Queue(Verbs):
         """Count the jobs that need workers now, of these queues or of all.
 
         `ready` jobs are due, and their queue is not paused. `load` adds the jobs in `processing`.
-        Due jobs that no worker has promoted yet are ready too. If these are more than SAMPLED, only
-        the first are read. The others are expected to have the same queues, and at least one job is
-        counted for every queue that may have one. So a first worker starts, which promotes them.
+        Due jobs that no worker has promoted yet are ready too, and so are held jobs with room. If
+        these are more than SAMPLED, only the first are read. The others are expected to have the
+        same queues, and at least one job is counted for every queue that may have one. So a first
+        worker starts, which promotes them.
         """
         now = self.now()
         due = self.keys.delayed, "-inf", now
@@ -2245,14 +2271,18 @@ class Queue(Verbs):
         found = self.store.read(*(("LLEN", key) for key in lists), *(("LINDEX", key, -1) for key in lists))
         sizes = found[: len(lists)]
         heads = filter(None, found[len(lists) :])
+        roomy = self.limits.startable(first)
+        held = Counter(entry.partition(":")[0] for entry in roomy)
         promotable = self._pending_among(first)
         share = Counter(job.queue for job in promotable)
         ready = 0
         for name, size in zip(waiting, sizes, strict=True):
             unpromoted = max(math.ceil(share[name] * late / max(len(first), 1)), int(late > len(first)))
-            ready += min(counts["pending:" + name], size + unpromoted)
-        ready = min(ready, sum(sizes) + late)
-        ages = [job.waited(now) for job in (*promotable, *self._pending_among(heads)) if job.queue in waiting]
+            ready += min(counts["pending:" + name], size + unpromoted + held[name])
+        ready = min(ready, sum(sizes) + late + len(roomy))
+        oldest = [_id_in(entry).encode() for entry in roomy]
+        jobs = [*promotable, *self._pending_among([*heads, *oldest])]
+        ages = [job.waited(now) for job in jobs if job.queue in waiting]
         processing = sum(counts.get("processing:" + name, 0) for name in names)
         return {
             "ready": ready,
