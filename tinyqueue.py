@@ -47,6 +47,10 @@ round trips however many jobs it moves. No Lua.
     retry     failed, cancelled -> pending    record, unique   uniqueKey free            record, its index, list
     load      nothing -> pending, failed*     records, unique  unused; queue paused      records, list/delayed,
                                               and paused                                 indexes, uniqueKeys
+    tick      nothing -> pending           schedule,        its time has come         as enqueue; schedule, ticks
+                                           unique
+    sync      (schedules of the code)      generation,      code not replaced         schedules, ticks, generation
+                                           schedules
     deliver   nothing -> pending              -                callbackUrl               record, list
 
     * cancelled, if that was requested. Due: runAt has come, and the job has not expired. Expired:
@@ -63,7 +67,8 @@ round trips however many jobs it moves. No Lua.
     exchange is settle and dequeue in three round trips. A busy worker uses it instead of these two,
     except with shards. load stores the jobs of a backup; the ended ones count in no metric. Every
     verb that fills a list rings its bell, and every verb keeps the counts and the metrics. Whatever
-    ends a job frees its uniqueKey and leaves a token for those who wait for it.
+    ends a job frees its uniqueKey and leaves a token for those who wait for it. A tick that fails
+    stays due. tinyqueue_schedule.py decides what tick and sync make of a schedule.
 
     Limits. A handler declares how many jobs of its type, or of each value of a field, run at a time
     (max_running) and how many start in a period (rate). The limit of a job is `type` or
@@ -99,6 +104,9 @@ Keys. All share one hash tag, the namespace, and so one slot of a cluster.
                                       job ids. Expires. Without ids: another shard has them
     {queue}:unique:<key>      string  id of the pending or processing job with this uniqueKey
     {queue}:paused            set     names of the paused queues
+    {queue}:schedule:<name>   string  a schedule as JSON: when to enqueue what, and its last tick
+    {queue}:ticks             zset    name of a schedule -> its next tick, +inf while it is paused
+    {queue}:generation:<code> string  the releases of the code that synced schedules, newest first
     {queue}:running:<limit>   set     ids of the processing jobs that count against the limit
     {queue}:held:<limit>      zset    <queue>:<id> of pending jobs that wait for room -> createdAt
     {queue}:holding           set     limits that may have held jobs
@@ -241,6 +249,7 @@ from tinyqueue_redis import (
     shield,
     text_of,
 )
+from tinyqueue_schedule import Change, Schedule as Schedule, read_schedule, schedule as schedule
 
 __version__ = "0.1.0"
 # Makes worker.py and wsgi.py beside this file importable as tinyqueue.worker and tinyqueue.wsgi,
@@ -298,6 +307,7 @@ class Keys:
         self.counts = prefix + "counts"
         self.metrics = prefix + "metrics"
         self.series = prefix + "series"
+        self.ticks = prefix + "ticks"
         self.promoter = prefix + "promoter"
         self.repairer = prefix + "repairer"
         self.mark = prefix + "mark"
@@ -317,6 +327,8 @@ class Keys:
         self.lease = each("lease")
         self.proc = each("proc")
         self.once_hash = each("once")
+        self.schedule = each("schedule")
+        self.generation = each("generation")
         self.running = each("running")
         self.held = each("held")
         self.pace = each("pace")
@@ -1093,6 +1105,7 @@ class Queue(Verbs):
         self._leases: dict[str, tuple[bytes | None, float]] = {}  # as last seen, and since when
         self._lost: dict[str, bytes | None] = {}  # those that were seen unchanged for too long
         self._writers = threading.BoundedSemaphore(WRITERS)
+        self.shard: int | None = None  # its number, if it is one of several
 
     @classmethod
     def from_url(
@@ -1114,6 +1127,10 @@ class Queue(Verbs):
 
     def part_of(self, id: str) -> Queue:
         """Return the queue that has the job of that id: this one."""
+        return self
+
+    def part_for(self, name: str) -> Queue:
+        """Return the queue that has the schedule of that name: this one."""
         return self
 
     @property
@@ -1144,8 +1161,7 @@ class Queue(Verbs):
         """
         if len(jobs) > MAX_JOBS:
             raise InvalidJob("jobs", f"must be at most {MAX_JOBS} at a time")
-        if self.store.connections.memory_use > MEMORY_SHARE:
-            raise Unavailable("full", f"more than {MEMORY_SHARE:.0%} of its maxmemory is used")
+        self._check_memory()
         ids = {job.id for job in jobs}
         unique = [self.keys.unique(key) for key in dict.fromkeys(job.unique_key for job in jobs if job.unique_key)]
         accepted = list(jobs)
@@ -1157,21 +1173,31 @@ class Queue(Verbs):
                 return self._replay(tx, jobs, once, stored)
             if not jobs or (not once and tx.again and tx.read(("EXISTS", *map(self.keys.job, ids)))[0]):
                 return accepted
-            accepted = self._without_duplicates(tx, jobs) if unique else list(jobs)
-            new = list({job.id: job for job in accepted if job.id in ids}.values())
-            if new:
-                self._check_room(tx, Counter(job.queue for job in new), elsewhere or {})
-                # NX, because an EXEC that arrives late must not reset a job that ran meanwhile.
-                tx.write("MSETNX", *(part for job in new for part in (self.keys.job(job.id), record_of(job))))
-            for job in new:
-                self._add_to_queue(tx, job)
-                tx.measure("enqueued", job)
+            accepted = self._store_new(tx, jobs, elsewhere or {})
             if once:
                 made = encode(Made(once.fingerprint, [job.id for job in accepted]))
                 tx.write("SET", self.keys.once(once.key), made, "PX", self.keep_once_ms)
             return accepted
 
         return self.store.transact([*([self.keys.once(once.key)] if once else []), *unique], body)
+
+    def _check_memory(self) -> None:
+        if self.store.connections.memory_use > MEMORY_SHARE:
+            raise Unavailable("full", f"more than {MEMORY_SHARE:.0%} of its maxmemory is used")
+
+    def _store_new(self, tx: Transaction, jobs: Sequence[Job], elsewhere: Mapping[str, int]) -> list[Job]:
+        """Store jobs under new ids. In place of some, return those that have their uniqueKeys."""
+        ids = {job.id for job in jobs}
+        accepted = self._without_duplicates(tx, jobs) if any(job.unique_key for job in jobs) else list(jobs)
+        new = list({job.id: job for job in accepted if job.id in ids}.values())
+        if new:
+            self._check_room(tx, Counter(job.queue for job in new), elsewhere)
+            # NX, because an EXEC that arrives late must not reset a job that ran meanwhile.
+            tx.write("MSETNX", *(part for job in new for part in (self.keys.job(job.id), record_of(job))))
+        for job in new:
+            self._add_to_queue(tx, job)
+            tx.measure("enqueued", job)
+        return accepted
 
     def _replay(self, tx: Transaction, jobs: Sequence[Job], once: Once, stored: bytes) -> list[Job]:
         """Return the jobs of the first submit as they are now, or as submitted if deleted since."""
@@ -1229,6 +1255,53 @@ class Queue(Verbs):
         else:
             tx.push(push, job)
         tx.count("pending:" + job.queue)
+
+    # Schedules --------------------------------------------------------------------------------------------------------
+
+    def change_schedule(self, name: str, change: Change) -> Schedule | None:
+        """Write what `change` makes of a schedule, and when it is due. Return it, or what it was.
+
+        `change` gets the schedule, the job of its last run and the time. It returns the schedule,
+        or None to remove it, and the time of the tick whose job to enqueue, or 0. Watches the
+        schedule. After a lost reply, `change` must find in the schedule that its work is done.
+        """
+        key = self.keys.schedule(check_name("name", name))
+        first: Schedule | None = None
+        id = ""
+
+        def body(tx: Transaction) -> Schedule | None:
+            nonlocal first, id
+            stored = tx.read(("GET", key))[0]
+            found = read_schedule(stored) if stored else None
+            first = first or found
+            if found and id and tx.again and found.last_job == id:
+                return found
+            last = tx.read(("GET", self.keys.job(found.last_job)))[0] if found and found.last_job else None
+            made, tick = change(found, read_job(found.last_job, last) if found and last else None, tx.now)
+            if made and tick:
+                job = made.job(tx.now, tick, self.shard, id)
+                id = job.id
+                made = made.ran(tick, job, self._store_scheduled(tx, job))
+            self.write_schedule(tx, name, made, made != found)
+            return made or first
+
+        return self.store.transact([key], body)
+
+    def _store_scheduled(self, tx: Transaction, job: Job) -> Job:
+        self._check_memory()
+        if job.unique_key:
+            tx.read(("WATCH", self.keys.unique(job.unique_key)))
+        return self._store_new(tx, [job], {})[0]
+
+    def write_schedule(self, tx: Transaction, name: str, made: Schedule | None, changed: bool = True) -> None:
+        """Write a schedule, if it has changed, and its entry among the ticks; or remove both."""
+        if made is None:
+            tx.write("DEL", self.keys.schedule(name))
+            tx.gather("ZREM", self.keys.ticks, name)
+            return
+        if changed:
+            tx.write("SET", self.keys.schedule(name), encode(made))
+        tx.gather("ZADD", self.keys.ticks, "+inf" if made.paused else made.next_at, name)
 
     # Dequeue ----------------------------------------------------------------------------------------------------------
 
@@ -2252,7 +2325,8 @@ class Queue(Verbs):
     def scale(self, names: Sequence[str] = ()) -> dict[str, int]:
         """Count the jobs that need workers now, of these queues or of all.
 
-        `ready` jobs are due, and their queue is not paused. `load` adds the jobs in `processing`.
+        `ready` jobs are due, and their queue is not paused. Due ticks count as such jobs, because
+        only workers tick. `load` adds the jobs in `processing`.
         Due jobs that no worker has promoted yet are ready too, and so are held jobs with room. If
         these are more than SAMPLED, only the first are read. The others are expected to have the
         same queues, and at least one job is counted for every queue that may have one. So a first
@@ -2260,9 +2334,9 @@ class Queue(Verbs):
         """
         now = self.now()
         due = self.keys.delayed, "-inf", now
-        reads = ("ZCOUNT", *due), ("ZRANGEBYSCORE", *due, "LIMIT", 0, SAMPLED)
+        reads = ("ZCOUNT", *due), ("ZRANGEBYSCORE", *due, "LIMIT", 0, SAMPLED), ("ZCOUNT", self.keys.ticks, "-inf", now)
         tables = ("HGETALL", self.keys.counts), ("SMEMBERS", self.keys.paused)
-        counted, paused, late, first = self.store.read(*tables, *reads)
+        counted, paused, late, first, ticks = self.store.read(*tables, *reads)
         self._note_paused(paused)
         counts = {field: _read_count(value) for field, value in pairs(counted)}
         names = list(dict.fromkeys(names)) or sorted(_queues_in(pairs(counted)))
@@ -2279,7 +2353,7 @@ class Queue(Verbs):
         for name, size in zip(waiting, sizes, strict=True):
             unpromoted = max(math.ceil(share[name] * late / max(len(first), 1)), int(late > len(first)))
             ready += min(counts["pending:" + name], size + unpromoted + held[name])
-        ready = min(ready, sum(sizes) + late + len(roomy))
+        ready = min(ready, sum(sizes) + late + len(roomy)) + ticks
         oldest = [_id_in(entry).encode() for entry in roomy]
         jobs = [*promotable, *self._pending_among([*heads, *oldest])]
         ages = [job.waited(now) for job in jobs if job.queue in waiting]
@@ -2364,8 +2438,7 @@ class Queue(Verbs):
         """
         if len(jobs) > MAX_JOBS:
             raise InvalidJob("jobs", f"must be at most {MAX_JOBS} at a time")
-        if self.store.connections.memory_use > MEMORY_SHARE:
-            raise Unavailable("full", f"more than {MEMORY_SHARE:.0%} of its maxmemory is used")
+        self._check_memory()
         jobs = list({job.id: job for job in jobs}.values())
         keys = [self.keys.job(job.id) for job in jobs]
         unique = list({self.keys.unique(job.unique_key) for job in jobs if job.unique_key})
@@ -2537,7 +2610,8 @@ class Shards(Verbs):
         # it is not registered now.
         self._registrations: dict[str, tuple[Callable[[Queue], str], set[Queue]]] = {}
         self._open_threads()
-        for shard in shards:
+        for at, shard in enumerate(shards):
+            shard.shard = at
             shard.store.connections.guard(f"shard {shard.keys.prefix[1:-2]}")
 
     def _open_threads(self) -> None:
@@ -2556,6 +2630,10 @@ class Shards(Verbs):
         """Return the shard that an id names. If it names none, any shard will find it unknown."""
         at = int(id[-2:], 16) if ID.fullmatch(id) else 0
         return self.parts[at if at < len(self.parts) else 0]
+
+    def part_for(self, name: str) -> Queue:
+        """Return the shard that has the schedule of that name, and the jobs of that uniqueKey."""
+        return self.parts[self._index_of(name)]
 
     def _index_of(self, key: str) -> int:
         return zlib.crc32(key.encode()) % len(self.parts)

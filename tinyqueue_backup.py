@@ -9,6 +9,7 @@ Lines, compressed if its name ends in .gz or .zst:
     {"kind":"job","id":"...","record":{...},"behind":true}   submitted during the backup
     {"kind":"once","key":"...","value":{...},"shard":0}      an Idempotency-Key, as its hash
     {"kind":"pause","queue":"..."}
+    {"kind":"schedule","record":{...}}             only if there are schedules
     {"kind":"end","lines":5,"counts":{"job":2, ...},"sha256":"..."}
 
 The `counts` of the header are those of the queue when the backup began. The `counts` of the last
@@ -58,11 +59,13 @@ from tinyqueue import (
     TinyQueueError,
     Unavailable,
     __version__,
+    check_name,
     stored_job,
 )
 from tinyqueue_job import ids_in, read_made, record_of
 from tinyqueue_json import created_at
 from tinyqueue_redis import parse_info, scan
+from tinyqueue_schedule import Schedule, list_schedules, read_schedule
 
 FORMAT = "tinyqueue-backup"
 VERSION = 1
@@ -322,6 +325,8 @@ def back_up(queue: AnyQueue, name: str, bar: Bar) -> dict[str, int]:
         writer.write_fields("header", **about, createdAt=queue.now(), counts=counts)
         for paused in sorted(name for name, state in queue.queues().items() if state["paused"]):
             writer.write_fields("pause", queue=paused)
+        for made, _ in list_schedules(queue):
+            writer.write_fields("schedule", record=made)
         for at, part in enumerate(queue.parts):
             _back_up_part(part, at, writer, bar)
         writer.end()
@@ -467,7 +472,7 @@ class Contents(NamedTuple):
 
     header: Line
     counts: Mapping[str, int]
-    queues: frozenset[str]  # those with jobs that have not ended
+    queues: frozenset[str]  # those with jobs that have not ended, or with schedules
     paused: frozenset[str]
 
 
@@ -496,6 +501,8 @@ def check(file: IO[bytes], name: str) -> Contents:
             _check_once(line, name, number, header.shards)
         elif line.kind == "pause":
             paused.add(line.queue)
+        elif line.kind == "schedule":
+            queues.add(_check_schedule(line, name, number).queue)
         elif line.kind != "header" and not line.optional:
             todo = f"use TinyQueue {header.tinyqueue}, which wrote it, or a newer one"
             raise BackupError(f"{name} has entries of a kind that this version does not know: {line.kind}; {todo}")
@@ -547,6 +554,18 @@ def _check_once(line: Line, name: str, number: int, shards: int) -> None:
         raise _damaged(name, f"line {number} is not an Idempotency-Key")
 
 
+def _check_schedule(line: Line, name: str, number: int) -> Schedule:
+    try:
+        made = read_schedule(bytes(line.record))
+        made.calendar  # noqa: B018 - raises
+        check_name("name", made.name)
+        check_name("queue", made.queue)
+        check_name("code", made.code or "api")
+    except TinyQueueError as error:
+        raise _damaged(name, f"line {number} is not a schedule: {error}") from None
+    return made
+
+
 # Restore --------------------------------------------------------------------------------------------------------------
 
 
@@ -563,6 +582,7 @@ class Restored:
         self.present = 0
         self.taken: list[str] = []
         self.keys = 0
+        self.schedules = 0
 
     @property
     def resumable(self) -> list[str]:
@@ -574,10 +594,7 @@ class Restored:
         now = part.now()
         young = [job for job in jobs if not self.oldest or now - _last_change(job) <= self.oldest]
         while (loaded := part.load(young, behind)).unpaused:
-            for name in sorted(self.contents.queues):
-                self.queue.pause(name)
-            if self.queue.workers():
-                time.sleep(2 * PAUSE_AGE)  # until then, they may not know that these queues are paused
+            self._pause_queues()
         for job in loaded.jobs:
             self.stored[job.status] += 1
             if job.status == "pending":
@@ -585,6 +602,23 @@ class Restored:
         self.taken += loaded.taken
         self.older += len(jobs) - len(young)
         self.present += len(young) - len(loaded.jobs) - len(loaded.taken)
+
+    def load_schedules(self, part: Queue, schedules: Sequence[Schedule]) -> None:
+        """Store schedules that are not there, after a pause of all queues of the file."""
+        if not self.schedules:
+            self._pause_queues()
+        for made in schedules:
+            if not part.store.read(("EXISTS", part.keys.schedule(made.name)))[0]:
+                part.change_schedule(made.name, made.restore)
+                if made.code:  # so that the code removes it if it does not declare it any more
+                    part.store.read(("SET", part.keys.generation(made.code), "{}", "NX"))
+                self.schedules += 1
+
+    def _pause_queues(self) -> None:
+        for name in sorted(self.contents.queues):
+            self.queue.pause(name)
+        if self.queue.workers():
+            time.sleep(2 * PAUSE_AGE)  # until then, they may not know that these queues are paused
 
 
 def _last_change(job: Job) -> int:
@@ -618,7 +652,9 @@ def restore(queue: AnyQueue, name: str, bar: Bar, *, merge: bool = False, oldest
 
 def _restore_lines(restored: Restored, texts: Iterable[bytes], bar: Bar) -> None:
     for (kind, part, behind), lines in _batches(restored.queue, texts):
-        if kind == "once":
+        if kind == "schedule":
+            restored.load_schedules(part, [read_schedule(bytes(line.record)) for line in lines])
+        elif kind == "once":
             restored.keys += _load_once(part, {line.key: bytes(line.value) for line in lines})
         else:
             restored.load(part, [stored_job(line.id, bytes(line.record)) for line in lines], behind)
@@ -651,6 +687,13 @@ def _check_target(queue: AnyQueue, contents: Contents, name: str, merge: bool) -
         raise BackupError(f"this namespace has jobs already ({jobs}); {todo}")
 
 
+def _part_of(queue: AnyQueue, line: Line) -> Queue:
+    """Return the shard of an entry."""
+    if line.kind == "schedule":
+        return queue.part_for(read_schedule(bytes(line.record)).name)
+    return queue.part_of(line.id) if line.kind == "job" else queue.parts[line.shard]
+
+
 Batch = tuple[str, Queue, bool]  # kind, shard, and whether these jobs go behind all others
 
 
@@ -661,9 +704,9 @@ def _batches(queue: AnyQueue, texts: Iterable[bytes]) -> Iterator[tuple[Batch, l
     last: Batch | None = None
     for text in texts:
         line = _decode(text)
-        if line.kind not in ("job", "once"):
+        if line.kind not in ("job", "once", "schedule"):
             continue
-        part = queue.part_of(line.id) if line.kind == "job" else queue.parts[line.shard]
+        part = _part_of(queue, line)
         batch = (line.kind, part, line.behind)
         if last and lines and (batch != last or len(lines) == MAX_JOBS or size > BATCH_BYTES):
             yield last, lines

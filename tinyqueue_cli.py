@@ -27,6 +27,7 @@ from typing import Any, NamedTuple
 import click
 import msgspec
 
+import tinyqueue_schedule
 from tinyqueue import (
     ENDED,
     HANDLERS,
@@ -37,6 +38,7 @@ from tinyqueue import (
     Filter,
     InvalidJob,
     Job,
+    Schedule,
     SettingsError,
     Status,
     TinyQueueError,
@@ -61,7 +63,7 @@ SECTIONS = {
     "Processes": ("web", "run", "worker", "redis"),
     "Submit jobs": ("enqueue",),
     "Inspect": ("stats", "workers", "list", "failed", "get"),
-    "Manage jobs and queues": ("retry", "cancel", "pause", "resume", "limits", "purge"),
+    "Manage jobs and queues": ("retry", "cancel", "pause", "resume", "limits", "purge", "schedules"),
     "Back up": ("backup", "restore"),
     "Diagnose": ("doctor", "check"),
     "Prepare": ("plan",),
@@ -427,6 +429,54 @@ def purge(queue: AnyQueue, filter: Filter, yes: bool) -> None:
     click.echo(f"{done['purged']} deleted")
 
 
+@cli.command()
+@click.argument("names", nargs=-1, metavar="[NAME]...")
+@click.option("--pause", "verb", flag_value="pause", help="Pause these schedules.")
+@click.option("--resume", "verb", flag_value="resume", help="Resume these schedules, from now on.")
+@click.option("--run", "verb", flag_value="run", help="Enqueue the jobs of these schedules now, and print their ids.")
+@click.option("--remove", "verb", flag_value="remove", help="Remove these schedules, unless code declares them.")
+@refresh_option
+@json_option
+@pass_queue
+def schedules(queue: AnyQueue, names: tuple[str, ...], verb: str | None, watch: bool, as_json: bool) -> None:
+    """List schedules, or change those with these names."""
+    if not verb:
+        _show(partial(_read_schedules, queue, names), _print_schedules, as_json, watch)
+        return
+    if not names:
+        raise click.UsageError(f"--{verb} needs the NAME of a schedule")
+    for name in names:
+        done: Schedule | Job | None = getattr(tinyqueue_schedule, verb)(queue, check_name("name", name))
+        if done is None:
+            raise click.ClickException(f"no such schedule: {name}")
+        click.echo(done.id if isinstance(done, Job) else f"{name} {verb.removesuffix('e')}ed")
+
+
+def _read_schedules(queue: AnyQueue, names: Sequence[str]) -> list[dict[str, Any]]:
+    now = queue.now()
+    found = tinyqueue_schedule.list_schedules(queue)
+    if missing := set(names) - {made.name for made, _ in found}:
+        raise click.ClickException(f"no such schedule: {min(missing)}")
+    return [made.answer(now, last) for made, last in found if not names or made.name in names]
+
+
+def _print_schedules(schedules: Sequence[dict[str, Any]]) -> None:
+    rows = [["schedule", "cron", "time zone", "type", "next run", "last run", "outcome", "from"]]
+    for made in schedules:
+        upcoming = _format_time(made["nextRuns"][0]) if made["nextRuns"] else "paused"
+        run = made["lastRun"]
+        last = _format_time(run["scheduledFor"]) if run else "-"
+        outcome = (run["status"] or "deleted") if run else "-"
+        if made["lastTick"] and made["lastTick"]["outcome"] != "enqueued":
+            outcome += f" (last tick: {made['lastTick']['outcome']})"
+        about = [made["name"], made["cron"], made["timezone"], made["type"]]
+        rows.append([*about, upcoming, last, outcome, made["source"]])
+    _print_table(rows, empty="no schedules; declare one in the handlers module, or use PUT /schedules/<name>")
+    for made in schedules:
+        for warning in made["warnings"]:
+            click.echo(f"\n{made['name']}: {warning}")
+
+
 def _bulk_filter(status: Status, ids: tuple[str, ...], filter: Filter, every: bool) -> Filter:
     """Fill in the status of a bulk change. Refuses to select no jobs, or by ids and by options."""
     if bool(ids) == (every or filter != Filter()):
@@ -547,6 +597,8 @@ def _print_restored(restored: Restored) -> None:
     by_status = ", ".join(f"{count} {status}" for status, count in sorted(restored.stored.items()))
     click.echo(f"{plural(restored.stored.total(), 'job')} restored" + (f": {by_status}" if by_status else ""))
     click.echo(f"{plural(restored.keys, 'idempotency key')} restored")
+    if restored.schedules:
+        click.echo(f"{plural(restored.schedules, 'schedule')} restored")
     skipped = {
         "they exist already, or ended too long ago to be kept": restored.present,
         "they are older than --skip-older-than": restored.older,

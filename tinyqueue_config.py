@@ -33,10 +33,23 @@ import msgspec
 from dotenv import load_dotenv
 from msgspec import Meta
 
-from tinyqueue import BUILT_IN, HANDLERS, WRITERS, AnyQueue, Failure, Handler, Queue, SettingsError, Shards, Unavailable
+from tinyqueue import (
+    BUILT_IN,
+    HANDLERS,
+    WRITERS,
+    AnyQueue,
+    Failure,
+    Handler,
+    InvalidJob,
+    Queue,
+    SettingsError,
+    Shards,
+    Unavailable,
+)
 from tinyqueue_embedded import SCHEME, StartError, folder_of, local_redis
 from tinyqueue_http import read_networks, read_secrets, register
 from tinyqueue_json import error_text
+from tinyqueue_schedule import declared
 
 WEB_THREADS = 8  # threads of a web process that answer requests
 SIGNALS = (signal.SIGTERM, signal.SIGINT)  # they stop a process
@@ -671,8 +684,9 @@ def start_redis(url: str) -> None:
 def load_handlers(modules: str) -> dict[str, Handler[Any, Any, Any]]:
     """Import the modules that register handlers, from the working directory first.
 
-    Then registers the built-in types. Raises SettingsError if a module cannot be imported, or if
-    none registers a handler, unless tinyqueue_http is one of them: it has the built-in types.
+    Then registers the built-in types. Raises SettingsError if a module cannot be imported, if a
+    schedule is wrong, or if none registers a handler, unless tinyqueue_http is one of them: it has
+    the built-in types.
     """
     if sys.path[:1] != [os.getcwd()]:
         sys.path.insert(0, os.getcwd())
@@ -694,6 +708,10 @@ def load_handlers(modules: str) -> dict[str, Handler[Any, Any, Any]]:
         raise SettingsError(str(error)) from None
     if not HANDLERS.keys() - BUILT_IN and "tinyqueue_http" not in modules:
         raise SettingsError(f"{modules} registers no handler: decorate a function with @handler('type')")
+    try:
+        declared()
+    except InvalidJob as error:
+        raise SettingsError(f"{modules}: {error}") from None
     return HANDLERS
 
 

@@ -12,7 +12,7 @@ import re
 import socket
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
@@ -22,11 +22,13 @@ import msgspec
 import redis
 from msgspec.structs import replace
 
-from tinyqueue import LOOK_MARK, MEMORY_SHARE, UNENDED, AnyQueue, Queue, TinyQueueError, Transaction, host_name
+from tinyqueue import LOOK_MARK, MEMORY_SHARE, NAME, UNENDED, AnyQueue, Queue, TinyQueueError, Transaction, host_name
 from tinyqueue_redis import ask_each, memory_use, pairs, parse_info, scan, text_of
+from tinyqueue_schedule import list_schedules
 
 OLDEST = (6, 0, 6)  # version of Redis: the first with LPOS
 SLOW = 10.0  # milliseconds to Redis and back; above this a worker spends its time waiting
+LATE = 90_000  # milliseconds that a schedule may be overdue: workers look once a minute
 SKEW = 2.0  # seconds between two clocks
 COMMANDS = {  # every command that the queue uses, by how many arguments it needs at least
     0: "EXEC INFO MULTI TIME UNWATCH",
@@ -114,6 +116,7 @@ def _examine(queue: Queue, connections: int) -> list[Finding]:
         "server": partial(_server, queue, connections),
         "counts": partial(_counts, queue),
         "workers": partial(_workers, queue),
+        "schedules": partial(_schedules, queue),
     }
     for about, check in checks.items():
         try:
@@ -317,6 +320,20 @@ def _workers(queue: Queue) -> Iterator[Finding]:
             yield Finding("warn", "queue", seen, f"tinyqueue worker --queue {name}")
 
 
+def _schedules(queue: Queue) -> Iterator[Finding]:
+    """Warn of schedules that do nothing. Worth a line only if there are any."""
+    found = [made for made, _ in list_schedules(queue)]
+    now = queue.now()
+    late = [made.name for made in found if made.overdue(now) > LATE]
+    if found:
+        seen = f"{len(found)} schedules" + (f", overdue: {', '.join(late)}" if late else "")
+        advice = "start a worker, and read its log: it says why a tick fails; with overlap one, a job may still run"
+        yield _judge("schedules", seen, (bool(late), "warn", advice))
+    for made in found:
+        if made.paused:
+            yield Finding("warn", "schedule", f"{made.name} is paused", f"tinyqueue schedules --resume {made.name}")
+
+
 def local_workers(queue: AnyQueue) -> list[dict[str, Any]]:
     """Return the workers whose processes run on this host.
 
@@ -364,8 +381,9 @@ def repair(parts: Iterable[Queue]) -> list[Finding]:
     """Restore what lost keys have broken, in these shards. Return what was changed.
 
     Lists the jobs that no list names, finds the lists of unknown workers, drops entries without a
-    job, and counts again. Safe while jobs are submitted and run, except that the jobs of a queue
-    are counted only if none of them changes meanwhile. Remembers the ids of all unended jobs.
+    job, lists schedules again, and counts again. Safe while jobs are submitted and run, except that
+    the jobs of a queue are counted only if none of them changes meanwhile. Remembers the ids of all
+    unended jobs.
     """
     return [finding for part in parts for finding in _repair(part)]
 
@@ -394,7 +412,18 @@ def _repair(queue: Queue) -> Iterator[Finding]:
     yield from _changed(dropped, "entry without a job", "entries without a job", "dropped")
     restored = sum(queue.restore(id.decode()) for id in missing)
     yield from _changed(restored, "job", "jobs", "listed again")
+    schedules = {name[9:] for name in names if name.startswith("schedule:")}
+    yield from _changed(_list_schedules(queue, schedules), "schedule", "schedules", "listed again, or dropped")
     yield from _recount(queue, Counter(jobs.values()), before)
+
+
+def _list_schedules(queue: Queue, stored: Collection[str]) -> int:
+    """List schedules whose entry among the ticks was lost, and drop entries without a schedule."""
+    listed = {text_of(name) for name in queue.store.read(("ZRANGE", queue.keys.ticks, 0, -1))[0]}
+    wrong = sorted(name for name in listed.symmetric_difference(stored) if NAME.fullmatch(name))
+    for name in wrong:
+        queue.change_schedule(name, lambda found, last, now: (found, 0))  # writes the entry in any case
+    return len(wrong)
 
 
 def _changed(count: int, one: str, many: str, how: str) -> Iterator[Finding]:

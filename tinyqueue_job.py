@@ -153,7 +153,7 @@ ENDED = STATUSES[2:]
 SHOWN = ("id", "type", "payload", "status", "attempts", "maxAttempts", "queue", "createdAt", "updatedAt")
 SHOWN_IF_SET = (
     *("runAt", "startedAt", "endedAt", "worker", "progress", "expiresAt", "uniqueKey", "cancelRequested", "suspicions"),
-    *("requestId", "traceparent", "limit", "callbackUrl", "callbackJob", "error"),
+    *("requestId", "traceparent", "limit", "callbackUrl", "callbackJob", "schedule", "scheduledFor", "error"),
 )
 UNREADABLE = "UnreadableRecord"
 
@@ -210,6 +210,8 @@ class Job(msgspec.Struct, rename="camel", omit_defaults=True, dict=True, forbid_
     request_id: str = ""
     traceparent: str = ""
     limit: str = ""
+    schedule: str = ""  # whose tick enqueued it, and the time that the tick was for
+    scheduled_for: int = 0
     callback_url: str = ""
     callback_job: str = ""  # id of the job that delivers its last end
     # The fields of a newer version. In the record they are beside the others, not under this name.
@@ -573,6 +575,8 @@ class Handler(Generic[P, A, R]):
         self.backoff: float = options["backoff"]
         self.backoff_cap: float = options["backoff_cap"]
         self.queue: str = check_name("queue", options["queue"])
+        self.schedule: str = options["schedule"]
+        self.timezone: str = options["timezone"]
         self.payload_type, self.wants_job = _signature(function)
         self._parse = parser(self.payload_type)
         self.max_running: int = options["max_running"]
@@ -616,6 +620,8 @@ def handler(
     backoff: float = 1.0,
     backoff_cap: float = 300.0,
     queue: str = "default",
+    schedule: str = "",
+    timezone: str = "UTC",
     max_running: int = 0,
     rate: str = "",
     limit_by: str = "",
@@ -634,21 +640,19 @@ def handler(
     `max_running` jobs of the type run at a time over all workers, and `rate`, such as "10/second",
     is how many start in any second, minute, hour or day. With `limit_by`, the name of a field of
     the payload, both hold for each value of that field alone. Jobs without room wait, and delay no
-    other type. Mistakes raise TypeError or InvalidJob when the module is imported.
+    other type.
+    `schedule` is a cron expression: workers enqueue a job with the payload {} whenever it matches
+    in `timezone`. The function `schedule` has more options. Mistakes raise TypeError or InvalidJob
+    when the module is imported.
     """
     if callable(type):
         raise TypeError("handler needs the type of the jobs: write @handler('send-email'), not @handler")
     check_name("type", type)
-    if not all(is_number(value) for value in (300 if timeout is None else timeout, backoff, backoff_cap)):
-        raise TypeError(f"handler {type!r}: timeout, backoff and backoff_cap must be numbers of seconds")
-    if timeout is not None and not timeout > 0:
-        raise TypeError(f"handler {type!r}: timeout must be above 0, or None")
-    if not 0 < backoff <= backoff_cap <= MAX_DELAY:
-        raise TypeError(f"handler {type!r}: backoff must be above 0, backoff_cap at least that and at most {MAX_DELAY}")
-    times: dict[str, Any] = {"timeout": timeout, "backoff": backoff, "backoff_cap": backoff_cap}
+    _check_times(type, timeout, backoff, backoff_cap)
     _check_limit(type, max_running, rate, limit_by)
-    limit = {"max_running": max_running, "rate": rate, "limit_by": limit_by}
-    options = {"max_attempts": max_attempts, "queue": queue, **times, **limit}
+    options: dict[str, Any] = {"max_attempts": max_attempts, "queue": queue, "schedule": schedule, "timezone": timezone}
+    options |= {"timeout": timeout, "backoff": backoff, "backoff_cap": backoff_cap}
+    options |= {"max_running": max_running, "rate": rate, "limit_by": limit_by}
 
     def register(function: Callable[Concatenate[P, A], R]) -> Handler[P, A, R]:
         _refuse_another(type, function)
@@ -656,6 +660,15 @@ def handler(
         return made
 
     return register
+
+
+def _check_times(type: str, timeout: Any, backoff: Any, backoff_cap: Any) -> None:
+    if not all(is_number(value) for value in (300 if timeout is None else timeout, backoff, backoff_cap)):
+        raise TypeError(f"handler {type!r}: timeout, backoff and backoff_cap must be numbers of seconds")
+    if timeout is not None and not timeout > 0:
+        raise TypeError(f"handler {type!r}: timeout must be above 0, or None")
+    if not 0 < backoff <= backoff_cap <= MAX_DELAY:
+        raise TypeError(f"handler {type!r}: backoff must be above 0, backoff_cap at least that and at most {MAX_DELAY}")
 
 
 def _check_limit(type: str, max_running: Any, rate: Any, limit_by: Any) -> None:

@@ -7,6 +7,7 @@ from itertools import accumulate, product
 from typing import Any
 
 from tinyqueue import BUCKETS, ENDED, HANDLERS, SERIES, UNENDED, AnyQueue
+from tinyqueue_schedule import list_schedules
 
 # Name after tinyqueue_, kind, labels, help text. The names and labels are a part of the contract:
 # deploy/ and users' own dashboards read them.
@@ -46,6 +47,15 @@ METRICS = (
     ),
     ("jobs_released", "counter", "type queue", "attempts handed back by a stopping worker"),
     ("jobs_reaped", "counter", "type queue", "attempts lost with their worker"),
+    ("schedule_paused", "gauge", "schedule", "1 if the schedule is paused, else 0"),
+    ("schedule_overdue_seconds", "gauge", "schedule", "time since the schedule should have ticked, or 0"),
+    (
+        "schedule_last_tick_timestamp_seconds",
+        "gauge",
+        "schedule",
+        "time that the last tick was for, 0 before the first",
+    ),
+    ("schedule_ticks_failed", "counter", "", "tries to enqueue the job of a tick that failed; another follows"),
     ("scrape_errors", "counter", "", "scrapes that failed because Redis could not be read"),
     ("job_waiting_seconds", "histogram", "type queue", "time from when a job could start until it started"),
     ("job_running_seconds", "histogram", "type queue", "time from an attempt's start until its outcome was stored"),
@@ -61,6 +71,9 @@ class Scrape:
         stats = queue.stats()
         counters = queue.metrics()
         errors = {(): counters.pop("scrapeErrors", {}).get((), 0) + missed}
+        failed_ticks = counters.pop("failedTicks", {}).get((), 0)
+        schedules = [made for made, _ in list_schedules(queue)]
+        now = queue.now()
         workers = [worker for worker in queue.workers() if worker["alive"]]
         pairs = dict.fromkeys(labels[:2] for counts in counters.values() for labels in counts)
         pairs |= dict.fromkeys((type, handler.queue) for type, handler in HANDLERS.items())
@@ -78,6 +91,10 @@ class Scrape:
             "workers": {(): len(workers)},
             "slots": {(): sum(worker["concurrency"] for worker in workers)},
             "slots_busy": {(): sum(len(worker["jobs"]) for worker in workers)},
+            "schedule_paused": {(made.name,): int(made.paused) for made in schedules},
+            "schedule_overdue_seconds": {(made.name,): made.overdue(now) / 1000 for made in schedules},
+            "schedule_last_tick_timestamp_seconds": {(made.name,): made.last_at / 1000 for made in schedules},
+            "schedule_ticks_failed": {(): failed_ticks},
             "scrape_errors": errors,
             "job_waiting_seconds": _histograms(counters, "waited"),
             "job_running_seconds": _histograms(counters, "ran"),

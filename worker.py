@@ -14,7 +14,8 @@ The methods of a worker are grouped by the thread that runs them:
     taker     takes jobs for the slots that got none in an exchange. If no jobs are left, it waits
               for the bell. It adopts jobs after a lost reply, and starts suspects alone
     settlers  save the outcomes that were not exchanged, one thread for each shard
-    keeper    sends heartbeats, promotes, reaps, trims, and passes on cancellation requests
+    keeper    sends heartbeats, promotes, reaps, trims, syncs schedules and enqueues their jobs, and
+              passes on cancellation requests
 
 A slot is free once its handler has returned and its outcome was exchanged, or left to a settler. No
 job is taken before a slot is free for it, so no job waits behind a long one inside a worker. The
@@ -87,13 +88,15 @@ from tinyqueue_config import (
     variable,
 )
 from tinyqueue_doctor import find_broken, repair, warnings
+from tinyqueue_schedule import Scheduler
 from tinyqueue_slot import Slot, fail
 
 log = logging.getLogger("tinyqueue.worker")
 
 TICK = 0.25  # seconds between two checks of the handlers' timeouts
 SHORT_TICK = 0.005  # the same while a handler cannot be interrupted yet, or while too many outcomes are unsaved
-PROMOTE_EVERY = 1.0  # seconds; a delayed job is promoted about that late at most
+PROMOTE_EVERY = 1.0  # seconds; a delayed job is promoted about that late at most, and a schedule ticks so late
+SYNC_EVERY = 60.0
 REAP_EVERY = 5.0
 TRIM_EVERY = 60.0
 WARN_EVERY = 10.0  # seconds between two log lines with the same warning
@@ -163,8 +166,7 @@ class Worker:
         self.closed = threading.Event()  # the settlers and the keeper must end
         self.adopt_at = 0.0  # when the taker next looks for jobs whose replies were lost
         self.all_busy = False  # True while the taker waits for slots: that is not a hang
-        # True while the taker waits for the bell. After a stop it takes nothing then.
-        self.at_bell = False
+        self.at_bell = False  # True while the taker waits for the bell: after a stop it takes nothing then
         self.last_take = time.monotonic()  # when Redis last answered a take or an exchange, even without a job
         self.last_upkeep = time.monotonic()  # when the keeper last began one of its duties
         self.exit_by = 0.0  # when this process must have exited, once it stops
@@ -174,6 +176,7 @@ class Worker:
         self.unleased: dict[Queue, int] = {}  # how many workers had no lease then, in each shard
         self.last_reap_check = time.monotonic()
         self.late_reap_check = time.monotonic()  # the last check that came too late after the one before it
+        self.scheduler = Scheduler(queue, settings.handlers)
         self.warned: dict[str, float] = {}  # when each warning was last logged
 
     def stop(self, mode: StopMode) -> None:
@@ -707,6 +710,8 @@ class Worker:
         duties: list[tuple[str, Callable[[], None], float]] = [
             ("send a heartbeat", self._heartbeat, lease / 3),
             ("promote jobs", self._promote, PROMOTE_EVERY),
+            ("sync schedules", self.scheduler.sync, SYNC_EVERY),
+            ("enqueue the jobs of schedules", self.scheduler.tick, PROMOTE_EVERY),
             ("read cancellation requests", self._pass_on_cancellations, PROMOTE_EVERY),
             ("reap workers", self._reap, min(lease / 6, PROMOTE_EVERY if self.burst else REAP_EVERY)),
             ("trim ended jobs", self._trim, TRIM_EVERY),
@@ -908,7 +913,7 @@ def run(queues: tuple[str, ...], burst: bool, **overrides: Any) -> None:
     text = "worker started: %s, queues: %s; up to %d connections to Redis"
     slots = plural(settings.worker_concurrency, "slot")
     log.info(text, slots, ", ".join(worker.names), settings.shards * settings.worker_connections)
-    for warning in (*process_warnings(), *warnings(queue)):
+    for warning in (*process_warnings(), *warnings(queue), *worker.scheduler.surprises()):
         log.warning("%s", warning)
     code = worker.run()
     exit_now(code, min(EXIT_TIME, max(0.2, worker.exit_by - time.monotonic())))

@@ -30,7 +30,7 @@ from contextlib import suppress
 from functools import cache, cached_property, partial
 from http import HTTPStatus
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
 from urllib.parse import parse_qsl, quote
 
 import bottle
@@ -38,6 +38,7 @@ import msgspec
 from bottle import request
 
 import tinyqueue_openapi
+import tinyqueue_schedule
 from tinyqueue import (
     BLOCK,
     BUILT_IN,
@@ -55,6 +56,7 @@ from tinyqueue import (
     Job,
     Once,
     Queue,
+    Schedule,
     SettingsError,
     TinyQueueError,
     Unavailable,
@@ -92,6 +94,7 @@ if TYPE_CHECKING:
     from tinyqueue_server import Server
 
 log = logging.getLogger("tinyqueue.web")
+S = TypeVar("S", Job, Schedule)
 
 LONGEST_WAIT = 25  # seconds that GET /jobs/<id>?wait= may take: routers time out after 30
 WORK_TIME = 20  # seconds that POST /work takes at most, unless the request says otherwise
@@ -124,6 +127,12 @@ ROUTES = (
     ("GET", "/queues", "queues", "read"),
     ("POST", "/queues/<name>/pause", "pause", "admin"),
     ("POST", "/queues/<name>/resume", "resume", "admin"),
+    ("GET", "/schedules", "schedules", "read"),
+    ("PUT", "/schedules/<name>", "put_schedule", "admin"),
+    ("DELETE", "/schedules/<name>", "remove_schedule", "admin"),
+    ("POST", "/schedules/<name>/pause", "pause_schedule", "admin"),
+    ("POST", "/schedules/<name>/resume", "resume_schedule", "admin"),
+    ("POST", "/schedules/<name>/run", "run_schedule", "admin"),
     ("GET", "/limits", "limits", "read"),
     ("PUT", "/limits/<limit>", "set_limit", "admin"),
     ("POST", "/work", "work", "admin"),
@@ -143,6 +152,18 @@ FIELDS = {
     "expiresIn": "expires_in",
     "uniqueKey": "unique_key",
     "callbackUrl": "callback_url",
+}
+# JSON name -> argument of make_schedule
+SCHEDULE_FIELDS = {
+    "cron": "cron",
+    "timezone": "timezone",
+    "type": "type",
+    "payload": "payload",
+    "queue": "queue",
+    "maxAttempts": "max_attempts",
+    "uniqueKey": "unique_key",
+    "overlap": "overlap",
+    "catchup": "catchup",
 }
 # JSON or query name -> field of Filter
 FILTERS = {"status": "status", "type": "type", "queue": "queue", "errorType": "error_type"}
@@ -300,16 +321,8 @@ class API(bottle.Bottle):  # type: ignore[misc]
 
     def _draft_job(self, fields: Any) -> Job:
         """Make a job from a client's fields. Unlike Queue.draft, refuse types without a handler."""
-        if not isinstance(fields, dict):
-            raise InvalidJob("job", "must be an object with type and payload")
-        if unknown := fields.keys() - FIELDS.keys():
-            raise InvalidJob(_printable(min(unknown)), f"unknown field; the fields of a job are {', '.join(FIELDS)}")
-        if missing := {"type", "payload"} - fields.keys():
-            raise InvalidJob(max(missing), "is required")
         queue = self.queue  # opening it has loaded the handlers
-        if isinstance(fields["type"], str) and fields["type"] not in HANDLERS:
-            raise UnknownType(_printable(fields["type"]), sorted(HANDLERS))
-        job = queue.draft(**{FIELDS[name]: value for name, value in fields.items()})
+        job = queue.draft(**_arguments("job", fields, FIELDS, ("type", "payload")))
         sent_ids = request.environ["tinyqueue.sent_ids"]  # not a generated id: a client searches for its own
         job.request_id = sent_ids.get("requestId", "")
         job.traceparent = sent_ids.get("traceparent", "")
@@ -442,6 +455,43 @@ class API(bottle.Bottle):  # type: ignore[misc]
             raise InvalidJob("limit", "must be an object with maxRunning, rate or paused")
         self.queue.set_limit(limit, read_override(limit, fields))
         return {"limit": limit, **self.queue.limits_in_use().get(limit, {})}
+
+    # Schedules --------------------------------------------------------------------------------------------------------
+
+    def schedules(self) -> dict[str, Any]:
+        now = self.queue.now()
+        found = tinyqueue_schedule.list_schedules(self.queue)
+        return {"schedules": [made.answer(now, last) for made, last in found]}
+
+    def put_schedule(self, name: str) -> dict[str, Any]:
+        """Make a schedule, or replace one of the API. It keeps its pause and its last run."""
+        queue = self.queue
+        fields = _arguments("schedule", _read_json(self.settings.max_body), SCHEDULE_FIELDS, ("cron", "type"))
+        made = tinyqueue_schedule.make_schedule(name, **({"payload": {}} | fields))
+        return self._answer_schedule(tinyqueue_schedule.put(queue, made))
+
+    def remove_schedule(self, name: str) -> dict[str, Any]:
+        return self._answer_schedule(tinyqueue_schedule.remove(self.queue, name))
+
+    def pause_schedule(self, name: str) -> dict[str, Any]:
+        return self._answer_schedule(tinyqueue_schedule.pause(self.queue, name))
+
+    def resume_schedule(self, name: str) -> dict[str, Any]:
+        return self._answer_schedule(tinyqueue_schedule.resume(self.queue, name))
+
+    def run_schedule(self, name: str) -> dict[str, str]:
+        """Enqueue the job of a schedule now, even if it is paused."""
+        found = tinyqueue_schedule.run(self.queue, name)
+        job = _require_schedule(found)
+        bottle.response.set_header("Location", f"../../jobs/{job.id}")
+        return _summary(job)
+
+    def _answer_schedule(self, found: Schedule | None) -> dict[str, Any]:
+        made = _require_schedule(found)
+        last = self.queue.get(made.last_job) if made.last_job else None
+        return made.answer(self.queue.now(), last)
+
+    # Work -------------------------------------------------------------------------------------------------------------
 
     def work(self) -> dict[str, Any]:
         """Run the due jobs in this process for at most ?seconds=, and count the outcomes."""
@@ -610,6 +660,8 @@ def _explain_missing(path: str) -> str:
     """Say why no route has this path. A route with an id or a name has only valid ones."""
     if re.fullmatch("/jobs/[^/]+(/retry)?", path):
         return "not a job id; an id is a UUID, such as 01900000-0000-7000-8000-000000000000"
+    if re.fullmatch("/schedules/[^/]+(/(pause|resume|run))?", path):
+        return "not the name of a schedule; a name is 1 to 100 of the characters A-Z a-z 0-9 . _ -"
     if re.fullmatch("/queues/[^/]+/(pause|resume)", path):
         return "not the name of a queue; a name is 1 to 100 of the characters A-Z a-z 0-9 . _ -"
     return "unknown path; see /openapi.json"
@@ -686,6 +738,19 @@ def _decode_json(body: bytes, levels: int) -> Any:
         raise Problem(400, "not-json", f"the body is not JSON: {error}") from None
 
 
+def _arguments(what: str, fields: Any, known: Mapping[str, str], required: Sequence[str]) -> dict[str, Any]:
+    """Return a client's fields as arguments. Refuses types without a handler."""
+    if not isinstance(fields, dict):
+        raise InvalidJob(what, f"must be an object with {' and '.join(required)}")
+    if unknown := fields.keys() - known.keys():
+        raise InvalidJob(_printable(min(unknown)), f"unknown field; the fields of a {what} are {', '.join(known)}")
+    if missing := set(required) - fields.keys():
+        raise InvalidJob(max(missing), "is required")
+    if isinstance(fields["type"], str) and fields["type"] not in HANDLERS:
+        raise UnknownType(_printable(fields["type"]), sorted(HANDLERS))
+    return {known[name]: value for name, value in fields.items()}
+
+
 def _idempotency_key(content: Any) -> Once | None:
     """Return the caller's Idempotency-Key, if there is one, with a fingerprint of the request."""
     key = request.environ.get("HTTP_IDEMPOTENCY_KEY")
@@ -753,6 +818,12 @@ def _require_job(job: Job | None) -> Job:
     if job is None:
         raise Problem(404, "not-found", "no job has this id, or it ended long ago and was deleted; check the id")
     return job
+
+
+def _require_schedule(found: S | None) -> S:
+    if found is None:
+        raise Problem(404, "not-found", "no schedule has this name; see GET /schedules")
+    return found
 
 
 def _summary(job: Job) -> dict[str, str]:

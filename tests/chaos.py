@@ -12,7 +12,7 @@ and judges the evidence. Handlers write the start and the end of each run to a f
 does not depend on Redis. The judge requires:
 
     every accepted job has ended as its handler determines; a submit without an answer has made one
-    job or none
+    job or none; the tick of a schedule has made one job
     every end of a job with a callbackUrl was delivered to a receiver, under one id
     every run of a job except the first has a cause: its handler failed, or its worker was killed,
     was told to stop, or was cut off for longer than its lease
@@ -59,6 +59,7 @@ from signal import SIGCONT, SIGKILL, SIGSTOP, SIGTERM
 from typing import Any, NamedTuple
 
 import click
+import msgspec
 import redis
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -67,13 +68,15 @@ sys.path.insert(0, str(ROOT))
 from conftest import RedisServer, check_consistency, disconnect, free_port, until  # noqa: E402
 from cutproxy import CutProxy  # noqa: E402
 
-from tinyqueue import ENDED, Job, Queue, Unavailable  # noqa: E402
+from tinyqueue import ENDED, Job, Queue, Schedule, Unavailable  # noqa: E402
+from tinyqueue_schedule import list_schedules, make_schedule  # noqa: E402
 
 LEASE = 2  # seconds; renewed after at most 0.92, so that 1.08 are left at any time
 SHORT = (0.1, 0.8)  # seconds of a fault during which no lease expires
 LONG = (3.6, 4.3)  # seconds of a fault during which a reaper sees a lease unchanged for too long
 PATIENCE = 40.0  # seconds after which the world must be quiet
 WORKERS = ("worker-0", "worker-1")
+TICK = "tick"  # the name of a schedule
 RUNNER = "runner"  # as a victim: the worker that runs the first job
 
 HANDLERS = """
@@ -297,7 +300,7 @@ class Submit:
 
     token: str
     at: float
-    via: str  # http, batch or python
+    via: str  # http, batch, python, or a schedule
     type: str
     payloads: list[dict[str, Any]]
     delay: float
@@ -337,7 +340,11 @@ def plan(seed: int) -> Plan:
     types = rng.choices(("work", "flaky", "discard"), (8, 2, 1), k=rng.randrange(16, 24))
     types += rng.choices(tuple(LIMITS), k=rng.randrange(8, 16))
     types += [kind for kind in [kinds[seed % len(kinds)], *others] if kind in HARMFUL for _ in range(2)]
-    return Plan(seed, faults, [_draw_submit(rng, f"{seed}-{n}", type) for n, type in enumerate(types)])
+    submits = [_draw_submit(rng, f"{seed}-{n}", type) for n, type in enumerate(types)]
+    if any(fault.kind == "schedule-tick" for fault in faults):
+        payloads = [{"token": f"{seed}-tick.0", "ms": 50}]
+        submits.append(Submit(f"{seed}-tick", 0.0, "schedule", "work", payloads, 0.0, patient=True, cancel=False))
+    return Plan(seed, faults, submits)
 
 
 def plan_interruption(kind: str) -> Plan:
@@ -436,6 +443,7 @@ class World:
         self.port = free_port()
         self.receiver = Receiver()
         self.password = ""
+        self.seed = 0  # of the trial
         self.names: dict[int, str] = {}  # of processes, by pid
         self.lock = threading.Lock()  # for the processes
         self.redis_lock = threading.Lock()  # for faults of Redis: one at a time
@@ -574,6 +582,7 @@ class World:
     def trial(self, plan: Plan) -> Result:
         """Run a plan and judge the evidence."""
         begun = self._begin()
+        self.seed = plan.seed
         submitters = ThreadPoolExecutor(12)
         injectors = ThreadPoolExecutor(3)
         submits = [submitters.submit(self._submit, submit, begun) for submit in plan.submits]
@@ -658,6 +667,7 @@ class World:
         """Delete the jobs of the trial, so that the next one is checked faster."""
         keys = self.queue.keys
         made = [key for family in (keys.job("*"), keys.prefix + "once:*") for key in self.client.keys(family)]
+        self.client.delete(keys.schedule(TICK), keys.ticks)
         self.client.delete(*made, keys.ended["completed"], keys.ended["failed"], keys.ended["cancelled"])
 
     def _runs(self) -> list[Run]:
@@ -689,7 +699,8 @@ class World:
         """Make a submit, with its repeats and its cancellation. Returns a problem, if any."""
         time.sleep(max(0.0, begun + submit.at - time.monotonic()))
         deadline = time.monotonic() + PATIENCE
-        send = self._send_from_python if submit.via == "python" else self._send_over_http
+        ways = {"python": self._send_from_python, "schedule": self._find_ticked}
+        send = ways.get(submit.via, self._send_over_http)
         while not send(submit):
             if not submit.patient:
                 return ""
@@ -710,6 +721,12 @@ class World:
             submit.ids = [self.proxied_queue.enqueue(submit.type, submit.payloads[0], **options).id]
         except Unavailable as error:
             submit.doubtful = error.doubtful
+        return bool(submit.ids)
+
+    def _find_ticked(self, submit: Submit) -> bool:
+        """Look for the job of the schedule, which a worker enqueues."""
+        with suppress(Unavailable):
+            submit.ids = [made.last_job for made, _ in list_schedules(self.queue) if made.last_job]
         return bool(submit.ids)
 
     def _send_over_http(self, submit: Submit) -> bool:
@@ -924,6 +941,24 @@ def log_stall(world: World, fault: Fault) -> None:
     world.reading[fault.victim].set()
 
 
+def schedule_tick(world: World, fault: Fault) -> None:
+    """Make a schedule that is due in the next minute, and set the clock to that minute, for good."""
+    made = make_schedule(TICK, "0 0 1 1 *", "work", {"token": f"{world.seed}-tick.0", "ms": 50}, max_attempts=10)
+
+    def put() -> bool:
+        with suppress(Unavailable):
+            world.queue.change_schedule(TICK, lambda found, last, now: (found or _due_next(made, now), 0))
+            return True
+        return False
+
+    until(put, PATIENCE)
+    world.set_clock(61 - int(world.command_redis("TIME")[0]) % 60)
+
+
+def _due_next(made: Schedule, now: int) -> Schedule:
+    return msgspec.structs.replace(made, next_at=now - now % 60_000 + 60_000)
+
+
 def harmful_jobs(world: World, fault: Fault) -> None:
     """Do nothing: the submits of the plan include harmful jobs."""
 
@@ -962,6 +997,7 @@ KINDS: dict[str, Callable[[World, Fault], None]] = {
     "link-cut": link_cut,
     "log-stall": log_stall,
     "log-stall-long": log_stall,
+    **({"schedule-tick": schedule_tick} if CC else {}),
     **dict.fromkeys(HARMFUL, harmful_jobs),
 }
 

@@ -31,6 +31,7 @@ from cutproxy import CutProxy
 
 from tinyqueue import HANDLERS, ID, Failure, Filter, Job, Queue, Status
 from tinyqueue_config import Settings
+from tinyqueue_schedule import SCHEDULES, read_schedule
 from wsgi import API
 
 # Real servers ---------------------------------------------------------------------------------------------------------
@@ -277,12 +278,16 @@ def api(queue: Queue) -> Client:
 
 @pytest.fixture
 def no_handlers() -> Iterator[None]:
-    """Hide the handlers that other tests have registered."""
+    """Hide the handlers and schedules that other tests have registered."""
     saved = dict(HANDLERS)
+    schedules = dict(SCHEDULES)
     HANDLERS.clear()
+    SCHEDULES.clear()
     yield
     HANDLERS.clear()
     HANDLERS.update(saved)
+    SCHEDULES.clear()
+    SCHEDULES.update(schedules)
 
 
 # Waiting, and access to the data behind the queue ---------------------------------------------------------------------
@@ -430,6 +435,9 @@ FAMILIES = {
     "rate:": "string",
     "awaited": "set",
     "done:": "list",
+    "schedule:": "string",
+    "ticks": "zset",
+    "generation:": "string",
     "holding": "set",
     "overrides": "hash",
     "running:": "set",
@@ -490,9 +498,22 @@ def check_consistency(queue: Queue) -> None:
     _check_unique_keys({key: id.decode() for key, id in family("unique:").items()}, records)
     for id in (id for made in family("once:").values() for id in json.loads(made)["ids"]):
         assert ID.fullmatch(id), f"an Idempotency-Key names {id}, which is not a job id"
+    _check_schedules(family("schedule:"), keys["ticks"].value if "ticks" in keys else {})
     for minute in family("minute:").values():
         assert {field.decode() for field in minute} <= {"started", "waitedMs", *ENDED}
         assert int(minute.get(b"waitedMs", 0)) == 0 or int(minute[b"started"]) > 0
+
+
+def _check_schedules(stored: dict[str, bytes], ticks: dict[bytes, float]) -> None:
+    """Check that each schedule is listed when it is due, or never while it is paused, and no other is."""
+    due = {}
+    for name, record in stored.items():
+        found = read_schedule(record)
+        assert found.name == name
+        assert found.next_at > found.last_at, f"schedule {name} would tick twice: {found}"
+        assert found.next_at % 60_000 == 0
+        due[name] = float("inf") if found.paused else float(found.next_at)
+    assert {name.decode(): score for name, score in ticks.items()} == due
 
 
 def _check_limits(

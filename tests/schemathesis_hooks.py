@@ -2,8 +2,9 @@
 
 Reusing an Idempotency-Key for another request is an error, so each request gets its own key.
 `partial=true` accepts a batch that contains invalid jobs, so it is removed. `runAt` has a latest
-time and must be in the calendar, and `wait` and `seconds` may take long, so they are limited. Other
-tests cover all five.
+time and must be in the calendar, and `wait` and `seconds` may take long, so they are limited. The
+cron expression, the time zone and the type of a schedule are replaced by some that exist. Other
+tests cover all six.
 """
 
 from __future__ import annotations
@@ -35,6 +36,10 @@ def before_call(context: Any, case: Any, kwargs: Any) -> None:
             job["runAt"] = None
         if isinstance(job, dict) and _expires_first(job):
             job["expiresIn"] = None
+        if isinstance(job, dict) and isinstance(job.get("cron"), str) and 1 <= len(job["cron"]) <= 200:
+            valid = {"cron": "0 7 * * mon-fri", "timezone": "Europe/Berlin", "type": "echo"}
+            job.update({name: value for name, value in valid.items() if isinstance(job.get(name), str)})
+            job.update({"payload": {}} if "payload" in job else {})
 
 
 def _expires_first(job: dict[str, Any]) -> bool:

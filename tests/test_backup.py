@@ -577,8 +577,8 @@ def test_restore_refuses_a_kind_that_it_does_not_know(lone: Queue, file: str) ->
     put(lone, "pending")
     lone.pause("default")
     back_up(lone, file, NoBar())
-    change(file, 1, kind="schedule", every="1d")
-    refuses(lone, file, "of a kind that this version does not know: schedule", "use TinyQueue 0.1.0")
+    change(file, 1, kind="calendar", every="1d")
+    refuses(lone, file, "of a kind that this version does not know: calendar", "use TinyQueue 0.1.0")
 
 
 def test_restore_passes_over_an_optional_kind(lone: Queue, file: str) -> None:

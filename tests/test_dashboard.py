@@ -31,6 +31,7 @@ from conftest import RedisServer, newest, put, raw, until
 
 from tinyqueue import Discard, Failure, Job, Outcome, Queue, handler
 from tinyqueue_config import Settings
+from tinyqueue_schedule import make_schedule, put as put_schedule
 from worker import Worker
 from wsgi import API
 
@@ -514,6 +515,33 @@ def test_pause_and_resume_buttons_change_the_queue(open: Open, near: Queue) -> N
     assert not near.queues()["reports"]["paused"]
 
 
+def test_schedules_show_their_runs_and_can_be_paused_resumed_and_run(open: Open, near: Queue) -> None:
+    put_schedule(near, make_schedule("nightly", "30 2 * * *", "echo", {}, timezone="Europe/Berlin"))
+    page = open()
+    row = page.locator("tr[data-key=nightly]")
+    playwright.expect(row).to_contain_text("30 2 * * * Europe/Berlin")
+    playwright.expect(row).to_contain_text("in ")
+    playwright.expect(row).to_contain_text("02:30 on 20")
+    page.get_by_role("button", name="Pause schedule nightly").click()
+    page.get_by_role("button", name="Resume schedule nightly").wait_for()
+    playwright.expect(row).to_contain_text("paused")
+    page.get_by_role("button", name="Run schedule nightly").click()
+    playwright.expect(row).to_contain_text("pending")
+    page.get_by_role("button", name="Resume schedule nightly").click()
+    page.get_by_role("button", name="Pause schedule nightly").wait_for()
+    [job] = near.page()[0]
+    assert job.schedule == "nightly"
+    row.locator("a").click()
+    shows(page, job.id, "nightly")
+
+
+def test_overview_without_schedules_has_no_panel_for_them(open: Open, near: Queue) -> None:
+    put(near, "completed")
+    page = open()
+    shows(page, "Queues")
+    lacks(page, "[data-key=schedules]")
+
+
 def test_notice_does_not_move_the_page_and_closes_by_itself(open: Open, near: Queue) -> None:
     near.enqueue("echo", 1, queue="reports")
     page = open(fake_time=True)
@@ -740,11 +768,12 @@ def test_traceback_is_shown_from_its_end(open: Open, near: Queue) -> None:
 
 def test_read_key_sees_no_button_that_changes_anything(open: Open, near: Queue) -> None:
     jobs = [put(near, status) for status in ("failed", "delayed")]
+    put_schedule(near, make_schedule("nightly", "@daily", "echo", {}))
     page = open(api_keys=KEYS)
     sign_in(page, "read-0123456789ab")
     for view in ("#/", "#/jobs?status=failed", *(f"#/jobs/{job.id}" for job in jobs)):
         page.goto(page.url.partition("#")[0] + view)
-        shows(page, {"#/": "Queues", "#/jobs?status=failed": "Boom"}.get(view, "Payload"))
+        shows(page, {"#/": "nightly", "#/jobs?status=failed": "Boom"}.get(view, "Payload"))
         found = page.locator("button, a.button").all_text_contents()
         assert set(found) <= {"Sign out", "Copy", "Copy as curl"}
     lacks(page, ".tabs >> text=Submit")
@@ -954,6 +983,7 @@ def test_page_fits_every_width_with_the_longest_names(open: Open, near: Queue) -
     worker = near.register([name] * 20, 1)
     near.fail(near.dequeue(worker, [name])[0], Failure("E" * 200, text, text), after=0)
     near.dequeue(worker, [name])
+    put_schedule(near, make_schedule(name, ",".join(["1"] * 96) + " 2 * * *", name, {}, timezone="Europe/Berlin"))
     page = open()
     for view, expected in {
         "#/": "Workers",

@@ -29,6 +29,7 @@ import tinyqueue_http
 import tinyqueue_json
 import tinyqueue_metrics
 import tinyqueue_problems
+import tinyqueue_schedule
 import tinyqueue_server
 import tinyqueue_work
 import worker
@@ -45,6 +46,7 @@ DOCUMENTS = {
 }
 README, HTTP, OPERATIONS = DOCUMENTS["README.md"], DOCUMENTS["docs/http.md"], DOCUMENTS["docs/operations.md"]
 SETTINGS, DEPLOY = DOCUMENTS["docs/settings.md"], DOCUMENTS["docs/deploy.md"]
+SCHEDULES = DOCUMENTS["docs/schedules.md"]
 WEBHOOKS = DOCUMENTS["docs/webhooks.md"]
 EVERYTHING = "\n".join(DOCUMENTS.values())
 each_document = pytest.mark.parametrize("document", DOCUMENTS.values(), ids=DOCUMENTS.keys())
@@ -158,6 +160,11 @@ def test_http_page_lists_every_kind_of_problem_with_its_status() -> None:
 
 def test_http_page_lists_every_field_that_a_client_may_send() -> None:
     assert [row[0] for row in rows(section(HTTP, "Submit jobs"))[2:]] == list(wsgi.FIELDS)
+
+
+def test_schedules_page_names_every_field_of_a_schedule() -> None:
+    names = {*wsgi.SCHEDULE_FIELDS, *tinyqueue_schedule.make_schedule("a", "@daily", "t", 1).answer(0, None)}
+    assert [name for name in names if f"`{name}`" not in section(SCHEDULES, "Manage schedules")] == []
 
 
 @pytest.mark.parametrize("title", ["List jobs", "Change many jobs"])
@@ -275,6 +282,12 @@ NUMBERS = {
     "RECORD of an ended job": (OPERATIONS, r"the result and (\d+) bytes", tinyqueue_cli.RECORD[1]),
     "TRACEBACK": (OPERATIONS, r"error of a failed job \| (\d+) bytes", tinyqueue_cli.TRACEBACK),
     "ONCE": (OPERATIONS, r"idempotency key \| (\d+) bytes", tinyqueue_cli.ONCE),
+    "catchup": (SCHEDULES, r"([\d]+) by default and at most", tinyqueue_schedule.Schedule("", "", "", None).catchup),
+    "MAX_CATCHUP": (SCHEDULES, r"by default and at most (\d+)", tinyqueue_schedule.MAX_CATCHUP),
+    "GRACE": (SCHEDULES, r"may always be late by (\d+) seconds", tinyqueue_schedule.GRACE),
+    "RETRY": (SCHEDULES, r"tried again every (\d+) seconds", tinyqueue_schedule.RETRY / 1000),
+    "ABSENT": (SCHEDULES, r"was seen for (\d+) seconds", tinyqueue_schedule.ABSENT),
+    "MAX_SCHEDULES": (SCHEDULES, r"There can be (\d+) schedules", tinyqueue_schedule.MAX_SCHEDULES),
     "SECONDS of a request": (WEBHOOKS, r"does not answer within (\d+) s", tinyqueue_http.SECONDS),
     "KEPT of an answer": (WEBHOOKS, r"A worker reads (\d+) bytes of the answer", tinyqueue_http.KEPT),
     "JITTER of deliveries": (WEBHOOKS, r"or up to (\d+) % later", 100 * tinyqueue_http.JITTER),
@@ -504,6 +517,21 @@ def test_http_session_runs_as_written(checkout: Checkout) -> None:
     assert re.findall(r'"type":"(urn:tinyqueue:.+?)"', said) == ["urn:tinyqueue:wrong-status"]
     assert said.count('"jobId"') == 4
     assert said.endswith('{"retried":0,"skipped":0,"cursor":null}')
+
+
+def test_schedules_session_runs_as_written(checkout: Checkout) -> None:
+    with (checkout.folder / "handlers.py").open("a") as handlers:
+        handlers.write(blocks(SCHEDULES, "python")[0])
+    with checkout.running(START, "and a worker with"):
+        said = checkout.run(block(SCHEDULES, "curl -X PUT"))
+    made, listed, run, removed = map(json.loads, said.replace("}{", "}\n{").splitlines())
+    assert {found["name"]: found["source"] for found in listed["schedules"]} == {
+        "cleanup": "api",
+        "nightly": "code",
+        "report": "code",
+    }
+    assert (made["timezone"], run["status"], removed["name"]) == ("Europe/Berlin", "pending", "cleanup")
+    assert "no schedules" in checkout.run(block(SCHEDULES, "worker.py schedules"), REDIS_URL=checkout.redis)
 
 
 def test_http_key_lets_in_as_written(checkout: Checkout) -> None:

@@ -19,7 +19,9 @@ from hypothesis.stateful import (
 )
 
 import tinyqueue
+import tinyqueue_schedule
 from tinyqueue import Failure, Job, KeyReused, Once, Outcome, Queue, Reaped, WrongStatus
+from tinyqueue_schedule import Schedule, Ticker, list_schedules, make_schedule
 
 # No second run: hypothesis might not find the same steps again.
 pytestmark = [pytest.mark.usefixtures("no_handlers"), pytest.mark.flaky(reruns=0)]
@@ -97,6 +99,7 @@ class Machine(RuleBasedStateMachine):
         self.names: list[str] = []  # of all workers that ever were
         self.made_once: dict[str, list[str]] = {}
         self.paused: set[str] = set()
+        self.schedules: dict[str, Schedule] = {}
 
     def _has(self, unique_key: str) -> list[str]:
         """Return the ids of the unended jobs that have that uniqueKey."""
@@ -402,6 +405,63 @@ class Machine(RuleBasedStateMachine):
         if due:
             raw(self.queue).zadd(self.queue.keys.delayed, dict(due))
         assert self.queue.promote() == len(due)
+
+    # Schedules
+
+    @rule(name=st.sampled_from("st"), overlap=st.sampled_from(["skip", "allow"]), key=st.sampled_from([None, "a"]))
+    def put_schedule(self, name: str, overlap: str, key: str | None) -> None:
+        made = make_schedule(name, "* * * * *", "echo", {}, queue="high", overlap=overlap, unique_key=key)
+        self.schedules[name] = tinyqueue_schedule.put(self.queue, made)
+
+    @precondition(lambda self: self.schedules)
+    @rule(data=st.data(), verb=st.sampled_from(["pause", "resume", "remove"]))
+    def change_schedule(self, data: st.DataObject, verb: str) -> None:
+        name = data.draw(st.sampled_from(sorted(self.schedules)))
+        changed = getattr(tinyqueue_schedule, verb)(self.queue, name)
+        assert changed
+        if verb == "remove":
+            del self.schedules[name]
+        else:
+            self.schedules[name] = changed
+
+    @rule(target=jobs, name=st.sampled_from("st"), overlap=st.sampled_from(["skip", "allow"]))
+    def tick(self, name: str, overlap: str) -> Any:
+        """Let the next minute begin, and tick as two workers do."""
+        if name not in self.schedules:
+            self.put_schedule(name, overlap, None)
+        now = self.queue.now()
+        self.queue.clock.ahead += 61_000 - now % 60_000
+        made = []
+        before = dict(self.schedules)
+        Ticker(self.queue).tick()
+        Ticker(self.queue).tick()
+        after = {found.name: found for found, _ in list_schedules(self.queue)}
+        for found in sorted(before.values(), key=lambda found: found.name):
+            if found.paused or found.next_at > self.queue.now():
+                assert after[found.name] == found
+            else:
+                made += self._ticked(found, after[found.name])
+        self.schedules = after
+        return multiple(*made)
+
+    def _ticked(self, before: Schedule, after: Schedule) -> list[str]:
+        """Compare the outcome of a tick with the model. Return the id of the job that it made."""
+        last = self.model.get(before.last_job)
+        [holder] = self._has(before.unique_key) or [""]
+        assert after.last_at > before.last_at
+        assert after.next_at > self.queue.now()
+        if last and last.active and before.overlap == "skip":
+            assert (after.last_outcome, after.last_job) == ("skipped", before.last_job)
+            return []
+        if holder:
+            assert (after.last_outcome, after.last_job) == ("duplicate", holder)
+            return []
+        assert after.last_outcome == "enqueued"
+        job = self.queue.get(after.last_job)
+        assert (job.schedule, job.scheduled_for) == (before.name, after.last_at)
+        assert job.id not in self.model
+        self.model[job.id] = Known(job)
+        return [job.id]
 
     @rule(seconds=st.sampled_from([1, 6, 11]))
     def advance(self, seconds: int) -> None:

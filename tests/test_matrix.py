@@ -17,6 +17,7 @@ from conftest import Entry, dump, lapse, newest, put, raw
 
 import tinyqueue
 from tinyqueue import ENDED, STATUSES, Failure, Filter, Job, Loaded, Queue, Reaped, WrongStatus, handler
+from tinyqueue_schedule import Merge, Ticker, list_schedules, make_schedule, put as put_schedule, sync
 
 pytestmark = pytest.mark.usefixtures("no_handlers")
 BOOM = Failure("Boom", "it broke")
@@ -124,6 +125,7 @@ ACTIONS = {
 }
 TWINS = {"cancel": "request", "request": "cancel"}  # one verb of the queue, two rows
 BY_ENQUEUE = {("enqueue", "pending"), ("take", ""), ("promote", ""), ("restore", "")}  # tried below
+BY_SCHEDULES = {("tick", "pending"), ("sync", "")}  # tried by test_schedules.py
 BY_END = {("deliver", "pending")}  # tried below, on each verb that ends a job
 BY_LIMITS = {("hold", ""), ("wake", ""), ("look", "")}  # tried below, and by test_limits.py
 BY_LOAD = {("load", "pending"), ("load", "failed"), ("load", "cancelled")}  # tried by test_backup.py
@@ -159,7 +161,7 @@ def record(queue: Queue, job: Job) -> Entry | None:
 
 def test_actions_cover_every_row_and_result_of_the_contract() -> None:
     tried = {(action.row, action.to) for action in ACTIONS.values()} | {RELEASED_TOO_OFTEN}
-    tried |= BY_ENQUEUE | BY_END | BY_LIMITS | BY_LOAD
+    tried |= BY_ENQUEUE | BY_END | BY_LIMITS | BY_LOAD | BY_SCHEDULES
     assert tried == {(verb, to) for verb, row in TABLE.items() for to in row.after or {""}}
 
 
@@ -401,7 +403,31 @@ def break_in_no_list(queue: Queue, verb: str) -> None:
         assert queue.restore(job.id)
 
 
+def break_its_time_has_come(queue: Queue, verb: str) -> None:
+    put_schedule(queue, make_schedule("hourly", "0 * * * *", "echo", {}))
+    before = dump(queue)
+    Ticker(queue).tick()
+    assert dump(queue) == before
+    queue.clock.ahead += 3600_000
+    Ticker(queue).tick()
+    assert queue.stats()["pending"] == 1
+
+
+def break_code_not_replaced(queue: Queue, verb: str) -> None:
+    [old, new] = ([make_schedule("hourly", cron, "echo", {}, code="c")] for cron in ("0 * * * *", "1 * * * *"))
+    sync(queue, "c", old)
+    sync(queue, "c", new)
+    before = dump(queue)
+    assert sync(queue, "c", old) == [Merge([], [], [])]
+    assert dump(queue) == before
+    queue.clock.ahead += 301_000
+    sync(queue, "c", old)
+    assert [made.cron for made, _ in list_schedules(queue)] == ["0 * * * *"]
+
+
 BREAKS = {
+    "its time has come": break_its_time_has_come,
+    "code not replaced": break_code_not_replaced,
     "unused": break_unused,
     "queue paused": break_queue_paused,
     "unended": break_unended,

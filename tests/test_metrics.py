@@ -20,6 +20,7 @@ import tinyqueue_metrics
 from tinyqueue import Failure, Job, Outcome, Queue, handler
 from tinyqueue_config import Settings
 from tinyqueue_metrics import METRICS
+from tinyqueue_schedule import make_schedule, put as put_schedule
 from wsgi import API
 
 DEPLOY = Path(tinyqueue.__file__).parent / "deploy"
@@ -375,6 +376,7 @@ def test_used_queue_exposes_every_metric(queue: Queue) -> None:
     def limited(payload: object) -> None: ...
 
     put(queue, "completed")
+    put_schedule(queue, make_schedule("nightly", "@daily", "echo", {}))
     assert {key[0] for key in samples(queue)} == exposed()
 
 

@@ -6,6 +6,7 @@ import pytest
 from cycle_model import GUARDS as CYCLE_GUARDS, Cycle
 from limit_model import GUARDS as LIMIT_GUARDS, NEEDS, WORLDS, World as LimitWorld
 from protocol_model import GUARDS, World, search
+from schedule_model import PERIOD, SYNC, TICKS, Sync, Ticks
 
 pytestmark = pytest.mark.flaky(reruns=0)  # a search visits the same states every time
 
@@ -53,3 +54,26 @@ def test_limits_hold_in_every_interleaving(world: str) -> None:
 @pytest.mark.parametrize("guard", LIMIT_GUARDS)
 def test_limits_fail_without_any_of_their_guards(guard: str) -> None:
     assert search(LimitWorld(**WORLDS[NEEDS[guard]], without=guard))[1], LIMIT_GUARDS[guard]
+
+
+@pytest.mark.parametrize(("workers", "catchup"), [(1, 1), (1, PERIOD), (2, 1)])
+def test_ticks_hold_in_every_interleaving(workers: int, catchup: int) -> None:
+    states, why, path = search(Ticks(workers, catchup=catchup))
+    assert not why, f"{why}: {path}"
+    assert states > 3000, "the search visited too few states"
+
+
+@pytest.mark.parametrize("guard", TICKS)
+def test_ticks_fail_without_any_of_their_guards(guard: str) -> None:
+    assert search(Ticks(2, guard, PERIOD if guard == "fold" else 1))[1], TICKS[guard]
+
+
+def test_sync_of_two_releases_holds_in_every_interleaving() -> None:
+    states, why, path = search(Sync())
+    assert not why, f"{why}: {path}"
+    assert states > 300, "the search visited too few states"
+
+
+@pytest.mark.parametrize("guard", SYNC)
+def test_sync_of_two_releases_fails_without_any_of_its_guards(guard: str) -> None:
+    assert search(Sync(guard))[1], SYNC[guard]

@@ -173,7 +173,9 @@ def test_document_describes_exactly_the_routes(document: Any) -> None:
 def test_operation_ids_are_a_verb_and_a_noun(document: Any) -> None:
     ids = [operation["operationId"] for operation in operations(document).values()]
     assert [
-        id for id in ids if not re.fullmatch("(get|list|submit|cancel|retry|pause|resume|run|set)[A-Z][a-z]+", id)
+        id
+        for id in ids
+        if not re.fullmatch("(get|list|put|remove|submit|cancel|retry|pause|resume|run|set)[A-Z][a-z]+", id)
     ] == []
     assert len(set(ids)) == len(ids)
 

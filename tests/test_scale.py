@@ -172,7 +172,7 @@ def test_scale_costs_the_same_few_commands_however_many_jobs_there_are(near: Que
         near.enqueue_many("echo", range(1000), queue="mail", delay=60)
         near.enqueue_many("echo", range(1000), queue="mail", delay=1)
     near.clock.ahead += 1000
-    assert cost() == few <= 10
+    assert cost() == few <= 11  # one of them counts the due schedules
 
 
 def test_scale_adds_up_all_shards(server: Server) -> None:

@@ -61,7 +61,9 @@ ONE_BY_ONE = {
     "discard",
     "exchange",
     "load",
-}  # called for each shard, by other verbs, by doctor, by backups and by the web process
+    "change_schedule",
+    "write_schedule",
+}  # called for each shard, by other verbs, by doctor, by backups, by the web process and for schedules
 
 
 @pytest.fixture
