@@ -904,6 +904,7 @@ class Limits:
                 halted = max(0, found[2 * len(some) + n])
                 rows[name] = {"running": found[2 * n], "held": found[2 * n + 1], **rule.answer(), "haltedMs": halted}
                 rows[name]["overridden"] = name in overrides
+                rows[name]["override"] = msgspec.json.decode(overrides.get(name, b"{}"))
         return dict(sorted(rows.items(), key=lambda row: -row[1]["held"])[:SHOWN])
 
     def place_of(self, job: Job) -> int:

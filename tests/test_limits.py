@@ -459,8 +459,10 @@ def test_http_sets_and_lists_limits(api: Client, queue: Queue, worker: str) -> N
     answer = api.call("PUT", "/limits/bill/a", {"maxRunning": 2})
     assert answer.status == 200
     row = {"running": 1, "held": 2, "maxRunning": 2, "rate": None, "paused": False, "haltedMs": 0, "overridden": True}
+    row["override"] = {"maxRunning": 2}
     assert answer.json == {"limit": "bill/a", **row}
     assert api.get("/limits").json["limits"]["bill/a"] == row
+    assert api.get("/limits").json["limits"]["bill"]["override"] == {}
     assert api.call("PUT", "/limits/bill/a", {}).json["maxRunning"] == 1
 
 
