@@ -284,7 +284,7 @@ BLOCK = 2.0  # seconds of one wait for the bell
 CATCH_UP = 1000  # milliseconds that replicas have to receive a write
 PAUSE_AGE = 0.1  # seconds for which the known set of paused queues is used
 LEAVE = 5  # tries of a start after which it leaves its limited jobs to adoption: many start under their limits
-LOOK = 10_000  # milliseconds between two looks at a limit with held jobs, unless a rate has room before
+LOOK = 30_000  # milliseconds between two looks at a limit with held jobs, unless a rate has room before
 LOOK_GAP = 20  # milliseconds between two looks, at least
 AHEAD = 100  # held jobs, or jobs at the head of a queue, that one look reads
 SHOWN = 1000  # limits of one report
@@ -668,6 +668,7 @@ class Limits:
             room = rooms[limit] = Room(limit, rule_of(limit, overrides[2 * at : 2 * at + 2]), set(running) - tx.left)
             room.held = self._awake(held)
             room.closed = bool(halt or room.rule.paused)
+            room.opens = float(halt or math.inf)
             if room.closed:
                 room.left = 0
         self._read_pace(tx, [room for room in rooms.values() if room.rule.starts])
@@ -811,8 +812,7 @@ class Limits:
         Of many, it looks at the first only. The others become due, which promote notices.
         """
         own = [limit for limit in self._holding() if limit.partition("/")[0] in HANDLERS]
-        if later := own[AHEAD:]:
-            self.store.read(*(("ZADD", self.keys.delayed, "XX", 0, LOOK_MARK + limit) for limit in later))
+        self.hurry(own[AHEAD:])
         for limit in own[:AHEAD]:
             self.store.transact([self.keys.held(limit)], partial(self.look, limit=limit))
 
@@ -824,6 +824,12 @@ class Limits:
         watch = [self.keys.holding]
         rooms = self.store.transact(watch, lambda tx: self.read_rooms(tx, limits), counts=False) if limits else {}
         return [entry for room in rooms.values() for entry in _first(room.held, room.left)]
+
+    def hurry(self, limits: Iterable[str] | None = None) -> None:
+        """Have the next promote look at limits, or at all with held jobs."""
+        marks = [LOOK_MARK + limit for limit in (self._holding() if limits is None else limits)]
+        if marks:
+            self.store.read(("ZADD", self.keys.delayed, "XX", *itertools.chain(*((0, mark) for mark in marks))))
 
     def _holding(self) -> list[str]:
         return sorted(map(text_of, self.store.read(("SMEMBERS", self.keys.holding))[0]))
@@ -883,7 +889,8 @@ class Limits:
         write: Command = ("HSET", self.keys.overrides, limit, encode(override))
         if override == Override():
             write = ("HDEL", self.keys.overrides, limit)
-        self.store.read(write, *(("ZADD", self.keys.delayed, "XX", 0, LOOK_MARK + name) for name in under))
+        self.store.read(write)
+        self.hurry(under)
 
     def in_use(self) -> dict[str, dict[str, Any]]:
         """Return up to SHOWN limits, those with the most held jobs first.
@@ -1789,6 +1796,7 @@ class Queue(Verbs):
             tx.ring(name)
 
         self.store.transact((), body)
+        self.limits.hurry()  # nobody has woken the held jobs of a paused queue
 
     # Upkeep -----------------------------------------------------------------------------------------------------------
 
@@ -1857,6 +1865,7 @@ class Queue(Verbs):
 
         promoted = self.store.transact((), body)
         if looks:
+            self._note_paused(self.store.read(("SMEMBERS", self.keys.paused))[0])
             self.limits.reconcile(looks, self.now())
         return promoted
 
