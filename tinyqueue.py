@@ -1840,7 +1840,7 @@ class Queue(Verbs):
     def promote(self) -> int:
         """Move up to 500 jobs to their queues when runAt has come. Return how many ids it removed.
 
-        Also looks at the limits with held jobs whose time has come.
+        Also looks at the limits with held jobs whose time has come, and counts them.
         Watches the records: a job that another promoter moved may have run, failed and be delayed
         again, and removing that new entry would lose the job. The lock only saves duplicate work.
         """
@@ -1850,8 +1850,9 @@ class Queue(Verbs):
 
         def body(tx: Transaction) -> int:
             found = tx.read(("ZRANGEBYSCORE", self.keys.delayed, "-inf", tx.now, "LIMIT", 0, PROMOTED))[0]
-            due = [entry for entry in found if not entry.startswith(LOOK_MARK.encode())]
-            looks[:] = [text_of(entry).removeprefix(LOOK_MARK) for entry in found if entry not in due]
+            marks = {entry for entry in found if entry.startswith(LOOK_MARK.encode())}
+            due = [entry for entry in found if entry not in marks]
+            looks[:] = sorted(text_of(mark).removeprefix(LOOK_MARK) for mark in marks)
             if not due or tx.again or not tx.read(("SET", self.keys.promoter, "1", "NX", "PX", 1000))[0]:
                 return 0
             tx.write("ZREM", self.keys.delayed, *due)
@@ -1867,7 +1868,7 @@ class Queue(Verbs):
         if looks:
             self._note_paused(self.store.read(("SMEMBERS", self.keys.paused))[0])
             self.limits.reconcile(looks, self.now())
-        return promoted
+        return promoted + len(looks)
 
     def _read_jobs(self, tx: Transaction, entries: Iterable[bytes], watch: bool = False) -> Iterator[Job]:
         """Read the jobs that list entries name, each once. Skip entries that name none."""
