@@ -821,7 +821,7 @@ class Override(msgspec.Struct, rename="camel", omit_defaults=True):
     def check(self) -> Override:
         """Raise InvalidJob for values that no limit can have."""
         if self.max_running is not None:
-            _whole("maxRunning", self.max_running, 1, MAX_RUNNING)
+            self.max_running = _whole("maxRunning", self.max_running, 1, MAX_RUNNING)
         if not isinstance(self.rate, str) or (self.rate and not RATE.fullmatch(self.rate)):
             raise InvalidJob(
                 "rate", 'must be a number up to 10000 and a time, such as "10/second"; or minute, hour, day'
@@ -901,12 +901,19 @@ def rule_of(limit: str, overrides: Iterable[bytes | None]) -> Rule:
     max_running = known.max_running
     rate = known.rate
     paused = False
-    for override in (msgspec.json.decode(stored, type=Override) for stored in overrides if stored):
+    for override in (_stored_override(limit, stored) for stored in overrides if stored):
         max_running = (override.max_running or max_running) if max_running else 0
         rate = (override.rate or rate) if rate else ""
         paused = paused or override.paused
     starts, _, period = rate.partition("/")
     return Rule(max_running or math.inf, int(starts or 0), PERIODS.get(period, 0), paused)
+
+
+def _stored_override(limit: str, stored: bytes) -> Override:
+    try:
+        return msgspec.json.decode(stored, type=Override)
+    except msgspec.DecodeError as error:
+        raise Corrupted(f"the numbers set for the limit {limit} or its type cannot be read: {error}") from None
 
 
 # Checking a job -------------------------------------------------------------------------------------------------------
