@@ -25,9 +25,9 @@ round trips however many jobs it moves. No Lua.
     verb      from -> to                      watches          only if                   writes
     enqueue   nothing -> pending              once, unique     keys unused               record, list/delayed, keys
     take      (list to list)                  -                queue not paused          jobs -> proc, workers
-    start     pending -> processing           worker, records  registered; due; room    record: attempts + 1, worker,
-                                              and running                               running, pace
-    hold      (list to held)                  worker, records  registered; no room      held, holding, delayed, proc
+    start     pending -> processing           worker, records  registered; due; room     record: attempts + 1, worker,
+                                              and running                                running, pace
+    hold      (list to held)                  worker, records  registered; no room       held, holding, delayed, proc
                                               and running
     expire    pending -> failed               worker, records  registered; expired       record, proc, failed
     complete  processing -> completed         worker, records  registered; same attempt  record, proc, completed
@@ -36,7 +36,7 @@ round trips however many jobs it moves. No Lua.
                                                                                          list or delayed
     progress  processing -> processing        worker, record   registered; same attempt  record
     promote   (delayed to list)               records          runAt has come            delayed, list
-    wake      (held to list)                  -                an attempt has ended      held, head of list
+    wake      (held to list)                  held, if few     an attempt has ended      held, head of list
     look      (held to list)                  held, records,   room                      held, head of list, running,
                                               running                                    holding, delayed
     reap      processing -> pending, failed*  worker, lease,   lease gone; worker's own  worker, proc, record,
@@ -47,10 +47,10 @@ round trips however many jobs it moves. No Lua.
     retry     failed, cancelled -> pending    record, unique   uniqueKey free            record, its index, list
     load      nothing -> pending, failed*     records, unique  unused; queue paused      records, list/delayed,
                                               and paused                                 indexes, uniqueKeys
-    tick      nothing -> pending           schedule,        its time has come         as enqueue; schedule, ticks
-                                           unique
-    sync      (schedules of the code)      generation,      code not replaced         schedules, ticks, generation
-                                           schedules
+    tick      nothing -> pending              schedule,        its time has come         as enqueue; schedule, ticks
+                                              unique
+    sync      (schedules of the code)         generation,      code not replaced         schedules, ticks, generation
+                                              schedules
     deliver   nothing -> pending              -                callbackUrl               record, list
 
     * cancelled, if that was requested. Due: runAt has come, and the job has not expired. Expired:
@@ -61,24 +61,32 @@ round trips however many jobs it moves. No Lua.
     uniqueKey. Queue paused: the queues of all pending jobs that load stores. A suspect is a job
     that two workers lost while they ran it along with others. It starts only alone.
 
-    dequeue is take, then start or expire. enqueue is written by submit, expire by start, request by
-    cancel, and deliver by whatever ends a job, except load: the new job, of type webhook, sends the
-    end to the callbackUrl. complete, fail and release are written by settle, many in one transaction.
+    dequeue is take, then start, hold or expire. enqueue is written by submit, hold and expire by
+    start, and request by cancel. Whatever ends a job writes deliver too, except load: it enqueues a
+    job of type webhook, which sends the end to the callbackUrl. complete, fail and release are
+    written by settle, many in one transaction.
     exchange is settle and dequeue in three round trips. A busy worker uses it instead of these two,
     except with shards. load stores the jobs of a backup; the ended ones count in no metric. Every
     verb that fills a list rings its bell, and every verb keeps the counts and the metrics. Whatever
-    ends a job frees its uniqueKey and leaves a token for those who wait for it. A tick that fails
-    stays due. tinyqueue_schedule.py decides what tick and sync make of a schedule.
+    ends a job frees its uniqueKey and leaves a token for those who wait for it.
 
-    Limits. A handler declares how many jobs of its type, or of each value of a field, run at a time
-    (max_running) and how many start in a period (rate). The limit of a job is `type` or
-    `type/<value>`. A job is held if its limit has no room, or an older job could have it: then that
-    one is woken instead. A held job is pending, spends no attempt and costs nobody anything. Every
-    end of an attempt writes running too, and wakes the oldest held job; whatever drops the id of a
-    limited job wakes the next. wake watches nothing, because an id that is listed twice is dropped
-    once. look is for room that no end makes: a rate's, a raised limit's, a lost wake-up's. promote
-    finds its time among the delayed ids. The numbers are those of the code, unless `overrides` has
-    others. tests/limit_model.py shows what each of these guards is for.
+    Schedules. A tick is a time at which the cron expression of a schedule matches. tick enqueues
+    its job, at most once. If it fails, the schedule stays due. sync stores the schedules that code
+    declares, and removes those that it no longer declares. Code is replaced once a newer release of
+    it has synced. tinyqueue_schedule.py decides what tick and sync make of a schedule.
+
+    Limits. A handler may declare how many jobs of its type run at a time (max_running) and how many
+    start in a period (rate), also for each value of a field of the payload (limit_by). The limit of
+    a job is `type` or `type/<value>`. start holds a job if its limit has no room. It also holds a
+    job if a held one is older, and wakes that one instead. A held job is pending, spends no attempt
+    and takes no slot. Every end of an attempt writes running too, and wakes the oldest held job.
+    Whatever drops the id of a limited job wakes the next one. wake watches the held jobs only if
+    there are fewer than it must wake, or it would miss a job that is held meanwhile. Otherwise two
+    workers may wake the same job and list its id twice, which is harmless (rule 1). look wakes jobs
+    for which room came without an end: with time, by a raised limit, or after a lost wake-up. The
+    time of the next look is among the delayed ids, where promote finds it. RateLimited halts a
+    limit: nothing starts under it for a while. The numbers are those of the code, unless
+    `overrides` has others. tests/limit_model.py shows what each of these guards is for.
 
     Lost replies. adopt finds the ids in a worker's list that the worker does not know. After a lost
     reply, start neither starts nor drops an id: it may have done so already. Only one thread of a
@@ -95,7 +103,7 @@ Keys. All share one hash tag, the namespace, and so one slot of a cluster.
     {queue}:jobs:<name>       list    ids that wait in queue <name>: enter left, leave right
     {queue}:proc:<worker>     list    ids that this worker holds
     {queue}:bell:<name>       list    wake-up tokens, at most 64; holds no work, may be lost
-    {queue}:delayed           zset    id -> runAt; limit:<limit> -> when to look at it
+    {queue}:delayed           zset    id -> runAt; limit:<limit> -> time of the next look at it
     {queue}:completed         zset    id -> endedAt; likewise {queue}:failed and {queue}:cancelled
     {queue}:workers           set     every worker that may hold a job
     {queue}:worker:<worker>   string  its registration: the fence. Never expires
@@ -111,8 +119,8 @@ Keys. All share one hash tag, the namespace, and so one slot of a cluster.
     {queue}:held:<limit>      zset    <queue>:<id> of pending jobs that wait for room -> createdAt
     {queue}:holding           set     limits that may have held jobs
     {queue}:pace:<limit>      zset    <id>:<start> of the starts in the last period. Expires
-    {queue}:halt:<limit>      string  until when RateLimited has stopped the limit. Expires
-    {queue}:overrides         hash    by type or limit, what replaces the numbers in the code
+    {queue}:halt:<limit>      string  until when RateLimited halts the limit. Expires
+    {queue}:overrides         hash    type or limit -> what replaces the numbers in the code
     {queue}:minute:<n>        hash    started, waitedMs, completed, failed, cancelled in minute n
                                       since 1970. Expires after two hours
     {queue}:rate:<who>:<n>    string  requests of a client in rate window n. Expires
@@ -578,9 +586,7 @@ def _checked(replies: list[Any]) -> list[Any]:
 
 # Limits ---------------------------------------------------------------------------------------------------------------
 
-# Each method adds to the transaction of a verb. Whatever ends an attempt wakes the oldest held job.
-# A look wakes held jobs for which room came in another way: with time, by a change of the limit, or
-# after a wake-up was lost.
+# The contract explains limits. Most methods add to the transaction of a verb.
 
 
 class Room:
@@ -592,11 +598,11 @@ class Room:
         self.running = running
         self.left = rule.max_running - len(running)
         self.held: list[str] = []  # the first entries, oldest first, except those of paused queues
-        self.opens = math.inf  # when the rate has room again, if that is what there is no room for
+        self.opens = math.inf  # when the rate has room again, if the rate is what is used up
         self.admitted: set[str] = set()  # the ids that may start
-        self.closed = False  # paused or halted
-        self.busy = False  # too many start at the moment: leave its jobs to adoption
-        self.noted = False  # that jobs are held
+        self.closed = False  # True: the limit is paused or halted
+        self.busy = False  # True: too many workers start under it at the moment; adoption gets its jobs
+        self.noted = False  # True: this transaction has noted that the limit holds jobs
 
 
 class Limits:
@@ -620,7 +626,7 @@ class Limits:
     # Start ------------------------------------------------------------------------------------------------------------
 
     def rooms(self, tx: Transaction, jobs: Iterable[Job]) -> dict[str, Room]:
-        """Return the rooms of pending jobs with limits, by job id, except those not due.
+        """Return the rooms of pending jobs with limits, by job id. Leaves out jobs that are not due.
 
         Watches the sets of running ids. The oldest jobs get the room first, and those among them
         that are held are woken.
@@ -722,7 +728,7 @@ class Limits:
             self._look_later(tx, room)
 
     def _look_later(self, tx: Transaction, room: Room) -> None:
-        """Set the time of the next look. An earlier one stays, unless a rate knows better."""
+        """Set the time of the next look. An earlier time stays, unless the rate has room before."""
         latest = tx.now + LOOK
         if room.opens < latest:
             at = max(int(room.opens), tx.now + LOOK_GAP)
@@ -740,13 +746,13 @@ class Limits:
         self.owe(tx, job.limit)
 
     def owe(self, tx: Transaction, limit: str) -> None:
-        """Note that the transaction must wake a held job, unless only time makes room for one."""
+        """Note that the transaction must wake a held job, unless the limit is only a rate."""
         known = HANDLERS.get(limit.partition("/")[0])
         if not known or known.max_running:
             tx.wakes[limit] = tx.wakes.get(limit, 0) + 1
 
     def halt(self, tx: Transaction, job: Job, ms: int) -> None:
-        """Hold a job that was refused, and let none start under its limit for a time."""
+        """Hold the job of a handler that raised RateLimited, and let none start under its limit."""
         tx.write("SET", self.keys.halt(job.limit), tx.now + ms, "PX", ms)
         tx.wakes.pop(job.limit, None)
         room = Room(job.limit, Rule())
@@ -756,9 +762,9 @@ class Limits:
     def wake(self, tx: Transaction) -> None:
         """Move the oldest held jobs to the heads of their queues, as many as are owed.
 
-        Watches the held jobs only if there are too few: one that is held before this is written
-        would wait for room that it has. Otherwise two workers may wake the same job, and put its id
-        into the list twice. Whoever takes the second drops it, and that wakes the next job.
+        Watches the held jobs only if there are too few. Otherwise a job that is held before this is
+        written would wait although it has room. If there are enough, two workers may wake the same
+        job and list its id twice. Whoever takes the second id drops it, and that wakes the next job.
         """
         few: list[str] = []
         for limit, entries in self._read_held(tx, tx.wakes):
@@ -767,8 +773,6 @@ class Limits:
                 few.append(limit)
             else:
                 self._move(tx, limit, awake)
-        if few:
-            tx.read(("WATCH", *map(self.keys.held, few)))
         if few:
             tx.read(("WATCH", *map(self.keys.held, few)))
         for limit, entries in self._read_held(tx, few):
@@ -794,7 +798,7 @@ class Limits:
     def reconcile(self, limits: Sequence[str], now: int) -> None:
         """Look at limits whose time has come: drop what does not run, and wake what has room.
 
-        Of several workers that look at the same moment one goes on. The others find that the time
+        If several workers look at the same moment, only one goes on. The others find that the time
         of the next look is already set. If nothing has changed, a look takes four commands.
         """
         later = now // 1000 * 1000 + LOOK
@@ -857,7 +861,7 @@ class Limits:
     # For operators ----------------------------------------------------------------------------------------------------
 
     def set(self, limit: str, override: Override) -> None:
-        """Store an override, or delete it if it is empty, and have somebody look at once."""
+        """Store an override, or delete it if it is empty. The next promote looks at the limits."""
         holding = map(text_of, self.store.read(("SMEMBERS", self.keys.holding))[0])
         under = [name for name in holding if limit in (name, name.partition("/")[0])]
         write: Command = ("HSET", self.keys.overrides, limit, encode(override))
@@ -965,7 +969,7 @@ class Verbs(ABC):
 
     @property
     def seconds_to_look(self) -> float:
-        """In how many seconds a rate has room for a held job, as far as this process knows."""
+        """Seconds until a rate has room for a held job, as far as this process knows."""
         return min(part.limits.next_look() - part.clock.now() for part in self.parts) / 1000
 
     def disconnect(self) -> None:
@@ -1239,11 +1243,12 @@ class Queue(Verbs):
     # Schedules --------------------------------------------------------------------------------------------------------
 
     def change_schedule(self, name: str, change: Change) -> Schedule | None:
-        """Write what `change` makes of a schedule, and when it is due. Return it, or what it was.
+        """Apply `change` to a schedule, and enqueue a job if it says so. Return the new schedule.
 
-        `change` gets the schedule, the job of its last run and the time. It returns the schedule,
-        or None to remove it, and the time of the tick whose job to enqueue, or 0. Watches the
-        schedule. After a lost reply, `change` must find in the schedule that its work is done.
+        `change` gets the schedule, its last job and the time. It returns the new schedule, or None
+        to remove it, and the time of the tick whose job is to be enqueued, or 0. Watches the
+        schedule. Returns a removed schedule as it was. Repeats `change` after a lost reply, unless
+        its job is stored: `change` must see in the schedule that its work is done.
         """
         key = self.keys.schedule(check_name("name", name))
         first: Schedule | None = None
@@ -1274,7 +1279,7 @@ class Queue(Verbs):
         return self._store_new(tx, [job], {})[0]
 
     def write_schedule(self, tx: Transaction, name: str, made: Schedule | None, changed: bool = True) -> None:
-        """Write a schedule, if it has changed, and its entry among the ticks; or remove both."""
+        """Write a schedule if it has changed, and its next tick in any case. None removes both."""
         if made is None:
             tx.write("DEL", self.keys.schedule(name))
             tx.gather("ZREM", self.keys.ticks, name)
@@ -1300,7 +1305,7 @@ class Queue(Verbs):
         return self.store.transact((), body)
 
     def wait(self, names: Sequence[str], seconds: float = BLOCK) -> set[str]:
-        """Wait for a bell of these queues. Return the name if one rang in time. Takes no job."""
+        """Wait for a bell of these queues. Return the name of the one that rang. Takes no job."""
         bells = ("BLPOP", *map(self.keys.bell, names), seconds)
         token, paused = self.store.read(bells, ("SMEMBERS", self.keys.paused))
         self._note_paused(paused)
@@ -1767,7 +1772,7 @@ class Queue(Verbs):
     # Upkeep -----------------------------------------------------------------------------------------------------------
 
     def set_limit(self, limit: str, override: Override) -> None:
-        """Replace the numbers of a limit, or of all of a type. Effective within two seconds."""
+        """Replace the numbers of a limit, or of all limits of a type, within two seconds."""
         self.limits.set(limit, override)
 
     def limits_in_use(self) -> dict[str, dict[str, Any]]:
@@ -1775,7 +1780,7 @@ class Queue(Verbs):
         return self.limits.in_use()
 
     def place_among_held(self, job: Job) -> int:
-        """Return the place of a pending job among those held by its limit, from 1; 0: none."""
+        """Return the position of a job among those that its limit holds, from 1; 0: not held."""
         return self.limits.place_of(job)
 
     def heartbeat(self, worker: str, jobs: Sequence[str] = ()) -> None:
@@ -1806,7 +1811,8 @@ class Queue(Verbs):
     def promote(self) -> int:
         """Move up to 500 jobs to their queues when runAt has come. Return how many ids it removed.
 
-        Also looks at the limits with held jobs whose time has come.
+        Then looks at the limits with held jobs whose next look is due.
+
         Watches the records: a job that another promoter moved may have run, failed and be delayed
         again, and removing that new entry would lose the job. The lock only saves duplicate work.
         """
@@ -2300,8 +2306,9 @@ class Queue(Verbs):
     def scale(self, names: Sequence[str] = ()) -> dict[str, int]:
         """Count the jobs that need workers now, of these queues or of all.
 
-        `ready` jobs are due, and their queue is not paused. Due ticks count as such jobs, because
-        only workers tick. `load` adds the jobs in `processing`.
+        `ready` jobs are due, and their queue is not paused. Due schedules count as ready jobs,
+        because only workers tick. `load` adds the jobs in `processing`.
+
         Due jobs that no worker has promoted yet are ready too. If these are more than SAMPLED, only
         the first are read. The others are expected to have the same queues, and at least one job is
         counted for every queue that may have one. So a first worker starts, which promotes them.
@@ -2563,9 +2570,9 @@ class Shards(Verbs):
 
     The last two digits of a job's id name its shard. All jobs of a submit go into one shard, and
     those of the next into the next shard, so the order is first in, first out only within a shard.
-    A submit with a limit or a uniqueKey goes to the shard of that, which must be the same, and one
-    with only an Idempotency-Key to the shard of that. A submit with both takes the Idempotency-Key
-    in its own shard first.
+    A submit goes to the shard of its limit or of its uniqueKey. If it has both, these must be the
+    same shard. A submit with only an Idempotency-Key goes to the shard of that key. If it has one
+    of the others too, it first takes the Idempotency-Key in the shard of that key.
 
     Each shard stands alone. While one does not answer, the others are served, and nobody waits for
     it. A worker has one id in all shards. The heartbeat registers it in those that did not answer
@@ -2602,7 +2609,7 @@ class Shards(Verbs):
         return self.parts[at if at < len(self.parts) else 0]
 
     def part_for(self, name: str) -> Queue:
-        """Return the shard that has the schedule of that name, and the jobs of that uniqueKey."""
+        """Return the shard of the schedule of that name. uniqueKeys and limits are spread alike."""
         return self.parts[self._index_of(name)]
 
     def _index_of(self, key: str) -> int:
@@ -2653,7 +2660,7 @@ class Shards(Verbs):
         return known.clock.now() if known else self._try_first(Queue.now)
 
     def submit(self, jobs: Sequence[Job], once: Once | None = None) -> list[Job]:
-        """Like Queue.submit. Raises InvalidJob if the uniqueKeys belong to different shards."""
+        """Like Queue.submit. Raises InvalidJob if uniqueKeys and limits belong to different shards."""
         indexes = {self._index_of(job.unique_key) for job in jobs if job.unique_key}
         limits = {limit: self._index_of(limit) for job in jobs if (limit := limit_of(job))}
         if len(indexes) > 1:

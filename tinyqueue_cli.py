@@ -384,7 +384,7 @@ def resume(queue: AnyQueue, names: tuple[str, ...]) -> None:
 @cli.command()
 @click.argument("limit", required=False)
 @click.option("--max-running", type=int, metavar="N", help="Maximum number of jobs that run at a time.")
-@click.option("--rate", metavar="RATE", help="Maximum number of starts in a period: N/second, N/minute, N/hour or N/day.")
+@click.option("--rate", metavar="RATE", help="Maximum number of starts, as N/second, N/minute, N/hour or N/day.")
 @click.option("--pause", "paused", is_flag=True, help="Start none of its jobs, until --reset or other numbers.")
 @click.option("--reset", is_flag=True, help="Use the numbers in the code again.")
 @json_option
@@ -433,9 +433,9 @@ def purge(queue: AnyQueue, filter: Filter, yes: bool) -> None:
 @cli.command()
 @click.argument("names", nargs=-1, metavar="[NAME]...")
 @click.option("--pause", "verb", flag_value="pause", help="Pause these schedules.")
-@click.option("--resume", "verb", flag_value="resume", help="Resume these schedules; ticks that they missed make no job.")
+@click.option("--resume", "verb", flag_value="resume", help="Resume these schedules; missed ticks make no job.")
 @click.option("--run", "verb", flag_value="run", help="Enqueue a job of each of these schedules now, and print its id.")
-@click.option("--remove", "verb", flag_value="remove", help="Remove these schedules; those that code declares are refused.")
+@click.option("--remove", "verb", flag_value="remove", help="Remove these schedules, unless code declares them.")
 @refresh_option
 @json_option
 @pass_queue
