@@ -626,7 +626,7 @@ class Limits:
     # Start ------------------------------------------------------------------------------------------------------------
 
     def rooms(self, tx: Transaction, jobs: Iterable[Job]) -> dict[str, Room]:
-        """Return the rooms of pending jobs with limits, by job id. Leaves out jobs that are not due.
+        """Return the rooms of pending jobs with limits, by job id. Leaves out jobs not due yet.
 
         Watches the sets of running ids. The oldest jobs get the room first, and those among them
         that are held are woken.
@@ -764,7 +764,7 @@ class Limits:
 
         Watches the held jobs only if there are too few. Otherwise a job that is held before this is
         written would wait although it has room. If there are enough, two workers may wake the same
-        job and list its id twice. Whoever takes the second id drops it, and that wakes the next job.
+        job and list its id twice. Whoever takes the second drops it, and that wakes the next job.
         """
         few: list[str] = []
         for limit, entries in self._read_held(tx, tx.wakes):
@@ -2660,7 +2660,7 @@ class Shards(Verbs):
         return known.clock.now() if known else self._try_first(Queue.now)
 
     def submit(self, jobs: Sequence[Job], once: Once | None = None) -> list[Job]:
-        """Like Queue.submit. Raises InvalidJob if uniqueKeys and limits belong to different shards."""
+        """Like Queue.submit. Raises InvalidJob if uniqueKeys or limits are in different shards."""
         indexes = {self._index_of(job.unique_key) for job in jobs if job.unique_key}
         limits = {limit: self._index_of(limit) for job in jobs if (limit := limit_of(job))}
         if len(indexes) > 1:
