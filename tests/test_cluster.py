@@ -14,8 +14,9 @@ from redis.crc import key_slot
 from test_availability import Load, service, stopped
 
 import tinyqueue
-from tinyqueue import Outcome, Shards, Unavailable
+from tinyqueue import Outcome, Unavailable
 from tinyqueue_backup import BackupError, back_up, restore
+from tinyqueue_shards import Shards
 
 DEFAULT = ["default"]
 SLOTS = 16384

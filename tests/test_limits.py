@@ -21,9 +21,9 @@ from tinyqueue import (
     Override,
     Queue,
     RateLimited,
-    Shards,
     handler,
 )
+from tinyqueue_shards import Shards
 
 BOOM = Failure("Boom", "it broke")
 
