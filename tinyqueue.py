@@ -868,6 +868,8 @@ class Limits:
 
     def set(self, limit: str, override: Override) -> None:
         """Store an override, or delete it if it is empty, and have somebody look at once."""
+        check_limit(limit)
+        override.check()
         holding = map(text_of, self.store.read(("SMEMBERS", self.keys.holding))[0])
         under = [name for name in holding if limit in (name, name.partition("/")[0])]
         write: Command = ("HSET", self.keys.overrides, limit, encode(override))
@@ -1818,7 +1820,10 @@ class Queue(Verbs):
     # Upkeep -----------------------------------------------------------------------------------------------------------
 
     def set_limit(self, limit: str, override: Override) -> None:
-        """Replace the numbers of a limit, or of all of a type. Effective within two seconds."""
+        """Replace the numbers of a limit, or of all of a type. Effective within two seconds.
+
+        Raises InvalidJob for numbers that no limit can have.
+        """
         self.limits.set(limit, override)
 
     def limits_in_use(self) -> dict[str, dict[str, Any]]:

@@ -579,7 +579,7 @@ class Handler(Generic[P, A, R]):
         self.timezone: str = options["timezone"]
         self.payload_type, self.wants_job = _signature(function)
         self._parse = parser(self.payload_type)
-        self.max_running: int = options["max_running"]
+        self.max_running = int(options["max_running"] or 0)
         self.rate: str = options["rate"]
         self.limit_by: str = options["limit_by"]
         self.limited = bool(self.max_running or self.rate)
@@ -781,7 +781,7 @@ class Override(msgspec.Struct, rename="camel", omit_defaults=True):
     def check(self) -> Override:
         """Raise InvalidJob for values that no limit can have."""
         if self.max_running is not None:
-            _whole("maxRunning", self.max_running, 1, MAX_RUNNING)
+            self.max_running = _whole("maxRunning", self.max_running, 1, MAX_RUNNING)
         if not isinstance(self.rate, str) or (self.rate and not RATE.fullmatch(self.rate)):
             raise InvalidJob(
                 "rate", 'must be a number up to 10000 and a time, such as "10/second"; or minute, hour, day'
@@ -850,6 +850,7 @@ def read_override(limit: str, fields: Mapping[str, Any]) -> Override:
 def rule_of(limit: str, overrides: Iterable[bytes | None]) -> Rule:
     """Return what a limit allows. The overrides are that of its type, then its own.
 
+    An override that TinyQueue never writes pauses the limit, and stops no other type.
     The numbers belong to the code. A process without the handler starts one job at a time, which it
     returns as it does with any type that it does not know. Without a limit in the code, all may go.
     """
@@ -861,12 +862,19 @@ def rule_of(limit: str, overrides: Iterable[bytes | None]) -> Rule:
     max_running = known.max_running
     rate = known.rate
     paused = False
-    for override in (msgspec.json.decode(stored, type=Override) for stored in overrides if stored):
+    for override in (_stored_override(stored) for stored in overrides if stored):
         max_running = (override.max_running or max_running) if max_running else 0
         rate = (override.rate or rate) if rate else ""
         paused = paused or override.paused
     starts, _, period = rate.partition("/")
     return Rule(max_running or math.inf, int(starts or 0), PERIODS.get(period, 0), paused)
+
+
+def _stored_override(stored: bytes) -> Override:
+    try:
+        return msgspec.json.decode(stored, type=Override).check()
+    except (msgspec.DecodeError, UnicodeDecodeError, InvalidJob):
+        return Override(paused=True)
 
 
 # Checking a job -------------------------------------------------------------------------------------------------------

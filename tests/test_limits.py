@@ -371,6 +371,36 @@ def test_refuse_numbers_of_a_limit_that_are_wrong(api: Client, limit: str, field
     assert (answer.status, answer.json["field"]) == (422, field)
 
 
+def test_http_sets_a_limit_to_a_whole_number_with_a_fraction(api: Client, queue: Queue, worker: str) -> None:
+    answer = api.call("PUT", "/limits/charge", {"maxRunning": 3.0})
+    assert (answer.status, answer.json["maxRunning"]) == (200, 3)
+    queue.enqueue_many("charge", list(range(5)))
+    assert len(start(queue, worker)) == 3
+
+
+@pytest.mark.parametrize(
+    ("limit", "override"),
+    [("charge", Override(max_running=0)), ("charge", Override(rate="fast")), ("charge:x", Override(paused=True))],
+)
+def test_python_sets_no_numbers_that_are_wrong(queue: Queue, limit: str, override: Override) -> None:
+    with pytest.raises(InvalidJob):
+        queue.set_limit(limit, override)
+    assert not raw(queue).exists(queue.keys.overrides)
+
+
+@pytest.mark.parametrize("stored", ['{"maxRunning":2.5}', '{"rate":"fast"}', "no JSON", b"\xff"])
+def test_override_that_cannot_be_read_pauses_its_limit_and_stops_no_other_type(
+    api: Client, queue: Queue, worker: str, stored: Any
+) -> None:
+    raw(queue).hset(queue.keys.overrides, "sync", stored)
+    jobs = [queue.enqueue(type, 1) for type in ("sync", "charge", "plain")]
+    assert ids(start(queue, worker)) == ids(jobs[1:])
+    assert api.get("/limits").json["limits"]["sync"]["paused"]
+    queue.set_limit("sync", Override())
+    queue.promote()
+    assert ids(start(queue, worker)) == ids(jobs[:1])
+
+
 def test_http_sets_and_lists_limits(api: Client, queue: Queue, worker: str) -> None:
     queue.enqueue_many("bill", [{"account": "a"}] * 3)
     start(queue, worker)
