@@ -610,12 +610,15 @@ class Room:
 
 
 class Limits:
-    """The limits of one queue. `paused` returns the names of the paused queues."""
+    """The limits of one queue. `paused` returns the names of the paused queues, as last noted."""
 
-    def __init__(self, keys: Keys, store: Store, paused: Callable[[], Collection[str]]) -> None:
+    def __init__(
+        self, keys: Keys, store: Store, paused: Callable[[], Collection[str]], note_paused: Callable[[Any], None]
+    ) -> None:
         self.keys = keys
         self.store = store
         self.paused = paused
+        self.note_paused = note_paused
         self.looks: dict[str, int] = {}  # when to look at a limit next, as far as this process knows
 
     def next_look(self) -> float:
@@ -805,11 +808,13 @@ class Limits:
         """Look at limits whose time has come: drop what does not run, and wake what has room.
 
         Of several workers that look at the same moment one goes on. The others find that the time
-        of the next look is already set. If nothing has changed, a look takes four commands.
+        of the next look is already set. If nothing has changed, a look takes five commands.
         """
         later = now // 1000 * 1000 + LOOK
         turns = [("ZADD", self.keys.delayed, "XX", "CH", later, LOOK_MARK + limit) for limit in limits]
-        mine = [limit for limit, changed in zip(limits, self.store.read(*turns), strict=True) if changed]
+        *found, paused = self.store.read(*turns, ("SMEMBERS", self.keys.paused))
+        self.note_paused(paused)  # a busy worker may have read it long ago
+        mine = [limit for limit, changed in zip(limits, found, strict=True) if changed]
         sets = [("SMEMBERS", self.keys.running(limit)) for limit in mine]
         overrides, *found = self.store.read(self.overrides_of(mine), *sets) if mine else [()]
         for at, (limit, running) in enumerate(zip(mine, found, strict=True)):
@@ -870,12 +875,18 @@ class Limits:
         """Store an override, or delete it if it is empty, and have somebody look at once."""
         check_limit(limit)
         override.check()
-        holding = map(text_of, self.store.read(("SMEMBERS", self.keys.holding))[0])
-        under = [name for name in holding if limit in (name, name.partition("/")[0])]
+        under = [name for name in self.holding() if limit in (name, name.partition("/")[0])]
         write: Command = ("HSET", self.keys.overrides, limit, encode(override))
         if override == Override():
             write = ("HDEL", self.keys.overrides, limit)
-        self.store.read(write, *(("ZADD", self.keys.delayed, "XX", 0, LOOK_MARK + name) for name in under))
+        self.store.read(write, *self.looks_now(under))
+
+    def holding(self) -> list[str]:
+        return list(map(text_of, self.store.read(("SMEMBERS", self.keys.holding))[0]))
+
+    def looks_now(self, limits: Iterable[str]) -> list[Command]:
+        """Return the commands that have somebody look at these limits at once."""
+        return [("ZADD", self.keys.delayed, "XX", 0, LOOK_MARK + limit) for limit in limits]
 
     def in_use(self) -> dict[str, dict[str, Any]]:
         """Return up to SHOWN limits, those with the most held jobs first.
@@ -1092,7 +1103,7 @@ class Queue(Verbs):
         self.max_pending = max_pending
         self.min_replicas = min_replicas
         self._paused: tuple[float, frozenset[str]] = (-1e9, frozenset())  # when read, and the names
-        self.limits = Limits(self.keys, self.store, lambda: self._paused[1])
+        self.limits = Limits(self.keys, self.store, lambda: self._paused[1], self._note_paused)
         self._known: set[str] = set()  # the names of queues that exist
         self._leases: dict[str, tuple[bytes | None, float]] = {}  # as last seen, and since when
         self._lost: dict[str, bytes | None] = {}  # those that were seen unchanged for too long
@@ -1809,10 +1820,13 @@ class Queue(Verbs):
         self.store.read(("SADD", self.keys.paused, check_name("queue", name)))
 
     def resume(self, name: str) -> None:
-        """Resume a paused queue. Workers start its jobs."""
+        """Resume a paused queue. Workers start its jobs, also those that were held meanwhile."""
+        holding = self.limits.holding()
 
         def body(tx: Transaction) -> None:
             tx.write("SREM", self.keys.paused, check_name("queue", name))
+            for look in self.limits.looks_now(holding):
+                tx.write(*look)
             tx.ring(name)
 
         self.store.transact((), body)

@@ -336,6 +336,20 @@ def test_override_raises_lowers_and_pauses_a_limit(queue: Queue, worker: str) ->
     assert ids(start(queue, worker)) == ids(jobs[4:6])
 
 
+def test_resume_of_a_queue_starts_its_held_jobs_at_once(server: Server, queue: Queue, worker: str) -> None:
+    jobs = queue.enqueue_many("charge", list(range(4)))
+    first = start(queue, worker)
+    queue.pause("default")
+    start(queue, worker)  # notes the pause
+    for job in first:
+        queue.complete(job)
+    assert held(queue, "charge") == ids(jobs[2:])
+    other = server.queue()
+    other.resume("default")
+    queue.promote()
+    assert ids(start(queue, worker)) == ids(jobs[2:])
+
+
 def test_override_of_a_value_goes_before_that_of_its_type(queue: Queue, worker: str) -> None:
     queue.set_limit("bill", Override(max_running=2))
     queue.set_limit("bill/b", Override(max_running=3))
