@@ -124,8 +124,8 @@ Batch = tuple[list[Outcome], bool]  # outcomes to save, and whether they may hav
 class Worker:
     """Runs the jobs of some queues until it is stopped.
 
-    With `burst`, it stops when no job is due and no other worker has lost its lease. It stops at
-    `until`, in monotonic seconds, in any case: then the process goes on after it.
+    With `burst`, it stops when no job is due, no rate has room for a held one within BLOCK seconds,
+    and no other worker has lost its lease. It stops at `until`, in monotonic seconds, in any case: then the process goes on after it.
     """
 
     def __init__(
@@ -525,8 +525,8 @@ class Worker:
         """Whether a burst may end. If a worker has no lease, its jobs may be requeued soon."""
         if self.queue.promote() or self.held or not self.looked.wait(0.1) or any(self.unleased.values()):
             return False
-        if self.queue.waiting(self.names, due=True):
-            return False
+        if self.queue.waiting(self.names, due=True) or self.queue.seconds_to_look < BLOCK:
+            return False  # a rate has room for a held job soon
         return time.monotonic() < self.adopt_at  # otherwise an exchange failed, and may have taken jobs
 
     # Slot threads -----------------------------------------------------------------------------------------------------
