@@ -602,7 +602,7 @@ class Room:
         self.running = running
         self.left = rule.max_running - len(running)
         self.held: list[str] = []  # the first entries, oldest first, except those of paused queues
-        self.opens = math.inf  # when the rate has room again, if that is what there is no room for
+        self.opens = math.inf  # when the rate has room again or the halt ends, if that is why there is none
         self.admitted: set[str] = set()  # the ids that may start
         self.closed = False  # paused or halted
         self.busy = False  # too many start at the moment: leave its jobs to adoption
@@ -680,10 +680,12 @@ class Limits:
             running, halt, held = found[3 * at : 3 * at + 3]
             room = rooms[limit] = Room(limit, rule_of(limit, overrides[2 * at : 2 * at + 2]), set(running) - tx.left)
             room.held = self._awake(held)
-            room.closed = bool(halt or room.rule.paused)
+            halted = _end_of_halt(halt)
+            room.closed = room.rule.paused or halted > tx.now
             if room.closed:
                 room.left = 0
-        self._read_pace(tx, [room for room in rooms.values() if room.rule.starts])
+                room.opens = math.inf if room.rule.paused else halted
+        self._read_pace(tx, [room for room in rooms.values() if room.rule.starts and not room.closed])
         return rooms
 
     def overrides_of(self, limits: Sequence[str]) -> Command:
@@ -932,6 +934,11 @@ def _first(items: Sequence[str], count: float) -> Sequence[str]:
 def _entry_of(job: Job) -> str:
     """Return what stands for a job among the held ones."""
     return f"{job.queue}:{job.id}"
+
+
+def _end_of_halt(stored: bytes | None) -> float:
+    """Return when a halt ends. Its key expires a moment later, after the look for that time."""
+    return float(stored) if stored and stored.isdigit() else math.inf if stored else 0
 
 
 def _id_in(entry: str) -> str:

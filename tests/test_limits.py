@@ -316,6 +316,24 @@ def test_rate_limited_pauses_the_limit_and_refunds_the_attempt(queue: Queue, wor
     assert ids(start(queue, worker)) == ids(jobs[:1] + jobs[2:])
 
 
+@pytest.mark.parametrize("seconds", [1, 15])
+def test_halt_ends_when_its_time_has_come(real: Server, seconds: int) -> None:
+    queue = real.queue()
+    worker = queue.register(["default"], 10)
+    jobs = queue.enqueue_many("charge", [1, 2, 3])
+    one, two = start(queue, worker)
+    queue.settle(worker, [Outcome(one, "release", error=BOOM, after=seconds, halt=True), Outcome(two, "complete")])
+    assert start(queue, worker) == []
+    while seconds > 9:  # the looks meanwhile
+        look(queue, 10_000)
+        assert start(queue, worker) == []
+        seconds -= 10
+    queue.clock.ahead += seconds * 1000
+    assert queue.seconds_to_look <= 0
+    queue.promote()
+    assert ids(start(queue, worker)) == ids(jobs[:1] + jobs[2:])
+
+
 # For operators --------------------------------------------------------------------------------------------------------
 
 
