@@ -261,6 +261,7 @@ from tinyqueue_job import (
     status_in,
     stopped,
     stored_job as stored_job,
+    stored_override,
     tokens_by_job,
     translated,
 )
@@ -651,7 +652,7 @@ class Room:
         self.running = running
         self.left = rule.max_running - len(running)
         self.held: list[str] = []  # the first entries, oldest first, except those of paused queues
-        self.opens = math.inf  # when the rate has room again, if the rate is what is used up
+        self.opens = math.inf  # when the rate has room again or the halt ends, if that is why there is none
         self.admitted: set[str] = set()  # the ids that may start
         self.closed = False  # True: the limit is paused or halted
         self.busy = False  # True: too many workers start under it at the moment; adoption gets its jobs
@@ -659,12 +660,15 @@ class Room:
 
 
 class Limits:
-    """The limits of one queue. `paused` returns the names of the paused queues."""
+    """The limits of one queue. `paused` returns the names of the paused queues, as last noted."""
 
-    def __init__(self, keys: Keys, store: Store, paused: Callable[[], Collection[str]]) -> None:
+    def __init__(
+        self, keys: Keys, store: Store, paused: Callable[[], Collection[str]], note_paused: Callable[[Any], None]
+    ) -> None:
         self.keys = keys
         self.store = store
         self.paused = paused
+        self.note_paused = note_paused
         self.looks: dict[str, int] = {}  # when to look at a limit next, as far as this process knows
 
     def next_look(self) -> float:
@@ -726,11 +730,12 @@ class Limits:
             running, halt, held = found[3 * at : 3 * at + 3]
             room = rooms[limit] = Room(limit, rule_of(limit, overrides[2 * at : 2 * at + 2]), set(running) - tx.left)
             room.held = self._awake(held)
-            room.closed = bool(halt or room.rule.paused)
-            room.opens = float(halt or math.inf)
+            halted = _end_of_halt(halt)
+            room.closed = room.rule.paused or halted > tx.now
             if room.closed:
                 room.left = 0
-        self._read_pace(tx, [room for room in rooms.values() if room.rule.starts])
+                room.opens = math.inf if room.rule.paused else halted
+        self._read_pace(tx, [room for room in rooms.values() if room.rule.starts and not room.closed])
         return rooms
 
     def overrides_of(self, limits: Sequence[str]) -> Command:
@@ -853,11 +858,13 @@ class Limits:
         """Look at limits whose time has come: drop what does not run, and wake what has room.
 
         If several workers look at the same moment, only one goes on. The others find that the time
-        of the next look is already set. If nothing has changed, a look takes four commands.
+        of the next look is already set. If nothing has changed, a look takes five commands.
         """
         later = now // 1000 * 1000 + LOOK
         turns = [("ZADD", self.keys.delayed, "XX", "CH", later, LOOK_MARK + limit) for limit in limits]
-        mine = [limit for limit, changed in zip(limits, self.store.read(*turns), strict=True) if changed]
+        *found, paused = self.store.read(*turns, ("SMEMBERS", self.keys.paused))
+        self.note_paused(paused)  # a busy worker may have read it long ago
+        mine = [limit for limit, changed in zip(limits, found, strict=True) if changed]
         sets = [("SMEMBERS", self.keys.running(limit)) for limit in mine]
         overrides, *found = self.store.read(self.overrides_of(mine), *sets) if mine else [()]
         for at, (limit, running) in enumerate(zip(mine, found, strict=True)):
@@ -878,11 +885,15 @@ class Limits:
         rooms = self.store.transact(watch, lambda tx: self.read_rooms(tx, limits), counts=False) if limits else {}
         return [entry for room in rooms.values() for entry in _first(room.held, room.left)]
 
-    def hurry(self, limits: Iterable[str] | None = None) -> None:
-        """Have the next promote look at limits, or at all with held jobs."""
+    def hurry(self, limits: Iterable[str]) -> None:
+        """Have the next promote look at limits."""
+        if looks := self.looks_now(limits):
+            self.store.read(*looks)
+
+    def looks_now(self, limits: Iterable[str] | None = None) -> list[Command]:
+        """Return the commands that make limits, or all with held jobs, due for a look."""
         marks = [LOOK_MARK + limit for limit in (self._holding() if limits is None else limits)]
-        if marks:
-            self.store.read(("ZADD", self.keys.delayed, "XX", *itertools.chain(*((0, mark) for mark in marks))))
+        return [("ZADD", self.keys.delayed, "XX", *itertools.chain(*((0, mark) for mark in marks)))] if marks else []
 
     def _holding(self) -> list[str]:
         return sorted(map(text_of, self.store.read(("SMEMBERS", self.keys.holding))[0]))
@@ -938,6 +949,8 @@ class Limits:
 
     def set(self, limit: str, override: Override) -> None:
         """Store an override, or delete it if it is empty. The next promote looks at the limits."""
+        check_limit(limit)
+        override.check()
         under = [name for name in self._holding() if limit in (name, name.partition("/")[0])]
         write: Command = ("HSET", self.keys.overrides, limit, encode(override))
         if override == Override():
@@ -964,7 +977,7 @@ class Limits:
                 halted = max(0, found[2 * len(some) + n])
                 rows[name] = {"running": found[2 * n], "held": found[2 * n + 1], **rule.answer(), "haltedMs": halted}
                 rows[name]["overridden"] = name in overrides
-                rows[name]["override"] = msgspec.json.decode(overrides.get(name, b"{}"))
+                rows[name]["override"] = msgspec.to_builtins(stored_override(overrides.get(name, b"{}")))
         return dict(sorted(rows.items(), key=lambda row: -row[1]["held"])[:SHOWN])
 
     def place_of(self, job: Job) -> int:
@@ -990,6 +1003,11 @@ def _first(items: Sequence[str], count: float) -> Sequence[str]:
 def _entry_of(job: Job) -> str:
     """Return what stands for a job among the held ones."""
     return f"{job.queue}:{job.id}"
+
+
+def _end_of_halt(stored: bytes | None) -> float:
+    """Return when a halt ends. Its key expires a moment later, after the look for that time."""
+    return float(stored) if stored and stored.isdigit() else math.inf if stored else 0
 
 
 def _id_in(entry: str) -> str:
@@ -1186,7 +1204,7 @@ class Queue(Verbs):
         self.min_replicas = min_replicas
         self._paused: tuple[float, frozenset[str]] = (-1e9, frozenset())  # when read, and the names
         self.store.advance = self.advance
-        self.limits = Limits(self.keys, self.store, lambda: self._paused[1])
+        self.limits = Limits(self.keys, self.store, lambda: self._paused[1], self._note_paused)
         self._known: set[str] = set()  # the names of queues that exist
         self._leases: dict[str, tuple[bytes | None, float]] = {}  # as last seen, and since when
         self._lost: dict[str, bytes | None] = {}  # those that were seen unchanged for too long
@@ -2072,19 +2090,24 @@ class Queue(Verbs):
         self.store.read(("SADD", self.keys.paused, check_name("queue", name)))
 
     def resume(self, name: str) -> None:
-        """Resume a paused queue. Workers start its jobs."""
+        """Resume a paused queue. Workers start its jobs, also those that were held meanwhile."""
+        looks = self.limits.looks_now()  # nobody has woken the held jobs of a paused queue
 
         def body(tx: Transaction) -> None:
             tx.write("SREM", self.keys.paused, check_name("queue", name))
+            for look in looks:
+                tx.write(*look)
             tx.ring(name)
 
         self.store.transact((), body)
-        self.limits.hurry()  # nobody has woken the held jobs of a paused queue
 
     # Upkeep -----------------------------------------------------------------------------------------------------------
 
     def set_limit(self, limit: str, override: Override) -> None:
-        """Replace the numbers of a limit, or of all limits of a type, within two seconds."""
+        """Replace the numbers of a limit, or of all of a type. Effective within two seconds.
+
+        Raises InvalidJob for numbers that no limit can have.
+        """
         self.limits.set(limit, override)
 
     def limits_in_use(self) -> dict[str, dict[str, Any]]:
@@ -2153,7 +2176,6 @@ class Queue(Verbs):
             looks.remove(SWEEP_MARK)
             self._sweep()
         if looks:
-            self._note_paused(self.store.read(("SMEMBERS", self.keys.paused))[0])
             self.limits.reconcile(looks, self.now())
         return promoted + len(looks)
 

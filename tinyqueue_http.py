@@ -19,7 +19,6 @@ A request takes at most SECONDS, from looking up the name to the end of the answ
 from __future__ import annotations
 
 import base64
-import binascii
 import hashlib
 import hmac
 import http.client
@@ -61,6 +60,7 @@ PAUSE = 60.0
 RECEIVERS = 10_000  # whose failures a process remembers at most
 RESERVED = {"host", "connection", "content-length", "transfer-encoding", "te", "trailer", "upgrade", "expect"}
 RESERVED |= {"accept-encoding", "user-agent"}
+INTERIM = re.compile(rb"\A(HTTP/1\.[0-9] )1(?!01)[0-9]{2}\b")  # a status such as 103, before that of the answer
 
 log = logging.getLogger("tinyqueue.worker")
 
@@ -102,7 +102,7 @@ def read_secrets(text: str) -> list[bytes]:
         encoded = part.strip().removeprefix("whsec_")
         try:
             secret = base64.b64decode(encoded + "=" * (-len(encoded) % 4), validate=True)
-        except binascii.Error:
+        except ValueError:
             secret = b""
         if not part.strip().startswith("whsec_") or not 24 <= len(secret) <= 64:
             raise ValueError("each secret must be whsec_ and the Base64 of 24 to 64 bytes")
@@ -253,6 +253,9 @@ def send(job: Job, request: Outgoing, most: int) -> Answer:
         except _errors() as error:
             if ended.is_set() or isinstance(error, TimeoutError):
                 raise NoAnswer(f"{target.host} did not finish its answer within {SECONDS:.0f} s") from None
+            if _is_no_http(error):
+                todo = "check the scheme and the port of the URL"
+                raise NoAnswer(f"{target.host} did not answer with valid HTTP; {todo}") from None
             raise NoAnswer(f"{target.host} closed the connection before the end of its answer") from None
         if ended.is_set():  # an answer without a length seems to end there
             raise NoAnswer(f"{target.host} did not finish its answer within {SECONDS:.0f} s")
@@ -263,6 +266,14 @@ def _errors() -> tuple[type[Exception], ...]:
     from urllib3.exceptions import HTTPError
 
     return OSError, http.client.HTTPException, HTTPError, ValueError
+
+
+def _is_no_http(error: Exception) -> bool:
+    """Whether an answer is not HTTP. Otherwise its end is missing."""
+    from urllib3.exceptions import InvalidHeader
+
+    cut = http.client.IncompleteRead, http.client.RemoteDisconnected
+    return isinstance(error, (http.client.HTTPException, InvalidHeader)) and not isinstance(error, cut)
 
 
 def _connect(target: Target, places: Sequence[Place], until: float) -> socket.socket:
@@ -342,7 +353,7 @@ class Lines(io.BufferedReader):
 
     def readline(self, size: int | None = -1, /) -> bytes:
         self.last = super().readline(size)
-        return self.last
+        return INTERIM.sub(rb"\g<1>100", self.last)  # http.client takes all but 100 for the answer
 
 
 class Watched:
@@ -382,6 +393,10 @@ def asked_wait(answer: Answer) -> float:
     with suppress(ValueError, TypeError, OverflowError):
         return min(max(0.0, parsedate_to_datetime(text).timestamp() - time.time()), LONGEST_WAIT)
     return 0.0
+
+
+def _redirected(answer: Answer) -> str:
+    return "; redirects are not followed" if 300 <= answer.status < 400 else ""
 
 
 # Circuits -------------------------------------------------------------------------------------------------------------
@@ -462,8 +477,8 @@ def deliver(delivery: Delivery, job: Job) -> Delivered:
         return Delivered(answer.status)
     if answer.status == 410:
         raise _note(Refused(f"{host} answered 410: it wants no more deliveries"), answer)
-    redirected = "; redirects are not followed" if answer.status < 400 else ""
-    raise _note(BadAnswer(f"{host} answered {answer.status}{redirected}", after=max(wait, asked_wait(answer))), answer)
+    text = f"{host} answered {answer.status}{_redirected(answer)}"
+    raise _note(BadAnswer(text, after=max(wait, asked_wait(answer))), answer)
 
 
 # HTTP jobs ------------------------------------------------------------------------------------------------------------
@@ -507,12 +522,14 @@ def run_request(request: Request, job: Job) -> Any:
     if status in (408, 429) or status >= 500:
         wait = max(asked_wait(answer), backoff(job.attempts, BACKOFF))
         raise _note(BadAnswer(f"{host} answered {status}", after=wait), answer)
-    redirected = "; redirects are not followed" if status < 400 else ""
-    raise _note(Refused(f"{host} answered {status}{redirected}"), answer)
+    raise _note(Refused(f"{host} answered {status}{_redirected(answer)}"), answer)
 
 
 def _result(answer: Answer) -> Any:
     """Return the body of an answer: JSON if it is, and is declared as JSON; else text, or None."""
+    coding = answer.headers.get("Content-Encoding", "identity").strip().lower()
+    if answer.body and coding not in ("identity", ""):
+        raise Refused(f"the answer is compressed ({coding[:20]!a}), which was not asked for; answer without that")
     if len(answer.body) > MAX_RESULT:
         raise Refused(f"the answer is longer than {MAX_RESULT} bytes; store it elsewhere and answer with its URL")
     if re.match(r"application/([\w.+-]*\+)?json\b", answer.headers.get("Content-Type", "").lower()):

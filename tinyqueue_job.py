@@ -619,7 +619,7 @@ class Handler(Generic[P, A, R]):
         self.timezone: str = options["timezone"]
         self.payload_type, self.wants_job = _signature(function)
         self._parse = parser(self.payload_type)
-        self.max_running: int = options["max_running"]
+        self.max_running = int(options["max_running"] or 0)
         self.rate: str = options["rate"]
         self.limit_by: str = options["limit_by"]
         self.limited = bool(self.max_running or self.rate)
@@ -895,7 +895,7 @@ def rule_of(limit: str, overrides: Iterable[bytes | None]) -> Rule:
 
     The numbers are those of this process's code. A process without the handler starts one job at a
     time, and returns it like any job of an unknown type. If the handler declares no limit, all
-    jobs may start.
+    jobs may start. An override that cannot be read pauses its limit, and stops no other type.
     """
     known = HANDLERS.get(limit.partition("/")[0])
     if not known:
@@ -905,7 +905,7 @@ def rule_of(limit: str, overrides: Iterable[bytes | None]) -> Rule:
     max_running = known.max_running
     rate = known.rate
     paused = False
-    for override in (_stored_override(limit, stored) for stored in overrides if stored):
+    for override in (stored_override(stored) for stored in overrides if stored):
         max_running = (override.max_running or max_running) if max_running else 0
         rate = (override.rate or rate) if rate else ""
         paused = paused or override.paused
@@ -913,11 +913,11 @@ def rule_of(limit: str, overrides: Iterable[bytes | None]) -> Rule:
     return Rule(max_running or math.inf, int(starts or 0), PERIODS.get(period, 0), paused)
 
 
-def _stored_override(limit: str, stored: bytes) -> Override:
+def stored_override(stored: bytes) -> Override:
     try:
-        return msgspec.json.decode(stored, type=Override)
-    except msgspec.DecodeError as error:
-        raise Corrupted(f"the numbers set for the limit {limit} or its type cannot be read: {error}") from None
+        return msgspec.json.decode(stored, type=Override).check()
+    except (msgspec.DecodeError, UnicodeDecodeError, InvalidJob):
+        return Override(paused=True)
 
 
 # Checking a job -------------------------------------------------------------------------------------------------------

@@ -96,6 +96,8 @@ log = logging.getLogger("tinyqueue.worker")
 TICK = 0.25  # seconds between two checks of the handlers' timeouts
 SHORT_TICK = 0.005  # the same while a handler cannot be interrupted yet, or while too many outcomes are unsaved
 PROMOTE_EVERY = 1.0  # seconds; a delayed job is promoted about that late at most, and a tick comes about that late
+SOON = 2.0  # seconds that a burst waits for a rate, at most
+LATE = 1.0  # seconds until a job that a rate lets start is in its list, at most
 SYNC_EVERY = 60.0
 REAP_EVERY = 5.0
 TRIM_EVERY = 60.0
@@ -124,8 +126,9 @@ Batch = tuple[list[Outcome], bool]  # outcomes to save, and whether they may hav
 class Worker:
     """Runs the jobs of some queues until it is stopped.
 
-    With `burst`, it stops when no job is due and no other worker has lost its lease. It stops at
-    `until`, in monotonic seconds, in any case: then the process goes on after it.
+    With `burst`, it stops when no job is due, no rate has room for a held one within SOON seconds,
+    and no other worker has lost its lease. It stops at `until`, in monotonic seconds, in any case:
+    then the process goes on after it.
     """
 
     def __init__(
@@ -139,6 +142,7 @@ class Worker:
         self.queue = queue
         self.settings = settings
         self.burst = burst
+        self.room_at = -math.inf  # until when a burst waits for a held job that a rate lets start
         self.until = until
         self.take_until = until - min(RUN_OUT, (until - time.monotonic()) / 4) if until < math.inf else until
         self.names = list(names) or list(dict.fromkeys(["default", *(handler.queue for handler in HANDLERS.values())]))
@@ -524,9 +528,12 @@ class Worker:
 
     def _nothing_is_due(self) -> bool:
         """Whether a burst may end. If a worker has no lease, its jobs may be requeued soon."""
+        if (soon := self.queue.seconds_to_look) < SOON:
+            self.room_at = time.monotonic() + soon + LATE
         if self.queue.promote() or self.held or not self.looked.wait(0.1) or any(self.unleased.values()):
             return False
-        if self.queue.waiting(self.names, due=True):
+        # Then another thread may look, and wake a held job a moment later.
+        if self.queue.waiting(self.names, due=True) or time.monotonic() < self.room_at:
             return False
         return time.monotonic() < self.adopt_at  # otherwise an exchange failed, and may have taken jobs
 

@@ -21,7 +21,6 @@ from tinyqueue import (
     AHEAD,
     HANDLERS,
     LOOK,
-    Corrupted,
     Failure,
     Filter,
     InvalidJob,
@@ -438,6 +437,24 @@ def test_rate_limited_pauses_the_limit_and_refunds_the_attempt(queue: Queue, wor
     assert ids(start(queue, worker)) == ids(jobs[:1] + jobs[2:])
 
 
+@pytest.mark.parametrize("seconds", [1, 15])
+def test_halt_ends_when_its_time_has_come(real: Server, seconds: int) -> None:
+    queue = real.queue()
+    worker = queue.register(["default"], 10)
+    jobs = queue.enqueue_many("charge", [1, 2, 3])
+    one, two = start(queue, worker)
+    queue.settle(worker, [Outcome(one, "release", error=BOOM, after=seconds, halt=True), Outcome(two, "complete")])
+    assert start(queue, worker) == []
+    while seconds > 9:  # the looks meanwhile
+        look(queue, 10_000)
+        assert start(queue, worker) == []
+        seconds -= 10
+    queue.clock.ahead += seconds * 1000
+    assert queue.seconds_to_look <= 0
+    queue.promote()
+    assert ids(start(queue, worker)) == ids(jobs[:1] + jobs[2:])
+
+
 # For operators --------------------------------------------------------------------------------------------------------
 
 
@@ -456,6 +473,20 @@ def test_override_raises_lowers_and_pauses_a_limit(queue: Queue, worker: str) ->
     queue.set_limit("charge", Override())
     queue.promote()
     assert ids(start(queue, worker)) == ids(jobs[4:6])
+
+
+def test_resume_of_a_queue_starts_its_held_jobs_at_once(server: Server, queue: Queue, worker: str) -> None:
+    jobs = queue.enqueue_many("charge", list(range(4)))
+    first = start(queue, worker)
+    queue.pause("default")
+    start(queue, worker)  # notes the pause
+    for job in first:
+        queue.complete(job)
+    assert held(queue, "charge") == ids(jobs[2:])
+    other = server.queue()
+    other.resume("default")
+    queue.promote()
+    assert ids(start(queue, worker)) == ids(jobs[2:])
 
 
 def test_override_of_a_value_goes_before_that_of_its_type(queue: Queue, worker: str) -> None:
@@ -493,6 +524,36 @@ def test_refuse_numbers_of_a_limit_that_are_wrong(api: Client, limit: str, field
     assert (answer.status, answer.json["field"]) == (422, field)
 
 
+def test_http_sets_a_limit_to_a_whole_number_with_a_fraction(api: Client, queue: Queue, worker: str) -> None:
+    answer = api.call("PUT", "/limits/charge", {"maxRunning": 3.0})
+    assert (answer.status, answer.json["maxRunning"]) == (200, 3)
+    queue.enqueue_many("charge", list(range(5)))
+    assert len(start(queue, worker)) == 3
+
+
+@pytest.mark.parametrize(
+    ("limit", "override"),
+    [("charge", Override(max_running=0)), ("charge", Override(rate="fast")), ("charge:x", Override(paused=True))],
+)
+def test_python_sets_no_numbers_that_are_wrong(queue: Queue, limit: str, override: Override) -> None:
+    with pytest.raises(InvalidJob):
+        queue.set_limit(limit, override)
+    assert not raw(queue).exists(queue.keys.overrides)
+
+
+@pytest.mark.parametrize("stored", ['{"maxRunning":2.5}', '{"rate":"fast"}', "no JSON", b"\xff"])
+def test_override_that_cannot_be_read_pauses_its_limit_and_stops_no_other_type(
+    api: Client, queue: Queue, worker: str, stored: Any
+) -> None:
+    raw(queue).hset(queue.keys.overrides, "sync", stored)
+    jobs = [queue.enqueue(type, 1) for type in ("sync", "charge", "plain")]
+    assert ids(start(queue, worker)) == ids(jobs[1:])
+    assert api.get("/limits").json["limits"]["sync"]["paused"]
+    queue.set_limit("sync", Override())
+    queue.promote()
+    assert ids(start(queue, worker)) == ids(jobs[:1])
+
+
 def test_http_sets_and_lists_limits(api: Client, queue: Queue, worker: str) -> None:
     queue.enqueue_many("bill", [{"account": "a"}] * 3)
     start(queue, worker)
@@ -510,14 +571,6 @@ def test_http_sets_a_whole_number_that_is_written_as_a_decimal(api: Client, queu
     jobs = queue.enqueue_many("charge", list(range(5)))
     assert api.call("PUT", "/limits/charge", {"maxRunning": 3.0}).json["maxRunning"] == 3
     assert ids(start(queue, worker)) == ids(jobs[:3])
-
-
-def test_numbers_that_cannot_be_read_are_reported(queue: Queue) -> None:
-    raw(queue).hset(queue.keys.overrides, "charge", b'{"maxRunning":"x"}')
-    with pytest.raises(Corrupted, match="the numbers set for the limit charge or its type cannot be read"):
-        queue.limits_in_use()
-    queue.set_limit("charge", Override())
-    assert queue.limits_in_use()["charge"]["maxRunning"] == 2
 
 
 def test_http_says_which_limit_holds_a_job_and_its_position(api: Client, queue: Queue, worker: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import errno
+import gzip
 import os
 import random
 import re
@@ -314,7 +315,15 @@ def test_deliver_the_end_of_each_life_of_a_job_under_its_own_id(queue: Queue, re
 
 @pytest.mark.parametrize(
     "value",
-    ["secret", "whsec_", "whsec_AAAA", "whsec_!" + "A" * 40, ",".join([*SECRETS, SECRETS[0]]), SECRETS[0] + ",x"],
+    [
+        "secret",
+        "whsec_",
+        "whsec_AAAA",
+        "whsec_!" + "A" * 40,
+        "whsec_ä" + "A" * 40,
+        ",".join([*SECRETS, SECRETS[0]]),
+        SECRETS[0] + ",x",
+    ],
 )
 def test_read_settings_refuses_a_secret_that_cannot_sign_and_does_not_show_it(value: str) -> None:
     with pytest.raises(SettingsError) as refused:
@@ -403,7 +412,13 @@ def test_deliver_every_event_under_the_same_id_after_an_outage_of_two_hours(
             "NoAnswer",
             "closed the connection",
         ),
-        "no HTTP": (b"SSH-2.0-OpenSSH_9.6\r\n", "NoAnswer", "closed the connection"),
+        "no HTTP": (b"SSH-2.0-OpenSSH_9.6\r\n", "NoAnswer", "did not answer with valid HTTP; check the scheme"),
+        "two lengths": (
+            b"HTTP/1.1 200 OK\r\nContent-Length: 1\r\nContent-Length: 2\r\n\r\nab",
+            "NoAnswer",
+            "did not answer with valid HTTP",
+        ),
+        "switch of protocols": (b"HTTP/1.1 101 Switching\r\n\r\n", "BadAnswer", "answered 101"),
         "endless continues": (lambda c: [c.sendall(b"HTTP/1.1 100 C\r\n\r\n") for _ in range(10**9)], "NoAnswer", ""),
         "500": (answer("500 Broken"), "BadAnswer", "answered 500"),
         "404": (answer("404 Not Found"), "BadAnswer", "answered 404"),
@@ -420,6 +435,14 @@ def test_deliver_to_a_receiver_that_does_not_answer_well_tries_again_in_seconds(
     assert text in delivery.error.message
     assert WAITS[0] * 1000 <= delivery.run_at - delivery.updated_at <= WAITS[0] * (1 + JITTER) * 1000
     assert time.monotonic() - began < 3
+
+
+@pytest.mark.parametrize("interim", ["100 Continue", "102 Processing", "103 Early Hints\r\nLink: </a>"])
+def test_send_takes_no_interim_status_for_the_answer(queue: Queue, receive: Any, interim: str) -> None:
+    sent = f"HTTP/1.1 {interim}\r\n\r\n".encode() * 2
+    assert deliver(queue, receive(sent + OK)).status == "completed"
+    job = send(queue, receive(sent + answer("200 OK", b"[1]", Content_Type="application/json")))
+    assert (job.status, job.result) == ("completed", [1])
 
 
 def test_deliver_to_a_fast_body_that_never_ends_reads_only_its_beginning(queue: Queue, receive: Any) -> None:
@@ -1066,6 +1089,12 @@ def test_http_job_is_retried_after_a_time_out(queue: Queue, receive: Any, monkey
 def test_http_job_waits_as_long_as_the_application_asks(queue: Queue, receive: Any) -> None:
     job = send(queue, receive(answer("429 Too Many", Retry_After="600")))
     assert 600_000 <= job.run_at - job.updated_at < 601_000
+
+
+def test_http_job_with_a_compressed_answer_stores_no_unreadable_result(queue: Queue, receive: Any) -> None:
+    job = send(queue, receive(answer("200 OK", gzip.compress(b"[1]"), Content_Encoding="gzip")))
+    assert (job.status, job.error.type) == ("failed", "Refused")
+    assert "the answer is compressed ('gzip')" in job.error.message
 
 
 def test_http_job_with_an_answer_that_is_too_long_is_discarded(queue: Queue, receive: Any) -> None:

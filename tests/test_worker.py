@@ -1177,6 +1177,16 @@ def test_burst_leaves_jobs_that_are_not_due(queue: Queue, work: Any, echo: None)
     assert found(queue, later).status == "pending"
 
 
+@pytest.mark.parametrize("rate", ["5/second", "5/hour"])
+def test_burst_goes_on_while_a_rate_has_room_soon(queue: Queue, work: Any, rate: str) -> None:
+    @handler("paced", rate=rate)
+    def paced(payload: int) -> None: ...
+
+    queue.enqueue_many("paced", list(range(12)))
+    assert work(queue, slots=2, burst=True).end() == 0
+    assert queue.stats()["completed"] == (12 if rate == "5/second" else 5)
+
+
 def test_burst_runs_a_job_that_another_worker_is_promoting(queue: Queue, work: Any, echo: None) -> None:
     job = queue.enqueue("echo", 1, delay=0.001)
     until(lambda: queue.now() > job.run_at)
