@@ -1,11 +1,11 @@
 """What a schedule is: its record, how it is declared, and what a tick and a sync make of it.
 
-`Queue.change_schedule` in tinyqueue.py writes what this module decides. A schedule is declared in code or made
-through the API. The code of a worker is known by its handlers modules and by a fingerprint of the
-schedules that it declares. Redis has the fingerprints of the last releases of that code, newest
-first. A release that has been replaced leaves the schedules alone, so that a worker of it that
-starts during a deploy does not bring back what was removed. After a rollback it takes over when no
-worker of the newer release has been seen for ABSENT seconds.
+`Queue.change_schedule` and `Queue.sync_schedules` in tinyqueue.py write what this module decides. A
+schedule is declared in code or made through the API. The code of a worker is known by its handlers
+modules and by a fingerprint of the schedules that it declares. Redis has the fingerprints of the
+last releases of that code, newest first. A release that has been replaced leaves the schedules
+alone, so that a worker of it that starts during a deploy does not bring back what was removed.
+After a rollback it takes over when no worker of the newer release has been seen for ABSENT seconds.
 """
 
 from __future__ import annotations
@@ -486,48 +486,9 @@ def merge(code: str, wanted: Iterable[Schedule], found: Mapping[str, Schedule], 
 
 
 def sync(queue: Any, code: str, wanted: Sequence[Schedule]) -> list[Merge]:
-    """Bring the schedules that a code declares up to date, unless a newer release of it has.
-
-    Watches the generation, which every sync of that code writes, and the schedules. Returns what
-    has changed, in each shard in which this code has ever declared a schedule.
-    """
+    """Call `Queue.sync_schedules` in every shard. Return what has changed where it is used."""
     parts = ((part, [made for made in wanted if queue.part_for(made.name) is part]) for part in queue.parts)
-    return [merged for part, made in parts if (merged := _sync_part(part, code, made))]
-
-
-def _sync_part(part: Any, code: str, wanted: Sequence[Schedule]) -> Merge | None:
-    key = part.keys.generation(code)
-    own = fingerprint(wanted)
-
-    def body(tx: Any) -> Merge | None:
-        stored = tx.read(("GET", key))[0]
-        before = read_generation(stored)
-        after = before.next(own, tx.now)
-        if not after:
-            return NOTHING
-        if not wanted and after.releases == [own] and (before.releases or not stored):
-            # If the next release declares some, it must know that this one is older.
-            if not stored:
-                tx.write("SET", key, encode(after))
-            return None
-        listed = list(map(text_of, tx.read(("ZRANGE", part.keys.ticks, 0, -1))[0]))
-        names = list(dict.fromkeys([*listed, *(made.name for made in wanted)]))
-        keys = list(map(part.keys.schedule, names))
-        records = tx.read(("WATCH", *keys), ("MGET", *keys))[1] if keys else []
-        found = {name: read_schedule(record) for name, record in zip(names, records, strict=True) if record}
-        merged = merge(code, wanted, found, tx.now)
-        for made in merged.changed:
-            part.write_schedule(tx, made.name, made)
-        for name in merged.gone:
-            part.write_schedule(tx, name, None)
-        written = {*listed, *(made.name for made in merged.changed)}
-        for lost in (made for name, made in found.items() if name not in written):
-            part.write_schedule(tx, lost.name, lost, changed=False)
-        if after != before:
-            tx.write("SET", key, encode(after))
-        return merged
-
-    return cast(Merge | None, part.store.transact([key], body))
+    return [merged for part, made in parts if (merged := part.sync_schedules(code, made))]
 
 
 class Scheduler:

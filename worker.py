@@ -61,7 +61,6 @@ from tinyqueue import (
     HANDLERS,
     MAX_JOBS,
     PROMOTED,
-    AnyQueue,
     Corrupted,
     Job,
     Outcome,
@@ -87,8 +86,9 @@ from tinyqueue_config import (
     reset_signals_in_children,
     variable,
 )
-from tinyqueue_doctor import find_broken, repair, warnings
+from tinyqueue_doctor import find_broken, find_forgotten, repair, warnings
 from tinyqueue_schedule import Scheduler
+from tinyqueue_shards import AnyQueue
 from tinyqueue_slot import Slot, fail
 
 log = logging.getLogger("tinyqueue.worker")
@@ -791,6 +791,8 @@ class Worker:
     def _trim(self) -> None:
         while self.queue.trim() >= MAX_JOBS and not self.closed.is_set():
             self.last_upkeep = time.monotonic()
+        for finding in find_forgotten(self.queue):
+            log.warning("repaired after a token was lost: %s", finding.seen)
         if broken := find_broken(self.queue):  # in a thread, because the lease must be renewed meanwhile
             threading.Thread(target=self._repair, args=(broken,), daemon=True).start()
 

@@ -4,7 +4,8 @@ Reusing an Idempotency-Key for another request is an error, so each request gets
 `partial=true` accepts a batch that contains invalid jobs, so it is removed. `runAt` has a latest
 time and must be in the calendar, and `wait` and `seconds` may take long, so they are limited. The
 cron expression, the time zone and the type of a schedule are replaced by some that exist, and so is
-the name of a limit, which has no rate. Other tests cover all seven.
+the name of a limit, which has no rate. `after` must name jobs that exist, and a `ref` must be unique
+in its batch, so valid ones are removed. Other tests cover all of these.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import Any
 
 import schemathesis
 
+from tinyqueue import NAME
 from tinyqueue_job import LIMIT, RATE
 from tinyqueue_json import TIME, epoch_ms, parse_time
 
@@ -46,6 +48,18 @@ def before_call(context: Any, case: Any, kwargs: Any) -> None:
             valid = {"cron": "0 7 * * mon-fri", "timezone": "Europe/Berlin", "type": "echo"}
             job.update({name: value for name, value in valid.items() if isinstance(job.get(name), str)})
             job.update({"payload": {}} if "payload" in job else {})
+        if isinstance(job, dict) and _names_jobs(job.get("after")):
+            job["after"] = []
+        if isinstance(job, dict) and _is_name(job.get("ref")):
+            job["ref"] = None
+
+
+def _names_jobs(after: Any) -> bool:
+    return isinstance(after, list) and len(after) <= 1000 and all(map(_is_name, after))
+
+
+def _is_name(value: Any) -> bool:
+    return isinstance(value, str) and bool(NAME.fullmatch(value))
 
 
 def _expires_first(job: dict[str, Any]) -> bool:

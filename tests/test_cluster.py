@@ -15,9 +15,10 @@ from redis.crc import key_slot
 from test_availability import Load, service, stopped
 
 import tinyqueue
-from tinyqueue import Outcome, Shards, Unavailable, handler
+from tinyqueue import Outcome, Unavailable, handler
 from tinyqueue_backup import BackupError, back_up, restore
 from tinyqueue_config import Settings
+from tinyqueue_shards import Shards
 from worker import Worker
 
 DEFAULT = ["default"]

@@ -28,8 +28,9 @@ from typing import Any, Literal
 import pytest
 from client import Client, serving
 from conftest import RedisServer, newest, put, raw, until
+from test_why import SITUATIONS
 
-from tinyqueue import Discard, Failure, Job, Outcome, Override, Queue, handler
+from tinyqueue import HANDLERS, Discard, Failure, Job, Outcome, Override, Queue, handler
 from tinyqueue_config import Settings
 from tinyqueue_schedule import make_schedule, put as put_schedule
 from worker import Worker
@@ -343,6 +344,41 @@ def test_pending_job_shows_why_it_does_not_start(open: Open, near: Queue) -> Non
     shows(page, "Queue reports is paused.")
 
 
+IN_OTHER_WORDS = {
+    "delayed": "Delayed until",
+    "retries": "Delayed until",
+    "paused": "Queue default is paused. Its jobs start after it is resumed.",
+    "not served": "No worker serves queue default.",
+    "waits": "Waits for",
+    "waits for many": "and 10 more",
+}
+
+
+@pytest.mark.parametrize("name", SITUATIONS)
+def test_pending_job_shows_why_it_does_not_start_in_each_situation(open: Open, near: Queue, name: str) -> None:
+    del HANDLERS["echo"]
+
+    @handler("echo")
+    def echo(payload: Any, job: Job) -> None: ...
+
+    job, text = SITUATIONS[name][1](near)
+    page = open(f"#/jobs/{job.id}")
+    shows(page, IN_OTHER_WORDS.get(name, f"It {text}"))
+
+
+def test_job_links_to_those_that_it_waits_for(open: Open, near: Queue) -> None:
+    parents = [near.enqueue("echo", "first parent"), near.enqueue("echo", "second parent")]
+    job = near.enqueue("echo", "child", after=parents)
+    page = open(f"#/jobs/{job.id}")
+    page.get_by_role("link", name=parents[1].id[-8:]).click()
+    shows(page, "second parent")
+    [first] = near.dequeue(near.register(["reports"], 1), ["reports"])
+    near.complete(first)
+    page.goto(page.url.partition("#")[0] + f"#/jobs/{job.id}")
+    shows(page, "After")
+    assert page.get_by_role("link", name=first.id[-8:]).count() == 1
+
+
 @pytest.mark.parametrize(
     ("name", "value", "rule"),
     [
@@ -554,11 +590,11 @@ def limited(near: Queue) -> list[Job]:
 
 def test_held_job_shows_its_limit_and_its_position(open: Open, near: Queue, limited: list[Job]) -> None:
     page = open(f"#/jobs/{limited[2].id}")
-    shows(page, "Held by limit bill/a: number 2 in line.")
+    shows(page, "is held by the limit bill/a, at position 2")
     near.cancel(limited[1].id)
-    shows(page, "Held by limit bill/a: number 1 in line.")
+    shows(page, "is held by the limit bill/a, at position 1")
     near.complete(near.get(limited[0].id))
-    lacks(page, "text=Held by limit")
+    lacks(page, "text=is held by the limit")
     shows(page, "Limit")
 
 

@@ -21,7 +21,6 @@ from tinyqueue import (
     AHEAD,
     HANDLERS,
     LOOK,
-    AnyQueue,
     Corrupted,
     Failure,
     Filter,
@@ -33,10 +32,10 @@ from tinyqueue import (
     Override,
     Queue,
     RateLimited,
-    Shards,
     handler,
 )
 from tinyqueue_config import Settings
+from tinyqueue_shards import AnyQueue, Shards
 from worker import Worker
 
 BOOM = Failure("Boom", "it broke")

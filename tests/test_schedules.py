@@ -22,11 +22,12 @@ from cutproxy import CutProxy
 import tinyqueue_cli
 import tinyqueue_schedule
 import worker
-from tinyqueue import HANDLERS, Failure, InvalidJob, Job, Queue, QueueFull, Shards, Unavailable, handler, schedule
+from tinyqueue import HANDLERS, Failure, InvalidJob, Job, Queue, QueueFull, Unavailable, handler, schedule
 from tinyqueue_backup import back_up, restore
 from tinyqueue_config import Settings
 from tinyqueue_doctor import examine, repair
 from tinyqueue_schedule import NOTHING, Schedule, Scheduler, Ticker, declared, list_schedules, make_schedule, put, sync
+from tinyqueue_shards import Shards
 from wsgi import API
 
 pytestmark = pytest.mark.usefixtures("no_handlers")
@@ -378,13 +379,13 @@ def test_tick_into_a_full_queue_is_tried_again_and_counted(server: Server) -> No
     set_clock(queue, "2026-11-26T06:30")
     put(queue, made())
     ticker = Ticker(queue)
-    for second in ("00", "05", "10"):
+    for second in ("00", "06", "12"):
         set_clock(queue, f"2026-11-26T07:00:{second}")
         with pytest.raises(QueueFull):
             ticker.tick()
     assert failed_ticks(queue) == 3
     queue.cancel(other.id)
-    set_clock(queue, "2026-11-26T07:00:15")
+    set_clock(queue, "2026-11-26T07:00:18")
     ticker.tick()
     assert [job.scheduled_for for job in jobs(queue) if job.schedule] == [ms("2026-11-26T07:00")]
     assert failed_ticks(queue) == 3
@@ -416,7 +417,7 @@ def test_tick_while_redis_is_full_is_tried_again_and_counted_later(
         ticker.tick()
     raw(queue).config_set("maxmemory", 0)
     until(lambda: queue.memory_use == 0)
-    set_clock(queue, "2026-11-26T07:00:05")
+    set_clock(queue, "2026-11-26T07:00:06")
     ticker.tick()
     assert times(queue) == [ms("2026-11-26T07:00")]
     assert failed_ticks(queue) == 1
