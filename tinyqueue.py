@@ -2182,7 +2182,8 @@ class Queue(Verbs):
         Their lease was seen missing or unchanged for that long, by the monotonic clock of this
         process (`now`, in seconds). Leases expire by the wall clock of Redis, which somebody may
         set: set ahead, it would make living workers seem lost; set back, it would make lost workers
-        seem alive. Call this several times within a lease period. If `missing_for` is given, a
+        seem alive. A lease that expires goes on to count as unchanged, because a live worker sets it
+        again. Call this several times within a lease period. If `missing_for` is shorter than that, a
         missing lease needs to be seen for only so many seconds: the workers that are alive send a
         heartbeat every third of a lease.
         """
@@ -2192,7 +2193,8 @@ class Queue(Verbs):
         seen = {}
         for worker, lease in zip(workers, leases, strict=True):
             before, since = self._leases.get(worker, (lease, now))
-            seen[worker] = (lease, since if before == lease else now)
+            expired = lease is None and (missing_for is None or missing_for >= self.lease)
+            seen[worker] = (lease, since if before == lease or expired else now)
         self._leases = seen
         limits = {None: self.lease if missing_for is None else missing_for}
         self._lost = {
