@@ -24,10 +24,14 @@ round trips however many jobs it moves. No Lua.
 
     verb      from -> to                      watches          only if                   writes
     enqueue   nothing -> pending              once, unique     keys unused               record, list/delayed, keys
+    tick      nothing -> pending              schedule,        its time has come         as enqueue; schedule, ticks
+                                              unique
+    sync      (schedules of the code)         generation,      code not replaced         schedules, ticks, generation
+                                              schedules
     take      (list to list)                  -                queue not paused          jobs -> proc, workers
-    start     pending -> processing           worker, records  registered; due; room    record: attempts + 1, worker,
-                                              and running                               running, pace
-    hold      (list to held)                  worker, records  registered; no room      held, holding, delayed, proc
+    start     pending -> processing           worker, records  registered; due; room     record: attempts + 1, worker,
+                                              and running                                running, pace
+    hold      (list to held)                  worker, records  registered; no room       held, holding, delayed, proc
                                               and running
     expire    pending -> failed               worker, records  registered; expired       record, proc, failed
     complete  processing -> completed         worker, records  registered; same attempt  record, proc, completed
@@ -35,6 +39,12 @@ round trips however many jobs it moves. No Lua.
     release   processing -> pending, failed*  worker, records  registered; same attempt  record, proc, head of
                                                                                          list or delayed
     progress  processing -> processing        worker, record   registered; same attempt  record
+    deliver   nothing -> pending              -                callbackUrl               record, list
+    advance   pending -> pending, failed      parent, records  waits for that parent     waitingFor, list, advance
+    revive    failed -> pending               parent, records  failed because of that    record, its index, delayed
+    cancel    pending -> cancelled            record           -                         record, delayed, cancelled
+    request   processing -> processing        record           handler takes a Job       record: cancelRequested
+    retry     failed, cancelled -> pending    record, unique   uniqueKey free            record, its index, list
     promote   (delayed to list)               records          runAt has come            delayed, list
     wake      (held to list)                  -                an attempt has ended      held, head of list
     look      (held to list)                  held, records,   room                      held, head of list, running,
@@ -42,18 +52,8 @@ round trips however many jobs it moves. No Lua.
     reap      processing -> pending, failed*  worker, lease,   lease gone; worker's own  worker, proc, record,
                                               proc, records                              head of list, running
     restore   (none to list)                  record           unended; in no list       delayed, or proc and workers
-    cancel    pending -> cancelled            record           -                         record, delayed, cancelled
-    request   processing -> processing        record           handler takes a Job       record: cancelRequested
-    retry     failed, cancelled -> pending    record, unique   uniqueKey free            record, its index, list
     load      nothing -> pending, failed*     records, unique  unused; queue paused      records, list/delayed,
                                               and paused                                 indexes, uniqueKeys
-    advance   pending -> pending, failed      parent, records  waits for that parent     waitingFor, list, advance
-    revive    failed -> pending               parent, records  failed because of that    record, its index, delayed
-    tick      nothing -> pending           schedule,        its time has come         as enqueue; schedule, ticks
-                                           unique
-    sync      (schedules of the code)      generation,      code not replaced         schedules, ticks, generation
-                                           schedules
-    deliver   nothing -> pending              -                callbackUrl               record, list
 
     * cancelled, if that was requested. Due: runAt has come, and the job has not expired. Expired:
     expiresAt has passed before the first start. Same attempt: worker, attempts, refunds and
@@ -81,6 +81,7 @@ round trips however many jobs it moves. No Lua.
     that wait for it fail with DependencyFailed, or it leaves their `waitingFor` if they have
     onFailure "run". Not ended: those that failed because of it wait again. A parent that is gone
     has the status in the token. revive, retry and restore push tokens for what their job waits for.
+
     Limits. A handler declares how many jobs of its type, or of each value of a field, run at a time
     (max_running) and how many start in a period (rate). The limit of a job is `type` or
     `type/<value>`. A job is held if its limit has no room, or an older job could have it: then that
