@@ -2183,7 +2183,7 @@ class Queue(Verbs):
         Their lease was seen missing or unchanged for that long, by the monotonic clock of this
         process (`now`, in seconds). Leases expire by the wall clock of Redis, which somebody may
         set: set ahead, it would make living workers seem lost; set back, it would make lost workers
-        seem alive. A lease that expires goes on to count as unchanged, because a live worker sets it
+        seem alive. A lease that expires still counts as unchanged, because a live worker sets it
         again. Call this several times within a lease period. If `missing_for` is shorter than that,
         a missing lease needs to be seen for only so many seconds: the workers that are alive send a
         heartbeat every third of a lease.
