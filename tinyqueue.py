@@ -653,9 +653,9 @@ class Room:
 
 
 class Limits:
-    """The limits of one queue. `paused(fresh)` returns the names of the paused queues."""
+    """The limits of one queue. `paused` returns the names of the paused queues."""
 
-    def __init__(self, keys: Keys, store: Store, paused: Callable[[bool], Collection[str]]) -> None:
+    def __init__(self, keys: Keys, store: Store, paused: Callable[[], Collection[str]]) -> None:
         self.keys = keys
         self.store = store
         self.paused = paused
@@ -732,7 +732,7 @@ class Limits:
         return ("HMGET", self.keys.overrides, *(name for limit in limits for name in (limit.partition("/")[0], limit)))
 
     def _awake(self, entries: Iterable[bytes]) -> list[str]:
-        paused = self.paused(False)
+        paused = self.paused()
         return [text for text in map(text_of, entries) if text.partition(":")[0] not in paused]
 
     def _read_pace(self, tx: Transaction, rooms: Sequence[Room]) -> None:
@@ -852,8 +852,6 @@ class Limits:
         later = now // 1000 * 1000 + LOOK
         turns = [("ZADD", self.keys.delayed, "XX", "CH", later, LOOK_MARK + limit) for limit in limits]
         mine = [limit for limit, changed in zip(limits, self.store.read(*turns), strict=True) if changed]
-        if mine:
-            self.paused(True)
         sets = [("SMEMBERS", self.keys.running(limit)) for limit in mine]
         overrides, *found = self.store.read(self.overrides_of(mine), *sets) if mine else [()]
         for at, (limit, running) in enumerate(zip(mine, found, strict=True)):
@@ -862,16 +860,8 @@ class Limits:
                 self.store.transact([self.keys.held(limit)], partial(self.look, limit=limit))
 
     def review(self) -> None:
-        """Look at the limits of this process's types: its code may allow more than the code before.
-
-        Of many, it looks at the first only. The others become due, which promote notices.
-        """
-        own = [limit for limit in self._holding() if limit.partition("/")[0] in HANDLERS]
-        if own:
-            self.paused(True)
-        self.hurry(own[AHEAD:])
-        for limit in own[:AHEAD]:
-            self.store.transact([self.keys.held(limit)], partial(self.look, limit=limit))
+        """Have promote look at the limits of this process's types: its code may allow more now."""
+        self.hurry([limit for limit in self._holding() if limit.partition("/")[0] in HANDLERS])
 
     def startable(self, due: Iterable[bytes]) -> list[str]:
         """Return up to AHEAD held jobs with room of each limit that is due, as entries."""
@@ -1190,7 +1180,7 @@ class Queue(Verbs):
         self.min_replicas = min_replicas
         self._paused: tuple[float, frozenset[str]] = (-1e9, frozenset())  # when read, and the names
         self.store.advance = self.advance
-        self.limits = Limits(self.keys, self.store, self._paused_queues)
+        self.limits = Limits(self.keys, self.store, lambda: self._paused[1])
         self._known: set[str] = set()  # the names of queues that exist
         self._leases: dict[str, tuple[bytes | None, float]] = {}  # as last seen, and since when
         self._lost: dict[str, bytes | None] = {}  # those that were seen unchanged for too long
@@ -1455,7 +1445,7 @@ class Queue(Verbs):
     def register(self, queues: Sequence[str], concurrency: int, worker: str = "") -> str:
         """Register a new worker and return its id. It must renew its lease with heartbeats.
 
-        Also looks at the limits of its types, whose numbers may have changed with its code.
+        Makes the limits of its types due for a look, because its code may allow more.
         """
         worker = worker or new_worker_id()
         self.limits.review()
@@ -1481,11 +1471,6 @@ class Queue(Verbs):
     def _note_paused(self, members: Iterable[bytes] | Exception) -> None:
         found = () if isinstance(members, Exception) else members
         self._paused = (time.monotonic(), frozenset(map(text_of, found)))
-
-    def _paused_queues(self, fresh: bool) -> frozenset[str]:
-        if fresh:
-            self._note_paused(self.store.read(("SMEMBERS", self.keys.paused))[0])
-        return self._paused[1]
 
     def _not_paused(self, names: Sequence[str]) -> list[str]:
         """Leave out the paused queues as of up to PAUSE_AGE seconds ago."""
@@ -2131,10 +2116,10 @@ class Queue(Verbs):
     def promote(self) -> int:
         """Move up to 500 jobs to their queues when runAt has come. Return how many ids it removed.
 
-        Also looks at the limits with held jobs whose time has come, and counts them. Takes tokens
-        that are left.
-        Watches the records: a job that another promoter moved may have run, failed and be delayed
-        again, and removing that new entry would lose the job. The lock only saves duplicate work.
+        Also looks at the limits with held jobs whose time has come, and counts them, and
+        takes the tokens of advance that are left. Watches the records: a job that another
+        promoter moved may have run, failed and be delayed again, and removing that new
+        entry would lose the job. The lock only saves duplicate work.
         """
 
         looks: list[str] = []
@@ -2161,6 +2146,7 @@ class Queue(Verbs):
             looks.remove(SWEEP_MARK)
             self._sweep()
         if looks:
+            self._note_paused(self.store.read(("SMEMBERS", self.keys.paused))[0])
             self.limits.reconcile(looks, self.now())
         return promoted + len(looks)
 

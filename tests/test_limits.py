@@ -313,13 +313,14 @@ def declare(type: str, **limit: Any) -> None:
 @pytest.mark.parametrize(
     ("limit", "started"), [({"max_running": 5}, 3), ({}, 5), ({"rate": "9/second"}, 5), ({"max_running": 1}, 0)]
 )
-def test_worker_that_starts_applies_the_limits_of_its_code_at_once(
+def test_worker_that_starts_applies_the_limits_of_its_code(
     queue: Queue, worker: str, limit: dict[str, Any], started: int
 ) -> None:
     jobs = queue.enqueue_many("charge", list(range(7)))
     begun = start(queue, worker)
     declare("charge", **limit)
     new = queue.register(["default"], 10)
+    queue.promote()
     assert ids(start(queue, new)) == ids(jobs[2 : 2 + started])
     check_consistency(queue)
     for job in begun:

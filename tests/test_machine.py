@@ -360,8 +360,8 @@ class Machine(RuleBasedStateMachine):
         assert {job.id for job in jobs} <= set(taken)
         self._started(worker, jobs, alone=False)
         for known in map(self.model.__getitem__, taken):
-            left = known.status == "pending" and known.due <= self.queue.now()
-            left = left and not known.waiting and not known.limit
+            ready = known.status == "pending" and known.due <= self.queue.now()
+            left = ready and not known.waiting and not known.limit
             assert not left or known.suspicions >= tinyqueue.SUSPICIOUS, "a job was taken and not started"
 
     def _listed(self) -> list[str]:
