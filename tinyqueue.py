@@ -660,6 +660,7 @@ class Limits:
         self.store = store
         self.paused = paused
         self.looks: dict[str, int] = {}  # when to look at a limit next, as far as this process knows
+        self.own: list[str] = []  # what this process must look at itself, once
 
     def next_look(self) -> float:
         """When a rate next has room for a held job, as far as this process knows, in ms."""
@@ -852,6 +853,8 @@ class Limits:
         later = now // 1000 * 1000 + LOOK
         turns = [("ZADD", self.keys.delayed, "XX", "CH", later, LOOK_MARK + limit) for limit in limits]
         mine = [limit for limit, changed in zip(limits, self.store.read(*turns), strict=True) if changed]
+        mine += [limit for limit in self.own if limit not in mine]
+        self.own = []
         sets = [("SMEMBERS", self.keys.running(limit)) for limit in mine]
         overrides, *found = self.store.read(self.overrides_of(mine), *sets) if mine else [()]
         for at, (limit, running) in enumerate(zip(mine, found, strict=True)):
@@ -860,8 +863,14 @@ class Limits:
                 self.store.transact([self.keys.held(limit)], partial(self.look, limit=limit))
 
     def review(self) -> None:
-        """Have promote look at the limits of this process's types: its code may allow more now."""
-        self.hurry([limit for limit in self._holding() if limit.partition("/")[0] in HANDLERS])
+        """Have promote look at the limits of this process's types: its code may allow more now.
+
+        Workers with the code before may look first, and set a later time. So this process looks at
+        the first of its limits even then.
+        """
+        own = [limit for limit in self._holding() if limit.partition("/")[0] in HANDLERS]
+        self.own = own[:AHEAD]
+        self.hurry(own)
 
     def startable(self, due: Iterable[bytes]) -> list[str]:
         """Return up to AHEAD held jobs with room of each limit that is due, as entries."""
@@ -2145,7 +2154,7 @@ class Queue(Verbs):
         if SWEEP_MARK in looks:
             looks.remove(SWEEP_MARK)
             self._sweep()
-        if looks:
+        if looks or self.limits.own:
             self._note_paused(self.store.read(("SMEMBERS", self.keys.paused))[0])
             self.limits.reconcile(looks, self.now())
         return promoted + len(looks)
