@@ -46,7 +46,7 @@ round trips however many jobs it moves. No Lua.
     request   processing -> processing        record           handler takes a Job       record: cancelRequested
     retry     failed, cancelled -> pending    record, unique   uniqueKey free            record, its index, list
     promote   (delayed to list)               records          runAt has come            delayed, list
-    wake      (held to list)                  -                an attempt has ended      held, head of list
+    wake      (held to list)                  held, if few     an attempt has ended      held, head of list
     look      (held to list)                  held, records,   room                      held, head of list, running,
                                               running                                    holding, delayed
     reap      processing -> pending, failed*  worker, lease,   lease gone; worker's own  worker, proc, record,
@@ -63,14 +63,19 @@ round trips however many jobs it moves. No Lua.
     uniqueKey. Queue paused: the queues of all pending jobs that load stores. A suspect is a job
     that two workers lost while they ran it along with others. It starts only alone.
 
-    dequeue is take, then start or expire. enqueue is written by submit, expire by start, request by
-    cancel, and deliver by whatever ends a job, except load: the new job, of type webhook, sends the
-    end to the callbackUrl. complete, fail and release are written by settle, many in one transaction.
-    exchange is settle and dequeue in three round trips. A busy worker uses it instead of these two,
-    except with shards. load stores the jobs of a backup; the ended ones count in no metric. Every
-    verb that fills a list rings its bell, and every verb keeps the counts and the metrics. Whatever
-    ends a job frees its uniqueKey and leaves a token for those who wait for it. A tick that fails
-    stays due. tinyqueue_schedule.py decides what tick and sync make of a schedule.
+    dequeue is take, then start, hold or expire. enqueue is written by submit, hold and expire by
+    start, and request by cancel. Whatever ends a job writes deliver too, except load: it enqueues a
+    job of type webhook, which sends the end to the callbackUrl. complete, fail and release are
+    written by settle, many in one transaction. exchange is settle and dequeue in three round trips.
+    A busy worker uses it instead of these two, except with shards. load stores the jobs of a
+    backup; the ended ones count in no metric. Every verb that fills a list rings its bell, and
+    every verb keeps the counts and the metrics. Whatever ends a job frees its uniqueKey and leaves
+    a token for those who wait for it.
+
+    Schedules. A tick is a time at which the cron expression of a schedule matches. tick enqueues
+    its job, at most once. If it fails, the schedule stays due. sync stores the schedules that code
+    declares, and removes those that it no longer declares. Code is replaced once a newer release of
+    it has synced. tinyqueue_schedule.py decides what tick and sync make of a schedule.
 
     Dependencies. A job with parents is among the delayed until its `waitingFor` is empty. enqueue
     enters it in next of each parent that has not completed, and marks the record of the parent as
@@ -82,15 +87,18 @@ round trips however many jobs it moves. No Lua.
     onFailure "run". Not ended: those that failed because of it wait again. A parent that is gone
     has the status in the token. revive, retry and restore push tokens for what their job waits for.
 
-    Limits. A handler declares how many jobs of its type, or of each value of a field, run at a time
-    (max_running) and how many start in a period (rate). The limit of a job is `type` or
-    `type/<value>`. A job is held if its limit has no room, or an older job could have it: then that
-    one is woken instead. A held job is pending, spends no attempt and costs nobody anything. Every
-    end of an attempt writes running too, and wakes the oldest held job; whatever drops the id of a
-    limited job wakes the next. wake watches nothing, because an id that is listed twice is dropped
-    once. look is for room that no end makes: a rate's, a raised limit's, a lost wake-up's. promote
-    finds its time among the delayed ids. The numbers are those of the code, unless `overrides` has
-    others. tests/limit_model.py shows what each of these guards is for.
+    Limits. A handler may declare how many jobs of its type run at a time (max_running) and how many
+    start in a period (rate), also for each value of a field of the payload (limit_by). The limit of
+    a job is `type` or `type/<value>`. start holds a job if its limit has no room. It also holds a
+    job if a held one is older, and wakes that one instead. A held job is pending, spends no attempt
+    and takes no slot. Every end of an attempt writes running too, and wakes the oldest held job.
+    Whatever drops the id of a limited job wakes the next one. wake watches the held jobs only if
+    there are fewer than it must wake, or it would miss a job that is held meanwhile. Otherwise two
+    workers may wake the same job and list its id twice, which is harmless (rule 1). look wakes jobs
+    for which room came without an end: with time, by a raised limit, or after a lost wake-up. The
+    time of the next look is among the delayed ids, where promote finds it. RateLimited halts a
+    limit: nothing starts under it for a while. The numbers are those of the code, unless
+    `overrides` has others. tests/limit_model.py shows what each of these guards is for.
 
     Lost replies. adopt finds the ids in a worker's list that the worker does not know. After a lost
     reply, start neither starts nor drops an id: it may have done so already. Only one thread of a
@@ -108,7 +116,7 @@ Keys. All share one hash tag, the namespace, and so one slot of a cluster.
     {queue}:proc:<worker>     list    ids that this worker holds
     {queue}:bell:<name>       list    wake-up tokens, at most 64; holds no work, may be lost
     {queue}:delayed           zset    id -> runAt; of a job that waits for others: expiresAt or inf;
-                                      limit:<limit> -> when to look at it; advance: -> when to do so
+                                      limit:<limit> -> time of the next look; advance: -> when to do so
     {queue}:next:<id>         set     ids of the jobs that wait for job <id>, or failed because of it.
                                       Expires once that has failed
     {queue}:advance           list    tokens <id>:<status>:<any>: job <id> has ended or was revived,
@@ -129,8 +137,8 @@ Keys. All share one hash tag, the namespace, and so one slot of a cluster.
     {queue}:held:<limit>      zset    <queue>:<id> of pending jobs that wait for room -> createdAt
     {queue}:holding           set     limits that may have held jobs
     {queue}:pace:<limit>      zset    <id>:<start> of the starts in the last period. Expires
-    {queue}:halt:<limit>      string  until when RateLimited has stopped the limit. Expires
-    {queue}:overrides         hash    by type or limit, what replaces the numbers in the code
+    {queue}:halt:<limit>      string  until when RateLimited halts the limit. Expires
+    {queue}:overrides         hash    type or limit -> what replaces the numbers in the code
     {queue}:minute:<n>        hash    started, waitedMs, completed, failed, cancelled in minute n
                                       since 1970. Expires after two hours
     {queue}:rate:<who>:<n>    string  requests of a client in rate window n. Expires
@@ -631,9 +639,7 @@ def _checked(replies: list[Any]) -> list[Any]:
 
 # Limits ---------------------------------------------------------------------------------------------------------------
 
-# Each method adds to the transaction of a verb. Whatever ends an attempt wakes the oldest held job.
-# A look wakes held jobs for which room came in another way: with time, by a change of the limit, or
-# after a wake-up was lost.
+# The contract explains limits. Most methods add to the transaction of a verb.
 
 
 class Room:
@@ -645,11 +651,11 @@ class Room:
         self.running = running
         self.left = rule.max_running - len(running)
         self.held: list[str] = []  # the first entries, oldest first, except those of paused queues
-        self.opens = math.inf  # when the rate has room again, if that is what there is no room for
+        self.opens = math.inf  # when the rate has room again, if the rate is what is used up
         self.admitted: set[str] = set()  # the ids that may start
-        self.closed = False  # paused or halted
-        self.busy = False  # too many start at the moment: leave its jobs to adoption
-        self.noted = False  # that jobs are held
+        self.closed = False  # True: the limit is paused or halted
+        self.busy = False  # True: too many workers start under it at the moment; adoption gets its jobs
+        self.noted = False  # True: this transaction has noted that the limit holds jobs
 
 
 class Limits:
@@ -674,7 +680,7 @@ class Limits:
     # Start ------------------------------------------------------------------------------------------------------------
 
     def rooms(self, tx: Transaction, jobs: Iterable[Job]) -> dict[str, Room]:
-        """Return the rooms of pending jobs with limits, by job id, except those not due.
+        """Return the rooms of pending jobs with limits, by job id. Leaves out jobs not due yet.
 
         Watches the sets of running ids. The oldest jobs get the room first, and those among them
         that are held are woken.
@@ -777,7 +783,7 @@ class Limits:
             self._look_later(tx, room)
 
     def _look_later(self, tx: Transaction, room: Room) -> None:
-        """Set the time of the next look. An earlier one stays, unless a rate knows better."""
+        """Set the time of the next look. An earlier time stays, unless the rate has room before."""
         latest = tx.now + LOOK
         if room.opens < latest:
             at = max(int(room.opens), tx.now + LOOK_GAP)
@@ -795,13 +801,13 @@ class Limits:
         self.owe(tx, job.limit)
 
     def owe(self, tx: Transaction, limit: str) -> None:
-        """Note that the transaction must wake a held job, unless only time makes room for one."""
+        """Note that the transaction must wake a held job, unless the limit is only a rate."""
         known = HANDLERS.get(limit.partition("/")[0])
         if not known or known.max_running:
             tx.wakes[limit] = tx.wakes.get(limit, 0) + 1
 
     def halt(self, tx: Transaction, job: Job, ms: int) -> None:
-        """Hold a job that was refused, and let none start under its limit for a time."""
+        """Hold the job of a handler that raised RateLimited, and let none start under its limit."""
         tx.write("SET", self.keys.halt(job.limit), tx.now + ms, "PX", ms)
         tx.wakes.pop(job.limit, None)
         room = Room(job.limit, Rule())
@@ -811,9 +817,9 @@ class Limits:
     def wake(self, tx: Transaction) -> None:
         """Move the oldest held jobs to the heads of their queues, as many as are owed.
 
-        Watches the held jobs only if there are too few: one that is held before this is written
-        would wait for room that it has. Otherwise two workers may wake the same job, and put its id
-        into the list twice. Whoever takes the second drops it, and that wakes the next job.
+        Watches the held jobs only if there are too few. Otherwise a job that is held before this is
+        written would wait although it has room. If there are enough, two workers may wake the same
+        job and list its id twice. Whoever takes the second drops it, and that wakes the next job.
         """
         few: list[str] = []
         for limit, entries in self._read_held(tx, tx.wakes):
@@ -847,7 +853,7 @@ class Limits:
     def reconcile(self, limits: Sequence[str], now: int) -> None:
         """Look at limits whose time has come: drop what does not run, and wake what has room.
 
-        Of several workers that look at the same moment one goes on. The others find that the time
+        If several workers look at the same moment, only one goes on. The others find that the time
         of the next look is already set. If nothing has changed, a look takes four commands.
         """
         later = now // 1000 * 1000 + LOOK
@@ -940,7 +946,7 @@ class Limits:
     # For operators ----------------------------------------------------------------------------------------------------
 
     def set(self, limit: str, override: Override) -> None:
-        """Store an override, or delete it if it is empty, and have somebody look at once."""
+        """Store an override, or delete it if it is empty. The next promote looks at the limits."""
         under = [name for name in self._holding() if limit in (name, name.partition("/")[0])]
         write: Command = ("HSET", self.keys.overrides, limit, encode(override))
         if override == Override():
@@ -1049,7 +1055,7 @@ class Verbs(ABC):
 
     @property
     def seconds_to_look(self) -> float:
-        """In how many seconds a rate has room for a held job, as far as this process knows."""
+        """Seconds until a rate has room for a held job, as far as this process knows."""
         return min(part.limits.next_look() - part.clock.now() for part in self.parts) / 1000
 
     def disconnect(self) -> None:
@@ -1364,11 +1370,12 @@ class Queue(Verbs):
     # Schedules --------------------------------------------------------------------------------------------------------
 
     def change_schedule(self, name: str, change: Change) -> Schedule | None:
-        """Write what `change` makes of a schedule, and when it is due. Return it, or what it was.
+        """Apply `change` to a schedule, and enqueue a job if it says so. Return the new schedule.
 
-        `change` gets the schedule, the job of its last run and the time. It returns the schedule,
-        or None to remove it, and the time of the tick whose job to enqueue, or 0. Watches the
-        schedule. After a lost reply, `change` must find in the schedule that its work is done.
+        `change` gets the schedule, its last job and the time. It returns the new schedule, or None
+        to remove it, and the time of the tick whose job is to be enqueued, or 0. Watches the
+        schedule. Returns a removed schedule as it was. Repeats `change` after a lost reply, unless
+        its job is stored: `change` must see in the schedule that its work is done.
         """
         key = self.keys.schedule(check_name("name", name))
         first: Schedule | None = None
@@ -1399,7 +1406,7 @@ class Queue(Verbs):
         return self._store_new(tx, [job], {}, {})[0]
 
     def write_schedule(self, tx: Transaction, name: str, made: Schedule | None, changed: bool = True) -> None:
-        """Write a schedule, if it has changed, and its entry among the ticks; or remove both."""
+        """Write a schedule if it has changed, and its next tick in any case. None removes both."""
         if made is None:
             tx.write("DEL", self.keys.schedule(name))
             tx.gather("ZREM", self.keys.ticks, name)
@@ -1409,7 +1416,7 @@ class Queue(Verbs):
         tx.gather("ZADD", self.keys.ticks, "+inf" if made.paused else made.next_at, name)
 
     def sync_schedules(self, code: str, wanted: Sequence[Schedule]) -> Merge | None:
-        """Bring the schedules that a code declares up to date, unless a newer release of it has.
+        """Store the schedules that a code declares, unless a newer release of that code has synced.
 
         Watches the generation, which every sync of that code writes, and the schedules. Returns
         what has changed; None if this code has never declared a schedule.
@@ -1423,7 +1430,7 @@ class Queue(Verbs):
             if not after:
                 return NO_CHANGE
             if not wanted and len(after.releases) == 1 and (before.releases or not stored):
-                # If the next release declares some, it must know that this one is older.
+                # If the next release declares schedules, it must know that this one is older.
                 if not stored:
                     tx.write("SET", key, encode(after))
                 return None
@@ -1471,7 +1478,7 @@ class Queue(Verbs):
         return self.store.transact((), body)
 
     def wait(self, names: Sequence[str], seconds: float = BLOCK) -> set[str]:
-        """Wait for a bell of these queues. Return the name if one rang in time. Takes no job."""
+        """Wait for a bell of these queues. Return the name of the one that rang. Takes no job."""
         bells = ("BLPOP", *map(self.keys.bell, names), seconds)
         token, paused = self.store.read(bells, ("SMEMBERS", self.keys.paused))
         self._note_paused(paused)
@@ -2086,7 +2093,7 @@ class Queue(Verbs):
     # Upkeep -----------------------------------------------------------------------------------------------------------
 
     def set_limit(self, limit: str, override: Override) -> None:
-        """Replace the numbers of a limit, or of all of a type. Effective within two seconds."""
+        """Replace the numbers of a limit, or of all limits of a type, within two seconds."""
         self.limits.set(limit, override)
 
     def limits_in_use(self) -> dict[str, dict[str, Any]]:
@@ -2094,7 +2101,7 @@ class Queue(Verbs):
         return self.limits.in_use()
 
     def place_among_held(self, job: Job) -> int:
-        """Return the place of a pending job among those held by its limit, from 1; 0: none."""
+        """Return the position of a job among those that its limit holds, from 1; 0: not held."""
         return self.limits.place_of(job)
 
     def heartbeat(self, worker: str, jobs: Sequence[str] = ()) -> None:
@@ -2125,10 +2132,10 @@ class Queue(Verbs):
     def promote(self) -> int:
         """Move up to 500 jobs to their queues when runAt has come. Return how many ids it removed.
 
-        Also looks at the limits with held jobs whose time has come, and counts them, and
-        takes the tokens of advance that are left. Watches the records: a job that another
-        promoter moved may have run, failed and be delayed again, and removing that new
-        entry would lose the job. The lock only saves duplicate work.
+        Then looks at the limits whose next look is due, and advances what other workers have left.
+
+        Watches the records: a job that another promoter moved may have run, failed and be delayed
+        again, and removing that new entry would lose the job. The lock only saves duplicate work.
         """
 
         looks: list[str] = []
@@ -2629,8 +2636,9 @@ class Queue(Verbs):
     def scale(self, names: Sequence[str] = ()) -> dict[str, int]:
         """Count the jobs that need workers now, of these queues or of all.
 
-        `ready` jobs are due, and their queue is not paused. Due ticks count as such jobs, because
-        only workers tick. `load` adds the jobs in `processing`.
+        `ready` jobs are due, and their queue is not paused. Due schedules count as ready jobs,
+        because only workers tick. `load` adds the jobs in `processing`.
+
         Due jobs that no worker has promoted yet are ready too, and so are held jobs with room. If
         these are more than SAMPLED, only the first are read. The others are expected to have the
         same queues, and at least one job is counted for every queue that may have one. So a first

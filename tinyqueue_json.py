@@ -150,18 +150,19 @@ def parser(type: Any) -> Callable[[bytes], Any]:
             with suppress(msgspec.ValidationError):
                 return decode(encode(_whole_floats(msgspec.json.decode(text))))
             rule, _, path = str(error).partition(" - at ")
-            path = path.strip("`") or "$"
+            is_key = path.startswith("`key` in ")
+            path = path.removeprefix("`key` in ").strip("`") or "$"
             if " matching regex " in rule:
-                rule = _description(type, path) or rule
-            raise Mismatch(rule, path) from None
+                rule = _description(type, path, is_key) or rule
+            raise Mismatch(f"wrong key: {rule}" if is_key else rule, path) from None
         except (msgspec.DecodeError, RecursionError) as error:
             raise Mismatch(str(error)) from None
 
     return parse
 
 
-def _description(type: Any, path: str) -> str:
-    """Return the description that a type gives for the part at a path, or nothing."""
+def _description(type: Any, path: str, of_keys: bool) -> str:
+    """Return the description that a type gives for the part at a path or its keys, or nothing."""
     (root,), parts = msgspec.json.schema_components([type])
     schemas = _alternatives(root, parts)
     for name, index in re.findall(r"\.([^.[]+)|\[([^]]*)\]", path):
@@ -175,6 +176,8 @@ def _description(type: Any, path: str) -> str:
             else:
                 found += [schema.get("items"), schema.get("additionalProperties")]
         schemas = [part for schema in found if isinstance(schema, dict) for part in _alternatives(schema, parts)]
+    if of_keys:
+        schemas = [schema.get("propertyNames", {}) for schema in schemas]
     return next((str(schema["description"]) for schema in schemas if "description" in schema), "")
 
 

@@ -287,7 +287,7 @@ NUMBERS = {
     "GRACE": (SCHEDULES, r"may always be late by (\d+) seconds", tinyqueue_schedule.GRACE),
     "RETRY": (SCHEDULES, r"tried again every (\d+) seconds", tinyqueue_schedule.RETRY / 1000),
     "ABSENT": (SCHEDULES, r"was seen for (\d+) seconds", tinyqueue_schedule.ABSENT),
-    "MAX_SCHEDULES": (SCHEDULES, r"There can be (\d+) schedules", tinyqueue_schedule.MAX_SCHEDULES),
+    "MAX_SCHEDULES": (SCHEDULES, r"accepts up to (\d+) schedules", tinyqueue_schedule.MAX_SCHEDULES),
     "SECONDS of a request": (WEBHOOKS, r"does not answer within (\d+) s", tinyqueue_http.SECONDS),
     "KEPT of an answer": (WEBHOOKS, r"A worker reads (\d+) bytes of the answer", tinyqueue_http.KEPT),
     "JITTER of deliveries": (WEBHOOKS, r"or up to (\d+) % later", 100 * tinyqueue_http.JITTER),

@@ -1093,6 +1093,12 @@ def test_submit_refuses_an_http_job_that_cannot_be_sent(api: Client, payload: An
     assert (answer.status, answer.kind, answer.problem["field"]) == (422, "invalid-job", "payload")
 
 
+def test_submit_names_the_place_of_a_header_with_a_wrong_name(api: Client) -> None:
+    answer = api.post("/jobs", {"type": "http", "payload": {"url": "http://a.example/", "headers": {"A b": "d"}}})
+    assert answer.problem["detail"] == "payload.headers: wrong key: must be the name of an HTTP header"
+    assert answer.problem["path"] == "$.headers"
+
+
 def test_send_imports_its_client_only_when_it_is_needed() -> None:
     """A web process on a serverless host that sends nothing starts without it."""
     script = "import sys, wsgi, tinyqueue_http; tinyqueue_http.register(); print('urllib3' in sys.modules)"
