@@ -670,6 +670,7 @@ class Limits:
         self.paused = paused
         self.note_paused = note_paused
         self.looks: dict[str, int] = {}  # when to look at a limit next, as far as this process knows
+        self.own: list[str] = []  # what this process must look at itself, once
 
     def next_look(self) -> float:
         """When a rate next has room for a held job, as far as this process knows, in ms."""
@@ -865,6 +866,8 @@ class Limits:
         *found, paused = self.store.read(*turns, ("SMEMBERS", self.keys.paused))
         self.note_paused(paused)  # a busy worker may have read it long ago
         mine = [limit for limit, changed in zip(limits, found, strict=True) if changed]
+        mine += [limit for limit in self.own if limit not in mine]
+        self.own = []
         sets = [("SMEMBERS", self.keys.running(limit)) for limit in mine]
         overrides, *found = self.store.read(self.overrides_of(mine), *sets) if mine else [()]
         for at, (limit, running) in enumerate(zip(mine, found, strict=True)):
@@ -873,8 +876,14 @@ class Limits:
                 self.store.transact([self.keys.held(limit)], partial(self.look, limit=limit))
 
     def review(self) -> None:
-        """Have promote look at the limits of this process's types: its code may allow more now."""
-        self.hurry([limit for limit in self._holding() if limit.partition("/")[0] in HANDLERS])
+        """Have promote look at the limits of this process's types: its code may allow more now.
+
+        Workers with the code before may look first, and set a later time. So this process looks at
+        the first of its limits even then.
+        """
+        own = [limit for limit in self._holding() if limit.partition("/")[0] in HANDLERS]
+        self.own = own[:AHEAD]
+        self.hurry(own)
 
     def startable(self, due: Iterable[bytes]) -> list[str]:
         """Return up to AHEAD held jobs with room of each limit that is due, as entries."""
@@ -2175,7 +2184,7 @@ class Queue(Verbs):
         if SWEEP_MARK in looks:
             looks.remove(SWEEP_MARK)
             self._sweep()
-        if looks:
+        if looks or self.limits.own:
             self.limits.reconcile(looks, self.now())
         return promoted + len(looks)
 
@@ -2198,8 +2207,9 @@ class Queue(Verbs):
         Their lease was seen missing or unchanged for that long, by the monotonic clock of this
         process (`now`, in seconds). Leases expire by the wall clock of Redis, which somebody may
         set: set ahead, it would make living workers seem lost; set back, it would make lost workers
-        seem alive. Call this several times within a lease period. If `missing_for` is given, a
-        missing lease needs to be seen for only so many seconds: the workers that are alive send a
+        seem alive. A lease that expires still counts as unchanged, because a live worker sets it
+        again. Call this several times within a lease period. If `missing_for` is shorter than that,
+        a missing lease needs to be seen for only so many seconds: the workers that are alive send a
         heartbeat every third of a lease.
         """
         now = time.monotonic() if now is None else now
@@ -2208,7 +2218,8 @@ class Queue(Verbs):
         seen = {}
         for worker, lease in zip(workers, leases, strict=True):
             before, since = self._leases.get(worker, (lease, now))
-            seen[worker] = (lease, since if before == lease else now)
+            expired = lease is None and (missing_for is None or missing_for >= self.lease)
+            seen[worker] = (lease, since if before == lease or expired else now)
         self._leases = seen
         limits = {None: self.lease if missing_for is None else missing_for}
         self._lost = {

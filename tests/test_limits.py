@@ -327,6 +327,22 @@ def test_worker_that_starts_applies_the_limits_of_its_code(
     assert raw(queue).scard(queue.keys.running("charge")) == started
 
 
+def test_worker_that_starts_applies_its_limits_although_one_with_the_code_before_looks_first(
+    queue: Queue, server: Server, worker: str
+) -> None:
+    """As in a rolling deploy, where workers with both versions of the code run."""
+    jobs = queue.enqueue_many("charge", list(range(7)))
+    start(queue, worker)
+    old = server.queue()
+    declare("charge", max_running=5)
+    new = queue.register(["default"], 10)
+    declare("charge", max_running=2)
+    old.promote()
+    declare("charge", max_running=5)
+    queue.promote()
+    assert ids(start(queue, new)) == ids(jobs[2:5])
+
+
 def test_worker_that_starts_has_many_limits_looked_at(queue: Queue, worker: str) -> None:
     jobs = [queue.enqueue("bill", {"account": f"a{at % 150}"}) for at in range(300)]
     start(queue, worker, 300)
