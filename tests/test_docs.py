@@ -286,6 +286,7 @@ NUMBERS = {
     "MAX_CATCHUP": (SCHEDULES, r"by default and at most (\d+)", tinyqueue_schedule.MAX_CATCHUP),
     "GRACE": (SCHEDULES, r"may always be late by (\d+) seconds", tinyqueue_schedule.GRACE),
     "RETRY": (SCHEDULES, r"tried again every (\d+) seconds", tinyqueue_schedule.RETRY / 1000),
+    "RELEASES": (SCHEDULES, r"order of the last (\d+) releases", tinyqueue_schedule.RELEASES),
     "ABSENT": (SCHEDULES, r"was seen for (\d+) seconds", tinyqueue_schedule.ABSENT),
     "MAX_SCHEDULES": (SCHEDULES, r"accepts up to (\d+) schedules", tinyqueue_schedule.MAX_SCHEDULES),
     "SECONDS of a request": (WEBHOOKS, r"does not answer within (\d+) s", tinyqueue_http.SECONDS),
