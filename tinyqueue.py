@@ -323,7 +323,7 @@ BLOCK = 2.0  # seconds of one wait for the bell
 CATCH_UP = 1000  # milliseconds that replicas have to receive a write
 PAUSE_AGE = 0.1  # seconds for which the known set of paused queues is used
 LEAVE = 5  # tries of a start after which it leaves its limited jobs to adoption: many start under their limits
-LOOK = 10_000  # milliseconds between two looks at a limit with held jobs, unless a rate has room before
+LOOK = 30_000  # milliseconds between two looks at a limit with held jobs, unless a rate has room before
 LOOK_GAP = 20  # milliseconds between two looks, at least
 AHEAD = 100  # held jobs, or jobs at the head of a queue, that one look reads
 SHOWN = 1000  # limits of one report
@@ -727,6 +727,7 @@ class Limits:
             room = rooms[limit] = Room(limit, rule_of(limit, overrides[2 * at : 2 * at + 2]), set(running) - tx.left)
             room.held = self._awake(held)
             room.closed = bool(halt or room.rule.paused)
+            room.opens = float(halt or math.inf)
             if room.closed:
                 room.left = 0
         self._read_pace(tx, [room for room in rooms.values() if room.rule.starts])
@@ -864,6 +865,28 @@ class Limits:
             if not full or not self._all_run(limit, running):
                 self.store.transact([self.keys.held(limit)], partial(self.look, limit=limit))
 
+    def review(self) -> None:
+        """Have promote look at the limits of this process's types: its code may allow more now."""
+        self.hurry([limit for limit in self._holding() if limit.partition("/")[0] in HANDLERS])
+
+    def startable(self, due: Iterable[bytes]) -> list[str]:
+        """Return up to AHEAD held jobs with room of each limit that is due, as entries."""
+        marks = [text_of(entry) for entry in due if entry.startswith(LOOK_MARK.encode())]
+        limits = [mark.removeprefix(LOOK_MARK) for mark in marks]
+        # The watch is of no use here. With it, transact removes those of read_rooms too.
+        watch = [self.keys.holding]
+        rooms = self.store.transact(watch, lambda tx: self.read_rooms(tx, limits), counts=False) if limits else {}
+        return [entry for room in rooms.values() for entry in _first(room.held, room.left)]
+
+    def hurry(self, limits: Iterable[str] | None = None) -> None:
+        """Have the next promote look at limits, or at all with held jobs."""
+        marks = [LOOK_MARK + limit for limit in (self._holding() if limits is None else limits)]
+        if marks:
+            self.store.read(("ZADD", self.keys.delayed, "XX", *itertools.chain(*((0, mark) for mark in marks))))
+
+    def _holding(self) -> list[str]:
+        return sorted(map(text_of, self.store.read(("SMEMBERS", self.keys.holding))[0]))
+
     def _all_run(self, limit: str, running: Collection[bytes]) -> bool:
         ids = list(map(text_of, running))
         records = self.store.read(("MGET", *map(self.keys.job, ids)))[0]
@@ -915,12 +938,12 @@ class Limits:
 
     def set(self, limit: str, override: Override) -> None:
         """Store an override, or delete it if it is empty. The next promote looks at the limits."""
-        holding = map(text_of, self.store.read(("SMEMBERS", self.keys.holding))[0])
-        under = [name for name in holding if limit in (name, name.partition("/")[0])]
+        under = [name for name in self._holding() if limit in (name, name.partition("/")[0])]
         write: Command = ("HSET", self.keys.overrides, limit, encode(override))
         if override == Override():
             write = ("HDEL", self.keys.overrides, limit)
-        self.store.read(write, *(("ZADD", self.keys.delayed, "XX", 0, LOOK_MARK + name) for name in under))
+        self.store.read(write)
+        self.hurry(under)
 
     def in_use(self) -> dict[str, dict[str, Any]]:
         """Return up to SHOWN limits, those with the most held jobs first.
@@ -941,6 +964,7 @@ class Limits:
                 halted = max(0, found[2 * len(some) + n])
                 rows[name] = {"running": found[2 * n], "held": found[2 * n + 1], **rule.answer(), "haltedMs": halted}
                 rows[name]["overridden"] = name in overrides
+                rows[name]["override"] = msgspec.json.decode(overrides.get(name, b"{}"))
         return dict(sorted(rows.items(), key=lambda row: -row[1]["held"])[:SHOWN])
 
     def place_of(self, job: Job) -> int:
@@ -1426,8 +1450,12 @@ class Queue(Verbs):
     # Dequeue ----------------------------------------------------------------------------------------------------------
 
     def register(self, queues: Sequence[str], concurrency: int, worker: str = "") -> str:
-        """Register a new worker and return its id. It must renew its lease with heartbeats."""
+        """Register a new worker and return its id. It must renew its lease with heartbeats.
+
+        Makes the limits of its types due for a look, because its code may allow more.
+        """
         worker = worker or new_worker_id()
+        self.limits.review()
         about: dict[str, Any] = {"host": host_name(), "pid": os.getpid()}
         about |= {"queues": list(queues), "concurrency": concurrency}
         about |= {"startedAt": self.now(), "types": sorted(HANDLERS)}
@@ -2051,6 +2079,7 @@ class Queue(Verbs):
             tx.ring(name)
 
         self.store.transact((), body)
+        self.limits.hurry()  # nobody has woken the held jobs of a paused queue
 
     # Upkeep -----------------------------------------------------------------------------------------------------------
 
@@ -2094,7 +2123,8 @@ class Queue(Verbs):
     def promote(self) -> int:
         """Move up to 500 jobs to their queues when runAt has come. Return how many ids it removed.
 
-        Then looks at the limits whose next look is due, and advances what other workers have left.
+        Then looks at the limits whose next look is due, which counts too, and advances what other
+        workers have left.
 
         Watches the records: a job that another promoter moved may have run, failed and be delayed
         again, and removing that new entry would lose the job. The lock only saves duplicate work.
@@ -2105,8 +2135,9 @@ class Queue(Verbs):
 
         def body(tx: Transaction) -> int:
             found = tx.read(("ZRANGEBYSCORE", self.keys.delayed, "-inf", tx.now, "LIMIT", 0, PROMOTED))[0]
-            due = [entry for entry in found if not entry.startswith((LOOK_MARK.encode(), SWEEP_MARK.encode()))]
-            looks[:] = [text_of(entry).removeprefix(LOOK_MARK) for entry in found if entry not in due]
+            marks = {entry for entry in found if entry.startswith((LOOK_MARK.encode(), SWEEP_MARK.encode()))}
+            due = [entry for entry in found if entry not in marks]
+            looks[:] = sorted(text_of(mark).removeprefix(LOOK_MARK) for mark in marks)
             if not due or tx.again or not tx.read(("SET", self.keys.promoter, "1", "NX", "PX", 1000))[0]:
                 return 0
             tx.write("ZREM", self.keys.delayed, *due)
@@ -2123,8 +2154,9 @@ class Queue(Verbs):
             looks.remove(SWEEP_MARK)
             self._sweep()
         if looks:
+            self._note_paused(self.store.read(("SMEMBERS", self.keys.paused))[0])
             self.limits.reconcile(looks, self.now())
-        return promoted
+        return promoted + len(looks)
 
     def _read_jobs(self, tx: Transaction, entries: Iterable[bytes], watch: bool = False) -> Iterator[Job]:
         """Read the jobs that list entries name, each once. Skip entries that name none."""
@@ -2597,9 +2629,10 @@ class Queue(Verbs):
         `ready` jobs are due, and their queue is not paused. Due schedules count as ready jobs,
         because only workers tick. `load` adds the jobs in `processing`.
 
-        Due jobs that no worker has promoted yet are ready too. If these are more than SAMPLED, only
-        the first are read. The others are expected to have the same queues, and at least one job is
-        counted for every queue that may have one. So a first worker starts, which promotes them.
+        Due jobs that no worker has promoted yet are ready too, and so are held jobs with room. If
+        these are more than SAMPLED, only the first are read. The others are expected to have the
+        same queues, and at least one job is counted for every queue that may have one. So a first
+        worker starts, which promotes them.
         """
         now = self.now()
         due = self.keys.delayed, "-inf", now
@@ -2614,14 +2647,18 @@ class Queue(Verbs):
         found = self.store.read(*(("LLEN", key) for key in lists), *(("LINDEX", key, -1) for key in lists))
         sizes = found[: len(lists)]
         heads = filter(None, found[len(lists) :])
+        roomy = self.limits.startable(first)
+        held = Counter(entry.partition(":")[0] for entry in roomy)
         promotable = self._pending_among(first)
         share = Counter(job.queue for job in promotable)
         ready = 0
         for name, size in zip(waiting, sizes, strict=True):
             unpromoted = max(math.ceil(share[name] * late / max(len(first), 1)), int(late > len(first)))
-            ready += min(counts["pending:" + name], size + unpromoted)
-        ready = min(ready, sum(sizes) + late) + ticks
-        ages = [job.waited(now) for job in (*promotable, *self._pending_among(heads)) if job.queue in waiting]
+            ready += min(counts["pending:" + name], size + unpromoted + held[name])
+        ready = min(ready, sum(sizes) + late + len(roomy)) + ticks
+        oldest = [_id_in(entry).encode() for entry in roomy]
+        jobs = [*promotable, *self._pending_among([*heads, *oldest])]
+        ages = [job.waited(now) for job in jobs if job.queue in waiting]
         processing = sum(counts.get("processing:" + name, 0) for name in names)
         return {
             "ready": ready,

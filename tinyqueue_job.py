@@ -824,7 +824,7 @@ class Override(msgspec.Struct, rename="camel", omit_defaults=True):
     def check(self) -> Override:
         """Raise InvalidJob for values that no limit can have."""
         if self.max_running is not None:
-            _whole("maxRunning", self.max_running, 1, MAX_RUNNING)
+            self.max_running = _whole("maxRunning", self.max_running, 1, MAX_RUNNING)
         if not isinstance(self.rate, str) or (self.rate and not RATE.fullmatch(self.rate)):
             raise InvalidJob(
                 "rate", 'must be a number up to 10000 and second, minute, hour or day, such as "10/second"'
@@ -883,10 +883,10 @@ def read_override(limit: str, fields: Mapping[str, Any]) -> Override:
         return override
     if not known or not known.limited:
         limited = ", ".join(sorted(type for type, handler in HANDLERS.items() if handler.limited)) or "none"
-        raise InvalidJob("limit", f"no handler of this process declares one for its type; types with one: {limited}")
+        raise InvalidJob("limit", f"its type has no limit in the handlers of this process; types with one: {limited}")
     for field, declared in {"maxRunning": known.max_running, "rate": known.rate}.items():
         if field in values and not declared:
-            raise InvalidJob(field, "is not declared by the handler; declare it there first")
+            raise InvalidJob(field, "the handler declares none; add it there first")
     return override
 
 
@@ -905,12 +905,19 @@ def rule_of(limit: str, overrides: Iterable[bytes | None]) -> Rule:
     max_running = known.max_running
     rate = known.rate
     paused = False
-    for override in (msgspec.json.decode(stored, type=Override) for stored in overrides if stored):
+    for override in (_stored_override(limit, stored) for stored in overrides if stored):
         max_running = (override.max_running or max_running) if max_running else 0
         rate = (override.rate or rate) if rate else ""
         paused = paused or override.paused
     starts, _, period = rate.partition("/")
     return Rule(max_running or math.inf, int(starts or 0), PERIODS.get(period, 0), paused)
+
+
+def _stored_override(limit: str, stored: bytes) -> Override:
+    try:
+        return msgspec.json.decode(stored, type=Override)
+    except msgspec.DecodeError as error:
+        raise Corrupted(f"the numbers set for the limit {limit} or its type cannot be read: {error}") from None
 
 
 # Checking a job -------------------------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ from hypothesis.stateful import (
 
 import tinyqueue
 import tinyqueue_schedule
-from tinyqueue import SWEEP_MARK, Failure, Job, KeyReused, Once, Outcome, Queue, Reaped, WrongStatus
+from tinyqueue import SWEEP_MARK, Failure, Job, KeyReused, Once, Outcome, Queue, Reaped, WrongStatus, handler
 from tinyqueue_schedule import Schedule, Ticker, list_schedules, make_schedule
 
 # No second run: hypothesis might not find the same steps again.
@@ -37,6 +37,7 @@ class Known:
         self.ends = 0
         self._status = "pending"
         self.callback_url = job.callback_url
+        self.limit = job.limit
         self.attempts = 0
         self.max_attempts = job.max_attempts
         self.due = job.run_at
@@ -199,6 +200,30 @@ class Machine(RuleBasedStateMachine):
         self.made_once[key] = [job.id for job in jobs]
         return self._new(drafts, jobs)
 
+    @precondition(lambda self: self.workers)
+    @rule(
+        target=jobs,
+        data=st.data(),
+        name=st.sampled_from(NAMES),
+        most=st.integers(1, 3),
+        count=st.integers(2, 4),
+        expires_in=st.sampled_from([None, None, 20]),
+    )
+    def enqueue_limited(self, data: st.DataObject, name: str, *, most: int, count: int, expires_in: int | None) -> Any:
+        """Submit jobs of a type of which one runs at a time, and take some: others will be held."""
+        options = {"queue": name, "max_attempts": most, "expires_in": expires_in}
+        jobs = self.queue.enqueue_many("limited", [{}] * count, **options)
+        self.model |= {job.id: Known(job) for job in jobs}
+        worker = data.draw(st.sampled_from(self.workers))
+        self._start(worker, self.queue.take(worker.id, NAMES, 5))
+        return multiple(*(job.id for job in jobs))
+
+    @rule()
+    def look(self) -> None:
+        """Have a worker look at all limits with held jobs, as after a change of their numbers."""
+        self.queue.limits.hurry()
+        self.queue.promote()
+
     @rule(name=st.sampled_from(NAMES))
     def pause(self, name: str) -> None:
         self.queue.pause(name)
@@ -335,7 +360,8 @@ class Machine(RuleBasedStateMachine):
         assert {job.id for job in jobs} <= set(taken)
         self._started(worker, jobs, alone=False)
         for known in map(self.model.__getitem__, taken):
-            left = known.status == "pending" and known.due <= self.queue.now() and not known.waiting
+            ready = known.status == "pending" and known.due <= self.queue.now()
+            left = ready and not known.waiting and not known.limit
             assert not left or known.suspicions >= tinyqueue.SUSPICIOUS, "a job was taken and not started"
 
     def _listed(self) -> list[str]:
@@ -526,6 +552,10 @@ class Machine(RuleBasedStateMachine):
             assert set(job.waiting_for) == known.waiting
 
     @invariant()
+    def limit_is_never_exceeded(self) -> None:
+        assert sum(known.status == "processing" for known in self.model.values() if known.limit) <= 1
+
+    @invariant()
     def every_end_has_one_delivery(self) -> None:
         ids = raw(self.queue).lrange(self.queue.keys.jobs("webhooks"), 0, -1)
         deliveries = [self.queue.get(id.decode()) for id in ids]
@@ -559,9 +589,13 @@ class Machine(RuleBasedStateMachine):
         check_consistency(self.queue)
 
 
+def limited(payload: object, job: Job) -> None: ...
+
+
 def test_queue_agrees_with_the_model_in_any_order_of_events(
     server: Server, queue: Queue, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    handler("limited", max_running=1)(limited)
     monkeypatch.setattr(tinyqueue, "PAUSE_AGE", -1.0)  # a pause takes effect at once
     monkeypatch.setattr(tinyqueue, "SUSPICIOUS", 1)  # or few jobs would become suspects
     examples, steps = (40, 40) if not server.url else (15, 30)

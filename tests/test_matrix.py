@@ -16,7 +16,7 @@ import pytest
 from conftest import Entry, dump, lapse, newest, put, raw
 
 import tinyqueue
-from tinyqueue import ENDED, STATUSES, Failure, Filter, Job, Loaded, Queue, Reaped, WrongStatus, handler
+from tinyqueue import ENDED, LOOK, STATUSES, Failure, Filter, Job, Loaded, Queue, Reaped, WrongStatus, handler
 from tinyqueue_schedule import Merge, Ticker, list_schedules, make_schedule, put as put_schedule, sync
 
 pytestmark = pytest.mark.usefixtures("no_handlers")
@@ -277,11 +277,11 @@ def break_room(queue: Queue, verb: str) -> None:
     dequeue(queue, job)
     assert record(queue, job) == before
     held = dump(queue)[queue.keys.held("echo")]
-    queue.clock.ahead += 11_000
+    queue.clock.ahead += LOOK + 1000
     queue.promote()
     assert dump(queue)[queue.keys.held("echo")] == held
     raw(queue).srem(queue.keys.running("echo"), running.id)
-    queue.clock.ahead += 11_000
+    queue.clock.ahead += LOOK + 1000
     queue.promote()
     assert queue.keys.held("echo") not in dump(queue)
     raw(queue).sadd(queue.keys.running("echo"), running.id)
