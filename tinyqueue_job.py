@@ -883,10 +883,10 @@ def read_override(limit: str, fields: Mapping[str, Any]) -> Override:
         return override
     if not known or not known.limited:
         limited = ", ".join(sorted(type for type, handler in HANDLERS.items() if handler.limited)) or "none"
-        raise InvalidJob("limit", f"its type has no limit in the handlers of this process; types with one: {limited}")
+        raise InvalidJob("limit", f"no handler of this process declares one for its type; types with one: {limited}")
     for field, declared in {"maxRunning": known.max_running, "rate": known.rate}.items():
         if field in values and not declared:
-            raise InvalidJob(field, "the handler declares none; add it there first")
+            raise InvalidJob(field, "is not declared by the handler; declare it there first")
     return override
 
 

@@ -556,12 +556,12 @@ def test_command_lists_sets_and_resets_limits(near: Queue, command: Callable[...
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [
-        (["bill"], "to set a limit, name it"),
-        (["--pause"], "to set a limit, name it"),
-        (["bill", "--pause", "--reset"], "to set a limit, name it"),
+        (["bill"], "to set a limit, name it and use"),
+        (["--pause"], "to set a limit, name it and use"),
+        (["bill", "--pause", "--reset"], "to set a limit, name it and use"),
         (["bill", "--max-running", "0"], "maxRunning: must be a whole number from 1"),
-        (["bill", "--rate", "5/second"], "rate: the handler declares none"),
-        (["plain", "--pause"], "limit: its type has no limit"),
+        (["bill", "--rate", "5/second"], "rate: is not declared by the handler"),
+        (["plain", "--pause"], "limit: no handler of this process declares one"),
         (["a b", "--pause"], "limit: must be a type"),
     ],
 )
