@@ -2155,7 +2155,8 @@ class Queue(Verbs):
     def promote(self) -> int:
         """Move up to 500 jobs to their queues when runAt has come. Return how many ids it removed.
 
-        Then looks at the limits whose next look is due, and advances what other workers have left.
+        Then looks at the limits whose next look is due, which counts too, and advances what other
+        workers have left.
 
         Watches the records: a job that another promoter moved may have run, failed and be delayed
         again, and removing that new entry would lose the job. The lock only saves duplicate work.
