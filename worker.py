@@ -156,8 +156,7 @@ class Worker:
         self.outcomes: deque[Outcome] = deque()  # of the slots, not yet exchanged
         self.wakes: SimpleQueue[bool] = SimpleQueue()  # wakes a slot: True to look for work, False to end
         self.waking = False  # a slot was woken and has not looked yet
-        # Held by the thread that takes, adopts and starts jobs. An id whose reply is on its way to
-        # one thread would be started twice if another adopted it.
+        # Held to take, adopt and start: an id whose reply is on its way must not be adopted.
         self.cycle = threading.Lock()
         self.alone = False  # nothing else may start: a suspect runs, or will once all others have ended
         # One for each shard, with a settler: a shard that is away holds up no outcome of others.

@@ -524,9 +524,7 @@ def test_schedules_session_runs_as_written(checkout: Checkout) -> None:
     with (checkout.folder / "handlers.py").open("a") as handlers:
         handlers.write(blocks(SCHEDULES, "python")[0])
     with checkout.running(START, "and a worker with"):
-        until(
-            lambda: '"nightly"' in checkout.run("curl -s localhost:3000/schedules")
-        )  # the worker syncs after its start
+        until(lambda: '"nightly"' in checkout.run("curl -s localhost:3000/schedules"))
         said = checkout.run(block(SCHEDULES, "curl -X PUT"))
     made, listed, run, removed = map(json.loads, said.replace("}{", "}\n{").splitlines())
     assert {found["name"]: found["source"] for found in listed["schedules"]} == {
