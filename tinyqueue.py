@@ -24,10 +24,14 @@ round trips however many jobs it moves. No Lua.
 
     verb      from -> to                      watches          only if                   writes
     enqueue   nothing -> pending              once, unique     keys unused               record, list/delayed, keys
+    tick      nothing -> pending              schedule,        its time has come         as enqueue; schedule, ticks
+                                              unique
+    sync      (schedules of the code)         generation,      code not replaced         schedules, ticks, generation
+                                              schedules
     take      (list to list)                  -                queue not paused          jobs -> proc, workers
-    start     pending -> processing           worker, records  registered; due; room    record: attempts + 1, worker,
-                                              and running                               running, pace
-    hold      (list to held)                  worker, records  registered; no room      held, holding, delayed, proc
+    start     pending -> processing           worker, records  registered; due; room     record: attempts + 1, worker,
+                                              and running                                running, pace
+    hold      (list to held)                  worker, records  registered; no room       held, holding, delayed, proc
                                               and running
     expire    pending -> failed               worker, records  registered; expired       record, proc, failed
     complete  processing -> completed         worker, records  registered; same attempt  record, proc, completed
@@ -35,6 +39,12 @@ round trips however many jobs it moves. No Lua.
     release   processing -> pending, failed*  worker, records  registered; same attempt  record, proc, head of
                                                                                          list or delayed
     progress  processing -> processing        worker, record   registered; same attempt  record
+    deliver   nothing -> pending              -                callbackUrl               record, list
+    advance   pending -> pending, failed      parent, records  waits for that parent     waitingFor, list, advance
+    revive    failed -> pending               parent, records  failed because of that    record, its index, delayed
+    cancel    pending -> cancelled            record           -                         record, delayed, cancelled
+    request   processing -> processing        record           handler takes a Job       record: cancelRequested
+    retry     failed, cancelled -> pending    record, unique   uniqueKey free            record, its index, list
     promote   (delayed to list)               records          runAt has come            delayed, list
     wake      (held to list)                  -                an attempt has ended      held, head of list
     look      (held to list)                  held, records,   room                      held, head of list, running,
@@ -42,16 +52,8 @@ round trips however many jobs it moves. No Lua.
     reap      processing -> pending, failed*  worker, lease,   lease gone; worker's own  worker, proc, record,
                                               proc, records                              head of list, running
     restore   (none to list)                  record           unended; in no list       delayed, or proc and workers
-    cancel    pending -> cancelled            record           -                         record, delayed, cancelled
-    request   processing -> processing        record           handler takes a Job       record: cancelRequested
-    retry     failed, cancelled -> pending    record, unique   uniqueKey free            record, its index, list
     load      nothing -> pending, failed*     records, unique  unused; queue paused      records, list/delayed,
                                               and paused                                 indexes, uniqueKeys
-    tick      nothing -> pending           schedule,        its time has come         as enqueue; schedule, ticks
-                                           unique
-    sync      (schedules of the code)      generation,      code not replaced         schedules, ticks, generation
-                                           schedules
-    deliver   nothing -> pending              -                callbackUrl               record, list
 
     * cancelled, if that was requested. Due: runAt has come, and the job has not expired. Expired:
     expiresAt has passed before the first start. Same attempt: worker, attempts, refunds and
@@ -69,6 +71,16 @@ round trips however many jobs it moves. No Lua.
     verb that fills a list rings its bell, and every verb keeps the counts and the metrics. Whatever
     ends a job frees its uniqueKey and leaves a token for those who wait for it. A tick that fails
     stays due. tinyqueue_schedule.py decides what tick and sync make of a schedule.
+
+    Dependencies. A job with parents is among the delayed until its `waitingFor` is empty. enqueue
+    enters it in next of each parent that has not completed, and marks the record of the parent as
+    followed. Whoever ends or retries a followed job pushes a token onto advance in the same
+    transaction. Then it calls advance and revive, which are one verb. That applies the status of
+    the parent to its next, some jobs in each transaction. The last one removes the token, so all of
+    them may be repeated. completed: the parent leaves each `waitingFor`. failed, cancelled: those
+    that wait for it fail with DependencyFailed, or it leaves their `waitingFor` if they have
+    onFailure "run". Not ended: those that failed because of it wait again. A parent that is gone
+    has the status in the token. revive, retry and restore push tokens for what their job waits for.
 
     Limits. A handler declares how many jobs of its type, or of each value of a field, run at a time
     (max_running) and how many start in a period (rate). The limit of a job is `type` or
@@ -95,7 +107,13 @@ Keys. All share one hash tag, the namespace, and so one slot of a cluster.
     {queue}:jobs:<name>       list    ids that wait in queue <name>: enter left, leave right
     {queue}:proc:<worker>     list    ids that this worker holds
     {queue}:bell:<name>       list    wake-up tokens, at most 64; holds no work, may be lost
-    {queue}:delayed           zset    id -> runAt; limit:<limit> -> when to look at it
+    {queue}:delayed           zset    id -> runAt; of a job that waits for others: expiresAt or inf;
+                                      limit:<limit> -> when to look at it; advance: -> when to do so
+    {queue}:next:<id>         set     ids of the jobs that wait for job <id>, or failed because of it.
+                                      Expires once that has failed
+    {queue}:advance           list    tokens <id>:<status>:<any>: job <id> has ended or was revived,
+                                      and its dependents may not know yet
+    {queue}:advancer          string  a lock that saves two advancers the same work. Expires
     {queue}:completed         zset    id -> endedAt; likewise {queue}:failed and {queue}:cancelled
     {queue}:workers           set     every worker that may hold a job
     {queue}:worker:<worker>   string  its registration: the fence. Never expires
@@ -139,8 +157,8 @@ Three rules carry everything
 
 tinyqueue_job.py says what a job is: errors, record, filters, outcomes, handlers, checks of input.
 Here come first the bounds, the keys and transactions, and the verbs that are made of other verbs.
-Then the verbs of the queue follow the life of a job, up to upkeep. Reading, loading, metrics and
-shards come last. `grep '# [A-Z].* ---' tinyqueue.py` prints the table of contents.
+Then the verbs of the queue follow the life of a job, up to upkeep. Reading, loading and metrics
+come last. `grep '# [A-Z].* ---' tinyqueue.py` prints the table of contents.
 """
 
 from __future__ import annotations
@@ -151,20 +169,17 @@ import itertools
 import logging
 import math
 import os
-import random
 import re
 import socket
 import threading
 import time
-import zlib
 from abc import ABC, abstractmethod
 from bisect import bisect_left
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager, suppress
-from functools import partial, reduce
-from typing import Any, Literal, TypeAlias, TypeVar
+from contextlib import suppress
+from functools import partial
+from typing import Any, Literal, TypeVar
 
 import msgspec
 import redis
@@ -173,11 +188,13 @@ from tinyqueue_job import (
     BUILT_IN as BUILT_IN,
     CURSOR as CURSOR,
     ENDED as ENDED,
+    FATES,
     HANDLERS as HANDLERS,
     ID as ID,
     KEY_LENGTH as KEY_LENGTH,
     KEY_REUSED as KEY_REUSED,
     LIMIT as LIMIT,
+    MAX_AFTER as MAX_AFTER,
     MAX_ATTEMPTS as MAX_ATTEMPTS,
     MAX_DELAY as MAX_DELAY,
     NAME as NAME,
@@ -218,20 +235,25 @@ from tinyqueue_job import (
     check_name as check_name,
     delivery_of,
     handler as handler,
-    ids_in,
+    ids_in as ids_in,
     is_delay as is_delay,
     limit_of as limit_of,
     listed_job,
     make_job as make_job,
     note_record,
+    outer_parents,
     place_of,
     read_job,
     read_made,
     read_override as read_override,
+    read_parents,
     record_of,
     rule_of,
+    set_parents,
+    status_in,
     stopped,
     stored_job as stored_job,
+    tokens_by_job,
     translated,
 )
 from tinyqueue_json import created_at, encode
@@ -246,7 +268,6 @@ from tinyqueue_redis import (
     read_replies,
     read_reply,
     send,
-    shield,
     text_of,
 )
 from tinyqueue_schedule import (
@@ -294,11 +315,15 @@ BLOCK = 2.0  # seconds of one wait for the bell
 CATCH_UP = 1000  # milliseconds that replicas have to receive a write
 PAUSE_AGE = 0.1  # seconds for which the known set of paused queues is used
 LEAVE = 5  # tries of a start after which it leaves its limited jobs to adoption: many start under their limits
-LOOK = 10_000  # milliseconds between two looks at a limit with held jobs, unless a rate has room before
+LOOK = 30_000  # milliseconds between two looks at a limit with held jobs, unless a rate has room before
 LOOK_GAP = 20  # milliseconds between two looks, at least
 AHEAD = 100  # held jobs, or jobs at the head of a queue, that one look reads
 SHOWN = 1000  # limits of one report
 LOOK_MARK = "limit:"  # with a limit, what stands among the delayed ids until the next look at that limit
+SWEEP_MARK = "advance:"  # stands among the delayed ids, to have promote look for tokens that are left
+SWEEP_AFTER = 1000  # milliseconds
+TOKENS = 1000  # of advance that are read at a time
+ADVANCED = 100  # waiting jobs that one transaction of advance changes
 SERIES = 1000  # pairs of type and queue in the metrics: each adds some thirty lines to a scrape
 BUCKETS = (10, 50, 250, 1000, 5000, 15_000, 60_000, 300_000, 1_800_000, math.inf)  # ms
 
@@ -320,6 +345,8 @@ class Keys:
         self.ticks = prefix + "ticks"
         self.promoter = prefix + "promoter"
         self.repairer = prefix + "repairer"
+        self.advance = prefix + "advance"
+        self.advancer = prefix + "advancer"
         self.mark = prefix + "mark"
         self.holding = prefix + "holding"
         self.overrides = prefix + "overrides"
@@ -336,6 +363,7 @@ class Keys:
         self.worker = each("worker")
         self.lease = each("lease")
         self.proc = each("proc")
+        self.next = each("next")
         self.once_hash = each("once")
         self.schedule = each("schedule")
         self.generation = each("generation")
@@ -384,6 +412,7 @@ class Transaction:
         self.left: set[bytes] = set()  # ids that no longer count against their limits
         self.wakes: dict[str, int] = {}  # by limit, how many held jobs to wake
         self.replicas = 0  # how many must receive the writes
+        self.advances = False  # whether it pushes onto advance
         self.awaited: set[bytes] | None = None  # the ids that callers wait for; None until read
         self.measured: defaultdict[tuple[str, str, str], list[int]] = defaultdict(list)
         self._writes: list[Command] = []
@@ -457,6 +486,12 @@ class Transaction:
         self.gather(command, self._keys.jobs(job.queue), job.id)
         self.ring(job.queue)
 
+    def push_token(self, id: str, status: str = "") -> None:
+        """Have `advance` look at the dependents of a job. No two tokens are equal."""
+        self.gather("RPUSH", self._keys.advance, f"{id}:{status}:{os.urandom(4).hex()}")
+        self.gather("ZADD", self._keys.delayed, self.now + SWEEP_AFTER, SWEEP_MARK)
+        self.advances = True
+
     def ring(self, queue: str) -> None:
         self._bells[queue] += 1
 
@@ -504,6 +539,7 @@ class Store:
         self.clock = Clock()
         self.series: frozenset[str] = frozenset()  # the <type>:<queue> that have their own metrics
         self.series_known = False  # whether these were read and no others have been met since
+        self.advance: Callable[[], Any] = int  # called after a transaction that pushed a token
 
     def read(self, *commands: Command) -> list[Any]:
         """Send commands and return their replies. Despite its name it may write.
@@ -527,6 +563,7 @@ class Store:
         if counts and not self.series_known:
             _learn_series(self)
         late = False
+        advances = False
         for tries in range(TRIES):
             sent = False
             try:
@@ -534,9 +571,10 @@ class Store:
                     tx = Transaction(connection, self.keys, self.clock, watch, again)
                     tx.tries = tries
                     result, writes = self._run(tx, body)
+                    advances = advances or tx.advances
                     if not writes and not tx.replicas:
                         tx.unwatch()
-                        return result
+                        break
                     if late and writes and not watch:
                         detail = "no reply to the write; it was not applied when checked, but may still be"
                         raise Unavailable("timeout", detail, doubtful=True)
@@ -555,8 +593,13 @@ class Store:
                 continue
             if done is not None:
                 _checked(done)
-                return result
-        raise Unavailable("busy", f"gave up after {TRIES} tries: too much contention on these keys", doubtful=again)
+                break
+        else:
+            raise Unavailable("busy", f"gave up after {TRIES} tries: too much contention on these keys", doubtful=again)
+        if advances:
+            with suppress(TinyQueueError):  # the tokens stay for the next call
+                self.advance()
+        return result
 
     def _run(self, tx: Transaction, body: Callable[[Transaction], R]) -> tuple[R, list[Command]]:
         try:
@@ -612,13 +655,10 @@ class Room:
 class Limits:
     """The limits of one queue. `paused` returns the names of the paused queues, as last noted."""
 
-    def __init__(
-        self, keys: Keys, store: Store, paused: Callable[[], Collection[str]], note_paused: Callable[[Any], None]
-    ) -> None:
+    def __init__(self, keys: Keys, store: Store, paused: Callable[[], Collection[str]]) -> None:
         self.keys = keys
         self.store = store
         self.paused = paused
-        self.note_paused = note_paused
         self.looks: dict[str, int] = {}  # when to look at a limit next, as far as this process knows
 
     def next_look(self) -> float:
@@ -640,7 +680,7 @@ class Limits:
         """
         found: dict[str, list[Job]] = {}
         for job in jobs:
-            if job.run_at <= tx.now and not job.has_expired(tx.now):
+            if job.due <= tx.now and not job.has_expired(tx.now):
                 found.setdefault(limit_of(job), []).append(job)
         if not found or tx.again:
             return {}
@@ -678,7 +718,7 @@ class Limits:
         rooms: dict[str, Room] = {}
         for at, limit in enumerate(limits):
             running, halt, held = found[3 * at : 3 * at + 3]
-            room = rooms[limit] = Room(limit, rule_of(limit, overrides[2 * at : 2 * at + 2]), set(running) - tx.left)
+            room = rooms[limit] = Room(limit, _rule(limit, overrides[2 * at : 2 * at + 2]), set(running) - tx.left)
             room.held = self._awake(held)
             halted = _end_of_halt(halt)
             room.closed = room.rule.paused or halted > tx.now
@@ -784,8 +824,6 @@ class Limits:
                 self._move(tx, limit, awake)
         if few:
             tx.read(("WATCH", *map(self.keys.held, few)))
-        if few:
-            tx.read(("WATCH", *map(self.keys.held, few)))
         for limit, entries in self._read_held(tx, few):
             self._move(tx, limit, self._awake(entries)[: tx.wakes[limit]])
 
@@ -810,19 +848,39 @@ class Limits:
         """Look at limits whose time has come: drop what does not run, and wake what has room.
 
         Of several workers that look at the same moment one goes on. The others find that the time
-        of the next look is already set. If nothing has changed, a look takes five commands.
+        of the next look is already set. If nothing has changed, a look takes four commands.
         """
         later = now // 1000 * 1000 + LOOK
         turns = [("ZADD", self.keys.delayed, "XX", "CH", later, LOOK_MARK + limit) for limit in limits]
-        *found, paused = self.store.read(*turns, ("SMEMBERS", self.keys.paused))
-        self.note_paused(paused)  # a busy worker may have read it long ago
-        mine = [limit for limit, changed in zip(limits, found, strict=True) if changed]
+        mine = [limit for limit, changed in zip(limits, self.store.read(*turns), strict=True) if changed]
         sets = [("SMEMBERS", self.keys.running(limit)) for limit in mine]
         overrides, *found = self.store.read(self.overrides_of(mine), *sets) if mine else [()]
         for at, (limit, running) in enumerate(zip(mine, found, strict=True)):
-            full = len(running) >= rule_of(limit, overrides[2 * at : 2 * at + 2]).max_running
+            full = len(running) >= _rule(limit, overrides[2 * at : 2 * at + 2]).max_running
             if not full or not self._all_run(limit, running):
                 self.store.transact([self.keys.held(limit)], partial(self.look, limit=limit))
+
+    def review(self) -> None:
+        """Have promote look at the limits of this process's types: its code may allow more now."""
+        self.hurry([limit for limit in self._holding() if limit.partition("/")[0] in HANDLERS])
+
+    def startable(self, due: Iterable[bytes]) -> list[str]:
+        """Return up to AHEAD held jobs with room of each limit that is due, as entries."""
+        marks = [text_of(entry) for entry in due if entry.startswith(LOOK_MARK.encode())]
+        limits = [mark.removeprefix(LOOK_MARK) for mark in marks]
+        # The watch is of no use here. With it, transact removes those of read_rooms too.
+        watch = [self.keys.holding]
+        rooms = self.store.transact(watch, lambda tx: self.read_rooms(tx, limits), counts=False) if limits else {}
+        return [entry for room in rooms.values() for entry in _first(room.held, room.left)]
+
+    def hurry(self, limits: Iterable[str] | None = None) -> None:
+        """Have the next promote look at limits, or at all with held jobs."""
+        marks = [LOOK_MARK + limit for limit in (self._holding() if limits is None else limits)]
+        if marks:
+            self.store.read(("ZADD", self.keys.delayed, "XX", *itertools.chain(*((0, mark) for mark in marks))))
+
+    def _holding(self) -> list[str]:
+        return sorted(map(text_of, self.store.read(("SMEMBERS", self.keys.holding))[0]))
 
     def _all_run(self, limit: str, running: Collection[bytes]) -> bool:
         ids = list(map(text_of, running))
@@ -877,18 +935,12 @@ class Limits:
         """Store an override, or delete it if it is empty, and have somebody look at once."""
         check_limit(limit)
         override.check()
-        under = [name for name in self.holding() if limit in (name, name.partition("/")[0])]
+        under = [name for name in self._holding() if limit in (name, name.partition("/")[0])]
         write: Command = ("HSET", self.keys.overrides, limit, encode(override))
         if override == Override():
             write = ("HDEL", self.keys.overrides, limit)
-        self.store.read(write, *self.looks_now(under))
-
-    def holding(self) -> list[str]:
-        return list(map(text_of, self.store.read(("SMEMBERS", self.keys.holding))[0]))
-
-    def looks_now(self, limits: Iterable[str]) -> list[Command]:
-        """Return the commands that have somebody look at these limits at once."""
-        return [("ZADD", self.keys.delayed, "XX", 0, LOOK_MARK + limit) for limit in limits]
+        self.store.read(write)
+        self.hurry(under)
 
     def in_use(self) -> dict[str, dict[str, Any]]:
         """Return up to SHOWN limits, those with the most held jobs first.
@@ -909,6 +961,7 @@ class Limits:
                 halted = max(0, found[2 * len(some) + n])
                 rows[name] = {"running": found[2 * n], "held": found[2 * n + 1], **rule.answer(), "haltedMs": halted}
                 rows[name]["overridden"] = name in overrides
+                rows[name]["override"] = msgspec.json.decode(overrides.get(name, b"{}"))
         return dict(sorted(rows.items(), key=lambda row: -row[1]["held"])[:SHOWN])
 
     def place_of(self, job: Job) -> int:
@@ -934,6 +987,14 @@ def _first(items: Sequence[str], count: float) -> Sequence[str]:
 def _entry_of(job: Job) -> str:
     """Return what stands for a job among the held ones."""
     return f"{job.queue}:{job.id}"
+
+
+def _rule(limit: str, overrides: Iterable[bytes | None]) -> Rule:
+    """Return what a limit allows. Numbers that cannot be read pause it, and stop no other type."""
+    try:
+        return rule_of(limit, overrides)
+    except Corrupted:
+        return Rule(paused=True)
 
 
 def _end_of_halt(stored: bytes | None) -> float:
@@ -1046,7 +1107,7 @@ class Verbs(ABC):
             with suppress(Unavailable):
                 ran[part] = part.running(worker)
         beside = sum(ran.values()) + len(self.parts) - len(ran)
-        return sum(_try_each(parts, lambda part: part.reap(worker, beside - ran.get(part, 1))))
+        return sum(try_each(parts, lambda part: part.reap(worker, beside - ran.get(part, 1))))
 
     def _settle_one(self, outcome: Outcome) -> None:
         if self.settle(outcome.job.worker, [outcome]):
@@ -1075,6 +1136,30 @@ class Verbs(ABC):
             raise InvalidJob("status", f"must be one of {', '.join(ENDED)}: other jobs have not ended")
         jobs, cursor = self.page(filter, limit=SCANNED, cursor=cursor, cut=0)
         return {"purged": self.forget(filter.status, [job.id.encode() for job in jobs]), "cursor": cursor}
+
+
+def try_each(
+    parts: Sequence[Queue], call: Callable[[Queue], T], must: bool = False, run: Callable[..., Iterable[Any]] = map
+) -> list[T]:
+    """Call `call` for each of these shards, even after errors, and return the results.
+
+    Raises Reaped if any call did. Raises the first error if all failed, or with `must` if any did.
+    """
+
+    def attempt(part: Queue) -> T | TinyQueueError:
+        try:
+            return call(part)
+        except TinyQueueError as error:
+            return error
+
+    replies = list(run(attempt, parts))
+    errors = [reply for reply in replies if isinstance(reply, TinyQueueError)]
+    if reaped := [error for error in errors if isinstance(error, Reaped)]:
+        reaped[0].parts = [part for error in reaped for part in error.parts]
+        raise reaped[0]
+    if errors and (must or len(errors) == len(replies)):
+        raise errors[0]
+    return [reply for reply in replies if not isinstance(reply, TinyQueueError)]
 
 
 # The queue ------------------------------------------------------------------------------------------------------------
@@ -1110,7 +1195,8 @@ class Queue(Verbs):
         self.max_pending = max_pending
         self.min_replicas = min_replicas
         self._paused: tuple[float, frozenset[str]] = (-1e9, frozenset())  # when read, and the names
-        self.limits = Limits(self.keys, self.store, lambda: self._paused[1], self._note_paused)
+        self.store.advance = self.advance
+        self.limits = Limits(self.keys, self.store, lambda: self._paused[1])
         self._known: set[str] = set()  # the names of queues that exist
         self._leases: dict[str, tuple[bytes | None, float]] = {}  # as last seen, and since when
         self._lost: dict[str, bytes | None] = {}  # those that were seen unchanged for too long
@@ -1162,17 +1248,19 @@ class Queue(Verbs):
 
         nothing -> pending. In place of a job whose uniqueKey is taken, returns the job that has it.
         With `once`, a second submit under the same key returns the jobs of the first. Watches the
-        keys of `once` and of uniqueKeys; ids are new and need no watch. After a lost reply, the ids
-        or `once` show whether all is stored. If the first EXEC still arrives late, the jobs are
-        safe, but counted twice until a worker repairs the counts. Raises KeyReused, QueueFull,
-        InvalidJob for more than MAX_JOBS jobs, Unavailable if Redis' memory is nearly used up, and
-        NotReplicated if the jobs are stored but fewer than `min_replicas` replicas have them within
-        a second. `elsewhere` counts the pending jobs of each queue in other shards.
+        keys of `once` and of uniqueKeys, and parents; ids are new and need no watch. After a lost
+        reply, the ids or `once` show whether all is stored. If the first EXEC still arrives late,
+        the jobs are safe, but counted twice until a worker repairs the counts. Raises KeyReused,
+        QueueFull, InvalidJob for more than MAX_JOBS jobs and for parents that do not exist,
+        Unavailable if Redis' memory is nearly used up, and NotReplicated if fewer than
+        `min_replicas` replicas have the stored jobs within a second. `elsewhere` counts the pending
+        jobs of other shards.
         """
         if len(jobs) > MAX_JOBS:
             raise InvalidJob("jobs", f"must be at most {MAX_JOBS} at a time")
         self._check_memory()
         ids = {job.id for job in jobs}
+        after = {job.id: job.after for job in jobs if job.after}
         unique = [self.keys.unique(key) for key in dict.fromkeys(job.unique_key for job in jobs if job.unique_key)]
         accepted = list(jobs)
 
@@ -1183,23 +1271,37 @@ class Queue(Verbs):
                 return self._replay(tx, jobs, once, stored)
             if not jobs or (not once and tx.again and tx.read(("EXISTS", *map(self.keys.job, ids)))[0]):
                 return accepted
-            accepted = self._store_new(tx, jobs, elsewhere or {})
+            accepted = self._store_new(tx, jobs, elsewhere or {}, after)
             if once:
                 made = encode(Made(once.fingerprint, [job.id for job in accepted]))
                 tx.write("SET", self.keys.once(once.key), made, "PX", self.keep_once_ms)
             return accepted
 
-        return self.store.transact([*([self.keys.once(once.key)] if once else []), *unique], body)
+        parents = [self.keys.job(id) for id in outer_parents(after, ids)]
+        stored = self.store.transact([*([self.keys.once(once.key)] if once else []), *unique, *parents], body)
+        return self._note_failures(stored) if parents else stored
+
+    def _note_failures(self, jobs: list[Job]) -> list[Job]:
+        """Return jobs as they are after submit. One whose parent had failed has failed, too."""
+        waiting = {job.id: job for job in jobs if job.waiting_for}
+        for now, _ in self.read_jobs(list(waiting)):
+            if now and now.status == "failed":
+                waiting[now.id].fail_as(now)
+        return jobs
 
     def _check_memory(self) -> None:
         if self.store.connections.memory_use > MEMORY_SHARE:
             raise Unavailable("full", f"more than {MEMORY_SHARE:.0%} of its maxmemory is used")
 
-    def _store_new(self, tx: Transaction, jobs: Sequence[Job], elsewhere: Mapping[str, int]) -> list[Job]:
+    def _store_new(
+        self, tx: Transaction, jobs: Sequence[Job], elsewhere: Mapping[str, int], after: Mapping[str, Sequence[str]]
+    ) -> list[Job]:
         """Store jobs under new ids. In place of some, return those that have their uniqueKeys."""
         ids = {job.id for job in jobs}
         accepted = self._without_duplicates(tx, jobs) if any(job.unique_key for job in jobs) else list(jobs)
         new = list({job.id: job for job in accepted if job.id in ids}.values())
+        if after:
+            self._link(tx, new, after, {job.id: has.id for job, has in zip(jobs, accepted, strict=True)})
         if new:
             self._check_room(tx, Counter(job.queue for job in new), elsewhere)
             # NX, because an EXEC that arrives late must not reset a job that ran meanwhile.
@@ -1260,8 +1362,8 @@ class Queue(Verbs):
 
     def _add_to_queue(self, tx: Transaction, job: Job, push: Push = "LPUSH") -> None:
         """Put a pending job into the list of its queue, or among the delayed jobs."""
-        if job.run_at > tx.now:
-            tx.gather("ZADD", self.keys.delayed, job.run_at, job.id)
+        if job.due > tx.now:
+            tx.gather("ZADD", self.keys.delayed, job.due, job.id)
         else:
             tx.push(push, job)
         tx.count("pending:" + job.queue)
@@ -1301,7 +1403,7 @@ class Queue(Verbs):
         self._check_memory()
         if job.unique_key:
             tx.read(("WATCH", self.keys.unique(job.unique_key)))
-        return self._store_new(tx, [job], {})[0]
+        return self._store_new(tx, [job], {}, {})[0]
 
     def write_schedule(self, tx: Transaction, name: str, made: Schedule | None, changed: bool = True) -> None:
         """Write a schedule, if it has changed, and its entry among the ticks; or remove both."""
@@ -1357,10 +1459,15 @@ class Queue(Verbs):
     # Dequeue ----------------------------------------------------------------------------------------------------------
 
     def register(self, queues: Sequence[str], concurrency: int, worker: str = "") -> str:
-        """Register a new worker and return its id. It must renew its lease with heartbeats."""
-        worker = worker or _new_worker_id()
-        about = {"host": host_name(), "pid": os.getpid(), "queues": list(queues), "concurrency": concurrency}
-        about["startedAt"] = self.now()
+        """Register a new worker and return its id. It must renew its lease with heartbeats.
+
+        Makes the limits of its types due for a look, because its code may allow more.
+        """
+        worker = worker or new_worker_id()
+        self.limits.review()
+        about: dict[str, Any] = {"host": host_name(), "pid": os.getpid()}
+        about |= {"queues": list(queues), "concurrency": concurrency}
+        about |= {"startedAt": self.now(), "types": sorted(HANDLERS)}
 
         def body(tx: Transaction) -> str:
             tx.write("SADD", self.keys.workers, worker)
@@ -1461,7 +1568,7 @@ class Queue(Verbs):
                 continue
             elif job and room and not self.limits.enter(tx, job, room):
                 tx.write("LREM", self.keys.proc(worker), 1, entry)
-            elif job and job.status == "pending" and not job.has_expired(tx.now) and job.run_at <= tx.now:
+            elif job and job.status == "pending" and not job.has_expired(tx.now) and job.due <= tx.now:
                 changed += [self.keys.job(id), note_record(job, record_of(self._begin(tx, job, worker)))]
                 started.append(job)
             else:
@@ -1525,16 +1632,19 @@ class Queue(Verbs):
         if job and job.limit:
             self.limits.owe(tx, job.limit)  # it may have been woken
         if job and job.status == "pending" and job.has_expired(tx.now):
-            job.error = Failure("Expired", "expired before it was started")
-            tx.count("pending:" + job.queue, -1)
-            self._end(tx, job, "failed")
+            self._fail_pending(tx, job, "Expired", "expired before it was started")
         else:
             self._set_aside(tx, job)
+
+    def _fail_pending(self, tx: Transaction, job: Job, type: str, message: str) -> None:
+        job.error = Failure(type, message)
+        tx.count("pending:" + job.queue, -1)
+        self._end(tx, job, "failed")
 
     def _set_aside(self, tx: Transaction, job: Job | None) -> None:
         """Handle a job whose entry is dropped: delay it if it is pending, fail it if unreadable."""
         if job and job.status == "pending":
-            tx.gather("ZADD", self.keys.delayed, job.run_at, job.id)
+            tx.gather("ZADD", self.keys.delayed, job.due, job.id)
         elif job and job.unreadable:
             self._end(tx, msgspec.structs.replace(job), "failed")
 
@@ -1578,6 +1688,7 @@ class Queue(Verbs):
         for outcome, record in zip(reversed(outcomes), reversed(records), strict=True):
             if attempt := attempt_in(record, outcome.job):
                 tx.write("LREM", self.keys.proc(worker), -1, outcome.job.id)
+                outcome.job.followed = attempt.followed
                 self._write_outcome(tx, outcome, attempt.cancel_requested)
             else:
                 lost.append(outcome)
@@ -1674,6 +1785,7 @@ class Queue(Verbs):
             if attempt is None:
                 raise Reaped(f"job {job.id} is no longer with worker {job.worker}")
             job.cancel_requested = attempt.cancel_requested
+            job.followed = attempt.followed
             now = max(tx.now, job.started_at)
             tx.write("SET", key, note_record(job, record_of(msgspec.structs.replace(job, updated_at=now))))
 
@@ -1699,6 +1811,8 @@ class Queue(Verbs):
         tx.write("SET", self.keys.job(job.id), record_of(job), "PX", self.keep_ms[status])
         tx.gather("ZADD", self.keys.ended[status], job.ended_at, job.id)
         tx.count_end(job)
+        if job.followed:
+            tx.push_token(job.id, status)
         if job.unique_key:
             tx.write("DEL", self.keys.unique(job.unique_key))
         if tx.awaited is None:
@@ -1789,18 +1903,31 @@ class Queue(Verbs):
                 if tx.again:  # the try whose reply was lost requeued it; it may have started since
                     return
                 raise WrongStatus("retry", job)
-            if job.unique_key:
-                tx.read(("WATCH", self.keys.unique(job.unique_key)))
-                if (holder := self._without_duplicates(tx, [job])[0]) is not job:
-                    raise WrongStatus("retry", job, f"job {holder.id} has its uniqueKey now")
-            tx.write("ZREM", self.keys.ended[job.status], id)
-            job.attempts = job.refunds = job.ended_at = job.expires_at = 0
-            job.cancel_requested = False
-            job.updated_at = max(tx.now, job.updated_at)
-            self._requeue(tx, job)
-            tx.measure("revived", job)
+            if (holder := self._holder(tx, job)) is not job:
+                raise WrongStatus("retry", job, f"job {holder.id} has its uniqueKey now")
+            self._revive(tx, job)
 
         return self._change(id, body)
+
+    def _revive(self, tx: Transaction, job: Job, seen: str = "") -> None:
+        """Requeue an ended job. Look again at the parents that it waits for, except one `seen`."""
+        tx.write("ZREM", self.keys.ended[job.status], job.id)
+        job.attempts = job.refunds = job.ended_at = job.expires_at = 0
+        job.cancel_requested = False
+        job.updated_at = max(tx.now, job.updated_at)
+        self._requeue(tx, job)
+        tx.measure("revived", job)
+        if job.followed:
+            tx.write("PERSIST", self.keys.next(job.id))
+            tx.push_token(job.id, job.status)
+        self._look_again(tx, job, seen)
+
+    def _holder(self, tx: Transaction, job: Job) -> Job:
+        """Take the uniqueKey of an ended job again. Return the job that has it now."""
+        if not job.unique_key:
+            return job
+        tx.read(("WATCH", self.keys.unique(job.unique_key)))
+        return self._without_duplicates(tx, [job])[0]
 
     def _change(self, id: str, body: Callable[[Transaction, Job], None]) -> Job | None:
         """Read one job and let `body` change it, under WATCH of its record."""
@@ -1817,6 +1944,133 @@ class Queue(Verbs):
 
         return self.store.transact([self.keys.job(id)], change)
 
+    # Jobs that wait for others ----------------------------------------------------------------------------------------
+
+    def _link(
+        self,
+        tx: Transaction,
+        new: Sequence[Job],
+        after: Mapping[str, Sequence[str]],
+        kept: Mapping[str, str],
+    ) -> None:
+        """Let new jobs wait for their parents, and mark these. `kept`: ids in place of drafts.
+
+        Watches the parents. Raises InvalidJob if one does not exist, or if jobs of the batch wait
+        for each other.
+        """
+        ids = set_parents(new, after, kept)
+        keys = list(map(self.keys.job, ids))
+        stored = read_parents(ids, tx.read(("WATCH", *keys), ("MGET", *keys))[1] if ids else [])
+        parents = {**stored, **{job.id: job for job in new}}
+        for job in new:
+            job.waiting_for = tuple(id for id in job.after if not job.may_follow(parents[id].status))
+            for id in job.waiting_for:
+                tx.gather("SADD", self.keys.next(id), job.id)
+                if parents[id].status in ENDED:
+                    tx.push_token(id, parents[id].status)
+        waited = {id for job in new for id in job.waiting_for}
+        for job in new:
+            job.followed = job.id in waited
+        for parent in stored.values():  # after a lost reply all, so that a late EXEC fails
+            if tx.again or (parent.id in waited and not parent.followed):
+                self._mark(tx, parent)
+
+    def _mark(self, tx: Transaction, parent: Job) -> None:
+        parent.followed = True
+        self._rewrite(tx, parent)
+
+    def _rewrite(self, tx: Transaction, job: Job) -> None:
+        """Write a changed record. That of an ended job keeps its time to live."""
+        ended = job.status in ENDED
+        left = job.ended_at + self.keep_ms[job.status] - tx.now if ended else 0
+        if not job.unreadable:
+            tx.write("SET", self.keys.job(job.id), record_of(job), *(("PX", max(1, left)) if ended else ()))
+
+    def _look_again(self, tx: Transaction, job: Job, seen: str = "", completed: Collection[str] = ()) -> None:
+        """Have `advance` look at the parents that a job waits for. They may have ended."""
+        for parent in job.waiting_for:
+            if parent != seen:
+                tx.gather("SADD", self.keys.next(parent), job.id)
+                tx.write("PERSIST", self.keys.next(parent))
+                tx.push_token(parent, "completed" if parent in completed else "")
+
+    def advance(self) -> int:
+        """Apply ends and revivals to the jobs that wait for them. Return how many tokens it took.
+
+        Whoever pushed a token calls this at once. promote calls it for tokens that are left after a
+        second: whoever pushed them may have crashed. The lock only saves duplicate work. It is free
+        again before the last look, so a token that was pushed while it was taken is seen.
+        """
+        taken = 0
+        while tokens := self.store.read(("LRANGE", self.keys.advance, 0, TOKENS - 1))[0]:
+            if not self.store.read(("SET", self.keys.advancer, "1", "NX", "PX", 1000))[0]:
+                break
+            for parent, own in tokens_by_job(tokens).items():
+                self._advance_next(parent, own)
+            self.store.read(("DEL", self.keys.advancer))
+            taken += len(tokens)
+        return taken
+
+    def _sweep(self) -> None:
+        """Take the tokens that are left. Remove the mark once there are none."""
+        self.advance()
+        self.store.transact([self.keys.advance], self._remove_mark)
+
+    def _remove_mark(self, tx: Transaction) -> None:
+        if not tx.read(("LLEN", self.keys.advance))[0]:
+            tx.write("ZREM", self.keys.delayed, SWEEP_MARK)
+
+    def _advance_next(self, id: str, tokens: Sequence[bytes]) -> None:
+        """Apply the status of one parent to its dependents, some in each transaction."""
+        ids: list[str] = []
+        with suppress(Corrupted):  # a key of the wrong type has no members
+            ids = ids_in(sorted(self.store.read(("SMEMBERS", self.keys.next(id)))[0]))
+        for at in range(0, max(len(ids), 1), ADVANCED):
+            some = ids[at : at + ADVANCED]
+            last = at + ADVANCED >= len(ids)
+            body = partial(self._advance_some, id=id, tokens=tokens, some=some, last=last)
+            self.store.transact([self.keys.job(id)], body)
+
+    def _advance_some(self, tx: Transaction, id: str, tokens: Sequence[bytes], some: Sequence[str], last: bool) -> None:
+        """Apply the status of a parent to some dependents. Watches its record and theirs.
+
+        The last transaction removes the tokens, and no others: somebody may have pushed more.
+        """
+        keys = [self.keys.job(id), *map(self.keys.job, some)]
+        record, *records = tx.read(("WATCH", *keys), ("MGET", *keys))[1]
+        parent = read_job(id, record) if record is not None else None
+        status = parent.status if parent else status_in(tokens)
+        for job in (read_job(job, record) for job, record in zip(some, records, strict=True) if record is not None):
+            if id in job.waiting_for and status:
+                self._follow(tx, job, id, status)
+        if status == "completed" and some:
+            tx.write("SREM", self.keys.next(id), *some)
+        elif status in ENDED and last:
+            tx.write("EXPIRE", self.keys.next(id), self.keep_ms[status] // 1000 + 1)
+        elif parent and some and not parent.followed:
+            self._mark(tx, parent)
+        for token in tokens if last else ():
+            tx.write("LREM", self.keys.advance, 1, token)
+        tx.advances = False  # `advance` looks again
+
+    def _follow(self, tx: Transaction, job: Job, parent: str, status: str) -> None:
+        """Apply the status of a parent to a job that waits for it."""
+        released = job.may_follow(status)
+        if released:
+            job.waiting_for = tuple(id for id in job.waiting_for if id != parent)
+        if job.failed_because_of(parent) and (released or status in UNENDED) and self._holder(tx, job) is job:
+            self._revive(tx, job, seen=parent)
+        elif job.status == "pending" and not job.waiting_for:
+            tx.write("ZREM", self.keys.delayed, job.id)
+            tx.count("pending:" + job.queue, -1)  # counted again at once
+            job.updated_at = max(tx.now, job.updated_at)
+            self._requeue(tx, job, job.run_at)
+        elif released:
+            self._rewrite(tx, job)
+        elif job.status == "pending" and status in ENDED:
+            tx.write("ZREM", self.keys.delayed, job.id)
+            self._fail_pending(tx, job, "DependencyFailed", f"job {parent}, which this job waits for, {FATES[status]}")
+
     # Pause and resume -------------------------------------------------------------------------------------------------
 
     def pause(self, name: str) -> None:
@@ -1828,15 +2082,13 @@ class Queue(Verbs):
 
     def resume(self, name: str) -> None:
         """Resume a paused queue. Workers start its jobs, also those that were held meanwhile."""
-        holding = self.limits.holding()
 
         def body(tx: Transaction) -> None:
             tx.write("SREM", self.keys.paused, check_name("queue", name))
-            for look in self.limits.looks_now(holding):
-                tx.write(*look)
             tx.ring(name)
 
         self.store.transact((), body)
+        self.limits.hurry()  # nobody has woken the held jobs of a paused queue
 
     # Upkeep -----------------------------------------------------------------------------------------------------------
 
@@ -1883,9 +2135,10 @@ class Queue(Verbs):
     def promote(self) -> int:
         """Move up to 500 jobs to their queues when runAt has come. Return how many ids it removed.
 
-        Also looks at the limits with held jobs whose time has come.
-        Watches the records: a job that another promoter moved may have run, failed and be delayed
-        again, and removing that new entry would lose the job. The lock only saves duplicate work.
+        Also looks at the limits with held jobs whose time has come, and counts them, and
+        takes the tokens of advance that are left. Watches the records: a job that another
+        promoter moved may have run, failed and be delayed again, and removing that new
+        entry would lose the job. The lock only saves duplicate work.
         """
 
         looks: list[str] = []
@@ -1893,13 +2146,14 @@ class Queue(Verbs):
 
         def body(tx: Transaction) -> int:
             found = tx.read(("ZRANGEBYSCORE", self.keys.delayed, "-inf", tx.now, "LIMIT", 0, PROMOTED))[0]
-            due = [entry for entry in found if not entry.startswith(LOOK_MARK.encode())]
-            looks[:] = [text_of(entry).removeprefix(LOOK_MARK) for entry in found if entry not in due]
+            marks = {entry for entry in found if entry.startswith((LOOK_MARK.encode(), SWEEP_MARK.encode()))}
+            due = [entry for entry in found if entry not in marks]
+            looks[:] = sorted(text_of(mark).removeprefix(LOOK_MARK) for mark in marks)
             if not due or tx.again or not tx.read(("SET", self.keys.promoter, "1", "NX", "PX", 1000))[0]:
                 return 0
             tx.write("ZREM", self.keys.delayed, *due)
             for job in self._read_jobs(tx, due, watch=True):
-                if job.status == "pending" and job.run_at <= tx.now:
+                if job.status == "pending" and job.due <= tx.now:
                     tx.push("LPUSH", job)
                 else:
                     self._set_aside(tx, job)
@@ -1907,9 +2161,13 @@ class Queue(Verbs):
             return len(due)
 
         promoted = self.store.transact((), body)
+        if SWEEP_MARK in looks:
+            looks.remove(SWEEP_MARK)
+            self._sweep()
         if looks:
+            self._note_paused(self.store.read(("SMEMBERS", self.keys.paused))[0])
             self.limits.reconcile(looks, self.now())
-        return promoted
+        return promoted + len(looks)
 
     def _read_jobs(self, tx: Transaction, entries: Iterable[bytes], watch: bool = False) -> Iterator[Job]:
         """Read the jobs that list entries name, each once. Skip entries that name none."""
@@ -1995,11 +2253,12 @@ class Queue(Verbs):
 
         return self.store.transact([registration, lease, proc], body)
 
-    def restore(self, id: str) -> bool:
+    def restore(self, id: str, completed: Collection[str] = ()) -> bool:
         """List an unended job that no list names, because a key was lost. Return whether it did.
 
         A pending job becomes a delayed one, which promote moves to its queue. For a processing job
         its worker's list is restored: if that worker is lost, reap requeues it. Watches the record.
+        Also looks again at the parents that a job waits for. `completed` names some that are gone.
         """
         restored = False
 
@@ -2017,6 +2276,7 @@ class Queue(Verbs):
                     tx.write("SADD", self.keys.running(job.limit), id)
             elif restored:
                 self._set_aside(tx, job)
+            self._look_again(tx, job, completed=completed)
 
         self._change(id, body)
         return restored
@@ -2379,9 +2639,10 @@ class Queue(Verbs):
 
         `ready` jobs are due, and their queue is not paused. Due ticks count as such jobs, because
         only workers tick. `load` adds the jobs in `processing`.
-        Due jobs that no worker has promoted yet are ready too. If these are more than SAMPLED, only
-        the first are read. The others are expected to have the same queues, and at least one job is
-        counted for every queue that may have one. So a first worker starts, which promotes them.
+        Due jobs that no worker has promoted yet are ready too, and so are held jobs with room. If
+        these are more than SAMPLED, only the first are read. The others are expected to have the
+        same queues, and at least one job is counted for every queue that may have one. So a first
+        worker starts, which promotes them.
         """
         now = self.now()
         due = self.keys.delayed, "-inf", now
@@ -2396,14 +2657,18 @@ class Queue(Verbs):
         found = self.store.read(*(("LLEN", key) for key in lists), *(("LINDEX", key, -1) for key in lists))
         sizes = found[: len(lists)]
         heads = filter(None, found[len(lists) :])
+        roomy = self.limits.startable(first)
+        held = Counter(entry.partition(":")[0] for entry in roomy)
         promotable = self._pending_among(first)
         share = Counter(job.queue for job in promotable)
         ready = 0
         for name, size in zip(waiting, sizes, strict=True):
             unpromoted = max(math.ceil(share[name] * late / max(len(first), 1)), int(late > len(first)))
-            ready += min(counts["pending:" + name], size + unpromoted)
-        ready = min(ready, sum(sizes) + late) + ticks
-        ages = [job.waited(now) for job in (*promotable, *self._pending_among(heads)) if job.queue in waiting]
+            ready += min(counts["pending:" + name], size + unpromoted + held[name])
+        ready = min(ready, sum(sizes) + late + len(roomy)) + ticks
+        oldest = [_id_in(entry).encode() for entry in roomy]
+        jobs = [*promotable, *self._pending_among([*heads, *oldest])]
+        ages = [job.waited(now) for job in jobs if job.queue in waiting]
         processing = sum(counts.get("processing:" + name, 0) for name in names)
         return {
             "ready": ready,
@@ -2580,7 +2845,7 @@ def host_name() -> str:
     return re.sub(r"[^A-Za-z0-9._-]", "-", socket.gethostname())[:60] or "host"
 
 
-def _new_worker_id() -> str:
+def new_worker_id() -> str:
     return f"{host_name()}-{os.getpid()}-{os.urandom(4).hex()}"
 
 
@@ -2630,407 +2895,3 @@ def _metric_commands(store: Store, tx: Transaction) -> list[Command]:
                 sums[f"{event}:{name}:{BUCKETS[bisect_left(BUCKETS, ms)]}"] += 1
     added: list[Command] = [("SADD", store.keys.series, *new)] if new else []
     return added + [("HINCRBY", store.keys.metrics, field, by) for field, by in sums.items() if by]
-
-
-# Shards ---------------------------------------------------------------------------------------------------------------
-
-
-class Shards(Verbs):
-    """Many queues as one. Each has its own namespace, such as `{queue.0}`, and so its own slot.
-
-    The last two digits of a job's id name its shard. All jobs of a submit go into one shard, and
-    those of the next into the next shard, so the order is first in, first out only within a shard.
-    A submit with a limit or a uniqueKey goes to the shard of that, which must be the same, and one
-    with only an Idempotency-Key to the shard of that. A submit with both takes the Idempotency-Key
-    in its own shard first.
-
-    Each shard stands alone. While one does not answer, the others are served, and nobody waits for
-    it. A worker has one id in all shards. The heartbeat registers it in those that did not answer
-    before or that have reaped it. It takes no jobs from these until then. Reports need all shards.
-    """
-
-    def __init__(self, shards: Sequence[Queue]) -> None:
-        self.parts = list(shards)
-        self.lease = shards[0].lease
-        self._turn = itertools.count(random.randrange(len(shards)))
-        # For each worker that this process registered: how to register it, and the shards in which
-        # it is not registered now.
-        self._registrations: dict[str, tuple[Callable[[Queue], str], set[Queue]]] = {}
-        self._open_threads()
-        for at, shard in enumerate(shards):
-            shard.shard = at
-            shard.store.connections.guard(f"shard {shard.keys.prefix[1:-2]}")
-
-    def _open_threads(self) -> None:
-        self._waiters = ThreadPoolExecutor(len(self.parts), "bell")
-        self._callers = ThreadPoolExecutor(2 * len(self.parts), "shard")
-        self._waits: dict[Queue, Future[set[str]]] = {}
-
-    def disconnect(self) -> None:
-        """Close all connections and end all threads. A fork would not take the threads along."""
-        for threads in (self._waiters, self._callers):
-            threads.shutdown()
-        super().disconnect()
-        self._open_threads()
-
-    def part_of(self, id: str) -> Queue:
-        """Return the shard that an id names. If it names none, any shard will find it unknown."""
-        at = int(id[-2:], 16) if ID.fullmatch(id) else 0
-        return self.parts[at if at < len(self.parts) else 0]
-
-    def part_for(self, name: str) -> Queue:
-        """Return the shard that has the schedule of that name, and the jobs of that uniqueKey."""
-        return self.parts[self._index_of(name)]
-
-    def _index_of(self, key: str) -> int:
-        return zlib.crc32(key.encode()) % len(self.parts)
-
-    def _from(self, first: int) -> list[Queue]:
-        """Return all shards, beginning with that one."""
-        first %= len(self.parts)
-        return [*self.parts[first:], *self.parts[:first]]
-
-    def _try_first(self, call: Callable[[Queue], T], first: int = 0) -> T:
-        """Return the result of the first shard that is available, beginning with that one.
-
-        A call that may have written something is not repeated in another shard.
-        """
-        for shard in self._from(first):
-            try:
-                return call(shard)
-            except Unavailable as error:
-                trouble = error
-                if error.doubtful:
-                    break
-        raise trouble
-
-    def _call_all(self, call: Callable[[Queue], T], must: bool = False) -> list[T]:
-        """Like _try_each, in all shards at the same time: one that hangs holds up no other."""
-        with shield():  # a handler that calls this shares the threads with the worker
-            return _try_each(self.parts, call, must, self._callers.map)
-
-    def _by_shard(self, items: Iterable[T], id: Callable[[T], str]) -> dict[Queue, list[T]]:
-        """Group items by the shard of the job whose id `id` returns."""
-        parts: defaultdict[Queue, list[T]] = defaultdict(list)
-        for item in items:
-            parts[self.part_of(id(item))].append(item)
-        return parts
-
-    def _call_each(
-        self, items: Sequence[T], id: Callable[[T], str], call: Callable[[Queue, list[T]], list[S]], must: bool = False
-    ) -> list[S]:
-        """Call `call` for each shard with the items whose jobs are there. Join the results."""
-        parts = self._by_shard(items, id)
-        results = _try_each(list(parts), lambda shard: call(shard, parts[shard]), must)
-        return list(itertools.chain(*results))
-
-    def now(self) -> int:
-        """Return the time of a shard that this process knows, or else of the first that answers."""
-        known = next((shard for shard in self.parts if not shard.clock.stale), None)
-        return known.clock.now() if known else self._try_first(Queue.now)
-
-    def submit(self, jobs: Sequence[Job], once: Once | None = None) -> list[Job]:
-        """Like Queue.submit. Raises InvalidJob if the uniqueKeys belong to different shards."""
-        indexes = {self._index_of(job.unique_key) for job in jobs if job.unique_key}
-        limits = {limit: self._index_of(limit) for job in jobs if (limit := limit_of(job))}
-        if len(indexes) > 1:
-            rule = "must be the same in all jobs of a batch, because TINYQUEUE_SHARDS is above 1"
-            raise InvalidJob("uniqueKey", rule)
-        if len({*limits.values()}) > 1:
-            rule = f"the limits {' and '.join(sorted(limits)[:2])} belong to different shards; submit their jobs"
-            raise InvalidJob("jobs", f"{rule} in batches of their own")
-        if indexes and limits and indexes != {*limits.values()}:
-            rule = f"belongs to another shard than the limit {min(limits)} of the job; use another key, or none"
-            raise InvalidJob("uniqueKey", rule)
-        indexes |= {*limits.values()}
-        if once and not indexes:
-            indexes = {self._index_of(once.key)}
-        elif once and (at := self._index_of(once.key)) not in indexes:
-            self.parts[at].claim(once)
-        if indexes:
-            return self._submit_to(self.parts[indexes.pop()], jobs, once)
-        return self._try_first(lambda shard: self._submit_to(shard, jobs, once), next(self._turn))
-
-    def _submit_to(self, shard: Queue, jobs: Sequence[Job], once: Once | None) -> list[Job]:
-        at = self.parts.index(shard)
-        for job in jobs:
-            job.id = f"{job.id[:-2]}{at:02x}"
-        elsewhere: Counter[str] = Counter()
-        names = list({job.queue for job in jobs})
-        for part in self.parts if shard.max_pending else ():
-            if part is not shard:
-                with suppress(TinyQueueError):  # what is away counts for nothing
-                    elsewhere.update(part.count_pending(names))
-        return shard.submit(jobs, once, elsewhere)
-
-    def register(self, queues: Sequence[str], concurrency: int, worker: str = "") -> str:
-        """Like Queue.register, in every shard that answers. The heartbeat adds the others."""
-        worker = worker or _new_worker_id()
-        register = partial(Queue.register, queues=queues, concurrency=concurrency, worker=worker)
-        self._registrations[worker] = register, set(self.parts)
-        try:
-            self._call_all(lambda shard: self._register_in(shard, worker))
-        except TinyQueueError:
-            del self._registrations[worker]
-            raise
-        return worker
-
-    def _register_in(self, shard: Queue, worker: str) -> None:
-        register, absent = self._registrations[worker]
-        register(shard)
-        absent.discard(shard)
-
-    def _absent(self, worker: str) -> set[Queue]:
-        """Return the shards in which a worker of this process is known not to be registered."""
-        return self._registrations[worker][1] if worker in self._registrations else set()
-
-    @contextmanager
-    def _noting_reaped(self, shard: Queue, worker: str) -> Iterator[None]:
-        """Note where a worker was reaped: it takes nothing there until it registers again."""
-        try:
-            yield
-        except Reaped as error:
-            error.parts = [shard]
-            self._absent(worker).add(shard)
-            raise
-
-    def wait(self, names: Sequence[str], seconds: float = BLOCK) -> set[str]:
-        """Like Queue.wait, in all shards. Waits that outlast this call go on in the next one."""
-        for shard in self.parts:
-            if shard not in self._waits:
-                self._waits[shard] = self._waiters.submit(self._wait_in, shard, names, seconds)
-        done, _ = wait(self._waits.values(), return_when=FIRST_COMPLETED)
-        self._waits = {shard: future for shard, future in self._waits.items() if future not in done}
-        return {name for future in done for name in future.result()}
-
-    def _wait_in(self, shard: Queue, names: Sequence[str], seconds: float) -> set[str]:
-        try:
-            return shard.wait(names, seconds)
-        except TinyQueueError:  # as if no bell rang: the other shards are still waited for
-            time.sleep(seconds)
-            return set()
-
-    def waiting(self, names: Sequence[str], due: bool = False) -> int:
-        return sum(_try_each(self.parts, lambda shard: shard.waiting(names, due)))
-
-    def take(self, worker: str, names: Sequence[str], most: int) -> list[bytes]:
-        """Like Queue.take, from the shards in turn. Shards that fail are left out."""
-        taken: list[bytes] = []
-        absent = self._absent(worker)
-
-        def take(shard: Queue) -> None:
-            while len(taken) < most and shard not in absent:
-                ids = shard.take(worker, names, most - len(taken))
-                own = self._own(shard, worker, ids)
-                taken.extend(own)
-                if len(own) == len(ids):
-                    break
-
-        _try_each(self._from(next(self._turn)), take)
-        return taken
-
-    def start(self, worker: str, ids: Sequence[bytes], held: Held = None) -> list[Job]:
-        """Like Queue.start, one transaction per shard. Tries all before it raises.
-
-        A job that was started before an error was raised is found by `adopt`.
-        """
-
-        def start(shard: Queue, part: list[bytes]) -> list[Job]:
-            with self._noting_reaped(shard, worker):
-                return shard.start(worker, part, held, len(ids) - len(part))
-
-        return self._call_each(ids, text_of, start, must=True)
-
-    def adopt(self, worker: str, held: Collection[str]) -> list[bytes]:
-        def adopt(shard: Queue) -> list[bytes]:
-            return self._own(shard, worker, shard.adopt(worker, held))
-
-        return [id for ids in _try_each(self.parts, adopt) for id in ids]
-
-    def _own(self, shard: Queue, worker: str, ids: Sequence[bytes]) -> list[bytes]:
-        """Return the ids of a shard's own jobs. Drop the other entries."""
-        own = [id for id in ids if ID.fullmatch(text_of(id)) and self.part_of(text_of(id)) is shard]
-        if foreign := [id for id in ids if id not in own]:
-            shard.discard(worker, foreign)
-        return own
-
-    def settle(self, worker: str, outcomes: Sequence[Outcome], again: bool = False) -> list[Outcome]:
-        """Like Queue.settle, one transaction per shard. Tries all before it raises.
-
-        A worker should settle the outcomes of each shard by themselves, so that it need not settle
-        them again because of another shard.
-        """
-
-        def settle(shard: Queue, part: list[Outcome]) -> list[Outcome]:
-            with self._noting_reaped(shard, worker):
-                return shard.settle(worker, part, again)
-
-        try:
-            return self._call_each(outcomes, lambda outcome: outcome.job.id, settle, must=True)
-        except Unavailable as error:
-            parts = {self.part_of(outcome.job.id) for outcome in outcomes}
-            error.doubtful = error.doubtful or len(parts) > 1  # the other shards may have written theirs
-            raise
-
-    def write_progress(self, job: Job) -> None:
-        self.part_of(job.id).write_progress(job)
-
-    def cancel(self, id: str) -> Job | None:
-        return self.part_of(id).cancel(id)
-
-    def retry(self, id: str) -> Job | None:
-        return self.part_of(id).retry(id)
-
-    def cancel_requests(self, ids: Sequence[str]) -> list[str]:
-        return self._call_each(ids, str, Queue.cancel_requests)
-
-    def pause(self, name: str) -> None:
-        self._call_all(lambda shard: shard.pause(name), must=True)
-
-    def resume(self, name: str) -> None:
-        self._call_all(lambda shard: shard.resume(name), must=True)
-
-    def set_limit(self, limit: str, override: Override) -> None:
-        self._call_all(lambda shard: shard.set_limit(limit, override), must=True)
-
-    def limits_in_use(self) -> dict[str, dict[str, Any]]:
-        return reduce(_added, (shard.limits_in_use() for shard in self.parts))
-
-    def place_among_held(self, job: Job) -> int:
-        return self.part_of(job.id).place_among_held(job)
-
-    def heartbeat(self, worker: str, jobs: Sequence[str] = ()) -> None:
-        """Like Queue.heartbeat, in every shard that answers. Registers the worker where it is not.
-
-        Raises Reaped after that, if any shard has reaped it. It registers there at the next call.
-        """
-        parts = self._by_shard(jobs, str)
-        absent = set(self._absent(worker))
-
-        def beat(shard: Queue) -> None:
-            if shard in absent:
-                self._register_in(shard, worker)
-                return
-            with self._noting_reaped(shard, worker):
-                shard.heartbeat(worker, parts.get(shard, []))
-
-        self._call_all(beat)
-
-    def deregister(self, worker: str) -> None:
-        """Like Queue.deregister, in all shards. In those that fail the worker will be reaped."""
-        self._call_all(lambda shard: shard.deregister(worker), must=True)
-        self._registrations.pop(worker, None)
-
-    def promote(self) -> int:
-        return sum(self._call_all(Queue.promote))
-
-    def lost_workers(self, own: str = "", now: float | None = None, missing_for: float | None = None) -> list[str]:
-        found = self._call_all(lambda shard: shard.lost_workers(own, now, missing_for))
-        return sorted({worker for lost in found for worker in lost})
-
-    def reap(self, worker: str) -> int:
-        """Like Queue.reap, in every shard that answers."""
-        return self.reap_in(self.parts, worker)
-
-    def trim(self) -> int:
-        return sum(self._call_all(Queue.trim))
-
-    def forget(self, status: str, ids: Sequence[bytes]) -> int:
-        return sum(shard.forget(status, part) for shard, part in self._by_shard(ids, text_of).items())
-
-    def ping(self) -> None:
-        """Raise Unavailable unless a shard accepts writes. `warnings` names those that do not."""
-        self._call_all(Queue.ping)
-
-    def get(self, id: str) -> Job | None:
-        return self.part_of(id).get(id)
-
-    def wait_for(self, id: str, seconds: float) -> Job | None:
-        return self.part_of(id).wait_for(id, seconds)
-
-    def page(
-        self, filter: Filter | None = None, *, limit: int = 50, cursor: str = "", cut: int | None = None
-    ) -> tuple[list[Job], str]:
-        """Like Queue.page. Merges the pages of the shards as far as all of them have looked."""
-        pages = [shard.page(filter, limit=limit, cursor=cursor, cut=cut) for shard in self.parts]
-        horizon = max((place_of(cursor) for _, cursor in pages if cursor), default=(0, ""))
-        found = sorted((job for jobs, _ in pages for job in jobs), key=Job.place, reverse=True)
-        seen = [job for job in found if job.place() >= horizon]
-        if len(seen) > limit:
-            at, id = seen[limit - 1].place()
-            return seen[:limit], f"{at}.{id}"
-        return seen, f"{horizon[0]}.{horizon[1]}" if horizon[1] else ""
-
-    def queues(self) -> dict[str, dict[str, Any]]:
-        return dict(sorted(reduce(_added, (shard.queues() for shard in self.parts)).items()))
-
-    def stats(self, minutes: int = 0) -> dict[str, Any]:
-        """Like Queue.stats, added up.
-
-        A worker registers in every shard that answers, so `workers` is the highest count of any.
-        """
-        each = [shard.stats(minutes) for shard in self.parts]
-        # By time, not by index: a minute may begin between reading two shards.
-        history = reduce(_added, ({minute["at"]: minute for minute in stats.pop("history", ())} for stats in each))
-        total: dict[str, Any] = reduce(_added, each)
-        return total | ({"history": [history[at] for at in sorted(history)[-minutes:]]} if minutes else {})
-
-    def scale(self, names: Sequence[str] = ()) -> dict[str, int]:
-        return reduce(_added, (shard.scale(names) for shard in self.parts))
-
-    def workers(self) -> list[dict[str, Any]]:
-        """Like Queue.workers. A worker is alive if any shard has its lease."""
-        each = ({worker["id"]: worker for worker in shard.workers()} for shard in self.parts)
-        return list(reduce(_added, each).values())
-
-    def metrics(self) -> dict[str, dict[tuple[str, ...], int]]:
-        return reduce(_added, (shard.metrics() for shard in self.parts))
-
-    def count_scrape_errors(self, times: int) -> None:
-        self._try_first(lambda shard: shard.count_scrape_errors(times))
-
-    def spend(self, who: str, limit: int, seconds: int) -> tuple[int, int]:
-        """Like Queue.spend, in the shard of the client, or in the next that answers."""
-        return self._try_first(lambda shard: shard.spend(who, limit, seconds), self._index_of(who))
-
-
-def _try_each(
-    parts: Sequence[Queue], call: Callable[[Queue], T], must: bool = False, run: Callable[..., Iterable[Any]] = map
-) -> list[T]:
-    """Call `call` for each of these shards, even after errors, and return the results.
-
-    Raises Reaped if any call did. Raises the first error if all failed, or with `must` if any did.
-    """
-
-    def attempt(part: Queue) -> T | TinyQueueError:
-        try:
-            return call(part)
-        except TinyQueueError as error:
-            return error
-
-    replies = list(run(attempt, parts))
-    errors = [reply for reply in replies if isinstance(reply, TinyQueueError)]
-    if reaped := [error for error in errors if isinstance(error, Reaped)]:
-        reaped[0].parts = [part for error in reaped for part in error.parts]
-        raise reaped[0]
-    if errors and (must or len(errors) == len(replies)):
-        raise errors[0]
-    return [reply for reply in replies if not isinstance(reply, TinyQueueError)]
-
-
-# Fields whose higher value counts when two reports are added up. Most are the same in both.
-HIGHEST = {"oldestWaitingMs", "workers", "at", "lastHeartbeat", "startedAt"}
-HIGHEST |= {"id", "host", "pid", "queues", "concurrency", "maxRunning", "rate", "haltedMs"}
-
-
-def _added(one: Any, other: Any, name: Any = "") -> Any:
-    """Add up the reports of two shards. What is true in either is true."""
-    if isinstance(one, dict):
-        both = one.keys() & other.keys()
-        return {**one, **other, **{name: _added(one[name], other[name], name) for name in both}}
-    if name in HIGHEST or isinstance(one, bool):
-        return one if one is None else max(one, other)
-    return one + other
-
-
-AnyQueue: TypeAlias = Queue | Shards

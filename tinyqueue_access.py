@@ -20,9 +20,10 @@ from urllib.parse import urlsplit
 
 from bottle import request
 
-from tinyqueue import NAME, AnyQueue, SettingsError
+from tinyqueue import NAME, SettingsError
 from tinyqueue_config import Settings
 from tinyqueue_problems import Problem
+from tinyqueue_shards import AnyQueue
 
 log = logging.getLogger("tinyqueue.web")
 

@@ -51,7 +51,6 @@ from tinyqueue import (
     PAUSE_AGE,
     SCANNED,
     UNENDED,
-    AnyQueue,
     Corrupted,
     Job,
     Made,
@@ -66,6 +65,7 @@ from tinyqueue_job import ids_in, read_made, record_of
 from tinyqueue_json import created_at
 from tinyqueue_redis import parse_info, scan
 from tinyqueue_schedule import Schedule, list_schedules, read_schedule
+from tinyqueue_shards import AnyQueue
 
 FORMAT = "tinyqueue-backup"
 VERSION = 1
@@ -580,6 +580,8 @@ class Restored:
         self.runs: Counter[tuple[str, str, bool]] = Counter()  # jobs to run by queue, type, and whether they are due
         self.older = 0  # jobs left out
         self.present = 0
+        self.left_out: set[str] = set()
+        self.dependents: list[str] = []  # jobs with parents, some of which may come later in the file
         self.taken: list[str] = []
         self.keys = 0
         self.schedules = 0
@@ -598,10 +600,23 @@ class Restored:
         for job in loaded.jobs:
             self.stored[job.status] += 1
             if job.status == "pending":
-                self.runs[job.queue, job.type, job.run_at <= now] += 1
+                self.runs[job.queue, job.type, job.due <= now] += 1
+        self.dependents += [job.id for job in young if job.waiting_for]
+        self.left_out.update({job.id for job in jobs} - {job.id for job in loaded.jobs})
         self.taken += loaded.taken
         self.older += len(jobs) - len(young)
         self.present += len(young) - len(loaded.jobs) - len(loaded.taken)
+
+    def advance(self) -> None:
+        """Advance the jobs that waited for others.
+
+        A parent that the file does not have has completed while the backup was made.
+        """
+        for id in self.dependents:
+            part = self.queue.part_of(id)
+            job = part.get(id)
+            if job:
+                part.restore(id, completed=set(job.waiting_for) - self.left_out)
 
     def load_schedules(self, part: Queue, schedules: Sequence[Schedule]) -> None:
         """Store schedules that are not there, after a pause of all queues of the file."""
@@ -644,6 +659,7 @@ def restore(queue: AnyQueue, name: str, bar: Bar, *, merge: bool = False, oldest
                 queue.pause(paused)
         try:
             _restore_lines(restored, _decompressed(file, name), bar)
+            restored.advance()
         except Unavailable as error:
             todo = "to continue, repeat the command with --merge"
             raise BackupError(f"{error}; {restored.stored.total()} jobs were restored so far; {todo}") from error

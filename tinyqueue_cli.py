@@ -34,7 +34,6 @@ from tinyqueue import (
     KEPT,
     SCANNED,
     STATUSES,
-    AnyQueue,
     Filter,
     InvalidJob,
     Job,
@@ -56,6 +55,8 @@ from tinyqueue_config import Settings, error_line, load_handlers, open_queue, pl
 from tinyqueue_doctor import Finding, examine, local_workers, repair
 from tinyqueue_embedded import StartError, folder_of, local_redis
 from tinyqueue_json import from_json, to_json
+from tinyqueue_shards import AnyQueue
+from tinyqueue_why import answer
 
 # The group ------------------------------------------------------------------------------------------------------------
 
@@ -193,6 +194,12 @@ def filter_options(*statuses: str, required: bool = False, default: str | None =
     help="Seconds until the job expires. An expired job is not run; it fails when a worker takes it.",
 )
 @click.option("--unique-key", metavar="KEY", help="If a job with this key has not ended, print its id instead.")
+@click.option("--after", multiple=True, metavar="ID", help="Start after this job has completed. Repeat it for several.")
+@click.option(
+    "--on-failure",
+    type=click.Choice(["fail", "run"]),
+    help="If a job in --after fails or is cancelled: fail too, or run anyway.  [default: fail]",
+)
 @click.option("--callback-url", metavar="URL", help="http or https URL that gets a webhook when the job has ended.")
 @click.pass_obj
 def enqueue(settings: Settings, /, type: str, payload: str, **options: Any) -> None:
@@ -307,18 +314,21 @@ def get(ctx: click.Context, id: str, watch: bool, as_json: bool) -> None:
         last_line = line
         job = _require_job(queue.wait_for(id, 1.0), id)
     if as_json:
-        _print_json(job.answer())
+        _print_json(answer(queue, job))
     else:
-        _print_job(job)
+        _print_job(answer(queue, job))
     ctx.exit(int(watch and job.status != "completed"))
 
 
-def _print_job(job: Job) -> None:
-    answer = job.answer()
-    payload = answer.pop("payload")
-    error = answer.pop("error", None)
-    for name, value in answer.items():
+def _print_job(fields: dict[str, Any]) -> None:
+    payload = fields.pop("payload")
+    error = fields.pop("error", None)
+    if why := fields.pop("why", None):
+        fields["why"] = f"it {why['text']}"
+    for name, value in fields.items():
         shown = _format_time(value) if name.endswith("At") else to_json(value).decode() if name == "result" else value
+        if name in ("after", "waitingFor"):
+            shown = " ".join(value)
         _print_safely(f"{name:<12} {shown}")
     _print_safely(f"payload\n{_format_json(payload)}")
     if error:

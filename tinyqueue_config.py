@@ -37,19 +37,18 @@ from tinyqueue import (
     BUILT_IN,
     HANDLERS,
     WRITERS,
-    AnyQueue,
     Failure,
     Handler,
     InvalidJob,
     Queue,
     SettingsError,
-    Shards,
     Unavailable,
 )
 from tinyqueue_embedded import SCHEME, StartError, folder_of, local_redis
 from tinyqueue_http import read_networks, read_secrets, register
 from tinyqueue_json import error_text
 from tinyqueue_schedule import declared
+from tinyqueue_shards import AnyQueue, Shards
 
 WEB_THREADS = 8  # threads of a web process that answer requests
 SIGNALS = (signal.SIGTERM, signal.SIGINT)  # they stop a process

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ipaddress
 import os
+import random
 import re
 import socket
 import time
@@ -22,9 +23,22 @@ import msgspec
 import redis
 from msgspec.structs import replace
 
-from tinyqueue import LOOK_MARK, MEMORY_SHARE, NAME, UNENDED, AnyQueue, Queue, TinyQueueError, Transaction, host_name
+from tinyqueue import (
+    ENDED,
+    LOOK_MARK,
+    MEMORY_SHARE,
+    NAME,
+    SWEEP_MARK,
+    UNENDED,
+    Queue,
+    TinyQueueError,
+    Transaction,
+    host_name,
+    ids_in,
+)
 from tinyqueue_redis import ask_each, memory_use, pairs, parse_info, scan, text_of
 from tinyqueue_schedule import list_schedules
+from tinyqueue_shards import AnyQueue
 
 OLDEST = (6, 0, 6)  # version of Redis: the first with LPOS
 SLOW = 10.0  # milliseconds to Redis and back; above this a worker spends its time waiting
@@ -32,7 +46,7 @@ LATE = 90_000  # milliseconds that a schedule may be overdue: workers look once 
 SKEW = 2.0  # seconds between two clocks
 COMMANDS = {  # every command that the queue uses, by how many arguments it needs at least
     0: "EXEC INFO MULTI TIME UNWATCH",
-    1: "DEL EXISTS GET HGETALL INCR LLEN MGET SCAN SMEMBERS STRLEN WATCH ZCARD",
+    1: "DEL EXISTS GET HGETALL INCR LLEN MGET PERSIST SCAN SMEMBERS STRLEN WATCH ZCARD",
     2: "BLPOP EXPIRE HDEL HMGET LINDEX LPOS LPUSH MSET MSETNX RPOPLPUSH RPUSH SADD SET SREM WAIT ZREM ZSCORE",
     3: "HINCRBY LRANGE LREM LTRIM ZADD ZCOUNT ZRANGE ZRANGEBYSCORE ZREVRANGEBYSCORE",
 }
@@ -372,6 +386,7 @@ def _is_running(pid: int) -> bool:
 
 # Repair ---------------------------------------------------------------------------------------------------------------
 
+MARKS = (LOOK_MARK.encode(), SWEEP_MARK.encode())  # among the delayed ids
 STEP = 1000  # keys or entries of one step
 OTHERS = "*"  # any queue, as it may be in the metrics that are counted as other
 REPAIR_EVERY = 600  # seconds between two repairs that no operator asked for
@@ -406,12 +421,14 @@ def _repair(queue: Queue) -> Iterator[Finding]:
     for key in (queue.keys.delayed, *lists, *queue.keys.ended.values()):
         for entries in queue.read_entries(key, "LRANGE" if key in lists else "ZRANGE"):
             missing.difference_update(entries)
-            others = [id for id in entries if id not in jobs and not id.startswith(LOOK_MARK.encode())]
+            others = [id for id in entries if id not in jobs and not id.startswith(MARKS)]
             for at in range(0, len(others), STEP):
                 dropped += _drop_gone(queue, key, others[at : at + STEP])
     yield from _changed(dropped, "entry without a job", "entries without a job", "dropped")
     restored = sum(queue.restore(id.decode()) for id in missing)
     yield from _changed(restored, "job", "jobs", "listed again")
+    for entries in queue.read_entries(queue.keys.delayed, "ZRANGE"):
+        yield from _look_again(queue, ids_in(entries))
     schedules = {name[9:] for name in names if name.startswith("schedule:")}
     yield from _changed(_list_schedules(queue, schedules), "schedule", "schedules", "listed again, or dropped")
     yield from _recount(queue, Counter(jobs.values()), before)
@@ -448,6 +465,34 @@ def _enlist(queue: Queue, workers: Sequence[str]) -> int:
     """Add workers that have a list to the set of workers, so that they are reaped if lost."""
     at_once = (workers[at : at + STEP] for at in range(0, len(workers), STEP))
     return sum(queue.store.read(("SADD", queue.keys.workers, *some))[0] for some in at_once)
+
+
+def find_forgotten(queue: AnyQueue) -> list[Finding]:
+    """Look at some jobs that wait for others, and advance those that wait for one that has ended.
+
+    There are none, unless keys were lost or an older version of a worker ended a parent.
+    """
+    return [finding for part in queue.parts for finding in _look_again(part, _some_that_wait(part))]
+
+
+def _some_that_wait(part: Queue) -> list[str]:
+    """Return the ids of up to 100 jobs that wait for others, beginning anywhere among them."""
+    [count] = part.store.read(("ZCOUNT", part.keys.delayed, "inf", "inf"))
+    if not count:
+        return []
+    start = random.randrange(-99, count)
+    return ids_in(part.store.read(("ZRANGEBYSCORE", part.keys.delayed, "inf", "inf", "LIMIT", max(start, 0), 100))[0])
+
+
+def _look_again(queue: Queue, ids: Sequence[str]) -> Iterator[Finding]:
+    """Advance those jobs that wait for one that has ended or is gone, or whose end is not seen."""
+    forgotten = 0
+    for job in [job for job, _ in queue.read_jobs(ids, cut=0) if job and job.status == "pending" and job.waiting_for]:
+        parents = [parent for parent, _ in queue.read_jobs(job.waiting_for, cut=0)]
+        if any(parent is None or parent.status in ENDED or not parent.followed for parent in parents):
+            queue.restore(job.id)
+            forgotten += 1
+    yield from _changed(forgotten, "job that waited", "jobs that waited", "looked at again: their parents have ended")
 
 
 def _drop_gone(queue: Queue, key: str, ids: Sequence[bytes]) -> int:

@@ -12,10 +12,11 @@ import random
 import re
 import time
 import typing
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
 from functools import partial
+from graphlib import CycleError, TopologicalSorter
 from typing import Any, Concatenate, Generic, Literal, NamedTuple, ParamSpec, Protocol, TypeVar, cast
 
 import msgspec
@@ -27,6 +28,7 @@ from tinyqueue_redis import explain, shield, text_of
 
 MAX_ATTEMPTS = 100
 MAX_DELAY = 366 * 86400  # seconds
+MAX_AFTER = 1000  # parents of a job
 KEY_LENGTH = 200  # characters of a uniqueKey
 NAME = re.compile(r"[A-Za-z0-9._-]{1,100}")  # of queues, types, workers: cannot spell another key
 PRINTABLE = re.compile(r"[^\x00-\x1f\x7f-\xa0\xad\u2028\u2029\ud800-\udfff]+")  # as in openapi.json
@@ -154,6 +156,7 @@ SHOWN = ("id", "type", "payload", "status", "attempts", "maxAttempts", "queue", 
 SHOWN_IF_SET = (
     *("runAt", "startedAt", "endedAt", "worker", "progress", "expiresAt", "uniqueKey", "cancelRequested", "suspicions"),
     *("requestId", "traceparent", "limit", "callbackUrl", "callbackJob", "schedule", "scheduledFor", "error"),
+    *("after", "waitingFor", "onFailure"),
 )
 UNREADABLE = "UnreadableRecord"
 
@@ -210,6 +213,10 @@ class Job(msgspec.Struct, rename="camel", omit_defaults=True, dict=True, forbid_
     request_id: str = ""
     traceparent: str = ""
     limit: str = ""
+    after: tuple[str, ...] = ()  # its parents
+    waiting_for: tuple[str, ...] = ()  # those of them that keep it from starting
+    on_failure: Literal["", "run"] = ""  # "run": it starts even if a parent fails or is cancelled
+    followed: bool = False  # whether other jobs wait for it
     schedule: str = ""  # whose tick enqueued it, and the time that the tick was for
     scheduled_for: int = 0
     callback_url: str = ""
@@ -274,6 +281,37 @@ class Job(msgspec.Struct, rename="camel", omit_defaults=True, dict=True, forbid_
             with shield(), suppress(Unavailable):  # an attempt must not fail because of its progress
                 queue.write_progress(own)
 
+    def parents(self) -> list[Job | None]:
+        """Return the jobs in `after`, in that order, with their results, from within a handler.
+
+        None stands for a parent that was purged, or whose record has expired.
+        """
+        queue = self.__dict__.get("_own", self).__dict__.get("_queue")
+        if not queue and self.after:
+            raise TinyQueueError(f"job {self.id} was not started by a worker, so its parents cannot be read")
+        with shield():
+            return [job for job, _ in queue.read_jobs(self.after)] if queue else []
+
+    @property
+    def due(self) -> float:
+        """When a pending job leaves the delayed ones. One that waits for others does to expire."""
+        return (self.expires_at or math.inf) if self.waiting_for else self.run_at
+
+    def may_follow(self, status: str) -> bool:
+        """Whether it need not wait for a parent of that status."""
+        return status == "completed" or (status in ENDED and self.on_failure == "run")
+
+    def failed_because_of(self, parent: str) -> bool:
+        """Whether it failed because that parent did, and not because of its own attempts."""
+        cause = self.error if self.status == "failed" else None
+        return cause is not None and cause.type == "DependencyFailed" and parent in cause.message
+
+    def fail_as(self, stored: Job) -> None:
+        """Take over from the stored job how it failed."""
+        self.status = "failed"
+        self.error = stored.error
+        self.ended_at = self.updated_at = stored.ended_at
+
     def place(self) -> tuple[int, str]:
         """Its place in a listing: by when it ended, or was created if it has not ended."""
         return self.ended_at if self.status in ENDED else self.created_at, self.id
@@ -289,6 +327,7 @@ class Job(msgspec.Struct, rename="camel", omit_defaults=True, dict=True, forbid_
         """The job as clients see it: the fields in SHOWN, and the others if they are set."""
         fields = dict(zip(self.__struct_encode_fields__, msgspec.structs.astuple(self), strict=True))
         fields |= {"createdAt": self.created_at, "updatedAt": self.updated_at or self.created_at}
+        fields |= {"after": list(self.after), "waitingFor": list(self.waiting_for)}
         set_now = [name for name in SHOWN_IF_SET if fields[name]] + ["result"] * (self.status == "completed")
         return {name: fields[name] for name in (*SHOWN, *set_now)}
 
@@ -337,6 +376,7 @@ class Attempt(msgspec.Struct, rename="camel"):
     refunds: int = 0
     started_at: int = 0
     cancel_requested: bool = False
+    followed: bool = False
 
 
 _decode_job = msgspec.json.Decoder(Job).decode
@@ -398,8 +438,8 @@ def attempt_in(record: bytes | None, job: Job) -> Attempt | None:
         stored = _decode_attempt(record or b"{}")
     except (msgspec.DecodeError, RecursionError):
         return None
-    ours = Attempt("processing", job.worker, job.attempts, job.refunds, job.started_at, stored.cancel_requested)
-    if stored != ours:
+    marks = stored.cancel_requested, stored.followed
+    if stored != Attempt("processing", job.worker, job.attempts, job.refunds, job.started_at, *marks):
         return None
     if record and record != job.__dict__.get("_record"):
         job.unknown = _unknown(_decode_fields(record))
@@ -850,9 +890,9 @@ def read_override(limit: str, fields: Mapping[str, Any]) -> Override:
 def rule_of(limit: str, overrides: Iterable[bytes | None]) -> Rule:
     """Return what a limit allows. The overrides are that of its type, then its own.
 
-    An override that TinyQueue never writes pauses the limit, and stops no other type.
     The numbers belong to the code. A process without the handler starts one job at a time, which it
     returns as it does with any type that it does not know. Without a limit in the code, all may go.
+    Raises Corrupted for an override that TinyQueue never writes.
     """
     known = HANDLERS.get(limit.partition("/")[0])
     if not known:
@@ -862,7 +902,7 @@ def rule_of(limit: str, overrides: Iterable[bytes | None]) -> Rule:
     max_running = known.max_running
     rate = known.rate
     paused = False
-    for override in (_stored_override(stored) for stored in overrides if stored):
+    for override in (_stored_override(limit, stored) for stored in overrides if stored):
         max_running = (override.max_running or max_running) if max_running else 0
         rate = (override.rate or rate) if rate else ""
         paused = paused or override.paused
@@ -870,11 +910,12 @@ def rule_of(limit: str, overrides: Iterable[bytes | None]) -> Rule:
     return Rule(max_running or math.inf, int(starts or 0), PERIODS.get(period, 0), paused)
 
 
-def _stored_override(stored: bytes) -> Override:
+def _stored_override(limit: str, stored: bytes) -> Override:
     try:
         return msgspec.json.decode(stored, type=Override).check()
-    except (msgspec.DecodeError, UnicodeDecodeError, InvalidJob):
-        return Override(paused=True)
+    except (msgspec.DecodeError, UnicodeDecodeError, InvalidJob) as error:
+        text = f"the numbers set for the limit {limit} or its type cannot be read: {error}; reset them"
+        raise Corrupted(text) from None
 
 
 # Checking a job -------------------------------------------------------------------------------------------------------
@@ -891,20 +932,21 @@ def make_job(
     run_at: int | str | datetime | None = None,
     expires_in: float | None = None,
     unique_key: str | None = None,
+    after: Iterable[str | Job] | None = None,
+    on_failure: Literal["fail", "run"] | None = None,
     callback_url: str | None = None,
 ) -> Job:
     """Check the parts of a job and make it. Raises InvalidJob with the field and the rule.
 
     Defaults come from the handler's declaration, if this process has it. A job that was not started
     within `expires_in` seconds fails when its turn comes. While a job with the same `unique_key` is
-    pending or processing, submit returns that job and stores no other. The end of the job is sent
-    to `callback_url` by a job of its own, of type webhook.
+    pending or processing, submit returns that job and stores no other. The job starts when the jobs
+    in `after` have completed: jobs, ids, or drafts of the same batch. If one of them fails or is
+    cancelled, this job fails with DependencyFailed, or with `on_failure="run"` it starts anyway.
+    The end of the job is sent to `callback_url` by a job of its own, of type webhook.
     """
     known = HANDLERS.get(check_name("type", type))
-    try:
-        encoded = to_json(payload)
-    except ValueError as error:
-        raise InvalidJob("payload", str(error)) from None
+    encoded = _encode_payload(payload)
     if known:
         known.parse(encoded)
     if max_attempts is None:
@@ -912,9 +954,7 @@ def make_job(
     if queue is None:
         queue = known.queue if known else "default"
     starts_at = _first_run(delay, run_at, now)
-    expires_at = _expiry(expires_in, now) if expires_in is not None else 0
-    if expires_at and starts_at >= expires_at:
-        raise InvalidJob("expiresIn", "must end after the job may start: raise it, or lower delay or runAt")
+    expires_at = _expiry(expires_in, now, starts_at)
     job = Job(
         id=new_id(now),
         type=type,
@@ -924,11 +964,20 @@ def make_job(
         run_at=starts_at,
         expires_at=expires_at,
         unique_key=_text_key("uniqueKey", unique_key) if unique_key is not None else "",
+        after=_parents(after) if after is not None else (),
+        on_failure=_on_failure(on_failure) if on_failure is not None else "",
         callback_url=check_url("callbackUrl", callback_url) if callback_url is not None else "",
     )
     if known and known.limited:
         job.limit = limit_of(msgspec.structs.replace(job, payload=msgspec.json.decode(encoded)))
     return job
+
+
+def _encode_payload(payload: Any) -> bytes:
+    try:
+        return to_json(payload)
+    except ValueError as error:
+        raise InvalidJob("payload", str(error)) from None
 
 
 def check_name(field: str, value: Any) -> str:
@@ -947,6 +996,24 @@ def _text_key(field: str, value: Any) -> str:
     if not isinstance(value, str) or not PRINTABLE.fullmatch(value) or len(value) > KEY_LENGTH:
         raise InvalidJob(field, f"must be 1 to {KEY_LENGTH} printable characters")
     return value
+
+
+def _parents(after: Any) -> tuple[str, ...]:
+    if isinstance(after, str | bytes | Mapping) or not isinstance(after, Iterable):
+        raise InvalidJob("after", "must be a list of job ids")
+    ids = [parent.id if isinstance(parent, Job) else parent for parent in after]
+    if len(ids) > MAX_AFTER:
+        raise InvalidJob("after", f"must be at most {MAX_AFTER} jobs")
+    if wrong := [id for id in ids if not isinstance(id, str) or not ID.fullmatch(id)]:
+        rule = "must be a list of job ids, or of refs in a batch"
+        raise InvalidJob("after", f"{rule}; {ascii(wrong[0])[:80]} is neither")
+    return tuple(dict.fromkeys(ids))
+
+
+def _on_failure(value: Any) -> Literal["", "run"]:
+    if value not in ("fail", "run"):
+        raise InvalidJob("onFailure", "must be fail or run")
+    return "run" if value == "run" else ""
 
 
 def is_delay(value: Any) -> bool:
@@ -977,12 +1044,77 @@ def _first_run(delay: float | None, run_at: Any, now: int) -> int:
     return at if at and at > now else 0
 
 
-def _expiry(seconds: float, now: int) -> int:
+def _expiry(seconds: float | None, now: int, starts_at: int) -> int:
+    if seconds is None:
+        return 0
     if not is_delay(seconds) or not seconds:
         raise InvalidJob("expiresIn", f"must be a number of seconds above 0, at most {MAX_DELAY}")
-    return now + max(1, round(seconds * 1000))
+    expires_at = now + max(1, round(seconds * 1000))
+    if starts_at >= expires_at:
+        raise InvalidJob("expiresIn", "must end after the job may start: raise it, or lower delay or runAt")
+    return expires_at
 
 
 # Users import these classes from tinyqueue, so tracebacks and pickles must name that module.
 for _defined in [value for value in globals().values() if isinstance(value, type) and value.__module__ == __name__]:
     _defined.__module__ = "tinyqueue"
+
+
+# Parents and tokens ---------------------------------------------------------------------------------------------------
+
+MAX_LINKS = 10_000  # parents of all jobs of a batch
+FATES = {"failed": "has failed", "cancelled": "was cancelled"}
+OTHER_SHARD = "must be jobs of one shard, that of the uniqueKey if it is given, because TINYQUEUE_SHARDS is above 1"
+
+
+def outer_parents(after: Mapping[str, Iterable[str]], own: Collection[str]) -> list[str]:
+    """Return the parents that are not in the batch itself. Raises InvalidJob for too many."""
+    links = [id for ids in after.values() for id in ids]
+    if len(links) > MAX_LINKS:
+        raise InvalidJob("after", f"must be at most {MAX_LINKS} ids in all jobs of a batch")
+    return [id for id in dict.fromkeys(links) if id not in own]
+
+
+def set_parents(new: Sequence[Job], after: Mapping[str, Sequence[str]], kept: Mapping[str, str]) -> list[str]:
+    """Set `after` of the new jobs of a batch. Return the parents that are not among them.
+
+    `kept` has the ids of the jobs that are kept in place of drafts. Raises InvalidJob if jobs wait
+    for each other in a circle.
+    """
+    for job in new:
+        job.after = tuple(dict.fromkeys(kept.get(id, id) for id in after.get(job.id, ())))
+    places = {job.id: str(place) for place, job in enumerate(new)}
+    try:
+        TopologicalSorter({job.id: [id for id in job.after if id in places] for job in new}).prepare()
+    except CycleError as error:
+        circle = ", ".join(places[id] for id in error.args[1])
+        raise InvalidJob("after", f"these jobs of the batch wait for each other in a circle: {circle}") from None
+    return outer_parents({job.id: job.after for job in new}, places)
+
+
+def read_parents(ids: Sequence[str], records: Sequence[bytes | None]) -> dict[str, Job]:
+    """Read the parents of new jobs. Raises InvalidJob if one does not exist."""
+    found = {id: read_job(id, record) for id, record in zip(ids, records, strict=True) if record is not None}
+    if missing := [id for id in ids if id not in found]:
+        raise InvalidJob("after", f"job {missing[0]} does not exist: its id is wrong, or it was purged or expired")
+    return found
+
+
+def tokens_by_job(tokens: Iterable[bytes]) -> dict[str, list[bytes]]:
+    """Group the tokens of advance by the job that ended or was revived."""
+    groups: dict[str, list[bytes]] = {}
+    for token in tokens:
+        groups.setdefault(text_of(token).partition(":")[0], []).append(token)
+    return groups
+
+
+def status_in(tokens: Iterable[bytes]) -> str:
+    """Return the status of a job that is gone from the tokens of its ends and revivals.
+
+    A token without a status was pushed because of a `waitingFor`, which a job leaves when it
+    completes, so the job has failed. Returns "" if it was only revived: the token of its later end
+    follows.
+    """
+    found = {text_of(token).partition(":")[2].partition(":")[0] for token in tokens}
+    known = next((status for status in ("completed", "cancelled", "failed") if status in found), "failed")
+    return "" if found == {"pending"} else known

@@ -6,14 +6,15 @@ from collections.abc import Iterator, Mapping
 from itertools import accumulate, product
 from typing import Any
 
-from tinyqueue import BUCKETS, ENDED, HANDLERS, SERIES, UNENDED, AnyQueue
+from tinyqueue import BUCKETS, ENDED, HANDLERS, SERIES, UNENDED
 from tinyqueue_schedule import list_schedules
+from tinyqueue_shards import AnyQueue
 
 # Name after tinyqueue_, kind, labels, help text. The names and labels are a part of the contract:
 # deploy/ and users' own dashboards read them.
 METRICS = (
     ("jobs", "gauge", "queue status", "pending and processing jobs; pending ones include delayed ones"),
-    ("jobs_delayed", "gauge", "", "pending jobs that wait for their runAt"),
+    ("jobs_delayed", "gauge", "", "pending jobs that wait for their runAt or for other jobs"),
     ("jobs_kept", "gauge", "status", "jobs that have ended and are still stored"),
     ("oldest_waiting_seconds", "gauge", "queue", "time that the next job has waited since it could start"),
     ("redis_memory_ratio", "gauge", "", "share of Redis' maxmemory that is used, 0 without a limit"),

@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from tinyqueue import AnyQueue, Unavailable
+from tinyqueue import Unavailable
 from tinyqueue_config import Settings, open_queue
 from tinyqueue_problems import RETRY_AFTER, Problem
+from tinyqueue_shards import AnyQueue
 
 if TYPE_CHECKING:
     from tinyqueue.worker import Worker

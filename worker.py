@@ -61,7 +61,6 @@ from tinyqueue import (
     HANDLERS,
     MAX_JOBS,
     PROMOTED,
-    AnyQueue,
     Corrupted,
     Job,
     Outcome,
@@ -87,8 +86,9 @@ from tinyqueue_config import (
     reset_signals_in_children,
     variable,
 )
-from tinyqueue_doctor import find_broken, repair, warnings
+from tinyqueue_doctor import find_broken, find_forgotten, repair, warnings
 from tinyqueue_schedule import Scheduler
+from tinyqueue_shards import AnyQueue
 from tinyqueue_slot import Slot, fail
 
 log = logging.getLogger("tinyqueue.worker")
@@ -131,6 +131,8 @@ class Worker:
     then the process goes on after it.
     """
 
+    room_at = -math.inf  # until when a burst waits for a held job that a rate lets start
+
     def __init__(
         self,
         queue: AnyQueue,
@@ -142,7 +144,6 @@ class Worker:
         self.queue = queue
         self.settings = settings
         self.burst = burst
-        self.room_at = -math.inf  # until when a burst waits for a held job that a rate lets start
         self.until = until
         self.take_until = until - min(RUN_OUT, (until - time.monotonic()) / 4) if until < math.inf else until
         self.names = list(names) or list(dict.fromkeys(["default", *(handler.queue for handler in HANDLERS.values())]))
@@ -798,6 +799,8 @@ class Worker:
     def _trim(self) -> None:
         while self.queue.trim() >= MAX_JOBS and not self.closed.is_set():
             self.last_upkeep = time.monotonic()
+        for finding in find_forgotten(self.queue):
+            log.warning("repaired after a token was lost: %s", finding.seen)
         if broken := find_broken(self.queue):  # in a thread, because the lease must be renewed meanwhile
             threading.Thread(target=self._repair, args=(broken,), daemon=True).start()
 

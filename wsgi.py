@@ -25,12 +25,11 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import cache, cached_property, partial
 from http import HTTPStatus
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 from urllib.parse import parse_qsl, quote
 
 import bottle
@@ -40,7 +39,6 @@ from bottle import request
 import tinyqueue_openapi
 import tinyqueue_schedule
 from tinyqueue import (
-    BLOCK,
     BUILT_IN,
     HANDLERS,
     ID,
@@ -49,7 +47,6 @@ from tinyqueue import (
     NAME,
     STATUSES,
     UNENDED,
-    AnyQueue,
     Failure,
     Filter,
     InvalidJob,
@@ -83,9 +80,12 @@ from tinyqueue_config import (
     set_up_logging,
 )
 from tinyqueue_doctor import warnings
-from tinyqueue_json import MAX_DEPTH, Preview, from_json
+from tinyqueue_json import MAX_DEPTH, Preview, from_json, new_id
 from tinyqueue_metrics import Scrape
 from tinyqueue_problems import HEADERS, RETRY_AFTER, Problem, kind_of_status, problem, response_headers
+from tinyqueue_shards import AnyQueue
+from tinyqueue_waiter import Waiter
+from tinyqueue_why import answer
 from tinyqueue_work import Guest
 
 if TYPE_CHECKING:
@@ -151,6 +151,8 @@ FIELDS = {
     "runAt": "run_at",
     "expiresIn": "expires_in",
     "uniqueKey": "unique_key",
+    "after": "after",
+    "onFailure": "on_failure",
     "callbackUrl": "callback_url",
 }
 # JSON name -> argument of make_schedule
@@ -291,15 +293,7 @@ class API(bottle.Bottle):  # type: ignore[misc]
         allow_partial = _query_flag(_query("partial"), "partial")
         if not isinstance(items, list) or not 1 <= len(items) <= MAX_JOBS:
             raise InvalidJob("jobs", f"must be an array of 1 to {MAX_JOBS} jobs")
-        drafts: list[Job | Problem] = []
-        for at, fields in enumerate(items):
-            try:
-                drafts.append(self._draft_job(fields))
-            except InvalidJob as error:
-                refusal = problem(error, index=at)
-                if not allow_partial:
-                    raise refusal from None
-                drafts.append(refusal)
+        drafts = self._draft_jobs(items, allow_partial)
         valid = [draft for draft in drafts if isinstance(draft, Job)]
         once = _idempotency_key(items)
         jobs = self.queue.submit(valid, once) if valid else []
@@ -319,10 +313,43 @@ class API(bottle.Bottle):  # type: ignore[misc]
             for job, new in zip(jobs, is_new, strict=True)
         ]
 
-    def _draft_job(self, fields: Any) -> Job:
-        """Make a job from a client's fields. Unlike Queue.draft, refuse types without a handler."""
+    def _draft_jobs(self, items: Sequence[Any], allow_partial: bool) -> list[Job | Problem]:
+        """Draft the jobs of a batch, which may name each other in `after` by their `ref`."""
+        now = self.queue.now()
+        ids = [new_id(now) for _ in items]
+        refs = _refs(items, ids)
+        drafts: list[Job | Problem] = []
+        for at, fields in enumerate(items):
+            try:
+                drafts.append(self._draft_job(fields, refs, ids[at]))
+            except InvalidJob as error:
+                refusal = problem(error, index=at)
+                if not allow_partial:
+                    raise refusal from None
+                drafts.append(refusal)
+        refused = {id for id, draft in zip(ids, drafts, strict=True) if isinstance(draft, Problem)}
+        while orphans := [at for at, job in enumerate(drafts) if isinstance(job, Job) and refused & {*job.after}]:
+            orphaned = InvalidJob("after", "must not name a job of the batch that is invalid")
+            drafts = [problem(orphaned, index=at) if at in orphans else draft for at, draft in enumerate(drafts)]
+            refused.update(ids[at] for at in orphans)
+        return drafts
+
+    def _draft_job(self, fields: Any, refs: Mapping[str, str] | None = None, id: str = "") -> Job:
+        """Make a job from a client's fields. Unlike Queue.draft, refuse types without a handler.
+
+        `refs` has the ids of the jobs of its batch that have a `ref`, and `id` is its own.
+        """
         queue = self.queue  # opening it has loaded the handlers
-        job = queue.draft(**_arguments("job", fields, FIELDS, ("type", "payload")))
+        options = _arguments("job", fields, FIELDS | {"ref": "ref"}, ("type", "payload"))
+        ref = options.pop("ref", None)
+        if ref is not None and not _is_ref(ref):
+            raise InvalidJob("ref", "must be 1 to 100 of the characters A-Z a-z 0-9 . _ -, and not a job id")
+        if refs and refs.get(ref or "", id) != id:
+            raise InvalidJob("ref", "must differ from that of every other job of the batch")
+        if refs and isinstance(options.get("after"), list):
+            options["after"] = [refs.get(name, name) if isinstance(name, str) else name for name in options["after"]]
+        job = queue.draft(**options)
+        job.id = id or job.id
         sent_ids = request.environ["tinyqueue.sent_ids"]  # not a generated id: a client searches for its own
         job.request_id = sent_ids.get("requestId", "")
         job.traceparent = sent_ids.get("traceparent", "")
@@ -365,12 +392,11 @@ class API(bottle.Bottle):  # type: ignore[misc]
             self._blocked.release()
 
     def _explain(self, job: Job) -> dict[str, Any]:
-        """Return a job as clients see it, and if it is held by a limit: by which, and its place.
+        """Return a job as clients see it, and why it does not run if it is pending.
 
         Only admins see what was answered to a webhook or to an http job that failed.
         """
-        place = self.queue.place_among_held(job)
-        fields = job.answer() | ({"heldBy": job.limit, "position": place} if place else {})
+        fields = answer(self.queue, job)
         if job.type in BUILT_IN and job.error and "admin" not in self._roles():
             fields["error"] = Failure(job.error.type, job.error.message)
         return fields
@@ -574,86 +600,7 @@ class API(bottle.Bottle):  # type: ignore[misc]
         return document
 
 
-# Waiting for jobs -----------------------------------------------------------------------------------------------------
-
-
-class Waiting(NamedTuple):
-    """A request that waits for a job until a time. `resume` answers it."""
-
-    until: float
-    environ: dict[str, Any]
-    resume: Callable[[], None]
-
-
-class Waiter:
-    """Waits for the ends of many jobs of a queue in one thread, which runs while there are any."""
-
-    def __init__(self, queue: Queue) -> None:
-        self.queue = queue
-        self.bell = f"waiter-{os.urandom(8).hex()}"  # its token says that there is another job to wait for
-        self.lock = threading.Lock()
-        self.running = False
-        self.waiting: dict[str, list[Waiting]] = {}
-
-    def add(self, id: str, seconds: float, environ: dict[str, Any], resume: Callable[[], None]) -> None:
-        with self.lock:
-            self.waiting.setdefault(id, []).append(Waiting(time.monotonic() + seconds, environ, resume))
-            was_running = self.running
-            self.running = True
-        if not was_running:
-            threading.Thread(target=self._run, name="waiter", daemon=True).start()
-            return
-        with suppress(TinyQueueError):  # then the thread looks after BLOCK seconds
-            self.queue.leave_token(self.bell)
-
-    def release(self, ids: Collection[str], error: TinyQueueError | None = None) -> None:
-        """Answer the requests that wait for these jobs."""
-        with self.lock:
-            found = [entry for id in ids for entry in self.waiting.pop(id, ())]
-        _resume(found, error)
-
-    def release_all(self) -> None:
-        self.release(list(self.waiting))
-
-    def _run(self) -> None:
-        marked: set[str] = set()  # the ids that are awaited
-        checked: set[str] = set()  # those of them that had not ended; all are checked again after BLOCK
-        while left := self._release_late():
-            with self.lock:
-                ids = set(self.waiting)
-            try:
-                self.queue.forget_awaited(marked - ids)
-                marked = ids
-                ended = self.queue.await_ends(ids - checked)
-                checked = ids - ended
-                if not ended:
-                    token = self.queue.wait_for_end(ids, min(left, BLOCK), self.bell)
-                    ended = {token} & ids
-                    checked = checked - ended if token else set()
-            except TinyQueueError as error:
-                self.release(ids, error)
-            else:
-                self.release(ended)
-        with suppress(TinyQueueError):  # a mark that stays costs one token when its job ends
-            self.queue.forget_awaited(marked)
-
-    def _release_late(self) -> float:
-        """Answer requests whose time is up. Return the seconds until the next, 0 if none wait."""
-        now = time.monotonic()
-        with self.lock:
-            late = [entry for entries in self.waiting.values() for entry in entries if entry.until <= now]
-            kept = {id: [entry for entry in entries if entry.until > now] for id, entries in self.waiting.items()}
-            self.waiting = {id: entries for id, entries in kept.items() if entries}
-            self.running = bool(self.waiting)
-            times = [entry.until - now for entries in self.waiting.values() for entry in entries]
-        _resume(late)
-        return min(times, default=0)
-
-
-def _resume(entries: Iterable[Waiting], error: TinyQueueError | None = None) -> None:
-    for entry in entries:
-        entry.environ["tinyqueue.waited"] = error or True
-        entry.resume()
+# Errors of Bottle -----------------------------------------------------------------------------------------------------
 
 
 def _explain_missing(path: str) -> str:
@@ -804,6 +751,19 @@ def _filter(wanted: Mapping[str, str]) -> Filter:
     if values.get("status", "pending") not in STATUSES:
         raise InvalidJob("status", f"must be one of {', '.join(STATUSES)}")
     return Filter(**values)  # type: ignore[arg-type]
+
+
+def _is_ref(value: Any) -> bool:
+    return isinstance(value, str) and bool(NAME.fullmatch(value)) and not ID.fullmatch(value)
+
+
+def _refs(items: Sequence[Any], ids: Sequence[str]) -> dict[str, str]:
+    """Return the ids of the jobs of a batch by `ref`. If two have the same, the first has it."""
+    refs: dict[str, str] = {}
+    for fields, id in zip(items, ids, strict=True):
+        if isinstance(fields, dict) and _is_ref(fields.get("ref")):
+            refs.setdefault(fields["ref"], id)
+    return refs
 
 
 def _printable(name: str) -> str:

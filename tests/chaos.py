@@ -13,6 +13,7 @@ does not depend on Redis. The judge requires:
 
     every accepted job has ended as its handler determines; a submit without an answer has made one
     job or none; the tick of a schedule has made one job
+    a job of a chain starts after the one before it has completed, or fails because that did
     every end of a job with a callbackUrl was delivered to a receiver, under one id
     every run of a job except the first has a cause: its handler failed, or its worker was killed,
     was told to stop, or was cut off for longer than its lease
@@ -307,6 +308,7 @@ class Submit:
     patient: bool  # repeat it with the same key until it is answered
     cancel: bool
     callback: bool = False
+    chain: bool = False  # each job of the batch starts after the one before it
     ids: list[str] = field(default_factory=list)  # from the answer
     doubtful: bool = False  # not answered, so it may have been accepted
     cancelled_at: float = 0.0  # when the answer came that it is cancelled
@@ -369,7 +371,8 @@ def _draw_submit(rng: random.Random, token: str, type: str) -> Submit:
     at = round(rng.uniform(0.0, 0.6), 3)
     cancel = rng.random() < 0.15
     callback = rng.random() < 0.3
-    return Submit(token, at, via, type, payloads, delay, patient, cancel, callback)
+    chain = via == "batch" and rng.random() < 0.6
+    return Submit(token, at, via, type, payloads, delay, patient, cancel, callback, chain)
 
 
 # The world ------------------------------------------------------------------------------------------------------------
@@ -733,6 +736,8 @@ class World:
         more = {"type": submit.type, "delay": submit.delay}
         more |= {"callbackUrl": self.receiver.url} if submit.callback else {}
         bodies = [{"payload": payload, **more} for payload in submit.payloads]
+        if submit.chain:
+            bodies = [{**body, "ref": f"r{n}", "after": [f"r{n - 1}"] if n else []} for n, body in enumerate(bodies)]
         path, body = ("/jobs/batch", bodies) if submit.via == "batch" else ("/jobs", bodies[0])
         submit.tries += 1
         try:
@@ -1078,11 +1083,18 @@ def judge(evidence: Evidence) -> Verdict:
     for submit in evidence.plan.submits:
         found = [by_token.pop(payload["token"], []) for payload in submit.payloads]
         _judge_submit(submit, found, verdict)
+        before: Job | None = None
         for n, job in enumerate(job for jobs in found for job in jobs):
             # By attempt: a worker that is suspended between start and handler runs the job late.
             runs = sorted((run for run in evidence.runs if run.id == job.id), key=lambda run: (run.attempt, run.begin))
-            _judge_end(submit, job, runs, n == 0, verdict)
+            if before and before.status != "completed":
+                _judge_dependent(job, runs, verdict)
+            else:
+                _judge_end(submit, job, runs, n == 0, verdict)
+            if before and runs and not any(run.end <= runs[0].begin for run in evidence.runs if run.id == before.id):
+                verdict.wrong.append(f"a job ran before the one that it waits for: {job}")
             _judge_runs(job, runs, evidence, verdict)
+            before = job if submit.chain else None
             if submit.callback:
                 _judge_delivery(job, deliveries, evidence.received, verdict)
     unknown = [jobs for token, jobs in by_token.items() if token not in evidence.late]
@@ -1129,6 +1141,14 @@ def _judge_end(submit: Submit, job: Job, runs: list[Run], first: bool, verdict: 
         and (job.status != "cancelled" or any(run.begin > submit.cancelled_at for run in runs))
     ):
         verdict.wrong.append(f"a job was cancelled, but ran: {job}")
+
+
+def _judge_dependent(job: Job, runs: list[Run], verdict: Verdict) -> None:
+    """Check that a job has failed because the one that it waits for did not complete."""
+    if job.status not in ENDED:
+        verdict.lost.append(f"a job waits for ever: {job}")
+    elif runs or job.status != "failed" or not job.error or job.error.type != "DependencyFailed":
+        verdict.wrong.append(f"a job did not fail because of the one that it waits for: {job}")
 
 
 def _judge_delivery(job: Job, jobs: list[Job], received: Sequence[tuple[str, str]], verdict: Verdict) -> None:

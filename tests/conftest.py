@@ -435,6 +435,9 @@ FAMILIES = {
     "rate:": "string",
     "awaited": "set",
     "done:": "list",
+    "next:": "set",
+    "advance": "list",
+    "advancer": "string",
     "schedule:": "string",
     "ticks": "zset",
     "generation:": "string",
@@ -445,7 +448,9 @@ FAMILIES = {
     "pace:": "zset",
     "halt:": "string",
 }
-EXPIRING = ("lease:", "promoter", "repairer", "mark", "once:", "minute:", "rate:", "done:", "pace:", "halt:")
+EXPIRING = (
+    *("lease:", "promoter", "repairer", "advancer", "mark", "once:", "minute:", "rate:", "done:", "pace:", "halt:"),
+)
 ENDED = ("completed", "failed", "cancelled")
 
 
@@ -460,7 +465,7 @@ def check_consistency(queue: Queue) -> None:
         match = re.match(r"[a-z]+:?", key)
         assert match, f"unknown key {key}"
         assert FAMILIES.get(match[0]) == entry.type, f"unknown key {key}, a {entry.type}"
-        assert entry.expires == (match[0] in EXPIRING) or match[0] == "job:", (
+        assert entry.expires == (match[0] in EXPIRING) or match[0] in ("job:", "next:"), (
             f"{key} has a time to live: {entry.expires}"
         )
 
@@ -495,6 +500,9 @@ def check_consistency(queue: Queue) -> None:
             )
     _check_counts(keys["counts"].value if "counts" in keys else {}, records, indexes)
     _check_metrics(queue.metrics(), records)
+    assert "advance" not in keys or b"advance:" in indexes["delayed"], "nobody looks for tokens that are left"
+    tokens = {token.decode().partition(":")[0] for token in keys["advance"].value} if "advance" in keys else set()
+    _check_dependents(records, {id: set(ids) for id, ids in family("next:").items()}, tokens)
     _check_unique_keys({key: id.decode() for key, id in family("unique:").items()}, records)
     for id in (id for made in family("once:").values() for id in json.loads(made)["ids"]):
         assert ID.fullmatch(id), f"an Idempotency-Key names {id}, which is not a job id"
@@ -561,6 +569,27 @@ def _read_record(text: bytes) -> dict[str, Any]:
     return {name: msgspec.json.decode(value) for name, value in fields.items() if name not in ("payload", "result")}
 
 
+def _check_dependents(records: dict[str, dict[str, Any]], entered: dict[str, set[bytes]], tokens: set[str]) -> None:
+    """Check that no job waits for one that has ended, and that none failed because of one that has not failed.
+
+    Those are excepted whose parent has a token, because `advance` looks at them.
+    """
+    for id, record in records.items():
+        waits = record.get("status", "pending") == "pending"
+        error = record.get("error", {})
+        because = record.get("status") == "failed" and error.get("type") == "DependencyFailed"
+        assert set(record.get("waitingFor", ())) <= set(record.get("after", ()))
+        for parent in set(record.get("waitingFor", ())) - tokens:
+            details = f"{id} waits for {parent}: {record}, {records.get(parent)}"
+            status = records.get(parent, {"status": "gone"}).get("status", "pending")
+            if waits:
+                assert status in ("pending", "processing"), f"waits for ever: {details}"
+                assert records[parent].get("followed"), f"its end will not be seen: {details}"
+                assert id.encode() in entered.get(parent, ()), f"it will not be found: {details}"
+            elif because and parent in error["message"]:
+                assert status in ("failed", "cancelled", "gone"), f"failed in vain: {details}"
+
+
 def _check_unique_keys(keys: dict[str, str], records: dict[str, dict[str, Any]]) -> None:
     """Check that each uniqueKey names the only unended job that has it."""
     uses = Counter(record["uniqueKey"] for record in records.values() if _unended(record) and "uniqueKey" in record)
@@ -594,7 +623,8 @@ def _check_place(id: str, record: dict[str, Any], expires: bool, places: Places)
     assert places.index.keys() - {"delayed"} == {status} & set(ENDED), details
     if status == "pending":
         listed = record.get("queue", "default") in places.queue or places.held or places.waits
-        assert listed or places.index.get("delayed") == record.get("runAt", 0), f"lost job: {details}"
+        due = record.get("expiresAt", float("inf")) if record.get("waitingFor") else record.get("runAt", 0)
+        assert listed or places.index.get("delayed") == due, f"lost job: {details}"
     elif status == "processing":
         assert worker in places.held, f"lost job: {details}"
     else:

@@ -3,8 +3,9 @@
 Reusing an Idempotency-Key for another request is an error, so each request gets its own key.
 `partial=true` accepts a batch that contains invalid jobs, so it is removed. `runAt` has a latest
 time and must be in the calendar, and `wait` and `seconds` may take long, so they are limited. The
-cron expression, the time zone and the type of a schedule are replaced by some that exist. Other
-tests cover all six.
+cron expression, the time zone and the type of a schedule are replaced by some that exist, and so is
+the name of a limit, which has no rate. `after` must name jobs that exist, and a `ref` must be unique
+in its batch, so valid ones are removed. Other tests cover all of these.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ from typing import Any
 
 import schemathesis
 
+from tinyqueue import NAME
+from tinyqueue_job import LIMIT, RATE
 from tinyqueue_json import TIME, epoch_ms, parse_time
 
 LATEST = timedelta(days=365)
@@ -31,6 +34,11 @@ def before_call(context: Any, case: Any, kwargs: Any) -> None:
         query["wait"] = min(int(query["wait"]), 1)
     if str(query.get("seconds", "")).isdecimal() and 1 <= int(query["seconds"]) <= 25:
         query["seconds"] = 1
+    limit = (case.path_parameters or {}).get("limit")
+    if isinstance(limit, str) and LIMIT.fullmatch(limit):
+        case.path_parameters["limit"] = "webhook"
+        if isinstance(case.body, dict) and RATE.fullmatch(str(case.body.get("rate"))):
+            case.body["rate"] = None
     for job in case.body if isinstance(case.body, list) else [case.body]:
         if isinstance(job, dict) and (_is_too_late(job.get("runAt")) or _is_impossible(job.get("runAt"))):
             job["runAt"] = None
@@ -40,6 +48,18 @@ def before_call(context: Any, case: Any, kwargs: Any) -> None:
             valid = {"cron": "0 7 * * mon-fri", "timezone": "Europe/Berlin", "type": "echo"}
             job.update({name: value for name, value in valid.items() if isinstance(job.get(name), str)})
             job.update({"payload": {}} if "payload" in job else {})
+        if isinstance(job, dict) and _names_jobs(job.get("after")):
+            job["after"] = []
+        if isinstance(job, dict) and _is_name(job.get("ref")):
+            job["ref"] = None
+
+
+def _names_jobs(after: Any) -> bool:
+    return isinstance(after, list) and len(after) <= 1000 and all(map(_is_name, after))
+
+
+def _is_name(value: Any) -> bool:
+    return isinstance(value, str) and bool(NAME.fullmatch(value))
 
 
 def _expires_first(job: dict[str, Any]) -> bool:

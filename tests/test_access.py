@@ -87,6 +87,12 @@ NEEDED_ROLES = {
     ("POST", "/queues/<name>/resume"): "admin",
     ("GET", "/limits"): "read",
     ("PUT", "/limits/<limit>"): "admin",
+    ("GET", "/schedules"): "read",
+    ("PUT", "/schedules/<name>"): "admin",
+    ("DELETE", "/schedules/<name>"): "admin",
+    ("POST", "/schedules/<name>/pause"): "admin",
+    ("POST", "/schedules/<name>/resume"): "admin",
+    ("POST", "/schedules/<name>/run"): "admin",
     ("POST", "/work"): "admin",
     ("GET", "/stats"): "read",
     ("GET", "/scale"): "read",
@@ -673,7 +679,7 @@ def test_get_changes_nothing(queue: Queue, method: str, path: str) -> None:
     before = dump(queue)
     for suffix in ("", "?action=retry&_method=DELETE"):
         answer = api.get(path.replace("<id>", job.id) + suffix, {"X-Http-Method-Override": "DELETE"})
-        assert answer.status in (200, 422)
+        assert answer.status in (200, 400, 422)
     assert dump(queue) == before
 
 

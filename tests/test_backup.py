@@ -24,7 +24,6 @@ from test_processes import folder, run, runs, start, work  # noqa: F401  fixture
 
 from tinyqueue import (
     MAX_JOBS,
-    AnyQueue,
     Failure,
     InvalidJob,
     Job,
@@ -32,11 +31,11 @@ from tinyqueue import (
     Loaded,
     Once,
     Queue,
-    Shards,
     Unavailable,
 )
 from tinyqueue_backup import BackupError, Restored, back_up, check, restore
 from tinyqueue_doctor import examine, repair
+from tinyqueue_shards import AnyQueue, Shards
 
 DEFAULT = ["default"]
 BOOM = Failure("Boom", "it broke")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -14,8 +15,11 @@ from redis.crc import key_slot
 from test_availability import Load, service, stopped
 
 import tinyqueue
-from tinyqueue import Outcome, Shards, Unavailable
+from tinyqueue import Outcome, Unavailable, handler
 from tinyqueue_backup import BackupError, back_up, restore
+from tinyqueue_config import Settings
+from tinyqueue_shards import Shards
+from worker import Worker
 
 DEFAULT = ["default"]
 SLOTS = 16384
@@ -154,6 +158,35 @@ def test_every_verb_works_through_every_node(cluster: Cluster, queue_at: Any) ->
         assert queue.stats()["workers"] > 0
         check_consistency(queue)
         assert queue.pool.place == ("127.0.0.1", cluster.owner().port)
+
+
+@pytest.mark.usefixtures("no_handlers")
+def test_worker_keeps_to_limits_while_the_slot_moves(cluster: Cluster, queue_at: Any) -> None:
+    now: list[int] = []
+    seen: list[int] = []
+
+    @handler("one", max_running=1)
+    def one(payload: int) -> None:
+        now.append(payload)
+        seen.append(len(now))
+        now.remove(payload)
+
+    queue = queue_at(cluster.nodes[0].url)
+    jobs = queue.enqueue_many("one", list(range(200)))
+    running = Worker(queue, Settings(worker_concurrency=4))
+    thread = threading.Thread(target=running.run)
+    thread.start()
+    try:
+        until(lambda: len(seen) > 20)
+        owner = cluster.owner()
+        cluster.move(owner, next(node for node in cluster.masters if node is not owner))
+        until(lambda: queue.stats()["completed"] == len(jobs), timeout=60)
+    finally:
+        running.stop("release")
+        thread.join(20)
+    assert set(seen) == {1}
+    assert [job.status for job in newest(queue, "completed", 500)] == ["completed"] * len(jobs)
+    check_consistency(queue)
 
 
 @pytest.mark.parametrize("shard", range(4))

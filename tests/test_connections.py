@@ -11,8 +11,9 @@ import pytest
 from conftest import RedisServer, Server, free_port, until
 from cutproxy import CutProxy
 
-from tinyqueue import Queue, Shards, Unavailable
+from tinyqueue import Queue, Unavailable
 from tinyqueue_redis import Connections, ask, connect
+from tinyqueue_shards import Shards
 
 
 class Trouble(Exception):

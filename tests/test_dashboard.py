@@ -28,8 +28,9 @@ from typing import Any, Literal
 import pytest
 from client import Client, serving
 from conftest import RedisServer, newest, put, raw, until
+from test_why import SITUATIONS
 
-from tinyqueue import Discard, Failure, Job, Outcome, Queue, handler
+from tinyqueue import HANDLERS, Discard, Failure, Job, Outcome, Override, Queue, handler
 from tinyqueue_config import Settings
 from tinyqueue_schedule import make_schedule, put as put_schedule
 from worker import Worker
@@ -343,6 +344,41 @@ def test_pending_job_shows_why_it_does_not_start(open: Open, near: Queue) -> Non
     shows(page, "Queue reports is paused.")
 
 
+IN_OTHER_WORDS = {
+    "delayed": "Delayed until",
+    "retries": "Delayed until",
+    "paused": "Queue default is paused. Its jobs start after it is resumed.",
+    "not served": "No worker serves queue default.",
+    "waits": "Waits for",
+    "waits for many": "and 10 more",
+}
+
+
+@pytest.mark.parametrize("name", SITUATIONS)
+def test_pending_job_shows_why_it_does_not_start_in_each_situation(open: Open, near: Queue, name: str) -> None:
+    del HANDLERS["echo"]
+
+    @handler("echo")
+    def echo(payload: Any, job: Job) -> None: ...
+
+    job, text = SITUATIONS[name][1](near)
+    page = open(f"#/jobs/{job.id}")
+    shows(page, IN_OTHER_WORDS.get(name, f"It {text}"))
+
+
+def test_job_links_to_those_that_it_waits_for(open: Open, near: Queue) -> None:
+    parents = [near.enqueue("echo", "first parent"), near.enqueue("echo", "second parent")]
+    job = near.enqueue("echo", "child", after=parents)
+    page = open(f"#/jobs/{job.id}")
+    page.get_by_role("link", name=parents[1].id[-8:]).click()
+    shows(page, "second parent")
+    [first] = near.dequeue(near.register(["reports"], 1), ["reports"])
+    near.complete(first)
+    page.goto(page.url.partition("#")[0] + f"#/jobs/{job.id}")
+    shows(page, "After")
+    assert page.get_by_role("link", name=first.id[-8:]).count() == 1
+
+
 @pytest.mark.parametrize(
     ("name", "value", "rule"),
     [
@@ -540,6 +576,70 @@ def test_overview_without_schedules_has_no_panel_for_them(open: Open, near: Queu
     page = open()
     shows(page, "Queues")
     lacks(page, "[data-key=schedules]")
+
+
+@pytest.fixture
+def limited(near: Queue) -> list[Job]:
+    """Declare a limit of one for each account, start one of its jobs and hold two."""
+    handler("bill", max_running=1, limit_by="account")(nothing)
+    worker = near.register(["default"], 10)
+    jobs = near.enqueue_many("bill", [{"account": "a"}] * 3)
+    near.dequeue(worker, ["default"], 10)
+    return jobs
+
+
+def test_held_job_shows_its_limit_and_its_position(open: Open, near: Queue, limited: list[Job]) -> None:
+    page = open(f"#/jobs/{limited[2].id}")
+    shows(page, "Held by limit bill/a: number 2 in line.")
+    near.cancel(limited[1].id)
+    shows(page, "Held by limit bill/a: number 1 in line.")
+    near.complete(near.get(limited[0].id))
+    lacks(page, "text=Held by limit")
+    shows(page, "Limit")
+
+
+def test_limits_can_be_paused_resumed_and_changed(open: Open, near: Queue, limited: list[Job]) -> None:
+    page = open()
+    row = page.locator("[data-key=limits] [data-key='bill/a']")
+    playwright.expect(row.locator(".n").first).to_have_text("1 of 1")
+    page.get_by_role("button", name="Pause limit bill/a").click()
+    shows(page, "Limit bill/a paused.")
+    playwright.expect(row).to_contain_text("paused: none of its jobs are started")
+    page.get_by_role("button", name="Change limit bill/a").click()
+    page.get_by_label("Jobs at a time").fill("7")
+    page.get_by_label("Jobs at a time").press("Enter")
+    playwright.expect(row).to_contain_text("1 of 7")
+    assert near.limits_in_use()["bill/a"]["override"] == {"maxRunning": 7, "paused": True}
+    page.get_by_role("button", name="Resume limit bill/a").click()
+    page.get_by_role("button", name="Pause limit bill/a").wait_for()
+    assert near.limits_in_use()["bill/a"]["override"] == {"maxRunning": 7}
+    page.get_by_role("button", name="Change limit bill/a").click()
+    page.get_by_label("Jobs at a time").fill("")
+    page.locator("dialog").get_by_role("button", name="Change").click()
+    playwright.expect(row).to_contain_text("1 of 1")
+    assert near.limits_in_use()["bill/a"]["override"] == {}
+    page.get_by_role("button", name="Change limit bill/a").click()
+    page.get_by_label("Jobs at a time").fill("0")
+    page.locator("dialog").get_by_role("button", name="Change").click()
+    shows(page, "maxRunning: must be")
+
+
+def test_value_whose_type_is_paused_has_no_button_that_would_not_resume_it(
+    open: Open, near: Queue, limited: list[Job]
+) -> None:
+    near.set_limit("bill", Override(paused=True))
+    page = open()
+    shows(page, "paused: none of its jobs are started")
+    assert page.locator("[data-key='bill/a'] button").all_inner_texts() == ["Change…"]
+    page.get_by_role("button", name="Resume limit bill", exact=True).click()
+    page.get_by_role("button", name="Pause limit bill/a").wait_for()
+
+
+def test_overview_without_limits_has_no_panel_for_them(open: Open, near: Queue) -> None:
+    put(near, "pending")
+    page = open()
+    shows(page, "Workers")
+    lacks(page, "[data-key=limits]")
 
 
 def test_notice_does_not_move_the_page_and_closes_by_itself(open: Open, near: Queue) -> None:
@@ -766,14 +866,15 @@ def test_traceback_is_shown_from_its_end(open: Open, near: Queue) -> None:
     assert box.evaluate("box => box.scrollTop") == 0
 
 
-def test_read_key_sees_no_button_that_changes_anything(open: Open, near: Queue) -> None:
-    jobs = [put(near, status) for status in ("failed", "delayed")]
+def test_read_key_sees_no_button_that_changes_anything(open: Open, near: Queue, limited: list[Job]) -> None:
+    jobs = [put(near, status) for status in ("failed", "delayed")] + limited[1:]
     put_schedule(near, make_schedule("nightly", "@daily", "echo", {}))
     page = open(api_keys=KEYS)
     sign_in(page, "read-0123456789ab")
     for view in ("#/", "#/jobs?status=failed", *(f"#/jobs/{job.id}" for job in jobs)):
         page.goto(page.url.partition("#")[0] + view)
         shows(page, {"#/": "nightly", "#/jobs?status=failed": "Boom"}.get(view, "Payload"))
+        assert view != "#/" or page.locator("[data-key='bill/a']").count() == 1
         found = page.locator("button, a.button").all_text_contents()
         assert set(found) <= {"Sign out", "Copy", "Copy as curl"}
     lacks(page, ".tabs >> text=Submit")
@@ -978,7 +1079,7 @@ LOOKS = ("empty", "busy", "failed", "job", "submit", "sign-in", "confirm")
 
 def test_page_fits_every_width_with_the_longest_names(open: Open, near: Queue) -> None:
     name, text = "n" * 100, "x" * 1000
-    handler(name)(nothing)
+    handler(name, max_running=1)(nothing)
     job = near.enqueue(name, {text: text}, queue=name, unique_key="u" * 200)
     worker = near.register([name] * 20, 1)
     near.fail(near.dequeue(worker, [name])[0], Failure("E" * 200, text, text), after=0)

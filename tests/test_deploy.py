@@ -30,9 +30,10 @@ from packaging.utils import canonicalize_name
 
 import tinyqueue
 import wsgi
-from tinyqueue import AnyQueue, Queue, Shards, Unavailable, host_name
+from tinyqueue import Queue, Unavailable, host_name
 from tinyqueue_config import Settings
 from tinyqueue_doctor import local_workers
+from tinyqueue_shards import AnyQueue, Shards
 from worker import CLOSING, LAST_WRITE
 
 ROOT = Path(tinyqueue.__file__).parent

@@ -17,9 +17,10 @@ from cutproxy import CutProxy
 
 import handlers
 import worker
-from tinyqueue import Filter, Queue, QueueFull, Shards, Unavailable
+from tinyqueue import Filter, Queue, QueueFull, Unavailable
 from tinyqueue_config import Settings
 from tinyqueue_doctor import Finding, examine, find_broken, repair, warnings
+from tinyqueue_shards import Shards
 from wsgi import API
 
 NEEDED = 19

@@ -79,6 +79,9 @@ WRONG = {
         for v in ODD_VALUES
         if v is not None and not (isinstance(v, str) and v.isprintable() and 1 <= len(v) <= KEY_LENGTH)
     ],
+    "after": [v for v in ODD_VALUES if v is not None and v != []] + [["a"], [1], [None], [[]], ["a"] * 1001],
+    "onFailure": [value for value in ODD_VALUES if value is not None],
+    "ref": [v for v in ODD_VALUES if v is not None and v != "__proto__"] + ["00000000-0000-7000-8000-000000000000"],
     "runAt": [
         1.5,
         True,

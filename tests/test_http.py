@@ -121,6 +121,7 @@ def test_show_returns_the_whole_record_of_a_new_job(api: Client) -> None:
     answer = api.post("/jobs", {"type": "send-email", "payload": {"to": "ann@example.org"}})
     id = answer.json["jobId"]
     created = int(id[:8] + id[9:13], 16)
+    todo = "start one: tinyqueue worker --queue mail"
     assert api.get(f"/jobs/{id}").json == {
         "id": id,
         "type": "send-email",
@@ -131,6 +132,7 @@ def test_show_returns_the_whole_record_of_a_new_job(api: Client) -> None:
         "queue": "mail",
         "createdAt": created,
         "updatedAt": created,
+        "why": {"reason": "notServed", "text": f"no live worker serves its queue mail; {todo}", "queue": "mail"},
     }
 
 
@@ -147,7 +149,7 @@ def test_submit_puts_the_job_where_a_worker_takes_it(api: Client, queue: Queue) 
 
 BASE = {"id", "type", "payload", "status", "attempts", "maxAttempts", "queue", "createdAt", "updatedAt"}
 SHOWN = {
-    "pending": BASE,
+    "pending": BASE | {"why"},
     "processing": BASE | {"startedAt", "worker"},
     "completed": BASE | {"startedAt", "endedAt", "result"},
     "failed": BASE | {"startedAt", "endedAt", "error"},
@@ -234,7 +236,7 @@ def test_submit_accepts_whole_numbers_of_attempts(api: Client, value: float) -> 
 @pytest.mark.parametrize("name", ["maxAttempts", "queue", "delay", "runAt"])
 def test_submit_treats_a_null_field_as_absent(api: Client, name: str) -> None:
     job = accepted_job(api.post("/jobs", {"type": "send-email", "payload": {"to": "a"}, name: None}), api)
-    assert job.keys() == BASE
+    assert job.keys() == SHOWN["pending"]
     assert (job["maxAttempts"], job["queue"]) == (5, "mail")
 
 
@@ -1163,7 +1165,8 @@ def test_log_no_credentials_and_no_payload(caplog: pytest.LogCaptureFixture) -> 
     with client_for(f"redis://127.0.0.1:{free_port()}/0") as api:
         body = echo_with(payload={"password": "hunter2"})
         assert api.post("/jobs?token=tok123", body, {"Authorization": "Bearer tok123"}).status == 503
-        assert api.get("/stats?token=tok123", {"Authorization": "Bearer tok123"}).status == 503
+        assert api.get("/queues?token=tok123", {"Authorization": "Bearer tok123"}).status == 503
+        assert api.get("/stats?token=tok123", {"Authorization": "Bearer tok123"}).status == 400
         assert not re.search("tok123|hunter2", api.log.getvalue() + caplog.text)
 
 

@@ -20,7 +20,7 @@ from hypothesis.stateful import (
 
 import tinyqueue
 import tinyqueue_schedule
-from tinyqueue import Failure, Job, KeyReused, Once, Outcome, Queue, Reaped, WrongStatus
+from tinyqueue import SWEEP_MARK, Failure, Job, KeyReused, Once, Outcome, Queue, Reaped, WrongStatus, handler
 from tinyqueue_schedule import Schedule, Ticker, list_schedules, make_schedule
 
 # No second run: hypothesis might not find the same steps again.
@@ -37,6 +37,7 @@ class Known:
         self.ends = 0
         self._status = "pending"
         self.callback_url = job.callback_url
+        self.limit = job.limit
         self.attempts = 0
         self.max_attempts = job.max_attempts
         self.due = job.run_at
@@ -45,6 +46,9 @@ class Known:
         self.unique_key = job.unique_key
         self.cancel_requested = False
         self.suspicions = 0
+        self.waiting = set(job.after)
+        self.runs_anyway = job.on_failure == "run"
+        self.cause = ""  # the parent because of which it failed
 
     @property
     def status(self) -> str:
@@ -70,6 +74,29 @@ class Known:
             self.status = "cancelled"
         elif self.attempts >= self.max_attempts:
             self.status = "failed"
+
+    def revive(self) -> None:
+        self.status = "pending"
+        self.attempts = 0
+        self.due = 0
+        self.expires = 0
+        self.cancel_requested = False
+        self.cause = ""
+
+    def follow(self, id: str, parent: Known) -> bool:
+        """Apply the status of a parent. Return whether that has changed anything."""
+        over = parent.status == "completed" or (self.runs_anyway and not parent.active)
+        because = self.status == "failed" and self.cause == id
+        if over:
+            self.waiting.discard(id)
+        if because and (over or parent.active):
+            self.revive()
+        elif not over and not parent.active and self.status == "pending":
+            self.status = "failed"
+            self.cause = id
+        else:
+            return over
+        return True
 
     def expired(self, now: int) -> bool:
         return self.status == "pending" and 0 < self.expires <= now
@@ -133,6 +160,24 @@ class Machine(RuleBasedStateMachine):
         self.model[job.id] = Known(job)
         return job.id
 
+    @rule(
+        target=jobs,
+        parents=st.lists(jobs, min_size=1, max_size=3, unique=True),
+        on_failure=st.sampled_from(["fail", "fail", "run"]),
+        delay=st.sampled_from([0, 0, 10]),
+        expires_in=st.sampled_from([None, None, 20]),
+    )
+    def enqueue_after(self, parents: list[str], on_failure: Any, delay: int, expires_in: int | None) -> str:
+        options = {"delay": delay, "expires_in": expires_in, "on_failure": on_failure}
+        job = self.queue.enqueue("echo", {}, queue="low", after=parents, **options)
+        self.model[job.id] = Known(job)
+        return job.id
+
+    def _follow(self) -> None:
+        """Apply the statuses of all parents until nothing changes any more."""
+        while any(known.follow(id, self.model[id]) for known in self.model.values() for id in list(known.waiting)):
+            pass
+
     @rule(target=jobs, keys=st.lists(st.sampled_from(["a", "b", None]), min_size=1, max_size=3))
     def enqueue_unique(self, keys: list[str | None]) -> Any:
         drafts = [self.queue.draft("echo", {}, queue="high", unique_key=key) for key in keys]
@@ -154,6 +199,30 @@ class Machine(RuleBasedStateMachine):
             return multiple()
         self.made_once[key] = [job.id for job in jobs]
         return self._new(drafts, jobs)
+
+    @precondition(lambda self: self.workers)
+    @rule(
+        target=jobs,
+        data=st.data(),
+        name=st.sampled_from(NAMES),
+        most=st.integers(1, 3),
+        count=st.integers(2, 4),
+        expires_in=st.sampled_from([None, None, 20]),
+    )
+    def enqueue_limited(self, data: st.DataObject, name: str, *, most: int, count: int, expires_in: int | None) -> Any:
+        """Submit jobs of a type of which one runs at a time, and take some: others will be held."""
+        options = {"queue": name, "max_attempts": most, "expires_in": expires_in}
+        jobs = self.queue.enqueue_many("limited", [{}] * count, **options)
+        self.model |= {job.id: Known(job) for job in jobs}
+        worker = data.draw(st.sampled_from(self.workers))
+        self._start(worker, self.queue.take(worker.id, NAMES, 5))
+        return multiple(*(job.id for job in jobs))
+
+    @rule()
+    def look(self) -> None:
+        """Have a worker look at all limits with held jobs, as after a change of their numbers."""
+        self.queue.limits.hurry()
+        self.queue.promote()
 
     @rule(name=st.sampled_from(NAMES))
     def pause(self, name: str) -> None:
@@ -189,11 +258,7 @@ class Machine(RuleBasedStateMachine):
         known = self.model[id]
         if known.status in ("failed", "cancelled") and not self._has(known.unique_key):
             assert self.queue.retry(id)
-            known.status = "pending"
-            known.attempts = 0
-            known.due = 0
-            known.expires = 0
-            known.cancel_requested = False
+            known.revive()
         else:
             with pytest.raises(WrongStatus):
                 self.queue.retry(id)
@@ -295,7 +360,8 @@ class Machine(RuleBasedStateMachine):
         assert {job.id for job in jobs} <= set(taken)
         self._started(worker, jobs, alone=False)
         for known in map(self.model.__getitem__, taken):
-            left = known.status == "pending" and known.due <= self.queue.now()
+            ready = known.status == "pending" and known.due <= self.queue.now()
+            left = ready and not known.waiting and not known.limit
             assert not left or known.suspicions >= tinyqueue.SUSPICIOUS, "a job was taken and not started"
 
     def _listed(self) -> list[str]:
@@ -400,7 +466,8 @@ class Machine(RuleBasedStateMachine):
     @rule()
     def promote_twice(self) -> None:
         """Promote as two processes do at the same moment: each due id is in its queue twice."""
-        due = raw(self.queue).zrangebyscore(self.queue.keys.delayed, 0, self.queue.now(), withscores=True)
+        found = raw(self.queue).zrangebyscore(self.queue.keys.delayed, 0, self.queue.now(), withscores=True)
+        due = [(id, at) for id, at in found if id != SWEEP_MARK.encode()]
         assert self.queue.promote() == len(due)
         if due:
             raw(self.queue).zadd(self.queue.keys.delayed, dict(due))
@@ -476,11 +543,17 @@ class Machine(RuleBasedStateMachine):
 
     @invariant()
     def model_agrees(self) -> None:
+        self._follow()
         for id, known in self.model.items():
             job = self.queue.get(id)
             assert (job.status, job.attempts, job.worker) == (known.status, known.attempts, known.worker)
             assert job.suspicions == known.suspicions
             assert job.cancelled == known.cancel_requested
+            assert set(job.waiting_for) == known.waiting
+
+    @invariant()
+    def limit_is_never_exceeded(self) -> None:
+        assert sum(known.status == "processing" for known in self.model.values() if known.limit) <= 1
 
     @invariant()
     def every_end_has_one_delivery(self) -> None:
@@ -498,8 +571,11 @@ class Machine(RuleBasedStateMachine):
             self.queue.resume(name)
         self.queue.clock.ahead += 11_000
         self.queue.promote()
-        now = self.queue.now()
-        waiting = [id for id, known in self.model.items() if known.status == "pending" and not known.expired(now)]
+        self._follow()
+        for known in self.model.values():
+            self._expire(known)
+        self._follow()
+        waiting = [id for id, known in self.model.items() if known.status == "pending"]
         last = self.queue.register(NAMES, 1)
         ended: list[str] = []
         while self.queue.waiting(NAMES):
@@ -513,9 +589,13 @@ class Machine(RuleBasedStateMachine):
         check_consistency(self.queue)
 
 
+def limited(payload: object, job: Job) -> None: ...
+
+
 def test_queue_agrees_with_the_model_in_any_order_of_events(
     server: Server, queue: Queue, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    handler("limited", max_running=1)(limited)
     monkeypatch.setattr(tinyqueue, "PAUSE_AGE", -1.0)  # a pause takes effect at once
     monkeypatch.setattr(tinyqueue, "SUSPICIOUS", 1)  # or few jobs would become suspects
     examples, steps = (40, 40) if not server.url else (15, 30)

@@ -16,7 +16,7 @@ import pytest
 from conftest import Entry, dump, lapse, newest, put, raw
 
 import tinyqueue
-from tinyqueue import ENDED, STATUSES, Failure, Filter, Job, Loaded, Queue, Reaped, WrongStatus, handler
+from tinyqueue import ENDED, LOOK, STATUSES, Failure, Filter, Job, Loaded, Queue, Reaped, WrongStatus, handler
 from tinyqueue_schedule import Merge, Ticker, list_schedules, make_schedule, put as put_schedule, sync
 
 pytestmark = pytest.mark.usefixtures("no_handlers")
@@ -86,6 +86,30 @@ def request(queue: Queue, job: Job) -> None:
         queue.cancel(job.id)
 
 
+def wait_for(queue: Queue, job: Job, parent: Job) -> None:
+    """Let a job wait for a parent. One that has failed did so because of it."""
+    stored = json.loads(raw(queue).get(queue.keys.job(job.id)))
+    changes = {"after": [parent.id], "waitingFor": [parent.id]}
+    if job.status == "failed":
+        changes["error"] = {"type": "DependencyFailed", "message": f"job {parent.id} has failed"}
+    raw(queue).set(queue.keys.job(job.id), json.dumps(stored | changes), keepttl=True)
+    raw(queue).zadd(queue.keys.delayed, {job.id: "inf"}, xx=job.status != "pending")
+
+
+def advance(status: str, before: str) -> Callable[[Queue, Job], None]:
+    """Advance a job past a parent of that status. It waits for that parent if it has the status that the row needs."""
+
+    def act(queue: Queue, job: Job) -> None:
+        parent = put(queue, status, queue="parents")
+        if job.status == before:
+            wait_for(queue, job, parent)
+        raw(queue).sadd(queue.keys.next(parent.id), job.id)
+        raw(queue).rpush(queue.keys.advance, f"{parent.id}:{status}:1")
+        assert queue.advance() == 1
+
+    return act
+
+
 class Action(NamedTuple):
     """A verb under given circumstances: the row of the table it follows, the status that results, and the refusal."""
 
@@ -121,6 +145,10 @@ ACTIONS = {
     "reap on request": Action("reap", "cancelled", then(request, reap_owner)),
     "cancel": Action("cancel", "cancelled", lambda queue, job: queue.cancel(job.id), WrongStatus),
     "request": Action("request", "processing", lambda queue, job: queue.cancel(job.id), WrongStatus),
+    "advance": Action("advance", "pending", advance("completed", "pending")),
+    "advance past a failure": Action("advance", "failed", advance("failed", "pending")),
+    "revive": Action("revive", "pending", advance("pending", "failed")),
+    "revive after all has ended": Action("revive", "pending", advance("completed", "failed")),
     "retry": Action("retry", "pending", lambda queue, job: queue.retry(job.id), WrongStatus),
 }
 TWINS = {"cancel": "request", "request": "cancel"}  # one verb of the queue, two rows
@@ -175,7 +203,7 @@ def test_end_of_a_job_with_a_callback_enqueues_one_delivery(queue: Queue, name: 
     job = put(queue, status, callback_url="http://receiver.example/end", **options)
     act(queue, job)
     ended = queue.get(job.id)
-    [delivery] = [other for other in queue.page()[0] if other.id != job.id]
+    [delivery] = [other for other in queue.page()[0] if other.id != job.id and other.queue != "parents"]
     assert (ended.status, ended.callback_job) == (to, delivery.id)
     assert (delivery.type, delivery.queue, delivery.status) == ("webhook", "webhooks", "pending")
     assert delivery.payload["url"] == "http://receiver.example/end"
@@ -249,11 +277,11 @@ def break_room(queue: Queue, verb: str) -> None:
     dequeue(queue, job)
     assert record(queue, job) == before
     held = dump(queue)[queue.keys.held("echo")]
-    queue.clock.ahead += 11_000
+    queue.clock.ahead += LOOK + 1000
     queue.promote()
     assert dump(queue)[queue.keys.held("echo")] == held
     raw(queue).srem(queue.keys.running("echo"), running.id)
-    queue.clock.ahead += 11_000
+    queue.clock.ahead += LOOK + 1000
     queue.promote()
     assert queue.keys.held("echo") not in dump(queue)
     raw(queue).sadd(queue.keys.running("echo"), running.id)
@@ -403,6 +431,29 @@ def break_in_no_list(queue: Queue, verb: str) -> None:
         assert queue.restore(job.id)
 
 
+def break_waits_for_that_parent(queue: Queue, verb: str) -> None:
+    job = put(queue, "pending")
+    before = record(queue, job)
+    for status in ("completed", "failed", "cancelled"):
+        advance(status, "none")(queue, job)
+    assert record(queue, job) == before
+
+
+def break_failed_because_of_that(queue: Queue, verb: str) -> None:
+    parent = put(queue, "failed", queue="parents")
+    job = queue.enqueue("echo", 1, after=[put(queue, "delayed", queue="others"), parent], on_failure="run")
+    other = put(queue, "failed")
+    wait_for(queue, other, job)
+    before = record(queue, other)
+    queue.retry(parent.id)
+    assert record(queue, other) == before
+    wait_for(queue, other, parent)
+    raw(queue).sadd(queue.keys.next(parent.id), other.id)
+    raw(queue).rpush(queue.keys.advance, f"{parent.id}:pending:1")
+    queue.advance()
+    assert queue.get(other.id).status == "pending"
+
+
 def break_its_time_has_come(queue: Queue, verb: str) -> None:
     put_schedule(queue, make_schedule("hourly", "0 * * * *", "echo", {}))
     before = dump(queue)
@@ -426,6 +477,8 @@ def break_code_not_replaced(queue: Queue, verb: str) -> None:
 
 
 BREAKS = {
+    "waits for that parent": break_waits_for_that_parent,
+    "failed because of that": break_failed_because_of_that,
     "its time has come": break_its_time_has_come,
     "code not replaced": break_code_not_replaced,
     "unused": break_unused,

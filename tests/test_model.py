@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 from cycle_model import GUARDS as CYCLE_GUARDS, Cycle
+from dependency_model import GUARDS as DEPENDENCY_GUARDS, NEEDED_IN, WORLDS as DEPENDENCY_WORLDS, Dependencies
 from limit_model import GUARDS as LIMIT_GUARDS, NEEDS, WORLDS, World as LimitWorld
 from protocol_model import GUARDS, World, search
 from schedule_model import PERIOD, SYNC, TICKS, Sync, Ticks
@@ -42,6 +43,20 @@ def test_slots_pass_on_jobs_and_outcomes_in_every_interleaving(slots: int, jobs:
 @pytest.mark.parametrize("guard", CYCLE_GUARDS)
 def test_slots_leave_work_undone_without_any_of_their_guards(guard: str) -> None:
     assert search(Cycle(2, 4, without=guard))[1], CYCLE_GUARDS[guard]
+
+
+@pytest.mark.parametrize("world", DEPENDENCY_WORLDS)
+def test_dependents_wait_for_no_ended_job_in_every_interleaving(world: str) -> None:
+    states, why, path = search(Dependencies(**DEPENDENCY_WORLDS[world]))
+    assert not why, f"{why}: {path}"
+    assert states > 3000, "the search visited too few states"
+
+
+@pytest.mark.parametrize("guard", DEPENDENCY_GUARDS)
+def test_dependents_fail_without_any_of_their_guards(guard: str) -> None:
+    assert search(Dependencies(**DEPENDENCY_WORLDS[NEEDED_IN.get(guard, "two")], without=guard))[1], DEPENDENCY_GUARDS[
+        guard
+    ]
 
 
 @pytest.mark.parametrize("world", sorted(WORLDS.keys() - {"ahead"}))

@@ -234,7 +234,7 @@ def test_document_describes_every_field_and_filter(document: Any) -> None:
     schemas = document["components"]["schemas"]
     for kind in schemas["Job"]["oneOf"]:
         job = resolved(document, kind)
-        assert job["properties"].keys() == FIELDS.keys()
+        assert job["properties"].keys() == {*FIELDS, "ref"}
         assert job["required"] == ["type", "payload"]
         assert job["additionalProperties"] is False
     for name in ("PendingFilter", "EndedFilter"):

@@ -27,6 +27,7 @@ from cutproxy import CutProxy
 from tinyqueue import Failure, Job, Queue
 from tinyqueue_config import Settings
 from tinyqueue_redis import CONNECT_TIMEOUT, SOCKET_TIMEOUT
+from tinyqueue_why import explain
 from worker import CLOSING
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -1261,7 +1262,7 @@ def test_get_with_watch_waits_for_the_end_and_exits_accordingly(
 def test_print_json_with_the_option_json(near: Queue, run: Any) -> None:
     job = near.enqueue("echo", 7, delay=60)
     shown = json.loads(json.dumps(job.answer()))
-    assert json.loads(run("get", "--json", job.id).stdout) == shown
+    assert json.loads(run("get", "--json", job.id).stdout) == shown | {"why": explain(near, job)}
     assert json.loads(run("list", "--json").stdout) == [shown]
     assert json.loads(run("failed", "--json").stdout) == []
     assert json.loads(run("stats", "--json").stdout) == near.stats()

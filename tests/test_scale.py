@@ -21,8 +21,9 @@ from client import Client, running
 from conftest import Server, free_port, lapse, put, raw, until
 
 import worker
-from tinyqueue import SAMPLED, Failure, Job, Queue, Shards, handler
+from tinyqueue import SAMPLED, Failure, Job, Queue, handler
 from tinyqueue_config import Settings
+from tinyqueue_shards import Shards
 from wsgi import API, MAX_SCALED
 
 KUBERNETES = Path(worker.__file__).parent / "deploy" / "k8s"

@@ -23,8 +23,9 @@ import pytest
 from client import Answer, Client, Process, Wire, running, spell
 from conftest import RedisServer, Server, lapse, put, raw, threads_since, until
 
-from tinyqueue import Discard, Job, Queue, Retry, Shards, handler
+from tinyqueue import Discard, Job, Queue, Retry, handler
 from tinyqueue_config import Settings
+from tinyqueue_shards import Shards
 from wsgi import API
 
 REPOSITORY = Path(__file__).parent.parent

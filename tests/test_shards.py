@@ -29,13 +29,13 @@ from tinyqueue import (
     Queue,
     QueueFull,
     Reaped,
-    Shards,
     Unavailable,
     Verbs,
     handler,
 )
 from tinyqueue_config import Settings, open_queue
 from tinyqueue_doctor import examine, warnings
+from tinyqueue_shards import Shards
 from worker import CLOSING, LAST_WRITE, StopMode
 from wsgi import API
 
@@ -62,6 +62,7 @@ ONE_BY_ONE = {
     "exchange",
     "load",
     "change_schedule",
+    "sync_schedules",
     "write_schedule",
 }  # called for each shard, by other verbs, by doctor, by backups, by the web process and for schedules
 

@@ -28,7 +28,7 @@ from conftest import Server, dump, free_port, newest, put, raw, until
 from standardwebhooks.webhooks import Webhook, WebhookVerificationError
 
 import tinyqueue_http
-from tinyqueue import HANDLERS, Filter, InvalidJob, Job, Queue, SettingsError, Shards, handler
+from tinyqueue import HANDLERS, Filter, InvalidJob, Job, Queue, SettingsError, handler
 from tinyqueue_config import Settings
 from tinyqueue_http import (
     AT_ONCE,
@@ -43,6 +43,7 @@ from tinyqueue_http import (
     register,
 )
 from tinyqueue_job import DELIVERIES
+from tinyqueue_shards import Shards
 from tinyqueue_slot import run_job
 from worker import Worker
 from wsgi import API
