@@ -407,7 +407,7 @@ def limits(settings: Settings, /, limit: str | None, reset: bool, as_json: bool,
     fields = {"maxRunning": options["max_running"], "rate": options["rate"], "paused": options["paused"] or None}
     wanted = {name: value for name, value in fields.items() if value is not None}
     if bool(wanted or reset) != bool(limit) or (wanted and reset):
-        raise click.UsageError("name a LIMIT together with --max-running, --rate, --pause or --reset")
+        raise click.UsageError("name a LIMIT together with --max-running, --rate or --pause, or with --reset alone")
     queue = require_queue(settings)
     load_handlers(settings.handlers)
     if limit:

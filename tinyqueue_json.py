@@ -150,9 +150,10 @@ def parser(type: Any) -> Callable[[bytes], Any]:
             with suppress(msgspec.ValidationError):
                 return decode(encode(_whole_floats(msgspec.json.decode(text))))
             rule, _, path = str(error).partition(" - at ")
-            path = path.strip("`") or "$"
+            key, _, path = path.strip("`").rpartition("` in `")  # "`key` in `$.headers`", or a path alone
+            path = path or "$"
             if " matching regex " in rule:
-                rule = _description(type, path) or rule
+                rule = _description(type, path, bool(key)) or rule
             raise Mismatch(rule, path) from None
         except (msgspec.DecodeError, RecursionError) as error:
             raise Mismatch(str(error)) from None
@@ -160,8 +161,8 @@ def parser(type: Any) -> Callable[[bytes], Any]:
     return parse
 
 
-def _description(type: Any, path: str) -> str:
-    """Return the description that a type gives for the part at a path, or nothing."""
+def _description(type: Any, path: str, of_keys: bool) -> str:
+    """Return the description that a type gives for the part at a path, or for its keys, if any."""
     (root,), parts = msgspec.json.schema_components([type])
     schemas = _alternatives(root, parts)
     for name, index in re.findall(r"\.([^.[]+)|\[([^]]*)\]", path):
@@ -175,6 +176,8 @@ def _description(type: Any, path: str) -> str:
             else:
                 found += [schema.get("items"), schema.get("additionalProperties")]
         schemas = [part for schema in found if isinstance(schema, dict) for part in _alternatives(schema, parts)]
+    if of_keys:
+        schemas = [schema["propertyNames"] for schema in schemas if "propertyNames" in schema]
     return next((str(schema["description"]) for schema in schemas if "description" in schema), "")
 
 

@@ -1122,6 +1122,16 @@ def test_submit_refuses_an_http_job_that_cannot_be_sent(api: Client, payload: An
     assert (answer.status, answer.kind, answer.problem["field"]) == (422, "invalid-job", "payload")
 
 
+@pytest.mark.parametrize(("name", "value"), [("A b", "d"), ("A", "\n")])
+def test_submit_says_what_is_wrong_with_a_header(api: Client, name: str, value: str) -> None:
+    payload = {"url": "http://a.example/", "headers": {name: value}}
+    detail = api.post("/jobs", {"type": "http", "payload": payload}).problem["detail"]
+    assert detail in (
+        "payload.headers: names of headers must be tokens of HTTP",
+        "payload.headers[...]: must be printable ASCII of up to 4000 characters",
+    )
+
+
 def test_send_imports_its_client_only_when_it_is_needed() -> None:
     """A web process on a serverless host that sends nothing starts without it."""
     script = "import sys, wsgi, tinyqueue_http; tinyqueue_http.register(); print('urllib3' in sys.modules)"
