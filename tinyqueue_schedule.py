@@ -160,7 +160,9 @@ class Schedule(msgspec.Struct, rename="camel", omit_defaults=True):
 
     def answer(self, now: int, last: Job | None) -> dict[str, Any]:
         """The schedule as clients see it. Changes nothing."""
-        ticks = [] if self.paused else list(itertools.islice(self.calendar.ticks(now), SHOWN_RUNS))
+        # After a clock was set back, the next tick is further ahead than the calendar says.
+        after = max(now, self.next_at - 1)
+        ticks = [] if self.paused else list(itertools.islice(self.calendar.ticks(after), SHOWN_RUNS))
         run = {"scheduledFor": self.last_run_at, "jobId": self.last_job, "status": last.status if last else None}
         return {
             "name": self.name,
@@ -453,7 +455,7 @@ def read_generation(stored: bytes | None) -> Generation:
     try:
         return msgspec.json.decode(stored or b"{}", type=Generation)
     except msgspec.DecodeError as error:
-        raise Corrupted(f"the generation of schedules cannot be read: {error}") from None
+        raise Corrupted(f"the generation of schedules cannot be read: {error}; delete its key") from None
 
 
 def fingerprint(schedules: Sequence[Schedule]) -> str:

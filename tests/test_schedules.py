@@ -230,6 +230,19 @@ def test_ticker_reads_due_times_after_the_clock_was_set_back(queue: Queue) -> No
     assert times(queue) == [ms("2026-11-26T07:00")]
 
 
+def test_listing_shows_the_next_tick_after_the_clock_was_set_back(queue: Queue) -> None:
+    """It is the stored one, not that of the calendar. Pause and resume bring it back."""
+    set_clock(queue, "2026-12-26T06:30")
+    put(queue, made())
+    set_clock(queue, "2026-11-26T06:30")
+    [(found, last)] = list_schedules(queue)
+    assert found.answer(queue.now(), last)["nextRuns"][0] == found.next_at == ms("2026-12-26T07:00")
+    tinyqueue_schedule.pause(queue, found.name)
+    tinyqueue_schedule.resume(queue, found.name)
+    [(found, last)] = list_schedules(queue)
+    assert found.answer(queue.now(), last)["nextRuns"][0] == found.next_at == ms("2026-11-26T07:00")
+
+
 def test_tick_that_lost_its_reply_enqueues_one_job(near: Queue, far: Queue, proxy: CutProxy) -> None:
     set_clock(near, "2026-11-26T06:30")
     put(near, made())
