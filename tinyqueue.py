@@ -46,7 +46,7 @@ round trips however many jobs it moves. No Lua.
     request   processing -> processing        record           handler takes a Job       record: cancelRequested
     retry     failed, cancelled -> pending    record, unique   uniqueKey free            record, its index, list
     promote   (delayed to list)               records          runAt has come            delayed, list
-    wake      (held to list)                  -                an attempt has ended      held, head of list
+    wake      (held to list)                  held, if few     an attempt has ended      held, head of list
     look      (held to list)                  held, records,   room                      held, head of list, running,
                                               running                                    holding, delayed
     reap      processing -> pending, failed*  worker, lease,   lease gone; worker's own  worker, proc, record,
@@ -63,14 +63,19 @@ round trips however many jobs it moves. No Lua.
     uniqueKey. Queue paused: the queues of all pending jobs that load stores. A suspect is a job
     that two workers lost while they ran it along with others. It starts only alone.
 
-    dequeue is take, then start or expire. enqueue is written by submit, expire by start, request by
-    cancel, and deliver by whatever ends a job, except load: the new job, of type webhook, sends the
-    end to the callbackUrl. complete, fail and release are written by settle, many in one transaction.
-    exchange is settle and dequeue in three round trips. A busy worker uses it instead of these two,
-    except with shards. load stores the jobs of a backup; the ended ones count in no metric. Every
-    verb that fills a list rings its bell, and every verb keeps the counts and the metrics. Whatever
-    ends a job frees its uniqueKey and leaves a token for those who wait for it. A tick that fails
-    stays due. tinyqueue_schedule.py decides what tick and sync make of a schedule.
+    dequeue is take, then start, hold or expire. enqueue is written by submit, hold and expire by
+    start, and request by cancel. Whatever ends a job writes deliver too, except load: it enqueues a
+    job of type webhook, which sends the end to the callbackUrl. complete, fail and release are
+    written by settle, many in one transaction. exchange is settle and dequeue in three round trips.
+    A busy worker uses it instead of these two, except with shards. load stores the jobs of a
+    backup; the ended ones count in no metric. Every verb that fills a list rings its bell, and
+    every verb keeps the counts and the metrics. Whatever ends a job frees its uniqueKey and leaves
+    a token for those who wait for it.
+
+    Schedules. A tick is a time at which the cron expression of a schedule matches. tick enqueues
+    its job, at most once. If it fails, the schedule stays due. sync stores the schedules that code
+    declares, and removes those that it no longer declares. Code is replaced once a newer release of
+    it has synced. tinyqueue_schedule.py decides what tick and sync make of a schedule.
 
     Dependencies. A job with parents is among the delayed until its `waitingFor` is empty. enqueue
     enters it in next of each parent that has not completed, and marks the record of the parent as
@@ -82,15 +87,18 @@ round trips however many jobs it moves. No Lua.
     onFailure "run". Not ended: those that failed because of it wait again. A parent that is gone
     has the status in the token. revive, retry and restore push tokens for what their job waits for.
 
-    Limits. A handler declares how many jobs of its type, or of each value of a field, run at a time
-    (max_running) and how many start in a period (rate). The limit of a job is `type` or
-    `type/<value>`. A job is held if its limit has no room, or an older job could have it: then that
-    one is woken instead. A held job is pending, spends no attempt and costs nobody anything. Every
-    end of an attempt writes running too, and wakes the oldest held job; whatever drops the id of a
-    limited job wakes the next. wake watches nothing, because an id that is listed twice is dropped
-    once. look is for room that no end makes: a rate's, a raised limit's, a lost wake-up's. promote
-    finds its time among the delayed ids. The numbers are those of the code, unless `overrides` has
-    others. tests/limit_model.py shows what each of these guards is for.
+    Limits. A handler may declare how many jobs of its type run at a time (max_running) and how many
+    start in a period (rate), also for each value of a field of the payload (limit_by). The limit of
+    a job is `type` or `type/<value>`. start holds a job if its limit has no room. It also holds a
+    job if a held one is older, and wakes that one instead. A held job is pending, spends no attempt
+    and takes no slot. Every end of an attempt writes running too, and wakes the oldest held job.
+    Whatever drops the id of a limited job wakes the next one. wake watches the held jobs only if
+    there are fewer than it must wake, or it would miss a job that is held meanwhile. Otherwise two
+    workers may wake the same job and list its id twice, which is harmless (rule 1). look wakes jobs
+    for which room came without an end: with time, by a raised limit, or after a lost wake-up. The
+    time of the next look is among the delayed ids, where promote finds it. RateLimited halts a
+    limit: nothing starts under it for a while. The numbers are those of the code, unless
+    `overrides` has others. tests/limit_model.py shows what each of these guards is for.
 
     Lost replies. adopt finds the ids in a worker's list that the worker does not know. After a lost
     reply, start neither starts nor drops an id: it may have done so already. Only one thread of a
@@ -108,7 +116,7 @@ Keys. All share one hash tag, the namespace, and so one slot of a cluster.
     {queue}:proc:<worker>     list    ids that this worker holds
     {queue}:bell:<name>       list    wake-up tokens, at most 64; holds no work, may be lost
     {queue}:delayed           zset    id -> runAt; of a job that waits for others: expiresAt or inf;
-                                      limit:<limit> -> when to look at it; advance: -> when to do so
+                                      limit:<limit> -> time of the next look; advance: -> when to do so
     {queue}:next:<id>         set     ids of the jobs that wait for job <id>, or failed because of it.
                                       Expires once that has failed
     {queue}:advance           list    tokens <id>:<status>:<any>: job <id> has ended or was revived,
@@ -129,8 +137,8 @@ Keys. All share one hash tag, the namespace, and so one slot of a cluster.
     {queue}:held:<limit>      zset    <queue>:<id> of pending jobs that wait for room -> createdAt
     {queue}:holding           set     limits that may have held jobs
     {queue}:pace:<limit>      zset    <id>:<start> of the starts in the last period. Expires
-    {queue}:halt:<limit>      string  until when RateLimited has stopped the limit. Expires
-    {queue}:overrides         hash    by type or limit, what replaces the numbers in the code
+    {queue}:halt:<limit>      string  until when RateLimited halts the limit. Expires
+    {queue}:overrides         hash    type or limit -> what replaces the numbers in the code
     {queue}:minute:<n>        hash    started, waitedMs, completed, failed, cancelled in minute n
                                       since 1970. Expires after two hours
     {queue}:rate:<who>:<n>    string  requests of a client in rate window n. Expires
@@ -253,6 +261,7 @@ from tinyqueue_job import (
     status_in,
     stopped,
     stored_job as stored_job,
+    stored_override,
     tokens_by_job,
     translated,
 )
@@ -631,9 +640,7 @@ def _checked(replies: list[Any]) -> list[Any]:
 
 # Limits ---------------------------------------------------------------------------------------------------------------
 
-# Each method adds to the transaction of a verb. Whatever ends an attempt wakes the oldest held job.
-# A look wakes held jobs for which room came in another way: with time, by a change of the limit, or
-# after a wake-up was lost.
+# The contract explains limits. Most methods add to the transaction of a verb.
 
 
 class Room:
@@ -647,19 +654,23 @@ class Room:
         self.held: list[str] = []  # the first entries, oldest first, except those of paused queues
         self.opens = math.inf  # when the rate has room again or the halt ends, if that is why there is none
         self.admitted: set[str] = set()  # the ids that may start
-        self.closed = False  # paused or halted
-        self.busy = False  # too many start at the moment: leave its jobs to adoption
-        self.noted = False  # that jobs are held
+        self.closed = False  # True: the limit is paused or halted
+        self.busy = False  # True: too many workers start under it at the moment; adoption gets its jobs
+        self.noted = False  # True: this transaction has noted that the limit holds jobs
 
 
 class Limits:
     """The limits of one queue. `paused` returns the names of the paused queues, as last noted."""
 
-    def __init__(self, keys: Keys, store: Store, paused: Callable[[], Collection[str]]) -> None:
+    def __init__(
+        self, keys: Keys, store: Store, paused: Callable[[], Collection[str]], note_paused: Callable[[Any], None]
+    ) -> None:
         self.keys = keys
         self.store = store
         self.paused = paused
+        self.note_paused = note_paused
         self.looks: dict[str, int] = {}  # when to look at a limit next, as far as this process knows
+        self.own: list[str] = []  # what this process must look at itself, once
 
     def next_look(self) -> float:
         """When a rate next has room for a held job, as far as this process knows, in ms."""
@@ -673,7 +684,7 @@ class Limits:
     # Start ------------------------------------------------------------------------------------------------------------
 
     def rooms(self, tx: Transaction, jobs: Iterable[Job]) -> dict[str, Room]:
-        """Return the rooms of pending jobs with limits, by job id, except those not due.
+        """Return the rooms of pending jobs with limits, by job id. Leaves out jobs not due yet.
 
         Watches the sets of running ids. The oldest jobs get the room first, and those among them
         that are held are woken.
@@ -718,7 +729,7 @@ class Limits:
         rooms: dict[str, Room] = {}
         for at, limit in enumerate(limits):
             running, halt, held = found[3 * at : 3 * at + 3]
-            room = rooms[limit] = Room(limit, _rule(limit, overrides[2 * at : 2 * at + 2]), set(running) - tx.left)
+            room = rooms[limit] = Room(limit, rule_of(limit, overrides[2 * at : 2 * at + 2]), set(running) - tx.left)
             room.held = self._awake(held)
             halted = _end_of_halt(halt)
             room.closed = room.rule.paused or halted > tx.now
@@ -777,7 +788,7 @@ class Limits:
             self._look_later(tx, room)
 
     def _look_later(self, tx: Transaction, room: Room) -> None:
-        """Set the time of the next look. An earlier one stays, unless a rate knows better."""
+        """Set the time of the next look. An earlier time stays, unless the rate has room before."""
         latest = tx.now + LOOK
         if room.opens < latest:
             at = max(int(room.opens), tx.now + LOOK_GAP)
@@ -795,13 +806,13 @@ class Limits:
         self.owe(tx, job.limit)
 
     def owe(self, tx: Transaction, limit: str) -> None:
-        """Note that the transaction must wake a held job, unless only time makes room for one."""
+        """Note that the transaction must wake a held job, unless the limit is only a rate."""
         known = HANDLERS.get(limit.partition("/")[0])
         if not known or known.max_running:
             tx.wakes[limit] = tx.wakes.get(limit, 0) + 1
 
     def halt(self, tx: Transaction, job: Job, ms: int) -> None:
-        """Hold a job that was refused, and let none start under its limit for a time."""
+        """Hold the job of a handler that raised RateLimited, and let none start under its limit."""
         tx.write("SET", self.keys.halt(job.limit), tx.now + ms, "PX", ms)
         tx.wakes.pop(job.limit, None)
         room = Room(job.limit, Rule())
@@ -811,9 +822,9 @@ class Limits:
     def wake(self, tx: Transaction) -> None:
         """Move the oldest held jobs to the heads of their queues, as many as are owed.
 
-        Watches the held jobs only if there are too few: one that is held before this is written
-        would wait for room that it has. Otherwise two workers may wake the same job, and put its id
-        into the list twice. Whoever takes the second drops it, and that wakes the next job.
+        Watches the held jobs only if there are too few. Otherwise a job that is held before this is
+        written would wait although it has room. If there are enough, two workers may wake the same
+        job and list its id twice. Whoever takes the second drops it, and that wakes the next job.
         """
         few: list[str] = []
         for limit, entries in self._read_held(tx, tx.wakes):
@@ -847,22 +858,32 @@ class Limits:
     def reconcile(self, limits: Sequence[str], now: int) -> None:
         """Look at limits whose time has come: drop what does not run, and wake what has room.
 
-        Of several workers that look at the same moment one goes on. The others find that the time
-        of the next look is already set. If nothing has changed, a look takes four commands.
+        If several workers look at the same moment, only one goes on. The others find that the time
+        of the next look is already set. If nothing has changed, a look takes five commands.
         """
         later = now // 1000 * 1000 + LOOK
         turns = [("ZADD", self.keys.delayed, "XX", "CH", later, LOOK_MARK + limit) for limit in limits]
-        mine = [limit for limit, changed in zip(limits, self.store.read(*turns), strict=True) if changed]
+        *found, paused = self.store.read(*turns, ("SMEMBERS", self.keys.paused))
+        self.note_paused(paused)  # a busy worker may have read it long ago
+        mine = [limit for limit, changed in zip(limits, found, strict=True) if changed]
+        mine += [limit for limit in self.own if limit not in mine]
+        self.own = []
         sets = [("SMEMBERS", self.keys.running(limit)) for limit in mine]
         overrides, *found = self.store.read(self.overrides_of(mine), *sets) if mine else [()]
         for at, (limit, running) in enumerate(zip(mine, found, strict=True)):
-            full = len(running) >= _rule(limit, overrides[2 * at : 2 * at + 2]).max_running
+            full = len(running) >= rule_of(limit, overrides[2 * at : 2 * at + 2]).max_running
             if not full or not self._all_run(limit, running):
                 self.store.transact([self.keys.held(limit)], partial(self.look, limit=limit))
 
     def review(self) -> None:
-        """Have promote look at the limits of this process's types: its code may allow more now."""
-        self.hurry([limit for limit in self._holding() if limit.partition("/")[0] in HANDLERS])
+        """Have promote look at the limits of this process's types: its code may allow more now.
+
+        Workers with the code before may look first, and set a later time. So this process looks at
+        the first of its limits even then.
+        """
+        own = [limit for limit in self._holding() if limit.partition("/")[0] in HANDLERS]
+        self.own = own[:AHEAD]
+        self.hurry(own)
 
     def startable(self, due: Iterable[bytes]) -> list[str]:
         """Return up to AHEAD held jobs with room of each limit that is due, as entries."""
@@ -873,11 +894,15 @@ class Limits:
         rooms = self.store.transact(watch, lambda tx: self.read_rooms(tx, limits), counts=False) if limits else {}
         return [entry for room in rooms.values() for entry in _first(room.held, room.left)]
 
-    def hurry(self, limits: Iterable[str] | None = None) -> None:
-        """Have the next promote look at limits, or at all with held jobs."""
+    def hurry(self, limits: Iterable[str]) -> None:
+        """Have the next promote look at limits."""
+        if looks := self.looks_now(limits):
+            self.store.read(*looks)
+
+    def looks_now(self, limits: Iterable[str] | None = None) -> list[Command]:
+        """Return the commands that make limits, or all with held jobs, due for a look."""
         marks = [LOOK_MARK + limit for limit in (self._holding() if limits is None else limits)]
-        if marks:
-            self.store.read(("ZADD", self.keys.delayed, "XX", *itertools.chain(*((0, mark) for mark in marks))))
+        return [("ZADD", self.keys.delayed, "XX", *itertools.chain(*((0, mark) for mark in marks)))] if marks else []
 
     def _holding(self) -> list[str]:
         return sorted(map(text_of, self.store.read(("SMEMBERS", self.keys.holding))[0]))
@@ -932,7 +957,7 @@ class Limits:
     # For operators ----------------------------------------------------------------------------------------------------
 
     def set(self, limit: str, override: Override) -> None:
-        """Store an override, or delete it if it is empty, and have somebody look at once."""
+        """Store an override, or delete it if it is empty. The next promote looks at the limits."""
         check_limit(limit)
         override.check()
         under = [name for name in self._holding() if limit in (name, name.partition("/")[0])]
@@ -961,7 +986,7 @@ class Limits:
                 halted = max(0, found[2 * len(some) + n])
                 rows[name] = {"running": found[2 * n], "held": found[2 * n + 1], **rule.answer(), "haltedMs": halted}
                 rows[name]["overridden"] = name in overrides
-                rows[name]["override"] = msgspec.json.decode(overrides.get(name, b"{}"))
+                rows[name]["override"] = msgspec.to_builtins(stored_override(overrides.get(name, b"{}")))
         return dict(sorted(rows.items(), key=lambda row: -row[1]["held"])[:SHOWN])
 
     def place_of(self, job: Job) -> int:
@@ -987,14 +1012,6 @@ def _first(items: Sequence[str], count: float) -> Sequence[str]:
 def _entry_of(job: Job) -> str:
     """Return what stands for a job among the held ones."""
     return f"{job.queue}:{job.id}"
-
-
-def _rule(limit: str, overrides: Iterable[bytes | None]) -> Rule:
-    """Return what a limit allows. Numbers that cannot be read pause it, and stop no other type."""
-    try:
-        return rule_of(limit, overrides)
-    except Corrupted:
-        return Rule(paused=True)
 
 
 def _end_of_halt(stored: bytes | None) -> float:
@@ -1056,7 +1073,7 @@ class Verbs(ABC):
 
     @property
     def seconds_to_look(self) -> float:
-        """In how many seconds a rate has room for a held job, as far as this process knows."""
+        """Seconds until a rate has room for a held job, as far as this process knows."""
         return min(part.limits.next_look() - part.clock.now() for part in self.parts) / 1000
 
     def disconnect(self) -> None:
@@ -1196,7 +1213,7 @@ class Queue(Verbs):
         self.min_replicas = min_replicas
         self._paused: tuple[float, frozenset[str]] = (-1e9, frozenset())  # when read, and the names
         self.store.advance = self.advance
-        self.limits = Limits(self.keys, self.store, lambda: self._paused[1])
+        self.limits = Limits(self.keys, self.store, lambda: self._paused[1], self._note_paused)
         self._known: set[str] = set()  # the names of queues that exist
         self._leases: dict[str, tuple[bytes | None, float]] = {}  # as last seen, and since when
         self._lost: dict[str, bytes | None] = {}  # those that were seen unchanged for too long
@@ -1371,11 +1388,12 @@ class Queue(Verbs):
     # Schedules --------------------------------------------------------------------------------------------------------
 
     def change_schedule(self, name: str, change: Change) -> Schedule | None:
-        """Write what `change` makes of a schedule, and when it is due. Return it, or what it was.
+        """Apply `change` to a schedule, and enqueue a job if it says so. Return the new schedule.
 
-        `change` gets the schedule, the job of its last run and the time. It returns the schedule,
-        or None to remove it, and the time of the tick whose job to enqueue, or 0. Watches the
-        schedule. After a lost reply, `change` must find in the schedule that its work is done.
+        `change` gets the schedule, its last job and the time. It returns the new schedule, or None
+        to remove it, and the time of the tick whose job is to be enqueued, or 0. Watches the
+        schedule. Returns a removed schedule as it was. Repeats `change` after a lost reply, unless
+        its job is stored: `change` must see in the schedule that its work is done.
         """
         key = self.keys.schedule(check_name("name", name))
         first: Schedule | None = None
@@ -1406,7 +1424,7 @@ class Queue(Verbs):
         return self._store_new(tx, [job], {}, {})[0]
 
     def write_schedule(self, tx: Transaction, name: str, made: Schedule | None, changed: bool = True) -> None:
-        """Write a schedule, if it has changed, and its entry among the ticks; or remove both."""
+        """Write a schedule if it has changed, and its next tick in any case. None removes both."""
         if made is None:
             tx.write("DEL", self.keys.schedule(name))
             tx.gather("ZREM", self.keys.ticks, name)
@@ -1416,7 +1434,7 @@ class Queue(Verbs):
         tx.gather("ZADD", self.keys.ticks, "+inf" if made.paused else made.next_at, name)
 
     def sync_schedules(self, code: str, wanted: Sequence[Schedule]) -> Merge | None:
-        """Bring the schedules that a code declares up to date, unless a newer release of it has.
+        """Store the schedules that a code declares, unless a newer release of that code has synced.
 
         Watches the generation, which every sync of that code writes, and the schedules. Returns
         what has changed; None if this code has never declared a schedule.
@@ -1430,7 +1448,7 @@ class Queue(Verbs):
             if not after:
                 return NO_CHANGE
             if not wanted and len(after.releases) == 1 and (before.releases or not stored):
-                # If the next release declares some, it must know that this one is older.
+                # If the next release declares schedules, it must know that this one is older.
                 if not stored:
                     tx.write("SET", key, encode(after))
                 return None
@@ -1478,7 +1496,7 @@ class Queue(Verbs):
         return self.store.transact((), body)
 
     def wait(self, names: Sequence[str], seconds: float = BLOCK) -> set[str]:
-        """Wait for a bell of these queues. Return the name if one rang in time. Takes no job."""
+        """Wait for a bell of these queues. Return the name of the one that rang. Takes no job."""
         bells = ("BLPOP", *map(self.keys.bell, names), seconds)
         token, paused = self.store.read(bells, ("SMEMBERS", self.keys.paused))
         self._note_paused(paused)
@@ -2082,13 +2100,15 @@ class Queue(Verbs):
 
     def resume(self, name: str) -> None:
         """Resume a paused queue. Workers start its jobs, also those that were held meanwhile."""
+        looks = self.limits.looks_now()  # nobody has woken the held jobs of a paused queue
 
         def body(tx: Transaction) -> None:
             tx.write("SREM", self.keys.paused, check_name("queue", name))
+            for look in looks:
+                tx.write(*look)
             tx.ring(name)
 
         self.store.transact((), body)
-        self.limits.hurry()  # nobody has woken the held jobs of a paused queue
 
     # Upkeep -----------------------------------------------------------------------------------------------------------
 
@@ -2104,7 +2124,7 @@ class Queue(Verbs):
         return self.limits.in_use()
 
     def place_among_held(self, job: Job) -> int:
-        """Return the place of a pending job among those held by its limit, from 1; 0: none."""
+        """Return the position of a job among those that its limit holds, from 1; 0: not held."""
         return self.limits.place_of(job)
 
     def heartbeat(self, worker: str, jobs: Sequence[str] = ()) -> None:
@@ -2135,10 +2155,11 @@ class Queue(Verbs):
     def promote(self) -> int:
         """Move up to 500 jobs to their queues when runAt has come. Return how many ids it removed.
 
-        Also looks at the limits with held jobs whose time has come, and counts them, and
-        takes the tokens of advance that are left. Watches the records: a job that another
-        promoter moved may have run, failed and be delayed again, and removing that new
-        entry would lose the job. The lock only saves duplicate work.
+        Then looks at the limits whose next look is due, which counts too, and advances what other
+        workers have left.
+
+        Watches the records: a job that another promoter moved may have run, failed and be delayed
+        again, and removing that new entry would lose the job. The lock only saves duplicate work.
         """
 
         looks: list[str] = []
@@ -2164,8 +2185,7 @@ class Queue(Verbs):
         if SWEEP_MARK in looks:
             looks.remove(SWEEP_MARK)
             self._sweep()
-        if looks:
-            self._note_paused(self.store.read(("SMEMBERS", self.keys.paused))[0])
+        if looks or self.limits.own:
             self.limits.reconcile(looks, self.now())
         return promoted + len(looks)
 
@@ -2188,8 +2208,9 @@ class Queue(Verbs):
         Their lease was seen missing or unchanged for that long, by the monotonic clock of this
         process (`now`, in seconds). Leases expire by the wall clock of Redis, which somebody may
         set: set ahead, it would make living workers seem lost; set back, it would make lost workers
-        seem alive. Call this several times within a lease period. If `missing_for` is given, a
-        missing lease needs to be seen for only so many seconds: the workers that are alive send a
+        seem alive. A lease that expires still counts as unchanged, because a live worker sets it
+        again. Call this several times within a lease period. If `missing_for` is shorter than that,
+        a missing lease needs to be seen for only so many seconds: the workers that are alive send a
         heartbeat every third of a lease.
         """
         now = time.monotonic() if now is None else now
@@ -2198,7 +2219,8 @@ class Queue(Verbs):
         seen = {}
         for worker, lease in zip(workers, leases, strict=True):
             before, since = self._leases.get(worker, (lease, now))
-            seen[worker] = (lease, since if before == lease else now)
+            expired = lease is None and (missing_for is None or missing_for >= self.lease)
+            seen[worker] = (lease, since if before == lease or expired else now)
         self._leases = seen
         limits = {None: self.lease if missing_for is None else missing_for}
         self._lost = {
@@ -2637,8 +2659,9 @@ class Queue(Verbs):
     def scale(self, names: Sequence[str] = ()) -> dict[str, int]:
         """Count the jobs that need workers now, of these queues or of all.
 
-        `ready` jobs are due, and their queue is not paused. Due ticks count as such jobs, because
-        only workers tick. `load` adds the jobs in `processing`.
+        `ready` jobs are due, and their queue is not paused. Due schedules count as ready jobs,
+        because only workers tick. `load` adds the jobs in `processing`.
+
         Due jobs that no worker has promoted yet are ready too, and so are held jobs with room. If
         these are more than SAMPLED, only the first are read. The others are expected to have the
         same queues, and at least one job is counted for every queue that may have one. So a first

@@ -619,13 +619,13 @@ class Restored:
                 part.restore(id, completed=set(job.waiting_for) - self.left_out)
 
     def load_schedules(self, part: Queue, schedules: Sequence[Schedule]) -> None:
-        """Store schedules that are not there, after a pause of all queues of the file."""
+        """Store schedules unless they exist. First pauses all queues of the file."""
         if not self.schedules:
             self._pause_queues()
         for made in schedules:
             if not part.store.read(("EXISTS", part.keys.schedule(made.name)))[0]:
                 part.change_schedule(made.name, made.restore)
-                if made.code:  # so that the code removes it if it does not declare it any more
+                if made.code:  # so that the code removes it if it no longer declares it
                     part.store.read(("SET", part.keys.generation(made.code), "{}", "NX"))
                 self.schedules += 1
 

@@ -1,10 +1,10 @@
 """When a schedule runs: cron expressions in time zones. This module knows no queue.
 
 cronsim reads an expression and finds the times on a clock that is never changed. This module maps
-them to UTC, by the rules of Debian's cron for the days on which clocks are changed:
+these times to UTC. On the days of clock changes it follows the rules of Debian's cron:
 
-    minute or hour begins with *   runs whenever the clock shows a time that matches: at every such
-                                   time that occurs, and twice at one that occurs twice
+    minute or hour begins with *   runs whenever the clock shows a time that matches: twice if that
+                                   time occurs twice, and never if it does not occur
     all other expressions          run once for each time that matches: the first time if it occurs
                                    twice, and right after the change if it does not occur
 
@@ -33,8 +33,8 @@ NICKNAMES = {
 }
 EPOCH = datetime(1970, 1, 1)
 MINUTE = timedelta(minutes=1)
-PROBE = timedelta(hours=6)  # clocks are never changed twice within that time
-AROUND = timedelta(hours=25)  # before and after a clock change, where it may make a difference
+PROBE = timedelta(hours=6)  # no zone changes its clocks twice within that time
+AROUND = timedelta(hours=25)  # before and after a clock change: it has no effect beyond that
 LONGEST = 200  # characters of an expression
 YEARS = 2  # in which the next two clock changes are looked for
 
@@ -102,7 +102,7 @@ class Calendar:
     def __init__(self, cron: str, timezone: str) -> None:
         self.zone = _read_zone(timezone)
         self.timezone = timezone
-        self._surprises: tuple[int, list[str]] = (-1, [])  # as found on a day
+        self._surprises: tuple[int, list[str]] = (-1, [])  # the day on which they were found, and the texts
         self.cron = NICKNAMES.get(cron.strip().lower(), cron)
         fields = self.cron.split()
         if len(fields) != 5:
@@ -112,12 +112,12 @@ class Calendar:
         try:
             next(self._matches(datetime(2000, 1, 1)))
         except (CronSimError, RuntimeError) as error:
-            raise CalendarError("cron", f"{_explain(error)}; see man 5 crontab") from None
+            raise CalendarError("cron", f"{_explain(error)}; man 5 crontab explains the fields") from None
         except StopIteration:
             raise CalendarError("cron", "never matches: that day does not exist in that month") from None
 
     def ticks(self, after: int) -> Iterator[int]:
-        """Return the times at which it runs, strictly later than that one."""
+        """Return the times at which it runs, all later than `after`."""
         start = EPOCH + timedelta(minutes=after // 60_000 + 1)
         last = None
         for at in self._times(start):
@@ -126,7 +126,7 @@ class Calendar:
             last = at
 
     def next(self, after: int) -> int:
-        """Return the next time at which it runs, strictly later than that one."""
+        """Return the next time at which it runs, later than `after`."""
         return next(self.ticks(after))
 
     def last(self, since: int, until: int) -> int:
@@ -137,7 +137,7 @@ class Calendar:
         return found
 
     def _times(self, start: datetime) -> Iterator[datetime]:
-        """Run through the periods between two clock changes. `start` and the results are UTC."""
+        """Return the times from `start` on, period by period between clock changes, all in UTC."""
         offset = _offset(self.zone, start - MINUTE)  # not that of a change at `start` itself
         begin = start + offset
         if not self.follows_clock:
@@ -160,14 +160,14 @@ class Calendar:
         return CronSim(self.cron, begin - timedelta(seconds=1))
 
     def _end_of_repeat(self, start: datetime) -> datetime:
-        """Return until when a clock that was just set back shows times that it showed before."""
+        """Return the local time until which a clock that was set back repeats times."""
         for change in changes_in(self.zone, (start - AROUND).year) + changes_in(self.zone, start.year):
             if change.at < start < change.at + AROUND:
                 return change.at + change.before
         return start - AROUND
 
     def _changes(self, start: datetime) -> Iterator[Change]:
-        """Return the clock changes from `start` on. Each new year is one that changes nothing."""
+        """Return the clock changes from `start` on, and at each new year one without effect."""
         for year in itertools.count(start.year):
             yield from (change for change in changes_in(self.zone, year) if change.at >= start)
             end = datetime(year + 1, 1, 1)
@@ -175,9 +175,9 @@ class Calendar:
             yield Change(end, offset, offset)
 
     def surprises(self, now: int) -> list[str]:
-        """Describe what the next two clock changes do to it, if that may surprise.
+        """Describe the effects of the next two clock changes that may surprise.
 
-        Remembers that for a day, because listings ask for it often.
+        Remembers the texts for a day, because listings ask for them often.
         """
         day = now // 86_400_000
         if self._surprises[0] != day:
@@ -231,5 +231,6 @@ def _explain(error: Exception) -> str:
     """Turn an error of cronsim, such as "Bad day-of-week", into a rule."""
     text = str(error)
     if text.startswith("Bad "):
-        return f"the field {text.removeprefix('Bad ').replace('-', ' ')} is wrong, or that day does not exist"
+        field = text.removeprefix("Bad ").replace("-", " ")
+        return f"the field {field} is wrong" + (", or that day does not exist" if field == "day of month" else "")
     return f"cannot be read ({text})"

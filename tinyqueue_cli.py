@@ -393,21 +393,22 @@ def resume(queue: AnyQueue, names: tuple[str, ...]) -> None:
 
 @cli.command()
 @click.argument("limit", required=False)
-@click.option("--max-running", type=int, metavar="N", help="Jobs that run at a time.")
-@click.option("--rate", metavar="RATE", help="Starts in a period, such as 10/second.")
-@click.option("--pause", "paused", is_flag=True, help="Start none of its jobs.")
-@click.option("--reset", is_flag=True, help="Return to the numbers in the code.")
+@click.option("--max-running", type=int, metavar="N", help="Maximum number of jobs that run at a time.")
+@click.option("--rate", metavar="RATE", help="Maximum number of starts, as N/second, N/minute, N/hour or N/day.")
+@click.option("--pause", "paused", is_flag=True, help="Start none of its jobs, until --reset or other numbers.")
+@click.option("--reset", is_flag=True, help="Use the numbers in the code again.")
 @json_option
 @click.pass_obj
 def limits(settings: Settings, /, limit: str | None, reset: bool, as_json: bool, **options: Any) -> None:
-    """List the limits, or set the numbers of LIMIT: a type, or a type and a value, type/value.
+    """List the limits, or set the numbers of LIMIT, a type or type/value.
 
-    What is set replaces what was set before, on all workers and within two seconds.
+    Replaces everything that was set before: numbers that are left out return to those in the code.
+    Takes effect on all workers within two seconds.
     """
     fields = {"maxRunning": options["max_running"], "rate": options["rate"], "paused": options["paused"] or None}
     wanted = {name: value for name, value in fields.items() if value is not None}
     if bool(wanted or reset) != bool(limit) or (wanted and reset):
-        raise click.UsageError("name a LIMIT together with --max-running, --rate or --pause, or with --reset alone")
+        raise click.UsageError("to set a limit, name it and use --max-running, --rate or --pause, or --reset alone")
     queue = require_queue(settings)
     load_handlers(settings.handlers)
     if limit:
@@ -442,14 +443,14 @@ def purge(queue: AnyQueue, filter: Filter, yes: bool) -> None:
 @cli.command()
 @click.argument("names", nargs=-1, metavar="[NAME]...")
 @click.option("--pause", "verb", flag_value="pause", help="Pause these schedules.")
-@click.option("--resume", "verb", flag_value="resume", help="Resume these schedules, from now on.")
-@click.option("--run", "verb", flag_value="run", help="Enqueue the jobs of these schedules now, and print their ids.")
+@click.option("--resume", "verb", flag_value="resume", help="Resume these schedules; missed ticks make no job.")
+@click.option("--run", "verb", flag_value="run", help="Enqueue a job of each of these schedules now, and print its id.")
 @click.option("--remove", "verb", flag_value="remove", help="Remove these schedules, unless code declares them.")
 @refresh_option
 @json_option
 @pass_queue
 def schedules(queue: AnyQueue, names: tuple[str, ...], verb: str | None, watch: bool, as_json: bool) -> None:
-    """List schedules, or change those with these names."""
+    """List schedules, all or those named, or change those named."""
     if not verb:
         _show(partial(_read_schedules, queue, names), _print_schedules, as_json, watch)
         return

@@ -194,14 +194,14 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     webhook_secrets: Annotated[
         str,
         Meta(
-            description="secret that signs webhooks and http jobs, as whsec_ and the Base64 of 24 to 64 bytes; two, "
+            description="secret that signs webhooks and HTTP jobs: whsec_ and the Base64 of 24 to 64 bytes; two, "
             "comma-separated, while receivers change from one to the other"
         ),
     ] = ""
     http_allow: Annotated[
         str,
         Meta(
-            description="networks that are not public and that webhooks and http jobs may reach, comma-separated, such "
+            description="networks that are not public and that webhooks and HTTP jobs may reach, comma-separated, such "
             "as 10.1.0.0/16"
         ),
     ] = ""
@@ -683,9 +683,9 @@ def start_redis(url: str) -> None:
 def load_handlers(modules: str) -> dict[str, Handler[Any, Any, Any]]:
     """Import the modules that register handlers, from the working directory first.
 
-    Then registers the built-in types. Raises SettingsError if a module cannot be imported, if a
-    schedule is wrong, or if none registers a handler, unless tinyqueue_http is one of them: it has
-    the built-in types.
+    Then registers the built-in types. Raises SettingsError if a module cannot be imported, or if a
+    schedule is wrong. It also does if no module registers a handler, unless tinyqueue_http is one
+    of the modules, which asks for the built-in types alone.
     """
     if sys.path[:1] != [os.getcwd()]:
         sys.path.insert(0, os.getcwd())

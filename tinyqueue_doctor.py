@@ -102,7 +102,7 @@ def _warnings(queue: Queue, one_of_many: bool) -> list[str]:
 
 
 def _unserved_deliveries(queue: Queue) -> list[str]:
-    """Warn if there are workers, and deliveries to callbackUrls that none of them serves."""
+    """Warn if workers run and none of them serves the deliveries that wait."""
     if not queue.count_pending(["webhooks"])["webhooks"]:
         return []
     alive = [worker for worker in queue.workers() if worker["alive"]]
@@ -335,13 +335,13 @@ def _workers(queue: Queue) -> Iterator[Finding]:
 
 
 def _schedules(queue: Queue) -> Iterator[Finding]:
-    """Warn of schedules that do nothing. Worth a line only if there are any."""
+    """Warn of schedules that are overdue or paused. Without schedules, returns nothing."""
     found = [made for made, _ in list_schedules(queue)]
     now = queue.now()
     late = [made.name for made in found if made.overdue(now) > LATE]
     if found:
-        seen = f"{len(found)} schedules" + (f", overdue: {', '.join(late)}" if late else "")
-        advice = "start a worker, and read its log: it says why a tick fails; with overlap one, a job may still run"
+        seen = f"{len(found)} schedule{'s'[: len(found) != 1]}" + (f", overdue: {', '.join(late)}" if late else "")
+        advice = "start a worker; its log says why a tick fails; with overlap one, the last job may still run"
         yield _judge("schedules", seen, (bool(late), "warn", advice))
     for made in found:
         if made.paused:
@@ -435,7 +435,7 @@ def _repair(queue: Queue) -> Iterator[Finding]:
 
 
 def _list_schedules(queue: Queue, stored: Collection[str]) -> int:
-    """List schedules whose entry among the ticks was lost, and drop entries without a schedule."""
+    """List again the schedules whose next tick was lost, and drop ticks without a schedule."""
     listed = {text_of(name) for name in queue.store.read(("ZRANGE", queue.keys.ticks, 0, -1))[0]}
     wrong = sorted(name for name in listed.symmetric_difference(stored) if NAME.fullmatch(name))
     for name in wrong:

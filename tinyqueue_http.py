@@ -1,16 +1,17 @@
-"""Requests that workers send: deliveries to the callbackUrls of jobs, and the jobs of type `http`.
+"""Requests that workers send: deliveries to the callbackUrls of jobs, and HTTP jobs.
 
 `send` is the only function that opens a connection. It signs each request as Standard Webhooks
-describe: `webhook-id` is the id of the job, the same in every attempt. The secrets are read from
-TINYQUEUE_WEBHOOK_SECRETS when a request is sent, and are stored nowhere. With two of them, a
-request has two signatures, and receivers may have either secret.
+specifies. `webhook-id` is the id of the job of type `webhook` or `http`, the same in every attempt.
+The secrets are read from TINYQUEUE_WEBHOOK_SECRETS when a request is sent, and are never stored.
+With two secrets, a request has two signatures, and a receiver needs only one of the secrets.
 
-A client chooses the URL, so a request must not reach what only this machine can reach. The name is
-resolved once, all its addresses are checked, and the connection goes to an address that was
-checked, with the name in the certificate's check and in `Host`. Redirects are not followed, and no
-proxy of the environment is used. TINYQUEUE_HTTP_ALLOW lists the networks that are allowed anyway.
+A client chooses the URL, so a request must not reach what only this machine can reach. `send`
+resolves the name once, checks all its addresses, and connects to an address that it has checked.
+The certificate must be valid for the name, and `Host` has the name. Redirects are not followed, and
+proxy settings in the environment are ignored. TINYQUEUE_HTTP_ALLOW lists the networks that are
+allowed anyway.
 
-A request takes at most SECONDS in all, with name, connection and the end of the answer.
+A request takes at most SECONDS, from looking up the name to the end of the answer.
 
 `register` makes the types `http` and `webhook` known to a process that runs or accepts jobs.
 """
@@ -45,18 +46,18 @@ from tinyqueue import HANDLERS, MAX_RESULT, Discard, Job, RateLimited, Retry, __
 from tinyqueue_job import DELIVERIES, URL, URL_LENGTH, URL_RULE, check_url, host_of
 from tinyqueue_json import encode
 
-SECONDS = 15.0  # of a request, in all
+SECONDS = 15.0  # that a request may take in all
 CONNECT = 5.0  # seconds to resolve a name, to connect to one address, and for its TLS handshake
-KEPT = 500  # bytes of an answer that an error keeps for admins
-WAITS = (5, 300, 1800, 7200, 18_000, 36_000, 50_400, 72_000, 86_400)  # seconds between deliveries
-JITTER = 0.2  # how much longer a wait may be, so that deliveries that failed together spread
+KEPT = 500  # bytes of an answer that the traceback of an error shows to admins
+WAITS = (5, 300, 1800, 7200, 18_000, 36_000, 50_400, 72_000, 86_400)  # seconds after each failed attempt
+JITTER = 0.2  # share by which a wait may be longer, to spread deliveries that failed together
 LONGEST_WAIT = 86_400  # seconds of a Retry-After that are honoured
 ATTEMPTS = 5  # of an http job, unless its submit says otherwise
 BACKOFF = 5.0  # seconds after its first failed attempt
-AT_ONCE = 2  # deliveries to one receiver at a time: one that hangs keeps no more slots from the others
-FAILURES = 5  # in a row, after which a receiver gets no deliveries for PAUSE seconds
+AT_ONCE = 2  # deliveries to one receiver at a time, which is how many slots a hanging receiver can block
+FAILURES = 5  # in a row, after which a receiver gets one delivery every PAUSE seconds
 PAUSE = 60.0
-RECEIVERS = 10_000  # whose failures a process remembers
+RECEIVERS = 10_000  # whose failures a process remembers at most
 RESERVED = {"host", "connection", "content-length", "transfer-encoding", "te", "trailer", "upgrade", "expect"}
 RESERVED |= {"accept-encoding", "user-agent"}
 INTERIM = re.compile(rb"\A(HTTP/1\.[0-9] )1(?!01)[0-9]{2}\b")  # a status such as 103, before that of the answer
@@ -80,15 +81,15 @@ class NoAnswer(Retry):
 
 
 class BadAnswer(Retry):
-    """The answer says that the request failed, and another attempt may help."""
+    """The answer is a failure for which another attempt may help."""
 
 
 class Refused(Discard):
-    """The answer says that the request failed, and that no attempt will help."""
+    """The answer is a failure for which no other attempt will help."""
 
 
 class CircuitOpen(RateLimited):
-    """The receiver has failed several times in a row. Nothing was sent, nor is it for a while."""
+    """The receiver has failed FAILURES times in a row. Nothing was sent; another try follows."""
 
 
 # Settings -------------------------------------------------------------------------------------------------------------
@@ -119,7 +120,7 @@ def read_networks(text: str) -> list[Network]:
     try:
         return [ipaddress.ip_network(part.strip()) for part in filter(None, text.split(","))]
     except ValueError:  # its text may repeat a secret from the wrong variable
-        raise ValueError("each must be a network such as 10.1.0.0/16, without bits of a host") from None
+        raise ValueError("each must be a network such as 10.1.0.0/16, with no bits set after the prefix") from None
 
 
 def sign(id: str, body: bytes, secrets: Sequence[bytes]) -> dict[str, str]:
@@ -134,7 +135,7 @@ def sign(id: str, body: bytes, secrets: Sequence[bytes]) -> dict[str, str]:
 # Addresses ------------------------------------------------------------------------------------------------------------
 
 GLOBAL_UNICAST = ipaddress.ip_network("2000::/3")  # everything else in IPv6 is special, mapped or not assigned
-# Inside what `is_global` lets through, or too important to depend on the version of Python.
+# Networks that `is_global` lets through, or that are too important to depend on Python's version.
 SPECIAL = [
     ipaddress.ip_network(network)
     for network in (
@@ -184,7 +185,7 @@ Place = tuple[int, Any]  # the family of an address, and the address as sockets 
 def resolve(target: Target, seconds: float) -> list[Place]:
     """Return the addresses of a host. Raises NoAnswer if there are none in time.
 
-    In a thread of its own, because nothing else ends a resolver that waits for its servers.
+    Runs the resolver in a thread, because a resolver that waits for its servers cannot be stopped.
     """
     found: list[Any] = []
 
@@ -204,7 +205,7 @@ def resolve(target: Target, seconds: float) -> list[Place]:
 
 
 def check_places(target: Target, places: Sequence[Place], allowed: Sequence[Network]) -> None:
-    """Raise Forbidden unless requests may go to all these addresses. Names none of them."""
+    """Raise Forbidden unless requests may go to all these addresses. Its text names none."""
     if not all(may_connect(place[0].partition("%")[0], allowed) for _, place in places):
         todo = "if requests may go there, add its network to TINYQUEUE_HTTP_ALLOW"
         raise Forbidden(f"{target.host} has an address that is not public; {todo}")
@@ -279,7 +280,7 @@ def _connect(target: Target, places: Sequence[Place], until: float) -> socket.so
     """Connect to the first of these addresses that accepts, with TLS for https."""
     why = "no address"
     for family, place in places:
-        # Both the connection and the handshake may take that long.
+        # The connection and the handshake may each take that long.
         seconds = min(CONNECT, (until - time.monotonic()) / 2)
         if seconds <= 0:
             break
@@ -356,10 +357,10 @@ class Lines(io.BufferedReader):
 
 
 class Watched:
-    """A socket that knows whether the headers of an answer came to their end.
+    """A socket that knows whether the headers of an answer are complete.
 
-    http.client takes the end of the connection for it. A status alone does not tell what the
-    application would have answered.
+    http.client takes the end of the connection for the end of the headers. But an answer that was
+    cut off is no outcome, even if its status was read.
     """
 
     def __init__(self, sock: socket.socket) -> None:
@@ -378,14 +379,14 @@ class Watched:
 
 
 def _note(error: Exception, answer: Answer) -> Exception:
-    """Add the beginning of an answer to the traceback, which the API shows to admins only."""
+    """Add the beginning of an answer to the traceback, which the API shows only to admins."""
     if answer.body:
         error.add_note(f"the answer began with: {answer.body[:KEPT].decode('utf-8', 'backslashreplace')}")
     return error
 
 
 def asked_wait(answer: Answer) -> float:
-    """Return the seconds of a Retry-After of a 429 or 503, at most a day; 0 without one."""
+    """Return the seconds that the Retry-After of a 429 or 503 asks for: 0 to LONGEST_WAIT."""
     text = answer.headers.get("Retry-After", "").strip() if answer.status in (429, 503) else ""
     if re.fullmatch("[0-9]{1,9}", text):
         return min(float(text), LONGEST_WAIT)
@@ -402,10 +403,10 @@ def _redirected(answer: Answer) -> str:
 
 
 class Circuits:
-    """Which receivers have failed FAILURES times in a row: they get a try every PAUSE seconds.
+    """The receivers that have failed FAILURES times in a row. They get a try every PAUSE seconds.
 
-    A process learns that by itself, which costs no command. Then it halts the limit of the
-    receiver, so that all processes hold its deliveries back.
+    Each process counts failures for itself, which costs no command. CircuitOpen then halts the
+    limit of the receiver, so all processes hold its deliveries back.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
@@ -414,7 +415,7 @@ class Circuits:
         self._failed: OrderedDict[str, tuple[int, float]] = OrderedDict()  # how often, and when the pause ends
 
     def check(self, host: str) -> float:
-        """Return the seconds until the next try may be made, 0 for now. That one is then taken."""
+        """Return the seconds until the next try. 0: now, and the caller must make this try."""
         now = self._clock()
         with self._lock:
             failures, until = self._failed.get(host, (0, 0.0))
@@ -423,7 +424,7 @@ class Circuits:
         return max(0.0, until - now) if failures >= FAILURES else 0.0
 
     def note(self, host: str, failed: bool) -> None:
-        """Note how a try has ended."""
+        """Note whether a try has failed."""
         with self._lock:
             failures, _ = self._failed.pop(host, (0, 0.0))
             if failed:
@@ -431,7 +432,7 @@ class Circuits:
             while len(self._failed) > RECEIVERS:
                 self._failed.popitem(last=False)
         if failed and failures + 1 == FAILURES:
-            log.warning("receiver %s failed %d times in a row; it gets a try every %d s", host, FAILURES, PAUSE)
+            log.warning("receiver %s failed %d times in a row; it gets one delivery every %d s", host, FAILURES, PAUSE)
         elif failures >= FAILURES and not failed:
             log.warning("receiver %s answers again", host)
 
@@ -441,7 +442,7 @@ CIRCUITS = Circuits()
 
 # Deliveries -----------------------------------------------------------------------------------------------------------
 
-# Without names of groups: the pattern is in /openapi.json, and languages spell them differently.
+# Without group names: the pattern is in /openapi.json, and languages write group names differently.
 URL_PATTERN = "^" + re.sub(r"\?P<\w+>", "", URL.pattern) + r"\Z"
 Url = Annotated[str, Meta(pattern=URL_PATTERN, max_length=URL_LENGTH, description=URL_RULE)]
 
@@ -483,7 +484,7 @@ def deliver(delivery: Delivery, job: Job) -> Delivered:
 # HTTP jobs ------------------------------------------------------------------------------------------------------------
 
 HeaderName = Annotated[
-    str, Meta(pattern=r"^[A-Za-z0-9!#$%&'*+.^_`|~-]{1,100}\Z", description="names of headers must be tokens of HTTP")
+    str, Meta(pattern=r"^[A-Za-z0-9!#$%&'*+.^_`|~-]{1,100}\Z", description="must be the name of an HTTP header")
 ]
 HeaderValue = Annotated[
     str,
@@ -525,7 +526,7 @@ def run_request(request: Request, job: Job) -> Any:
 
 
 def _result(answer: Answer) -> Any:
-    """Return the body of an answer: JSON if it says so and is, else text; None if it is empty."""
+    """Return the body of an answer: JSON if it is, and is declared as JSON; else text, or None."""
     coding = answer.headers.get("Content-Encoding", "identity").strip().lower()
     if answer.body and coding not in ("identity", ""):
         raise Refused(f"the answer is compressed ({coding[:20]!a}), which was not asked for; answer without that")

@@ -32,15 +32,15 @@ MAX_AFTER = 1000  # parents of a job
 KEY_LENGTH = 200  # characters of a uniqueKey
 NAME = re.compile(r"[A-Za-z0-9._-]{1,100}")  # of queues, types, workers: cannot spell another key
 PRINTABLE = re.compile(r"[^\x00-\x1f\x7f-\xa0\xad\u2028\u2029\ud800-\udfff]+")  # as in openapi.json
-# Parsed by this one pattern wherever a URL is checked or used. It has no place for a user part, a
-# fragment, a backslash or a character beyond ASCII, which parsers of URLs read differently.
+# The only parser of URLs, so that all code reads a URL alike. It refuses a user name, a fragment, a
+# backslash and characters beyond ASCII, because other parsers read these in different ways.
 URL = re.compile(
     r"(?P<scheme>[Hh][Tt][Tt][Pp][Ss]?)://(?P<host>[A-Za-z0-9._-]{1,253}|\[[0-9A-Fa-f:.]{2,45}\])"
     r"(?::(?P<port>[1-9][0-9]{0,3}|[1-5][0-9]{4}|6[0-4][0-9]{3}|65[0-4][0-9]{2}|655[0-2][0-9]|6553[0-5]))?"
     r"(?P<target>[/?][!-\"$-\[\]-~]*)?"
 )
 URL_LENGTH = 2000
-URL_RULE = "must be an http or https URL in ASCII, without a user part or a fragment, of at most 2000 characters"
+URL_RULE = "must be an http or https URL in ASCII, without a user name or a fragment, of at most 2000 characters"
 DELIVERIES = 10  # attempts of a delivery: one at once, and one after each wait in tinyqueue_http.WAITS
 ID = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-7[0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9a-f]{12}")
 
@@ -217,10 +217,10 @@ class Job(msgspec.Struct, rename="camel", omit_defaults=True, dict=True, forbid_
     waiting_for: tuple[str, ...] = ()  # those of them that keep it from starting
     on_failure: Literal["", "run"] = ""  # "run": it starts even if a parent fails or is cancelled
     followed: bool = False  # whether other jobs wait for it
-    schedule: str = ""  # whose tick enqueued it, and the time that the tick was for
+    schedule: str = ""  # name of the schedule that made it, and the time of the tick
     scheduled_for: int = 0
     callback_url: str = ""
-    callback_job: str = ""  # id of the job that delivers its last end
+    callback_job: str = ""  # id of the delivery of its last end
     # The fields of a newer version. In the record they are beside the others, not under this name.
     unknown: dict[str, msgspec.Raw] | None = msgspec.field(default=None, name="*")
 
@@ -332,7 +332,7 @@ class Job(msgspec.Struct, rename="camel", omit_defaults=True, dict=True, forbid_
         return {name: fields[name] for name in (*SHOWN, *set_now)}
 
 
-# Fields of a job that its delivery reports if the job has them.
+# Fields of a job that its delivery contains if the job has them.
 REPORTED = ("id", "type", "queue", "status", "attempts", "createdAt", "endedAt", "requestId", "result", "error")
 
 
@@ -563,7 +563,7 @@ def read_made(stored: bytes) -> Made:
 class Outcome(NamedTuple):
     """How an attempt ended. `after`: seconds until the next; None: never, or released: now.
 
-    `halt`: for `after` seconds, nothing else may start under the limit of the released job.
+    `halt`: nothing may start under the limit of the released job for `after` seconds.
     """
 
     job: Job
@@ -677,13 +677,15 @@ def handler(
     `backoff` * 2 ** (n - 1) seconds or up to half as much again, but not longer than `backoff_cap`.
     Waits that would be longer are spread between two thirds of `backoff_cap` and all of it.
 
-    `max_running` jobs of the type run at a time over all workers, and `rate`, such as "10/second",
-    is how many start in any second, minute, hour or day. With `limit_by`, the name of a field of
-    the payload, both hold for each value of that field alone. Jobs without room wait, and delay no
-    other type.
+    At most `max_running` jobs of the type run at a time over all workers, and at most `rate` start
+    in any second, minute, hour or day, such as "10/second". With `limit_by`, the name of a field of
+    the payload, both apply to each value of that field separately. Jobs without room are held, and
+    delay no job of another limit.
+
     `schedule` is a cron expression: workers enqueue a job with the payload {} whenever it matches
-    in `timezone`. The function `schedule` has more options. Mistakes raise TypeError or InvalidJob
-    when the module is imported.
+    in `timezone`. The function `schedule` has more options.
+
+    Mistakes raise TypeError or InvalidJob when the module is imported.
     """
     if callable(type):
         raise TypeError("handler needs the type of the jobs: write @handler('send-email'), not @handler")
@@ -724,7 +726,7 @@ def _check_limit(type: str, max_running: Any, rate: Any, limit_by: Any) -> None:
 
 
 def _fields_of(type: Any, name: str) -> list[str]:
-    """Return the fields of a payload in JSON; only `name` if the type says nothing about them."""
+    """Return the JSON names of a payload's fields, or only `name` if the type declares none."""
     about = msgspec.inspect.type_info(type)
     return [field.encode_name for field in getattr(about, "fields", ())] or [name]
 
@@ -775,7 +777,8 @@ class Discard(Exception):
 class RateLimited(Exception):
     """Raised by a handler whose work was refused for now, such as by a service that answers 429.
 
-    The attempt does not count. For `after` seconds, no job starts under the limit of this one.
+    The attempt does not count. For `after` seconds, no job starts under the limit of this job. If
+    its type has no limit, only this job waits.
     """
 
     def __init__(self, reason: str = "the rate limit of a service was reached", *, after: float) -> None:
@@ -804,7 +807,7 @@ def backoff(attempts: int, base: float = 1.0, cap: float = 300.0) -> float:
 
 # Limits ---------------------------------------------------------------------------------------------------------------
 
-VALUE = re.compile(r"[A-Za-z0-9._-]{1,64}")  # of a field that limits: others are replaced by a digest
+VALUE = re.compile(r"[A-Za-z0-9._-]{1,64}")  # of a limit_by field; a digest replaces all other values
 LIMIT = re.compile(rf"{NAME.pattern}(?:/{VALUE.pattern})?")
 RATE = re.compile(r"([1-9][0-9]{0,3}|10000)/(second|minute|hour|day)")
 PERIODS = {"second": 1000, "minute": 60_000, "hour": 3_600_000, "day": 86_400_000}
@@ -824,7 +827,7 @@ class Override(msgspec.Struct, rename="camel", omit_defaults=True):
             self.max_running = _whole("maxRunning", self.max_running, 1, MAX_RUNNING)
         if not isinstance(self.rate, str) or (self.rate and not RATE.fullmatch(self.rate)):
             raise InvalidJob(
-                "rate", 'must be a number up to 10000 and a time, such as "10/second"; or minute, hour, day'
+                "rate", 'must be a number up to 10000 and second, minute, hour or day, such as "10/second"'
             )
         if not isinstance(self.paused, bool):
             raise InvalidJob("paused", "must be true or false")
@@ -832,7 +835,7 @@ class Override(msgspec.Struct, rename="camel", omit_defaults=True):
 
 
 class Rule(NamedTuple):
-    """What a limit allows: so many jobs at a time, and so many starts in so many milliseconds."""
+    """What a limit allows: `max_running` jobs at a time, and `starts` in `period` milliseconds."""
 
     max_running: float = math.inf
     starts: int = 0
@@ -840,7 +843,7 @@ class Rule(NamedTuple):
     paused: bool = False
 
     def answer(self) -> dict[str, Any]:
-        """The numbers as clients see them: null where there is none."""
+        """Return the numbers as clients see them, None for unlimited."""
         period = next((name for name, ms in PERIODS.items() if ms == self.period), "")
         return {
             "maxRunning": None if self.max_running == math.inf else int(self.max_running),
@@ -850,7 +853,7 @@ class Rule(NamedTuple):
 
 
 def limit_of(job: Job) -> str:
-    """Return the limit of a job, or "". A declaration that is newer than the job counts too."""
+    """Return the limit of a job, or "". A job from before the limit was declared gets one too."""
     known = HANDLERS.get(job.type)
     if job.limit or not known or not known.limited:
         return job.limit
@@ -869,7 +872,7 @@ def check_limit(limit: str) -> str:
 
 
 def read_override(limit: str, fields: Mapping[str, Any]) -> Override:
-    """Check what an operator wants to set for a limit or a type. Raises InvalidJob."""
+    """Check the fields that an operator sets for a limit or a type. Raises InvalidJob."""
     names = {name for field in msgspec.structs.fields(Override) if (name := field.encode_name)}
     if unknown := fields.keys() - names:
         raise InvalidJob(min(unknown), f"unknown field; the fields of a limit are {', '.join(sorted(names))}")
@@ -880,19 +883,19 @@ def read_override(limit: str, fields: Mapping[str, Any]) -> Override:
         return override
     if not known or not known.limited:
         limited = ", ".join(sorted(type for type, handler in HANDLERS.items() if handler.limited)) or "none"
-        raise InvalidJob("limit", f"its type has no limit in the handlers of this process; types with one: {limited}")
+        raise InvalidJob("limit", f"no handler of this process declares one for its type; types with one: {limited}")
     for field, declared in {"maxRunning": known.max_running, "rate": known.rate}.items():
         if field in values and not declared:
-            raise InvalidJob(field, "the handler declares none; add it there first")
+            raise InvalidJob(field, "is not declared by the handler; declare it there first")
     return override
 
 
 def rule_of(limit: str, overrides: Iterable[bytes | None]) -> Rule:
-    """Return what a limit allows. The overrides are that of its type, then its own.
+    """Return what a limit allows. `overrides` are that of its type and its own, in this order.
 
-    The numbers belong to the code. A process without the handler starts one job at a time, which it
-    returns as it does with any type that it does not know. Without a limit in the code, all may go.
-    Raises Corrupted for an override that TinyQueue never writes.
+    The numbers are those of this process's code. A process without the handler starts one job at a
+    time, and returns it like any job of an unknown type. If the handler declares no limit, all
+    jobs may start. An override that cannot be read pauses its limit, and stops no other type.
     """
     known = HANDLERS.get(limit.partition("/")[0])
     if not known:
@@ -902,7 +905,7 @@ def rule_of(limit: str, overrides: Iterable[bytes | None]) -> Rule:
     max_running = known.max_running
     rate = known.rate
     paused = False
-    for override in (_stored_override(limit, stored) for stored in overrides if stored):
+    for override in (stored_override(stored) for stored in overrides if stored):
         max_running = (override.max_running or max_running) if max_running else 0
         rate = (override.rate or rate) if rate else ""
         paused = paused or override.paused
@@ -910,12 +913,11 @@ def rule_of(limit: str, overrides: Iterable[bytes | None]) -> Rule:
     return Rule(max_running or math.inf, int(starts or 0), PERIODS.get(period, 0), paused)
 
 
-def _stored_override(limit: str, stored: bytes) -> Override:
+def stored_override(stored: bytes) -> Override:
     try:
         return msgspec.json.decode(stored, type=Override).check()
-    except (msgspec.DecodeError, UnicodeDecodeError, InvalidJob) as error:
-        text = f"the numbers set for the limit {limit} or its type cannot be read: {error}; reset them"
-        raise Corrupted(text) from None
+    except (msgspec.DecodeError, UnicodeDecodeError, InvalidJob):
+        return Override(paused=True)
 
 
 # Checking a job -------------------------------------------------------------------------------------------------------
@@ -943,7 +945,7 @@ def make_job(
     pending or processing, submit returns that job and stores no other. The job starts when the jobs
     in `after` have completed: jobs, ids, or drafts of the same batch. If one of them fails or is
     cancelled, this job fails with DependencyFailed, or with `on_failure="run"` it starts anyway.
-    The end of the job is sent to `callback_url` by a job of its own, of type webhook.
+    When the job ends, a job of type webhook sends its end to `callback_url`.
     """
     known = HANDLERS.get(check_name("type", type))
     encoded = _encode_payload(payload)

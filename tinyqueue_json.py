@@ -150,11 +150,11 @@ def parser(type: Any) -> Callable[[bytes], Any]:
             with suppress(msgspec.ValidationError):
                 return decode(encode(_whole_floats(msgspec.json.decode(text))))
             rule, _, path = str(error).partition(" - at ")
-            key, _, path = path.strip("`").rpartition("` in `")  # "`key` in `$.headers`", or a path alone
-            path = path or "$"
+            is_key = path.startswith("`key` in ")
+            path = path.removeprefix("`key` in ").strip("`") or "$"
             if " matching regex " in rule:
-                rule = _description(type, path, bool(key)) or rule
-            raise Mismatch(rule, path) from None
+                rule = _description(type, path, is_key) or rule
+            raise Mismatch(f"wrong key: {rule}" if is_key else rule, path) from None
         except (msgspec.DecodeError, RecursionError) as error:
             raise Mismatch(str(error)) from None
 
@@ -162,7 +162,7 @@ def parser(type: Any) -> Callable[[bytes], Any]:
 
 
 def _description(type: Any, path: str, of_keys: bool) -> str:
-    """Return the description that a type gives for the part at a path, or for its keys, if any."""
+    """Return the description that a type gives for the part at a path or its keys, or nothing."""
     (root,), parts = msgspec.json.schema_components([type])
     schemas = _alternatives(root, parts)
     for name, index in re.findall(r"\.([^.[]+)|\[([^]]*)\]", path):
@@ -177,7 +177,7 @@ def _description(type: Any, path: str, of_keys: bool) -> str:
                 found += [schema.get("items"), schema.get("additionalProperties")]
         schemas = [part for schema in found if isinstance(schema, dict) for part in _alternatives(schema, parts)]
     if of_keys:
-        schemas = [schema["propertyNames"] for schema in schemas if "propertyNames" in schema]
+        schemas = [schema.get("propertyNames", {}) for schema in schemas]
     return next((str(schema["description"]) for schema in schemas if "description" in schema), "")
 
 

@@ -1,11 +1,13 @@
 """What a schedule is: its record, how it is declared, and what a tick and a sync make of it.
 
 `Queue.change_schedule` and `Queue.sync_schedules` in tinyqueue.py write what this module decides. A
-schedule is declared in code or made through the API. The code of a worker is known by its handlers
-modules and by a fingerprint of the schedules that it declares. Redis has the fingerprints of the
-last releases of that code, newest first. A release that has been replaced leaves the schedules
-alone, so that a worker of it that starts during a deploy does not bring back what was removed.
-After a rollback it takes over when no worker of the newer release has been seen for ABSENT seconds.
+schedule is declared in code or made through the API.
+
+Code is identified by the names of its handlers modules, and a release of it by a fingerprint of the
+schedules that it declares. Redis has the fingerprints of the last releases, newest first. A worker
+of a release that has been replaced leaves the schedules alone. So if it starts during a deploy, it
+does not bring back what was removed. After a rollback, the older release takes over when no worker
+of the newer one has been seen for ABSENT seconds.
 """
 
 from __future__ import annotations
@@ -43,15 +45,15 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("tinyqueue.worker")
 
-MAX_SCHEDULES = 1000  # of a queue: each has some lines in the metrics
+MAX_SCHEDULES = 1000  # that the API accepts: each has some lines in the metrics
 MAX_CATCHUP = 7 * 86400  # seconds
-RETRY = 5000  # milliseconds until a tick that failed, or waits, is tried again
+RETRY = 5000  # milliseconds until a tick that has failed or waits is tried again
 GRACE = 60  # seconds that a tick may always be late
 SHOWN_RUNS = 5  # next runs of a schedule that are listed
-ABSENT = 300  # seconds after which the code that synced last counts as gone
-SEEN_EVERY = 60  # seconds between two notes that it is still there
-RELEASES = 20  # fingerprints of a code that are remembered
-TAKEN = "made through the API, or declared by other code; remove those, or use other names"
+ABSENT = 300  # seconds after which the release that synced last counts as gone
+SEEN_EVERY = 60  # seconds between two writes that it is still there
+RELEASES = 20  # of one code that are remembered, by their fingerprints
+TAKEN = "the API or other code made schedules with these names; remove those, or use other names"
 OVERLAPS = ("skip", "one", "allow")
 # Fields of a schedule that are declared. The others say what has happened to it.
 DECLARED = ("cron", "timezone", "type", "payload", "queue", "max_attempts", "unique_key", "overlap", "catchup", "code")
@@ -76,7 +78,7 @@ class Schedule(msgspec.Struct, rename="camel", omit_defaults=True):
     unique_key: str = ""
     overlap: Literal["skip", "one", "allow"] = "skip"
     catchup: float = 3600
-    code: str = ""  # the handlers modules that declare it; empty: it was made through the API
+    code: str = ""  # the handlers modules that declare it; empty: the API made it
     paused: bool = False
     next_at: int = 0
     last_at: int = 0  # the time of the last tick
@@ -94,16 +96,17 @@ class Schedule(msgspec.Struct, rename="camel", omit_defaults=True):
             raise InvalidJob(error.field, str(error)) from None
 
     def tick(self, now: int, last: Job | None) -> tuple[Outcome, int]:
-        """Return what a tick does now, and for which time. `last` is the job of the last run.
+        """Return the outcome of a tick now, and the time of the tick. `last` is the last job.
 
-        Ticks that were missed count as one, that of the last time within `catchup`. With `overlap`
-        one, the tick waits until the last job has ended, and so stays due.
+        If several ticks were missed, only the last of them counts, and only if it was due within
+        `catchup` seconds. With `overlap` one, the tick waits until the last job has ended, so the
+        schedule stays due.
         """
         if self.paused or self.next_at > now:
             return "", 0
         since = now - round(1000 * max(self.catchup, GRACE))
         at = self.calendar.last(max(self.next_at, since), now)
-        # The record may have a time that is none any more, by a newer table of time zones.
+        # With newer rules of its time zone, the time in the record may not match any more.
         at = at or (self.next_at if self.next_at >= since else 0)
         if not at:
             return "missed", self.next_at
@@ -118,13 +121,13 @@ class Schedule(msgspec.Struct, rename="camel", omit_defaults=True):
         return replace(self, next_at=self.calendar.next(now), last_at=at, last_outcome=outcome)
 
     def ran(self, at: int, job: Job, stored: Job) -> Schedule:
-        """Return the schedule after a run. `stored` may be another job that has the uniqueKey."""
+        """Return the schedule after a run. If another job has the uniqueKey, `stored` is that."""
         duplicate = stored is not job and at == self.last_at  # not of a run that was asked for
         outcome: Outcome = "duplicate" if duplicate else self.last_outcome
         return replace(self, last_outcome=outcome, last_run_at=at, last_job=stored.id)
 
     def job(self, now: int, at: int, shard: int | None, id: str) -> Job:
-        """Make the job of a run. It is checked when it starts, as it was when it was declared."""
+        """Make the job of a run. Its payload was checked when the schedule was declared."""
         made = new_id(now)
         job = Job(
             id=id or (made if shard is None else f"{made[:-2]}{shard:02x}"),
@@ -140,7 +143,7 @@ class Schedule(msgspec.Struct, rename="camel", omit_defaults=True):
         return job
 
     def after(self, old: Schedule | None, now: int) -> Schedule:
-        """Return this declaration in place of an older one, which keeps what has happened to it."""
+        """Return this declaration with the state of an older one, such as its last run."""
         if old is None:
             return replace(self, next_at=self.calendar.next(now))
         own = {name: getattr(self, name) for name in DECLARED}
@@ -148,7 +151,7 @@ class Schedule(msgspec.Struct, rename="camel", omit_defaults=True):
         return replace(old, **own, next_at=old.next_at if same else self.calendar.next(now))
 
     def restore(self, found: Schedule | None, last: Job | None, now: int) -> tuple[Schedule, int]:
-        """Store a schedule of a backup, if it is not there. What it missed is not made up for."""
+        """Return a schedule of a backup, unless one exists. The ticks it missed make no jobs."""
         return found or replace(self, next_at=self.calendar.next(now)), 0
 
     def overdue(self, now: int) -> int:
@@ -239,16 +242,18 @@ SCHEDULES: dict[str, Callable[[], Schedule]] = {}
 def schedule(name: str, cron: str, type: str, payload: Any, **options: Any) -> None:
     """Declare a schedule: workers enqueue a job of that type whenever its cron expression matches.
 
-    `timezone` is a name of the tz database. `overlap` says what happens while the job of the last
-    run has not ended: "skip" the run, wait and then run "one", or "allow" it. Runs that were
-    missed while no worker ran are made up for by one, if the last of them is not longer ago than
-    `catchup` seconds. `queue`, `max_attempts` and `unique_key` are those of the job. Mistakes raise
-    InvalidJob when the module is imported; a wrong payload does when all handlers are known.
+    `timezone` is a name of the tz database. `overlap` is what a tick does while the last job has
+    not ended: "skip" makes no job, "one" waits and then makes one, and "allow" makes a job. If
+    ticks were missed because no worker ran, the last of them makes a job, unless it was due more
+    than `catchup` seconds ago. `queue`, `max_attempts` and `unique_key` are those of the job.
+
+    Mistakes raise InvalidJob when the module is imported. A type without a handler, or a payload
+    that does not fit a handler that is declared later, raises it when all modules are imported.
     """
     make = partial(_declare, name, cron, type, payload, **options)
     made = make()
     if name in SCHEDULES and SCHEDULES[name]() != made:  # a reload declares the same again
-        raise TypeError(f"two schedules are named {name!r}")
+        raise TypeError(f"two schedules are named {name!r}; rename one of them")
     SCHEDULES[name] = make
 
 
@@ -274,14 +279,14 @@ def declared(code: str = "") -> list[Schedule]:
 
 
 def code_of(modules: str) -> str:
-    """Return the name of the code that these handlers modules make up."""
+    """Return the name of the code that consists of these handlers modules."""
     return re.sub(r"[^A-Za-z0-9._-]+", "_", modules)[:100]
 
 
 # Changing -------------------------------------------------------------------------------------------------------------
 
-# Makes a schedule from what is stored, the job of its last run and the time. Also returns the time
-# of the tick whose job is to be enqueued, or 0.
+# Takes the stored schedule, its last job and the time. Returns the new schedule, and the time of
+# the tick whose job is to be enqueued, or 0.
 Change = Callable[[Schedule | None, Job | None, int], tuple[Schedule | None, int]]
 
 
@@ -297,7 +302,7 @@ def put(queue: Any, made: Schedule) -> Schedule:
     part = queue.part_for(made.name)
     count = part.store.read(("ZCARD", part.keys.ticks))[0]
     if count >= MAX_SCHEDULES and not part.store.read(("EXISTS", part.keys.schedule(made.name)))[0]:
-        raise InvalidJob("name", f"is one too many: there are {count} schedules; remove some")
+        raise InvalidJob("name", f"cannot be added: there are {count} schedules already; remove some")
     stored = part.change_schedule(made.name, change)
     assert stored
     return cast(Schedule, stored)
@@ -309,7 +314,7 @@ def pause(queue: Any, name: str) -> Schedule | None:
 
 
 def resume(queue: Any, name: str) -> Schedule | None:
-    """Resume a paused schedule. Ticks that it has missed are not made up for."""
+    """Resume a paused schedule. Ticks that it has missed make no job."""
 
     def change(found: Schedule, now: int) -> tuple[Schedule, int]:
         return (replace(found, paused=False, next_at=found.calendar.next(now)) if found.paused else found), 0
@@ -329,7 +334,7 @@ def remove(queue: Any, name: str) -> Schedule | None:
 
 
 def run(queue: Any, name: str) -> Job | None:
-    """Enqueue the job of a schedule now, and return it; None for an unknown name.
+    """Enqueue the job of a schedule now, even if it is paused. Return it; None for an unknown name.
 
     The next tick stays as it is, and may find this job running. If another job has the uniqueKey,
     returns that one.
@@ -375,10 +380,10 @@ def list_schedules(queue: Any) -> list[tuple[Schedule, Job | None]]:
 
 
 class Ticker:
-    """Enqueues the jobs of the schedules of a queue, as often as it is called.
+    """Enqueues the jobs of the due schedules of a queue whenever `tick` is called.
 
-    Reads the due times once a minute, because ticks fall on whole minutes. Reads them again soon if
-    a tick has failed or waits for the end of a job.
+    Reads the due times only once a minute, because ticks fall on whole minutes. If a tick has
+    failed or waits for the end of a job, reads them again after RETRY.
     """
 
     def __init__(self, part: Any) -> None:
@@ -407,7 +412,7 @@ class Ticker:
             raise trouble
 
     def _count_failed(self) -> None:
-        """Count failed ticks in the metrics. If Redis is too full for that, the next call does."""
+        """Count failed ticks in the metrics. If Redis is too full, the next call retries."""
         if self.failed:
             with suppress(TinyQueueError):
                 self.part.store.read(("HINCRBY", self.part.keys.metrics, "failedTicks", self.failed))
@@ -426,7 +431,7 @@ def tick(found: Schedule | None, last: Job | None, now: int) -> tuple[Schedule |
 
 
 class Generation(msgspec.Struct, rename="camel"):
-    """The release of a code whose schedules are in Redis: how many have replaced another so far.
+    """Which releases of a code have synced. `number` counts how often one has replaced another.
 
     `releases` are the fingerprints, newest first. A worker of the newest was seen at `seen_at`.
     """
@@ -454,7 +459,7 @@ def read_generation(stored: bytes | None) -> Generation:
 
 
 def fingerprint(schedules: Sequence[Schedule]) -> str:
-    """Return what tells a release of the code from others: a digest of all that it declares."""
+    """Return a digest of all that a release of the code declares. Another release has another."""
     text = encode(sorted(encode(made).decode() for made in schedules))
     return hashlib.sha256(text).hexdigest()[:16]
 
@@ -462,7 +467,8 @@ def fingerprint(schedules: Sequence[Schedule]) -> str:
 class Merge(NamedTuple):
     """What a sync writes: schedules that are new or changed, and names that are gone.
 
-    `taken` are declared, but were made through the API or by other code, and stay as they are.
+    `taken` are names that the code declares and that the API or other code had first. Their
+    schedules stay as they are.
     """
 
     changed: list[Schedule]
@@ -494,9 +500,9 @@ def sync(queue: Any, code: str, wanted: Sequence[Schedule]) -> list[Merge]:
 
 
 class Scheduler:
-    """What a worker does for schedules: it syncs those that its code declares, and ticks.
+    """The work of a worker on schedules: it syncs those that its code declares, and ticks.
 
-    Raises InvalidJob if the code declares a schedule that is wrong.
+    Raises InvalidJob if a schedule that the code declares is wrong.
     """
 
     def __init__(self, queue: Any, modules: str) -> None:
@@ -507,16 +513,16 @@ class Scheduler:
             _check_shard(queue, made)
         self.tickers = [Ticker(part) for part in queue.parts]
         self.unused = False  # this code declares none, and never has
-        self.taken: list[str] = []  # declared names that are others' schedules, as last logged
+        self.taken: list[str] = []  # declared names that the API or other code had first, as last logged
 
     def surprises(self) -> list[str]:
-        """Describe what the next clock changes do to its schedules, if that may surprise."""
+        """Describe effects of the next clock changes on its schedules that may surprise."""
         now = time.time_ns() // 1_000_000
         texts = ((made, text) for made in self.declared for text in made.calendar.surprises(now))
         return [f"schedule {made.name} ({made.cron}): {text}" for made, text in texts]
 
     def sync(self) -> None:
-        """Bring the schedules up to date, and log what has changed."""
+        """Sync the declared schedules, and log what has changed."""
         taken = []
         merges = [] if self.unused else sync(self.queue, self.code, self.declared)
         self.unused = not self.declared and not merges
@@ -534,7 +540,7 @@ class Scheduler:
         for ticker in self.tickers:
             try:
                 ticker.tick()
-            except TinyQueueError as error:  # the schedules of the other shards are due, too
+            except TinyQueueError as error:  # the other shards may have due schedules too
                 trouble = error
         if trouble:
             raise trouble

@@ -48,9 +48,9 @@ class Shards(Verbs):
 
     The last two digits of a job's id name its shard. All jobs of a submit go into one shard, and
     those of the next into the next shard, so the order is first in, first out only within a shard.
-    A submit with a limit or a uniqueKey goes to the shard of that, which must be the same, and one
-    with only an Idempotency-Key to the shard of that. A submit with both takes the Idempotency-Key
-    in its own shard first.
+    A submit goes to the shard of its limit or of its uniqueKey. If it has both, these must be the
+    same shard. A submit with only an Idempotency-Key goes to the shard of that key. If it has one
+    of the others too, it first takes the Idempotency-Key in the shard of that key.
 
     Each shard stands alone. While one does not answer, the others are served, and nobody waits for
     it. A worker has one id in all shards. The heartbeat registers it in those that did not answer
@@ -87,7 +87,7 @@ class Shards(Verbs):
         return self.parts[at if at < len(self.parts) else 0]
 
     def part_for(self, name: str) -> Queue:
-        """Return the shard that has the schedule of that name, and the jobs of that uniqueKey."""
+        """Return the shard of the schedule of that name. uniqueKeys and limits are spread alike."""
         return self.parts[self._index_of(name)]
 
     def _index_of(self, key: str) -> int:
@@ -138,7 +138,7 @@ class Shards(Verbs):
         return known.clock.now() if known else self._try_first(Queue.now)
 
     def submit(self, jobs: Sequence[Job], once: Once | None = None) -> list[Job]:
-        """Like Queue.submit. Raises InvalidJob if the uniqueKeys belong to different shards."""
+        """Like Queue.submit. Raises InvalidJob if uniqueKeys or limits are in different shards."""
         indexes = {self._index_of(job.unique_key) for job in jobs if job.unique_key}
         limits = {limit: self._index_of(limit) for job in jobs if (limit := limit_of(job))}
         if len(indexes) > 1:

@@ -95,7 +95,7 @@ log = logging.getLogger("tinyqueue.worker")
 
 TICK = 0.25  # seconds between two checks of the handlers' timeouts
 SHORT_TICK = 0.005  # the same while a handler cannot be interrupted yet, or while too many outcomes are unsaved
-PROMOTE_EVERY = 1.0  # seconds; a delayed job is promoted about that late at most, and a schedule ticks so late
+PROMOTE_EVERY = 1.0  # seconds; a delayed job is promoted about that late at most, and a tick comes about that late
 SOON = 2.0  # seconds that a burst waits for a rate, at most
 LATE = 1.0  # seconds until a job that a rate lets start is in its list, at most
 SYNC_EVERY = 60.0
@@ -131,8 +131,6 @@ class Worker:
     then the process goes on after it.
     """
 
-    room_at = -math.inf  # until when a burst waits for a held job that a rate lets start
-
     def __init__(
         self,
         queue: AnyQueue,
@@ -144,10 +142,11 @@ class Worker:
         self.queue = queue
         self.settings = settings
         self.burst = burst
+        self.room_at = -math.inf  # until when a burst waits for a held job that a rate lets start
         self.until = until
         self.take_until = until - min(RUN_OUT, (until - time.monotonic()) / 4) if until < math.inf else until
         self.names = list(names) or list(dict.fromkeys(["default", *(handler.queue for handler in HANDLERS.values())]))
-        self.deliveries_due = True  # the bell of the queue webhooks rang, or may have been lost
+        self.deliveries_due = True  # the queue webhooks may have jobs: its bell rang, or may have been lost
         self.id = ""  # the registered worker id; empty while not registered
         self.held: dict[str, Job] = {}  # jobs that were started and are not settled
         self.lock = threading.Lock()  # for `id` and `held` together
@@ -157,8 +156,7 @@ class Worker:
         self.outcomes: deque[Outcome] = deque()  # of the slots, not yet exchanged
         self.wakes: SimpleQueue[bool] = SimpleQueue()  # wakes a slot: True to look for work, False to end
         self.waking = False  # a slot was woken and has not looked yet
-        # Held by the thread that takes, adopts and starts jobs. An id whose reply is on its way to
-        # one thread would be started twice if another adopted it.
+        # Held to take, adopt and start: an id whose reply is on its way must not be adopted.
         self.cycle = threading.Lock()
         self.alone = False  # nothing else may start: a suspect runs, or will once all others have ended
         # One for each shard, with a settler: a shard that is away holds up no outcome of others.
@@ -456,7 +454,8 @@ class Worker:
     def _names(self) -> list[str]:
         """Return the queues to take from now.
 
-        Looking into a queue takes a round trip, and most workers never find deliveries.
+        Leaves out `webhooks` while no delivery is due. A take from a queue costs a round trip, and
+        most workers never find deliveries.
         """
         usual = [name for name in self.names if name != "webhooks" or self.deliveries_due]
         return usual or self.names
@@ -740,7 +739,7 @@ class Worker:
                         due[at] = 0.0
             pause = min(TICK, max(0.0, self.queue.seconds_to_look))
             if pause < TICK:
-                due[1] = 0.0  # promote looks at the limit that has room then
+                due[1] = 0.0  # a rate has room then, and promote looks at its limit
             self.closed.wait(pause)
 
     def _heartbeat(self) -> None:
@@ -904,7 +903,7 @@ cli = tinyqueue_cli.cli  # the console script `tinyqueue` runs tinyqueue.worker:
     multiple=True,
     metavar="NAME",
     help="Queue to serve. Repeat it to serve several, in order of priority."
-    "  [default: the queue `default`, then the queues that handlers name]",
+    "  [default: the queue `default`, then the queues that handlers name, then `webhooks`]",
 )
 @click.option("--burst", is_flag=True, help="Run the jobs that are due, then exit.")
 @click.option("--max-jobs", type=int, metavar="N", help=_setting_help("max_jobs"))

@@ -590,11 +590,11 @@ def limited(near: Queue) -> list[Job]:
 
 def test_held_job_shows_its_limit_and_its_position(open: Open, near: Queue, limited: list[Job]) -> None:
     page = open(f"#/jobs/{limited[2].id}")
-    shows(page, "Held by limit bill/a: number 2 in line.")
+    shows(page, "It is held by the limit bill/a, at position 2 of those that wait for room.")
     near.cancel(limited[1].id)
-    shows(page, "Held by limit bill/a: number 1 in line.")
+    shows(page, "It is held by the limit bill/a, at position 1 of those that wait for room.")
     near.complete(near.get(limited[0].id))
-    lacks(page, "text=Held by limit")
+    lacks(page, "text=held by the limit")
     shows(page, "Limit")
 
 

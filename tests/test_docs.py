@@ -286,8 +286,9 @@ NUMBERS = {
     "MAX_CATCHUP": (SCHEDULES, r"by default and at most (\d+)", tinyqueue_schedule.MAX_CATCHUP),
     "GRACE": (SCHEDULES, r"may always be late by (\d+) seconds", tinyqueue_schedule.GRACE),
     "RETRY": (SCHEDULES, r"tried again every (\d+) seconds", tinyqueue_schedule.RETRY / 1000),
+    "RELEASES": (SCHEDULES, r"order of the last (\d+) releases", tinyqueue_schedule.RELEASES),
     "ABSENT": (SCHEDULES, r"was seen for (\d+) seconds", tinyqueue_schedule.ABSENT),
-    "MAX_SCHEDULES": (SCHEDULES, r"There can be (\d+) schedules", tinyqueue_schedule.MAX_SCHEDULES),
+    "MAX_SCHEDULES": (SCHEDULES, r"accepts up to (\d+) schedules", tinyqueue_schedule.MAX_SCHEDULES),
     "SECONDS of a request": (WEBHOOKS, r"does not answer within (\d+) s", tinyqueue_http.SECONDS),
     "KEPT of an answer": (WEBHOOKS, r"A worker reads (\d+) bytes of the answer", tinyqueue_http.KEPT),
     "JITTER of deliveries": (WEBHOOKS, r"or up to (\d+) % later", 100 * tinyqueue_http.JITTER),
@@ -523,6 +524,7 @@ def test_schedules_session_runs_as_written(checkout: Checkout) -> None:
     with (checkout.folder / "handlers.py").open("a") as handlers:
         handlers.write(blocks(SCHEDULES, "python")[0])
     with checkout.running(START, "and a worker with"):
+        until(lambda: '"nightly"' in checkout.run("curl -s localhost:3000/schedules"))
         said = checkout.run(block(SCHEDULES, "curl -X PUT"))
     made, listed, run, removed = map(json.loads, said.replace("}{", "}\n{").splitlines())
     assert {found["name"]: found["source"] for found in listed["schedules"]} == {

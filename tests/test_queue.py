@@ -1222,6 +1222,15 @@ def test_lost_workers_are_those_whose_lease_did_not_change_for_a_lease(queue: Qu
     assert queue.lost_workers(now=2 * queue.lease) == [worker]
 
 
+def test_lost_workers_are_those_whose_lease_expired_and_was_not_renewed(queue: Queue) -> None:
+    """The time since the last heartbeat counts, although the lease expires meanwhile."""
+    worker = queue.register(DEFAULT, 1)
+    queue.lost_workers(now=0.0)
+    lapse(queue, worker)
+    assert queue.lost_workers(now=queue.lease - 1) == []
+    assert queue.lost_workers(now=queue.lease) == [worker]
+
+
 def test_lost_workers_are_not_those_whose_lease_expired_because_the_clock_was_set(queue: Queue) -> None:
     """The wall clock of Redis steps ahead: the lease is gone, but the worker renews it within its time."""
     worker = queue.register(DEFAULT, 1)

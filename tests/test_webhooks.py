@@ -1122,14 +1122,10 @@ def test_submit_refuses_an_http_job_that_cannot_be_sent(api: Client, payload: An
     assert (answer.status, answer.kind, answer.problem["field"]) == (422, "invalid-job", "payload")
 
 
-@pytest.mark.parametrize(("name", "value"), [("A b", "d"), ("A", "\n")])
-def test_submit_says_what_is_wrong_with_a_header(api: Client, name: str, value: str) -> None:
-    payload = {"url": "http://a.example/", "headers": {name: value}}
-    detail = api.post("/jobs", {"type": "http", "payload": payload}).problem["detail"]
-    assert detail in (
-        "payload.headers: names of headers must be tokens of HTTP",
-        "payload.headers[...]: must be printable ASCII of up to 4000 characters",
-    )
+def test_submit_names_the_place_of_a_header_with_a_wrong_name(api: Client) -> None:
+    answer = api.post("/jobs", {"type": "http", "payload": {"url": "http://a.example/", "headers": {"A b": "d"}}})
+    assert answer.problem["detail"] == "payload.headers: wrong key: must be the name of an HTTP header"
+    assert answer.problem["path"] == "$.headers"
 
 
 def test_send_imports_its_client_only_when_it_is_needed() -> None:
