@@ -10,6 +10,7 @@ Lines, compressed if its name ends in .gz or .zst:
     {"kind":"once","key":"...","value":{...},"shard":0}      an Idempotency-Key, as its hash
     {"kind":"pause","queue":"..."}
     {"kind":"schedule","record":{...}}             only if there are schedules
+    {"kind":"limit","key":"...","value":{...},"shard":0}     what was set in place of its numbers
     {"kind":"end","lines":5,"counts":{"job":2, ...},"sha256":"..."}
 
 The `counts` of the header are those of the queue when the backup began. The `counts` of the last
@@ -46,6 +47,7 @@ import msgspec
 from tinyqueue import (
     ENDED,
     ID,
+    LIMIT,
     MAX_JOBS,
     NAME,
     PAUSE_AGE,
@@ -63,7 +65,7 @@ from tinyqueue import (
 )
 from tinyqueue_job import ids_in, read_made, record_of
 from tinyqueue_json import created_at
-from tinyqueue_redis import parse_info, scan
+from tinyqueue_redis import pairs, parse_info, scan
 from tinyqueue_schedule import Schedule, list_schedules, read_schedule
 from tinyqueue_shards import AnyQueue
 
@@ -328,6 +330,9 @@ def back_up(queue: AnyQueue, name: str, bar: Bar) -> dict[str, int]:
         for made, _ in list_schedules(queue):
             writer.write_fields("schedule", record=made)
         for at, part in enumerate(queue.parts):
+            for limit, value in pairs(part.store.read(("HGETALL", part.keys.overrides))[0]):
+                writer.write_fields("limit", key=limit, value=msgspec.Raw(value), shard=at)
+        for at, part in enumerate(queue.parts):
             _back_up_part(part, at, writer, bar)
         writer.end()
     return dict(writer.counts)
@@ -503,6 +508,8 @@ def check(file: IO[bytes], name: str) -> Contents:
             paused.add(line.queue)
         elif line.kind == "schedule":
             queues.add(_check_schedule(line, name, number).queue)
+        elif line.kind == "limit":
+            _check_override(line, name, number, header.shards)
         elif line.kind != "header" and not line.optional:
             todo = f"use TinyQueue {header.tinyqueue}, which wrote it, or a newer one"
             raise BackupError(f"{name} has entries of a kind that this version does not know: {line.kind}; {todo}")
@@ -566,6 +573,11 @@ def _check_schedule(line: Line, name: str, number: int) -> Schedule:
     return made
 
 
+def _check_override(line: Line, name: str, number: int, shards: int) -> None:
+    if not LIMIT.fullmatch(line.key) or not 0 <= line.shard < shards:
+        raise _damaged(name, f"line {number} names no limit")
+
+
 # Restore --------------------------------------------------------------------------------------------------------------
 
 
@@ -585,6 +597,7 @@ class Restored:
         self.taken: list[str] = []
         self.keys = 0
         self.schedules = 0
+        self.limits = 0  # whose numbers were set
 
     @property
     def resumable(self) -> list[str]:
@@ -672,6 +685,9 @@ def _restore_lines(restored: Restored, texts: Iterable[bytes], bar: Bar) -> None
             restored.load_schedules(part, [read_schedule(bytes(line.record)) for line in lines])
         elif kind == "once":
             restored.keys += _load_once(part, {line.key: bytes(line.value) for line in lines})
+        elif kind == "limit":
+            sets = [("HSETNX", part.keys.overrides, line.key, bytes(line.value)) for line in lines]
+            restored.limits += sum(part.store.read(*sets))
         else:
             restored.load(part, [stored_job(line.id, bytes(line.record)) for line in lines], behind)
             bar.update(len(lines))
@@ -720,7 +736,7 @@ def _batches(queue: AnyQueue, texts: Iterable[bytes]) -> Iterator[tuple[Batch, l
     last: Batch | None = None
     for text in texts:
         line = _decode(text)
-        if line.kind not in ("job", "once", "schedule"):
+        if line.kind not in ("job", "once", "schedule", "limit"):
             continue
         part = _part_of(queue, line)
         batch = (line.kind, part, line.behind)

@@ -610,6 +610,8 @@ def _print_restored(restored: Restored) -> None:
     click.echo(f"{plural(restored.keys, 'idempotency key')} restored")
     if restored.schedules:
         click.echo(f"{plural(restored.schedules, 'schedule')} restored")
+    if restored.limits:
+        click.echo(f"the numbers set for {plural(restored.limits, 'limit')} restored")
     skipped = {
         "they exist already, or ended too long ago to be kept": restored.present,
         "they are older than --skip-older-than": restored.older,

@@ -245,7 +245,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         """Say what is wrong with a value, without a value that may be a secret."""
         meaning = next(text for known, _, text in cls.table() if known == name)
         value = str(raw[name])
-        shown = f"{name}={value!r}" if HARMLESS.fullmatch(value) else f"{name} (value not shown; it may be a secret)"
+        is_harmless = HARMLESS.fullmatch(value) and not name.endswith(("KEYS", "SECRETS"))
+        shown = f"{name}={value!r}" if is_harmless else f"{name} (value not shown; it may be a secret)"
         # msgspec's own texts would repeat the value, or a regular expression.
         if rule.startswith("Invalid enum value"):
             rule = "unknown value"

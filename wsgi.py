@@ -609,6 +609,8 @@ def _explain_missing(path: str) -> str:
         return "not a job id; an id is a UUID, such as 01900000-0000-7000-8000-000000000000"
     if re.fullmatch("/schedules/[^/]+(/(pause|resume|run))?", path):
         return "not the name of a schedule; a name is 1 to 100 of the characters A-Z a-z 0-9 . _ -"
+    if path.startswith("/limits/"):
+        return "not the name of a limit; a name is a type, or type/value as GET /limits shows it"
     if re.fullmatch("/queues/[^/]+/(pause|resume)", path):
         return "not the name of a queue; a name is 1 to 100 of the characters A-Z a-z 0-9 . _ -"
     return "unknown path; see /openapi.json"

@@ -9,12 +9,13 @@ import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, TypedDict
 
 import pytest
 from click.testing import CliRunner
 from client import Client
-from conftest import RedisServer, Server, check_consistency, lapse, newest, raw
+from conftest import NoBar, RedisServer, Server, check_consistency, lapse, newest, raw
 
 import worker as worker_module
 from tinyqueue import (
@@ -33,6 +34,7 @@ from tinyqueue import (
     RateLimited,
     handler,
 )
+from tinyqueue_backup import BackupError, back_up, restore
 from tinyqueue_config import Settings
 from tinyqueue_shards import AnyQueue, Shards
 from worker import Worker
@@ -568,6 +570,28 @@ def test_override_that_cannot_be_read_pauses_its_limit_and_stops_no_other_type(
     queue.set_limit("sync", Override())
     queue.promote()
     assert ids(start(queue, worker)) == ids(jobs[:1])
+
+
+def test_restore_brings_back_what_was_set_for_limits(server: Server, tmp_path: Path) -> None:
+    queue = server.queue()
+    queue.set_limit("charge", Override(paused=True))
+    queue.set_limit("bill/a", Override(max_running=7))
+    file = str(tmp_path / "backup.gz")
+    assert back_up(queue, file, NoBar())["limit"] == 2
+    server.clear()
+    queue.set_limit("bill/a", Override(max_running=3))
+    assert restore(queue, file, NoBar()).limits == 1  # what was set since stays
+    found = queue.limits_in_use()
+    assert (found["charge"]["paused"], found["bill/a"]["maxRunning"]) == (True, 3)
+
+
+def test_restore_refuses_a_name_that_no_limit_has(queue: Queue, tmp_path: Path) -> None:
+    raw(queue).hset(queue.keys.overrides, "a b", "{}")
+    file = str(tmp_path / "backup.gz")
+    back_up(queue, file, NoBar())
+    with pytest.raises(BackupError, match="names no limit"):
+        restore(queue, file, NoBar())
+    raw(queue).delete(queue.keys.overrides)
 
 
 def test_http_sets_and_lists_limits(api: Client, queue: Queue, worker: str) -> None:

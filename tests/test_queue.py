@@ -135,6 +135,12 @@ def test_read_settings_refuses_an_invalid_value(environ: dict[str, str], said: s
     assert "\n" not in str(caught.value)
 
 
+def test_read_settings_prints_no_short_secret() -> None:
+    with pytest.raises(SettingsError) as caught:
+        Settings.read({"TINYQUEUE_WEBHOOK_SECRETS": "hunter"})
+    assert "hunter" not in str(caught.value)
+
+
 NUMBERS = ("PORT", "WORKER_CONCURRENCY", "TINYQUEUE_LEASE", "TINYQUEUE_OPEN", "TINYQUEUE_TLS_VERIFY")
 TEXTS = ("LOG_LEVEL", "LOG_FORMAT", "TINYQUEUE_RATE_LIMIT", "TINYQUEUE_NAMESPACE")
 SECRETS = ("redis://:S3cr3tPw@h/0", "9f86d081884c7d659a2+S3cr3tPw/aa0c55ad015=", "hunter S3cr3tPw", "\nS3cr3tPw" * 20)

@@ -16,7 +16,7 @@ import pytest
 import schedule_storm
 from click.testing import CliRunner
 from client import Client, running
-from conftest import RedisServer, Server, check_consistency, dump, put as put_job, raw, until
+from conftest import NoBar, RedisServer, Server, check_consistency, dump, put as put_job, raw, until
 from cutproxy import CutProxy
 
 import tinyqueue_cli
@@ -908,12 +908,6 @@ def test_command_pauses_resumes_and_removes_schedules(near: Queue, command: Call
 # Backups, metrics and doctor ------------------------------------------------------------------------------------------
 
 
-class Bar:
-    length: int | None = None
-
-    def update(self, n_steps: int, /) -> None: ...
-
-
 def test_restore_brings_schedules_back_and_pauses_their_queues(server: Server, tmp_path: Path) -> None:
     queue = server.queue()
     set_clock(queue, "2026-11-26T06:30")
@@ -922,10 +916,10 @@ def test_restore_brings_schedules_back_and_pauses_their_queues(server: Server, t
     tinyqueue_schedule.pause(queue, "b")
     sync(queue, "app", [made("c", code="app")])
     file = str(tmp_path / "backup.gz")
-    assert back_up(queue, file, Bar())["schedule"] == 3
+    assert back_up(queue, file, NoBar())["schedule"] == 3
     server.clear()
     set_clock(queue, "2026-11-26T09:30")
-    restored = restore(queue, file, Bar())
+    restored = restore(queue, file, NoBar())
     assert restored.schedules == 3
     assert restored.resumable == ["default", "slow"]
     assert names(queue) == ["a", "b", "c"]
@@ -936,7 +930,7 @@ def test_restore_brings_schedules_back_and_pauses_their_queues(server: Server, t
     tick(queue, "2026-11-26T10:00")
     assert sorted(job.schedule for job in jobs(queue)) == ["a", "c"]
     assert {name for name, about in queue.queues().items() if about["paused"]} == {"default", "slow"}
-    assert restore(queue, file, Bar(), merge=True).schedules == 0
+    assert restore(queue, file, NoBar(), merge=True).schedules == 0
     sync(queue, "app", [])
     assert names(queue) == ["a", "b"]
     check_consistency(queue)
