@@ -29,9 +29,16 @@ import redis
 from client import Client
 from cutproxy import CutProxy
 
-from tinyqueue import HANDLERS, ID, Failure, Filter, Job, Queue, Status
+from tinyqueue import HANDLERS, ID, Failure, Filter, Job, Queue, Status, handler
 from tinyqueue_config import Settings
-from tinyqueue_schedule import SCHEDULES, read_schedule
+from tinyqueue_schedule import (
+    SCHEDULES,
+    Ticker,
+    make_schedule,
+    put as put_schedule,
+    read_schedule,
+    remove as remove_schedule,
+)
 from wsgi import API
 
 # Real servers ---------------------------------------------------------------------------------------------------------
@@ -359,6 +366,45 @@ def put(queue: Queue, status: str, /, **options: Any) -> Job:
 
 
 # Consistency ----------------------------------------------------------------------------------------------------------
+
+
+def follow_jobs(queue: Queue) -> None:
+    """Take a job through each thing that decides when it starts, or that follows its end."""
+
+    @handler("echo")
+    def echo(payload: object) -> None: ...
+
+    @handler("charge", max_running=1)
+    def charge(payload: object) -> None: ...
+
+    worker = queue.register(["default"], 10)
+
+    def started() -> list[Job]:
+        queue.promote()
+        return queue.dequeue(worker, ["default"], 10)
+
+    limited = queue.enqueue_many("charge", [1, 2])
+    parent = queue.enqueue("echo", 1, callback_url="http://receiver.example/")
+    child = queue.enqueue("echo", 2, after=[parent.id])
+    first, held = limited
+    running = started()
+    assert {job.id for job in running} == {first.id, parent.id}
+    for job in running:
+        queue.complete(job, "done")
+    running = started()
+    assert {job.id for job in running} == {held.id, child.id}
+    assert [job.result for job in running[-1].parents()] == ["done"] * len(running[-1].parents())
+    for job in running:
+        queue.fail(job, Failure("Boom", "it broke"))
+    assert [job.type for job in queue.dequeue(worker, ["webhooks"], 2)] == ["webhook"]
+    put_schedule(queue, make_schedule("nightly", "* * * * *", "echo", 3))
+    ticker = Ticker(queue)
+    queue.clock.ahead += 61_000
+    ticker.tick()
+    assert [job.schedule for job in started()] == ["nightly"]
+    remove_schedule(queue, "nightly")
+    queue.deregister(worker)
+    check_consistency(queue)
 
 
 class NoBar:

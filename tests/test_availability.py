@@ -9,14 +9,14 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 import redis
 from client import Client
-from conftest import REDIS, RedisServer, check_consistency, newest, threads_since, until
+from conftest import REDIS, RedisServer, check_consistency, follow_jobs, newest, threads_since, until
 from cutproxy import CutProxy
 from test_processes import HANDLERS, ROOT, Process, Web, environment
 
@@ -411,6 +411,22 @@ def test_drop_connections_to_the_old_master_when_the_sentinels_name_another(
         job = queue.enqueue("echo", 2)
         with redis.Redis(port=queue.pool.master_address[1]) as client:
             assert client.exists(queue.keys.job(job.id))
+
+
+def test_limits_parents_callbacks_and_schedules_work_behind_sentinels(monitored: Monitored, queue_at: Any) -> None:
+    queue = queue_at(monitored.url)
+    follow_jobs(queue)
+    monitored.master.kill()
+    until(lambda: monitored.replaced, timeout=30)
+    until(lambda: available(queue), timeout=30)
+    follow_jobs(queue_at(monitored.url, namespace="after"))
+
+
+def available(queue: Queue) -> bool:
+    with suppress(Unavailable):
+        queue.ping()
+        return True
+    return False
 
 
 def failover(client: redis.Redis) -> bool:

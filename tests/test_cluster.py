@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import redis
-from conftest import PORTS, NoBar, RedisServer, check_consistency, free_port, newest, put, until
+from conftest import PORTS, NoBar, RedisServer, check_consistency, follow_jobs, free_port, newest, put, until
 from redis.crc import key_slot
 from test_availability import Load, service, stopped
 
@@ -187,6 +187,12 @@ def test_worker_keeps_to_limits_while_the_slot_moves(cluster: Cluster, queue_at:
     assert set(seen) == {1}
     assert [job.status for job in newest(queue, "completed", 500)] == ["completed"] * len(jobs)
     check_consistency(queue)
+
+
+def test_limits_parents_callbacks_and_schedules_work_in_a_cluster(
+    cluster: Cluster, queue_at: Any, no_handlers: None
+) -> None:
+    follow_jobs(queue_at(cluster.others()[0].url))
 
 
 @pytest.mark.parametrize("shard", range(4))
