@@ -558,11 +558,22 @@ def test_deliver_to_others_while_a_receiver_is_dead(
 # Server-side request forgery ------------------------------------------------------------------------------------------
 
 CONNECTED: list[Any] = []  # addresses of all connections that this process has tried to open
+WATCHING = threading.Event()
+
+
+@pytest.fixture(autouse=True)
+def _watched() -> Iterator[None]:
+    WATCHING.set()
+    yield
+    WATCHING.clear()
 
 
 def watch_connections(event: str, args: tuple[Any, ...]) -> None:
-    """Note each connection, and refuse those that would leave this machine. A hook cannot be removed."""
-    if event == "socket.connect":
+    """Note each connection, and refuse those that would leave this machine.
+
+    A hook cannot be removed. So it does nothing during the tests of other modules.
+    """
+    if event == "socket.connect" and WATCHING.is_set():
         CONNECTED.append(args[1])
         if isinstance(args[1], tuple) and not args[1][0].startswith(("127.", "::1", "localhost")):
             raise ConnectionRefusedError(errno.ECONNREFUSED, "refused by the test")
