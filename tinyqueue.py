@@ -894,8 +894,8 @@ class Limits:
         rooms = self.store.transact(watch, lambda tx: self.read_rooms(tx, limits), counts=False) if limits else {}
         return [entry for room in rooms.values() for entry in _first(room.held, room.left)]
 
-    def hurry(self, limits: Iterable[str]) -> None:
-        """Have the next promote look at limits."""
+    def hurry(self, limits: Iterable[str] | None = None) -> None:
+        """Have the next promote look at limits, or at all with held jobs."""
         if looks := self.looks_now(limits):
             self.store.read(*looks)
 

@@ -8,6 +8,7 @@ on the real server.
 from __future__ import annotations
 
 import json
+import logging
 import os
 import random
 import re
@@ -30,7 +31,7 @@ from client import Client
 from cutproxy import CutProxy
 
 from tinyqueue import HANDLERS, ID, Failure, Filter, Job, Queue, Status, handler
-from tinyqueue_config import Settings
+from tinyqueue_config import LOGGERS, Settings
 from tinyqueue_schedule import (
     SCHEDULES,
     Ticker,
@@ -295,6 +296,19 @@ def no_handlers() -> Iterator[None]:
     HANDLERS.update(saved)
     SCHEDULES.clear()
     SCHEDULES.update(schedules)
+
+
+@pytest.fixture(autouse=True)
+def _log_is_restored() -> Iterator[None]:
+    """Undo what a program that a test runs in this process does to logging. Later tests read log lines."""
+    root = logging.getLogger()
+    before = root.level, root.handlers[:]
+    yield
+    logging.captureWarnings(False)
+    for name in LOGGERS:
+        logging.getLogger(name).__class__ = logging.Logger
+    root.setLevel(before[0])
+    root.handlers[:] = before[1]
 
 
 # Waiting, and access to the data behind the queue ---------------------------------------------------------------------

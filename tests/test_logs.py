@@ -22,7 +22,7 @@ from client import Client, Wire, running, spell
 from conftest import raw, until
 
 from tinyqueue import HANDLERS, Discard, Job, Queue, handler
-from tinyqueue_config import LOGGERS, LogWriter, Settings, flush_log, set_up_logging
+from tinyqueue_config import LogWriter, Settings, flush_log, set_up_logging
 from worker import Worker
 from wsgi import API
 
@@ -32,10 +32,8 @@ Lines = Callable[[], list[str]]
 
 
 @pytest.fixture
-def logged(capfd: pytest.CaptureFixture[str]) -> Iterator[Callable[..., Lines]]:
+def logged(capfd: pytest.CaptureFixture[str]) -> Callable[..., Lines]:
     """Set up the log: logged(log_format="json") returns a function that returns the lines."""
-    root = logging.getLogger()
-    before = root.level, list(root.handlers)
     text = io.StringIO()
 
     def lines() -> list[str]:
@@ -47,12 +45,7 @@ def logged(capfd: pytest.CaptureFixture[str]) -> Iterator[Callable[..., Lines]]:
         set_up_logging(Settings(**settings))
         return lines
 
-    yield start
-    logging.captureWarnings(False)
-    for name in LOGGERS:
-        logging.getLogger(name).__class__ = logging.Logger
-    root.setLevel(before[0])
-    root.handlers[:] = before[1]
+    return start
 
 
 @pytest.fixture
@@ -324,7 +317,7 @@ def test_put_lines_whose_reader_is_gone_raises_nothing(pipe: tuple[BinaryIO, int
 @pytest.mark.parametrize(
     ("method", "path", "level"),
     [
-        ("GET", "/stats?token=tok123", "debug"),
+        ("GET", "/queues?token=tok123", "debug"),
         ("HEAD", "/health", "debug"),
         ("GET", "/nope?token=tok123", "info"),
         ("POST", "/jobs?token=tok123", "info"),

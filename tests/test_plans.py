@@ -16,18 +16,32 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import redis
 from client import Process, running
-from conftest import RedisServer, Server, free_port, lapse, newest, raw, until
+from conftest import NoBar, RedisServer, Server, free_port, lapse, newest, raw, until
 
 import tinyqueue
 import tinyqueue_schedule
 import worker
-from tinyqueue import Failure, Filter, NotReplicated, Once, Outcome, Queue, Unavailable, Verbs
+from tinyqueue import (
+    HANDLERS as REGISTERED,
+    Failure,
+    Filter,
+    NotReplicated,
+    Once,
+    Outcome,
+    Override,
+    Queue,
+    Unavailable,
+    Verbs,
+    handler,
+)
+from tinyqueue_backup import back_up, restore
 from tinyqueue_config import Settings, open_queue
 from tinyqueue_doctor import COMMANDS, OLDEST, examine, repair
 from wsgi import ROUTES
@@ -270,13 +284,14 @@ def test_doctor_suggests_rediss_for_a_tls_server(encrypted: str, folder: Path) -
 # Users with few permissions -------------------------------------------------------------------------------------------
 
 SINCE = {  # the version of Redis that introduced each command the queue uses
-    "1.0.0": "DEL EXISTS EXPIRE GET INCR INFO LINDEX LLEN LPUSH LRANGE LREM LTRIM MGET RPUSH SADD SET SMEMBERS SREM",
+    "1.0.0": "DEL EXISTS EXPIRE GET INCR INFO LINDEX LLEN LPUSH LRANGE LREM LTRIM MGET RPUSH SADD SET SMEMBERS SREM "
+    "SCARD SISMEMBER",
     "1.0.1": "MSET MSETNX",
     "1.0.5": "ZRANGEBYSCORE",
-    "1.2.0": "EXEC MULTI RPOPLPUSH ZADD ZCARD ZRANGE ZREM ZSCORE",
-    "2.0.0": "BLPOP HDEL HGETALL HINCRBY HMGET ZCOUNT",
-    "2.2.0": "STRLEN UNWATCH WATCH ZREVRANGEBYSCORE",
-    "2.6.0": "TIME",
+    "1.2.0": "EXEC MULTI RPOPLPUSH ZADD ZCARD ZRANGE ZREM ZREMRANGEBYSCORE ZSCORE",
+    "2.0.0": "BLPOP HDEL HGETALL HINCRBY HMGET HSET HSETNX ZCOUNT ZRANK",
+    "2.2.0": "PERSIST STRLEN UNWATCH WATCH ZREVRANGEBYSCORE",
+    "2.6.0": "PEXPIRE PTTL TIME",
     "2.8.0": "SCAN",
     "3.0.0": "WAIT",
     "6.0.6": "LPOS",
@@ -349,7 +364,36 @@ def play_schedules(queue: Any) -> None:
     tinyqueue_schedule.remove(queue, "nightly")
 
 
-def play(queue: Any) -> None:
+def play_limits(queue: Any, folder: Path) -> None:
+    @handler("limited", max_running=1, rate="9/second", queue="limited")
+    def limited(payload: object) -> None: ...
+
+    queue.enqueue_many("limited", [1, 2])
+    worker = queue.register(["limited"], 2)
+    [running] = queue.dequeue(worker, ["limited"], 2)
+    [held] = [job for job in newest(queue, "pending") if job.type == "limited"]
+    assert (queue.place_among_held(held), len(list(queue.read_held()))) == (1, 1)
+    queue.set_limit("limited", Override(max_running=2))
+    queue.limits_in_use()
+    back_up(queue, str(folder / "backup"), NoBar())
+    restore(queue, str(folder / "backup"), NoBar(), merge=True)
+    queue.resume("limited")
+    queue.set_limit("limited", Override())
+    queue.settle(worker, [Outcome(running, "release", error=Failure("Slow", "no"), after=1, halt=True)])
+    queue.deregister(worker)
+    queue.change_many("cancel", Filter("pending", type="limited"))
+    del REGISTERED["limited"]
+
+
+def play_parents(queue: Any) -> None:
+    parent = queue.enqueue("echo", 9)
+    queue.cancel(queue.enqueue("echo", 9, after=[parent.id]).id)
+    queue.cancel(parent.id)
+    queue.retry(parent.id)
+    queue.advance()
+
+
+def play(queue: Any, folder: Path) -> None:
     """Call every verb of a queue, in each of the cases in which it writes something else."""
     queue.enqueue("echo", 0, max_attempts=1)
     queue.enqueue_many("echo", [1, 2, 3, 4], max_attempts=1)
@@ -394,8 +438,8 @@ def play(queue: Any) -> None:
     queue.page(limit=1)
     queue.page(cursor="9999999999999999.g")
     queue.get(completed.id)
-    play_waiting(queue)
-    play_schedules(queue)
+    for more in (play_waiting, play_schedules, partial(play_limits, folder=folder), play_parents):
+        more(queue)
     queue.spend("somebody", 1, 60)
     for look in ("queues", "stats", "scale", "workers", "now", "ping"):
         getattr(queue, look)()
@@ -409,7 +453,7 @@ def test_documented_user_may_do_all_that_the_queue_does(admin: redis.Redis, queu
     admin.config_resetstat()
     short = Noted(queue_at(url))
     short.queue.keep_ms = dict.fromkeys(short.queue.keep_ms, 0)
-    play(noted := Noted(queue_at(url)))
+    play(noted := Noted(queue_at(url)), folder)
     assert noted.names >= VERBS - {
         "disconnect",
         "forget",
@@ -421,6 +465,7 @@ def test_documented_user_may_do_all_that_the_queue_does(admin: redis.Redis, queu
         "read_entries",
         "read_jobs",
         "read_lists",
+        "sync_schedules",
         "read_records",
         "restore",
         "part_of",
