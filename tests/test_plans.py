@@ -29,7 +29,6 @@ import tinyqueue
 import tinyqueue_schedule
 import worker
 from tinyqueue import (
-    HANDLERS as REGISTERED,
     Failure,
     Filter,
     NotReplicated,
@@ -382,7 +381,6 @@ def play_limits(queue: Any, folder: Path) -> None:
     queue.settle(worker, [Outcome(running, "release", error=Failure("Slow", "no"), after=1, halt=True)])
     queue.deregister(worker)
     queue.change_many("cancel", Filter("pending", type="limited"))
-    del REGISTERED["limited"]
 
 
 def play_parents(queue: Any) -> None:
@@ -447,6 +445,7 @@ def play(queue: Any, folder: Path) -> None:
     assert [finding.seen for finding in repair(queue.parts)]
 
 
+@pytest.mark.usefixtures("no_handlers")
 def test_documented_user_may_do_all_that_the_queue_does(admin: redis.Redis, queue_at: Any, folder: Path) -> None:
     """Nor has it more permissions than needed: Redis counts the commands that are used."""
     url = url_of(admin)
