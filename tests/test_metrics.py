@@ -371,7 +371,7 @@ def exposed() -> set[str]:
     return {f"tinyqueue_{name}{suffix}" for name, kind, *_ in METRICS for suffix in suffixes[kind]}
 
 
-def test_used_queue_exposes_every_metric(queue: Queue) -> None:
+def test_used_queue_exposes_every_metric(queue: Queue, no_handlers: None) -> None:
     @handler("limited", max_running=1)
     def limited(payload: object) -> None: ...
 
