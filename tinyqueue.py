@@ -196,7 +196,6 @@ from tinyqueue_job import (
     BUILT_IN as BUILT_IN,
     CURSOR as CURSOR,
     ENDED as ENDED,
-    FATES,
     HANDLERS as HANDLERS,
     ID as ID,
     KEY_LENGTH as KEY_LENGTH,
@@ -258,11 +257,9 @@ from tinyqueue_job import (
     record_of,
     rule_of,
     set_parents,
-    status_in,
     stopped,
     stored_job as stored_job,
     stored_override,
-    tokens_by_job,
     translated,
 )
 from tinyqueue_json import created_at, encode
@@ -333,6 +330,7 @@ SWEEP_MARK = "advance:"  # stands among the delayed ids, to have promote look fo
 SWEEP_AFTER = 1000  # milliseconds
 TOKENS = 1000  # of advance that are read at a time
 ADVANCED = 100  # waiting jobs that one transaction of advance changes
+FATES = {"failed": "has failed", "cancelled": "was cancelled"}  # of a parent, in an error
 SERIES = 1000  # pairs of type and queue in the metrics: each adds some thirty lines to a scrape
 BUCKETS = (10, 50, 250, 1000, 5000, 15_000, 60_000, 300_000, 1_800_000, math.inf)  # ms
 
@@ -2861,6 +2859,26 @@ def _warn_of_gone(ids: Sequence[str]) -> None:
     if ids:
         text = "ids of jobs that do not exist any more were dropped: %d, such as %s; they were purged, or keys lost"
         log.warning(text, len(ids), ids[0])
+
+
+def tokens_by_job(tokens: Iterable[bytes]) -> dict[str, list[bytes]]:
+    """Group the tokens of advance by the job that ended or was revived."""
+    groups: dict[str, list[bytes]] = {}
+    for token in tokens:
+        groups.setdefault(text_of(token).partition(":")[0], []).append(token)
+    return groups
+
+
+def status_in(tokens: Iterable[bytes]) -> str:
+    """Return the status of a job that is gone from the tokens of its ends and revivals.
+
+    A token without a status was pushed because of a `waitingFor`, which a job leaves when it
+    completes, so the job has failed. Returns "" if it was only revived: the token of its later end
+    follows.
+    """
+    found = {text_of(token).partition(":")[2].partition(":")[0] for token in tokens}
+    known = next((status for status in ("completed", "cancelled", "failed") if status in found), "failed")
+    return "" if found == {"pending"} else known
 
 
 def host_name() -> str:

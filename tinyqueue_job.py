@@ -1062,11 +1062,9 @@ for _defined in [value for value in globals().values() if isinstance(value, type
     _defined.__module__ = "tinyqueue"
 
 
-# Parents and tokens ---------------------------------------------------------------------------------------------------
+# Parents --------------------------------------------------------------------------------------------------------------
 
 MAX_LINKS = 10_000  # parents of all jobs of a batch
-FATES = {"failed": "has failed", "cancelled": "was cancelled"}
-OTHER_SHARD = "must be jobs of one shard, that of the uniqueKey if it is given, because TINYQUEUE_SHARDS is above 1"
 
 
 def outer_parents(after: Mapping[str, Iterable[str]], own: Collection[str]) -> list[str]:
@@ -1100,23 +1098,3 @@ def read_parents(ids: Sequence[str], records: Sequence[bytes | None]) -> dict[st
     if missing := [id for id in ids if id not in found]:
         raise InvalidJob("after", f"job {missing[0]} does not exist: its id is wrong, or it was purged or expired")
     return found
-
-
-def tokens_by_job(tokens: Iterable[bytes]) -> dict[str, list[bytes]]:
-    """Group the tokens of advance by the job that ended or was revived."""
-    groups: dict[str, list[bytes]] = {}
-    for token in tokens:
-        groups.setdefault(text_of(token).partition(":")[0], []).append(token)
-    return groups
-
-
-def status_in(tokens: Iterable[bytes]) -> str:
-    """Return the status of a job that is gone from the tokens of its ends and revivals.
-
-    A token without a status was pushed because of a `waitingFor`, which a job leaves when it
-    completes, so the job has failed. Returns "" if it was only revived: the token of its later end
-    follows.
-    """
-    found = {text_of(token).partition(":")[2].partition(":")[0] for token in tokens}
-    known = next((status for status in ("completed", "cancelled", "failed") if status in found), "failed")
-    return "" if found == {"pending"} else known
