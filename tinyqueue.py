@@ -240,6 +240,7 @@ from tinyqueue_job import (
     backoff as backoff,
     check_limit as check_limit,
     check_name as check_name,
+    check_parents,
     delivery_of,
     handler as handler,
     ids_in as ids_in,
@@ -253,7 +254,6 @@ from tinyqueue_job import (
     read_job,
     read_made,
     read_override as read_override,
-    read_parents,
     record_of,
     rule_of,
     set_parents,
@@ -449,6 +449,12 @@ class Transaction:
             self.now = self._clock.now()
         applied = [replies[applied_at]] if before else []
         return replies[len(ahead) :] + applied
+
+    def read_jobs(self, ids: Sequence[str], watch: bool = False) -> dict[str, Job]:
+        """Read the jobs that exist, by id. With `watch`, watches the records of all."""
+        keys = list(map(self._keys.job, ids))
+        records = self.read(*([("WATCH", *keys)] if watch else []), ("MGET", *keys))[-1] if keys else []
+        return {id: read_job(id, record) for id, record in zip(ids, records, strict=True) if record is not None}
 
     def read_watched(self, keys: Sequence[str], work: Callable[[], R]) -> tuple[R, list[Any]]:
         """Watch more keys and read them. While Redis answers, do some work, which must not read.
@@ -907,8 +913,7 @@ class Limits:
 
     def _all_run(self, limit: str, running: Collection[bytes]) -> bool:
         ids = list(map(text_of, running))
-        records = self.store.read(("MGET", *map(self.keys.job, ids)))[0]
-        jobs = [read_job(id, record) for id, record in zip(ids, records, strict=True) if record is not None]
+        jobs = self.store.transact((), lambda tx: tx.read_jobs(ids), counts=False).values()
         return sum(job.status == "processing" and job.limit == limit for job in jobs) == len(ids)
 
     def look(self, tx: Transaction, limit: str) -> None:
@@ -917,13 +922,13 @@ class Limits:
         Watches the records of all that it moves or drops. The transaction watches the held jobs.
         """
         room = self.read_rooms(tx, [limit])[limit]
-        running = self._read_jobs(tx, map(text_of, room.running), watch=True)
+        running = tx.read_jobs(list(map(text_of, room.running)), watch=True)
         for id in map(text_of, room.running):
             if id not in running or running[id].status != "processing" or running[id].limit != limit:
                 tx.gather("SREM", self.keys.running(limit), id)
                 room.left += 0 if room.closed else 1
         held = room.held if room.left > 0 else []
-        jobs = self._read_jobs(tx, map(_id_in, held), watch=True)
+        jobs = tx.read_jobs(list(map(_id_in, held)), watch=True)
         pending = [entry for entry in held if _id_in(entry) in jobs and jobs[_id_in(entry)].status == "pending"]
         for entry in held:
             if entry not in pending:
@@ -948,7 +953,7 @@ class Limits:
         """Count the woken jobs of a limit that nobody has taken yet."""
         queues = {entry.partition(":")[0] for entry in entries}
         heads = tx.read(*(("LRANGE", self.keys.jobs(queue), -AHEAD, -1) for queue in queues))
-        jobs = self._read_jobs(tx, ids_in(itertools.chain(*heads)))
+        jobs = tx.read_jobs(ids_in(itertools.chain(*heads)))
         held = set(map(_id_in, entries))
         return sum(job.status == "pending" and job.limit == limit and job.id not in held for job in jobs.values())
 
@@ -993,14 +998,6 @@ class Limits:
             return 0
         rank = self.store.read(("ZRANK", self.keys.held(job.limit), _entry_of(job)))[0]
         return 0 if rank is None else int(rank) + 1
-
-    def _read_jobs(self, tx: Transaction, ids: Iterable[str], watch: bool = False) -> dict[str, Job]:
-        keys = {id: self.keys.job(id) for id in ids}
-        if not keys:
-            return {}
-        watching = [("WATCH", *keys.values())] if watch else []
-        records = tx.read(*watching, ("MGET", *keys.values()))[-1]
-        return {id: read_job(id, record) for id, record in zip(keys, records, strict=True) if record is not None}
 
 
 def _first(items: Sequence[str], count: float) -> Sequence[str]:
@@ -1975,8 +1972,8 @@ class Queue(Verbs):
         for each other.
         """
         ids = set_parents(new, after, kept)
-        keys = list(map(self.keys.job, ids))
-        stored = read_parents(ids, tx.read(("WATCH", *keys), ("MGET", *keys))[1] if ids else [])
+        stored = tx.read_jobs(ids, watch=True)
+        check_parents(ids, stored)
         parents = {**stored, **{job.id: job for job in new}}
         for job in new:
             job.waiting_for = tuple(id for id in job.after if not job.may_follow(parents[id].status))
@@ -2052,11 +2049,10 @@ class Queue(Verbs):
 
         The last transaction removes the tokens, and no others: somebody may have pushed more.
         """
-        keys = [self.keys.job(id), *map(self.keys.job, some)]
-        record, *records = tx.read(("WATCH", *keys), ("MGET", *keys))[1]
-        parent = read_job(id, record) if record is not None else None
+        jobs = tx.read_jobs([id, *some], watch=True)
+        parent = jobs.pop(id, None)
         status = parent.status if parent else status_in(tokens)
-        for job in (read_job(job, record) for job, record in zip(some, records, strict=True) if record is not None):
+        for job in jobs.values():
             if id in job.waiting_for and status:
                 self._follow(tx, job, id, status)
         if status == "completed" and some:
@@ -2187,14 +2183,13 @@ class Queue(Verbs):
             self.limits.reconcile(looks, self.now())
         return promoted + len(looks)
 
-    def _read_jobs(self, tx: Transaction, entries: Iterable[bytes], watch: bool = False) -> Iterator[Job]:
+    def _read_jobs(self, tx: Transaction, entries: Iterable[bytes], watch: bool = False) -> Iterable[Job]:
         """Read the jobs that list entries name, each once. Skip entries that name none."""
         ids = ids_in(entries)
-        keys = [self.keys.job(id) for id in ids]
-        records = tx.read(*([("WATCH", *keys)] if watch else []), ("MGET", *keys))[-1] if ids else []
+        jobs = tx.read_jobs(ids, watch)
         if watch:
-            _warn_of_gone([id for id, record in zip(ids, records, strict=True) if record is None])
-        return (read_job(id, record) for id, record in zip(ids, records, strict=True) if record is not None)
+            _warn_of_gone([id for id in ids if id not in jobs])
+        return jobs.values()
 
     def _known_workers(self) -> list[str]:
         """Return every worker that may hold a job. Skip what cannot be the name of a worker."""

@@ -341,7 +341,9 @@ def _schedules(queue: Queue) -> Iterator[Finding]:
     now = queue.now()
     late = [made.name for made in found if made.overdue(now) > LATE]
     if found:
-        seen = f"{len(found)} schedule{'s'[: len(found) != 1]}" + (f", overdue: {', '.join(late)}" if late else "")
+        seen = f"{len(found)} {'schedule' if len(found) == 1 else 'schedules'}" + (
+            f", overdue: {', '.join(late)}" if late else ""
+        )
         advice = "start a worker; its log says why a tick fails; with overlap one, the last job may still run"
         yield _judge("schedules", seen, (bool(late), "warn", advice))
     for made in found:

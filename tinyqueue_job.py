@@ -1092,9 +1092,7 @@ def set_parents(new: Sequence[Job], after: Mapping[str, Sequence[str]], kept: Ma
     return outer_parents({job.id: job.after for job in new}, places)
 
 
-def read_parents(ids: Sequence[str], records: Sequence[bytes | None]) -> dict[str, Job]:
-    """Read the parents of new jobs. Raises InvalidJob if one does not exist."""
-    found = {id: read_job(id, record) for id, record in zip(ids, records, strict=True) if record is not None}
+def check_parents(ids: Sequence[str], found: Collection[str]) -> None:
+    """Raise InvalidJob if a parent of new jobs was not found."""
     if missing := [id for id in ids if id not in found]:
         raise InvalidJob("after", f"job {missing[0]} does not exist: its id is wrong, or it was purged or expired")
-    return found

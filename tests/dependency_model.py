@@ -35,7 +35,7 @@ GUARDS = {
     "relink": "the retry of a job that waits for parents enters it in their next again",
     "every": "a completed parent leaves the waitingFor of ended jobs, too",
     "handled": "advance removes only the dependents that it has handled from next",
-    "status": "a token has the status of the end, for a parent that is gone",
+    "status": "a token has the status of the end, because the parent may be gone",
     "gone": "the token of a revival does nothing when the parent is gone",
     "persist": "a revival removes the time to live of next",
     "together": "the jobs of a batch are stored in one transaction",
