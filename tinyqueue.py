@@ -165,10 +165,11 @@ Three rules carry everything
     3. Waiting never holds work. An idle worker blocks on the bell, never on a list of jobs, so a
        lost reply loses no job.
 
-tinyqueue_job.py says what a job is: errors, record, filters, outcomes, handlers, checks of input.
-Here come first the bounds, the keys and transactions, and the verbs that are made of other verbs.
-Then the verbs of the queue follow the life of a job, up to upkeep. Reading, loading and metrics
-come last. `grep '# [A-Z].* ---' tinyqueue.py` prints the table of contents.
+tinyqueue_job.py says what a job is: errors, record, filters, outcomes. tinyqueue_handler.py says
+what a type is: handlers, their limits, checks of input. Here come first the bounds, the keys and
+transactions, and the verbs that are made of other verbs. Then the verbs of the queue follow the
+life of a job, up to upkeep. Reading, loading and metrics come last.
+`grep '# [A-Z].* ---' tinyqueue.py` prints the table of contents.
 """
 
 from __future__ import annotations
@@ -194,15 +195,38 @@ from typing import Any, Literal, TypeVar
 import msgspec
 import redis
 
-from tinyqueue_job import (
+from tinyqueue_handler import (
     BUILT_IN as BUILT_IN,
+    HANDLERS as HANDLERS,
+    LIMIT as LIMIT,
+    Discard as Discard,
+    Handler as Handler,
+    Override as Override,
+    RateLimited as RateLimited,
+    Retry as Retry,
+    Rule,
+    TimedOut as TimedOut,
+    backoff as backoff,
+    check_limit as check_limit,
+    check_name as check_name,
+    check_parents,
+    delivery_of,
+    handler as handler,
+    is_delay as is_delay,
+    limit_of as limit_of,
+    make_job as make_job,
+    outer_parents,
+    read_override as read_override,
+    rule_of,
+    set_parents,
+    stored_override,
+)
+from tinyqueue_job import (
     CURSOR as CURSOR,
     ENDED as ENDED,
-    HANDLERS as HANDLERS,
     ID as ID,
     KEY_LENGTH as KEY_LENGTH,
     KEY_REUSED as KEY_REUSED,
-    LIMIT as LIMIT,
     MAX_AFTER as MAX_AFTER,
     MAX_ATTEMPTS as MAX_ATTEMPTS,
     MAX_DELAY as MAX_DELAY,
@@ -211,11 +235,9 @@ from tinyqueue_job import (
     STATUSES as STATUSES,
     UNENDED as UNENDED,
     Corrupted as Corrupted,
-    Discard as Discard,
     Entry,
     Failure as Failure,
     Filter as Filter,
-    Handler as Handler,
     InvalidJob as InvalidJob,
     Job as Job,
     KeyReused as KeyReused,
@@ -224,44 +246,25 @@ from tinyqueue_job import (
     NotReplicated as NotReplicated,
     Once as Once,
     Outcome as Outcome,
-    Override as Override,
     Place,
     QueueFull as QueueFull,
-    RateLimited as RateLimited,
     Reaped as Reaped,
-    Retry as Retry,
-    Rule,
     SettingsError as SettingsError,
     Status as Status,
-    TimedOut as TimedOut,
     TinyQueueError as TinyQueueError,
     Unavailable as Unavailable,
     UnknownType as UnknownType,
     WrongStatus as WrongStatus,
     attempt_in,
-    backoff as backoff,
-    check_limit as check_limit,
-    check_name as check_name,
-    check_parents,
-    delivery_of,
-    handler as handler,
     ids_in as ids_in,
-    is_delay as is_delay,
-    limit_of as limit_of,
     listed_job,
-    make_job as make_job,
     note_record,
-    outer_parents,
     place_of,
     read_job,
     read_made,
-    read_override as read_override,
     record_of,
-    rule_of,
-    set_parents,
     stopped,
     stored_job as stored_job,
-    stored_override,
     translated,
 )
 from tinyqueue_json import created_at, encode

@@ -40,7 +40,8 @@ from tinyqueue import (
     new_worker_id,
     try_each,
 )
-from tinyqueue_job import outer_parents, place_of
+from tinyqueue_handler import outer_parents
+from tinyqueue_job import place_of
 from tinyqueue_redis import shield, text_of
 
 OTHER_SHARD = "must be jobs of one shard, that of the uniqueKey if it is given, because TINYQUEUE_SHARDS is above 1"

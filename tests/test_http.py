@@ -29,7 +29,7 @@ import tinyqueue_redis
 import tinyqueue_server
 from tinyqueue import ID, MAX_ATTEMPTS, MAX_DELAY, STATUSES, Queue, handler
 from tinyqueue_config import Settings
-from tinyqueue_job import BUILT_IN
+from tinyqueue_handler import BUILT_IN
 from tinyqueue_json import MAX_DEPTH
 from tinyqueue_problems import RETRY_AFTER
 from wsgi import API, FIELDS, ROUTES
