@@ -2989,10 +2989,8 @@ def times_by_type(counters: Mapping[str, Mapping[tuple[str, ...], int]]) -> Time
 
 def _subtract(now: Times, then: Times) -> Times:
     """Return what the times of a snapshot do not count yet."""
-    return {
-        type: {
-            event: {bucket: max(0, n - then.get(type, {}).get(event, {}).get(bucket, 0)) for bucket, n in counts.items()}
-            for event, counts in events.items()
-        }
-        for type, events in now.items()
-    }
+    for type, events in now.items():
+        for event, counts in events.items():
+            before = then.get(type, {}).get(event, {})
+            counts.update({bucket: max(0, count - before.get(bucket, 0)) for bucket, count in counts.items()})
+    return now

@@ -8,8 +8,8 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable
-from typing import Any, Protocol
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol, TypeVar
 
 import msgspec
 
@@ -17,14 +17,15 @@ from tinyqueue import TinyQueueError
 
 LISTENERS = 200  # at a time; each takes one of the server's connections
 EVERY = 2.0  # seconds between two events
-QUIET = 10.0  # seconds after which a comment is sent if nothing has changed, because proxies close idle connections
-HEADERS = (
-    ("Content-Type", "text/event-stream; charset=utf-8"),
-    ("X-Accel-Buffering", "no"),  # nginx would keep events until its buffer is full
-)
+QUIET = 10.0  # seconds until a comment is sent if nothing changes, because proxies close idle connections
+HEADERS = {
+    "Content-Type": "text/event-stream; charset=utf-8",
+    "X-Accel-Buffering": "no",  # nginx would keep events until its buffer is full
+}
 COMMENT = b":\n\n"
 
 log = logging.getLogger("tinyqueue.web")
+T = TypeVar("T")
 
 
 class Connection(Protocol):
@@ -60,7 +61,7 @@ class Place:
 
 
 class Events:
-    """Sends what `compute` returns to all listeners, in one thread, which runs while there are any."""
+    """Sends what `compute` returns to all listeners, from one thread, while there are any."""
 
     def __init__(self, compute: Callable[[], bytes]) -> None:
         self._compute = compute
@@ -124,14 +125,26 @@ class Events:
             return b""
 
 
-def encoded(kind: str, body: Any) -> bytes:
-    """Return an event as it is sent. JSON has no line breaks, so the body is one line."""
-    return b"event: %b\ndata: %b\n\n" % (kind.encode(), msgspec.json.encode(body))
+def overview(parts: Mapping[str, Callable[[], Any]], refused: Callable[[TinyQueueError], Any]) -> bytes:
+    """Make an event from the answers of several routes. If one fails, it has the `problem`, too."""
+    body: dict[str, Any] = {}
+    for name, part in parts.items():
+        try:
+            body[name] = part()
+        except TinyQueueError as error:  # the other parts would fail for the same reason, one time-out after the other
+            body["problem"] = refused(error)
+            break
+    return b"event: overview\ndata: %b\n\n" % msgspec.json.encode(body)  # JSON in one line
 
 
-def overview(parts: dict[str, Callable[[], Any]], refused: Callable[[TinyQueueError], Any]) -> bytes:
-    """Make the event `overview` from the answers of several routes, or `problem` if one fails."""
-    try:
-        return encoded("overview", {name: part() for name, part in parts.items()})
-    except TinyQueueError as error:
-        return encoded("problem", refused(error))
+def cached(compute: Callable[[], T], seconds: float) -> Callable[[], T]:
+    """Return a function that computes something again only after some seconds. For one thread."""
+    kept: list[tuple[float, T]] = []
+
+    def get() -> T:
+        now = time.monotonic()
+        if not kept or now - kept[0][0] >= seconds:
+            kept[:] = [(now, compute())]
+        return kept[0][1]
+
+    return get

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from itertools import accumulate, product
 from typing import Any
 
@@ -85,7 +85,7 @@ class Scrape:
         self.values: dict[str, Any] = {
             "jobs": {(name, status): queue[status] for name, queue in queues for status in UNENDED},
             "jobs_delayed": {(): stats["delayed"]},
-            "jobs_retrying": {(): stats["retrying"]},
+            "jobs_retrying": {(): stats.get("retrying", 0)},
             "jobs_kept": {(status,): stats[status] for status in ENDED},
             "oldest_waiting_seconds": {(name,): queue["oldestWaitingMs"] / 1000 for name, queue in queues},
             "queue_paused": {(name,): int(queue["paused"]) for name, queue in queues},
@@ -144,68 +144,3 @@ def _histograms(
         counts = accumulate(stored.get((*pair, str(bound)), 0) for bound in BUCKETS)
         histograms[pair] = list(zip(bounds, counts, strict=True)), sums.get(pair, 0) / 1000
     return histograms
-
-
-# Types ----------------------------------------------------------------------------------------------------------------
-
-ATTEMPTS = ("completed", "failed", "retried")  # the ends of attempts that count in a failure share
-LAST = BUCKETS[-2]  # ms; times above the last bound count as this
-
-
-def types(queue: AnyQueue, minutes: int) -> dict[str, Any]:
-    """Report by type how many attempts ended in the last minutes, and how long jobs waited and ran.
-
-    The counts begin at a whole minute. The times may begin earlier, at `timesSince`. Every type
-    that has a handler is listed.
-    """
-    recent = queue.recent(minutes)
-    since, times = queue.times(minutes)
-    counts: dict[str, dict[str, Any]] = {}
-    for _, by_type in recent:
-        for type, about in by_type.items():
-            _add(counts.setdefault(type, {"errors": {}}), about)
-    elapsed = max((queue.now() - (recent[0][0] if recent else 0)) / 60_000, 1.0)
-    names = sorted({*HANDLERS, *counts, *times})
-    rows = {name: _row(counts.get(name, {}), times.get(name, {}), elapsed) for name in names}
-    return {"minutes": minutes, "timesSince": since, "types": rows}
-
-
-def _add(total: dict[str, Any], more: Mapping[str, Any]) -> None:
-    for name, value in more.items():
-        if isinstance(value, Mapping):
-            _add(total.setdefault(name, {}), value)
-        else:
-            total[name] = total.get(name, 0) + value
-
-
-def _row(counts: Mapping[str, Any], times: Mapping[str, Mapping[str, int]], minutes: float) -> dict[str, Any]:
-    ends = {name: counts.get(name, 0) for name in ATTEMPTS}
-    ended = sum(ends.values())
-    return {
-        **ends,
-        "perMinute": round(ended / minutes, 2),
-        "failureShare": round((ended - ends["completed"]) / ended, 4) if ended else None,
-        "errors": dict(sorted(counts.get("errors", {}).items(), key=lambda item: -item[1])),
-        "waitedMs": _percentiles(times.get("waited", {})),
-        "ranMs": _percentiles(times.get("ran", {})),
-    }
-
-
-def _percentiles(counts: Mapping[str, int]) -> dict[str, float | None]:
-    buckets = [counts.get(str(bound), 0) for bound in BUCKETS]
-    return {"p50": percentile(buckets, 0.5), "p95": percentile(buckets, 0.95)}
-
-
-def percentile(buckets: Sequence[int], share: float) -> float | None:
-    """Estimate a percentile from the counts of BUCKETS, as Prometheus does. None without counts.
-
-    Times are expected to be spread evenly within a bucket.
-    """
-    wanted = share * sum(buckets)
-    below = low = 0.0
-    for count, bound in zip(buckets, BUCKETS, strict=True):
-        if count and below + count >= wanted:
-            return round(low + (min(bound, LAST) - low) * (wanted - below) / count, 1)
-        below += count
-        low = min(bound, LAST)
-    return None

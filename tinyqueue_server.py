@@ -178,6 +178,8 @@ class Channel(HTTPChannel):  # type: ignore[misc]
     rest = b""
     lingering = False
     listening = False  # True: it gets a Stream
+    requests: list[Any]  # those that it has not answered
+    total_outbufs_len: int  # bytes that are not sent yet
 
     def __init__(self, *args: Any, **options: Any) -> None:
         self.since = time.monotonic()  # when the present request or answer began, or the last one
