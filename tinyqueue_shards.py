@@ -396,6 +396,11 @@ class Shards(Verbs):
         total: dict[str, Any] = reduce(_added, each)
         return total | ({"history": [history[at] for at in sorted(history)[-minutes:]]} if minutes else {})
 
+    def recent(self, minutes: int) -> list[dict[str, Any]]:
+        each = ({minute["at"]: minute for minute in shard.recent(minutes)} for shard in self.parts)
+        found = reduce(_added, each)
+        return [found[at] for at in sorted(found)[-minutes:]]
+
     def scale(self, names: Sequence[str] = ()) -> dict[str, int]:
         return reduce(_added, (shard.scale(names) for shard in self.parts))
 
