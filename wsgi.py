@@ -75,9 +75,9 @@ from tinyqueue_config import (
     set_up_logging,
 )
 from tinyqueue_doctor import warnings
-from tinyqueue_events import HEADERS as EVENT_HEADERS, LISTENERS, Events, overview
+from tinyqueue_events import HEADERS as EVENT_HEADERS, LISTENERS, Events, cached, overview
 from tinyqueue_json import new_id
-from tinyqueue_metrics import Scrape
+from tinyqueue_metrics import Scrape, types
 from tinyqueue_problems import HEADERS, RETRY_AFTER, Problem, kind_of_status, problem, problem_of, response_headers
 from tinyqueue_request import (
     FILTERS,
@@ -112,6 +112,9 @@ if TYPE_CHECKING:
 log = logging.getLogger("tinyqueue.web")
 
 OVERVIEW_MINUTES = 60  # of history in each event
+TYPES_MINUTES = 15  # that GET /types looks back, unless the request says otherwise
+TYPES_EVERY = 10  # seconds until events have new numbers of the types
+MAX_MINUTES = 120  # for which there are counts
 LONGEST_WAIT = 25  # seconds that GET /jobs/<id>?wait= may take: routers time out after 30
 WORK_TIME = 20  # seconds that POST /work takes at most, unless the request says otherwise
 MAX_SCALED = 100  # queues that one GET /scale may name
@@ -155,6 +158,7 @@ ROUTES = (
     ("GET", "/stats", "stats", "read"),
     ("GET", "/scale", "scale", "read"),
     ("GET", "/workers", "workers", "read"),
+    ("GET", "/types", "types", "read"),
     ("GET", "/events", "events", "read"),
     ("GET", "/metrics", "metrics", "read"),
 )
@@ -202,6 +206,7 @@ class API(bottle.Bottle):  # type: ignore[misc]
         self._waiters: dict[Queue, Waiter] = {}
         self._guest = Guest()
         self._events = Events(self._overview)
+        self._types = cached(lambda: types(self.queue, TYPES_MINUTES), TYPES_EVERY)  # for events only
         self._scrape_errors = 0  # not yet counted in Redis
         for method, path, name, role in ROUTES:
             for part, pattern in (("<id>", ID.pattern), ("<name>", NAME.pattern), ("<limit>", LIMIT.pattern)):
@@ -458,6 +463,7 @@ class API(bottle.Bottle):  # type: ignore[misc]
         parts: dict[str, Callable[[], Any]] = {
             "stats": partial(self.queue.stats, OVERVIEW_MINUTES),
             "workers": self.queue.workers,
+            "types": self._types,
         }
         return overview(parts, lambda error: problem_of(error).body())
 
@@ -471,7 +477,11 @@ class API(bottle.Bottle):  # type: ignore[misc]
         return {"queues": self.queue.queues()}
 
     def stats(self) -> dict[str, Any]:
-        return self.queue.stats(read_int(read_query("minutes"), "minutes", 0, 0, 120))
+        return self.queue.stats(read_int(read_query("minutes"), "minutes", 0, 0, MAX_MINUTES))
+
+    def types(self) -> dict[str, Any]:
+        """Report by type how many attempts ended and failed lately, and how long jobs take."""
+        return types(self.queue, read_int(read_query("minutes"), "minutes", TYPES_MINUTES, 1, MAX_MINUTES))
 
     def scale(self) -> dict[str, int]:
         """Count the jobs that need workers now, in each ?queue= or in all, for an autoscaler."""

@@ -97,6 +97,7 @@ NEEDED_ROLES = {
     ("GET", "/stats"): "read",
     ("GET", "/scale"): "read",
     ("GET", "/workers"): "read",
+    ("GET", "/types"): "read",
     ("GET", "/events"): "read",
     ("GET", "/metrics"): "read",
 }
