@@ -43,7 +43,8 @@ import msgspec
 from msgspec import Meta, Raw, Struct
 
 from tinyqueue import HANDLERS, MAX_RESULT, Discard, Job, RateLimited, Retry, __version__, backoff, handler
-from tinyqueue_job import DELIVERIES, URL, URL_LENGTH, URL_RULE, check_url, host_of
+from tinyqueue_handler import check_url, host_of
+from tinyqueue_job import DELIVERIES, URL, URL_LENGTH, URL_RULE
 from tinyqueue_json import encode
 
 SECONDS = 15.0  # that a request may take in all

@@ -25,18 +25,8 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
 import msgspec
 from msgspec.structs import replace
 
-from tinyqueue_job import (
-    HANDLERS,
-    UNENDED,
-    Corrupted,
-    InvalidJob,
-    Job,
-    TinyQueueError,
-    UnknownType,
-    check_name,
-    limit_of,
-    make_job,
-)
+from tinyqueue_handler import HANDLERS, check_name, limit_of, make_job
+from tinyqueue_job import UNENDED, Corrupted, InvalidJob, Job, TinyQueueError, UnknownType
 from tinyqueue_json import encode, is_number, new_id, to_json
 from tinyqueue_redis import text_of
 

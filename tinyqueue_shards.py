@@ -39,7 +39,8 @@ from tinyqueue import (
     new_worker_id,
     try_each,
 )
-from tinyqueue_job import outer_parents, place_of
+from tinyqueue_handler import outer_parents
+from tinyqueue_job import place_of
 from tinyqueue_redis import shield, text_of
 
 OTHER_SHARD = "must be jobs of one shard, that of the uniqueKey if it is given, because TINYQUEUE_SHARDS is above 1"
@@ -404,6 +405,11 @@ class Shards(Verbs):
         history = reduce(_added, ({minute["at"]: minute for minute in stats.pop("history", ())} for stats in each))
         total: dict[str, Any] = reduce(_added, each)
         return total | ({"history": [history[at] for at in sorted(history)[-minutes:]]} if minutes else {})
+
+    def recent(self, minutes: int) -> list[dict[str, Any]]:
+        each = ({minute["at"]: minute for minute in shard.recent(minutes)} for shard in self.parts)
+        found = reduce(_added, each)
+        return [found[at] for at in sorted(found)[-minutes:]]
 
     def scale(self, names: Sequence[str] = ()) -> dict[str, int]:
         return reduce(_added, (shard.scale(names) for shard in self.parts))

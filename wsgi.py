@@ -17,7 +17,6 @@ from __future__ import annotations
 import base64
 import errno
 import hashlib
-import json
 import logging
 import os
 import re
@@ -29,8 +28,8 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import cache, cached_property, partial
 from http import HTTPStatus
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
-from urllib.parse import parse_qsl, quote
+from typing import TYPE_CHECKING, Any, Literal
+from urllib.parse import quote
 
 import bottle
 import msgspec
@@ -40,15 +39,12 @@ import tinyqueue_openapi
 import tinyqueue_schedule
 from tinyqueue import (
     BUILT_IN,
-    HANDLERS,
     ID,
     LIMIT,
     MAX_JOBS,
     NAME,
-    STATUSES,
     UNENDED,
     Failure,
-    Filter,
     InvalidJob,
     Job,
     Once,
@@ -57,7 +53,6 @@ from tinyqueue import (
     SettingsError,
     TinyQueueError,
     Unavailable,
-    UnknownType,
     check_name,
     read_override,
 )
@@ -80,9 +75,29 @@ from tinyqueue_config import (
     set_up_logging,
 )
 from tinyqueue_doctor import warnings
-from tinyqueue_json import MAX_DEPTH, Preview, from_json, new_id
+from tinyqueue_json import new_id
 from tinyqueue_metrics import Scrape
 from tinyqueue_problems import HEADERS, RETRY_AFTER, Problem, kind_of_status, problem, response_headers
+from tinyqueue_request import (
+    FILTERS,
+    is_ref,
+    log_request,
+    printable,
+    read_arguments,
+    read_batch,
+    read_filter,
+    read_flag,
+    read_int,
+    read_json,
+    read_key,
+    read_query,
+    read_query_pairs,
+    read_refs,
+    require_job,
+    require_schedule,
+    shorten,
+    summary,
+)
 from tinyqueue_shards import AnyQueue
 from tinyqueue_waiter import Waiter
 from tinyqueue_why import answer
@@ -94,7 +109,6 @@ if TYPE_CHECKING:
     from tinyqueue_server import Server
 
 log = logging.getLogger("tinyqueue.web")
-S = TypeVar("S", Job, Schedule)
 
 LONGEST_WAIT = 25  # seconds that GET /jobs/<id>?wait= may take: routers time out after 30
 WORK_TIME = 20  # seconds that POST /work takes at most, unless the request says otherwise
@@ -167,8 +181,6 @@ SCHEDULE_FIELDS = {
     "overlap": "overlap",
     "catchup": "catchup",
 }
-# JSON or query name -> field of Filter
-FILTERS = {"status": "status", "type": "type", "queue": "queue", "errorType": "error_type"}
 
 
 class API(bottle.Bottle):  # type: ignore[misc]
@@ -238,7 +250,7 @@ class API(bottle.Bottle):  # type: ignore[misc]
         context = LOG_CONTEXT.set(ids.copy)
         try:
             answer = super().wsgi(environ, start)
-            _log_request(environ, int(status_line[:3]), round((time.monotonic() - began) * 1000))
+            log_request(environ, int(status_line[:3]), round((time.monotonic() - began) * 1000))
             return answer
         finally:
             LOG_CONTEXT.reset(context)
@@ -275,9 +287,9 @@ class API(bottle.Bottle):  # type: ignore[misc]
 
     def submit(self) -> dict[str, Any]:
         """Accept a job. The status is 201 if it is new, 200 if it was stored before."""
-        fields = _read_json(self.settings.max_body)
+        fields = read_json(self.settings.max_body)
         draft = self._draft_job(fields)
-        once = _idempotency_key(fields)
+        once = read_key(fields)
         job = self.queue.submit([draft], once)[0]
         request.environ["tinyqueue.job"] = job.id
         bottle.response.set_header("Location", f"jobs/{job.id}")  # relative, because a proxy may add a prefix
@@ -289,13 +301,13 @@ class API(bottle.Bottle):  # type: ignore[misc]
         With ?partial=true, accept the valid ones and return an error for each of the others. The
         status is 201 if at least one job is new, and 200 if none is.
         """
-        items = _read_batch(self.settings.max_body)
-        allow_partial = _query_flag(_query("partial"), "partial")
+        items = read_batch(self.settings.max_body)
+        allow_partial = read_flag(read_query("partial"), "partial")
         if not isinstance(items, list) or not 1 <= len(items) <= MAX_JOBS:
             raise InvalidJob("jobs", f"must be an array of 1 to {MAX_JOBS} jobs")
         drafts = self._draft_jobs(items, allow_partial)
         valid = [draft for draft in drafts if isinstance(draft, Job)]
-        once = _idempotency_key(items)
+        once = read_key(items)
         jobs = self.queue.submit(valid, once) if valid else []
         answers = iter(self._answer_submit(valid, jobs, once))
         return {"jobs": [next(answers) if isinstance(draft, Job) else {"error": draft.body()} for draft in drafts]}
@@ -309,7 +321,7 @@ class API(bottle.Bottle):  # type: ignore[misc]
             bottle.response.set_header("Idempotency-Replayed", "true")
         # A replay repeats the first answer. Else a job in place of a draft has its uniqueKey.
         return [
-            _summary(job) | ({} if new or replayed else {"duplicate": True})
+            summary(job) | ({} if new or replayed else {"duplicate": True})
             for job, new in zip(jobs, is_new, strict=True)
         ]
 
@@ -317,7 +329,7 @@ class API(bottle.Bottle):  # type: ignore[misc]
         """Draft the jobs of a batch, which may name each other in `after` by their `ref`."""
         now = self.queue.now()
         ids = [new_id(now) for _ in items]
-        refs = _refs(items, ids)
+        refs = read_refs(items, ids)
         drafts: list[Job | Problem] = []
         for at, fields in enumerate(items):
             try:
@@ -340,9 +352,9 @@ class API(bottle.Bottle):  # type: ignore[misc]
         `refs` has the ids of the jobs of its batch that have a `ref`, and `id` is its own.
         """
         queue = self.queue  # opening it has loaded the handlers
-        options = _arguments("job", fields, FIELDS | {"ref": "ref"}, ("type", "payload"))
+        options = read_arguments("job", fields, FIELDS | {"ref": "ref"}, ("type", "payload"))
         ref = options.pop("ref", None)
-        if ref is not None and not _is_ref(ref):
+        if ref is not None and not is_ref(ref):
             raise InvalidJob("ref", "must be 1 to 100 of the characters A-Z a-z 0-9 . _ -, and not a job id")
         if refs and refs.get(ref or "", id) != id:
             raise InvalidJob("ref", "must differ from that of every other job of the batch")
@@ -359,11 +371,11 @@ class API(bottle.Bottle):  # type: ignore[misc]
 
     def list(self) -> dict[str, Any]:
         """List jobs that match a filter, newest first. Long payloads and results are shortened."""
-        query = _query()
-        limit = _query_int(query, "limit", 50, 1, 500)
+        query = read_query()
+        limit = read_int(query, "limit", 50, 1, 500)
         cursor = query.pop("cursor", "")
-        jobs, cursor = self.queue.page(_filter(query), limit=limit, cursor=cursor, cut=PREVIEW_BYTES)
-        return {"jobs": [_shorten(job.answer()) for job in jobs], "cursor": cursor or None}
+        jobs, cursor = self.queue.page(read_filter(query), limit=limit, cursor=cursor, cut=PREVIEW_BYTES)
+        return {"jobs": [shorten(job.answer()) for job in jobs], "cursor": cursor or None}
 
     def show(self, id: str) -> dict[str, Any]:
         """Return a job. With ?wait=SECONDS, return it when it has ended or the time is up.
@@ -372,11 +384,11 @@ class API(bottle.Bottle):  # type: ignore[misc]
         requests wait. The others are answered at once, with Retry-After. None waits where a process
         has one request at a time, because no other request could be answered meanwhile.
         """
-        seconds = min(_query_int(_query("wait"), "wait", 0, 0, 3600), LONGEST_WAIT)
+        seconds = min(read_int(read_query("wait"), "wait", 0, 0, 3600), LONGEST_WAIT)
         waited = request.environ.get("tinyqueue.waited")
         if isinstance(waited, TinyQueueError):
             raise waited
-        job = _require_job(self.queue.get(id))
+        job = require_job(self.queue.get(id))
         if not seconds or waited or job.status not in UNENDED:
             return self._explain(job)
         if "tinyqueue.can_park" in request.environ:
@@ -387,7 +399,7 @@ class API(bottle.Bottle):  # type: ignore[misc]
             bottle.response.set_header("Retry-After", "1")
             return self._explain(job)
         try:
-            return self._explain(_require_job(self.queue.wait_for(id, seconds)))
+            return self._explain(require_job(self.queue.wait_for(id, seconds)))
         finally:
             self._blocked.release()
 
@@ -421,14 +433,14 @@ class API(bottle.Bottle):  # type: ignore[misc]
         return {"queues": self.queue.queues()}
 
     def stats(self) -> dict[str, Any]:
-        return self.queue.stats(_query_int(_query("minutes"), "minutes", 0, 0, 120))
+        return self.queue.stats(read_int(read_query("minutes"), "minutes", 0, 0, 120))
 
     def scale(self) -> dict[str, int]:
         """Count the jobs that need workers now, in each ?queue= or in all, for an autoscaler."""
-        query = _query_pairs()
+        query = read_query_pairs()
         # A misspelled parameter would count all queues, and start workers that have nothing to do.
         if unknown := {name for name, _ in query} - {"queue"}:
-            raise InvalidJob(_printable(min(unknown)), "unknown parameter; the only one is queue")
+            raise InvalidJob(printable(min(unknown)), "unknown parameter; the only one is queue")
         if len(query) > MAX_SCALED:
             raise InvalidJob("queue", f"must not occur more than {MAX_SCALED} times")
         return self.queue.scale([check_name("queue", name) for _, name in query])
@@ -443,12 +455,12 @@ class API(bottle.Bottle):  # type: ignore[misc]
 
     def cancel(self, id: str) -> dict[str, str]:
         """Cancel a pending job. For a running one the status is 202: it was asked to stop."""
-        job = _require_job(self.queue.cancel(id))
+        job = require_job(self.queue.cancel(id))
         bottle.response.status = 202 if job.status == "processing" else 200
-        return _summary(job)
+        return summary(job)
 
     def retry(self, id: str) -> dict[str, str]:
-        return _summary(_require_job(self.queue.retry(id)))
+        return summary(require_job(self.queue.retry(id)))
 
     def cancel_many(self) -> dict[str, Any]:
         return self._change_many("cancel", "pending", {"pending"})
@@ -457,10 +469,10 @@ class API(bottle.Bottle):  # type: ignore[misc]
         return self._change_many("retry", "failed", {"failed", "cancelled"})
 
     def _change_many(self, verb: Literal["cancel", "retry"], default: str, allowed: set[str]) -> dict[str, Any]:
-        fields = _read_json(self.settings.max_body)
+        fields = read_json(self.settings.max_body)
         if not isinstance(fields, dict) or not all(isinstance(value, str) for value in fields.values()):
             raise InvalidJob("filter", f"must be an object of strings; possible keys: {', '.join(FILTERS)}, cursor")
-        filter = _filter({"status": default} | {k: v for k, v in fields.items() if k != "cursor"})
+        filter = read_filter({"status": default} | {k: v for k, v in fields.items() if k != "cursor"})
         if filter.status not in allowed:
             raise InvalidJob("status", f"must be {' or '.join(sorted(allowed))}; this route changes no other jobs")
         counts = self.queue.change_many(verb, filter, fields.get("cursor", ""))
@@ -476,7 +488,7 @@ class API(bottle.Bottle):  # type: ignore[misc]
 
     def set_limit(self, limit: str) -> dict[str, Any]:
         """Pause, raise or lower a limit. An empty object returns to the numbers in the code."""
-        fields = _read_json(self.settings.max_body)
+        fields = read_json(self.settings.max_body)
         if not isinstance(fields, dict):
             raise InvalidJob("limit", "must be an object with maxRunning, rate or paused")
         self.queue.set_limit(limit, read_override(limit, fields))
@@ -492,7 +504,7 @@ class API(bottle.Bottle):  # type: ignore[misc]
     def put_schedule(self, name: str) -> dict[str, Any]:
         """Make a schedule, or replace one of the API. It keeps its pause and its last run."""
         queue = self.queue
-        fields = _arguments("schedule", _read_json(self.settings.max_body), SCHEDULE_FIELDS, ("cron", "type"))
+        fields = read_arguments("schedule", read_json(self.settings.max_body), SCHEDULE_FIELDS, ("cron", "type"))
         made = tinyqueue_schedule.make_schedule(name, **({"payload": {}} | fields))
         return self._answer_schedule(tinyqueue_schedule.put(queue, made))
 
@@ -508,12 +520,12 @@ class API(bottle.Bottle):  # type: ignore[misc]
     def run_schedule(self, name: str) -> dict[str, str]:
         """Enqueue the job of a schedule now, even if it is paused."""
         found = tinyqueue_schedule.run(self.queue, name)
-        job = _require_schedule(found)
+        job = require_schedule(found)
         bottle.response.set_header("Location", f"../../jobs/{job.id}")
-        return _summary(job)
+        return summary(job)
 
     def _answer_schedule(self, found: Schedule | None) -> dict[str, Any]:
-        made = _require_schedule(found)
+        made = require_schedule(found)
         last = self.queue.get(made.last_job) if made.last_job else None
         return made.answer(self.queue.now(), last)
 
@@ -522,7 +534,7 @@ class API(bottle.Bottle):  # type: ignore[misc]
     def work(self) -> dict[str, Any]:
         """Run the due jobs in this process for at most ?seconds=, and count the outcomes."""
         most = self.settings.max_work
-        return self.run_jobs(_query_int(_query("seconds"), "seconds", min(WORK_TIME, most), 1, most))
+        return self.run_jobs(read_int(read_query("seconds"), "seconds", min(WORK_TIME, most), 1, most))
 
     def run_jobs(self, seconds: float) -> dict[str, Any]:
         """Do what POST /work does, for a host that calls a function on a schedule.
@@ -614,207 +626,6 @@ def _explain_missing(path: str) -> str:
     if re.fullmatch("/queues/[^/]+/(pause|resume)", path):
         return "not the name of a queue; a name is 1 to 100 of the characters A-Z a-z 0-9 . _ -"
     return "unknown path; see /openapi.json"
-
-
-# Reading requests -----------------------------------------------------------------------------------------------------
-
-
-def _read_body(limit: int, *types: str) -> bytes:
-    """Return the body, which must have one of these media types and no more than `limit` bytes."""
-    if _media_type() not in types:
-        detail = f"unsupported media type; send JSON with Content-Type: {' or '.join(types)}"
-        raise Problem(415, "unsupported-media-type", detail)
-    coding = request.environ.get("HTTP_CONTENT_ENCODING", "identity").strip().lower()
-    if coding != "identity":
-        detail = f"Content-Encoding {_printable(coding)} is not supported; send the body without compression"
-        raise Problem(415, "unsupported-media-type", detail, {"Accept-Encoding": "identity"})
-    length = _content_length()
-    try:
-        body = b"" if length > limit else _read_stream(length, limit + 1)
-    except OSError:  # from a server that has lost the client, or that does not wait any longer
-        raise Problem(400, "bad-request", "the body did not arrive") from None
-    if length > limit or len(body) > limit:
-        raise Problem(413, "too-large", f"the body has more than {limit} bytes; send less or raise TINYQUEUE_MAX_BODY")
-    return body
-
-
-def _content_length() -> int:
-    """Return the declared length of the body, or -1. Not every server checks what it passes on."""
-    text = request.environ.get("CONTENT_LENGTH")
-    if not text:
-        return -1
-    if not re.fullmatch("[0-9]{1,18}", text):
-        raise Problem(400, "bad-request", "Content-Length must be a number of bytes")
-    return int(text)
-
-
-def _read_stream(length: int, most: int) -> bytes:
-    """Read the body, up to `most` bytes of it.
-
-    A body without a length is chunked. Servers that decode the chunks, as all known ones do, say so
-    with wsgi.input_terminated. Without that, Bottle decodes them.
-    """
-    environ = request.environ
-    if length < 0 and not environ.get("wsgi.input_terminated"):
-        with request.body as stream:
-            return bytes(stream.read(most))
-    left = most if length < 0 else min(length, most)
-    body = b""
-    while left > len(body) and (part := environ["wsgi.input"].read(left - len(body))):  # it may return less
-        body += part
-    return body
-
-
-def _media_type() -> str:
-    return str(request.content_type).partition(";")[0].strip().lower()
-
-
-def _read_json(limit: int) -> Any:
-    return _decode_json(_read_body(limit, "application/json"), MAX_DEPTH + 1)  # a payload inside a job
-
-
-def _read_batch(limit: int) -> Any:
-    body = _read_body(limit, "application/json", "application/x-ndjson")
-    if _media_type() == "application/json":
-        return _decode_json(body, MAX_DEPTH + 2)  # a payload inside a job inside an array
-    return [_decode_json(line, MAX_DEPTH + 1) for line in body.split(b"\n") if line.strip()]
-
-
-def _decode_json(body: bytes, levels: int) -> Any:
-    try:
-        return from_json(body, levels)
-    except ValueError as error:
-        raise Problem(400, "not-json", f"the body is not JSON: {error}") from None
-
-
-def _arguments(what: str, fields: Any, known: Mapping[str, str], required: Sequence[str]) -> dict[str, Any]:
-    """Return a client's fields as arguments. Refuses types without a handler."""
-    if not isinstance(fields, dict):
-        raise InvalidJob(what, f"must be an object with {' and '.join(required)}")
-    if unknown := fields.keys() - known.keys():
-        raise InvalidJob(_printable(min(unknown)), f"unknown field; the fields of a {what} are {', '.join(known)}")
-    if missing := set(required) - fields.keys():
-        raise InvalidJob(max(missing), "is required")
-    if isinstance(fields["type"], str) and fields["type"] not in HANDLERS:
-        raise UnknownType(_printable(fields["type"]), sorted(HANDLERS))
-    return {known[name]: value for name, value in fields.items()}
-
-
-def _idempotency_key(content: Any) -> Once | None:
-    """Return the caller's Idempotency-Key, if there is one, with a fingerprint of the request."""
-    key = request.environ.get("HTTP_IDEMPOTENCY_KEY")
-    if key is None:
-        return None
-    if len(key) > 1 and key[0] == key[-1] == '"':  # the IETF draft defines the key as a quoted string
-        key = key[1:-1]
-    if not 1 <= len(key) <= 255 or not key.isascii() or not key.isprintable():
-        raise Problem(400, "invalid-idempotency-key", "Idempotency-Key must be 1 to 255 printable ASCII characters")
-    own_key = f"{request.environ['tinyqueue.caller']}\n{key}"  # callers may use the same key independently
-    whole_request = json.dumps([request.path, request.query_string, content], sort_keys=True)
-    return Once(own_key, hashlib.sha256(whole_request.encode()).hexdigest())
-
-
-def _query(only: str = "") -> dict[str, str]:
-    """Return the query. With `only`, refuse other parameters."""
-    query = dict(_query_pairs())
-    if only and (unknown := query.keys() - {only}):
-        name = _printable(min(unknown))
-        raise Problem(400, "invalid-query", f"{name}: unknown parameter; the only one is {only}", field=name)
-    return query
-
-
-def _query_pairs() -> list[tuple[str, str]]:
-    try:
-        return parse_qsl(request.query_string, keep_blank_values=True, errors="strict")
-    except ValueError as error:
-        raise Problem(400, "invalid-query", f"cannot read the query string: {error}") from None
-
-
-def _query_int(query: dict[str, str], name: str, default: int, low: int, high: int) -> int:
-    """Remove a number from the query and return it."""
-    text = query.pop(name, str(default))
-    if not re.fullmatch("[0-9]{1,9}", text) or not low <= int(text) <= high:
-        raise Problem(400, "invalid-query", f"{name} must be a whole number from {low} to {high}", field=name)
-    return int(text)
-
-
-def _query_flag(query: Mapping[str, str], name: str) -> bool:
-    text = query.get(name, "false")
-    if text not in ("true", "false"):
-        raise Problem(400, "invalid-query", f"{name} must be true or false", field=name)
-    return text == "true"
-
-
-def _filter(wanted: Mapping[str, str]) -> Filter:
-    """Make a filter from a query or from the fields of a body. An empty value does not filter."""
-    values = {FILTERS[name]: value for name, value in wanted.items() if name in FILTERS and value}
-    if unknown := wanted.keys() - FILTERS.keys():
-        raise InvalidJob(_printable(min(unknown)), f"unknown filter; the filters are {', '.join(FILTERS)}")
-    if values.get("status", "pending") not in STATUSES:
-        raise InvalidJob("status", f"must be one of {', '.join(STATUSES)}")
-    return Filter(**values)  # type: ignore[arg-type]
-
-
-def _is_ref(value: Any) -> bool:
-    return isinstance(value, str) and bool(NAME.fullmatch(value)) and not ID.fullmatch(value)
-
-
-def _refs(items: Sequence[Any], ids: Sequence[str]) -> dict[str, str]:
-    """Return the ids of the jobs of a batch by `ref`. If two have the same, the first has it."""
-    refs: dict[str, str] = {}
-    for fields, id in zip(items, ids, strict=True):
-        if isinstance(fields, dict) and _is_ref(fields.get("ref")):
-            refs.setdefault(fields["ref"], id)
-    return refs
-
-
-def _printable(name: str) -> str:
-    """Return a client's text, escaped and cut to a length that fits into an error."""
-    return ascii(name)[1:-1][:100]
-
-
-# Writing responses ----------------------------------------------------------------------------------------------------
-
-
-def _require_job(job: Job | None) -> Job:
-    if job is None:
-        raise Problem(404, "not-found", "no job has this id, or it ended long ago and was deleted; check the id")
-    return job
-
-
-def _require_schedule(found: S | None) -> S:
-    if found is None:
-        raise Problem(404, "not-found", "no schedule has this name; see GET /schedules")
-    return found
-
-
-def _summary(job: Job) -> dict[str, str]:
-    return {"jobId": job.id, "status": job.status}
-
-
-def _shorten(fields: dict[str, Any]) -> dict[str, Any]:
-    """Name a payload or result that was cut a preview, and remove the traceback."""
-    for name in ("payload", "result"):
-        if isinstance(fields.get(name), Preview):
-            fields[name + "Preview"] = str(fields.pop(name))
-    if "error" in fields:
-        fields["error"] = {"type": fields["error"].type, "message": fields["error"].message}
-    return fields
-
-
-def _log_request(environ: Mapping[str, Any], status: int, milliseconds: int) -> None:
-    """Log a request: at info if its method can change something or it failed, else at debug."""
-    method = environ["REQUEST_METHOD"][:20]
-    path = quote(environ.get("PATH_INFO", ""), errors="replace")[:200]
-    level = logging.INFO if method not in ("GET", "HEAD") or status >= 400 else logging.DEBUG
-    if log.isEnabledFor(level):
-        known = {"key": environ.get("tinyqueue.caller"), "job": environ.get("tinyqueue.job")}
-        fields = {"event": "request", "method": method, "path": path, "status": status, "durationMs": milliseconds}
-        known["reason"] = environ.get("tinyqueue.reason")
-        fields |= {name: value for name, value in known.items() if value}
-        by = f" by {known['key']}" if known["key"] else ""
-        why = f": {known['reason']}" if known["reason"] else ""
-        log.log(level, "%s %s %d in %d ms%s%s", method, path, status, milliseconds, by, why, extra={"fields": fields})
 
 
 # The dashboard and the OpenAPI document -------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from typing import Any
 import schemathesis
 
 from tinyqueue import NAME
-from tinyqueue_job import LIMIT, RATE
+from tinyqueue_handler import LIMIT, RATE
 from tinyqueue_json import TIME, epoch_ms, parse_time
 
 LATEST = timedelta(days=365)

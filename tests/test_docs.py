@@ -29,6 +29,7 @@ import tinyqueue_http
 import tinyqueue_json
 import tinyqueue_metrics
 import tinyqueue_problems
+import tinyqueue_request
 import tinyqueue_schedule
 import tinyqueue_server
 import tinyqueue_work
@@ -127,7 +128,7 @@ def test_http_page_lists_every_route_with_its_role() -> None:
 
 def kinds_of_the_code() -> set[tuple[int, str]]:
     """Status and kind of every problem: in PROBLEMS, in each `Problem(...)` of the source, and of Bottle's own."""
-    modules = (tinyqueue_access, tinyqueue_problems, tinyqueue_work, wsgi)
+    modules = (tinyqueue_access, tinyqueue_problems, tinyqueue_request, tinyqueue_work, wsgi)
     trees = [ast.parse(inspect.getsource(module)) for module in modules]
     calls = [node for tree in trees for node in ast.walk(tree) if isinstance(node, ast.Call)]
     raised = {

@@ -29,7 +29,7 @@ import tinyqueue_redis
 import tinyqueue_server
 from tinyqueue import ID, MAX_ATTEMPTS, MAX_DELAY, STATUSES, Queue, handler
 from tinyqueue_config import Settings
-from tinyqueue_job import BUILT_IN
+from tinyqueue_handler import BUILT_IN
 from tinyqueue_json import MAX_DEPTH
 from tinyqueue_problems import RETRY_AFTER
 from wsgi import API, FIELDS, ROUTES
@@ -850,6 +850,7 @@ def test_stats_are_zero_without_jobs(api: Client) -> None:
         "pending": 0,
         "processing": 0,
         "delayed": 0,
+        "retrying": 0,
         "completed": 0,
         "failed": 0,
         "cancelled": 0,

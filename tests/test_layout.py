@@ -17,10 +17,13 @@ IMPORTS = {  # each module, and those of ours that it may import
     "tinyqueue_json": set(),
     "tinyqueue_calendar": set(),
     "tinyqueue_job": {"tinyqueue_json", "tinyqueue_redis"},
-    "tinyqueue_schedule": {"tinyqueue_calendar", "tinyqueue_job", "tinyqueue_json", "tinyqueue_redis"},
-    "tinyqueue": {"tinyqueue_job", "tinyqueue_json", "tinyqueue_redis", "tinyqueue_schedule"},
-    "tinyqueue_shards": {"tinyqueue", "tinyqueue_job", "tinyqueue_redis"},
-    "tinyqueue_http": {"tinyqueue", "tinyqueue_job", "tinyqueue_json"},
+    "tinyqueue_handler": {"tinyqueue_job", "tinyqueue_json"},
+    "tinyqueue_schedule": {
+        *("tinyqueue_calendar", "tinyqueue_handler", "tinyqueue_job", "tinyqueue_json", "tinyqueue_redis"),
+    },
+    "tinyqueue": {"tinyqueue_handler", "tinyqueue_job", "tinyqueue_json", "tinyqueue_redis", "tinyqueue_schedule"},
+    "tinyqueue_shards": {"tinyqueue", "tinyqueue_handler", "tinyqueue_job", "tinyqueue_redis"},
+    "tinyqueue_http": {"tinyqueue", "tinyqueue_handler", "tinyqueue_job", "tinyqueue_json"},
     "tinyqueue_config": {
         *("tinyqueue", "tinyqueue_embedded", "tinyqueue_http", "tinyqueue_json", "tinyqueue_schedule"),
         *("tinyqueue_shards",),
@@ -39,6 +42,7 @@ IMPORTS = {  # each module, and those of ours that it may import
     "tinyqueue_openapi": {"tinyqueue"},
     "tinyqueue_problems": {"tinyqueue"},
     "tinyqueue_access": {"tinyqueue", "tinyqueue_config", "tinyqueue_problems", "tinyqueue_shards"},
+    "tinyqueue_request": {"tinyqueue", "tinyqueue_json", "tinyqueue_problems"},
     "tinyqueue_waiter": {"tinyqueue"},
     "tinyqueue_work": {"tinyqueue", "tinyqueue_config", "tinyqueue_problems", "tinyqueue_shards", "worker"},
     "tinyqueue_server": {"tinyqueue_config"},
@@ -51,8 +55,8 @@ IMPORTS = {  # each module, and those of ours that it may import
     },
     "wsgi": {
         *("tinyqueue", "tinyqueue_access", "tinyqueue_config", "tinyqueue_doctor", "tinyqueue_json"),
-        *("tinyqueue_metrics", "tinyqueue_openapi", "tinyqueue_problems", "tinyqueue_schedule", "tinyqueue_server"),
-        *("tinyqueue_shards", "tinyqueue_waiter", "tinyqueue_why", "tinyqueue_work", "worker"),
+        *("tinyqueue_metrics", "tinyqueue_openapi", "tinyqueue_problems", "tinyqueue_request", "tinyqueue_schedule"),
+        *("tinyqueue_server", "tinyqueue_shards", "tinyqueue_waiter", "tinyqueue_why", "tinyqueue_work", "worker"),
     },
 }
 SCREEN = 50  # lines

@@ -1,0 +1,227 @@
+"""What the HTTP API reads from requests and writes into responses.
+
+The functions use Bottle's current request. They raise Problem or InvalidJob for a client's mistake.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeVar
+from urllib.parse import parse_qsl, quote
+
+from bottle import request
+
+from tinyqueue import HANDLERS, ID, NAME, STATUSES, Filter, InvalidJob, Job, Once, Schedule, UnknownType
+from tinyqueue_json import MAX_DEPTH, Preview, from_json
+from tinyqueue_problems import Problem
+
+log = logging.getLogger("tinyqueue.web")
+S = TypeVar("S", Job, Schedule)
+
+# JSON or query name -> field of Filter
+FILTERS = {"status": "status", "type": "type", "queue": "queue", "errorType": "error_type"}
+
+
+# Reading requests -----------------------------------------------------------------------------------------------------
+
+
+def read_body(limit: int, *types: str) -> bytes:
+    """Return the body, which must have one of these media types and no more than `limit` bytes."""
+    if media_type() not in types:
+        detail = f"unsupported media type; send JSON with Content-Type: {' or '.join(types)}"
+        raise Problem(415, "unsupported-media-type", detail)
+    coding = request.environ.get("HTTP_CONTENT_ENCODING", "identity").strip().lower()
+    if coding != "identity":
+        detail = f"Content-Encoding {printable(coding)} is not supported; send the body without compression"
+        raise Problem(415, "unsupported-media-type", detail, {"Accept-Encoding": "identity"})
+    length = content_length()
+    try:
+        body = b"" if length > limit else read_stream(length, limit + 1)
+    except OSError:  # from a server that has lost the client, or that does not wait any longer
+        raise Problem(400, "bad-request", "the body did not arrive") from None
+    if length > limit or len(body) > limit:
+        raise Problem(413, "too-large", f"the body has more than {limit} bytes; send less or raise TINYQUEUE_MAX_BODY")
+    return body
+
+
+def content_length() -> int:
+    """Return the declared length of the body, or -1. Not every server checks what it passes on."""
+    text = request.environ.get("CONTENT_LENGTH")
+    if not text:
+        return -1
+    if not re.fullmatch("[0-9]{1,18}", text):
+        raise Problem(400, "bad-request", "Content-Length must be a number of bytes")
+    return int(text)
+
+
+def read_stream(length: int, most: int) -> bytes:
+    """Read the body, up to `most` bytes of it.
+
+    A body without a length is chunked. Servers that decode the chunks, as all known ones do, say so
+    with wsgi.input_terminated. Without that, Bottle decodes them.
+    """
+    environ = request.environ
+    if length < 0 and not environ.get("wsgi.input_terminated"):
+        with request.body as stream:
+            return bytes(stream.read(most))
+    left = most if length < 0 else min(length, most)
+    body = b""
+    while left > len(body) and (part := environ["wsgi.input"].read(left - len(body))):  # it may return less
+        body += part
+    return body
+
+
+def media_type() -> str:
+    return str(request.content_type).partition(";")[0].strip().lower()
+
+
+def read_json(limit: int) -> Any:
+    return decode_json(read_body(limit, "application/json"), MAX_DEPTH + 1)  # a payload inside a job
+
+
+def read_batch(limit: int) -> Any:
+    body = read_body(limit, "application/json", "application/x-ndjson")
+    if media_type() == "application/json":
+        return decode_json(body, MAX_DEPTH + 2)  # a payload inside a job inside an array
+    return [decode_json(line, MAX_DEPTH + 1) for line in body.split(b"\n") if line.strip()]
+
+
+def decode_json(body: bytes, levels: int) -> Any:
+    try:
+        return from_json(body, levels)
+    except ValueError as error:
+        raise Problem(400, "not-json", f"the body is not JSON: {error}") from None
+
+
+def read_arguments(what: str, fields: Any, known: Mapping[str, str], required: Sequence[str]) -> dict[str, Any]:
+    """Return a client's fields as arguments. Refuses types without a handler."""
+    if not isinstance(fields, dict):
+        raise InvalidJob(what, f"must be an object with {' and '.join(required)}")
+    if unknown := fields.keys() - known.keys():
+        raise InvalidJob(printable(min(unknown)), f"unknown field; the fields of a {what} are {', '.join(known)}")
+    if missing := set(required) - fields.keys():
+        raise InvalidJob(max(missing), "is required")
+    if isinstance(fields["type"], str) and fields["type"] not in HANDLERS:
+        raise UnknownType(printable(fields["type"]), sorted(HANDLERS))
+    return {known[name]: value for name, value in fields.items()}
+
+
+def read_key(content: Any) -> Once | None:
+    """Return the caller's Idempotency-Key, if there is one, with a fingerprint of the request."""
+    key = request.environ.get("HTTP_IDEMPOTENCY_KEY")
+    if key is None:
+        return None
+    if len(key) > 1 and key[0] == key[-1] == '"':  # the IETF draft defines the key as a quoted string
+        key = key[1:-1]
+    if not 1 <= len(key) <= 255 or not key.isascii() or not key.isprintable():
+        raise Problem(400, "invalid-idempotency-key", "Idempotency-Key must be 1 to 255 printable ASCII characters")
+    own_key = f"{request.environ['tinyqueue.caller']}\n{key}"  # callers may use the same key independently
+    whole_request = json.dumps([request.path, request.query_string, content], sort_keys=True)
+    return Once(own_key, hashlib.sha256(whole_request.encode()).hexdigest())
+
+
+def read_query(only: str = "") -> dict[str, str]:
+    """Return the query. With `only`, refuse other parameters."""
+    query = dict(read_query_pairs())
+    if only and (unknown := query.keys() - {only}):
+        name = printable(min(unknown))
+        raise Problem(400, "invalid-query", f"{name}: unknown parameter; the only one is {only}", field=name)
+    return query
+
+
+def read_query_pairs() -> list[tuple[str, str]]:
+    try:
+        return parse_qsl(request.query_string, keep_blank_values=True, errors="strict")
+    except ValueError as error:
+        raise Problem(400, "invalid-query", f"cannot read the query string: {error}") from None
+
+
+def read_int(query: dict[str, str], name: str, default: int, low: int, high: int) -> int:
+    """Remove a number from the query and return it."""
+    text = query.pop(name, str(default))
+    if not re.fullmatch("[0-9]{1,9}", text) or not low <= int(text) <= high:
+        raise Problem(400, "invalid-query", f"{name} must be a whole number from {low} to {high}", field=name)
+    return int(text)
+
+
+def read_flag(query: Mapping[str, str], name: str) -> bool:
+    text = query.get(name, "false")
+    if text not in ("true", "false"):
+        raise Problem(400, "invalid-query", f"{name} must be true or false", field=name)
+    return text == "true"
+
+
+def read_filter(wanted: Mapping[str, str]) -> Filter:
+    """Make a filter from a query or from the fields of a body. An empty value does not filter."""
+    values = {FILTERS[name]: value for name, value in wanted.items() if name in FILTERS and value}
+    if unknown := wanted.keys() - FILTERS.keys():
+        raise InvalidJob(printable(min(unknown)), f"unknown filter; the filters are {', '.join(FILTERS)}")
+    if values.get("status", "pending") not in STATUSES:
+        raise InvalidJob("status", f"must be one of {', '.join(STATUSES)}")
+    return Filter(**values)  # type: ignore[arg-type]
+
+
+def is_ref(value: Any) -> bool:
+    return isinstance(value, str) and bool(NAME.fullmatch(value)) and not ID.fullmatch(value)
+
+
+def read_refs(items: Sequence[Any], ids: Sequence[str]) -> dict[str, str]:
+    """Return the ids of the jobs of a batch by `ref`. If two have the same, the first has it."""
+    refs: dict[str, str] = {}
+    for fields, id in zip(items, ids, strict=True):
+        if isinstance(fields, dict) and is_ref(fields.get("ref")):
+            refs.setdefault(fields["ref"], id)
+    return refs
+
+
+def printable(name: str) -> str:
+    """Return a client's text, escaped and cut to a length that fits into an error."""
+    return ascii(name)[1:-1][:100]
+
+
+# Writing responses ----------------------------------------------------------------------------------------------------
+
+
+def require_job(job: Job | None) -> Job:
+    if job is None:
+        raise Problem(404, "not-found", "no job has this id, or it ended long ago and was deleted; check the id")
+    return job
+
+
+def require_schedule(found: S | None) -> S:
+    if found is None:
+        raise Problem(404, "not-found", "no schedule has this name; see GET /schedules")
+    return found
+
+
+def summary(job: Job) -> dict[str, str]:
+    return {"jobId": job.id, "status": job.status}
+
+
+def shorten(fields: dict[str, Any]) -> dict[str, Any]:
+    """Name a payload or result that was cut a preview, and remove the traceback."""
+    for name in ("payload", "result"):
+        if isinstance(fields.get(name), Preview):
+            fields[name + "Preview"] = str(fields.pop(name))
+    if "error" in fields:
+        fields["error"] = {"type": fields["error"].type, "message": fields["error"].message}
+    return fields
+
+
+def log_request(environ: Mapping[str, Any], status: int, milliseconds: int) -> None:
+    """Log a request: at info if its method can change something or it failed, else at debug."""
+    method = environ["REQUEST_METHOD"][:20]
+    path = quote(environ.get("PATH_INFO", ""), errors="replace")[:200]
+    level = logging.INFO if method not in ("GET", "HEAD") or status >= 400 else logging.DEBUG
+    if log.isEnabledFor(level):
+        known = {"key": environ.get("tinyqueue.caller"), "job": environ.get("tinyqueue.job")}
+        fields = {"event": "request", "method": method, "path": path, "status": status, "durationMs": milliseconds}
+        known["reason"] = environ.get("tinyqueue.reason")
+        fields |= {name: value for name, value in known.items() if value}
+        by = f" by {known['key']}" if known["key"] else ""
+        why = f": {known['reason']}" if known["reason"] else ""
+        log.log(level, "%s %s %d in %d ms%s%s", method, path, status, milliseconds, by, why, extra={"fields": fields})
