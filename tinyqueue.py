@@ -1111,6 +1111,27 @@ class Verbs(ABC):
         """Check and make a job without storing it. Options as for `make_job`."""
         return make_job(self.now(), type, payload, **options)
 
+    def redraft(self, job: Job, **options: Any) -> Job:
+        """Check and make a job that replays an ended one, without storing it. See `replay`."""
+        if job.status in UNENDED:
+            raise WrongStatus("replay", job, f"it is {job.status}; cancel it first, or it would run twice")
+        draft = self.draft(job.type, **(job.again() | options))
+        draft.replay_of = job.id
+        draft.schedule = job.schedule
+        draft.scheduled_for = job.scheduled_for
+        return draft
+
+    def replay(self, id: str, **options: Any) -> Job | None:
+        """Submit an ended job again as a new one. Return that; None for an unknown id.
+
+        The new job has what the old one was submitted with, except its times, or what `options`
+        have instead, such as another payload. The old job stays as it is. Raises WrongStatus if it
+        has not ended, and otherwise like `enqueue`: its payload may not fit the handler any more,
+        and parents may be gone. While another job has its uniqueKey, returns that one.
+        """
+        job = self.get(id)
+        return self.submit([self.redraft(job, **options)])[0] if job else None
+
     def enqueue(self, type: str, payload: Any, **options: Any) -> Job:
         """Check and store one job. Options as for `make_job`, errors as for `submit`."""
         return self.submit([self.draft(type, payload, **options)])[0]
@@ -1156,13 +1177,15 @@ class Verbs(ABC):
         if self.settle(outcome.job.worker, [outcome]):
             raise Reaped(f"job {outcome.job.id} is no longer with worker {outcome.job.worker}")
 
-    def change_many(self, verb: Literal["cancel", "retry"], filter: Filter, cursor: str = "") -> dict[str, Any]:
-        """Look at up to 1,000 jobs and cancel or retry those that match.
+    def change_many(
+        self, verb: Literal["cancel", "retry"], filter: Filter, cursor: str = "", most: int = SCANNED
+    ) -> dict[str, Any]:
+        """Look at up to 1,000 jobs and cancel or retry those that match, up to `most`.
 
         Continue with the returned cursor. Each job is changed in its own transaction. Those whose
         status changed meanwhile are counted as skipped.
         """
-        jobs, cursor = self.page(filter, limit=SCANNED, cursor=cursor, cut=0)
+        jobs, cursor = self.page(filter, limit=most, cursor=cursor, cut=0)
         change = self.cancel if verb == "cancel" else self.retry
         done = 0
         for job in jobs:
@@ -1170,14 +1193,14 @@ class Verbs(ABC):
                 done += change(job.id) is not None
         return {"cancelled" if verb == "cancel" else "retried": done, "skipped": len(jobs) - done, "cursor": cursor}
 
-    def purge(self, filter: Filter, cursor: str = "") -> dict[str, Any]:
-        """Look at up to 1,000 ended jobs and delete those that match.
+    def purge(self, filter: Filter, cursor: str = "", most: int = SCANNED) -> dict[str, Any]:
+        """Look at up to 1,000 ended jobs and delete those that match, up to `most`.
 
         Continue with the returned cursor.
         """
         if filter.status not in ENDED:
             raise InvalidJob("status", f"must be one of {', '.join(ENDED)}: other jobs have not ended")
-        jobs, cursor = self.page(filter, limit=SCANNED, cursor=cursor, cut=0)
+        jobs, cursor = self.page(filter, limit=most, cursor=cursor, cut=0)
         return {"purged": self.forget(filter.status, [job.id.encode() for job in jobs]), "cursor": cursor}
 
     def purge_one(self, id: str) -> Job | None:
@@ -2205,7 +2228,10 @@ class Queue(Verbs):
         return self.store.transact([key], body)
 
     def resume_worker(self, worker: str) -> bool:
-        """Let a quiet worker take jobs again, within two seconds. Return whether it is registered."""
+        """Let a quiet worker take jobs again, within two seconds.
+
+        Returns whether it is registered.
+        """
         mark = QUIET_MARK + check_name("worker", worker)
         return bool(self.store.read(("SREM", self.keys.paused, mark), ("EXISTS", self.keys.worker(worker)))[1])
 
