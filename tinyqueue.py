@@ -28,7 +28,7 @@ round trips however many jobs it moves. No Lua.
                                               unique
     sync      (schedules of the code)         generation,      code not replaced         schedules, ticks, generation
                                               schedules
-    take      (list to list)                  -                queue not paused          jobs -> proc, workers
+    take      (list to list)                  -                not paused; not quiet     jobs -> proc, workers
     start     pending -> processing           worker, records  registered; due; room     record: attempts + 1, worker,
                                               and running                                running, pace
     hold      (list to held)                  worker, records  registered; no room       held, holding, delayed, proc
@@ -45,6 +45,8 @@ round trips however many jobs it moves. No Lua.
     cancel    pending -> cancelled            record           -                         record, delayed, cancelled
     request   processing -> processing        record           handler takes a Job       record: cancelRequested
     retry     failed, cancelled -> pending    record, unique   uniqueKey free            record, its index, list
+    hasten    pending -> pending              record           delayed                   record, delayed, head of
+                                                                                         list
     promote   (delayed to list)               records          runAt has come            delayed, list
     wake      (held to list)                  held, if few     an attempt has ended      held, head of list
     look      (held to list)                  held, records,   room                      held, head of list, running,
@@ -60,8 +62,10 @@ round trips however many jobs it moves. No Lua.
     startedAt of the record are those that the worker holds. Worker's own: processing under that
     worker's name. Lease gone: missing, or seen unchanged for longer than a lease. Handler takes a
     Job: checked where the handler is known. Unused: no job has the id, and no unended one has the
-    uniqueKey. Queue paused: the queues of all pending jobs that load stores. A suspect is a job
-    that two workers lost while they ran it along with others. It starts only alone.
+    uniqueKey. Not paused, not quiet: the queue, and the worker that takes. Queue paused: the queues
+    of all pending jobs that load stores. Delayed: runAt has not come, and the job waits for no
+    other. A suspect is a job that two workers lost while they ran it along with others. It starts
+    only alone.
 
     dequeue is take, then start, hold or expire. enqueue is written by submit, hold and expire by
     start, and request by cancel. Whatever ends a job writes deliver too, except load: it enqueues a
@@ -105,6 +109,9 @@ round trips however many jobs it moves. No Lua.
     worker at a time takes, adopts and starts, or an id would be started twice. A worker that was
     reaped may wake up and take ids. take lists it as a worker again, so reap requeues them too.
 
+    A quiet worker takes no ids and leaves the bells to others. It runs what it has taken. Only a
+    registered worker becomes quiet, and reap ends that, or its mark would stay for ever.
+
     A slot is a thread of a worker that runs one job at a time (in a cluster: Redis' hash slot). To
     trim is to delete ended jobs that were kept long enough. A shard is one of several queues that
     are used as one. doctor is the command that checks Redis and the settings.
@@ -129,7 +136,7 @@ Keys. All share one hash tag, the namespace, and so one slot of a cluster.
     {queue}:once:<hash>       string  an Idempotency-Key, by its SHA-256: request fingerprint and
                                       job ids. Expires. Without ids: another shard has them
     {queue}:unique:<key>      string  id of the pending or processing job with this uniqueKey
-    {queue}:paused            set     names of the paused queues
+    {queue}:paused            set     names of the paused queues, and @<worker> of quiet workers
     {queue}:schedule:<name>   string  a schedule as JSON: when to enqueue what, and its last tick
     {queue}:ticks             zset    name of a schedule -> its next tick, +inf while it is paused
     {queue}:generation:<code> string  the releases of the code that synced schedules, newest first
@@ -332,6 +339,7 @@ LOOK = 30_000  # milliseconds between two looks at a limit with held jobs, unles
 LOOK_GAP = 20  # milliseconds between two looks, at least
 AHEAD = 100  # held jobs, or jobs at the head of a queue, that one look reads
 SHOWN = 1000  # limits of one report
+QUIET_MARK = "@"  # with a worker, what stands among the paused queues while it is quiet
 LOOK_MARK = "limit:"  # with a limit, what stands among the delayed ids until the next look at that limit
 SWEEP_MARK = "advance:"  # stands among the delayed ids, to have promote look for tokens that are left
 SWEEP_AFTER = 1000  # milliseconds
@@ -1075,6 +1083,8 @@ class Verbs(ABC):
     @abstractmethod
     def retry(self, id: str) -> Job | None: ...
     @abstractmethod
+    def get(self, id: str) -> Job | None: ...
+    @abstractmethod
     def page(self, filter: Filter, *, limit: int, cursor: str, cut: int | None) -> tuple[list[Job], str]: ...
     @abstractmethod
     def forget(self, status: str, ids: Sequence[bytes]) -> int: ...
@@ -1107,6 +1117,27 @@ class Verbs(ABC):
     def draft(self, type: str, payload: Any, **options: Any) -> Job:
         """Check and make a job without storing it. Options as for `make_job`."""
         return make_job(self.now(), type, payload, **options)
+
+    def redraft(self, job: Job, **options: Any) -> Job:
+        """Check and make a job that replays an ended one, without storing it. See `replay`."""
+        if job.status in UNENDED:
+            raise WrongStatus("replay", job, f"it is {job.status}; cancel it first, or it would run twice")
+        draft = self.draft(job.type, **(job.again() | options))
+        draft.replay_of = job.id
+        draft.schedule = job.schedule
+        draft.scheduled_for = job.scheduled_for
+        return draft
+
+    def replay(self, id: str, **options: Any) -> Job | None:
+        """Submit an ended job again as a new one. Return that; None for an unknown id.
+
+        The new job has what the old one was submitted with, except its times, or what `options`
+        have instead, such as another payload. The old job stays as it is. Raises WrongStatus if it
+        has not ended, and otherwise like `enqueue`: its payload may not fit the handler any more,
+        and parents may be gone. While another job has its uniqueKey, returns that one.
+        """
+        job = self.get(id)
+        return self.submit([self.redraft(job, **options)])[0] if job else None
 
     def enqueue(self, type: str, payload: Any, **options: Any) -> Job:
         """Check and store one job. Options as for `make_job`, errors as for `submit`."""
@@ -1153,13 +1184,15 @@ class Verbs(ABC):
         if self.settle(outcome.job.worker, [outcome]):
             raise Reaped(f"job {outcome.job.id} is no longer with worker {outcome.job.worker}")
 
-    def change_many(self, verb: Literal["cancel", "retry"], filter: Filter, cursor: str = "") -> dict[str, Any]:
-        """Look at up to 1,000 jobs and cancel or retry those that match.
+    def change_many(
+        self, verb: Literal["cancel", "retry"], filter: Filter, cursor: str = "", most: int = SCANNED
+    ) -> dict[str, Any]:
+        """Look at up to 1,000 jobs and cancel or retry those that match, up to `most`.
 
         Continue with the returned cursor. Each job is changed in its own transaction. Those whose
         status changed meanwhile are counted as skipped.
         """
-        jobs, cursor = self.page(filter, limit=SCANNED, cursor=cursor, cut=0)
+        jobs, cursor = self.page(filter, limit=most, cursor=cursor, cut=0)
         change = self.cancel if verb == "cancel" else self.retry
         done = 0
         for job in jobs:
@@ -1167,15 +1200,25 @@ class Verbs(ABC):
                 done += change(job.id) is not None
         return {"cancelled" if verb == "cancel" else "retried": done, "skipped": len(jobs) - done, "cursor": cursor}
 
-    def purge(self, filter: Filter, cursor: str = "") -> dict[str, Any]:
-        """Look at up to 1,000 ended jobs and delete those that match.
+    def purge(self, filter: Filter, cursor: str = "", most: int = SCANNED) -> dict[str, Any]:
+        """Look at up to 1,000 ended jobs and delete those that match, up to `most`.
 
         Continue with the returned cursor.
         """
         if filter.status not in ENDED:
             raise InvalidJob("status", f"must be one of {', '.join(ENDED)}: other jobs have not ended")
-        jobs, cursor = self.page(filter, limit=SCANNED, cursor=cursor, cut=0)
+        jobs, cursor = self.page(filter, limit=most, cursor=cursor, cut=0)
         return {"purged": self.forget(filter.status, [job.id.encode() for job in jobs]), "cursor": cursor}
+
+    def purge_one(self, id: str) -> Job | None:
+        """Delete an ended job. Return it as it was; None for an unknown id.
+
+        Raises WrongStatus if it has not ended, or was retried meanwhile.
+        """
+        job = self.get(id)
+        if job and (job.status in UNENDED or not self.forget(job.status, [id.encode()])) and (now := self.get(id)):
+            raise WrongStatus("purge", now)
+        return job
 
 
 def try_each(
@@ -1518,34 +1561,46 @@ class Queue(Verbs):
 
         return self.store.transact((), body)
 
-    def wait(self, names: Sequence[str], seconds: float = BLOCK) -> set[str]:
-        """Wait for a bell of these queues. Return the name of the one that rang. Takes no job."""
-        bells = ("BLPOP", *map(self.keys.bell, names), seconds)
+    def wait(self, names: Sequence[str], seconds: float = BLOCK, worker: str = "") -> set[str]:
+        """Wait for a bell of these queues. Return the name of the one that rang. Takes no job.
+
+        A quiet worker waits for a bell that nobody rings, and hands back a token that it has got.
+        """
+        heard = [QUIET_MARK + worker] if self.is_quiet(worker) else names
+        bells = ("BLPOP", *map(self.keys.bell, heard), seconds)
         token, paused = self.store.read(bells, ("SMEMBERS", self.keys.paused))
         self._note_paused(paused)
+        if token is not None and self.is_quiet(worker):
+            self.store.read(("RPUSH", token[0], "1"))
+            token = None
         return {text_of(token[0]).removeprefix(self.keys.bell(""))} if token is not None else set()
+
+    def is_quiet(self, worker: str) -> bool:
+        """Whether a worker was quiet when this process last read the paused queues."""
+        return QUIET_MARK + worker in self._paused[1]
 
     def _note_paused(self, members: Iterable[bytes] | Exception) -> None:
         found = () if isinstance(members, Exception) else members
         self._paused = (time.monotonic(), frozenset(map(text_of, found)))
 
-    def _not_paused(self, names: Sequence[str]) -> list[str]:
-        """Leave out the paused queues as of up to PAUSE_AGE seconds ago."""
+    def _not_paused(self, names: Sequence[str], worker: str = "") -> list[str]:
+        """Leave out the paused queues, and all for a quiet worker, as of PAUSE_AGE seconds ago."""
         if time.monotonic() - self._paused[0] > PAUSE_AGE:
             with suppress(Corrupted):  # a key of the wrong type pauses nothing
                 self._note_paused(self.store.read(("SMEMBERS", self.keys.paused))[0])
-        return [name for name in names if name not in self._paused[1]]
+        return [name for name in names if name not in self._paused[1]] if not self.is_quiet(worker) else []
 
     def take(self, worker: str, names: Sequence[str], most: int) -> list[bytes]:
         """Move up to `most` ids to the worker's own list, from queues that are not paused.
 
-        Earlier queues are emptied first. If the reply is lost, the ids are in the worker's list,
-        where `adopt` finds them. The transaction also adds the worker to the set of workers. So a
-        worker that was reaped, wakes up and takes jobs is found and reaped again.
+        A quiet worker gets none. Earlier queues are emptied first. If the reply is lost, the ids
+        are in the worker's list, where `adopt` finds them. The transaction also adds the worker to
+        the set of workers. So a worker that was reaped, wakes up and takes jobs is found and reaped
+        again.
         """
         taken: list[bytes] = []
         broken: Corrupted | None = None
-        for name in self._not_paused(names):
+        for name in self._not_paused(names, worker):
             try:
                 added, paused, *ids = self.store.read(*self._moves(worker, name, most - len(taken)))[-1]
                 _checked([added, *ids])
@@ -1748,7 +1803,7 @@ class Queue(Verbs):
         not started, but returned pending.
         """
         keys = [self.keys.job(outcome.job.id) for outcome in outcomes]
-        untried = self._not_paused(names) if most else []
+        untried = self._not_paused(names, worker) if most else []
         ids: list[bytes] = []  # those that an earlier try took stay taken
         taken: Records = {}
 
@@ -1953,6 +2008,35 @@ class Queue(Verbs):
 
         return self._change(id, body)
 
+    def hasten(self, id: str) -> Job | None:
+        """Let a delayed or retrying job start now. Return it; None for an unknown id.
+
+        pending -> pending, at the head of its queue, with the attempts that it has. Watches the
+        record. Raises WrongStatus if the job is not pending, waits for other jobs or is due.
+        """
+
+        def body(tx: Transaction, job: Job) -> None:
+            delayed = job.status == "pending" and not job.waiting_for and job.run_at > tx.now
+            if not delayed and tx.again:  # the try whose reply was lost hastened it
+                return
+            if not delayed:
+                raise WrongStatus("hasten", job, self._why_not_delayed(tx, job))
+            tx.write("ZREM", self.keys.delayed, id)
+            job.updated_at = max(tx.now, job.updated_at)
+            self._make_pending(tx, job)
+            tx.push("RPUSH", job)
+
+        return self._change(id, body)
+
+    def _why_not_delayed(self, tx: Transaction, job: Job) -> str:
+        if job.status != "pending":
+            return ""
+        if job.waiting_for:
+            return "it waits for other jobs"
+        if job.limit and tx.read(("ZSCORE", self.keys.held(job.limit), _entry_of(job)))[0] is not None:
+            return f"it is held by the limit {job.limit}; raise that, or wait until it has room"
+        return "it is due already"
+
     def _revive(self, tx: Transaction, job: Job, seen: str = "") -> None:
         """Requeue an ended job. Look again at the parents that it waits for, except one `seen`."""
         tx.write("ZREM", self.keys.ended[job.status], job.id)
@@ -2135,6 +2219,29 @@ class Queue(Verbs):
 
         self.store.transact((), body)
 
+    def quiet(self, worker: str) -> bool:
+        """Let a worker take no more jobs. Return whether it is registered.
+
+        Takes effect after at most PAUSE_AGE seconds. The jobs that it has taken run to their ends.
+        Watches the registration, because reap removes the mark of a worker only once.
+        """
+        key = self.keys.worker(check_name("worker", worker))
+
+        def body(tx: Transaction) -> bool:
+            if registered := bool(tx.read(("EXISTS", key))[0]):
+                tx.write("SADD", self.keys.paused, QUIET_MARK + worker)
+            return registered
+
+        return self.store.transact([key], body)
+
+    def resume_worker(self, worker: str) -> bool:
+        """Let a quiet worker take jobs again, within two seconds.
+
+        Returns whether it is registered.
+        """
+        mark = QUIET_MARK + check_name("worker", worker)
+        return bool(self.store.read(("SREM", self.keys.paused, mark), ("EXISTS", self.keys.worker(worker)))[1])
+
     # Upkeep -----------------------------------------------------------------------------------------------------------
 
     def set_limit(self, limit: str, override: Override) -> None:
@@ -2294,6 +2401,7 @@ class Queue(Verbs):
                 held += 1
             tx.write("DEL", registration, lease, proc)
             tx.write("SREM", self.keys.workers, worker)
+            tx.write("SREM", self.keys.paused, QUIET_MARK + worker)
             self.limits.wake(tx)
             return held
 
@@ -2771,10 +2879,11 @@ class Queue(Verbs):
         """Return the registered workers: what each registered, its last heartbeat and its jobs."""
         ids = self._known_workers()
         keys = [key for id in ids for key in (self.keys.worker(id), self.keys.lease(id))]
-        found = self.store.read(("MGET", *keys))[0] if keys else []
+        found, paused = self.store.read(("MGET", *keys), ("SMEMBERS", self.keys.paused)) if keys else ([], ())
         rows = zip(ids, found[::2], found[1::2], strict=True)
+        quiet = {text_of(member) for member in paused}
         try:
-            return [_worker(id, about, lease) for id, about, lease in rows if about]
+            return [_worker(id, about, lease, QUIET_MARK + id in quiet) for id, about, lease in rows if about]
         except (msgspec.DecodeError, KeyError, AttributeError, TypeError) as error:
             raise Corrupted(f"the registration or the lease of a worker cannot be read: {error}") from None
 
@@ -2971,11 +3080,11 @@ def new_worker_id() -> str:
     return f"{host_name()}-{os.getpid()}-{os.urandom(4).hex()}"
 
 
-def _worker(id: str, about: bytes, lease: bytes | None) -> dict[str, Any]:
+def _worker(id: str, about: bytes, lease: bytes | None, quiet: bool) -> dict[str, Any]:
     known = msgspec.json.decode(about)
     beat = msgspec.json.decode(lease or b"{}")
     at = beat.get("at", known["startedAt"] if lease else 0)
-    return {"id": id, **known, "alive": bool(lease), "lastHeartbeat": at, "jobs": beat.get("jobs", [])}
+    return {"id": id, **known, "alive": bool(lease), "quiet": quiet, "lastHeartbeat": at, "jobs": beat.get("jobs", [])}
 
 
 # Metrics --------------------------------------------------------------------------------------------------------------

@@ -150,7 +150,7 @@ SHOWN = ("id", "type", "payload", "status", "attempts", "maxAttempts", "queue", 
 SHOWN_IF_SET = (
     *("runAt", "startedAt", "endedAt", "worker", "progress", "expiresAt", "uniqueKey", "cancelRequested", "suspicions"),
     *("requestId", "traceparent", "limit", "callbackUrl", "callbackJob", "schedule", "scheduledFor", "error"),
-    *("after", "waitingFor", "onFailure"),
+    *("after", "waitingFor", "onFailure", "replayOf"),
 )
 UNREADABLE = "UnreadableRecord"
 
@@ -215,6 +215,7 @@ class Job(msgspec.Struct, rename="camel", omit_defaults=True, dict=True, forbid_
     scheduled_for: int = 0
     callback_url: str = ""
     callback_job: str = ""  # id of the delivery of its last end
+    replay_of: str = ""  # id of the ended job that was submitted again as this one
     # The fields of a newer version. In the record they are beside the others, not under this name.
     unknown: dict[str, msgspec.Raw] | None = msgspec.field(default=None, name="*")
 
@@ -310,6 +311,11 @@ class Job(msgspec.Struct, rename="camel", omit_defaults=True, dict=True, forbid_
         self.status = "failed"
         self.error = stored.error
         self.ended_at = self.updated_at = stored.ended_at
+
+    def again(self) -> dict[str, Any]:
+        """Return the options with which `make_job` makes this job again, to start now."""
+        names = ("queue", "max_attempts", "unique_key", "after", "on_failure", "callback_url")
+        return {"payload": self.payload, **{name: value for name in names if (value := getattr(self, name))}}
 
     def place(self) -> tuple[int, str]:
         """Its place in a listing: by when it ended, or was created if it has not ended."""

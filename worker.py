@@ -513,7 +513,7 @@ class Worker:
                 return
             self.at_bell = True
             try:
-                rung = self.queue.wait(self.names, 0.1 if self.burst else BLOCK)
+                rung = self.queue.wait(self.names, 0.1 if self.burst else BLOCK, worker)
             except Corrupted as error:  # a bell of the wrong type does not keep jobs from being taken
                 self._warn("wait for the bell", error)
                 rung = set() if self.stopping.wait(0.5) else set(self.names)
