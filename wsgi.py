@@ -74,7 +74,7 @@ from tinyqueue_config import (
     reset_signals_in_children,
     set_up_logging,
 )
-from tinyqueue_doctor import warnings
+from tinyqueue_doctor import Observer, warnings
 from tinyqueue_json import new_id
 from tinyqueue_metrics import Scrape
 from tinyqueue_problems import HEADERS, RETRY_AFTER, Problem, kind_of_status, problem, response_headers
@@ -151,6 +151,7 @@ ROUTES = (
     ("PUT", "/limits/<limit>", "set_limit", "admin"),
     ("POST", "/work", "work", "admin"),
     ("GET", "/stats", "stats", "read"),
+    ("GET", "/verdict", "verdict", "read"),
     ("GET", "/scale", "scale", "read"),
     ("GET", "/workers", "workers", "read"),
     ("GET", "/metrics", "metrics", "read"),
@@ -212,6 +213,10 @@ class API(bottle.Bottle):  # type: ignore[misc]
     @cached_property
     def access(self) -> Access:
         return Access(self.settings)
+
+    @cached_property
+    def observer(self) -> Observer:
+        return Observer(self.queue, self.settings.max_wait)
 
     @property
     def queue(self) -> AnyQueue:
@@ -435,6 +440,10 @@ class API(bottle.Bottle):  # type: ignore[misc]
     def stats(self) -> dict[str, Any]:
         return self.queue.stats(read_int(read_query("minutes"), "minutes", 0, 0, 120))
 
+    def verdict(self) -> dict[str, Any]:
+        """Say whether all is well, or what is wrong and what to do. Answers without Redis, too."""
+        return self.observer.verdict()
+
     def scale(self) -> dict[str, int]:
         """Count the jobs that need workers now, in each ?queue= or in all, for an autoscaler."""
         query = read_query_pairs()
@@ -558,7 +567,7 @@ class API(bottle.Bottle):  # type: ignore[misc]
             headers = {"Retry-After": str(RETRY_AFTER)}
             raise Problem(503, "stopping", "this web process is stopping; use another one", headers)
         self.queue.ping()
-        return {"status": "ok", "warnings": warnings(self.queue)}
+        return {"status": "ok", "warnings": list(map(str, self.observer.problems()))}
 
     def whoami(self) -> dict[str, Any]:
         """Return the name and roles of the caller's key. Without keys: no name, and all roles."""

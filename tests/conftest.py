@@ -483,6 +483,7 @@ FAMILIES = {
     "cancelled": "zset",
     "workers": "set",
     "counts": "hash",
+    "trouble": "hash",
     "promoter": "string",
     "repairer": "string",
     "mark": "string",

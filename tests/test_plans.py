@@ -42,7 +42,8 @@ from tinyqueue import (
 )
 from tinyqueue_backup import back_up, restore
 from tinyqueue_config import Settings, open_queue
-from tinyqueue_doctor import COMMANDS, OLDEST, examine, repair
+from tinyqueue_doctor import COMMANDS, OLDEST, examine
+from tinyqueue_repair import repair
 from wsgi import ROUTES
 
 README = Path(tinyqueue.__file__).parent / "README.md"
