@@ -229,11 +229,7 @@ def stats(settings: Settings, /, watch: bool, as_json: bool) -> None:
     observer = Observer(queue, settings.max_wait)
 
     def read() -> dict[str, Any]:
-        verdict = observer.verdict()
-        try:
-            return queue.stats() | {"verdict": verdict}
-        except TinyQueueError as error:
-            raise click.ClickException(f"{verdict['text']} {error}" if verdict["problems"] else str(error)) from None
+        return queue.stats() | {"verdict": observer.verdict()}
 
     _show(read, _print_stats, as_json, watch)
 

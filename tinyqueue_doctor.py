@@ -7,6 +7,7 @@ as the dashboard, GET /verdict, `stats`, /ready and the alerts show it.
 from __future__ import annotations
 
 import ipaddress
+import math
 import os
 import re
 import socket
@@ -894,14 +895,14 @@ class Observer:
     def _read_server(self, part: Queue) -> dict[str, str]:
         """Return what INFO says of persistence and replicas, and the configuration of snapshots."""
         read_at, known = self._servers.get(part, (-1e9, {}))
-        asks_config = time.monotonic() - read_at >= COUNT_EVERY
-        config = [("CONFIG", "GET", "save")] if asks_config else []
+        asks = time.monotonic() - read_at >= COUNT_EVERY
+        config = [("CONFIG", "GET", "save")] if asks else []
         with part.store.lend() as connection:
             found = ask_each(connection, [("INFO", "persistence"), ("INFO", "replication"), *config])
-        if asks_config:
-            save = found[2]
-            known = {"save": save[1].decode()} if isinstance(save, list) and save else {}
-            self._servers[part] = (time.monotonic(), known)
+        if asks:
+            allowed = isinstance(found[2], list) and bool(found[2])
+            known = {"save": found[2][1].decode()} if allowed else {}
+            self._servers[part] = (time.monotonic() if allowed else math.inf, known)  # never ask again if refused
         return known | parse_info(found[0]) | parse_info(found[1])
 
     def _check_counts(self, looks: Sequence[Look]) -> Iterator[Problem]:
