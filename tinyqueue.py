@@ -132,7 +132,7 @@ Keys. All share one hash tag, the namespace, and so one slot of a cluster.
     {queue}:completed         zset    id -> endedAt; likewise {queue}:failed and {queue}:cancelled
     {queue}:workers           set     every worker that may hold a job
     {queue}:worker:<worker>   string  its registration: the fence. Never expires
-    {queue}:lease:<worker>    string  its last heartbeat and the ids that it runs. Expires
+    {queue}:lease:<worker>    string  its last heartbeat and the jobs that it runs. Expires
     {queue}:once:<hash>       string  an Idempotency-Key, by its SHA-256: request fingerprint and
                                       job ids. Expires. Without ids: another shard has them
     {queue}:unique:<key>      string  id of the pending or processing job with this uniqueKey
@@ -162,6 +162,7 @@ Keys. All share one hash tag, the namespace, and so one slot of a cluster.
     {queue}:snapshotter       string  a lock until the next snapshot. Expires after 15 minutes
     {queue}:mark              string  a write that only WAIT needs. Expires after a second
     {queue}:metrics           hash    events so far: <event>:<type>:<queue>, times with :<bucket>
+    {queue}:trouble           hash    <check>:<subject> -> since when a verdict has found that problem
     {queue}:series            set     up to 1,000 <type>:<queue> of metrics; others: other:other
 
 Three rules carry everything
@@ -374,6 +375,7 @@ class Keys:
         self.advance = prefix + "advance"
         self.advancer = prefix + "advancer"
         self.mark = prefix + "mark"
+        self.trouble = prefix + "trouble"
         self.holding = prefix + "holding"
         self.overrides = prefix + "overrides"
         self.ended: dict[str, str] = {status: prefix + status for status in ENDED}
@@ -1432,7 +1434,7 @@ class Queue(Verbs):
         """Raise QueueFull. Watches nothing: concurrent submits may exceed the limits a little."""
         if self.max_pending:
             counts = tx.read(("HMGET", self.keys.counts, *("pending:" + name for name in wanted)))[0]
-            for (name, more), here in zip(wanted.items(), map(_read_count, counts), strict=True):
+            for (name, more), here in zip(wanted.items(), map(read_count, counts), strict=True):
                 count = here + elsewhere.get(name, 0)
                 if count + more > self.max_pending:
                     raise QueueFull(f"queue {name} has {count} pending jobs; the limit is {self.max_pending}")
@@ -2259,14 +2261,21 @@ class Queue(Verbs):
         """Return the position of a job among those that its limit holds, from 1; 0: not held."""
         return self.limits.place_of(job)
 
-    def heartbeat(self, worker: str, jobs: Sequence[str] = ()) -> None:
+    def heartbeat(
+        self, worker: str, jobs: Sequence[str] = (), slots: Sequence[Job] = (), given_up: Sequence[Job] = ()
+    ) -> None:
         """Renew the lease and report which jobs run. Raises Reaped if the registration is gone.
+
+        `slots` has the same jobs as far as their types and starts are known. The handlers of the
+        jobs in `given_up` still run, although these jobs were taken away from them.
 
         reap deletes the registration only when the lease is gone or unchanged for too long. So a
         lease that exists can be renewed with one command. An expired one is set again under WATCH
         of the registration.
         """
-        beat = encode({"at": self.now(), "jobs": list(jobs), "beat": time.monotonic_ns()})  # each one differs
+        about = {"at": self.now(), "jobs": list(jobs), "beat": time.monotonic_ns()}  # each one differs
+        about |= {name: list(map(_slot, some)) for name, some in (("slots", slots), ("givenUp", given_up)) if some}
+        beat = encode(about)
         renewal = ("SET", self.keys.lease(worker), beat, "PX", self.lease_ms)
         if self.store.read((*renewal, "XX"))[0] is not None:
             if jobs:  # if the set of workers was lost, reap must still find this one
@@ -2739,7 +2748,7 @@ class Queue(Verbs):
         """Return counts, oldest wait and pause of every queue that ever had a job or is paused."""
         fields, paused = self.store.read(("HGETALL", self.keys.counts), ("SMEMBERS", self.keys.paused))
         self._note_paused(paused)
-        counts = {field: _read_count(value) for field, value in pairs(fields)}
+        counts = {field: read_count(value) for field, value in pairs(fields)}
         counted = {field.partition(":")[2] for field in counts if ":" in field}
         names = sorted(counted | set(filter(NAME.fullmatch, self._paused[1])))
         heads = self.store.read(*(("LINDEX", self.keys.jobs(name), -1) for name in names))
@@ -2765,7 +2774,7 @@ class Queue(Verbs):
         lengths = [("LLEN", key) for key in keys] + [("ZCARD", self.keys.held(limit)) for limit in limits]
         reads = ("HGETALL", self.keys.counts), ("ZCARD", self.keys.delayed), *lengths
         counts, *sizes = _checked(self.store.read(("MULTI",), *reads, ("EXEC",))[-1])
-        return [_read_count(value) for field, value in pairs(counts) if ":" in field], sum(sizes)
+        return [read_count(value) for field, value in pairs(counts) if ":" in field], sum(sizes)
 
     def stats(self, minutes: int = 0) -> dict[str, Any]:
         """Count the jobs of every status, those of every queue, and the live workers.
@@ -2793,13 +2802,13 @@ class Queue(Verbs):
             "pending": sum(queue["pending"] for queue in queues.values()),
             "processing": sum(queue["processing"] for queue in queues.values()),
             "delayed": max(0, delayed - looks),
-            "retrying": max(0, _read_count(retrying)),
+            "retrying": max(0, read_count(retrying)),
             **dict(zip(ENDED, kept, strict=True)),
             "oldestWaitingMs": max((queue["oldestWaitingMs"] for queue in queues.values()), default=0),
             "workers": self.store.read(("EXISTS", *leases))[0] if leases else 0,
             "queues": queues,
-            "lastMinute": {status: round(_read_count(old) * share) + _read_count(new) for status, old, new in recent},
-            "total": {status: _read_count(total) for status, total in zip(ENDED, totals, strict=True)},
+            "lastMinute": {status: round(read_count(old) * share) + read_count(new) for status, old, new in recent},
+            "total": {status: read_count(total) for status, total in zip(ENDED, totals, strict=True)},
             **({"history": self._history(now, minutes)} if minutes else {}),
         }
 
@@ -2820,7 +2829,7 @@ class Queue(Verbs):
         tables = ("HGETALL", self.keys.counts), ("SMEMBERS", self.keys.paused)
         counted, paused, late, first, ticks = self.store.read(*tables, *reads)
         self._note_paused(paused)
-        counts = {field: _read_count(value) for field, value in pairs(counted)}
+        counts = {field: read_count(value) for field, value in pairs(counted)}
         names = list(dict.fromkeys(names)) or sorted(_queues_in(pairs(counted)))
         waiting = self._not_paused([name for name in names if counts.get("pending:" + name)])
         lists = [self.keys.jobs(name) for name in waiting]
@@ -2859,7 +2868,7 @@ class Queue(Verbs):
         begun = [(now // 60_000 - back) * 60_000 for back in reversed(range(minutes))]
         found = self.store.read(*(("HMGET", self.keys.minute(at), *fields) for at in begun))
         return [
-            {"at": at, **{field: _read_count(value) for field, value in zip(fields, values, strict=True)}}
+            {"at": at, **{field: read_count(value) for field, value in zip(fields, values, strict=True)}}
             for at, values in zip(begun, found, strict=True)
         ]
 
@@ -2880,12 +2889,7 @@ class Queue(Verbs):
         ids = self._known_workers()
         keys = [key for id in ids for key in (self.keys.worker(id), self.keys.lease(id))]
         found, paused = self.store.read(("MGET", *keys), ("SMEMBERS", self.keys.paused)) if keys else ([], ())
-        rows = zip(ids, found[::2], found[1::2], strict=True)
-        quiet = {text_of(member) for member in paused}
-        try:
-            return [_worker(id, about, lease, QUIET_MARK + id in quiet) for id, about, lease in rows if about]
-        except (msgspec.DecodeError, KeyError, AttributeError, TypeError) as error:
-            raise Corrupted(f"the registration or the lease of a worker cannot be read: {error}") from None
+        return read_workers(ids, found, set(map(text_of, paused)))
 
     def metrics(self) -> dict[str, dict[tuple[str, ...], int]]:
         """Return how often each event ever happened: by event, then by type and queue.
@@ -2900,7 +2904,7 @@ class Queue(Verbs):
         for field, value in pairs(self.store.read(("HGETALL", self.keys.metrics))[0]):
             event, *labels = parts = field.split(":")
             if len(labels) != 1 and all(map(NAME.fullmatch, parts)):
-                found.setdefault(event, {})[tuple(labels)] = _read_count(value)
+                found.setdefault(event, {})[tuple(labels)] = read_count(value)
         return found
 
     def times(self, minutes: int) -> tuple[int, Times]:
@@ -3003,7 +3007,7 @@ class Queue(Verbs):
     def count_pending(self, names: Sequence[str]) -> dict[str, int]:
         """Count the pending jobs of some queues."""
         counts = self.store.read(("HMGET", self.keys.counts, *("pending:" + name for name in names)))[0]
-        return dict(zip(names, map(_read_count, counts), strict=True))
+        return dict(zip(names, map(read_count, counts), strict=True))
 
     def discard(self, worker: str, entries: Sequence[bytes]) -> None:
         """Drop entries of the worker's own list that cannot name a job of this queue."""
@@ -3020,7 +3024,7 @@ def is_suspect(job: Job) -> bool:
     return job.suspicions >= SUSPICIOUS
 
 
-def _read_count(value: bytes | None) -> int:
+def read_count(value: bytes | None) -> int:
     """Read a count, which is 0 until something was counted."""
     try:
         return int(value or 0)
@@ -3035,9 +3039,9 @@ def _ends_by_type(fields: Iterable[tuple[str, bytes]]) -> dict[str, dict[str, An
         if not type:
             continue
         ends = types.setdefault(type, {"completed": 0, "failed": 0, "errors": {}})
-        ends["completed" if event == "completed" else "failed"] += _read_count(value)
+        ends["completed" if event == "completed" else "failed"] += read_count(value)
         if event == "error":
-            ends["errors"][error] = _read_count(value)
+            ends["errors"][error] = read_count(value)
     return types
 
 
@@ -3080,11 +3084,25 @@ def new_worker_id() -> str:
     return f"{host_name()}-{os.getpid()}-{os.urandom(4).hex()}"
 
 
+def read_workers(ids: Sequence[str], values: Sequence[bytes | None], paused: Collection[str]) -> list[dict[str, Any]]:
+    """Read the registrations and leases of workers, two values each. Skip those not registered."""
+    rows = zip(ids, values[::2], values[1::2], strict=True)
+    try:
+        return [_worker(id, about, lease, QUIET_MARK + id in paused) for id, about, lease in rows if about]
+    except (msgspec.DecodeError, KeyError, AttributeError, TypeError) as error:
+        raise Corrupted(f"the registration or the lease of a worker cannot be read: {error}") from None
+
+
+def _slot(job: Job) -> dict[str, Any]:
+    return {"jobId": job.id, "type": job.type, "startedAt": job.started_at}
+
+
 def _worker(id: str, about: bytes, lease: bytes | None, quiet: bool) -> dict[str, Any]:
     known = msgspec.json.decode(about)
     beat = msgspec.json.decode(lease or b"{}")
     at = beat.get("at", known["startedAt"] if lease else 0)
-    return {"id": id, **known, "alive": bool(lease), "quiet": quiet, "lastHeartbeat": at, "jobs": beat.get("jobs", [])}
+    lists = {name: beat.get(name, []) for name in ("jobs", "slots", "givenUp")}
+    return {"id": id, **known, "alive": bool(lease), "quiet": quiet, "lastHeartbeat": at, **lists}
 
 
 # Metrics --------------------------------------------------------------------------------------------------------------

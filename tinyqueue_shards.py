@@ -328,12 +328,16 @@ class Shards(Verbs):
     def place_among_held(self, job: Job) -> int:
         return self.part_of(job.id).place_among_held(job)
 
-    def heartbeat(self, worker: str, jobs: Sequence[str] = ()) -> None:
+    def heartbeat(
+        self, worker: str, jobs: Sequence[str] = (), slots: Sequence[Job] = (), given_up: Sequence[Job] = ()
+    ) -> None:
         """Like Queue.heartbeat, in every shard that answers. Registers the worker where it is not.
 
         Raises Reaped after that, if any shard has reaped it. It registers there at the next call.
         """
         parts = self._by_shard(jobs, str)
+        running = self._by_shard(slots, lambda job: job.id)
+        given = self._by_shard(given_up, lambda job: job.id)
         absent = set(self._absent(worker))
 
         def beat(shard: Queue) -> None:
@@ -341,7 +345,7 @@ class Shards(Verbs):
                 self._register_in(shard, worker)
                 return
             with self._noting_reaped(shard, worker):
-                shard.heartbeat(worker, parts.get(shard, []))
+                shard.heartbeat(worker, parts.get(shard, []), running.get(shard, []), given.get(shard, []))
 
         self._call_all(beat)
 

@@ -76,7 +76,7 @@ from tinyqueue_config import (
     reset_signals_in_children,
     set_up_logging,
 )
-from tinyqueue_doctor import warnings
+from tinyqueue_doctor import Observer, warnings
 from tinyqueue_events import HEADERS as EVENT_HEADERS, LISTENERS, Events, cached, overview
 from tinyqueue_json import new_id
 from tinyqueue_metrics import Scrape, types
@@ -166,6 +166,7 @@ ROUTES = (
     ("PUT", "/limits/<limit>", "set_limit", "admin"),
     ("POST", "/work", "work", "admin"),
     ("GET", "/stats", "stats", "read"),
+    ("GET", "/verdict", "verdict", "read"),
     ("GET", "/scale", "scale", "read"),
     ("GET", "/workers", "workers", "read"),
     ("GET", "/types", "types", "read"),
@@ -233,6 +234,10 @@ class API(bottle.Bottle):  # type: ignore[misc]
     @cached_property
     def access(self) -> Access:
         return Access(self.settings)
+
+    @cached_property
+    def observer(self) -> Observer:
+        return Observer(self.queue, self.settings.max_wait)
 
     @property
     def queue(self) -> AnyQueue:
@@ -506,6 +511,10 @@ class API(bottle.Bottle):  # type: ignore[misc]
         """Report by type how many attempts ended and failed lately, and how long jobs take."""
         return types(self.queue, read_int(read_query("minutes"), "minutes", TYPES_MINUTES, 1, MAX_MINUTES))
 
+    def verdict(self) -> dict[str, Any]:
+        """Say whether all is well, or what is wrong and what to do. Answers without Redis, too."""
+        return self.observer.verdict()
+
     def scale(self) -> dict[str, int]:
         """Count the jobs that need workers now, in each ?queue= or in all, for an autoscaler."""
         query = read_query_pairs()
@@ -655,7 +664,7 @@ class API(bottle.Bottle):  # type: ignore[misc]
         """
         self._require_running()
         self.queue.ping()
-        return {"status": "ok", "warnings": warnings(self.queue)}
+        return {"status": "ok", "warnings": list(map(str, self.observer.problems()))}
 
     def whoami(self) -> dict[str, Any]:
         """Return the name and roles of the caller's key. Without keys: no name, and all roles."""

@@ -484,6 +484,7 @@ FAMILIES = {
     "cancelled": "zset",
     "workers": "set",
     "counts": "hash",
+    "trouble": "hash",
     "promoter": "string",
     "repairer": "string",
     "snapshots": "list",

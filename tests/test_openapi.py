@@ -216,6 +216,7 @@ STATUSES_OF = {
     ("GET", "/limits"): {200},
     ("PUT", "/limits/<limit>"): {200, 404} | BODY,
     ("GET", "/stats"): {200},
+    ("GET", "/verdict"): {200},
     ("GET", "/workers"): {200},
     ("GET", "/types"): {200},
     ("GET", "/events"): {200, 404},
@@ -458,7 +459,7 @@ def test_answers_conform_to_the_document(queue: Queue, api: Client, status: str)
     job = put(queue, status, unique_key="u", expires_in=60)
     assert_conforms(api.get(f"/jobs/{job.id}"), document, "GET", "/jobs/{id}")
     queue.enqueue("echo", "x" * 2000)
-    for path in ("/jobs", "/queues", "/stats", "/workers", "/whoami", "/types"):
+    for path in ("/jobs", "/queues", "/stats", "/verdict", "/workers", "/whoami", "/types"):
         assert_conforms(api.get(path), document, "GET", path)
     assert_conforms(api.get("/stats?minutes=2"), document, "GET", "/stats")
     assert_conforms(api.call("POST", f"/jobs/{job.id}/retry"), document, "POST", "/jobs/{id}/retry")
