@@ -74,7 +74,8 @@ round trips however many jobs it moves. No Lua.
     A busy worker uses it instead of these two, except with shards. load stores the jobs of a
     backup; the ended ones count in no metric. Every verb that fills a list rings its bell, and
     every verb keeps the counts and the metrics. Whatever ends a job frees its uniqueKey and leaves
-    a token for those who wait for it.
+    a token for those who wait for it. Whatever ends an attempt leaves it in the record: an ended
+    job keeps its last worker and times, and an attempt that another may follow goes to `history`.
 
     Schedules. A tick is a time at which the cron expression of a schedule matches. tick enqueues
     its job, at most once. If it fails, the schedule stays due. sync stores the schedules that code
@@ -256,6 +257,7 @@ from tinyqueue_job import (
     NotReplicated as NotReplicated,
     Once as Once,
     Outcome as Outcome,
+    PastAttempt as PastAttempt,
     Place,
     QueueFull as QueueFull,
     Reaped as Reaped,
@@ -329,6 +331,7 @@ MEMORY_SHARE = 0.95  # of maxmemory, above which submits are refused so that sto
 LISTED = 10_000  # entries of a list that are read with one command
 KEPT = 100_000  # ended jobs that are kept, of each status
 BELLS = 64  # wake-up tokens of a queue
+WORKER_ID = 43  # characters of a generated worker id
 PROMOTED = 500  # jobs moved by one promote
 TRIES = 50  # of a transaction whose watched keys keep changing
 WRITERS = 3  # handlers of a worker that write progress at the same time; the others wait
@@ -1721,7 +1724,8 @@ class Queue(Verbs):
         job.attempts += 1
         job.started_at = job.updated_at = max(tx.now, job.created_at)
         job.ended_at = 0
-        job.progress = 0.0
+        if job.progress:  # or the zero would be stored
+            job.progress = 0.0
         tx.count("processing:" + job.queue)
         return job
 
@@ -1838,6 +1842,7 @@ class Queue(Verbs):
         job.error = outcome.error or job.error
         if outcome.error and not outcome.halt and not cancel_requested:
             tx.count_error(job)
+        leave = partial(job.leave_attempt, now=tx.now, error=outcome.error)
         if outcome.verb == "release":
             self._stop_attempt(tx, job, "released")
         else:
@@ -1849,8 +1854,10 @@ class Queue(Verbs):
             self._end(tx, job, "completed")
         elif cancel_requested:
             job.cancel_requested = True
+            job.error = outcome.error  # not that of an attempt before
             self._end(tx, job, "cancelled")
         elif outcome.halt and outcome.after:
+            leave("released")
             job.attempts -= 1
             if job.limit:
                 self._make_pending(tx, job)
@@ -1859,6 +1866,7 @@ class Queue(Verbs):
             else:
                 self._requeue(tx, job, tx.now + round(outcome.after * 1000))
         elif outcome.verb == "release" and job.refunds < MAX_REFUNDS:
+            leave("released")
             job.attempts -= 1
             job.refunds += 1
             run_at = tx.now + round(outcome.after * 1000) if outcome.after else 0
@@ -1866,6 +1874,7 @@ class Queue(Verbs):
         elif outcome.verb == "release":
             self._requeue_or_fail(tx, job, "released too often")
         elif outcome.after is not None and job.attempts < job.max_attempts:
+            leave("failed")
             self._requeue(tx, job, tx.now + round(outcome.after * 1000))
             tx.count_retry(job)
         else:
@@ -1904,7 +1913,6 @@ class Queue(Verbs):
     def _end(self, tx: Transaction, job: Job, status: Literal["completed", "failed", "cancelled"]) -> None:
         """Write the final state of a job: the record, which now expires, and its index entry."""
         job.status = status
-        job.worker = ""
         job.ended_at = job.updated_at = max(tx.now, job.updated_at)
         if job.callback_url:
             self._add_delivery(tx, job)
@@ -1936,7 +1944,6 @@ class Queue(Verbs):
 
     def _make_pending(self, tx: Transaction, job: Job, run_at: int = 0) -> None:
         job.status = "pending"
-        job.worker = ""
         job.run_at = run_at
         tx.write("SET", self.keys.job(job.id), record_of(job))
 
@@ -1957,6 +1964,7 @@ class Queue(Verbs):
         if job.cancel_requested:
             self._end(tx, job, "cancelled")
         elif job.attempts < job.max_attempts:
+            job.leave_attempt("lost", tx.now, job.error)
             self._requeue(tx, job, push="RPUSH")
         else:
             self._end(tx, job, "failed")
@@ -2042,6 +2050,7 @@ class Queue(Verbs):
     def _revive(self, tx: Transaction, job: Job, seen: str = "") -> None:
         """Requeue an ended job. Look again at the parents that it waits for, except one `seen`."""
         tx.write("ZREM", self.keys.ended[job.status], job.id)
+        job.leave_end()
         job.attempts = job.refunds = job.ended_at = job.expires_at = 0
         job.cancel_requested = False
         job.updated_at = max(tx.now, job.updated_at)
@@ -3081,7 +3090,14 @@ def host_name() -> str:
 
 
 def new_worker_id() -> str:
-    return f"{host_name()}-{os.getpid()}-{os.urandom(4).hex()}"
+    """Make an id of up to WORKER_ID characters, because every ended job keeps that of its worker.
+
+    Shortens the host name to the end of its first part, which differs between pods.
+    """
+    host = host_name()
+    end = f"-{os.getpid()}-{os.urandom(4).hex()}"
+    room = WORKER_ID - len(end)
+    return (host if len(host) <= room else host.partition(".")[0][-room:].lstrip("-_")) + end
 
 
 def read_workers(ids: Sequence[str], values: Sequence[bytes | None], paused: Collection[str]) -> list[dict[str, Any]]:

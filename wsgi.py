@@ -46,7 +46,6 @@ from tinyqueue import (
     NAME,
     SCANNED,
     UNENDED,
-    Failure,
     InvalidJob,
     Job,
     Once,
@@ -445,10 +444,8 @@ class API(bottle.Bottle):  # type: ignore[misc]
 
         Only admins see what was answered to a webhook or to an http job that failed.
         """
-        fields = answer(self.queue, job)
-        if job.type in BUILT_IN and job.error and "admin" not in self._roles():
-            fields["error"] = Failure(job.error.type, job.error.message)
-        return fields
+        hides = job.type in BUILT_IN and "admin" not in self._roles()
+        return answer(self.queue, job.without_traces() if hides else job)
 
     def _roles(self) -> Collection[str]:
         """Return the roles of the caller's key. Without keys, these are all."""
