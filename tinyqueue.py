@@ -151,6 +151,8 @@ Keys. All share one hash tag, the namespace, and so one slot of a cluster.
                                       completed, failed and cancelled ever
     {queue}:promoter          string  a lock that saves two promoters the same work. Expires
     {queue}:repairer          string  a lock that saves workers the same repair. Expires
+    {queue}:snapshots         list    the times in metrics by type as they were, newest first: up to 5
+    {queue}:snapshotter       string  a lock until the next snapshot. Expires after 15 minutes
     {queue}:mark              string  a write that only WAIT needs. Expires after a second
     {queue}:metrics           hash    events so far: <event>:<type>:<queue>, times with :<bucket>
     {queue}:series            set     up to 1,000 <type>:<queue> of metrics; others: other:other
@@ -337,6 +339,8 @@ TOKENS = 1000  # of advance that are read at a time
 ADVANCED = 100  # waiting jobs that one transaction of advance changes
 FATES = {"failed": "has failed", "cancelled": "was cancelled"}  # of a parent, in an error
 SERIES = 1000  # pairs of type and queue in the metrics: each adds some thirty lines to a scrape
+SNAPSHOTS = 5  # of the times in the metrics that are kept
+SNAPSHOT_EVERY = 900  # seconds
 BUCKETS = (10, 50, 250, 1000, 5000, 15_000, 60_000, 300_000, 1_800_000, math.inf)  # ms
 
 # Keys -----------------------------------------------------------------------------------------------------------------
@@ -357,6 +361,8 @@ class Keys:
         self.ticks = prefix + "ticks"
         self.promoter = prefix + "promoter"
         self.repairer = prefix + "repairer"
+        self.snapshots = prefix + "snapshots"
+        self.snapshotter = prefix + "snapshotter"
         self.advance = prefix + "advance"
         self.advancer = prefix + "advancer"
         self.mark = prefix + "mark"
@@ -404,6 +410,7 @@ T = TypeVar("T")
 Records = dict[str, bytes | None]  # by id
 Push = Literal["LPUSH", "RPUSH"]  # behind all other jobs of a queue, or before them
 Range = Literal["LRANGE", "ZRANGE"]
+Times = dict[str, dict[str, dict[str, int]]]  # by type, then "waited" or "ran", then bucket
 
 
 class Transaction:
@@ -2374,6 +2381,18 @@ class Queue(Verbs):
 
         self.store.transact([self.keys.counts, *lists], body)
 
+    def take_snapshot(self) -> bool:
+        """Keep the times in the metrics as they are now, if 15 minutes have passed since the last.
+
+        Returns whether it did. `times` compares them with later ones.
+        """
+        if not self.store.read(("SET", self.keys.snapshotter, "1", "NX", "EX", SNAPSHOT_EVERY))[0]:
+            return False
+        snapshot = encode({"at": self.now(), "times": times_by_type(self.metrics())})
+        kept = ("LTRIM", self.keys.snapshots, 0, SNAPSHOTS - 1)
+        self.store.read(("LPUSH", self.keys.snapshots, snapshot), kept)
+        return True
+
     def forget(self, status: str, ids: Sequence[bytes]) -> int:
         """Delete ended jobs and their entries in the index of that status. Return how many.
 
@@ -2775,6 +2794,21 @@ class Queue(Verbs):
                 found.setdefault(event, {})[tuple(labels)] = _read_count(value)
         return found
 
+    def times(self, minutes: int) -> tuple[int, Times]:
+        """Count by type how long jobs waited and ran in the last minutes, and maybe before these.
+
+        The window begins at the newest snapshot that is old enough, which is returned too. It is 0
+        if there is none: then all times ever are counted.
+        """
+        latest = self.now() - minutes * 60_000
+        stored = self.store.read(("LRANGE", self.keys.snapshots, 0, -1))[0]
+        try:
+            found = [msgspec.json.decode(snapshot, type=Snapshot) for snapshot in stored]
+        except msgspec.DecodeError as error:
+            raise Corrupted(f"a snapshot of the metrics cannot be read: {error}") from None
+        old = next((snapshot for snapshot in found if snapshot.at <= latest), Snapshot(0, {}))
+        return old.at, _subtract(times_by_type(self.metrics()), old.times)
+
     # Counting for the web process -------------------------------------------------------------------------------------
 
     def count_scrape_errors(self, times: int) -> None:
@@ -2987,3 +3021,29 @@ def _metric_commands(store: Store, tx: Transaction) -> list[Command]:
         tx.minute[f"error:{type if f'{type}:{queue}' in store.series else 'other'}:{error}"] += count
     added: list[Command] = [("SADD", store.keys.series, *new)] if new else []
     return added + [("HINCRBY", store.keys.metrics, field, by) for field, by in sums.items() if by]
+
+
+class Snapshot(msgspec.Struct):
+    """The times that the metrics had at a moment."""
+
+    at: int
+    times: Times
+
+
+def times_by_type(counters: Mapping[str, Mapping[tuple[str, ...], int]]) -> Times:
+    """Add up `waited` and `ran` of the metrics over all queues: by type, then by bucket."""
+    found: Times = {}
+    for event in ("waited", "ran"):
+        for (type, *_, bucket), count in counters.get(event, {}).items():
+            buckets = found.setdefault(type, {}).setdefault(event, {})
+            buckets[bucket] = buckets.get(bucket, 0) + count
+    return found
+
+
+def _subtract(now: Times, then: Times) -> Times:
+    """Return what the times of a snapshot do not count yet."""
+    for type, events in now.items():
+        for event, counts in events.items():
+            before = then.get(type, {}).get(event, {})
+            counts.update({bucket: max(0, count - before.get(bucket, 0)) for bucket, count in counts.items()})
+    return now

@@ -485,6 +485,8 @@ FAMILIES = {
     "counts": "hash",
     "promoter": "string",
     "repairer": "string",
+    "snapshots": "list",
+    "snapshotter": "string",
     "mark": "string",
     "metrics": "hash",
     "series": "set",
@@ -510,6 +512,7 @@ FAMILIES = {
 }
 EXPIRING = (
     *("lease:", "promoter", "repairer", "advancer", "mark", "once:", "minute:", "rate:", "done:", "pace:", "halt:"),
+    "snapshotter",
 )
 ENDED = ("completed", "failed", "cancelled")
 

@@ -44,6 +44,7 @@ IMPORTS = {  # each module, and those of ours that it may import
     "tinyqueue_access": {"tinyqueue", "tinyqueue_config", "tinyqueue_problems", "tinyqueue_shards"},
     "tinyqueue_request": {"tinyqueue", "tinyqueue_json", "tinyqueue_problems"},
     "tinyqueue_waiter": {"tinyqueue"},
+    "tinyqueue_events": {"tinyqueue"},
     "tinyqueue_work": {"tinyqueue", "tinyqueue_config", "tinyqueue_problems", "tinyqueue_shards", "worker"},
     "tinyqueue_server": {"tinyqueue_config"},
     "handlers": {"tinyqueue"},
@@ -54,9 +55,10 @@ IMPORTS = {  # each module, and those of ours that it may import
         *("tinyqueue_shards", "tinyqueue_slot", "wsgi"),
     },
     "wsgi": {
-        *("tinyqueue", "tinyqueue_access", "tinyqueue_config", "tinyqueue_doctor", "tinyqueue_json"),
-        *("tinyqueue_metrics", "tinyqueue_openapi", "tinyqueue_problems", "tinyqueue_request", "tinyqueue_schedule"),
-        *("tinyqueue_server", "tinyqueue_shards", "tinyqueue_waiter", "tinyqueue_why", "tinyqueue_work", "worker"),
+        *("tinyqueue", "tinyqueue_access", "tinyqueue_config", "tinyqueue_doctor", "tinyqueue_events"),
+        *("tinyqueue_json", "tinyqueue_metrics", "tinyqueue_openapi", "tinyqueue_problems", "tinyqueue_request"),
+        *("tinyqueue_schedule", "tinyqueue_server", "tinyqueue_shards", "tinyqueue_waiter", "tinyqueue_why"),
+        *("tinyqueue_work", "worker"),
     },
 }
 SCREEN = 50  # lines
