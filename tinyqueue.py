@@ -28,7 +28,7 @@ round trips however many jobs it moves. No Lua.
                                               unique
     sync      (schedules of the code)         generation,      code not replaced         schedules, ticks, generation
                                               schedules
-    take      (list to list)                  -                queue not paused          jobs -> proc, workers
+    take      (list to list)                  -                not paused; not quiet     jobs -> proc, workers
     start     pending -> processing           worker, records  registered; due; room     record: attempts + 1, worker,
                                               and running                                running, pace
     hold      (list to held)                  worker, records  registered; no room       held, holding, delayed, proc
@@ -45,6 +45,8 @@ round trips however many jobs it moves. No Lua.
     cancel    pending -> cancelled            record           -                         record, delayed, cancelled
     request   processing -> processing        record           handler takes a Job       record: cancelRequested
     retry     failed, cancelled -> pending    record, unique   uniqueKey free            record, its index, list
+    hasten    pending -> pending              record           delayed                   record, delayed, head of
+                                                                                         list
     promote   (delayed to list)               records          runAt has come            delayed, list
     wake      (held to list)                  held, if few     an attempt has ended      held, head of list
     look      (held to list)                  held, records,   room                      held, head of list, running,
@@ -60,8 +62,10 @@ round trips however many jobs it moves. No Lua.
     startedAt of the record are those that the worker holds. Worker's own: processing under that
     worker's name. Lease gone: missing, or seen unchanged for longer than a lease. Handler takes a
     Job: checked where the handler is known. Unused: no job has the id, and no unended one has the
-    uniqueKey. Queue paused: the queues of all pending jobs that load stores. A suspect is a job
-    that two workers lost while they ran it along with others. It starts only alone.
+    uniqueKey. Not paused, not quiet: the queue, and the worker that takes. Queue paused: the queues
+    of all pending jobs that load stores. Delayed: runAt has not come, and the job waits for no
+    other. A suspect is a job that two workers lost while they ran it along with others. It starts
+    only alone.
 
     dequeue is take, then start, hold or expire. enqueue is written by submit, hold and expire by
     start, and request by cancel. Whatever ends a job writes deliver too, except load: it enqueues a
@@ -106,6 +110,9 @@ round trips however many jobs it moves. No Lua.
     worker at a time takes, adopts and starts, or an id would be started twice. A worker that was
     reaped may wake up and take ids. take lists it as a worker again, so reap requeues them too.
 
+    A quiet worker takes no ids and leaves the bells to others. It runs what it has taken. Only a
+    registered worker becomes quiet, and reap ends that, or its mark would stay for ever.
+
     A slot is a thread of a worker that runs one job at a time (in a cluster: Redis' hash slot). To
     trim is to delete ended jobs that were kept long enough. A shard is one of several queues that
     are used as one. doctor is the command that checks Redis and the settings.
@@ -126,11 +133,11 @@ Keys. All share one hash tag, the namespace, and so one slot of a cluster.
     {queue}:completed         zset    id -> endedAt; likewise {queue}:failed and {queue}:cancelled
     {queue}:workers           set     every worker that may hold a job
     {queue}:worker:<worker>   string  its registration: the fence. Never expires
-    {queue}:lease:<worker>    string  its last heartbeat and the ids that it runs. Expires
+    {queue}:lease:<worker>    string  its last heartbeat and the jobs that it runs. Expires
     {queue}:once:<hash>       string  an Idempotency-Key, by its SHA-256: request fingerprint and
                                       job ids. Expires. Without ids: another shard has them
     {queue}:unique:<key>      string  id of the pending or processing job with this uniqueKey
-    {queue}:paused            set     names of the paused queues
+    {queue}:paused            set     names of the paused queues, and @<worker> of quiet workers
     {queue}:schedule:<name>   string  a schedule as JSON: when to enqueue what, and its last tick
     {queue}:ticks             zset    name of a schedule -> its next tick, +inf while it is paused
     {queue}:generation:<code> string  the releases of the code that synced schedules, newest first
@@ -152,8 +159,11 @@ Keys. All share one hash tag, the namespace, and so one slot of a cluster.
                                       completed, failed and cancelled ever
     {queue}:promoter          string  a lock that saves two promoters the same work. Expires
     {queue}:repairer          string  a lock that saves workers the same repair. Expires
+    {queue}:snapshots         list    the times in metrics by type as they were, newest first: up to 5
+    {queue}:snapshotter       string  a lock until the next snapshot. Expires after 15 minutes
     {queue}:mark              string  a write that only WAIT needs. Expires after a second
     {queue}:metrics           hash    events so far: <event>:<type>:<queue>, times with :<bucket>
+    {queue}:trouble           hash    <check>:<subject> -> since when a verdict has found that problem
     {queue}:series            set     up to 1,000 <type>:<queue> of metrics; others: other:other
 
 Three rules carry everything
@@ -335,6 +345,7 @@ LOOK = 30_000  # milliseconds between two looks at a limit with held jobs, unles
 LOOK_GAP = 20  # milliseconds between two looks, at least
 AHEAD = 100  # held jobs, or jobs at the head of a queue, that one look reads
 SHOWN = 1000  # limits of one report
+QUIET_MARK = "@"  # with a worker, what stands among the paused queues while it is quiet
 LOOK_MARK = "limit:"  # with a limit, what stands among the delayed ids until the next look at that limit
 SWEEP_MARK = "advance:"  # stands among the delayed ids, to have promote look for tokens that are left
 SWEEP_AFTER = 1000  # milliseconds
@@ -342,6 +353,8 @@ TOKENS = 1000  # of advance that are read at a time
 ADVANCED = 100  # waiting jobs that one transaction of advance changes
 FATES = {"failed": "has failed", "cancelled": "was cancelled"}  # of a parent, in an error
 SERIES = 1000  # pairs of type and queue in the metrics: each adds some thirty lines to a scrape
+SNAPSHOTS = 5  # of the times in the metrics that are kept
+SNAPSHOT_EVERY = 900  # seconds
 BUCKETS = (10, 50, 250, 1000, 5000, 15_000, 60_000, 300_000, 1_800_000, math.inf)  # ms
 
 # Keys -----------------------------------------------------------------------------------------------------------------
@@ -362,9 +375,12 @@ class Keys:
         self.ticks = prefix + "ticks"
         self.promoter = prefix + "promoter"
         self.repairer = prefix + "repairer"
+        self.snapshots = prefix + "snapshots"
+        self.snapshotter = prefix + "snapshotter"
         self.advance = prefix + "advance"
         self.advancer = prefix + "advancer"
         self.mark = prefix + "mark"
+        self.trouble = prefix + "trouble"
         self.holding = prefix + "holding"
         self.overrides = prefix + "overrides"
         self.ended: dict[str, str] = {status: prefix + status for status in ENDED}
@@ -409,6 +425,7 @@ T = TypeVar("T")
 Records = dict[str, bytes | None]  # by id
 Push = Literal["LPUSH", "RPUSH"]  # behind all other jobs of a queue, or before them
 Range = Literal["LRANGE", "ZRANGE"]
+Times = dict[str, dict[str, dict[str, int]]]  # by type, then "waited" or "ran", then bucket
 
 
 class Transaction:
@@ -1073,6 +1090,8 @@ class Verbs(ABC):
     @abstractmethod
     def retry(self, id: str) -> Job | None: ...
     @abstractmethod
+    def get(self, id: str) -> Job | None: ...
+    @abstractmethod
     def page(self, filter: Filter, *, limit: int, cursor: str, cut: int | None) -> Page: ...
     @abstractmethod
     def forget(self, status: str, ids: Sequence[bytes]) -> int: ...
@@ -1105,6 +1124,27 @@ class Verbs(ABC):
     def draft(self, type: str, payload: Any, **options: Any) -> Job:
         """Check and make a job without storing it. Options as for `make_job`."""
         return make_job(self.now(), type, payload, **options)
+
+    def redraft(self, job: Job, **options: Any) -> Job:
+        """Check and make a job that replays an ended one, without storing it. See `replay`."""
+        if job.status in UNENDED:
+            raise WrongStatus("replay", job, f"it is {job.status}; cancel it first, or it would run twice")
+        draft = self.draft(job.type, **(job.again() | options))
+        draft.replay_of = job.id
+        draft.schedule = job.schedule
+        draft.scheduled_for = job.scheduled_for
+        return draft
+
+    def replay(self, id: str, **options: Any) -> Job | None:
+        """Submit an ended job again as a new one. Return that; None for an unknown id.
+
+        The new job has what the old one was submitted with, except its times, or what `options`
+        have instead, such as another payload. The old job stays as it is. Raises WrongStatus if it
+        has not ended, and otherwise like `enqueue`: its payload may not fit the handler any more,
+        and parents may be gone. While another job has its uniqueKey, returns that one.
+        """
+        job = self.get(id)
+        return self.submit([self.redraft(job, **options)])[0] if job else None
 
     def enqueue(self, type: str, payload: Any, **options: Any) -> Job:
         """Check and store one job. Options as for `make_job`, errors as for `submit`."""
@@ -1151,13 +1191,15 @@ class Verbs(ABC):
         if self.settle(outcome.job.worker, [outcome]):
             raise Reaped(f"job {outcome.job.id} is no longer with worker {outcome.job.worker}")
 
-    def change_many(self, verb: Literal["cancel", "retry"], filter: Filter, cursor: str = "") -> dict[str, Any]:
-        """Look at up to 1,000 jobs and cancel or retry those that match.
+    def change_many(
+        self, verb: Literal["cancel", "retry"], filter: Filter, cursor: str = "", most: int = SCANNED
+    ) -> dict[str, Any]:
+        """Look at up to 1,000 jobs and cancel or retry those that match, up to `most`.
 
         Continue with the returned cursor. Each job is changed in its own transaction. Those whose
         status changed meanwhile are counted as skipped.
         """
-        jobs, cursor = self.page(filter, limit=SCANNED, cursor=cursor, cut=0)
+        jobs, cursor = self.page(filter, limit=most, cursor=cursor, cut=0)
         change = self.cancel if verb == "cancel" else self.retry
         done = 0
         for job in jobs:
@@ -1165,15 +1207,25 @@ class Verbs(ABC):
                 done += change(job.id) is not None
         return {"cancelled" if verb == "cancel" else "retried": done, "skipped": len(jobs) - done, "cursor": cursor}
 
-    def purge(self, filter: Filter, cursor: str = "") -> dict[str, Any]:
-        """Look at up to 1,000 ended jobs and delete those that match.
+    def purge(self, filter: Filter, cursor: str = "", most: int = SCANNED) -> dict[str, Any]:
+        """Look at up to 1,000 ended jobs and delete those that match, up to `most`.
 
         Continue with the returned cursor.
         """
         if filter.status not in ENDED:
             raise InvalidJob("status", f"must be one of {', '.join(ENDED)}: other jobs have not ended")
-        jobs, cursor = self.page(filter, limit=SCANNED, cursor=cursor, cut=0)
+        jobs, cursor = self.page(filter, limit=most, cursor=cursor, cut=0)
         return {"purged": self.forget(filter.status, [job.id.encode() for job in jobs]), "cursor": cursor}
+
+    def purge_one(self, id: str) -> Job | None:
+        """Delete an ended job. Return it as it was; None for an unknown id.
+
+        Raises WrongStatus if it has not ended, or was retried meanwhile.
+        """
+        job = self.get(id)
+        if job and (job.status in UNENDED or not self.forget(job.status, [id.encode()])) and (now := self.get(id)):
+            raise WrongStatus("purge", now)
+        return job
 
 
 def try_each(
@@ -1387,7 +1439,7 @@ class Queue(Verbs):
         """Raise QueueFull. Watches nothing: concurrent submits may exceed the limits a little."""
         if self.max_pending:
             counts = tx.read(("HMGET", self.keys.counts, *("pending:" + name for name in wanted)))[0]
-            for (name, more), here in zip(wanted.items(), map(_read_count, counts), strict=True):
+            for (name, more), here in zip(wanted.items(), map(read_count, counts), strict=True):
                 count = here + elsewhere.get(name, 0)
                 if count + more > self.max_pending:
                     raise QueueFull(f"queue {name} has {count} pending jobs; the limit is {self.max_pending}")
@@ -1516,34 +1568,46 @@ class Queue(Verbs):
 
         return self.store.transact((), body)
 
-    def wait(self, names: Sequence[str], seconds: float = BLOCK) -> set[str]:
-        """Wait for a bell of these queues. Return the name of the one that rang. Takes no job."""
-        bells = ("BLPOP", *map(self.keys.bell, names), seconds)
+    def wait(self, names: Sequence[str], seconds: float = BLOCK, worker: str = "") -> set[str]:
+        """Wait for a bell of these queues. Return the name of the one that rang. Takes no job.
+
+        A quiet worker waits for a bell that nobody rings, and hands back a token that it has got.
+        """
+        heard = [QUIET_MARK + worker] if self.is_quiet(worker) else names
+        bells = ("BLPOP", *map(self.keys.bell, heard), seconds)
         token, paused = self.store.read(bells, ("SMEMBERS", self.keys.paused))
         self._note_paused(paused)
+        if token is not None and self.is_quiet(worker):
+            self.store.read(("RPUSH", token[0], "1"))
+            token = None
         return {text_of(token[0]).removeprefix(self.keys.bell(""))} if token is not None else set()
+
+    def is_quiet(self, worker: str) -> bool:
+        """Whether a worker was quiet when this process last read the paused queues."""
+        return QUIET_MARK + worker in self._paused[1]
 
     def _note_paused(self, members: Iterable[bytes] | Exception) -> None:
         found = () if isinstance(members, Exception) else members
         self._paused = (time.monotonic(), frozenset(map(text_of, found)))
 
-    def _not_paused(self, names: Sequence[str]) -> list[str]:
-        """Leave out the paused queues as of up to PAUSE_AGE seconds ago."""
+    def _not_paused(self, names: Sequence[str], worker: str = "") -> list[str]:
+        """Leave out the paused queues, and all for a quiet worker, as of PAUSE_AGE seconds ago."""
         if time.monotonic() - self._paused[0] > PAUSE_AGE:
             with suppress(Corrupted):  # a key of the wrong type pauses nothing
                 self._note_paused(self.store.read(("SMEMBERS", self.keys.paused))[0])
-        return [name for name in names if name not in self._paused[1]]
+        return [name for name in names if name not in self._paused[1]] if not self.is_quiet(worker) else []
 
     def take(self, worker: str, names: Sequence[str], most: int) -> list[bytes]:
         """Move up to `most` ids to the worker's own list, from queues that are not paused.
 
-        Earlier queues are emptied first. If the reply is lost, the ids are in the worker's list,
-        where `adopt` finds them. The transaction also adds the worker to the set of workers. So a
-        worker that was reaped, wakes up and takes jobs is found and reaped again.
+        A quiet worker gets none. Earlier queues are emptied first. If the reply is lost, the ids
+        are in the worker's list, where `adopt` finds them. The transaction also adds the worker to
+        the set of workers. So a worker that was reaped, wakes up and takes jobs is found and reaped
+        again.
         """
         taken: list[bytes] = []
         broken: Corrupted | None = None
-        for name in self._not_paused(names):
+        for name in self._not_paused(names, worker):
             try:
                 added, paused, *ids = self.store.read(*self._moves(worker, name, most - len(taken)))[-1]
                 _checked([added, *ids])
@@ -1747,7 +1811,7 @@ class Queue(Verbs):
         not started, but returned pending.
         """
         keys = [self.keys.job(outcome.job.id) for outcome in outcomes]
-        untried = self._not_paused(names) if most else []
+        untried = self._not_paused(names, worker) if most else []
         ids: list[bytes] = []  # those that an earlier try took stay taken
         taken: Records = {}
 
@@ -1956,6 +2020,35 @@ class Queue(Verbs):
 
         return self._change(id, body)
 
+    def hasten(self, id: str) -> Job | None:
+        """Let a delayed or retrying job start now. Return it; None for an unknown id.
+
+        pending -> pending, at the head of its queue, with the attempts that it has. Watches the
+        record. Raises WrongStatus if the job is not pending, waits for other jobs or is due.
+        """
+
+        def body(tx: Transaction, job: Job) -> None:
+            delayed = job.status == "pending" and not job.waiting_for and job.run_at > tx.now
+            if not delayed and tx.again:  # the try whose reply was lost hastened it
+                return
+            if not delayed:
+                raise WrongStatus("hasten", job, self._why_not_delayed(tx, job))
+            tx.write("ZREM", self.keys.delayed, id)
+            job.updated_at = max(tx.now, job.updated_at)
+            self._make_pending(tx, job)
+            tx.push("RPUSH", job)
+
+        return self._change(id, body)
+
+    def _why_not_delayed(self, tx: Transaction, job: Job) -> str:
+        if job.status != "pending":
+            return ""
+        if job.waiting_for:
+            return "it waits for other jobs"
+        if job.limit and tx.read(("ZSCORE", self.keys.held(job.limit), _entry_of(job)))[0] is not None:
+            return f"it is held by the limit {job.limit}; raise that, or wait until it has room"
+        return "it is due already"
+
     def _revive(self, tx: Transaction, job: Job, seen: str = "") -> None:
         """Requeue an ended job. Look again at the parents that it waits for, except one `seen`."""
         tx.write("ZREM", self.keys.ended[job.status], job.id)
@@ -2139,6 +2232,29 @@ class Queue(Verbs):
 
         self.store.transact((), body)
 
+    def quiet(self, worker: str) -> bool:
+        """Let a worker take no more jobs. Return whether it is registered.
+
+        Takes effect after at most PAUSE_AGE seconds. The jobs that it has taken run to their ends.
+        Watches the registration, because reap removes the mark of a worker only once.
+        """
+        key = self.keys.worker(check_name("worker", worker))
+
+        def body(tx: Transaction) -> bool:
+            if registered := bool(tx.read(("EXISTS", key))[0]):
+                tx.write("SADD", self.keys.paused, QUIET_MARK + worker)
+            return registered
+
+        return self.store.transact([key], body)
+
+    def resume_worker(self, worker: str) -> bool:
+        """Let a quiet worker take jobs again, within two seconds.
+
+        Returns whether it is registered.
+        """
+        mark = QUIET_MARK + check_name("worker", worker)
+        return bool(self.store.read(("SREM", self.keys.paused, mark), ("EXISTS", self.keys.worker(worker)))[1])
+
     # Upkeep -----------------------------------------------------------------------------------------------------------
 
     def set_limit(self, limit: str, override: Override) -> None:
@@ -2156,14 +2272,21 @@ class Queue(Verbs):
         """Return the position of a job among those that its limit holds, from 1; 0: not held."""
         return self.limits.place_of(job)
 
-    def heartbeat(self, worker: str, jobs: Sequence[str] = ()) -> None:
+    def heartbeat(
+        self, worker: str, jobs: Sequence[str] = (), slots: Sequence[Job] = (), given_up: Sequence[Job] = ()
+    ) -> None:
         """Renew the lease and report which jobs run. Raises Reaped if the registration is gone.
+
+        `slots` has the same jobs as far as their types and starts are known. The handlers of the
+        jobs in `given_up` still run, although these jobs were taken away from them.
 
         reap deletes the registration only when the lease is gone or unchanged for too long. So a
         lease that exists can be renewed with one command. An expired one is set again under WATCH
         of the registration.
         """
-        beat = encode({"at": self.now(), "jobs": list(jobs), "beat": time.monotonic_ns()})  # each one differs
+        about = {"at": self.now(), "jobs": list(jobs), "beat": time.monotonic_ns()}  # each one differs
+        about |= {name: list(map(_slot, some)) for name, some in (("slots", slots), ("givenUp", given_up)) if some}
+        beat = encode(about)
         renewal = ("SET", self.keys.lease(worker), beat, "PX", self.lease_ms)
         if self.store.read((*renewal, "XX"))[0] is not None:
             if jobs:  # if the set of workers was lost, reap must still find this one
@@ -2298,6 +2421,7 @@ class Queue(Verbs):
                 held += 1
             tx.write("DEL", registration, lease, proc)
             tx.write("SREM", self.keys.workers, worker)
+            tx.write("SREM", self.keys.paused, QUIET_MARK + worker)
             self.limits.wake(tx)
             return held
 
@@ -2384,6 +2508,18 @@ class Queue(Verbs):
                     tx.write("DEL", self.keys.bell(names[at]))
 
         self.store.transact([self.keys.counts, *lists], body)
+
+    def take_snapshot(self) -> bool:
+        """Keep the times in the metrics as they are now, if 15 minutes have passed since the last.
+
+        Returns whether it did. `times` compares them with later ones.
+        """
+        if not self.store.read(("SET", self.keys.snapshotter, "1", "NX", "EX", SNAPSHOT_EVERY))[0]:
+            return False
+        snapshot = encode({"at": self.now(), "times": times_by_type(self.metrics())})
+        kept = ("LTRIM", self.keys.snapshots, 0, SNAPSHOTS - 1)
+        self.store.read(("LPUSH", self.keys.snapshots, snapshot), kept)
+        return True
 
     def forget(self, status: str, ids: Sequence[bytes]) -> int:
         """Delete ended jobs and their entries in the index of that status. Return how many.
@@ -2622,7 +2758,7 @@ class Queue(Verbs):
         """Return counts, oldest wait and pause of every queue that ever had a job or is paused."""
         fields, paused = self.store.read(("HGETALL", self.keys.counts), ("SMEMBERS", self.keys.paused))
         self._note_paused(paused)
-        counts = {field: _read_count(value) for field, value in pairs(fields)}
+        counts = {field: read_count(value) for field, value in pairs(fields)}
         counted = {field.partition(":")[2] for field in counts if ":" in field}
         names = sorted(counted | set(filter(NAME.fullmatch, self._paused[1])))
         heads = self.store.read(*(("LINDEX", self.keys.jobs(name), -1) for name in names))
@@ -2648,7 +2784,7 @@ class Queue(Verbs):
         lengths = [("LLEN", key) for key in keys] + [("ZCARD", self.keys.held(limit)) for limit in limits]
         reads = ("HGETALL", self.keys.counts), ("ZCARD", self.keys.delayed), *lengths
         counts, *sizes = _checked(self.store.read(("MULTI",), *reads, ("EXEC",))[-1])
-        return [_read_count(value) for field, value in pairs(counts) if ":" in field], sum(sizes)
+        return [read_count(value) for field, value in pairs(counts) if ":" in field], sum(sizes)
 
     def stats(self, minutes: int = 0) -> dict[str, Any]:
         """Count the jobs of every status, those of every queue, and the live workers.
@@ -2676,13 +2812,13 @@ class Queue(Verbs):
             "pending": sum(queue["pending"] for queue in queues.values()),
             "processing": sum(queue["processing"] for queue in queues.values()),
             "delayed": max(0, delayed - looks),
-            "retrying": max(0, _read_count(retrying)),
+            "retrying": max(0, read_count(retrying)),
             **dict(zip(ENDED, kept, strict=True)),
             "oldestWaitingMs": max((queue["oldestWaitingMs"] for queue in queues.values()), default=0),
             "workers": self.store.read(("EXISTS", *leases))[0] if leases else 0,
             "queues": queues,
-            "lastMinute": {status: round(_read_count(old) * share) + _read_count(new) for status, old, new in recent},
-            "total": {status: _read_count(total) for status, total in zip(ENDED, totals, strict=True)},
+            "lastMinute": {status: round(read_count(old) * share) + read_count(new) for status, old, new in recent},
+            "total": {status: read_count(total) for status, total in zip(ENDED, totals, strict=True)},
             **({"history": self._history(now, minutes)} if minutes else {}),
         }
 
@@ -2703,7 +2839,7 @@ class Queue(Verbs):
         tables = ("HGETALL", self.keys.counts), ("SMEMBERS", self.keys.paused)
         counted, paused, late, first, ticks = self.store.read(*tables, *reads)
         self._note_paused(paused)
-        counts = {field: _read_count(value) for field, value in pairs(counted)}
+        counts = {field: read_count(value) for field, value in pairs(counted)}
         names = list(dict.fromkeys(names)) or sorted(_queues_in(pairs(counted)))
         waiting = self._not_paused([name for name in names if counts.get("pending:" + name)])
         lists = [self.keys.jobs(name) for name in waiting]
@@ -2742,7 +2878,7 @@ class Queue(Verbs):
         begun = [(now // 60_000 - back) * 60_000 for back in reversed(range(minutes))]
         found = self.store.read(*(("HMGET", self.keys.minute(at), *fields) for at in begun))
         return [
-            {"at": at, **{field: _read_count(value) for field, value in zip(fields, values, strict=True)}}
+            {"at": at, **{field: read_count(value) for field, value in zip(fields, values, strict=True)}}
             for at, values in zip(begun, found, strict=True)
         ]
 
@@ -2762,12 +2898,8 @@ class Queue(Verbs):
         """Return the registered workers: what each registered, its last heartbeat and its jobs."""
         ids = self._known_workers()
         keys = [key for id in ids for key in (self.keys.worker(id), self.keys.lease(id))]
-        found = self.store.read(("MGET", *keys))[0] if keys else []
-        rows = zip(ids, found[::2], found[1::2], strict=True)
-        try:
-            return [_worker(id, about, lease) for id, about, lease in rows if about]
-        except (msgspec.DecodeError, KeyError, AttributeError, TypeError) as error:
-            raise Corrupted(f"the registration or the lease of a worker cannot be read: {error}") from None
+        found, paused = self.store.read(("MGET", *keys), ("SMEMBERS", self.keys.paused)) if keys else ([], ())
+        return read_workers(ids, found, set(map(text_of, paused)))
 
     def metrics(self) -> dict[str, dict[tuple[str, ...], int]]:
         """Return how often each event ever happened: by event, then by type and queue.
@@ -2782,8 +2914,23 @@ class Queue(Verbs):
         for field, value in pairs(self.store.read(("HGETALL", self.keys.metrics))[0]):
             event, *labels = parts = field.split(":")
             if len(labels) != 1 and all(map(NAME.fullmatch, parts)):
-                found.setdefault(event, {})[tuple(labels)] = _read_count(value)
+                found.setdefault(event, {})[tuple(labels)] = read_count(value)
         return found
+
+    def times(self, minutes: int) -> tuple[int, Times]:
+        """Count by type how long jobs waited and ran in the last minutes, and maybe before these.
+
+        The window begins at the newest snapshot that is old enough, which is returned too. It is 0
+        if there is none: then all times ever are counted.
+        """
+        latest = self.now() - minutes * 60_000
+        stored = self.store.read(("LRANGE", self.keys.snapshots, 0, -1))[0]
+        try:
+            found = [msgspec.json.decode(snapshot, type=Snapshot) for snapshot in stored]
+        except msgspec.DecodeError as error:
+            raise Corrupted(f"a snapshot of the metrics cannot be read: {error}") from None
+        old = next((snapshot for snapshot in found if snapshot.at <= latest), Snapshot(0, {}))
+        return old.at, _subtract(times_by_type(self.metrics()), old.times)
 
     # Counting for the web process -------------------------------------------------------------------------------------
 
@@ -2870,7 +3017,7 @@ class Queue(Verbs):
     def count_pending(self, names: Sequence[str]) -> dict[str, int]:
         """Count the pending jobs of some queues."""
         counts = self.store.read(("HMGET", self.keys.counts, *("pending:" + name for name in names)))[0]
-        return dict(zip(names, map(_read_count, counts), strict=True))
+        return dict(zip(names, map(read_count, counts), strict=True))
 
     def discard(self, worker: str, entries: Sequence[bytes]) -> None:
         """Drop entries of the worker's own list that cannot name a job of this queue."""
@@ -2887,7 +3034,7 @@ def is_suspect(job: Job) -> bool:
     return job.suspicions >= SUSPICIOUS
 
 
-def _read_count(value: bytes | None) -> int:
+def read_count(value: bytes | None) -> int:
     """Read a count, which is 0 until something was counted."""
     try:
         return int(value or 0)
@@ -2902,9 +3049,9 @@ def _ends_by_type(fields: Iterable[tuple[str, bytes]]) -> dict[str, dict[str, An
         if not type:
             continue
         ends = types.setdefault(type, {"completed": 0, "failed": 0, "errors": {}})
-        ends["completed" if event == "completed" else "failed"] += _read_count(value)
+        ends["completed" if event == "completed" else "failed"] += read_count(value)
         if event == "error":
-            ends["errors"][error] = _read_count(value)
+            ends["errors"][error] = read_count(value)
     return types
 
 
@@ -2954,11 +3101,25 @@ def new_worker_id() -> str:
     return (host if len(host) <= room else host.partition(".")[0][-room:].lstrip("-_")) + end
 
 
-def _worker(id: str, about: bytes, lease: bytes | None) -> dict[str, Any]:
+def read_workers(ids: Sequence[str], values: Sequence[bytes | None], paused: Collection[str]) -> list[dict[str, Any]]:
+    """Read the registrations and leases of workers, two values each. Skip those not registered."""
+    rows = zip(ids, values[::2], values[1::2], strict=True)
+    try:
+        return [_worker(id, about, lease, QUIET_MARK + id in paused) for id, about, lease in rows if about]
+    except (msgspec.DecodeError, KeyError, AttributeError, TypeError) as error:
+        raise Corrupted(f"the registration or the lease of a worker cannot be read: {error}") from None
+
+
+def _slot(job: Job) -> dict[str, Any]:
+    return {"jobId": job.id, "type": job.type, "startedAt": job.started_at}
+
+
+def _worker(id: str, about: bytes, lease: bytes | None, quiet: bool) -> dict[str, Any]:
     known = msgspec.json.decode(about)
     beat = msgspec.json.decode(lease or b"{}")
     at = beat.get("at", known["startedAt"] if lease else 0)
-    return {"id": id, **known, "alive": bool(lease), "lastHeartbeat": at, "jobs": beat.get("jobs", [])}
+    lists = {name: beat.get(name, []) for name in ("jobs", "slots", "givenUp")}
+    return {"id": id, **known, "alive": bool(lease), "quiet": quiet, "lastHeartbeat": at, **lists}
 
 
 # Metrics --------------------------------------------------------------------------------------------------------------
@@ -3004,3 +3165,29 @@ def _metric_commands(store: Store, tx: Transaction) -> list[Command]:
         tx.minute[f"error:{type if f'{type}:{queue}' in store.series else 'other'}:{error}"] += count
     added: list[Command] = [("SADD", store.keys.series, *new)] if new else []
     return added + [("HINCRBY", store.keys.metrics, field, by) for field, by in sums.items() if by]
+
+
+class Snapshot(msgspec.Struct):
+    """The times that the metrics had at a moment."""
+
+    at: int
+    times: Times
+
+
+def times_by_type(counters: Mapping[str, Mapping[tuple[str, ...], int]]) -> Times:
+    """Add up `waited` and `ran` of the metrics over all queues: by type, then by bucket."""
+    found: Times = {}
+    for event in ("waited", "ran"):
+        for (type, *_, bucket), count in counters.get(event, {}).items():
+            buckets = found.setdefault(type, {}).setdefault(event, {})
+            buckets[bucket] = buckets.get(bucket, 0) + count
+    return found
+
+
+def _subtract(now: Times, then: Times) -> Times:
+    """Return what the times of a snapshot do not count yet."""
+    for type, events in now.items():
+        for event, counts in events.items():
+            before = then.get(type, {}).get(event, {})
+            counts.update({bucket: max(0, count - before.get(bucket, 0)) for bucket, count in counts.items()})
+    return now

@@ -152,7 +152,7 @@ SHOWN = ("id", "type", "payload", "status", "attempts", "maxAttempts", "queue", 
 SHOWN_IF_SET = (
     *("runAt", "startedAt", "endedAt", "worker", "progress", "expiresAt", "uniqueKey", "cancelRequested", "suspicions"),
     *("requestId", "traceparent", "limit", "callbackUrl", "callbackJob", "schedule", "scheduledFor", "error"),
-    *("after", "waitingFor", "onFailure", "tags", "history"),
+    *("after", "waitingFor", "onFailure", "tags", "replayOf", "history"),
 )
 UNREADABLE = "UnreadableRecord"
 HISTORY = 10  # attempts that are kept of a job, the running or last one among them
@@ -246,6 +246,7 @@ class Job(msgspec.Struct, rename="camel", omit_defaults=True, dict=True, forbid_
     scheduled_for: int = 0
     callback_url: str = ""
     callback_job: str = ""  # id of the delivery of its last end
+    replay_of: str = ""  # id of the ended job that was submitted again as this one
     tags: tuple[str, ...] = ()
     history: tuple[PastAttempt, ...] = ()  # its former attempts; of an ended job, `worker` had the last one
     # The fields of a newer version. In the record they are beside the others, not under this name.
@@ -382,6 +383,11 @@ class Job(msgspec.Struct, rename="camel", omit_defaults=True, dict=True, forbid_
         self.status = "failed"
         self.error = stored.error
         self.ended_at = self.updated_at = stored.ended_at
+
+    def again(self) -> dict[str, Any]:
+        """Return the options with which `make_job` makes this job again, to start now."""
+        names = ("queue", "max_attempts", "unique_key", "after", "on_failure", "callback_url", "tags")
+        return {"payload": self.payload, **{name: value for name in names if (value := getattr(self, name))}}
 
     def place(self) -> tuple[int, str]:
         """Its place in a listing: by when it ended, or was created if it has not ended."""

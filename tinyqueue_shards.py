@@ -33,6 +33,7 @@ from tinyqueue import (
     Reaped,
     S,
     T,
+    Times,
     TinyQueueError,
     Unavailable,
     Verbs,
@@ -196,6 +197,8 @@ class Shards(Verbs):
     def _register_in(self, shard: Queue, worker: str) -> None:
         register, absent = self._registrations[worker]
         register(shard)
+        if any(part.is_quiet(worker) for part in self.parts):
+            shard.quiet(worker)
         absent.discard(shard)
 
     def _absent(self, worker: str) -> set[Queue]:
@@ -212,18 +215,18 @@ class Shards(Verbs):
             self._absent(worker).add(shard)
             raise
 
-    def wait(self, names: Sequence[str], seconds: float = BLOCK) -> set[str]:
+    def wait(self, names: Sequence[str], seconds: float = BLOCK, worker: str = "") -> set[str]:
         """Like Queue.wait, in all shards. Waits that outlast this call go on in the next one."""
         for shard in self.parts:
             if shard not in self._waits:
-                self._waits[shard] = self._waiters.submit(self._wait_in, shard, names, seconds)
+                self._waits[shard] = self._waiters.submit(self._wait_in, shard, names, seconds, worker)
         done, _ = wait(self._waits.values(), return_when=FIRST_COMPLETED)
         self._waits = {shard: future for shard, future in self._waits.items() if future not in done}
         return {name for future in done for name in future.result()}
 
-    def _wait_in(self, shard: Queue, names: Sequence[str], seconds: float) -> set[str]:
+    def _wait_in(self, shard: Queue, names: Sequence[str], seconds: float, worker: str) -> set[str]:
         try:
-            return shard.wait(names, seconds)
+            return shard.wait(names, seconds, worker)
         except TinyQueueError:  # as if no bell rang: the other shards are still waited for
             time.sleep(seconds)
             return set()
@@ -299,6 +302,15 @@ class Shards(Verbs):
     def retry(self, id: str) -> Job | None:
         return self.part_of(id).retry(id)
 
+    def hasten(self, id: str) -> Job | None:
+        return self.part_of(id).hasten(id)
+
+    def quiet(self, worker: str) -> bool:
+        return any(self._call_all(lambda shard: shard.quiet(worker), must=True))
+
+    def resume_worker(self, worker: str) -> bool:
+        return any(self._call_all(lambda shard: shard.resume_worker(worker), must=True))
+
     def cancel_requests(self, ids: Sequence[str]) -> list[str]:
         return self._call_each(ids, str, Queue.cancel_requests)
 
@@ -317,12 +329,16 @@ class Shards(Verbs):
     def place_among_held(self, job: Job) -> int:
         return self.part_of(job.id).place_among_held(job)
 
-    def heartbeat(self, worker: str, jobs: Sequence[str] = ()) -> None:
+    def heartbeat(
+        self, worker: str, jobs: Sequence[str] = (), slots: Sequence[Job] = (), given_up: Sequence[Job] = ()
+    ) -> None:
         """Like Queue.heartbeat, in every shard that answers. Registers the worker where it is not.
 
         Raises Reaped after that, if any shard has reaped it. It registers there at the next call.
         """
         parts = self._by_shard(jobs, str)
+        running = self._by_shard(slots, lambda job: job.id)
+        given = self._by_shard(given_up, lambda job: job.id)
         absent = set(self._absent(worker))
 
         def beat(shard: Queue) -> None:
@@ -330,7 +346,7 @@ class Shards(Verbs):
                 self._register_in(shard, worker)
                 return
             with self._noting_reaped(shard, worker):
-                shard.heartbeat(worker, parts.get(shard, []))
+                shard.heartbeat(worker, parts.get(shard, []), running.get(shard, []), given.get(shard, []))
 
         self._call_all(beat)
 
@@ -410,6 +426,14 @@ class Shards(Verbs):
 
     def metrics(self) -> dict[str, dict[tuple[str, ...], int]]:
         return reduce(_added, (shard.metrics() for shard in self.parts))
+
+    def take_snapshot(self) -> bool:
+        return any(self._call_all(Queue.take_snapshot))
+
+    def times(self, minutes: int) -> tuple[int, Times]:
+        """Like Queue.times, added up. The window is the longest of any shard."""
+        found = [shard.times(minutes) for shard in self.parts]
+        return min(at for at, _ in found), reduce(_added, (times for _, times in found))
 
     def count_scrape_errors(self, times: int) -> None:
         self._try_first(lambda shard: shard.count_scrape_errors(times))

@@ -157,6 +157,7 @@ class Slot(Shield):
         self.expired_at = float("inf")  # when the main thread first tried to interrupt it
         self.interrupted = False
         self.abandoned = False  # the handler still runs, and its job was taken away
+        self.given_up: Job | None = None  # that job
 
     def run(self, job: Job) -> Outcome | None:
         """Run a job and return its outcome; None if it was abandoned and this thread must end."""
@@ -236,6 +237,7 @@ class Slot(Shield):
         with self.lock:
             job, self.job = self.job, None
             self.abandoned = self.abandoned or job is not None
+            self.given_up = job or self.given_up
             return job
 
     def evict(self) -> None:

@@ -39,10 +39,12 @@ import tinyqueue_openapi
 import tinyqueue_schedule
 from tinyqueue import (
     BUILT_IN,
+    ENDED,
     ID,
     LIMIT,
     MAX_JOBS,
     NAME,
+    SCANNED,
     UNENDED,
     InvalidJob,
     Job,
@@ -73,14 +75,16 @@ from tinyqueue_config import (
     reset_signals_in_children,
     set_up_logging,
 )
-from tinyqueue_doctor import warnings
+from tinyqueue_doctor import Observer, warnings
+from tinyqueue_events import HEADERS as EVENT_HEADERS, LISTENERS, Events, cached, overview
 from tinyqueue_json import new_id
-from tinyqueue_metrics import Scrape
-from tinyqueue_problems import HEADERS, RETRY_AFTER, Problem, kind_of_status, problem, response_headers
+from tinyqueue_metrics import Scrape, types
+from tinyqueue_problems import HEADERS, RETRY_AFTER, Problem, kind_of_status, problem, problem_of, response_headers
 from tinyqueue_request import (
     FILTERS,
     is_ref,
     log_request,
+    note_sent_ids,
     printable,
     read_arguments,
     read_batch,
@@ -89,11 +93,14 @@ from tinyqueue_request import (
     read_int,
     read_json,
     read_key,
+    read_most,
+    read_optional_json,
     read_query,
     read_query_pairs,
     read_refs,
     require_job,
     require_schedule,
+    require_worker,
     shorten,
     summary,
 )
@@ -109,6 +116,10 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("tinyqueue.web")
 
+OVERVIEW_MINUTES = 60  # of history in each event
+TYPES_MINUTES = 15  # that GET /types looks back, unless the request says otherwise
+TYPES_EVERY = 10  # seconds until events have new numbers of the types
+MAX_MINUTES = 120  # for which there are counts
 LONGEST_WAIT = 25  # seconds that GET /jobs/<id>?wait= may take: routers time out after 30
 WORK_TIME = 20  # seconds that POST /work takes at most, unless the request says otherwise
 MAX_SCALED = 100  # queues that one GET /scale may name
@@ -135,8 +146,12 @@ ROUTES = (
     ("GET", "/jobs/<id>", "show", "read"),
     ("DELETE", "/jobs/<id>", "cancel", "admin"),
     ("POST", "/jobs/<id>/retry", "retry", "admin"),
+    ("POST", "/jobs/<id>/run", "hasten", "admin"),
+    ("POST", "/jobs/<id>/replay", "replay", "admin"),
+    ("POST", "/jobs/<id>/purge", "purge", "admin"),
     ("POST", "/jobs/retry", "retry_many", "admin"),
     ("POST", "/jobs/cancel", "cancel_many", "admin"),
+    ("POST", "/jobs/purge", "purge_many", "admin"),
     ("GET", "/queues", "queues", "read"),
     ("POST", "/queues/<name>/pause", "pause", "admin"),
     ("POST", "/queues/<name>/resume", "resume", "admin"),
@@ -150,8 +165,13 @@ ROUTES = (
     ("PUT", "/limits/<limit>", "set_limit", "admin"),
     ("POST", "/work", "work", "admin"),
     ("GET", "/stats", "stats", "read"),
+    ("GET", "/verdict", "verdict", "read"),
     ("GET", "/scale", "scale", "read"),
     ("GET", "/workers", "workers", "read"),
+    ("GET", "/types", "types", "read"),
+    ("GET", "/events", "events", "read"),
+    ("POST", "/workers/<name>/quiet", "quiet_worker", "admin"),
+    ("POST", "/workers/<name>/resume", "resume_worker", "admin"),
     ("GET", "/metrics", "metrics", "read"),
 )
 # JSON name -> argument of Queue.draft
@@ -198,6 +218,8 @@ class API(bottle.Bottle):  # type: ignore[misc]
         self._blocked = threading.BoundedSemaphore(WEB_THREADS // 2)
         self._waiters: dict[Queue, Waiter] = {}
         self._guest = Guest()
+        self._events = Events(self._overview)
+        self._types = cached(lambda: types(self.queue, TYPES_MINUTES), TYPES_EVERY)  # for events only
         self._scrape_errors = 0  # not yet counted in Redis
         for method, path, name, role in ROUTES:
             for part, pattern in (("<id>", ID.pattern), ("<name>", NAME.pattern), ("<limit>", LIMIT.pattern)):
@@ -212,6 +234,10 @@ class API(bottle.Bottle):  # type: ignore[misc]
     @cached_property
     def access(self) -> Access:
         return Access(self.settings)
+
+    @cached_property
+    def observer(self) -> Observer:
+        return Observer(self.queue, self.settings.max_wait)
 
     @property
     def queue(self) -> AnyQueue:
@@ -362,10 +388,21 @@ class API(bottle.Bottle):  # type: ignore[misc]
             options["after"] = [refs.get(name, name) if isinstance(name, str) else name for name in options["after"]]
         job = queue.draft(**options)
         job.id = id or job.id
-        sent_ids = request.environ["tinyqueue.sent_ids"]  # not a generated id: a client searches for its own
-        job.request_id = sent_ids.get("requestId", "")
-        job.traceparent = sent_ids.get("traceparent", "")
-        return job
+        return note_sent_ids(job)
+
+    def replay(self, id: str) -> dict[str, Any]:
+        """Submit an ended job again, perhaps with another payload or other fields. As submit."""
+        fields = read_optional_json(self.settings.max_body)
+        job = require_job(self.queue.get(id))
+        if isinstance(fields, dict) and fields.get("type", job.type) != job.type:
+            raise InvalidJob("type", f"must be {job.type}, that of the job, or be left out")
+        options = read_arguments("job", fields, FIELDS, (), job.type)
+        draft = note_sent_ids(self.queue.redraft(job, **options))
+        once = read_key(fields)
+        new = self.queue.submit([draft], once)[0]
+        request.environ["tinyqueue.job"] = new.id
+        bottle.response.set_header("Location", f"../{new.id}")
+        return self._answer_submit([draft], [new], once)[0]
 
     # Reading jobs, queues and workers ---------------------------------------------------------------------------------
 
@@ -427,12 +464,55 @@ class API(bottle.Bottle):  # type: ignore[misc]
         for waiter in list(self._waiters.values()):
             waiter.release_all()
         self._guest.stop()
+        self._events.wake()
+
+    def events(self) -> bottle.HTTPResponse:
+        """Send the data of the dashboard's overview again and again, as server-sent events.
+
+        Only our own server can send events without a thread for each listener.
+        """
+        if "tinyqueue.can_park" not in request.environ:
+            raise Problem(404, "not-found", "this server sends no events; request GET /stats again and again instead")
+        self._require_running()
+        headers = response_headers() | EVENT_HEADERS
+        if request.method == "HEAD":
+            return bottle.HTTPResponse("", 200, headers)
+        self.queue  # noqa: B018 - if it cannot be opened, this is the answer
+        place = self._events.enter()
+        if not place:
+            detail = f"{LISTENERS} listeners get events from this process already; request GET /stats instead"
+            raise Problem(503, "too-many-listeners", detail, {"Retry-After": "60"})
+        from tinyqueue_server import Stream
+
+        raise Stream([*headers.items(), ("X-Request-ID", LOG_CONTEXT.get()()["requestId"])], place.attach)
+
+    def _overview(self) -> bytes:
+        parts: dict[str, Callable[[], Any]] = {
+            "stats": partial(self.queue.stats, OVERVIEW_MINUTES),
+            "workers": self.queue.workers,
+            "types": self._types,
+        }
+        return overview(parts, lambda error: problem_of(error).body())
+
+    def _require_running(self) -> None:
+        """Refuse the request if the server is stopping: another process should answer it."""
+        if request.environ.get("tinyqueue.stopping"):
+            headers = {"Retry-After": str(RETRY_AFTER)}
+            raise Problem(503, "stopping", "this web process is stopping; use another one", headers)
 
     def queues(self) -> dict[str, Any]:
         return {"queues": self.queue.queues()}
 
     def stats(self) -> dict[str, Any]:
-        return self.queue.stats(read_int(read_query("minutes"), "minutes", 0, 0, 120))
+        return self.queue.stats(read_int(read_query("minutes"), "minutes", 0, 0, MAX_MINUTES))
+
+    def types(self) -> dict[str, Any]:
+        """Report by type how many attempts ended and failed lately, and how long jobs take."""
+        return types(self.queue, read_int(read_query("minutes"), "minutes", TYPES_MINUTES, 1, MAX_MINUTES))
+
+    def verdict(self) -> dict[str, Any]:
+        """Say whether all is well, or what is wrong and what to do. Answers without Redis, too."""
+        return self.observer.verdict()
 
     def scale(self) -> dict[str, int]:
         """Count the jobs that need workers now, in each ?queue= or in all, for an autoscaler."""
@@ -461,20 +541,39 @@ class API(bottle.Bottle):  # type: ignore[misc]
     def retry(self, id: str) -> dict[str, str]:
         return summary(require_job(self.queue.retry(id)))
 
+    def hasten(self, id: str) -> dict[str, str]:
+        """Let a delayed or retrying job start now."""
+        return summary(require_job(self.queue.hasten(id)))
+
+    def purge(self, id: str) -> dict[str, str]:
+        """Delete an ended job. The status is the one that it had."""
+        return summary(require_job(self.queue.purge_one(id)))
+
     def cancel_many(self) -> dict[str, Any]:
         return self._change_many("cancel", "pending", {"pending"})
 
     def retry_many(self) -> dict[str, Any]:
         return self._change_many("retry", "failed", {"failed", "cancelled"})
 
-    def _change_many(self, verb: Literal["cancel", "retry"], default: str, allowed: set[str]) -> dict[str, Any]:
+    def purge_many(self) -> dict[str, Any]:
+        return self._change_many("purge", "", set(ENDED))
+
+    def _change_many(
+        self, verb: Literal["cancel", "retry", "purge"], default: str, allowed: set[str]
+    ) -> dict[str, Any]:
         fields = read_json(self.settings.max_body)
+        most = read_most(fields, SCANNED)
         if not isinstance(fields, dict) or not all(isinstance(value, str) for value in fields.values()):
-            raise InvalidJob("filter", f"must be an object of strings; possible keys: {', '.join(FILTERS)}, cursor")
-        filter = read_filter({"status": default} | {k: v for k, v in fields.items() if k != "cursor"})
+            keys = f"{', '.join(FILTERS)}, cursor"
+            raise InvalidJob("filter", f"must be an object of strings, and the number most; possible keys: {keys}")
+        cursor = fields.pop("cursor", "")
+        filter = read_filter({"status": default} | fields)
         if filter.status not in allowed:
             raise InvalidJob("status", f"must be {' or '.join(sorted(allowed))}; this route changes no other jobs")
-        counts = self.queue.change_many(verb, filter, fields.get("cursor", ""))
+        if verb == "purge":
+            counts = self.queue.purge(filter, cursor, most)
+        else:
+            counts = self.queue.change_many(verb, filter, cursor, most)
         return counts | {"cursor": counts["cursor"] or None}
 
     def pause(self, name: str) -> dict[str, Any]:
@@ -484,6 +583,15 @@ class API(bottle.Bottle):  # type: ignore[misc]
     def resume(self, name: str) -> dict[str, Any]:
         self.queue.resume(name)
         return {"queue": name, "paused": False}
+
+    def quiet_worker(self, name: str) -> dict[str, Any]:
+        """Let a worker take no more jobs. Those that it has run to their ends."""
+        require_worker(self.queue.quiet(name))
+        return {"worker": name, "quiet": True}
+
+    def resume_worker(self, name: str) -> dict[str, Any]:
+        require_worker(self.queue.resume_worker(name))
+        return {"worker": name, "quiet": False}
 
     def set_limit(self, limit: str) -> dict[str, Any]:
         """Pause, raise or lower a limit. An empty object returns to the numbers in the code."""
@@ -553,11 +661,9 @@ class API(bottle.Bottle):  # type: ignore[misc]
 
         A server that stops is not ready, so that a load balancer sends requests elsewhere.
         """
-        if request.environ.get("tinyqueue.stopping"):
-            headers = {"Retry-After": str(RETRY_AFTER)}
-            raise Problem(503, "stopping", "this web process is stopping; use another one", headers)
+        self._require_running()
         self.queue.ping()
-        return {"status": "ok", "warnings": warnings(self.queue)}
+        return {"status": "ok", "warnings": list(map(str, self.observer.problems()))}
 
     def whoami(self) -> dict[str, Any]:
         """Return the name and roles of the caller's key. Without keys: no name, and all roles."""
@@ -616,10 +722,12 @@ class API(bottle.Bottle):  # type: ignore[misc]
 
 def _explain_missing(path: str) -> str:
     """Say why no route has this path. A route with an id or a name has only valid ones."""
-    if re.fullmatch("/jobs/[^/]+(/retry)?", path):
+    if re.fullmatch("/jobs/[^/]+(/(retry|run|replay|purge))?", path):
         return "not a job id; an id is a UUID, such as 01900000-0000-7000-8000-000000000000"
     if re.fullmatch("/schedules/[^/]+(/(pause|resume|run))?", path):
         return "not the name of a schedule; a name is 1 to 100 of the characters A-Z a-z 0-9 . _ -"
+    if re.fullmatch("/workers/[^/]+/(quiet|resume)", path):
+        return "not the name of a worker; see GET /workers"
     if path.startswith("/limits/"):
         return "not the name of a limit; a name is a type, or type/value as GET /limits shows it"
     if re.fullmatch("/queues/[^/]+/(pause|resume)", path):

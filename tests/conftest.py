@@ -344,11 +344,12 @@ def lapse(queue: Queue, worker: str) -> None:
 
 def find_lost(queue: Any) -> list[str]:
     """The workers that are lost to a process that has watched for a lease while all others sent heartbeats."""
-    queue.lost_workers(now=0.0)
+    began = max((since for part in queue.parts for _, since in part._leases.values()), default=0.0)
+    queue.lost_workers(now=began)
     for worker in queue.workers():
         if worker["alive"]:
             queue.heartbeat(worker["id"], worker["jobs"])
-    return list(queue.lost_workers(now=queue.lease))
+    return list(queue.lost_workers(now=began + queue.lease))
 
 
 def put(queue: Queue, status: str, /, **options: Any) -> Job:
@@ -484,8 +485,11 @@ FAMILIES = {
     "cancelled": "zset",
     "workers": "set",
     "counts": "hash",
+    "trouble": "hash",
     "promoter": "string",
     "repairer": "string",
+    "snapshots": "list",
+    "snapshotter": "string",
     "mark": "string",
     "metrics": "hash",
     "series": "set",
@@ -511,6 +515,7 @@ FAMILIES = {
 }
 EXPIRING = (
     *("lease:", "promoter", "repairer", "advancer", "mark", "once:", "minute:", "rate:", "done:", "pace:", "halt:"),
+    "snapshotter",
 )
 ENDED = ("completed", "failed", "cancelled")
 
@@ -542,6 +547,8 @@ def check_consistency(queue: Queue) -> None:
     workers = {worker.decode() for worker in keys["workers"].value} if "workers" in keys else set()
     assert held.keys() <= workers, "a list belongs to a worker that is not in the set of workers"
     assert family("worker:").keys() <= workers
+    marks = {name.decode() for name in keys["paused"].value if name.startswith(b"@")} if "paused" in keys else set()
+    assert {mark[1:] for mark in marks} <= family("worker:").keys(), "the mark of a quiet worker has stayed"
     assert family("lease:").keys() <= workers
     assert all(len(bells) <= 64 for bells in family("bell:").values())
     for id, record in records.items():

@@ -82,6 +82,10 @@ NEEDED_ROLES = {
     ("POST", "/jobs/<id>/retry"): "admin",
     ("POST", "/jobs/retry"): "admin",
     ("POST", "/jobs/cancel"): "admin",
+    ("POST", "/jobs/purge"): "admin",
+    ("POST", "/jobs/<id>/run"): "admin",
+    ("POST", "/jobs/<id>/replay"): "admin",
+    ("POST", "/jobs/<id>/purge"): "admin",
     ("GET", "/queues"): "read",
     ("POST", "/queues/<name>/pause"): "admin",
     ("POST", "/queues/<name>/resume"): "admin",
@@ -95,8 +99,13 @@ NEEDED_ROLES = {
     ("POST", "/schedules/<name>/run"): "admin",
     ("POST", "/work"): "admin",
     ("GET", "/stats"): "read",
+    ("GET", "/verdict"): "read",
     ("GET", "/scale"): "read",
     ("GET", "/workers"): "read",
+    ("GET", "/types"): "read",
+    ("GET", "/events"): "read",
+    ("POST", "/workers/<name>/quiet"): "admin",
+    ("POST", "/workers/<name>/resume"): "admin",
     ("GET", "/metrics"): "read",
 }
 GUARDED = [route for route, role in NEEDED_ROLES.items() if role]
@@ -676,10 +685,11 @@ def test_accept_requests_of_a_page_of_this_server(near: Queue, headers: dict[str
 def test_get_changes_nothing(queue: Queue, method: str, path: str) -> None:
     job = put(queue, "failed")
     api = Client(API(Settings(), queue))
+    api.get("/verdict")  # the first look notes since when a problem lasts
     before = dump(queue)
     for suffix in ("", "?action=retry&_method=DELETE"):
         answer = api.get(path.replace("<id>", job.id) + suffix, {"X-Http-Method-Override": "DELETE"})
-        assert answer.status in (200, 400, 422)
+        assert answer.status in ((404,) if path == "/events" else (200, 400, 422))  # only our own server sends events
     assert dump(queue) == before
 
 

@@ -113,6 +113,7 @@ class Worker:
         self.id = id
         self.held = {}
         self.reaped = False
+        self.quiet = False
 
 
 class Machine(RuleBasedStateMachine):
@@ -219,7 +220,7 @@ class Machine(RuleBasedStateMachine):
         jobs = self.queue.enqueue_many("limited", [{}] * count, **options)
         self.model |= {job.id: Known(job) for job in jobs}
         worker = data.draw(st.sampled_from(self.workers))
-        self._start(worker, self.queue.take(worker.id, NAMES, 5))
+        self._start(worker, self._take(worker, 5))
         return multiple(*(job.id for job in jobs))
 
     @rule()
@@ -267,7 +268,42 @@ class Machine(RuleBasedStateMachine):
             with pytest.raises(WrongStatus):
                 self.queue.retry(id)
 
+    @rule(id=jobs)
+    def hasten(self, id: str) -> None:
+        known = self.model[id]
+        if known.status == "pending" and known.due > self.queue.now() and not known.waiting:
+            assert self.queue.hasten(id).run_at == 0
+            known.due = 0
+            assert self._listed_in(id)[-1] == id, "it is not the next job of its queue"
+        else:
+            with pytest.raises(WrongStatus):
+                self.queue.hasten(id)
+
+    def _listed_in(self, id: str) -> list[str]:
+        """Return the ids in the queue of a job, the next one last."""
+        key = self.queue.keys.jobs(self.queue.get(id).queue)
+        return [entry.decode() for entry in raw(self.queue).lrange(key, 0, -1)]
+
+    def _take(self, worker: Worker, most: int) -> list[bytes]:
+        ids = self.queue.take(worker.id, NAMES, most)
+        assert not (worker.quiet and ids), "a quiet worker takes jobs"
+        return ids
+
     # Workers
+
+    @precondition(lambda self: self.workers)
+    @rule(data=st.data())
+    def quiet(self, data: st.DataObject) -> None:
+        worker = data.draw(st.sampled_from(self.workers))
+        assert self.queue.quiet(worker.id) != worker.reaped
+        worker.quiet = not worker.reaped
+
+    @precondition(lambda self: any(worker.quiet for worker in self.workers))
+    @rule(data=st.data())
+    def resume_worker(self, data: st.DataObject) -> None:
+        worker = data.draw(st.sampled_from([worker for worker in self.workers if worker.quiet]))
+        assert self.queue.resume_worker(worker.id) != worker.reaped
+        worker.quiet = False
 
     @precondition(lambda self: len(self.workers) < 3)
     @rule()
@@ -279,7 +315,7 @@ class Machine(RuleBasedStateMachine):
     @rule(data=st.data(), most=st.integers(1, 3))
     def dequeue(self, data: st.DataObject, most: int) -> None:
         worker = data.draw(st.sampled_from(self.workers))
-        self._start(worker, self.queue.take(worker.id, NAMES, most))
+        self._start(worker, self._take(worker, most))
 
     @precondition(lambda self: self.workers)
     @rule(data=st.data(), most=st.integers(1, 3))
@@ -355,7 +391,7 @@ class Machine(RuleBasedStateMachine):
             return
         assert not worker.reaped
         assert lost == []
-        taken = listed[:most]
+        taken = [] if worker.quiet else listed[:most]
         for outcome in outcomes:
             del worker.held[outcome.job.id]
             self._settled(self.model[outcome.job.id], self.queue.get(outcome.job.id), verb)
@@ -464,6 +500,7 @@ class Machine(RuleBasedStateMachine):
             known.lose(beside=len(running) > 1)
         for worker in self.workers:
             worker.reaped = worker.reaped or worker.id == id
+            worker.quiet = worker.quiet and not worker.reaped
 
     @rule()
     def promote(self) -> None:
