@@ -157,7 +157,7 @@ def read_query_pairs() -> list[tuple[str, str]]:
 def read_int(query: dict[str, str], name: str, default: int, low: int, high: int) -> int:
     """Remove a number from the query and return it."""
     text = query.pop(name, str(default))
-    if not re.fullmatch("[0-9]{1,9}", text) or not low <= int(text) <= high:
+    if not re.fullmatch("[0-9]{1,16}", text) or not low <= int(text) <= high:
         raise Problem(400, "invalid-query", f"{name} must be a whole number from {low} to {high}", field=name)
     return int(text)
 
