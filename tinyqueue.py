@@ -139,16 +139,20 @@ Keys. All share one hash tag, the namespace, and so one slot of a cluster.
     {queue}:pace:<limit>      zset    <id>:<start> of the starts in the last period. Expires
     {queue}:halt:<limit>      string  until when RateLimited halts the limit. Expires
     {queue}:overrides         hash    type or limit -> what replaces the numbers in the code
-    {queue}:minute:<n>        hash    started, waitedMs, completed, failed, cancelled in minute n
-                                      since 1970. Expires after two hours
+    {queue}:minute:<n>        hash    started, waitedMs, completed, failed, cancelled, retried in minute
+                                      n since 1970; completed:<type> and error:<type>:<error>, the
+                                      attempts by how they ended. Expires after two hours
     {queue}:rate:<who>:<n>    string  requests of a client in rate window n. Expires
     {queue}:awaited           set     ids of the jobs whose end a caller waits for
     {queue}:done:<id>         list    a token that wakes those callers. A web process has an <id> of
                                       its own, to be woken for more jobs. Expires after a minute
     {queue}:counts            hash    pending:<name> and processing:<name> now;
+                                      retrying: pending ones of which an attempt has failed;
                                       completed, failed and cancelled ever
     {queue}:promoter          string  a lock that saves two promoters the same work. Expires
     {queue}:repairer          string  a lock that saves workers the same repair. Expires
+    {queue}:snapshots         list    the times in metrics by type as they were, newest first: up to 5
+    {queue}:snapshotter       string  a lock until the next snapshot. Expires after 15 minutes
     {queue}:mark              string  a write that only WAIT needs. Expires after a second
     {queue}:metrics           hash    events so far: <event>:<type>:<queue>, times with :<bucket>
     {queue}:trouble           hash    <check>:<subject> -> since when a verdict has found that problem
@@ -336,6 +340,8 @@ TOKENS = 1000  # of advance that are read at a time
 ADVANCED = 100  # waiting jobs that one transaction of advance changes
 FATES = {"failed": "has failed", "cancelled": "was cancelled"}  # of a parent, in an error
 SERIES = 1000  # pairs of type and queue in the metrics: each adds some thirty lines to a scrape
+SNAPSHOTS = 5  # of the times in the metrics that are kept
+SNAPSHOT_EVERY = 900  # seconds
 BUCKETS = (10, 50, 250, 1000, 5000, 15_000, 60_000, 300_000, 1_800_000, math.inf)  # ms
 
 # Keys -----------------------------------------------------------------------------------------------------------------
@@ -356,6 +362,8 @@ class Keys:
         self.ticks = prefix + "ticks"
         self.promoter = prefix + "promoter"
         self.repairer = prefix + "repairer"
+        self.snapshots = prefix + "snapshots"
+        self.snapshotter = prefix + "snapshotter"
         self.advance = prefix + "advance"
         self.advancer = prefix + "advancer"
         self.mark = prefix + "mark"
@@ -404,6 +412,7 @@ T = TypeVar("T")
 Records = dict[str, bytes | None]  # by id
 Push = Literal["LPUSH", "RPUSH"]  # behind all other jobs of a queue, or before them
 Range = Literal["LRANGE", "ZRANGE"]
+Times = dict[str, dict[str, dict[str, int]]]  # by type, then "waited" or "ran", then bucket
 
 
 class Transaction:
@@ -432,7 +441,8 @@ class Transaction:
         # Not Counter, which takes a microsecond to make.
         self._bells: defaultdict[str, int] = defaultdict(int)
         self._counts: defaultdict[str, int] = defaultdict(int)
-        self._minute: defaultdict[str, int] = defaultdict(int)
+        self.minute: defaultdict[str, int] = defaultdict(int)
+        self.errors: defaultdict[tuple[str, str, str], int] = defaultdict(int)
 
     def read(self, *commands: Command, before: Sequence[Command] = ()) -> list[Any]:
         """Send commands and return their replies. The first call also sends WATCH.
@@ -516,17 +526,32 @@ class Transaction:
     def count(self, field: str, by: int = 1) -> None:
         self._counts[field] += by
 
+    def count_pending(self, job: Job, by: int = 1) -> None:
+        """Count a job that became pending, or that is so no longer but still looks like it."""
+        self.count("pending:" + job.queue, by)
+        if job.retrying:
+            self.count("retrying", by)
+
     def count_start(self, job: Job, waited: int) -> None:
         """Count a start, in this minute and in the metrics. `waited` is in milliseconds."""
-        self._minute["started"] += 1
-        self._minute["waitedMs"] += waited
+        self.minute["started"] += 1
+        self.minute["waitedMs"] += waited
         self.measure("waited", job, waited)
 
     def count_end(self, job: Job) -> None:
         """Count an end, in the totals, in this minute and in the metrics."""
         self._counts[job.status] += 1
-        self._minute[job.status] += 1
+        self.minute[job.status] += 1
         self.measure(job.status, job)
+
+    def count_retry(self, job: Job) -> None:
+        """Count a failed attempt that another follows, in this minute and in the metrics."""
+        self.minute["retried"] += 1
+        self.measure("retried", job)
+
+    def count_error(self, job: Job) -> None:
+        """Count a failed attempt, in this minute, by its error."""
+        self.errors[job.type, job.queue, job.error.type if job.error else ""] += 1
 
     def measure(self, event: str, job: Job, ms: int = -1) -> None:
         """Count an event in the metrics, and the time that it took unless that is -1."""
@@ -539,9 +564,9 @@ class Transaction:
             bell = self._keys.bell(queue)
             commands += [("LPUSH", bell, *["1"] * min(times, BELLS)), ("LTRIM", bell, 0, BELLS - 1)]
         commands += [("HINCRBY", self._keys.counts, field, by) for field, by in self._counts.items() if by]
-        if self._minute:
+        if self.minute:
             minute = self._keys.minute(self.now)
-            commands += [("HINCRBY", minute, field, by) for field, by in self._minute.items() if by]
+            commands += [("HINCRBY", minute, field, by) for field, by in self.minute.items() if by]
             commands.append(("EXPIRE", minute, 7200))
         return commands
 
@@ -622,7 +647,7 @@ class Store:
     def _run(self, tx: Transaction, body: Callable[[Transaction], R]) -> tuple[R, list[Command]]:
         try:
             result = body(tx)
-            return result, tx.commands() + _metric_commands(self, tx)
+            return result, _metric_commands(self, tx) + tx.commands()
         except TinyQueueError:
             tx.unwatch()
             raise
@@ -1383,7 +1408,7 @@ class Queue(Verbs):
             tx.gather("ZADD", self.keys.delayed, job.due, job.id)
         else:
             tx.push(push, job)
-        tx.count("pending:" + job.queue)
+        tx.count_pending(job)
 
     # Schedules --------------------------------------------------------------------------------------------------------
 
@@ -1635,13 +1660,13 @@ class Queue(Verbs):
 
     def _begin(self, tx: Transaction, job: Job, worker: str) -> Job:
         tx.count_start(job, job.waited(tx.now))
+        tx.count_pending(job, -1)
         job.status = "processing"
         job.worker = worker
         job.attempts += 1
         job.started_at = job.updated_at = max(tx.now, job.created_at)
         job.ended_at = 0
         job.progress = 0.0
-        tx.count("pending:" + job.queue, -1)
         tx.count("processing:" + job.queue)
         return job
 
@@ -1655,8 +1680,8 @@ class Queue(Verbs):
             self._set_aside(tx, job)
 
     def _fail_pending(self, tx: Transaction, job: Job, type: str, message: str) -> None:
+        tx.count_pending(job, -1)
         job.error = Failure(type, message)
-        tx.count("pending:" + job.queue, -1)
         self._end(tx, job, "failed")
 
     def _set_aside(self, tx: Transaction, job: Job | None) -> None:
@@ -1756,6 +1781,8 @@ class Queue(Verbs):
     def _write_outcome(self, tx: Transaction, outcome: Outcome, cancel_requested: bool) -> None:
         job = msgspec.structs.replace(outcome.job, updated_at=max(tx.now, outcome.job.started_at))
         job.error = outcome.error or job.error
+        if outcome.error and not outcome.halt and not cancel_requested:
+            tx.count_error(job)
         if outcome.verb == "release":
             self._stop_attempt(tx, job, "released")
         else:
@@ -1772,7 +1799,7 @@ class Queue(Verbs):
             job.attempts -= 1
             if job.limit:
                 self._make_pending(tx, job)
-                tx.count("pending:" + job.queue)
+                tx.count_pending(job)
                 self.limits.halt(tx, job, round(outcome.after * 1000))
             else:
                 self._requeue(tx, job, tx.now + round(outcome.after * 1000))
@@ -1785,7 +1812,7 @@ class Queue(Verbs):
             self._requeue_or_fail(tx, job, "released too often")
         elif outcome.after is not None and job.attempts < job.max_attempts:
             self._requeue(tx, job, tx.now + round(outcome.after * 1000))
-            tx.measure("retried", job)
+            tx.count_retry(job)
         else:
             self._end(tx, job, "failed")
 
@@ -1871,6 +1898,7 @@ class Queue(Verbs):
             job.attempts -= 1
             job.suspicions += 1
         job.updated_at = max(tx.now, job.updated_at)
+        tx.count_error(job)
         if job.cancel_requested:
             self._end(tx, job, "cancelled")
         elif job.attempts < job.max_attempts:
@@ -1904,7 +1932,7 @@ class Queue(Verbs):
             tx.write("ZREM", self.keys.delayed, id)
             if job.limit:
                 self.limits.forget(tx, job)
-            tx.count("pending:" + job.queue, -1)
+            tx.count_pending(job, -1)
             self._end(tx, job, "cancelled")
 
         return self._change(id, body)
@@ -2079,7 +2107,7 @@ class Queue(Verbs):
             self._revive(tx, job, seen=parent)
         elif job.status == "pending" and not job.waiting_for:
             tx.write("ZREM", self.keys.delayed, job.id)
-            tx.count("pending:" + job.queue, -1)  # counted again at once
+            tx.count_pending(job, -1)  # counted again at once
             job.updated_at = max(tx.now, job.updated_at)
             self._requeue(tx, job, job.run_at)
         elif released:
@@ -2362,6 +2390,18 @@ class Queue(Verbs):
 
         self.store.transact([self.keys.counts, *lists], body)
 
+    def take_snapshot(self) -> bool:
+        """Keep the times in the metrics as they are now, if 15 minutes have passed since the last.
+
+        Returns whether it did. `times` compares them with later ones.
+        """
+        if not self.store.read(("SET", self.keys.snapshotter, "1", "NX", "EX", SNAPSHOT_EVERY))[0]:
+            return False
+        snapshot = encode({"at": self.now(), "times": times_by_type(self.metrics())})
+        kept = ("LTRIM", self.keys.snapshots, 0, SNAPSHOTS - 1)
+        self.store.read(("LPUSH", self.keys.snapshots, snapshot), kept)
+        return True
+
     def forget(self, status: str, ids: Sequence[bytes]) -> int:
         """Delete ended jobs and their entries in the index of that status. Return how many.
 
@@ -2631,28 +2671,31 @@ class Queue(Verbs):
     def stats(self, minutes: int = 0) -> dict[str, Any]:
         """Count the jobs of every status, those of every queue, and the live workers.
 
-        `pending` includes the delayed jobs. `lastMinute` estimates the jobs that ended in the last
-        sixty seconds. `total` counts all that ever ended, even if their records have expired. With
-        `minutes`, `history` has an entry for each of the last minutes. Their counts exist for 120.
+        `pending` includes the delayed jobs and those `retrying`, of which an attempt has failed:
+        these wait for their backoff or for a slot. `lastMinute` estimates the jobs that ended in
+        the last sixty seconds. `total` counts all that ever ended, even if their records have
+        expired. With `minutes`, `history` has an entry for each of the last minutes. Their counts
+        exist for 120.
         """
         queues = self.queues()
         now = self.now()
-        indexes = {"delayed": self.keys.delayed, **self.keys.ended}
-        totals, last, this, looks, *sizes = self.store.read(
-            ("HMGET", self.keys.counts, *ENDED),
+        indexes = [self.keys.delayed, *(self.keys.ended[status] for status in ENDED)]
+        [*totals, retrying], last, this, looks, delayed, *kept = self.store.read(
+            ("HMGET", self.keys.counts, *ENDED, "retrying"),
             ("HMGET", self.keys.minute(now - 60_000), *ENDED),
             ("HMGET", self.keys.minute(now), *ENDED),
             ("SCARD", self.keys.holding),
-            *(("ZCARD", index) for index in indexes.values()),
+            *(("ZCARD", index) for index in indexes),
         )
-        sizes[0] = max(0, sizes[0] - looks)
         share = 1 - now % 60_000 / 60_000  # the part of the previous minute in the last sixty seconds
         recent = zip(ENDED, last, this, strict=True)
         leases = [self.keys.lease(worker) for worker in self._known_workers()]
         return {
             "pending": sum(queue["pending"] for queue in queues.values()),
             "processing": sum(queue["processing"] for queue in queues.values()),
-            **dict(zip(indexes, sizes, strict=True)),
+            "delayed": max(0, delayed - looks),
+            "retrying": max(0, read_count(retrying)),
+            **dict(zip(ENDED, kept, strict=True)),
             "oldestWaitingMs": max((queue["oldestWaitingMs"] for queue in queues.values()), default=0),
             "workers": self.store.read(("EXISTS", *leases))[0] if leases else 0,
             "queues": queues,
@@ -2713,13 +2756,25 @@ class Queue(Verbs):
 
     def _history(self, now: int, minutes: int) -> list[dict[str, int]]:
         """Count what started and ended in each minute, oldest first. The last is not over yet."""
-        fields = ("started", *ENDED, "waitedMs")
+        fields = ("started", *ENDED, "retried", "waitedMs")
         begun = [(now // 60_000 - back) * 60_000 for back in reversed(range(minutes))]
         found = self.store.read(*(("HMGET", self.keys.minute(at), *fields) for at in begun))
         return [
             {"at": at, **{field: read_count(value) for field, value in zip(fields, values, strict=True)}}
             for at, values in zip(begun, found, strict=True)
         ]
+
+    def recent(self, minutes: int) -> list[dict[str, Any]]:
+        """Count how attempts ended in each of the last minutes, by type. Oldest first.
+
+        Each minute has `at`, and `types`: for each type `completed`, `failed` and `errors`, which
+        has the failed attempts by the type of their error. Attempts that another follows have
+        failed too, and so have those that were lost with their worker.
+        """
+        now = self.now()
+        begun = [(now // 60_000 - back) * 60_000 for back in reversed(range(minutes))]
+        found = self.store.read(*(("HGETALL", self.keys.minute(at)) for at in begun))
+        return [{"at": at, "types": _ends_by_type(pairs(fields))} for at, fields in zip(begun, found, strict=True)]
 
     def workers(self) -> list[dict[str, Any]]:
         """Return the registered workers: what each registered, its last heartbeat and its jobs."""
@@ -2742,6 +2797,21 @@ class Queue(Verbs):
             if len(labels) != 1 and all(map(NAME.fullmatch, parts)):
                 found.setdefault(event, {})[tuple(labels)] = read_count(value)
         return found
+
+    def times(self, minutes: int) -> tuple[int, Times]:
+        """Count by type how long jobs waited and ran in the last minutes, and maybe before these.
+
+        The window begins at the newest snapshot that is old enough, which is returned too. It is 0
+        if there is none: then all times ever are counted.
+        """
+        latest = self.now() - minutes * 60_000
+        stored = self.store.read(("LRANGE", self.keys.snapshots, 0, -1))[0]
+        try:
+            found = [msgspec.json.decode(snapshot, type=Snapshot) for snapshot in stored]
+        except msgspec.DecodeError as error:
+            raise Corrupted(f"a snapshot of the metrics cannot be read: {error}") from None
+        old = next((snapshot for snapshot in found if snapshot.at <= latest), Snapshot(0, {}))
+        return old.at, _subtract(times_by_type(self.metrics()), old.times)
 
     # Counting for the web process -------------------------------------------------------------------------------------
 
@@ -2853,6 +2923,19 @@ def read_count(value: bytes | None) -> int:
         raise Corrupted(f"expected a count, found {value!r}") from None
 
 
+def _ends_by_type(fields: Iterable[tuple[str, bytes]]) -> dict[str, dict[str, Any]]:
+    types: dict[str, dict[str, Any]] = {}
+    for field, value in fields:
+        event, type, error = [*field.split(":", 2), "", ""][:3]
+        if event not in ("completed", "error"):
+            continue
+        ends = types.setdefault(type, {"completed": 0, "failed": 0, "errors": {}})
+        ends["completed" if event == "completed" else "failed"] += read_count(value)
+        if event == "error":
+            ends["errors"][error] = read_count(value)
+    return types
+
+
 def _queues_in(counts: Iterable[tuple[str, bytes]]) -> set[str]:
     return {field.partition(":")[2] for field, _ in counts if ":" in field}
 
@@ -2944,11 +3027,41 @@ def _metric_commands(store: Store, tx: Transaction) -> list[Command]:
     sums: defaultdict[str, int] = defaultdict(int)
     for (event, type, queue), times in tx.measured.items():
         name = known if (known := f"{type}:{queue}") in store.series else "other:other"
+        if event == "completed":
+            tx.minute["completed:" + name.partition(":")[0]] += len(times)
         if times[0] < 0:
             sums[f"{event}:{name}"] += len(times)
         else:
             sums[f"{event}Ms:{name}"] += sum(times)
             for ms in times:
                 sums[f"{event}:{name}:{BUCKETS[bisect_left(BUCKETS, ms)]}"] += 1
+    for (type, queue, error), count in tx.errors.items():
+        tx.minute[f"error:{type if f'{type}:{queue}' in store.series else 'other'}:{error}"] += count
     added: list[Command] = [("SADD", store.keys.series, *new)] if new else []
     return added + [("HINCRBY", store.keys.metrics, field, by) for field, by in sums.items() if by]
+
+
+class Snapshot(msgspec.Struct):
+    """The times that the metrics had at a moment."""
+
+    at: int
+    times: Times
+
+
+def times_by_type(counters: Mapping[str, Mapping[tuple[str, ...], int]]) -> Times:
+    """Add up `waited` and `ran` of the metrics over all queues: by type, then by bucket."""
+    found: Times = {}
+    for event in ("waited", "ran"):
+        for (type, *_, bucket), count in counters.get(event, {}).items():
+            buckets = found.setdefault(type, {}).setdefault(event, {})
+            buckets[bucket] = buckets.get(bucket, 0) + count
+    return found
+
+
+def _subtract(now: Times, then: Times) -> Times:
+    """Return what the times of a snapshot do not count yet."""
+    for type, events in now.items():
+        for event, counts in events.items():
+            before = then.get(type, {}).get(event, {})
+            counts.update({bucket: max(0, count - before.get(bucket, 0)) for bucket, count in counts.items()})
+    return now

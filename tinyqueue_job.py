@@ -228,6 +228,11 @@ class Job(msgspec.Struct, rename="camel", omit_defaults=True, dict=True, forbid_
         """Whether its record cannot be read. Then the payload shows the text of the record."""
         return bool(self.error and self.error.type == UNREADABLE)
 
+    @property
+    def retrying(self) -> bool:
+        """Whether it is pending after an attempt that failed."""
+        return self.status == "pending" and self.error is not None and self.attempts > 0
+
     def has_expired(self, now: int) -> bool:
         """Whether it was not started in time."""
         return bool(self.expires_at) and not self.started_at and self.expires_at <= now

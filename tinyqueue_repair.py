@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from itertools import chain
 
 from tinyqueue import (
     ENDED,
@@ -65,7 +66,7 @@ def _repair(queue: Queue) -> Iterator[Finding]:
         yield from _look_again(queue, ids_in(entries))
     schedules = {name[9:] for name in names if name.startswith("schedule:")}
     yield from _changed(_list_schedules(queue, schedules), "schedule", "schedules", "listed again, or dropped")
-    yield from _recount(queue, Counter(jobs.values()), before)
+    yield from _recount(queue, Counter(chain(*jobs.values())), before)
 
 
 def _list_schedules(queue: Queue, stored: Collection[str]) -> int:
@@ -89,10 +90,10 @@ def _read_counters(queue: Queue) -> dict[str, bytes]:
     return dict(pairs(counts) + pairs(metrics))
 
 
-def _read_unended(queue: Queue, ids: Sequence[str]) -> dict[bytes, str]:
-    """Return the unended jobs by id, each with the field that counts it."""
+def _read_unended(queue: Queue, ids: Sequence[str]) -> dict[bytes, tuple[str, ...]]:
+    """Return the unended jobs by id, each with the fields that count it."""
     jobs = (job for job, _ in queue.read_jobs(ids, cut=0) if job and job.status in UNENDED)
-    return {job.id.encode(): f"{job.status}:{job.queue}" for job in jobs}
+    return {job.id.encode(): (f"{job.status}:{job.queue}", *["retrying"] * job.retrying) for job in jobs}
 
 
 def _enlist(queue: Queue, workers: Sequence[str]) -> int:
@@ -140,7 +141,7 @@ def _drop_gone(queue: Queue, key: str, ids: Sequence[bytes]) -> int:
 
 def _recount(queue: Queue, actual: Mapping[str, int], before: Mapping[str, bytes]) -> Iterator[Finding]:
     """Correct the counts of every queue of which no job has changed since `before`."""
-    wrong = {field for field in before if field.startswith(("pending:", "processing:"))} | actual.keys()
+    wrong = {field for field in before if field.startswith(("pending:", "processing:", "retrying"))} | actual.keys()
     wrong = {field for field in wrong if before.get(field, b"0") != b"%d" % actual.get(field, 0)}
 
     def body(tx: Transaction) -> list[str]:
@@ -158,7 +159,7 @@ def _recount(queue: Queue, actual: Mapping[str, int], before: Mapping[str, bytes
         was = text_of(before.get(field, b"0"))
         yield Finding("ok", "repair", f"{field} counted again: it was {was}, and is {actual.get(field, 0)}")
     for name in sorted(set(map(_queue_in, wrong - set(corrected)))):
-        seen = f"jobs of queue {name} changed while they were counted"
+        seen = f"jobs {f'of queue {name} ' if name else ''}changed while they were counted"
         yield Finding("warn", "repair", seen, f"if this goes on, tinyqueue pause {name}, and repair again")
 
 

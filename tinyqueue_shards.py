@@ -32,6 +32,7 @@ from tinyqueue import (
     Reaped,
     S,
     T,
+    Times,
     TinyQueueError,
     Unavailable,
     Verbs,
@@ -399,6 +400,11 @@ class Shards(Verbs):
         total: dict[str, Any] = reduce(_added, each)
         return total | ({"history": [history[at] for at in sorted(history)[-minutes:]]} if minutes else {})
 
+    def recent(self, minutes: int) -> list[dict[str, Any]]:
+        each = ({minute["at"]: minute for minute in shard.recent(minutes)} for shard in self.parts)
+        found = reduce(_added, each)
+        return [found[at] for at in sorted(found)[-minutes:]]
+
     def scale(self, names: Sequence[str] = ()) -> dict[str, int]:
         return reduce(_added, (shard.scale(names) for shard in self.parts))
 
@@ -409,6 +415,14 @@ class Shards(Verbs):
 
     def metrics(self) -> dict[str, dict[tuple[str, ...], int]]:
         return reduce(_added, (shard.metrics() for shard in self.parts))
+
+    def take_snapshot(self) -> bool:
+        return any(self._call_all(Queue.take_snapshot))
+
+    def times(self, minutes: int) -> tuple[int, Times]:
+        """Like Queue.times, added up. The window is the longest of any shard."""
+        found = [shard.times(minutes) for shard in self.parts]
+        return min(at for at, _ in found), reduce(_added, (times for _, times in found))
 
     def count_scrape_errors(self, times: int) -> None:
         self._try_first(lambda shard: shard.count_scrape_errors(times))

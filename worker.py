@@ -816,6 +816,7 @@ class Worker:
             log.warning("repaired after a token was lost: %s", finding.seen)
         if broken := find_broken(self.queue):  # in a thread, because the lease must be renewed meanwhile
             threading.Thread(target=self._repair, args=(broken,), daemon=True).start()
+        self.queue.take_snapshot()
 
     def _repair(self, broken: Sequence[Queue]) -> None:
         try:

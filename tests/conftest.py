@@ -486,6 +486,8 @@ FAMILIES = {
     "trouble": "hash",
     "promoter": "string",
     "repairer": "string",
+    "snapshots": "list",
+    "snapshotter": "string",
     "mark": "string",
     "metrics": "hash",
     "series": "set",
@@ -511,6 +513,7 @@ FAMILIES = {
 }
 EXPIRING = (
     *("lease:", "promoter", "repairer", "advancer", "mark", "once:", "minute:", "rate:", "done:", "pace:", "halt:"),
+    "snapshotter",
 )
 ENDED = ("completed", "failed", "cancelled")
 
@@ -569,7 +572,10 @@ def check_consistency(queue: Queue) -> None:
         assert ID.fullmatch(id), f"an Idempotency-Key names {id}, which is not a job id"
     _check_schedules(family("schedule:"), keys["ticks"].value if "ticks" in keys else {})
     for minute in family("minute:").values():
-        assert {field.decode() for field in minute} <= {"started", "waitedMs", *ENDED}
+        totals = {field.decode() for field in minute if b":" not in field}
+        assert totals <= {"started", "waitedMs", "retried", *ENDED}
+        ends = [int(count) for field, count in minute.items() if field.startswith(b"completed:")]
+        assert sum(ends) == int(minute.get(b"completed", 0))
         assert int(minute.get(b"waitedMs", 0)) == 0 or int(minute[b"started"]) > 0
 
 
@@ -704,4 +710,8 @@ def _check_counts(
     assert {field: value for field, value in counted.items() if ":" in field and value} == unended
     for status in ENDED:
         assert counted.get(status, 0) >= len(indexes[status])
-    assert {field for field in counted if ":" not in field} <= set(ENDED)
+    assert {field for field in counted if ":" not in field} <= {*ENDED, "retrying"}
+    retrying = [
+        r for r in records.values() if r.get("status", "pending") == "pending" and r.get("attempts") and r.get("error")
+    ]
+    assert counted.get("retrying", 0) == len(retrying)

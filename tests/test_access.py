@@ -98,6 +98,8 @@ NEEDED_ROLES = {
     ("GET", "/verdict"): "read",
     ("GET", "/scale"): "read",
     ("GET", "/workers"): "read",
+    ("GET", "/types"): "read",
+    ("GET", "/events"): "read",
     ("GET", "/metrics"): "read",
 }
 GUARDED = [route for route, role in NEEDED_ROLES.items() if role]
@@ -681,7 +683,7 @@ def test_get_changes_nothing(queue: Queue, method: str, path: str) -> None:
     before = dump(queue)
     for suffix in ("", "?action=retry&_method=DELETE"):
         answer = api.get(path.replace("<id>", job.id) + suffix, {"X-Http-Method-Override": "DELETE"})
-        assert answer.status in (200, 400, 422)
+        assert answer.status in ((404,) if path == "/events" else (200, 400, 422))  # only our own server sends events
     assert dump(queue) == before
 
 

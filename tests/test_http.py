@@ -850,6 +850,7 @@ def test_stats_are_zero_without_jobs(api: Client) -> None:
         "pending": 0,
         "processing": 0,
         "delayed": 0,
+        "retrying": 0,
         "completed": 0,
         "failed": 0,
         "cancelled": 0,

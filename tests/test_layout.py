@@ -29,8 +29,8 @@ IMPORTS = {  # each module, and those of ours that it may import
         *("tinyqueue_shards",),
     },
     "tinyqueue_doctor": {
-        *("tinyqueue", "tinyqueue_config", "tinyqueue_handler", "tinyqueue_json", "tinyqueue_redis"),
-        *("tinyqueue_schedule", "tinyqueue_shards"),
+        *("tinyqueue", "tinyqueue_config", "tinyqueue_handler", "tinyqueue_json", "tinyqueue_metrics"),
+        *("tinyqueue_redis", "tinyqueue_schedule", "tinyqueue_shards"),
     },
     "tinyqueue_repair": {"tinyqueue", "tinyqueue_doctor", "tinyqueue_redis", "tinyqueue_shards"},
     "tinyqueue_backup": {
@@ -48,6 +48,7 @@ IMPORTS = {  # each module, and those of ours that it may import
     "tinyqueue_access": {"tinyqueue", "tinyqueue_config", "tinyqueue_problems", "tinyqueue_shards"},
     "tinyqueue_request": {"tinyqueue", "tinyqueue_json", "tinyqueue_problems"},
     "tinyqueue_waiter": {"tinyqueue"},
+    "tinyqueue_events": {"tinyqueue"},
     "tinyqueue_work": {"tinyqueue", "tinyqueue_config", "tinyqueue_problems", "tinyqueue_shards", "worker"},
     "tinyqueue_server": {"tinyqueue_config"},
     "handlers": {"tinyqueue"},
@@ -58,9 +59,10 @@ IMPORTS = {  # each module, and those of ours that it may import
         *("tinyqueue_schedule", "tinyqueue_shards", "tinyqueue_slot", "wsgi"),
     },
     "wsgi": {
-        *("tinyqueue", "tinyqueue_access", "tinyqueue_config", "tinyqueue_doctor", "tinyqueue_json"),
-        *("tinyqueue_metrics", "tinyqueue_openapi", "tinyqueue_problems", "tinyqueue_request", "tinyqueue_schedule"),
-        *("tinyqueue_server", "tinyqueue_shards", "tinyqueue_waiter", "tinyqueue_why", "tinyqueue_work", "worker"),
+        *("tinyqueue", "tinyqueue_access", "tinyqueue_config", "tinyqueue_doctor", "tinyqueue_events"),
+        *("tinyqueue_json", "tinyqueue_metrics", "tinyqueue_openapi", "tinyqueue_problems", "tinyqueue_request"),
+        *("tinyqueue_schedule", "tinyqueue_server", "tinyqueue_shards", "tinyqueue_waiter", "tinyqueue_why"),
+        *("tinyqueue_work", "worker"),
     },
 }
 SCREEN = 50  # lines

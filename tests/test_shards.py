@@ -314,6 +314,15 @@ def test_history_adds_up_minutes_when_one_shard_is_ahead(queue: Shards, worker: 
     assert "history" not in queue.stats()
 
 
+def test_recent_adds_up_all_shards(queue: Shards, worker: str) -> None:
+    for _ in range(6):
+        queue.enqueue("echo", {})
+    jobs = queue.dequeue(worker, ["default"], 6)
+    queue.settle(worker, [Outcome(job, "fail", error=Failure("Boom", "it broke")) for job in jobs])
+    assert sum(minute["types"].get("echo", {"failed": 0})["failed"] for minute in queue.recent(2)) == 6
+    assert sum(minute["types"]["echo"]["errors"]["Boom"] for minute in queue.recent(2) if minute["types"]) == 6
+
+
 def test_history_and_metrics_add_up_all_shards(queue: Shards, worker: str) -> None:
     for _ in range(6):
         queue.enqueue("echo", {})

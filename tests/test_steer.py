@@ -1296,13 +1296,69 @@ def test_history_counts_starts_ends_and_waiting_time_of_each_minute(queue: Queue
     worker = queue.register(DEFAULT, 2)
     for job in queue.dequeue(worker, DEFAULT, 2):
         queue.complete(job)
-    nothing = {"started": 0, "completed": 0, "failed": 0, "cancelled": 0, "waitedMs": 0}
+    nothing = {"started": 0, "completed": 0, "failed": 0, "cancelled": 0, "retried": 0, "waitedMs": 0}
     [before, now] = queue.stats(2)["history"]
     assert before == {"at": begun, **nothing}
     assert now == {"at": begun + 60_000, **nothing, "started": 2, "completed": 2, "waitedMs": 67_000 + 62_000}
     queue.clock.ahead += 60_000
     assert queue.stats(2)["history"] == [now, {"at": begun + 120_000, **nothing}]
     assert "history" not in queue.stats()
+
+
+def test_stats_count_jobs_that_are_retrying(queue: Queue) -> None:
+    worker = queue.register(DEFAULT, 3)
+    queue.enqueue_many("echo", [1, 2, 3])
+    failing, failed, released = queue.dequeue(worker, DEFAULT, 3)
+    queue.fail(failing, Failure("Boom", "it broke"), 60)
+    queue.fail(failed, Failure("Boom", "it broke"))
+    queue.release(released)
+    stats = queue.stats(1)
+    assert (stats["pending"], stats["delayed"], stats["retrying"]) == (2, 1, 1)
+    assert stats["history"][0]["retried"] == 1
+
+
+@pytest.mark.parametrize("end", ["start", "cancel"])
+def test_stats_count_a_job_as_retrying_until_its_next_attempt(queue: Queue, end: str) -> None:
+    queue.store.clock = FixedClock()
+    worker = queue.register(DEFAULT, 1)
+    id = queue.enqueue("echo", 1).id
+    [job] = queue.dequeue(worker, DEFAULT)
+    queue.fail(job, Failure("Boom", "it broke"), 1)
+    assert queue.stats()["retrying"] == 1
+    queue.clock.ahead += 2000
+    queue.promote()
+    assert queue.stats()["retrying"] == 1
+    if end == "cancel":
+        queue.cancel(id)
+    else:
+        queue.dequeue(worker, DEFAULT)
+    assert queue.stats()["retrying"] == 0
+
+
+def test_recent_counts_attempts_by_type_and_error(queue: Queue) -> None:
+    queue.store.clock = FixedClock()
+    begun = queue.now()
+    worker = queue.register(DEFAULT, 4)
+    queue.enqueue_many("echo", [1, 2, 3])
+    queue.enqueue("other", 1)
+    first, second, third, other = queue.dequeue(worker, DEFAULT, 4)
+    queue.complete(first)
+    queue.fail(second, Failure("Boom", "it broke"), 60)
+    queue.fail(third, Failure("Crash: a:b", "it crashed"))
+    queue.settle(worker, [Outcome(other, "release", error=Failure("RateLimited", "later"), after=60, halt=True)])
+    errors = {"Boom": 1, "Crash: a:b": 1}
+    minute = {"at": begun, "types": {"echo": {"completed": 1, "failed": 2, "errors": errors}}}
+    assert queue.recent(2) == [{"at": begun - 60_000, "types": {}}, minute]
+
+
+def test_recent_counts_an_attempt_that_was_lost_with_its_worker(queue: Queue) -> None:
+    worker = queue.register(DEFAULT, 1)
+    queue.enqueue("echo", 1)
+    queue.dequeue(worker, DEFAULT)
+    queue.store.read(("DEL", queue.keys.lease(worker)))
+    queue.reap(worker)
+    [minute] = [minute for minute in queue.recent(2) if minute["types"]]
+    assert minute["types"] == {"echo": {"completed": 0, "failed": 1, "errors": {"WorkerLost": 1}}}
 
 
 @pytest.mark.parametrize("verb", ["fail", "release", "retry"])
