@@ -38,7 +38,14 @@ class Firefox:
         all = QUIET | preferences
         lines = [f"user_pref({json.dumps(name)}, {json.dumps(value)});" for name, value in all.items()]
         (folder / "user.js").write_text("\n".join(lines))
-        options = ["--headless", "--marionette", "--remote-allow-system-access", "--no-remote", "--profile", str(folder)]
+        options = [
+            "--headless",
+            "--marionette",
+            "--remote-allow-system-access",
+            "--no-remote",
+            "--profile",
+            str(folder),
+        ]
         silent = subprocess.DEVNULL
         environ = os.environ | {"HOME": str(folder)}
         self.process = subprocess.Popen([str(FIREFOX), *options], stdout=silent, stderr=silent, env=environ)
