@@ -241,6 +241,7 @@ from tinyqueue_job import (
     MAX_AFTER as MAX_AFTER,
     MAX_ATTEMPTS as MAX_ATTEMPTS,
     MAX_DELAY as MAX_DELAY,
+    MAX_TAGS as MAX_TAGS,
     NAME as NAME,
     PRINTABLE as PRINTABLE,
     STATUSES as STATUSES,
@@ -257,6 +258,7 @@ from tinyqueue_job import (
     NotReplicated as NotReplicated,
     Once as Once,
     Outcome as Outcome,
+    Page as Page,
     PastAttempt as PastAttempt,
     Place,
     QueueFull as QueueFull,
@@ -1090,7 +1092,7 @@ class Verbs(ABC):
     @abstractmethod
     def get(self, id: str) -> Job | None: ...
     @abstractmethod
-    def page(self, filter: Filter, *, limit: int, cursor: str, cut: int | None) -> tuple[list[Job], str]: ...
+    def page(self, filter: Filter, *, limit: int, cursor: str, cut: int | None) -> Page: ...
     @abstractmethod
     def forget(self, status: str, ids: Sequence[bytes]) -> int: ...
 
@@ -2626,9 +2628,7 @@ class Queue(Verbs):
         if ids:
             self.store.read(("SREM", self.keys.awaited, *ids))
 
-    def page(
-        self, filter: Filter | None = None, *, limit: int = 50, cursor: str = "", cut: int | None = None
-    ) -> tuple[list[Job], str]:
+    def page(self, filter: Filter | None = None, *, limit: int = 50, cursor: str = "", cut: int | None = None) -> Page:
         """Return matching jobs, newest first, and the cursor of the next page; "" after the last.
 
         Sorted by when jobs ended, or were created if they have not ended. The cursor is a place in
@@ -2643,15 +2643,16 @@ class Queue(Verbs):
         entries = self._find_entries(filter, place_of(cursor or "9999999999999999.g"))
         jobs: list[Job] = []
         seen = size = 0
-        for job, read in self.read_jobs([id for _, id, _ in entries[:SCANNED]], cut):
+        for id, record in self.read_records([id for _, id, _ in entries[:SCANNED]]):
             found_in = entries[seen][2]
             seen += 1
-            size += read
-            if job and job.status in found_in and filter.matches(job):
+            size += len(record or b"")
+            job = listed_job(id, record, cut) if record else None
+            if job and record and job.status in found_in and filter.matches(job, record):
                 jobs.append(job)
             if len(jobs) == limit or size > PAGE_BYTES:
                 break
-        return jobs, "{}.{}".format(*entries[seen - 1]) if len(entries) > seen else ""
+        return Page(jobs, "{}.{}".format(*entries[seen - 1]) if len(entries) > seen else "", seen)
 
     def read_jobs(self, ids: Sequence[str], cut: int | None = None) -> Iterator[tuple[Job | None, int]]:
         """Read jobs, and the sizes of their records."""

@@ -23,7 +23,10 @@ log = logging.getLogger("tinyqueue.web")
 S = TypeVar("S", Job, Schedule)
 
 # JSON or query name -> field of Filter
-FILTERS = {"status": "status", "type": "type", "queue": "queue", "errorType": "error_type"}
+FILTERS = {
+    **{"status": "status", "type": "type", "queue": "queue", "errorType": "error_type"},
+    **{"tag": "tag", "text": "text"},
+}
 
 
 # Reading requests -----------------------------------------------------------------------------------------------------

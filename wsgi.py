@@ -187,6 +187,7 @@ FIELDS = {
     "after": "after",
     "onFailure": "on_failure",
     "callbackUrl": "callback_url",
+    "tags": "tags",
 }
 # JSON name -> argument of make_schedule
 SCHEDULE_FIELDS = {
@@ -410,8 +411,9 @@ class API(bottle.Bottle):  # type: ignore[misc]
         query = read_query()
         limit = read_int(query, "limit", 50, 1, 500)
         cursor = query.pop("cursor", "")
-        jobs, cursor = self.queue.page(read_filter(query), limit=limit, cursor=cursor, cut=PREVIEW_BYTES)
-        return {"jobs": [shorten(job.answer()) for job in jobs], "cursor": cursor or None}
+        page = self.queue.page(read_filter(query), limit=limit, cursor=cursor, cut=PREVIEW_BYTES)
+        jobs, cursor = page
+        return {"jobs": [shorten(job.answer()) for job in jobs], "cursor": cursor or None, "scanned": page.scanned}
 
     def show(self, id: str) -> dict[str, Any]:
         """Return a job. With ?wait=SECONDS, return it when it has ended or the time is up.
