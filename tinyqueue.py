@@ -337,6 +337,7 @@ LOOK = 30_000  # milliseconds between two looks at a limit with held jobs, unles
 LOOK_GAP = 20  # milliseconds between two looks, at least
 AHEAD = 100  # held jobs, or jobs at the head of a queue, that one look reads
 SHOWN = 1000  # limits of one report
+MESSAGE = 200  # characters of an error that a group of failures shows
 QUIET_MARK = "@"  # with a worker, what stands among the paused queues while it is quiet
 LOOK_MARK = "limit:"  # with a limit, what stands among the delayed ids until the next look at that limit
 SWEEP_MARK = "advance:"  # stands among the delayed ids, to have promote look for tokens that are left
@@ -1078,6 +1079,10 @@ class Verbs(ABC):
     @abstractmethod
     def get(self, id: str) -> Job | None: ...
     @abstractmethod
+    def queues(self) -> dict[str, dict[str, Any]]: ...
+    @abstractmethod
+    def stats(self, minutes: int = 0) -> dict[str, Any]: ...
+    @abstractmethod
     def page(self, filter: Filter, *, limit: int, cursor: str, cut: int | None) -> tuple[list[Job], str]: ...
     @abstractmethod
     def forget(self, status: str, ids: Sequence[bytes]) -> int: ...
@@ -1202,6 +1207,33 @@ class Verbs(ABC):
             raise InvalidJob("status", f"must be one of {', '.join(ENDED)}: other jobs have not ended")
         jobs, cursor = self.page(filter, limit=most, cursor=cursor, cut=0)
         return {"purged": self.forget(filter.status, [job.id.encode() for job in jobs]), "cursor": cursor}
+
+    def count(self, filter: Filter, cursor: str = "") -> dict[str, Any]:
+        """Look at up to 1,000 jobs and count those that match. Continue with the returned cursor.
+
+        Those of a status are counted at once, and the unended ones of a queue.
+        """
+        status, queue = filter.status, filter.queue
+        if status and not cursor and filter == Filter(status):
+            return {"count": self.stats()[status], "cursor": ""}
+        if status in UNENDED and not cursor and filter == Filter(status, queue=queue):
+            return {"count": self.queues().get(queue or "", {status: 0})[status], "cursor": ""}
+        jobs, cursor = self.page(filter, limit=SCANNED, cursor=cursor, cut=0)
+        return {"count": len(jobs), "cursor": cursor}
+
+    def failures(self, filter: Filter, cursor: str = "") -> dict[str, Any]:
+        """Look at up to 1,000 jobs, and group those that match by type and type of their error.
+
+        Each group has its `count`, and of its newest job the `message`, `jobId` and `at`. Jobs
+        without an error are in none. Continue with the returned cursor, and add up the counts.
+        """
+        jobs, cursor = self.page(filter, limit=SCANNED, cursor=cursor, cut=0)
+        groups: dict[tuple[str, str], dict[str, Any]] = {}
+        for job, error in ((job, job.error) for job in jobs if job.error):
+            about = {"message": error.message[:MESSAGE], "jobId": job.id, "at": job.place()[0]}
+            own = {"type": job.type, "errorType": error.type, "count": 0, **about}
+            groups.setdefault((job.type, error.type), own)["count"] += 1
+        return {"groups": sorted(groups.values(), key=lambda group: -group["count"]), "cursor": cursor}
 
     def purge_one(self, id: str) -> Job | None:
         """Delete an ended job. Return it as it was; None for an unknown id.

@@ -107,7 +107,7 @@ def read_arguments(
 ) -> dict[str, Any]:
     """Return a client's fields as arguments. Refuses types without a handler.
 
-    With `type`, that is the type, and it is no argument.
+    `type` is that of the job if the fields have none.
     """
     if not isinstance(fields, dict):
         raise InvalidJob(what, f"must be an object with {' and '.join(required or ('its fields',))}")
@@ -118,7 +118,7 @@ def read_arguments(
     wanted = type or fields["type"]
     if isinstance(wanted, str) and wanted not in HANDLERS:
         raise UnknownType(printable(wanted), sorted(HANDLERS))
-    return {known[name]: value for name, value in fields.items() if not type or name != "type"}
+    return {known[name]: value for name, value in fields.items()}
 
 
 def read_key(content: Any) -> Once | None:

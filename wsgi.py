@@ -139,6 +139,7 @@ ROUTES = (
     ("POST", "/jobs", "submit", "submit"),
     ("POST", "/jobs/batch", "submit_batch", "submit"),
     ("GET", "/jobs", "list", "read"),
+    ("GET", "/jobs/count", "count", "read"),
     ("GET", "/jobs/<id>", "show", "read"),
     ("DELETE", "/jobs/<id>", "cancel", "admin"),
     ("POST", "/jobs/<id>/retry", "retry", "admin"),
@@ -148,6 +149,7 @@ ROUTES = (
     ("POST", "/jobs/retry", "retry_many", "admin"),
     ("POST", "/jobs/cancel", "cancel_many", "admin"),
     ("POST", "/jobs/purge", "purge_many", "admin"),
+    ("GET", "/failures", "failures", "read"),
     ("GET", "/queues", "queues", "read"),
     ("POST", "/queues/<name>/pause", "pause", "admin"),
     ("POST", "/queues/<name>/resume", "resume", "admin"),
@@ -380,9 +382,8 @@ class API(bottle.Bottle):  # type: ignore[misc]
         """Submit an ended job again, perhaps with another payload or other fields. As submit."""
         fields = read_optional_json(self.settings.max_body)
         job = require_job(self.queue.get(id))
-        if isinstance(fields, dict) and fields.get("type", job.type) != job.type:
-            raise InvalidJob("type", f"must be {job.type}, that of the job, or be left out")
-        options = read_arguments("job", fields, FIELDS, (), job.type)
+        known = {name: argument for name, argument in FIELDS.items() if name != "type"}
+        options = read_arguments("replay", fields, known, (), job.type)
         draft = note_sent_ids(self.queue.redraft(job, **options))
         once = read_key(fields)
         new = self.queue.submit([draft], once)[0]
@@ -399,6 +400,23 @@ class API(bottle.Bottle):  # type: ignore[misc]
         cursor = query.pop("cursor", "")
         jobs, cursor = self.queue.page(read_filter(query), limit=limit, cursor=cursor, cut=PREVIEW_BYTES)
         return {"jobs": [shorten(job.answer()) for job in jobs], "cursor": cursor or None}
+
+    def count(self) -> dict[str, Any]:
+        """Count the jobs that match a filter, up to 1,000 looked at in each request."""
+        query = read_query()
+        cursor = query.pop("cursor", "")
+        found = self.queue.count(read_filter(query), cursor)
+        return found | {"cursor": found["cursor"] or None}
+
+    def failures(self) -> dict[str, Any]:
+        """Group failed jobs, or pending ones that were tried, by type and error."""
+        query = read_query()
+        cursor = query.pop("cursor", "")
+        filter = read_filter({"status": "failed"} | query)
+        if filter.status not in ("failed", "pending"):
+            raise InvalidJob("status", "must be failed, or pending for jobs that will be tried again")
+        found = self.queue.failures(filter, cursor)
+        return found | {"cursor": found["cursor"] or None}
 
     def show(self, id: str) -> dict[str, Any]:
         """Return a job. With ?wait=SECONDS, return it when it has ended or the time is up.

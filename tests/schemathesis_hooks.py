@@ -5,7 +5,8 @@ Reusing an Idempotency-Key for another request is an error, so each request gets
 time and must be in the calendar, and `wait` and `seconds` may take long, so they are limited. The
 cron expression, the time zone and the type of a schedule are replaced by some that exist, and so is
 the name of a limit, which has no rate. `after` must name jobs that exist, and a `ref` must be unique
-in its batch, so valid ones are removed. Other tests cover all of these.
+in its batch, so valid ones are removed. So is the payload of a replay, which depends on the type of
+the job. Other tests cover all of these.
 """
 
 from __future__ import annotations
@@ -52,6 +53,8 @@ def before_call(context: Any, case: Any, kwargs: Any) -> None:
             job["after"] = []
         if isinstance(job, dict) and _is_name(job.get("ref")):
             job["ref"] = None
+        if isinstance(job, dict) and case.operation.path.endswith("/replay"):
+            job.pop("payload", None)
 
 
 def _names_jobs(after: Any) -> bool:

@@ -77,6 +77,8 @@ NEEDED_ROLES = {
     ("POST", "/jobs"): "submit",
     ("POST", "/jobs/batch"): "submit",
     ("GET", "/jobs"): "read",
+    ("GET", "/jobs/count"): "read",
+    ("GET", "/failures"): "read",
     ("GET", "/jobs/<id>"): "read",
     ("DELETE", "/jobs/<id>"): "admin",
     ("POST", "/jobs/<id>/retry"): "admin",

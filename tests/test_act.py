@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -13,6 +13,7 @@ from conftest import Server, check_consistency, disconnect, dump, find_lost, lap
 
 from tinyqueue import (
     Failure,
+    Filter,
     InvalidJob,
     Job,
     Once,
@@ -226,7 +227,7 @@ def test_replay_checks_the_payload_against_the_type(queue: Queue, api: Client) -
 REFUSED = {
     "another type": ({"type": "echo"}, "type"),
     "unknown field": ({"priority": 1}, "priority"),
-    "no object": ([], "job"),
+    "no object": ([], "replay"),
     "wrong queue": ({"queue": "a b"}, "queue"),
 }
 
@@ -410,3 +411,109 @@ def test_quiet_with_shards_stays_when_a_shard_has_reaped_the_worker(shards: Shar
     assert [row["quiet"] for row in shards.workers()] == [False]
     assert not shards.quiet("nobody")
     shards.deregister(worker)
+
+
+# Count, group, and change some --------------------------------------------------------------------------------------
+
+
+def in_steps(step: Callable[[str], dict[str, Any]]) -> list[dict[str, Any]]:
+    """Repeat a step until its cursor is at the end."""
+    steps = [step("")]
+    while cursor := steps[-1]["cursor"]:
+        steps.append(step(cursor))
+    return steps
+
+
+def test_count_the_jobs_that_match_in_bounded_steps(queue: Queue, api: Client) -> None:
+    for at in range(1, 4):
+        queue.enqueue_many("echo" if at < 3 else "mail", [{"to": "you"}] * 1000, delay=60)
+    steps = in_steps(lambda cursor: api.get(f"/jobs/count?type=echo&cursor={cursor}").json)
+    assert sum(step["count"] for step in steps) == 2000
+    assert len(steps) == 3
+    assert max(step["count"] for step in steps) == 1000
+
+
+def test_count_a_status_or_a_queue_at_once(queue: Queue, api: Client) -> None:
+    queue.enqueue_many("echo", range(1000), queue="slow")
+    queue.enqueue_many("echo", range(1000))
+    put(queue, "cancelled", queue="other")
+    found = {
+        query: api.get(f"/jobs/count?{query}").json
+        for query in ("status=pending", "status=pending&queue=slow", "status=cancelled", "status=processing&queue=none")
+    }
+    assert {query: answer["count"] for query, answer in found.items()} == {
+        "status=pending": 2000,
+        "status=pending&queue=slow": 1000,
+        "status=cancelled": 1,
+        "status=processing&queue=none": 0,
+    }
+    assert all(answer["cursor"] is None for answer in found.values())
+    assert api.get("/jobs/count?colour=red").status == 422
+
+
+def test_failures_are_grouped_by_type_and_error_over_all_jobs(queue: Queue, api: Client) -> None:
+    fail(queue, queue.enqueue("mail", {"to": "x"}), error=Failure("Timeout", "after 3 s"))
+    for at in range(3):
+        last = fail(queue, queue.enqueue("echo", at), error=Failure("Timeout", f"{at}" * 300))
+    fail(queue, queue.enqueue("echo", 4), error=BOOM)
+    fail(queue, queue.enqueue("echo", 5), after=60, error=Failure("Later", "in a minute"))
+    answer = api.get("/failures").json
+    assert [(group["type"], group["errorType"], group["count"]) for group in answer["groups"]] == [
+        ("echo", "Timeout", 3),
+        ("echo", "Boom", 1),
+        ("mail", "Timeout", 1),
+    ]
+    first = answer["groups"][0]
+    assert (first["jobId"], first["at"], first["message"]) == (last.id, last.ended_at, "2" * 200)
+    assert [group["count"] for group in api.get("/failures?type=mail").json["groups"]] == [1]
+    assert [group["errorType"] for group in api.get("/failures?status=pending").json["groups"]] == ["Later"]
+    assert api.get("/failures?status=completed").status == 422
+
+
+def test_failures_of_more_jobs_than_a_step_looks_at(queue: Queue) -> None:
+    draft = [msgspec.structs.replace(queue.draft("echo", at), status="failed", error=BOOM) for at in range(1500)]
+    for at in (0, 1000):
+        queue.load(draft[at : at + 1000])
+    steps = in_steps(lambda cursor: queue.failures(Filter("failed"), cursor))
+    assert sum(group["count"] for step in steps for group in step["groups"]) == 1500
+    assert len(steps) == 2
+
+
+def test_count_and_group_with_shards(shards: Shards) -> None:
+    jobs = [shards.enqueue("echo", at) for at in range(9)]
+    worker = shards.register(["default"], 9)
+    for job in shards.dequeue(worker, ["default"], 9):
+        shards.fail(job, BOOM)
+    assert shards.count(Filter("failed")) == {"count": len(jobs), "cursor": ""}
+    assert sum(step["count"] for step in in_steps(lambda cursor: shards.count(Filter(type="echo"), cursor))) == 9
+    [group] = shards.failures(Filter("failed"))["groups"]
+    assert (group["errorType"], group["count"]) == ("Boom", 9)
+    shards.deregister(worker)
+
+
+def test_retry_some_of_the_jobs_that_match_each_time(queue: Queue, api: Client) -> None:
+    jobs = [put(queue, "failed") for _ in range(5)]
+    cursor = ""
+    retried = []
+    while cursor is not None:
+        answer = api.post("/jobs/retry", {"most": 2, "cursor": cursor})
+        cursor = answer.json["cursor"]
+        retried.append(answer.json["retried"])
+    assert retried == [2, 2, 1]
+    assert queue.count(Filter("pending"))["count"] == len(jobs)
+
+
+def test_cancel_some_of_the_jobs_that_match(queue: Queue, api: Client) -> None:
+    queue.enqueue_many("echo", range(5))
+    assert api.post("/jobs/cancel", {"most": 3.0}).json["cancelled"] == 3
+    assert queue.stats()["pending"] == 2
+
+
+@pytest.mark.parametrize("most", [0, 1001, 1.5, True, "2", None])
+@pytest.mark.parametrize("verb", ["retry", "cancel", "purge"])
+def test_refuse_a_number_of_jobs_to_change(queue: Queue, api: Client, verb: str, most: Any) -> None:
+    put(queue, "failed")
+    before = dump(queue)
+    answer = api.post(f"/jobs/{verb}", {"most": most, "status": "pending" if verb == "cancel" else "failed"})
+    assert (answer.status, answer.problem["field"]) == (422, "most")
+    assert dump(queue) == before
