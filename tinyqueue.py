@@ -159,6 +159,7 @@ Keys. All share one hash tag, the namespace, and so one slot of a cluster.
     {queue}:promoter          string  a lock that saves two promoters the same work. Expires
     {queue}:repairer          string  a lock that saves workers the same repair. Expires
     {queue}:mark              string  a write that only WAIT needs. Expires after a second
+    {queue}:audit             list    the last 1,000 actions of operators as JSON, newest first
     {queue}:metrics           hash    events so far: <event>:<type>:<queue>, times with :<bucket>
     {queue}:series            set     up to 1,000 <type>:<queue> of metrics; others: other:other
 
@@ -338,6 +339,8 @@ LOOK_GAP = 20  # milliseconds between two looks, at least
 AHEAD = 100  # held jobs, or jobs at the head of a queue, that one look reads
 SHOWN = 1000  # limits of one report
 MESSAGE = 200  # characters of an error that a group of failures shows
+ACTIONS = 1000  # of operators that are kept
+ONE_ACTION = 60_000  # milliseconds between two steps of a bulk change that count as one action
 QUIET_MARK = "@"  # with a worker, what stands among the paused queues while it is quiet
 LOOK_MARK = "limit:"  # with a limit, what stands among the delayed ids until the next look at that limit
 SWEEP_MARK = "advance:"  # stands among the delayed ids, to have promote look for tokens that are left
@@ -371,6 +374,7 @@ class Keys:
         self.mark = prefix + "mark"
         self.holding = prefix + "holding"
         self.overrides = prefix + "overrides"
+        self.audit = prefix + "audit"
         self.ended: dict[str, str] = {status: prefix + status for status in ENDED}
 
         def each(kind: str) -> Callable[[str], str]:
@@ -2266,6 +2270,42 @@ class Queue(Verbs):
         """
         mark = QUIET_MARK + check_name("worker", worker)
         return bool(self.store.read(("SREM", self.keys.paused, mark), ("EXISTS", self.keys.worker(worker)))[1])
+
+    # Audit ------------------------------------------------------------------------------------------------------------
+
+    def note_action(self, by: str, action: str, target: Mapping[str, Any], result: Mapping[str, Any]) -> None:
+        """Add what an operator did to the last ACTIONS actions. `target` names what was changed.
+
+        If `target` has a filter, the step of a bulk change is added to the step before.
+        """
+        made = b""
+
+        def body(tx: Transaction) -> None:
+            nonlocal made
+            newest = tx.read(("LINDEX", self.keys.audit, 0))[0]
+            if tx.again and newest == made:
+                return
+            entry = {"at": tx.now, "by": by, "action": action, "target": dict(target), "result": dict(result)}
+            before = msgspec.json.decode(newest) if newest and "filter" in target else {}
+            same = all(before.get(name) == entry[name] for name in ("by", "action", "target"))
+            if same and tx.now - before["at"] < ONE_ACTION:
+                entry["result"] = {name: before["result"].get(name, 0) + count for name, count in result.items()}
+                tx.write("LTRIM", self.keys.audit, 1, -1)
+            made = encode(entry)
+            tx.write("LPUSH", self.keys.audit, made)
+            tx.write("LTRIM", self.keys.audit, 0, ACTIONS - 1)
+
+        self.store.transact([self.keys.audit], body)
+
+    def audit(self, limit: int = ACTIONS) -> list[dict[str, Any]]:
+        """Return the last actions of operators, newest first.
+
+        Each has `at`, `by` (the name of a key, or user@host), `action`, `target` and `result`.
+        """
+        try:
+            return list(map(msgspec.json.decode, self.store.read(("LRANGE", self.keys.audit, 0, limit - 1))[0]))
+        except msgspec.DecodeError as error:
+            raise Corrupted(f"an action in {self.keys.audit} cannot be read: {error}") from None
 
     # Upkeep -----------------------------------------------------------------------------------------------------------
 

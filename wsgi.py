@@ -38,6 +38,7 @@ from bottle import request
 import tinyqueue_openapi
 import tinyqueue_schedule
 from tinyqueue import (
+    ACTIONS,
     BUILT_IN,
     ENDED,
     ID,
@@ -82,6 +83,7 @@ from tinyqueue_metrics import Scrape
 from tinyqueue_problems import HEADERS, RETRY_AFTER, Problem, kind_of_status, problem, response_headers
 from tinyqueue_request import (
     FILTERS,
+    describe_action,
     is_ref,
     log_request,
     note_sent_ids,
@@ -102,6 +104,7 @@ from tinyqueue_request import (
     require_schedule,
     require_worker,
     shorten,
+    shown,
     summary,
 )
 from tinyqueue_shards import AnyQueue
@@ -167,6 +170,7 @@ ROUTES = (
     ("GET", "/workers", "workers", "read"),
     ("POST", "/workers/<name>/quiet", "quiet_worker", "admin"),
     ("POST", "/workers/<name>/resume", "resume_worker", "admin"),
+    ("GET", "/audit", "audit", "read"),
     ("GET", "/metrics", "metrics", "read"),
 )
 # JSON name -> argument of Queue.draft
@@ -275,6 +279,8 @@ class API(bottle.Bottle):  # type: ignore[misc]
             if role and "tinyqueue.caller" not in request.environ:  # it is there when a request has waited
                 request.environ["tinyqueue.caller"] = self.access.authorize(role, lambda: self.queue)
             body = route(**args)
+            if role == "admin" and request.path != "/work":
+                self._note_action(route.__name__, args, body)
         except Problem as error:
             return error.response()
         except TinyQueueError as error:
@@ -284,6 +290,17 @@ class API(bottle.Bottle):  # type: ignore[misc]
         bottle.response.headers.update(response_headers())
         bottle.response.content_type = "application/json"
         return msgspec.json.encode(body)
+
+    def _note_action(self, route: str, args: Mapping[str, str], body: Mapping[str, Any]) -> None:
+        """Log what an operator did, and add it to the audit. A failure to add it is only logged."""
+        by = request.environ["tinyqueue.caller"]
+        action, target, result = describe_action(route, args, body)
+        fields = {"event": "action", "key": by, "action": action, "target": target, "result": result}
+        log.info("%s: %s %s", by or "somebody", action, shown(target), extra={"fields": fields})
+        try:
+            self.queue.note_action(by, action, target, result)
+        except TinyQueueError as error:
+            log.warning("could not add this action to the audit: %s", error)
 
     def default_error_handler(self, error: bottle.HTTPError) -> Any:
         """Answer what Bottle itself refuses. OPTIONS, which it refuses, gets a 204 with Allow."""
@@ -412,7 +429,7 @@ class API(bottle.Bottle):  # type: ignore[misc]
         """Group failed jobs, or pending ones that were tried, by type and error."""
         query = read_query()
         cursor = query.pop("cursor", "")
-        filter = read_filter({"status": "failed"} | query)
+        filter = read_filter(query | {"status": query.get("status") or "failed"})
         if filter.status not in ("failed", "pending"):
             raise InvalidJob("status", "must be failed, or pending for jobs that will be tried again")
         found = self.queue.failures(filter, cursor)
@@ -489,6 +506,10 @@ class API(bottle.Bottle):  # type: ignore[misc]
     def workers(self) -> dict[str, Any]:
         return {"workers": self.queue.workers()}
 
+    def audit(self) -> dict[str, Any]:
+        """List what operators did last, newest first."""
+        return {"actions": self.queue.audit(read_int(read_query("limit"), "limit", 100, 1, ACTIONS))}
+
     def limits(self) -> dict[str, Any]:
         return {"limits": self.queue.limits_in_use()}
 
@@ -530,6 +551,7 @@ class API(bottle.Bottle):  # type: ignore[misc]
             raise InvalidJob("filter", f"must be an object of strings, and the number most; possible keys: {keys}")
         cursor = fields.pop("cursor", "")
         filter = read_filter({"status": default} | fields)
+        request.environ["tinyqueue.filter"] = {"status": default} | fields
         if filter.status not in allowed:
             raise InvalidJob("status", f"must be {' or '.join(sorted(allowed))}; this route changes no other jobs")
         if verb == "purge":

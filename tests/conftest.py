@@ -504,6 +504,7 @@ FAMILIES = {
     "generation:": "string",
     "holding": "set",
     "overrides": "hash",
+    "audit": "list",
     "running:": "set",
     "held:": "zset",
     "pace:": "zset",

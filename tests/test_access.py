@@ -105,6 +105,7 @@ NEEDED_ROLES = {
     ("GET", "/workers"): "read",
     ("POST", "/workers/<name>/quiet"): "admin",
     ("POST", "/workers/<name>/resume"): "admin",
+    ("GET", "/audit"): "read",
     ("GET", "/metrics"): "read",
 }
 GUARDED = [route for route, role in NEEDED_ROLES.items() if role]

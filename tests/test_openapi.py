@@ -221,6 +221,7 @@ STATUSES_OF = {
     ("GET", "/workers"): {200},
     ("POST", "/workers/<name>/quiet"): {200, 404},
     ("POST", "/workers/<name>/resume"): {200, 404},
+    ("GET", "/audit"): {200, 400},
     ("GET", "/metrics"): {200},
 }
 EVERYWHERE = {400, 401, 403, 429, 500, 503}  # 400: invalid X-Forwarded-For
@@ -461,7 +462,7 @@ def test_answers_conform_to_the_document(queue: Queue, api: Client, status: str)
     job = put(queue, status, unique_key="u", expires_in=60)
     assert_conforms(api.get(f"/jobs/{job.id}"), document, "GET", "/jobs/{id}")
     queue.enqueue("echo", "x" * 2000)
-    for path in ("/jobs", "/jobs/count", "/failures", "/queues", "/stats", "/workers", "/whoami"):
+    for path in ("/jobs", "/jobs/count", "/failures", "/queues", "/stats", "/workers", "/audit", "/whoami"):
         assert_conforms(api.get(path), document, "GET", path)
     assert_conforms(api.get("/stats?minutes=2"), document, "GET", "/stats")
     assert_conforms(api.call("POST", f"/jobs/{job.id}/retry"), document, "POST", "/jobs/{id}/retry")
