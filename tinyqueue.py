@@ -74,7 +74,8 @@ round trips however many jobs it moves. No Lua.
     A busy worker uses it instead of these two, except with shards. load stores the jobs of a
     backup; the ended ones count in no metric. Every verb that fills a list rings its bell, and
     every verb keeps the counts and the metrics. Whatever ends a job frees its uniqueKey and leaves
-    a token for those who wait for it.
+    a token for those who wait for it. Whatever ends an attempt leaves it in the record: an ended
+    job keeps its last worker and times, and an attempt that another may follow goes to `history`.
 
     Schedules. A tick is a time at which the cron expression of a schedule matches. tick enqueues
     its job, at most once. If it fails, the schedule stays due. sync stores the schedules that code
@@ -132,7 +133,7 @@ Keys. All share one hash tag, the namespace, and so one slot of a cluster.
     {queue}:completed         zset    id -> endedAt; likewise {queue}:failed and {queue}:cancelled
     {queue}:workers           set     every worker that may hold a job
     {queue}:worker:<worker>   string  its registration: the fence. Never expires
-    {queue}:lease:<worker>    string  its last heartbeat and the ids that it runs. Expires
+    {queue}:lease:<worker>    string  its last heartbeat and the jobs that it runs. Expires
     {queue}:once:<hash>       string  an Idempotency-Key, by its SHA-256: request fingerprint and
                                       job ids. Expires. Without ids: another shard has them
     {queue}:unique:<key>      string  id of the pending or processing job with this uniqueKey
@@ -158,9 +159,12 @@ Keys. All share one hash tag, the namespace, and so one slot of a cluster.
                                       completed, failed and cancelled ever
     {queue}:promoter          string  a lock that saves two promoters the same work. Expires
     {queue}:repairer          string  a lock that saves workers the same repair. Expires
+    {queue}:snapshots         list    the times in metrics by type as they were, newest first: up to 5
+    {queue}:snapshotter       string  a lock until the next snapshot. Expires after 15 minutes
     {queue}:mark              string  a write that only WAIT needs. Expires after a second
     {queue}:audit             list    the last 1,000 actions of operators as JSON, newest first
     {queue}:metrics           hash    events so far: <event>:<type>:<queue>, times with :<bucket>
+    {queue}:trouble           hash    <check>:<subject> -> since when a verdict has found that problem
     {queue}:series            set     up to 1,000 <type>:<queue> of metrics; others: other:other
 
 Three rules carry everything
@@ -254,6 +258,7 @@ from tinyqueue_job import (
     NotReplicated as NotReplicated,
     Once as Once,
     Outcome as Outcome,
+    PastAttempt as PastAttempt,
     Place,
     QueueFull as QueueFull,
     Reaped as Reaped,
@@ -327,6 +332,7 @@ MEMORY_SHARE = 0.95  # of maxmemory, above which submits are refused so that sto
 LISTED = 10_000  # entries of a list that are read with one command
 KEPT = 100_000  # ended jobs that are kept, of each status
 BELLS = 64  # wake-up tokens of a queue
+WORKER_ID = 43  # characters of a generated worker id
 PROMOTED = 500  # jobs moved by one promote
 TRIES = 50  # of a transaction whose watched keys keep changing
 WRITERS = 3  # handlers of a worker that write progress at the same time; the others wait
@@ -349,6 +355,8 @@ TOKENS = 1000  # of advance that are read at a time
 ADVANCED = 100  # waiting jobs that one transaction of advance changes
 FATES = {"failed": "has failed", "cancelled": "was cancelled"}  # of a parent, in an error
 SERIES = 1000  # pairs of type and queue in the metrics: each adds some thirty lines to a scrape
+SNAPSHOTS = 5  # of the times in the metrics that are kept
+SNAPSHOT_EVERY = 900  # seconds
 BUCKETS = (10, 50, 250, 1000, 5000, 15_000, 60_000, 300_000, 1_800_000, math.inf)  # ms
 
 # Keys -----------------------------------------------------------------------------------------------------------------
@@ -369,9 +377,12 @@ class Keys:
         self.ticks = prefix + "ticks"
         self.promoter = prefix + "promoter"
         self.repairer = prefix + "repairer"
+        self.snapshots = prefix + "snapshots"
+        self.snapshotter = prefix + "snapshotter"
         self.advance = prefix + "advance"
         self.advancer = prefix + "advancer"
         self.mark = prefix + "mark"
+        self.trouble = prefix + "trouble"
         self.holding = prefix + "holding"
         self.overrides = prefix + "overrides"
         self.audit = prefix + "audit"
@@ -417,6 +428,7 @@ T = TypeVar("T")
 Records = dict[str, bytes | None]  # by id
 Push = Literal["LPUSH", "RPUSH"]  # behind all other jobs of a queue, or before them
 Range = Literal["LRANGE", "ZRANGE"]
+Times = dict[str, dict[str, dict[str, int]]]  # by type, then "waited" or "ran", then bucket
 
 
 class Transaction:
@@ -1461,7 +1473,7 @@ class Queue(Verbs):
         """Raise QueueFull. Watches nothing: concurrent submits may exceed the limits a little."""
         if self.max_pending:
             counts = tx.read(("HMGET", self.keys.counts, *("pending:" + name for name in wanted)))[0]
-            for (name, more), here in zip(wanted.items(), map(_read_count, counts), strict=True):
+            for (name, more), here in zip(wanted.items(), map(read_count, counts), strict=True):
                 count = here + elsewhere.get(name, 0)
                 if count + more > self.max_pending:
                     raise QueueFull(f"queue {name} has {count} pending jobs; the limit is {self.max_pending}")
@@ -1748,7 +1760,8 @@ class Queue(Verbs):
         job.attempts += 1
         job.started_at = job.updated_at = max(tx.now, job.created_at)
         job.ended_at = 0
-        job.progress = 0.0
+        if job.progress:  # or the zero would be stored
+            job.progress = 0.0
         tx.count("processing:" + job.queue)
         return job
 
@@ -1865,6 +1878,7 @@ class Queue(Verbs):
         job.error = outcome.error or job.error
         if outcome.error and not outcome.halt and not cancel_requested:
             tx.count_error(job)
+        leave = partial(job.leave_attempt, now=tx.now, error=outcome.error)
         if outcome.verb == "release":
             self._stop_attempt(tx, job, "released")
         else:
@@ -1876,8 +1890,10 @@ class Queue(Verbs):
             self._end(tx, job, "completed")
         elif cancel_requested:
             job.cancel_requested = True
+            job.error = outcome.error  # not that of an attempt before
             self._end(tx, job, "cancelled")
         elif outcome.halt and outcome.after:
+            leave("released")
             job.attempts -= 1
             if job.limit:
                 self._make_pending(tx, job)
@@ -1886,6 +1902,7 @@ class Queue(Verbs):
             else:
                 self._requeue(tx, job, tx.now + round(outcome.after * 1000))
         elif outcome.verb == "release" and job.refunds < MAX_REFUNDS:
+            leave("released")
             job.attempts -= 1
             job.refunds += 1
             run_at = tx.now + round(outcome.after * 1000) if outcome.after else 0
@@ -1893,6 +1910,7 @@ class Queue(Verbs):
         elif outcome.verb == "release":
             self._requeue_or_fail(tx, job, "released too often")
         elif outcome.after is not None and job.attempts < job.max_attempts:
+            leave("failed")
             self._requeue(tx, job, tx.now + round(outcome.after * 1000))
             tx.count_retry(job)
         else:
@@ -1931,7 +1949,6 @@ class Queue(Verbs):
     def _end(self, tx: Transaction, job: Job, status: Literal["completed", "failed", "cancelled"]) -> None:
         """Write the final state of a job: the record, which now expires, and its index entry."""
         job.status = status
-        job.worker = ""
         job.ended_at = job.updated_at = max(tx.now, job.updated_at)
         if job.callback_url:
             self._add_delivery(tx, job)
@@ -1963,7 +1980,6 @@ class Queue(Verbs):
 
     def _make_pending(self, tx: Transaction, job: Job, run_at: int = 0) -> None:
         job.status = "pending"
-        job.worker = ""
         job.run_at = run_at
         tx.write("SET", self.keys.job(job.id), record_of(job))
 
@@ -1984,6 +2000,7 @@ class Queue(Verbs):
         if job.cancel_requested:
             self._end(tx, job, "cancelled")
         elif job.attempts < job.max_attempts:
+            job.leave_attempt("lost", tx.now, job.error)
             self._requeue(tx, job, push="RPUSH")
         else:
             self._end(tx, job, "failed")
@@ -2069,6 +2086,7 @@ class Queue(Verbs):
     def _revive(self, tx: Transaction, job: Job, seen: str = "") -> None:
         """Requeue an ended job. Look again at the parents that it waits for, except one `seen`."""
         tx.write("ZREM", self.keys.ended[job.status], job.id)
+        job.leave_end()
         job.attempts = job.refunds = job.ended_at = job.expires_at = 0
         job.cancel_requested = False
         job.updated_at = max(tx.now, job.updated_at)
@@ -2324,14 +2342,21 @@ class Queue(Verbs):
         """Return the position of a job among those that its limit holds, from 1; 0: not held."""
         return self.limits.place_of(job)
 
-    def heartbeat(self, worker: str, jobs: Sequence[str] = ()) -> None:
+    def heartbeat(
+        self, worker: str, jobs: Sequence[str] = (), slots: Sequence[Job] = (), given_up: Sequence[Job] = ()
+    ) -> None:
         """Renew the lease and report which jobs run. Raises Reaped if the registration is gone.
+
+        `slots` has the same jobs as far as their types and starts are known. The handlers of the
+        jobs in `given_up` still run, although these jobs were taken away from them.
 
         reap deletes the registration only when the lease is gone or unchanged for too long. So a
         lease that exists can be renewed with one command. An expired one is set again under WATCH
         of the registration.
         """
-        beat = encode({"at": self.now(), "jobs": list(jobs), "beat": time.monotonic_ns()})  # each one differs
+        about = {"at": self.now(), "jobs": list(jobs), "beat": time.monotonic_ns()}  # each one differs
+        about |= {name: list(map(_slot, some)) for name, some in (("slots", slots), ("givenUp", given_up)) if some}
+        beat = encode(about)
         renewal = ("SET", self.keys.lease(worker), beat, "PX", self.lease_ms)
         if self.store.read((*renewal, "XX"))[0] is not None:
             if jobs:  # if the set of workers was lost, reap must still find this one
@@ -2553,6 +2578,18 @@ class Queue(Verbs):
                     tx.write("DEL", self.keys.bell(names[at]))
 
         self.store.transact([self.keys.counts, *lists], body)
+
+    def take_snapshot(self) -> bool:
+        """Keep the times in the metrics as they are now, if 15 minutes have passed since the last.
+
+        Returns whether it did. `times` compares them with later ones.
+        """
+        if not self.store.read(("SET", self.keys.snapshotter, "1", "NX", "EX", SNAPSHOT_EVERY))[0]:
+            return False
+        snapshot = encode({"at": self.now(), "times": times_by_type(self.metrics())})
+        kept = ("LTRIM", self.keys.snapshots, 0, SNAPSHOTS - 1)
+        self.store.read(("LPUSH", self.keys.snapshots, snapshot), kept)
+        return True
 
     def forget(self, status: str, ids: Sequence[bytes]) -> int:
         """Delete ended jobs and their entries in the index of that status. Return how many.
@@ -2792,7 +2829,7 @@ class Queue(Verbs):
         """Return counts, oldest wait and pause of every queue that ever had a job or is paused."""
         fields, paused = self.store.read(("HGETALL", self.keys.counts), ("SMEMBERS", self.keys.paused))
         self._note_paused(paused)
-        counts = {field: _read_count(value) for field, value in pairs(fields)}
+        counts = {field: read_count(value) for field, value in pairs(fields)}
         counted = {field.partition(":")[2] for field in counts if ":" in field}
         names = sorted(counted | set(filter(NAME.fullmatch, self._paused[1])))
         heads = self.store.read(*(("LINDEX", self.keys.jobs(name), -1) for name in names))
@@ -2818,7 +2855,7 @@ class Queue(Verbs):
         lengths = [("LLEN", key) for key in keys] + [("ZCARD", self.keys.held(limit)) for limit in limits]
         reads = ("HGETALL", self.keys.counts), ("ZCARD", self.keys.delayed), *lengths
         counts, *sizes = _checked(self.store.read(("MULTI",), *reads, ("EXEC",))[-1])
-        return [_read_count(value) for field, value in pairs(counts) if ":" in field], sum(sizes)
+        return [read_count(value) for field, value in pairs(counts) if ":" in field], sum(sizes)
 
     def stats(self, minutes: int = 0) -> dict[str, Any]:
         """Count the jobs of every status, those of every queue, and the live workers.
@@ -2846,13 +2883,13 @@ class Queue(Verbs):
             "pending": sum(queue["pending"] for queue in queues.values()),
             "processing": sum(queue["processing"] for queue in queues.values()),
             "delayed": max(0, delayed - looks),
-            "retrying": max(0, _read_count(retrying)),
+            "retrying": max(0, read_count(retrying)),
             **dict(zip(ENDED, kept, strict=True)),
             "oldestWaitingMs": max((queue["oldestWaitingMs"] for queue in queues.values()), default=0),
             "workers": self.store.read(("EXISTS", *leases))[0] if leases else 0,
             "queues": queues,
-            "lastMinute": {status: round(_read_count(old) * share) + _read_count(new) for status, old, new in recent},
-            "total": {status: _read_count(total) for status, total in zip(ENDED, totals, strict=True)},
+            "lastMinute": {status: round(read_count(old) * share) + read_count(new) for status, old, new in recent},
+            "total": {status: read_count(total) for status, total in zip(ENDED, totals, strict=True)},
             **({"history": self._history(now, minutes)} if minutes else {}),
         }
 
@@ -2873,7 +2910,7 @@ class Queue(Verbs):
         tables = ("HGETALL", self.keys.counts), ("SMEMBERS", self.keys.paused)
         counted, paused, late, first, ticks = self.store.read(*tables, *reads)
         self._note_paused(paused)
-        counts = {field: _read_count(value) for field, value in pairs(counted)}
+        counts = {field: read_count(value) for field, value in pairs(counted)}
         names = list(dict.fromkeys(names)) or sorted(_queues_in(pairs(counted)))
         waiting = self._not_paused([name for name in names if counts.get("pending:" + name)])
         lists = [self.keys.jobs(name) for name in waiting]
@@ -2912,7 +2949,7 @@ class Queue(Verbs):
         begun = [(now // 60_000 - back) * 60_000 for back in reversed(range(minutes))]
         found = self.store.read(*(("HMGET", self.keys.minute(at), *fields) for at in begun))
         return [
-            {"at": at, **{field: _read_count(value) for field, value in zip(fields, values, strict=True)}}
+            {"at": at, **{field: read_count(value) for field, value in zip(fields, values, strict=True)}}
             for at, values in zip(begun, found, strict=True)
         ]
 
@@ -2933,12 +2970,7 @@ class Queue(Verbs):
         ids = self._known_workers()
         keys = [key for id in ids for key in (self.keys.worker(id), self.keys.lease(id))]
         found, paused = self.store.read(("MGET", *keys), ("SMEMBERS", self.keys.paused)) if keys else ([], ())
-        rows = zip(ids, found[::2], found[1::2], strict=True)
-        quiet = {text_of(member) for member in paused}
-        try:
-            return [_worker(id, about, lease, QUIET_MARK + id in quiet) for id, about, lease in rows if about]
-        except (msgspec.DecodeError, KeyError, AttributeError, TypeError) as error:
-            raise Corrupted(f"the registration or the lease of a worker cannot be read: {error}") from None
+        return read_workers(ids, found, set(map(text_of, paused)))
 
     def metrics(self) -> dict[str, dict[tuple[str, ...], int]]:
         """Return how often each event ever happened: by event, then by type and queue.
@@ -2953,8 +2985,23 @@ class Queue(Verbs):
         for field, value in pairs(self.store.read(("HGETALL", self.keys.metrics))[0]):
             event, *labels = parts = field.split(":")
             if len(labels) != 1 and all(map(NAME.fullmatch, parts)):
-                found.setdefault(event, {})[tuple(labels)] = _read_count(value)
+                found.setdefault(event, {})[tuple(labels)] = read_count(value)
         return found
+
+    def times(self, minutes: int) -> tuple[int, Times]:
+        """Count by type how long jobs waited and ran in the last minutes, and maybe before these.
+
+        The window begins at the newest snapshot that is old enough, which is returned too. It is 0
+        if there is none: then all times ever are counted.
+        """
+        latest = self.now() - minutes * 60_000
+        stored = self.store.read(("LRANGE", self.keys.snapshots, 0, -1))[0]
+        try:
+            found = [msgspec.json.decode(snapshot, type=Snapshot) for snapshot in stored]
+        except msgspec.DecodeError as error:
+            raise Corrupted(f"a snapshot of the metrics cannot be read: {error}") from None
+        old = next((snapshot for snapshot in found if snapshot.at <= latest), Snapshot(0, {}))
+        return old.at, _subtract(times_by_type(self.metrics()), old.times)
 
     # Counting for the web process -------------------------------------------------------------------------------------
 
@@ -3041,7 +3088,7 @@ class Queue(Verbs):
     def count_pending(self, names: Sequence[str]) -> dict[str, int]:
         """Count the pending jobs of some queues."""
         counts = self.store.read(("HMGET", self.keys.counts, *("pending:" + name for name in names)))[0]
-        return dict(zip(names, map(_read_count, counts), strict=True))
+        return dict(zip(names, map(read_count, counts), strict=True))
 
     def discard(self, worker: str, entries: Sequence[bytes]) -> None:
         """Drop entries of the worker's own list that cannot name a job of this queue."""
@@ -3058,7 +3105,7 @@ def is_suspect(job: Job) -> bool:
     return job.suspicions >= SUSPICIOUS
 
 
-def _read_count(value: bytes | None) -> int:
+def read_count(value: bytes | None) -> int:
     """Read a count, which is 0 until something was counted."""
     try:
         return int(value or 0)
@@ -3073,9 +3120,9 @@ def _ends_by_type(fields: Iterable[tuple[str, bytes]]) -> dict[str, dict[str, An
         if not type:
             continue
         ends = types.setdefault(type, {"completed": 0, "failed": 0, "errors": {}})
-        ends["completed" if event == "completed" else "failed"] += _read_count(value)
+        ends["completed" if event == "completed" else "failed"] += read_count(value)
         if event == "error":
-            ends["errors"][error] = _read_count(value)
+            ends["errors"][error] = read_count(value)
     return types
 
 
@@ -3115,14 +3162,35 @@ def host_name() -> str:
 
 
 def new_worker_id() -> str:
-    return f"{host_name()}-{os.getpid()}-{os.urandom(4).hex()}"
+    """Make an id of up to WORKER_ID characters, because every ended job keeps that of its worker.
+
+    Shortens the host name to the end of its first part, which differs between pods.
+    """
+    host = host_name()
+    end = f"-{os.getpid()}-{os.urandom(4).hex()}"
+    room = WORKER_ID - len(end)
+    return (host if len(host) <= room else host.partition(".")[0][-room:].lstrip("-_")) + end
+
+
+def read_workers(ids: Sequence[str], values: Sequence[bytes | None], paused: Collection[str]) -> list[dict[str, Any]]:
+    """Read the registrations and leases of workers, two values each. Skip those not registered."""
+    rows = zip(ids, values[::2], values[1::2], strict=True)
+    try:
+        return [_worker(id, about, lease, QUIET_MARK + id in paused) for id, about, lease in rows if about]
+    except (msgspec.DecodeError, KeyError, AttributeError, TypeError) as error:
+        raise Corrupted(f"the registration or the lease of a worker cannot be read: {error}") from None
+
+
+def _slot(job: Job) -> dict[str, Any]:
+    return {"jobId": job.id, "type": job.type, "startedAt": job.started_at}
 
 
 def _worker(id: str, about: bytes, lease: bytes | None, quiet: bool) -> dict[str, Any]:
     known = msgspec.json.decode(about)
     beat = msgspec.json.decode(lease or b"{}")
     at = beat.get("at", known["startedAt"] if lease else 0)
-    return {"id": id, **known, "alive": bool(lease), "quiet": quiet, "lastHeartbeat": at, "jobs": beat.get("jobs", [])}
+    lists = {name: beat.get(name, []) for name in ("jobs", "slots", "givenUp")}
+    return {"id": id, **known, "alive": bool(lease), "quiet": quiet, "lastHeartbeat": at, **lists}
 
 
 # Metrics --------------------------------------------------------------------------------------------------------------
@@ -3168,3 +3236,29 @@ def _metric_commands(store: Store, tx: Transaction) -> list[Command]:
         tx.minute[f"error:{type if f'{type}:{queue}' in store.series else 'other'}:{error}"] += count
     added: list[Command] = [("SADD", store.keys.series, *new)] if new else []
     return added + [("HINCRBY", store.keys.metrics, field, by) for field, by in sums.items() if by]
+
+
+class Snapshot(msgspec.Struct):
+    """The times that the metrics had at a moment."""
+
+    at: int
+    times: Times
+
+
+def times_by_type(counters: Mapping[str, Mapping[tuple[str, ...], int]]) -> Times:
+    """Add up `waited` and `ran` of the metrics over all queues: by type, then by bucket."""
+    found: Times = {}
+    for event in ("waited", "ran"):
+        for (type, *_, bucket), count in counters.get(event, {}).items():
+            buckets = found.setdefault(type, {}).setdefault(event, {})
+            buckets[bucket] = buckets.get(bucket, 0) + count
+    return found
+
+
+def _subtract(now: Times, then: Times) -> Times:
+    """Return what the times of a snapshot do not count yet."""
+    for type, events in now.items():
+        for event, counts in events.items():
+            before = then.get(type, {}).get(event, {})
+            counts.update({bucket: max(0, count - before.get(bucket, 0)) for bucket, count in counts.items()})
+    return now

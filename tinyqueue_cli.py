@@ -40,6 +40,7 @@ from tinyqueue import (
     Filter,
     InvalidJob,
     Job,
+    PastAttempt,
     Schedule,
     SettingsError,
     Status,
@@ -55,9 +56,10 @@ from tinyqueue import (
 )
 from tinyqueue_backup import Restored, back_up, restore as restore_file
 from tinyqueue_config import Settings, error_line, load_handlers, open_queue, plural, set_up_logging
-from tinyqueue_doctor import Finding, examine, local_workers, repair
+from tinyqueue_doctor import Finding, Observer, examine, local_workers
 from tinyqueue_embedded import StartError, folder_of, local_redis
 from tinyqueue_json import from_json, to_json
+from tinyqueue_repair import repair
 from tinyqueue_shards import AnyQueue
 from tinyqueue_why import answer
 
@@ -241,13 +243,30 @@ def enqueue(settings: Settings, /, type: str, payload: str, **options: Any) -> N
 @cli.command()
 @refresh_option
 @json_option
-@pass_queue
-def stats(queue: AnyQueue, watch: bool, as_json: bool) -> None:
-    """Count the jobs in each queue and status."""
-    _show(queue.stats, _print_stats, as_json, watch)
+@click.pass_obj
+def stats(settings: Settings, /, watch: bool, as_json: bool) -> None:
+    """Say whether all is well, and count the jobs in each queue and status."""
+    queue = require_queue(settings)
+    observer = Observer(queue, settings.max_wait)
+
+    def read() -> dict[str, Any]:
+        return queue.stats() | {"verdict": observer.verdict()}
+
+    _show(read, _print_stats, as_json, watch)
+
+
+def _print_verdict(verdict: dict[str, Any]) -> None:
+    if not verdict["problems"]:
+        click.echo(verdict["text"])
+    for problem in verdict["problems"]:
+        todo = problem["next"]["text"] + (f": {command}" if (command := problem["next"].get("command")) else "")
+        _print_safely(f"{problem['level']}: {problem['text']} (since {_format_time(problem['since'])})")
+        _print_safely(f"  next: {todo}")
+    click.echo()
 
 
 def _print_stats(stats: dict[str, Any]) -> None:
+    _print_verdict(stats["verdict"])
     rows = [["queue", "pending", "processing", "oldest waiting", ""]]
     for name, counts in {**stats["queues"], "all": stats | {"paused": False}}.items():
         oldest = f"{counts['oldestWaitingMs'] / 1000:,.1f} s" if counts["oldestWaitingMs"] else "-"
@@ -274,6 +293,16 @@ def _print_workers(workers: list[dict[str, Any]]) -> None:
         alive = ("quiet" if worker["quiet"] else "yes") if worker["alive"] else "no"
         rows.append([worker["id"], alive, busy, ",".join(worker["queues"]), " ".join(worker["jobs"])])
     _print_table(rows, empty="no workers; start one with: tinyqueue worker")
+    now = time.time() * 1000
+    running = [
+        [worker["id"], slot["jobId"], slot["type"], f"{max(0, now - slot['startedAt']) / 1000:,.0f} s", state]
+        for worker in workers
+        for name, state in (("slots", ""), ("givenUp", "given up, and still runs"))
+        for slot in worker[name]
+    ]
+    if running:
+        click.echo()
+        _print_table([["worker", "job", "type", "runs for", ""], *running])
 
 
 @cli.command("list")
@@ -404,6 +433,7 @@ def get(ctx: click.Context, id: str, watch: bool, as_json: bool) -> None:
 def _print_job(fields: dict[str, Any]) -> None:
     payload = fields.pop("payload")
     error = fields.pop("error", None)
+    history = fields.pop("history", ())
     if why := fields.pop("why", None):
         fields["why"] = f"it {why['text']}"
     for name, value in fields.items():
@@ -412,8 +442,19 @@ def _print_job(fields: dict[str, Any]) -> None:
             shown = " ".join(value)
         _print_safely(f"{name:<12} {shown}")
     _print_safely(f"payload\n{_format_json(payload)}")
+    if history:
+        _print_attempts(history)
     if error:
         _print_safely(f"error\n  {error_line(error)}\n{textwrap.indent(error.traceback, '  ')}".rstrip())
+
+
+def _print_attempts(history: Sequence[PastAttempt]) -> None:
+    rows = [["attempts", "started", "after", "worker", "error"]]
+    for attempt in history:
+        seconds = f"{(attempt.ended_at - attempt.started_at) / 1000:,.1f} s" if attempt.ended_at else ""
+        error = error_line(attempt.error)[:100]
+        rows.append(["  " + attempt.outcome, _format_time(attempt.started_at), seconds, attempt.worker, error])
+    _print_table(rows)
 
 
 # Manage jobs and queues -----------------------------------------------------------------------------------------------

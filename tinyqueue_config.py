@@ -154,6 +154,14 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     keep_failed: Annotated[int, Meta(ge=1, le=10**9, description="seconds to keep failed and cancelled jobs")] = 604800
     keep_once: Annotated[int, Meta(ge=60, le=10**9, description="seconds to remember an Idempotency-Key")] = 86400
     max_pending: Annotated[int, Meta(ge=0, le=10**9, description="maximum pending jobs per queue; 0: unlimited")] = 0
+    max_wait: Annotated[
+        int,
+        Meta(
+            ge=0,
+            le=10**9,
+            description="seconds that the next job of a queue may wait until the verdict warns of it; 0: unlimited",
+        ),
+    ] = 300
     min_replicas: Annotated[
         int, Meta(ge=0, le=100, description="number of replicas that must have a job before its submit succeeds")
     ] = 0

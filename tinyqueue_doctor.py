@@ -1,44 +1,53 @@
-"""The checks of `doctor`, which examine what the queue depends on, and the warnings at a start.
+"""The checks of `doctor`, which examine what the queue depends on, and those of a verdict.
 
-`examine` changes nothing. Errors of Redis become findings. `repair` restores what lost keys have
-broken.
+`examine` changes nothing. Errors of Redis become findings. An `Observer` says whether all is well,
+as the dashboard, GET /verdict, `stats`, /ready and the alerts show it.
 """
 
 from __future__ import annotations
 
 import ipaddress
+import math
 import os
-import random
 import re
 import socket
+import sys
+import threading
 import time
+from bisect import bisect_left
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
-from itertools import chain
-from typing import Any, Literal
+from itertools import accumulate
+from typing import Any, Literal, NamedTuple
 
 import msgspec
 import redis
 from msgspec.structs import replace
 
 from tinyqueue import (
-    ENDED,
-    LOOK_MARK,
+    BUCKETS,
+    ID,
+    LIMIT,
     MEMORY_SHARE,
     NAME,
-    SWEEP_MARK,
+    SERIES,
     UNENDED,
     Queue,
     TinyQueueError,
-    Transaction,
+    Unavailable,
     host_name,
     ids_in,
+    read_count,
+    read_workers,
 )
-from tinyqueue_redis import ask_each, memory_use, pairs, parse_info, scan, text_of
-from tinyqueue_schedule import list_schedules
+from tinyqueue_config import plural
+from tinyqueue_handler import rule_of
+from tinyqueue_json import created_at
+from tinyqueue_redis import ask_each, memory_use, pairs, parse_info, text_of
+from tinyqueue_schedule import list_schedules, read_schedule
 from tinyqueue_shards import AnyQueue
 
 OLDEST = (6, 0, 6)  # version of Redis: the first with LPOS
@@ -86,32 +95,10 @@ def _judge(about: str, seen: str, *cases: tuple[bool, Level, str]) -> Finding:
 
 
 def warnings(queue: AnyQueue) -> list[str]:
-    """Return what may lose or refuse jobs although Redis works, in any shard, each text once."""
-    return list(dict.fromkeys(warning for part in queue.parts for warning in _warnings(part, len(queue.parts) > 1)))
-
-
-def _warnings(queue: Queue, one_of_many: bool) -> list[str]:
-    """Return the warnings about one Redis. If it is the only one, that it is away is none."""
-    try:
-        if one_of_many:
-            queue.ping()
-        info = queue.store.memory()
-        unserved = _unserved_deliveries(queue)
-    except TinyQueueError as error:
-        return [f"shard {queue.keys.prefix[1:-2]}: {error}"] if one_of_many else []
-    found = [_eviction(info), replace(_memory(info), seen=f"Redis uses {_memory(info).seen}")]
-    return [f"{finding.seen}: {finding.advice}" for finding in found if finding.level != "ok"] + unserved
-
-
-def _unserved_deliveries(queue: Queue) -> list[str]:
-    """Warn if workers run and none of them serves the deliveries that wait."""
-    if not queue.count_pending(["webhooks"])["webhooks"]:
-        return []
-    alive = [worker for worker in queue.workers() if worker["alive"]]
-    if not alive or any("webhooks" in worker["queues"] for worker in alive):
-        return []
-    todo = "add it to the queues of a worker, or start one: tinyqueue worker --queue webhooks"
-    return [f"deliveries wait in queue webhooks, and no worker serves it: {todo}"]
+    """Return what a process logs at its start: why Redis may refuse or lose jobs."""
+    single = len(queue.parts) == 1  # then the process fails anyway if Redis is away
+    found = [problem for problem in Observer(queue).problems() if problem.check in LOGGED]
+    return [str(problem) for problem in found if not (single and problem.check == "redis")]
 
 
 def examine(queue: AnyQueue, connections: int) -> list[Finding]:
@@ -307,14 +294,14 @@ def _clients(info: Mapping[str, str], connections: int) -> Finding:
 
 def _counts(queue: Queue) -> Iterator[Finding]:
     """Check that the lists have at least as many entries as there are jobs. They may have more."""
-    counted, listed, wrong = _compare_counts(queue)
+    counted, listed, wrong = compare_counts(queue)
     seen = f"{counted} jobs counted as pending or processing, {listed} entries listed"
     causes = "check for evictions, a failover, or others that write to the queue's keys"
     advice = f"keys are lost: {causes}; then run tinyqueue doctor --repair"
     yield _judge("counts", seen, (wrong, "fail", advice))
 
 
-def _compare_counts(queue: Queue) -> tuple[int, int, bool]:
+def compare_counts(queue: Queue) -> tuple[int, int, bool]:
     """Return how many jobs are counted, how many entries are listed, and whether both are wrong."""
     for _ in range(3):  # a queue or a worker may be new since the names were read
         unended, listed = queue.count_unended()
@@ -388,151 +375,581 @@ def _is_running(pid: int) -> bool:
     return True
 
 
-# Repair ---------------------------------------------------------------------------------------------------------------
+# The verdict ----------------------------------------------------------------------------------------------------------
 
-MARKS = (LOOK_MARK.encode(), SWEEP_MARK.encode())  # among the delayed ids
-STEP = 1000  # keys or entries of one step
-OTHERS = "*"  # any queue, as it may be in the metrics that are counted as other
-REPAIR_EVERY = 600  # seconds between two repairs that no operator asked for
+Severity = Literal["warning", "critical"]
+
+LIFETIME = 2.0  # seconds for which a process returns the same verdict again
+COUNT_EVERY = 10.0  # seconds between two comparisons of the counts, and two readings of the configuration
+SHORT_WAIT = 3000  # milliseconds that a job may always wait
+UNSERVED = 60_000  # milliseconds that a job may wait in a queue that has lost its workers
+BUSY_WAIT = 10_000  # milliseconds that a job may wait before it matters what the slots do
+LONG_RUN = 30_000  # milliseconds that a job of any type may run
+UNKNOWN_RUN = 900_000  # milliseconds that a job may run whose type has run less than SAMPLES times
+SAMPLES = 20
+LAG = 10  # seconds that a replica may be behind
+NAMED = 10  # jobs, queues or limits that a problem names
+LIMITS_READ = 50  # limits with held jobs that one look reads
+AWAY = ("unreachable", "timeout", "loading")
 
 
-def repair(parts: Iterable[Queue]) -> list[Finding]:
-    """Restore what lost keys have broken, in these shards. Return what was changed.
+class Next(msgspec.Struct, frozen=True, omit_defaults=True):
+    """The next step in words, as a command, and as a request or as a link of the dashboard."""
 
-    Lists the jobs that no list names, finds the lists of unknown workers, drops entries without a
-    job, lists schedules again, and counts again. Safe while jobs are submitted and run, except that
-    the jobs of a queue are counted only if none of them changes meanwhile. Remembers the ids of all
-    unended jobs.
+    text: str
+    command: str = ""
+    action: dict[str, str] | None = None
+
+
+class Problem(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True):
+    """What is wrong, since when (in ms), what it concerns, and the next step."""
+
+    check: str
+    level: Severity = "warning"
+    text: str
+    next: Next
+    since: int = 0
+    queues: Sequence[str] = ()
+    types: Sequence[str] = ()
+    workers: Sequence[str] = ()
+    jobs: Sequence[str] = ()
+    schedules: Sequence[str] = ()
+    limits: Sequence[str] = ()
+    subject: str = ""  # tells the problems of one check apart; not a part of the answer
+
+    def __str__(self) -> str:
+        return f"{self.text}: {self.next.text}" + (f" ({self.next.command})" if self.next.command else "")
+
+    @property
+    def key(self) -> str:
+        return f"{self.check}:{self.subject}"
+
+    def answer(self) -> dict[str, Any]:
+        fields: dict[str, Any] = msgspec.to_builtins(self)
+        return {"check": self.check, "level": self.level} | {k: v for k, v in fields.items() if k != "subject"}
+
+
+class Waiting(NamedTuple):
+    """The job that has waited longest, and since when."""
+
+    since: int
+    job: str
+
+
+class Look:
+    """What one look at a shard has read, in a few round trips. It reads no list of jobs."""
+
+    def __init__(self, part: Queue, server: Mapping[str, str]) -> None:
+        self.part = part
+        self.now = part.now()
+        self.refusal: TinyQueueError | None = None  # why Redis takes no writes
+        try:
+            part.ping()
+        except Unavailable as error:
+            if error.reason in AWAY:
+                raise
+            self.refusal = error
+        memory = part.store.memory()
+        self.info = {**server, **memory} if memory else {}
+        self._read_tables()
+        self._read_places()
+
+    def _read_tables(self) -> None:
+        keys = self.part.keys
+        due = ("ZRANGEBYSCORE", keys.delayed, "-inf", self.now - SHORT_WAIT, "LIMIT", 0, NAMED)
+        ticks = ("ZRANGEBYSCORE", keys.ticks, "-inf", self.now - LATE, "WITHSCORES", "LIMIT", 0, NAMED)
+        sets = [("SMEMBERS", key) for key in (keys.paused, keys.workers, keys.holding)]
+        found = self.part.store.read(("HGETALL", keys.counts), ("HGETALL", keys.trouble), due, ticks, *sets)
+        counts, trouble, self.due, late, paused, workers, holding = found
+        self.counts = {field: read_count(value) for field, value in pairs(counts)}
+        self.trouble = {field: read_count(value) for field, value in pairs(trouble)}
+        self.paused = set(map(text_of, paused))
+        self.worker_ids = sorted(filter(NAME.fullmatch, map(text_of, workers)))
+        self.limits = sorted(filter(LIMIT.fullmatch, map(text_of, holding)))[:LIMITS_READ]
+        self.late = {name: int(float(at)) for name, at in pairs(late)}
+
+    def _read_places(self) -> None:
+        """Read the workers and the halts, and the next job of each place where jobs wait."""
+        keys = self.part.keys
+        counted = (field.partition(":")[2] for field, count in self.counts.items() if count > 0)
+        lists = [keys.jobs(name) for name in dict.fromkeys(counted) if name and name not in self.paused]
+        about = [key for id in self.worker_ids for key in (keys.worker(id), keys.lease(id))]
+        held = [("ZRANGE", keys.held(limit), 0, NAMED - 1) for limit in self.limits]
+        sizes = [("ZCARD", keys.held(limit)) for limit in self.limits]
+        mget = ("MGET", *about, *map(keys.halt, self.limits), keys.mark)
+        found = self.part.store.read(mget, *(("LINDEX", key, -1) for key in lists), *held, *sizes)
+        values = found[0]
+        heads = [id for id in found[1 : len(lists) + 1] if id]
+        self.workers = read_workers(self.worker_ids, values[: len(about)], self.paused)
+        self.halted = {limit for limit, value in zip(self.limits, values[len(about) :], strict=False) if value}
+        found = found[len(lists) + 1 :]
+        self.held_counts = dict(zip(self.limits, found[len(held) :], strict=True))
+        self._read_waiting([*heads, *self.due], dict(zip(self.limits, found[: len(held)], strict=True)))
+
+    def _read_waiting(self, queued: Sequence[bytes], entries: Mapping[str, Sequence[bytes]]) -> None:
+        """Read the jobs that may have waited for some time: their ids say when they were submitted.
+
+        So a look at a queue without a backlog reads no job.
+        """
+        awake = {limit: [e for e in map(text_of, some) if self._runs(e)] for limit, some in entries.items()}
+        held = {limit: some[0].partition(":")[2] for limit, some in awake.items() if some}
+        places = dict.fromkeys(ids_in(queued), True) | dict.fromkeys(held.values(), False)
+        old = [id for id in places if ID.fullmatch(id) and created_at(id) <= self.now - SHORT_WAIT]
+        self.held: dict[str, Waiting] = {}
+        self.waiting: dict[str, Waiting] = {}
+        for job in [job for job, _ in self.part.read_jobs(old, cut=0) if job and job.status == "pending"]:
+            mine = Waiting(self.now - job.waited(self.now), job.id)
+            if job.queue in self.paused or mine.since > self.now - SHORT_WAIT:
+                continue
+            if places[job.id]:
+                self.waiting[job.queue] = min(self.waiting.get(job.queue, mine), mine)
+            else:
+                self.held |= {limit: mine for limit, id in held.items() if id == job.id}
+
+    def _runs(self, entry: str) -> bool:
+        return entry.partition(":")[0] not in self.paused
+
+    def blocked_schedules(self) -> dict[str, str]:
+        """Return the overdue schedules that wait for the end of their last job, with that job."""
+        read = self.part.store.read
+        records = read(("MGET", *map(self.part.keys.schedule, self.late)))[0] if self.late else []
+        made = [read_schedule(record) for record in records if record]
+        last = {schedule.last_job: schedule.name for schedule in made if schedule.last_job}
+        jobs = (job for job, _ in self.part.read_jobs(list(last), cut=0) if job)
+        return {last[job.id]: job.id for job in jobs if job.status in UNENDED}
+
+    def still_run(self, slots: Mapping[str, int]) -> set[str]:
+        """Return which of these jobs still run since that time."""
+        jobs = (job for job, _ in self.part.read_jobs(list(slots), cut=0) if job and job.status == "processing")
+        return {job.id for job in jobs if job.started_at == slots[job.id]}
+
+
+class Sight:
+    """What the looks at all shards have seen together."""
+
+    def __init__(self, looks: Sequence[Look], max_wait: float) -> None:
+        self.looks = looks
+        self.now = looks[0].now
+        self.max_wait = round(1000 * max_wait) or sys.maxsize
+        self.patience = 2 * self.max_wait // 5  # with jobs that wait for the first worker
+        self.counts = Counter[str]()
+        for look in looks:
+            self.counts.update(look.counts)
+        self.waiting: dict[str, Waiting] = {}
+        for name, waiting in (item for look in looks for item in look.waiting.items()):
+            self.waiting[name] = min(self.waiting.get(name, waiting), waiting)
+        self.workers: dict[str, list[dict[str, Any]]] = {}  # by id, as each shard knows it
+        for worker in (worker for look in looks for worker in look.workers):
+            self.workers.setdefault(worker["id"], []).append(worker)
+        self.alive = [known for known in self.workers.values() if any(worker["alive"] for worker in known)]
+        self.halted = {limit for look in looks for limit in look.halted}
+        quiet = {name[1:] for look in looks for name in look.paused if name.startswith("@")}
+        self.serving = [known[0] for known in self.alive if known[0]["id"] not in quiet]
+        self.served = {name for worker in self.serving for name in worker["queues"]}
+
+    def waited(self, name: str) -> int:
+        """Return how long the next job of a queue has waited, in ms."""
+        return self.now - self.waiting[name].since
+
+    def oldest_first(self, names: Iterable[str]) -> list[str]:
+        return sorted(names, key=lambda name: self.waiting[name])
+
+    def count_pending(self, names: Iterable[str]) -> int:
+        return sum(self.counts["pending:" + name] for name in names)
+
+    def all_run_long(self, slots: Sequence[Mapping[str, Any]]) -> bool:
+        """Whether all these slots run jobs that take longer than usual.
+
+        A slot is as the last heartbeat says, so some jobs are read to see whether they still run.
+        """
+        shortest: dict[str, int] = {}
+        for slot in slots:
+            ran = self.now - slot["startedAt"]
+            shortest[slot["type"]] = min(ran, shortest.get(slot["type"], ran))
+        if any(ran < LONG_RUN for ran in shortest.values()):
+            return False
+        usual = self._usual_times(shortest)
+        if any(ran < max(LONG_RUN, 3 * usual[type]) for type, ran in shortest.items()):
+            return False
+        some = {slot["jobId"]: slot["startedAt"] for slot in slots[:NAMED]}
+        return some.keys() == {id for look in self.looks for id in look.still_run(some)}
+
+    def _usual_times(self, types: Iterable[str]) -> dict[str, float]:
+        """Return for each type in how many ms 95 % of its attempts end."""
+        usual: dict[str, float] = {}
+        for type in types:
+            fields = [f"ran:{type}:{name}:{bound}" for name in sorted(self.served)[:SERIES] for bound in BUCKETS]
+            counts = [0] * len(BUCKETS)
+            for look in self.looks:
+                found = look.part.store.read(("HMGET", look.part.keys.metrics, *fields))[0]
+                for at, value in enumerate(found):
+                    counts[at % len(BUCKETS)] += read_count(value)
+            usual[type] = _percentile(counts) if sum(counts) >= SAMPLES else UNKNOWN_RUN / 3
+        return usual
+
+
+def _percentile(counts: Sequence[int]) -> float:
+    """Return the time below which 95 % of the times in BUCKETS are, assumed even within one."""
+    up_to = [0, *accumulate(counts)]
+    wanted = 0.95 * up_to[-1]
+    at = bisect_left(up_to, wanted) - 1
+    low = BUCKETS[at - 1] if at else 0
+    return low + (BUCKETS[at] - low) * (wanted - up_to[at]) / counts[at]
+
+
+# Checks: what is wrong with what a look has seen. Each returns nothing if all is well.
+
+
+def _unavailable(part: Queue, error: TinyQueueError, shard: str = "") -> Problem:
+    """Make the problem of a Redis that does not answer, or that takes no writes."""
+    reason = getattr(error, "reason", "")
+    states = {"read-only": "takes no writes", "full": "is full"}
+    detail = str(error).partition("): ")[2] or str(error)
+    text = f"Redis{shard} {states.get(reason, 'does not answer')}, so jobs can be neither submitted nor run: {detail}"
+    away = round(1000 * (time.monotonic() - part.store.connections.last_contact))
+    since = 0 if reason in states else round(1000 * time.time()) - away
+    todo = Next(REMEDIES.get(reason, OTHER_REMEDY), "tinyqueue doctor")
+    return Problem(check="redis", level="critical", text=text, since=since, next=todo, subject=part.keys.prefix)
+
+
+def _check_redis(sight: Sight) -> Iterator[Problem]:
+    for look in sight.looks:
+        if look.refusal:
+            yield _unavailable(look.part, look.refusal, _shard(look.part, len(sight.looks)))
+
+
+def _shard(part: Queue, count: int) -> str:
+    return f" of shard {part.keys.prefix[1:-2]}" if count > 1 else ""
+
+
+def _check_memory(sight: Sight) -> Iterator[Problem]:
+    yield from _of_server(sight, "memory", _memory, "Redis uses ")
+
+
+def _check_eviction(sight: Sight) -> Iterator[Problem]:
+    yield from _of_server(sight, "eviction", _eviction, "Redis may evict jobs: ")
+
+
+def _check_persistence(sight: Sight) -> Iterator[Problem]:
+    """Find a Redis that stores nothing, or cannot. Snapshots alone may be what is wanted."""
+    if any(_persistence(look.info).level == "fail" or look.info.get("save") == "" for look in sight.looks):
+        yield from _of_server(sight, "persistence", _persistence, "Redis may lose jobs: ")
+
+
+def _of_server(
+    sight: Sight, check: str, judge: Callable[[Mapping[str, str]], Finding], begin: str
+) -> Iterator[Problem]:
+    """Make a problem of what `doctor` finds too. Shards may be on one server, so of the first."""
+    for finding in (judge(look.info) for look in sight.looks if look.info):
+        if finding.level != "ok":
+            level: Severity = "critical" if finding.level == "fail" else "warning"
+            todo = Next(finding.advice, "tinyqueue doctor")
+            yield Problem(check=check, level=level, text=begin + finding.seen, next=todo)
+            return
+
+
+def _check_replicas(sight: Sight) -> Iterator[Problem]:
+    for look in sight.looks:
+        rows = (value for name, value in look.info.items() if re.fullmatch("slave[0-9]+", name))
+        replicas = [{"lag": "0"} | dict(part.split("=", 1) for part in row.split(",") if "=" in part) for row in rows]
+        good = [about for about in replicas if about.get("state") == "online" and int(about["lag"]) <= LAG]
+        needed = look.part.min_replicas if look.info else 0
+        if len(good) < needed:
+            text = f"Submits are refused: they need {plural(needed, 'replica')}, and {len(good)} of them keep up"
+            todo = Next("start the replicas, or lower TINYQUEUE_MIN_REPLICAS", "redis-cli INFO replication")
+            yield Problem(check="replicas", level="critical", text=text, next=todo)
+            return
+        if late := [about for about in replicas if about not in good]:
+            names = ", ".join(f"{about.get('ip')}:{about.get('port')} ({_lag(about)})" for about in late)
+            text = f"A failover may lose the last changes, because replicas are behind: {names}"
+            todo = Next("check the load and the network of these replicas", "redis-cli INFO replication")
+            yield Problem(check="replicas", text=text, next=todo)
+            return
+
+
+def _lag(about: Mapping[str, str]) -> str:
+    return f"{about['lag']} s" if about.get("state") == "online" else about.get("state", "state unknown")
+
+
+def _check_served(sight: Sight) -> Iterator[Problem]:
+    """Find queues with jobs and no live worker.
+
+    Without any worker, all may be scaled to zero, and the first may start soon. A queue that was
+    served before may be served again after a deploy. One that never was has a wrong name, or its
+    worker was forgotten.
     """
-    return [finding for part in parts for finding in _repair(part)]
+    ever = {field.partition(":")[2] for field in sight.counts if field.startswith("processing:")}
+    late = [
+        name
+        for name in sight.oldest_first(sight.waiting.keys() - sight.served)
+        if sight.waited(name) >= (sight.patience if not sight.serving else UNSERVED if name in ever else SHORT_WAIT)
+    ]
+    if not late:
+        return
+    them = "it" if len(late) == 1 else "them"
+    why = f"no live worker serves {them}" if sight.serving else "all workers are quiet"
+    text = f"{plural(sight.count_pending(late), 'job')} in {_names('queue', late)} cannot start, because "
+    text += why if sight.alive else "no worker is alive"
+    options = "".join(f" --queue {name}" for name in late[:NAMED]) if sight.serving else ""
+    todo = Next(
+        f"start a worker that serves {them}" if sight.serving else "start a worker", f"tinyqueue worker{options}"
+    )
+    since = sight.waiting[late[0]].since
+    yield Problem(check="unserved", level="critical", text=text, since=since, queues=late[:NAMED], next=todo)
 
 
-def find_broken(queue: AnyQueue) -> list[Queue]:
-    """Return the shards in which more jobs are counted than listed, each every 10 minutes."""
-    wrong = [part for part in queue.parts if _compare_counts(part)[2]]
-    return [part for part in wrong if part.store.read(("SET", part.keys.repairer, "1", "NX", "EX", REPAIR_EVERY))[0]]
+def _check_lost(sight: Sight) -> Iterator[Problem]:
+    """Find workers without a lease. Another worker will reap them, if there is one."""
+    lost = [known[0] for known in sight.workers.values() if known not in sight.alive]
+    ids = [worker["id"] for worker in lost]
+    lengths = [("LLEN", look.part.keys.proc(id)) for look in sight.looks for id in ids]
+    held = sum(sum(look.part.store.read(*(("LLEN", look.part.keys.proc(id)) for id in ids))) for look in sight.looks)
+    if not lengths or not (held or sight.alive):
+        return
+    text = f"{_names('Worker', ids)} sent no heartbeat for {sight.looks[0].part.lease:.0f} s"
+    soon = "soon" if sight.alive else "only when another worker runs"
+    text += f"; {plural(held, 'job')} will be requeued {soon}" if held else ""
+    todo = Next("read the end of its log, and check whether its process was killed or is frozen", "tinyqueue workers")
+    level: Severity = "warning" if sight.alive else "critical"
+    yield Problem(check="lost", level=level, text=text, workers=ids[:NAMED], next=todo)
 
 
-def _repair(queue: Queue) -> Iterator[Finding]:
-    before = _read_counters(queue)
-    names = list(scan(queue.store.read, queue.keys.prefix))
-    jobs = _read_unended(queue, [name[4:] for name in names if name.startswith("job:")])
-    workers = [name[5:] for name in names if name.startswith("proc:")]
-    yield from _changed(_enlist(queue, workers), "list of an unknown worker", "lists of unknown workers", "found")
-    lists = sorted(queue.keys.prefix + name for name in names if name.startswith(("jobs:", "proc:")))
-    missing = set(jobs).difference(*queue.read_held())
-    dropped = 0
-    for key in (queue.keys.delayed, *lists, *queue.keys.ended.values()):
-        for entries in queue.read_entries(key, "LRANGE" if key in lists else "ZRANGE"):
-            missing.difference_update(entries)
-            others = [id for id in entries if id not in jobs and not id.startswith(MARKS)]
-            for at in range(0, len(others), STEP):
-                dropped += _drop_gone(queue, key, others[at : at + STEP])
-    yield from _changed(dropped, "entry without a job", "entries without a job", "dropped")
-    restored = sum(queue.restore(id.decode()) for id in missing)
-    yield from _changed(restored, "job", "jobs", "listed again")
-    for entries in queue.read_entries(queue.keys.delayed, "ZRANGE"):
-        yield from _look_again(queue, ids_in(entries))
-    schedules = {name[9:] for name in names if name.startswith("schedule:")}
-    yield from _changed(_list_schedules(queue, schedules), "schedule", "schedules", "listed again, or dropped")
-    yield from _recount(queue, Counter(chain(*jobs.values())), before)
+def _check_slots(sight: Sight) -> Iterator[Problem]:
+    """Find queues whose jobs wait because all slots run jobs that take longer than usual."""
+    groups: dict[tuple[str, ...], list[str]] = {}
+    for name in sight.oldest_first(sight.waiting.keys() & sight.served):
+        if sight.waited(name) >= BUSY_WAIT:
+            ids = tuple(worker["id"] for worker in sight.serving if name in worker["queues"])
+            groups.setdefault(ids, []).append(name)
+    for ids, names in groups.items():
+        slots = [slot for id in ids for worker in sight.workers[id] for slot in worker["slots"]]
+        if len(slots) >= sum(sight.workers[id][0]["concurrency"] for id in ids) and sight.all_run_long(slots):
+            yield _slots_taken(sight, ids, names, slots)
 
 
-def _list_schedules(queue: Queue, stored: Collection[str]) -> int:
-    """List again the schedules whose next tick was lost, and drop ticks without a schedule."""
-    listed = {text_of(name) for name in queue.store.read(("ZRANGE", queue.keys.ticks, 0, -1))[0]}
-    wrong = sorted(name for name in listed.symmetric_difference(stored) if NAME.fullmatch(name))
-    for name in wrong:
-        queue.change_schedule(name, lambda found, last, now: (found, 0))  # writes the entry in any case
-    return len(wrong)
+def _slots_taken(sight: Sight, ids: Sequence[str], names: Sequence[str], slots: Sequence[Mapping[str, Any]]) -> Problem:
+    types = Counter(slot["type"] for slot in slots)
+    run = ", ".join(f"{type} in {count}" for type, count in types.most_common(3))
+    longest = _time(sight.now - min(slot["startedAt"] for slot in slots))
+    waits = plural(sight.count_pending(names), "job waits", "jobs wait")
+    text = f"{waits} in {_names('queue', names)}, because all {plural(len(slots), 'slot')} run jobs that take longer "
+    text += f"than usual: {run}, for up to {longest}"
+    return Problem(
+        check="slots",
+        level="critical",
+        text=text,
+        since=sight.waiting[names[0]].since,
+        queues=names[:NAMED],
+        types=list(types)[:NAMED],
+        workers=ids[:NAMED],
+        jobs=[slot["jobId"] for slot in slots[:NAMED]],
+        subject=ids[0],
+        next=Next("check what these jobs wait for; give the handler a timeout, or start workers", "tinyqueue workers"),
+    )
 
 
-def _changed(count: int, one: str, many: str, how: str) -> Iterator[Finding]:
-    if count:
-        yield Finding("ok", "repair", f"{count} {one if count == 1 else many} {how}")
+def _check_waiting(sight: Sight) -> Iterator[Problem]:
+    served = sight.oldest_first(sight.waiting.keys() & sight.served)
+    late = [name for name in served if sight.waited(name) >= sight.max_wait]
+    if not late:
+        return
+    first = sight.waiting[late[0]]
+    text = f"The next job of queue {late[0]} has waited for {_time(sight.now - first.since)}"
+    text += f", and so have jobs of {plural(len(late) - 1, 'other queue')}" if late[1:] else ""
+    since = first.since + sight.max_wait
+    todo = Next("start more workers, or raise WORKER_CONCURRENCY", "tinyqueue workers")
+    yield Problem(check="waiting", text=text, since=since, queues=late[:NAMED], jobs=[first.job], next=todo)
 
 
-def _read_counters(queue: Queue) -> dict[str, bytes]:
-    """Return all counts and metrics. Whatever changes a job changes one of them."""
-    reads = ("HGETALL", queue.keys.counts), ("HGETALL", queue.keys.metrics)
-    counts, metrics = queue.store.read(("MULTI",), *reads, ("EXEC",))[-1]
-    return dict(pairs(counts) + pairs(metrics))
+def _check_schedules(sight: Sight) -> Iterator[Problem]:
+    """Find overdue schedules. Without a worker, the one that starts soon enqueues their jobs."""
+    late = {name: at for look in sight.looks for name, at in look.late.items()}
+    late = {name: at for name, at in late.items() if sight.serving or sight.now - at >= max(LATE, sight.patience)}
+    blocked = {name: job for look in sight.looks for name, job in look.blocked_schedules().items()} if late else {}
+    names = [name for name in late if name not in blocked or sight.now - late[name] >= sight.max_wait]
+    if not names:
+        return
+    names.sort(key=lambda name: late[name])
+    first = names[0]
+    text = f"{_names('Schedule', names)} should have run {_time(sight.now - late[first])} ago"
+    todo = Next("read the log of a worker: it says why the job was not enqueued", "tinyqueue schedules")
+    if not sight.serving:
+        text += ", and no worker is alive"
+        todo = Next("start a worker", "tinyqueue worker")
+    elif first in blocked:
+        text += f"; {first} waits for the end of its last job"
+        todo = Next("check what that job does", f"tinyqueue get {blocked[first]}", {"link": f"#/jobs/{blocked[first]}"})
+    since = late[first]
+    yield Problem(check="schedules", text=text, since=since, schedules=names[:NAMED], next=todo)
 
 
-def _read_unended(queue: Queue, ids: Sequence[str]) -> dict[bytes, tuple[str, ...]]:
-    """Return the unended jobs by id, each with the fields that count it."""
-    jobs = (job for job, _ in queue.read_jobs(ids, cut=0) if job and job.status in UNENDED)
-    return {job.id.encode(): (f"{job.status}:{job.queue}", *["retrying"] * job.retrying) for job in jobs}
+def _check_limits(sight: Sight) -> Iterator[Problem]:
+    """Find limits that hold jobs for too long. Those that are paused or halted do so on purpose."""
+    late: dict[str, Waiting] = {}
+    for look in sight.looks:
+        held = [limit for limit in look.held if sight.now - look.held[limit].since >= sight.max_wait]
+        names = [limit for limit in held if limit not in look.halted]
+        found = look.part.store.read(look.part.limits.overrides_of(names))[0] if names else []
+        rules = {limit: rule_of(limit, found[2 * at : 2 * at + 2]) for at, limit in enumerate(names)}
+        late |= {limit: look.held[limit] for limit, rule in rules.items() if not rule.paused}
+    if not late:
+        return
+    names = sorted(late, key=lambda limit: late[limit])
+    first = late[names[0]]
+    text = f"{_names('Limit', names)} had no room for {_time(sight.now - first.since)} for a job that waits"
+    todo = Next("check the jobs that run under it, or set higher numbers", "tinyqueue limits")
+    since = first.since + sight.max_wait
+    yield Problem(check="limits", text=text, since=since, limits=names[:NAMED], jobs=[first.job], next=todo)
 
 
-def _enlist(queue: Queue, workers: Sequence[str]) -> int:
-    """Add workers that have a list to the set of workers, so that they are reaped if lost."""
-    at_once = (workers[at : at + STEP] for at in range(0, len(workers), STEP))
-    return sum(queue.store.read(("SADD", queue.keys.workers, *some))[0] for some in at_once)
+def _check_deliveries(sight: Sight) -> Iterator[Problem]:
+    for limit in sorted(sight.halted):
+        type, _, host = limit.partition("/")
+        held = sum(look.held_counts.get(limit, 0) for look in sight.looks)
+        if type == "webhook" and held:
+            text = f"{plural(held, 'delivery is', 'deliveries are')} held, because {host} failed many times in a row"
+            link = {"link": "#/jobs?status=pending&type=webhook"}
+            todo = Next("check that receiver; the deliveries go on by themselves when it answers", "", link)
+            yield Problem(check="deliveries", text=text, limits=[limit], types=["webhook"], subject=host, next=todo)
 
 
-def find_forgotten(queue: AnyQueue) -> list[Finding]:
-    """Look at some jobs that wait for others, and advance those that wait for one that has ended.
+CHECKS: dict[str, Callable[[Sight], Iterator[Problem]]] = {
+    "redis": _check_redis,
+    "memory": _check_memory,
+    "eviction": _check_eviction,
+    "persistence": _check_persistence,
+    "replicas": _check_replicas,
+    "unserved": _check_served,
+    "lost": _check_lost,
+    "slots": _check_slots,
+    "waiting": _check_waiting,
+    "schedules": _check_schedules,
+    "limits": _check_limits,
+    "deliveries": _check_deliveries,
+}
 
-    There are none, unless keys were lost or an older version of a worker ended a parent.
+LOGGED = ("redis", "memory", "eviction")  # checks whose problems a process logs at its start
+
+
+class Observer:
+    """Gives the verdict on a queue, at most once in LIFETIME seconds. Threads may share it.
+
+    `max_wait` is how many seconds the next job of a queue may wait; 0: any time.
     """
-    return [finding for part in queue.parts for finding in _look_again(part, _some_that_wait(part))]
+
+    def __init__(self, queue: AnyQueue, max_wait: float = 300) -> None:
+        self.queue = queue
+        self.max_wait = max_wait
+        self._lock = threading.Lock()
+        self._given: tuple[float, list[Problem], str] = (-1e9, [], "")
+        self._since: dict[str, int] = {}  # when problems began, if Redis took no writes
+        self._servers: dict[Queue, tuple[float, dict[str, str]]] = {}
+        self._compared: tuple[float, bool] = (-1e9, False)
+
+    def verdict(self) -> dict[str, Any]:
+        """Return the status, a sentence, and the problems, the worst first."""
+        problems, text = self._look()
+        levels = {problem.level for problem in problems}
+        status = next((level for level in ("critical", "warning") if level in levels), "well")
+        return {"status": status, "text": text, "problems": [problem.answer() for problem in problems]}
+
+    def problems(self) -> list[Problem]:
+        return self._look()[0]
+
+    def _look(self) -> tuple[list[Problem], str]:
+        """Look again, unless another thread just did, or does so now."""
+        first = not self._given[2]
+        if time.monotonic() - self._given[0] >= LIFETIME and self._lock.acquire(blocking=first):
+            try:
+                if time.monotonic() - self._given[0] >= LIFETIME:
+                    found, text = self._examine()
+                    self._given = (time.monotonic(), found, text)
+            finally:
+                self._lock.release()
+        return self._given[1:]
+
+    def _examine(self) -> tuple[list[Problem], str]:
+        parts = self.queue.parts
+        looks: list[Look] = []
+        found: list[Problem] = []
+        for part in parts:
+            try:
+                looks.append(Look(part, self._read_server(part)))
+            except TinyQueueError as error:
+                found.append(_unavailable(part, error, _shard(part, len(parts))))
+        text = "All is well"
+        if looks:
+            sight = Sight(looks, self.max_wait)
+            text = f"All is well: {_summary(sight)}"
+            try:
+                found += [problem for check in CHECKS.values() for problem in check(sight)]
+                found += self._check_counts(looks)
+            except TinyQueueError as error:  # Redis went away meanwhile
+                found.append(_unavailable(looks[0].part, error))
+        found.sort(key=lambda problem: problem.level != "critical")
+        found = self._dated(found, looks)
+        if found:
+            text = found[0].text + (f"; {plural(len(found) - 1, 'more problem')}" if found[1:] else "")
+        return found, f"{text}."
+
+    def _read_server(self, part: Queue) -> dict[str, str]:
+        """Return what INFO says of persistence and replicas, and the configuration of snapshots."""
+        read_at, known = self._servers.get(part, (-1e9, {}))
+        asks = time.monotonic() - read_at >= COUNT_EVERY
+        config = [("CONFIG", "GET", "save")] if asks else []
+        with part.store.lend() as connection:
+            found = ask_each(connection, [("INFO", "persistence"), ("INFO", "replication"), *config])
+        if asks:
+            allowed = isinstance(found[2], list) and bool(found[2])
+            known = {"save": found[2][1].decode()} if allowed else {}
+            self._servers[part] = (time.monotonic() if allowed else math.inf, known)  # never ask again if refused
+        return known | parse_info(found[0]) | parse_info(found[1])
+
+    def _check_counts(self, looks: Sequence[Look]) -> Iterator[Problem]:
+        compared_at, wrong = self._compared
+        if wrong or time.monotonic() - compared_at >= COUNT_EVERY:
+            wrong = any(compare_counts(look.part)[2] for look in looks)
+            self._compared = (time.monotonic(), wrong)
+        if wrong:
+            text = "More jobs are counted than are listed: keys were lost, and some jobs may never run"
+            todo = Next("repair it; workers do so too, every ten minutes", "tinyqueue doctor --repair")
+            yield Problem(check="counts", level="critical", text=text, next=todo)
+
+    def _dated(self, found: Sequence[Problem], looks: Sequence[Look]) -> list[Problem]:
+        """Say since when each problem lasts: since it was first found, or earlier if that is known.
+
+        Stores that in Redis only when a problem begins or ends.
+        """
+        known = looks[0].trouble | self._since if looks else dict(self._since)
+        now = looks[0].now if looks else round(1000 * time.time())
+        since = {problem.key: min(known.get(problem.key, now), problem.since or now) for problem in found}
+        self._since = since
+        if looks and (looks[0].trouble.keys() != since.keys()):
+            key = looks[0].part.keys.trouble
+            new = [("HSETNX", key, name, at) for name, at in since.items() if name not in looks[0].trouble]
+            gone = looks[0].trouble.keys() - since.keys()
+            with suppress(TinyQueueError):
+                looks[0].part.store.read(*new, *([("HDEL", key, *sorted(gone))] if gone else []))
+        return [replace(problem, since=since[problem.key]) for problem in found]
 
 
-def _some_that_wait(part: Queue) -> list[str]:
-    """Return the ids of up to 100 jobs that wait for others, beginning anywhere among them."""
-    [count] = part.store.read(("ZCOUNT", part.keys.delayed, "inf", "inf"))
-    if not count:
-        return []
-    start = random.randrange(-99, count)
-    return ids_in(part.store.read(("ZRANGEBYSCORE", part.keys.delayed, "inf", "inf", "LIMIT", max(start, 0), 100))[0])
+def _summary(sight: Sight) -> str:
+    counts = {status: sum(n for field, n in sight.counts.items() if field.startswith(status)) for status in UNENDED}
+    workers = plural(len(sight.alive), "live worker") if sight.alive else "no live worker"
+    return f"{workers}, {plural(counts['processing'], 'running job')}, {plural(counts['pending'], 'pending job')}"
 
 
-def _look_again(queue: Queue, ids: Sequence[str]) -> Iterator[Finding]:
-    """Advance those jobs that wait for one that has ended or is gone, or whose end is not seen."""
-    forgotten = 0
-    for job in [job for job, _ in queue.read_jobs(ids, cut=0) if job and job.status == "pending" and job.waiting_for]:
-        parents = [parent for parent, _ in queue.read_jobs(job.waiting_for, cut=0)]
-        if any(parent is None or parent.status in ENDED or not parent.followed for parent in parents):
-            queue.restore(job.id)
-            forgotten += 1
-    yield from _changed(forgotten, "job that waited", "jobs that waited", "looked at again: their parents have ended")
+def _names(what: str, names: Sequence[str]) -> str:
+    """Name some things: queue a; queues a, b and c; queues a, b, c and 5 more."""
+    if len(names) == 1:
+        return f"{what} {names[0]}"
+    shown, last = (names[:3], f"{len(names) - 3} more") if len(names) > 4 else (names[:-1], names[-1])
+    return f"{what}s {', '.join(shown)} and {last}"
 
 
-def _drop_gone(queue: Queue, key: str, ids: Sequence[bytes]) -> int:
-    """Drop the entries whose jobs do not exist. No job is ever stored under such an id again."""
-    found = queue.store.read(*(("EXISTS", queue.keys.job(text_of(id))) for id in ids)) if ids else []
-    gone = [id for id, exists in zip(ids, found, strict=True) if not exists]
-    in_list = key.startswith((queue.keys.jobs(""), queue.keys.proc("")))
-    drops = [("LREM", key, 0, id) for id in gone] if in_list else [("ZREM", key, *gone)] if gone else []
-    return sum(queue.store.read(*drops)) if drops else 0
-
-
-def _recount(queue: Queue, actual: Mapping[str, int], before: Mapping[str, bytes]) -> Iterator[Finding]:
-    """Correct the counts of every queue of which no job has changed since `before`."""
-    wrong = {field for field in before if field.startswith(("pending:", "processing:", "retrying"))} | actual.keys()
-    wrong = {field for field in wrong if before.get(field, b"0") != b"%d" % actual.get(field, 0)}
-
-    def body(tx: Transaction) -> list[str]:
-        counts, metrics = tx.read(("HGETALL", queue.keys.counts), ("HGETALL", queue.keys.metrics))
-        now = dict(pairs(counts) + pairs(metrics))
-        changed = {_queue_in(field) for field in now.keys() | before.keys() if now.get(field) != before.get(field)}
-        quiet = sorted(field for field in wrong if not {_queue_in(field), OTHERS} & changed)
-        for field in quiet:
-            tx.write("HDEL", queue.keys.counts, field)
-            tx.count(field, actual.get(field, 0))
-        return quiet
-
-    corrected = queue.store.transact([queue.keys.counts, queue.keys.metrics], body) if wrong else []
-    for field in corrected:
-        was = text_of(before.get(field, b"0"))
-        yield Finding("ok", "repair", f"{field} counted again: it was {was}, and is {actual.get(field, 0)}")
-    for name in sorted(set(map(_queue_in, wrong - set(corrected)))):
-        seen = f"jobs {f'of queue {name} ' if name else ''}changed while they were counted"
-        yield Finding("warn", "repair", seen, f"if this goes on, tinyqueue pause {name}, and repair again")
-
-
-def _queue_in(field: str) -> str:
-    """Return the queue in pending:<queue> or <event>:<type>:<queue>, with or without a bucket."""
-    labels = field.split(":")[1:3]
-    return OTHERS if labels == ["other", "other"] else (labels or [""])[-1]
+def _time(ms: float) -> str:
+    """Return a time as people say it: 45 s, 12 minutes, 3 hours, 2 days."""
+    for unit, size in (("day", 86_400_000), ("hour", 3_600_000), ("minute", 60_000)):
+        if ms >= 2 * size:
+            return f"{ms / size:.0f} {unit}s"
+    return f"{ms / 1000:.0f} s"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import accumulate, product
 from typing import Any
 
@@ -15,6 +15,7 @@ from tinyqueue_shards import AnyQueue
 METRICS = (
     ("jobs", "gauge", "queue status", "pending and processing jobs; pending ones include delayed ones"),
     ("jobs_delayed", "gauge", "", "pending jobs that wait for their runAt or for other jobs"),
+    ("jobs_retrying", "gauge", "", "pending jobs of which an attempt has failed"),
     ("jobs_kept", "gauge", "status", "jobs that have ended and are still stored"),
     ("oldest_waiting_seconds", "gauge", "queue", "time that the next job has waited since it could start"),
     ("redis_memory_ratio", "gauge", "", "share of Redis' maxmemory that is used, 0 without a limit"),
@@ -62,7 +63,7 @@ METRICS = (
     ("job_running_seconds", "histogram", "type queue", "time from an attempt's start until its outcome was stored"),
 )
 # Alerts watch these, so they are exposed before the first job of a type in a queue that is served.
-FAILURES = {"jobs_failed", "jobs_reaped"}
+FAILURES = {"jobs_failed", "jobs_reaped", "jobs_retried"}
 
 
 class Scrape:
@@ -84,6 +85,7 @@ class Scrape:
         self.values: dict[str, Any] = {
             "jobs": {(name, status): queue[status] for name, queue in queues for status in UNENDED},
             "jobs_delayed": {(): stats["delayed"]},
+            "jobs_retrying": {(): stats["retrying"]},
             "jobs_kept": {(status,): stats[status] for status in ENDED},
             "oldest_waiting_seconds": {(name,): queue["oldestWaitingMs"] / 1000 for name, queue in queues},
             "queue_paused": {(name,): int(queue["paused"]) for name, queue in queues},
@@ -142,3 +144,67 @@ def _histograms(
         counts = accumulate(stored.get((*pair, str(bound)), 0) for bound in BUCKETS)
         histograms[pair] = list(zip(bounds, counts, strict=True)), sums.get(pair, 0) / 1000
     return histograms
+
+
+# Types ----------------------------------------------------------------------------------------------------------------
+
+LAST = BUCKETS[-2]  # ms; times above the last bound count as this
+
+
+def types(queue: AnyQueue, minutes: int) -> dict[str, Any]:
+    """Report by type how many attempts ended in the last minutes, and how long jobs waited and ran.
+
+    The counts begin at a whole minute. The times may begin earlier, at `timesSince`. Every type
+    that has a handler is listed.
+    """
+    recent = queue.recent(minutes)
+    since, times = queue.times(minutes)
+    counts: dict[str, dict[str, Any]] = {}
+    for minute in recent:
+        _add(counts, minute["types"])
+    elapsed = max((queue.now() - recent[0]["at"]) / 60_000, 1.0)
+    names = sorted({*HANDLERS, *counts, *times})
+    rows = {name: _row(counts.get(name, {}), times.get(name, {}), elapsed) for name in names}
+    return {"minutes": minutes, "timesSince": since, "types": rows}
+
+
+def _add(total: dict[str, Any], more: Mapping[str, Any]) -> None:
+    for name, value in more.items():
+        if isinstance(value, Mapping):
+            _add(total.setdefault(name, {}), value)
+        else:
+            total[name] = total.get(name, 0) + value
+
+
+def _row(counts: Mapping[str, Any], times: Mapping[str, Mapping[str, int]], minutes: float) -> dict[str, Any]:
+    completed, failed = counts.get("completed", 0), counts.get("failed", 0)
+    ended = completed + failed
+    return {
+        "completed": completed,
+        "failed": failed,
+        "perMinute": round(ended / minutes, 2),
+        "failureShare": round(failed / ended, 4) if ended else None,
+        "errors": dict(sorted(counts.get("errors", {}).items(), key=lambda item: -item[1])),
+        "waitedMs": _percentiles(times.get("waited", {})),
+        "ranMs": _percentiles(times.get("ran", {})),
+    }
+
+
+def _percentiles(counts: Mapping[str, int]) -> dict[str, float | None]:
+    buckets = [counts.get(str(bound), 0) for bound in BUCKETS]
+    return {"p50": percentile(buckets, 0.5), "p95": percentile(buckets, 0.95)}
+
+
+def percentile(buckets: Sequence[int], share: float) -> float | None:
+    """Estimate a percentile from the counts of BUCKETS, as Prometheus does. None without counts.
+
+    Times are expected to be spread evenly within a bucket.
+    """
+    wanted = share * sum(buckets)
+    below = low = 0.0
+    for count, bound in zip(buckets, BUCKETS, strict=True):
+        if count and below + count >= wanted:
+            return round(low + (min(bound, LAST) - low) * (wanted - below) / count, 1)
+        below += count
+        low = min(bound, LAST)
+    return None

@@ -85,7 +85,15 @@ PROBLEMS: tuple[tuple[type[TinyQueueError], int, str], ...] = (
 
 
 def problem(error: TinyQueueError, **more: Any) -> Problem:
-    """Turn an error of the queue into a problem."""
+    """Turn an error of the queue into a problem of the current request."""
+    found = problem_of(error, **more)
+    if found.status >= 500:
+        log.warning("%s %s failed: %s", request.method, ascii(request.path), error)
+    return found
+
+
+def problem_of(error: TinyQueueError, **more: Any) -> Problem:
+    """Turn an error of the queue into a problem, also where there is no request."""
     status, kind = next((status, kind) for cls, status, kind in PROBLEMS if isinstance(error, cls))
     match error:
         case UnknownType():
@@ -99,8 +107,6 @@ def problem(error: TinyQueueError, **more: Any) -> Problem:
             more |= {"jobStatus": error.job.status}
         case Unavailable():
             more |= {"reason": error.reason}
-    if status >= 500:
-        log.warning("%s %s failed: %s", request.method, ascii(request.path), error)
     return Problem(status, kind, str(error), {"Retry-After": str(RETRY_AFTER)} if status == 503 else None, **more)
 
 

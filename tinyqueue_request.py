@@ -267,12 +267,13 @@ def summary(job: Job) -> dict[str, str]:
 
 
 def shorten(fields: dict[str, Any]) -> dict[str, Any]:
-    """Name a payload or result that was cut a preview, and remove the traceback."""
+    """Name a payload or result that was cut a preview. Remove the traceback and the history."""
     for name in ("payload", "result"):
         if isinstance(fields.get(name), Preview):
             fields[name + "Preview"] = str(fields.pop(name))
     if "error" in fields:
         fields["error"] = {"type": fields["error"].type, "message": fields["error"].message}
+    fields.pop("history", None)
     return fields
 
 

@@ -1,7 +1,8 @@
 """The HTTP server: a Waitress whose clients cannot block it, and that stops without losing an answer.
 
 A connection has one request in progress. A request that only waits needs no thread: its app raises
-Parked, and is called again later. This module knows nothing of jobs.
+Parked, and is called again later. Neither does an answer that goes on: its app raises Stream. This
+module knows nothing of jobs.
 """
 
 from __future__ import annotations
@@ -16,14 +17,16 @@ import struct
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
+from email.utils import formatdate
 from functools import partial
 from typing import Any, Protocol
 from urllib.parse import urlsplit
 
 from waitress import wasyncore
 from waitress.adjustments import Adjustments
+from waitress.buffers import OverflowableBuffer
 from waitress.channel import HTTPChannel
 from waitress.parser import HTTPRequestParser, ParsingError
 from waitress.server import TcpWSGIServer
@@ -40,6 +43,8 @@ CROWDED_TIMES = (3, 20)  # the two times above, in a crowd
 # The two times above, while the server drains. Both count from the beginning of the drain at the
 # earliest. The second one starts again with every byte that the client sends.
 DRAIN_TIMES = (1, 5)
+PATIENCE = 20  # seconds that a listener may take to read an event
+UNSENT = 65536  # bytes that the kernel keeps for a listener that does not read
 LINGER = 2  # seconds that a client has to close its side
 # Linux only: options of a socket, and a filter of one instruction that drops all packets.
 ATTACH_FILTER, DETACH_FILTER = 26, 27
@@ -82,6 +87,19 @@ class Parked(BaseException):
     def __init__(self, park: Callable[[Callable[[], None]], None]) -> None:
         super().__init__()
         self.park = park
+
+
+class Stream(BaseException):
+    """Raised by an app whose answer goes on after the request, to give back the thread.
+
+    Only where the environ has "tinyqueue.can_park". The server sends `headers` with status 200, and
+    then calls `attach` with the connection. What is passed to its `push` is sent to the client.
+    """
+
+    def __init__(self, headers: Iterable[tuple[str, str]], attach: Callable[[Channel], None]) -> None:
+        super().__init__()
+        self.headers = headers
+        self.attach = attach
 
 
 class Parser(HTTPRequestParser):  # type: ignore[misc]
@@ -159,6 +177,9 @@ class Channel(HTTPChannel):  # type: ignore[misc]
     error_task_class = Refusal
     rest = b""
     lingering = False
+    listening = False  # True: it gets a Stream
+    requests: list[Any]  # those that it has not answered
+    total_outbufs_len: int  # bytes that are not sent yet
 
     def __init__(self, *args: Any, **options: Any) -> None:
         self.since = time.monotonic()  # when the present request or answer began, or the last one
@@ -172,7 +193,7 @@ class Channel(HTTPChannel):  # type: ignore[misc]
         return bool(self.will_close or (pending and not self.requests))
 
     def received(self, data: bytes) -> bool:
-        if self.lingering:
+        if self.lingering or self.listening:
             return False
         if self.request is None or self.server.drain_began:
             self.since = time.monotonic()
@@ -184,11 +205,45 @@ class Channel(HTTPChannel):  # type: ignore[misc]
             super().service()
         except Parked as parked:
             parked.park(partial(self.server.add_task, self))
+        except Stream as stream:
+            self._listen(stream)
+
+    def _listen(self, stream: Stream) -> None:
+        """Answer with a stream, which ends when one side closes the connection."""
+        lines = ["HTTP/1.1 200 OK", f"Date: {formatdate(usegmt=True)}", "Connection: close"]
+        lines += [f"{name}: {value}" for name, value in stream.headers]
+        self.listening = True
+        with self.requests_lock:
+            for request in self.requests:
+                request.close()
+            self.requests = []
+            self.rest = b""
+        with suppress(OSError):
+            self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, UNSENT)
+        self.push("\r\n".join([*lines, "", ""]).encode("latin-1"))
+        stream.attach(self)
+
+    def push(self, data: bytes) -> None:
+        """Send data to a listener, from any thread and without waiting.
+
+        Leaves it out while the client has not read what was sent before, so that no more than one
+        event waits in memory.
+        """
+        with self.outbuf_lock:
+            if self.total_outbufs_len or not self.connected:
+                return
+            self.since = time.monotonic()
+            self.outbufs.append(OverflowableBuffer(self.adj.outbuf_overflow))  # the last one keeps what it has sent
+            self.outbufs[-1].append(data)
+            self.total_outbufs_len = len(data)
+            self._flush_exception(self._flush_some, do_close=False)
+        if self.total_outbufs_len or self.will_close:
+            self.server.pull_trigger()
 
     def handle_write(self) -> None:
         """Send what is left. Then close, or read what the client has sent ahead."""
         if not self.requests:
-            self._flush_exception(self._flush_some)
+            self._flush_exception(self._flush_some_if_lockable if self.listening else self._flush_some)
         if self.will_close or not self.connected:
             self.handle_close()
         elif self.requests or self.total_outbufs_len:
@@ -219,6 +274,10 @@ class Channel(HTTPChannel):  # type: ignore[misc]
 
         The seconds count from the time `began` at the earliest.
         """
+        if self.listening:
+            if self.total_outbufs_len and time.monotonic() - self.since > PATIENCE:
+                self.handle_close()
+            return
         is_slow = self.request or self.rest or self.total_outbufs_len or self.close_when_flushed
         limit = LINGER if self.lingering else slow if is_slow else idle
         if self.requests or time.monotonic() - max(self.since, began) < limit:
@@ -303,6 +362,8 @@ class Server(TcpWSGIServer):  # type: ignore[misc]
         """
         while (left := self.accept_until - time.monotonic()) > 0:
             self._poll(min(1.0, left))
+            if self.stopping:
+                self._end_streams()
         self.drain_began = time.monotonic()
         # The system would reset a connection that comes between the last accept and the close.
         drop_new_connections(self.socket, True)
@@ -312,6 +373,7 @@ class Server(TcpWSGIServer):  # type: ignore[misc]
         wasyncore.dispatcher.close(self)
         deadline = self.drain_began + self.shutdown_timeout
         while self.active_channels and time.monotonic() < deadline:
+            self._end_streams()
             self.application.stop_waiting()
             self.maintenance(0)
             self._poll(0.1)
@@ -320,6 +382,12 @@ class Server(TcpWSGIServer):  # type: ignore[misc]
         with self.lock:
             self.ended = True
             wasyncore.close_all(self._map)
+
+    def _end_streams(self) -> None:
+        """Close the connections of all listeners, which can go on with another process."""
+        for channel in list(self.active_channels.values()):
+            if channel.listening:
+                channel.handle_close()
 
     def _poll(self, seconds: float) -> None:
         wasyncore.loop(timeout=seconds, use_poll=True, map=self._map, count=1)

@@ -33,6 +33,7 @@ from tinyqueue import (
     Reaped,
     S,
     T,
+    Times,
     TinyQueueError,
     Unavailable,
     Verbs,
@@ -336,12 +337,16 @@ class Shards(Verbs):
     def place_among_held(self, job: Job) -> int:
         return self.part_of(job.id).place_among_held(job)
 
-    def heartbeat(self, worker: str, jobs: Sequence[str] = ()) -> None:
+    def heartbeat(
+        self, worker: str, jobs: Sequence[str] = (), slots: Sequence[Job] = (), given_up: Sequence[Job] = ()
+    ) -> None:
         """Like Queue.heartbeat, in every shard that answers. Registers the worker where it is not.
 
         Raises Reaped after that, if any shard has reaped it. It registers there at the next call.
         """
         parts = self._by_shard(jobs, str)
+        running = self._by_shard(slots, lambda job: job.id)
+        given = self._by_shard(given_up, lambda job: job.id)
         absent = set(self._absent(worker))
 
         def beat(shard: Queue) -> None:
@@ -349,7 +354,7 @@ class Shards(Verbs):
                 self._register_in(shard, worker)
                 return
             with self._noting_reaped(shard, worker):
-                shard.heartbeat(worker, parts.get(shard, []))
+                shard.heartbeat(worker, parts.get(shard, []), running.get(shard, []), given.get(shard, []))
 
         self._call_all(beat)
 
@@ -430,6 +435,14 @@ class Shards(Verbs):
 
     def metrics(self) -> dict[str, dict[tuple[str, ...], int]]:
         return reduce(_added, (shard.metrics() for shard in self.parts))
+
+    def take_snapshot(self) -> bool:
+        return any(self._call_all(Queue.take_snapshot))
+
+    def times(self, minutes: int) -> tuple[int, Times]:
+        """Like Queue.times, added up. The window is the longest of any shard."""
+        found = [shard.times(minutes) for shard in self.parts]
+        return min(at for at, _ in found), reduce(_added, (times for _, times in found))
 
     def count_scrape_errors(self, times: int) -> None:
         self._try_first(lambda shard: shard.count_scrape_errors(times))

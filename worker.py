@@ -66,7 +66,6 @@ from tinyqueue import (
     Outcome,
     Queue,
     Reaped,
-    TimedOut,
     TinyQueueError,
     Unavailable,
     backoff,
@@ -86,10 +85,11 @@ from tinyqueue_config import (
     reset_signals_in_children,
     variable,
 )
-from tinyqueue_doctor import find_broken, find_forgotten, repair, warnings
+from tinyqueue_doctor import warnings
+from tinyqueue_repair import find_broken, find_forgotten, repair
 from tinyqueue_schedule import Scheduler
 from tinyqueue_shards import AnyQueue
-from tinyqueue_slot import Slot, fail
+from tinyqueue_slot import Slot
 
 log = logging.getLogger("tinyqueue.worker")
 
@@ -130,6 +130,8 @@ class Worker:
     and no other worker has lost its lease. It stops at `until`, in monotonic seconds, in any case:
     then the process goes on after it.
     """
+
+    beat_at_once = False  # whether the next heartbeat has news that cannot wait
 
     def __init__(
         self,
@@ -267,11 +269,13 @@ class Worker:
             if not slot.is_stuck(now):
                 continue
             self.stuck.append(slot)  # first, because once it is abandoned its thread may remove it from the list
-            if not (job := slot.abandon()):
+            if not (outcome := slot.give_up()):
                 self.stuck.remove(slot)
                 continue
+            self.beat_at_once = True
+            job = outcome.job
             log.error("job %s (%s) did not stop after its timeout; its thread was abandoned", job.id, job.type)
-            self._put([fail(job, TimedOut())])
+            self._put([outcome])
             self.slots.remove(slot)
             if len(self.stuck) >= self.settings.worker_concurrency:
                 self.stop("broken")
@@ -548,6 +552,7 @@ class Worker:
             if outcome is None:
                 if slot in self.stuck:
                     self.stuck.remove(slot)
+                    self.beat_at_once = True
                 return
             outcome.job.__dict__["_ended"] = time.monotonic()
             if len(self.outboxes) == 1:
@@ -725,6 +730,8 @@ class Worker:
         ]
         due = [0.0] * len(duties)
         while not self.closed.is_set():
+            if self.beat_at_once:
+                due[0] = 0.0
             for at, (name, duty, interval) in enumerate(duties):
                 if time.monotonic() < due[at]:
                     continue
@@ -745,11 +752,18 @@ class Worker:
     def _heartbeat(self) -> None:
         if worker := self.id:
             try:
-                self.queue.heartbeat(worker, list(self.held))
+                self._beat(worker)
             except Reaped as error:
                 self._drop_jobs(worker, error)
                 if error.parts:
-                    self.queue.heartbeat(worker, list(self.held))
+                    self._beat(worker)
+
+    def _beat(self, worker: str) -> None:
+        self.beat_at_once = False
+        with self.lock:
+            held = dict(self.held)
+        given_up = [job for slot in tuple(self.stuck) if (job := slot.given_up)]
+        self.queue.heartbeat(worker, list(held), list(held.values()), given_up)
 
     def _promote(self) -> None:
         while self.queue.promote() >= PROMOTED and not self.closed.is_set():
@@ -802,6 +816,7 @@ class Worker:
             log.warning("repaired after a token was lost: %s", finding.seen)
         if broken := find_broken(self.queue):  # in a thread, because the lease must be renewed meanwhile
             threading.Thread(target=self._repair, args=(broken,), daemon=True).start()
+        self.queue.take_snapshot()
 
     def _repair(self, broken: Sequence[Queue]) -> None:
         try:

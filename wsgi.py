@@ -47,7 +47,6 @@ from tinyqueue import (
     NAME,
     SCANNED,
     UNENDED,
-    Failure,
     InvalidJob,
     Job,
     Once,
@@ -77,10 +76,11 @@ from tinyqueue_config import (
     reset_signals_in_children,
     set_up_logging,
 )
-from tinyqueue_doctor import warnings
+from tinyqueue_doctor import Observer, warnings
+from tinyqueue_events import HEADERS as EVENT_HEADERS, LISTENERS, Events, cached, overview
 from tinyqueue_json import new_id
-from tinyqueue_metrics import Scrape
-from tinyqueue_problems import HEADERS, RETRY_AFTER, Problem, kind_of_status, problem, response_headers
+from tinyqueue_metrics import Scrape, types
+from tinyqueue_problems import HEADERS, RETRY_AFTER, Problem, kind_of_status, problem, problem_of, response_headers
 from tinyqueue_request import (
     FILTERS,
     describe_action,
@@ -119,6 +119,10 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("tinyqueue.web")
 
+OVERVIEW_MINUTES = 60  # of history in each event
+TYPES_MINUTES = 15  # that GET /types looks back, unless the request says otherwise
+TYPES_EVERY = 10  # seconds until events have new numbers of the types
+MAX_MINUTES = 120  # for which there are counts
 LONGEST_WAIT = 25  # seconds that GET /jobs/<id>?wait= may take: routers time out after 30
 WORK_TIME = 20  # seconds that POST /work takes at most, unless the request says otherwise
 MAX_SCALED = 100  # queues that one GET /scale may name
@@ -166,8 +170,11 @@ ROUTES = (
     ("PUT", "/limits/<limit>", "set_limit", "admin"),
     ("POST", "/work", "work", "admin"),
     ("GET", "/stats", "stats", "read"),
+    ("GET", "/verdict", "verdict", "read"),
     ("GET", "/scale", "scale", "read"),
     ("GET", "/workers", "workers", "read"),
+    ("GET", "/types", "types", "read"),
+    ("GET", "/events", "events", "read"),
     ("POST", "/workers/<name>/quiet", "quiet_worker", "admin"),
     ("POST", "/workers/<name>/resume", "resume_worker", "admin"),
     ("GET", "/audit", "audit", "read"),
@@ -216,6 +223,8 @@ class API(bottle.Bottle):  # type: ignore[misc]
         self._blocked = threading.BoundedSemaphore(WEB_THREADS // 2)
         self._waiters: dict[Queue, Waiter] = {}
         self._guest = Guest()
+        self._events = Events(self._overview)
+        self._types = cached(lambda: types(self.queue, TYPES_MINUTES), TYPES_EVERY)  # for events only
         self._scrape_errors = 0  # not yet counted in Redis
         for method, path, name, role in ROUTES:
             for part, pattern in (("<id>", ID.pattern), ("<name>", NAME.pattern), ("<limit>", LIMIT.pattern)):
@@ -230,6 +239,10 @@ class API(bottle.Bottle):  # type: ignore[misc]
     @cached_property
     def access(self) -> Access:
         return Access(self.settings)
+
+    @cached_property
+    def observer(self) -> Observer:
+        return Observer(self.queue, self.settings.max_wait)
 
     @property
     def queue(self) -> AnyQueue:
@@ -466,10 +479,8 @@ class API(bottle.Bottle):  # type: ignore[misc]
 
         Only admins see what was answered to a webhook or to an http job that failed.
         """
-        fields = answer(self.queue, job)
-        if job.type in BUILT_IN and job.error and "admin" not in self._roles():
-            fields["error"] = Failure(job.error.type, job.error.message)
-        return fields
+        hides = job.type in BUILT_IN and "admin" not in self._roles()
+        return answer(self.queue, job.without_traces() if hides else job)
 
     def _roles(self) -> Collection[str]:
         """Return the roles of the caller's key. Without keys, these are all."""
@@ -486,12 +497,55 @@ class API(bottle.Bottle):  # type: ignore[misc]
         for waiter in list(self._waiters.values()):
             waiter.release_all()
         self._guest.stop()
+        self._events.wake()
+
+    def events(self) -> bottle.HTTPResponse:
+        """Send the data of the dashboard's overview again and again, as server-sent events.
+
+        Only our own server can send events without a thread for each listener.
+        """
+        if "tinyqueue.can_park" not in request.environ:
+            raise Problem(404, "not-found", "this server sends no events; request GET /stats again and again instead")
+        self._require_running()
+        headers = response_headers() | EVENT_HEADERS
+        if request.method == "HEAD":
+            return bottle.HTTPResponse("", 200, headers)
+        self.queue  # noqa: B018 - if it cannot be opened, this is the answer
+        place = self._events.enter()
+        if not place:
+            detail = f"{LISTENERS} listeners get events from this process already; request GET /stats instead"
+            raise Problem(503, "too-many-listeners", detail, {"Retry-After": "60"})
+        from tinyqueue_server import Stream
+
+        raise Stream([*headers.items(), ("X-Request-ID", LOG_CONTEXT.get()()["requestId"])], place.attach)
+
+    def _overview(self) -> bytes:
+        parts: dict[str, Callable[[], Any]] = {
+            "stats": partial(self.queue.stats, OVERVIEW_MINUTES),
+            "workers": self.queue.workers,
+            "types": self._types,
+        }
+        return overview(parts, lambda error: problem_of(error).body())
+
+    def _require_running(self) -> None:
+        """Refuse the request if the server is stopping: another process should answer it."""
+        if request.environ.get("tinyqueue.stopping"):
+            headers = {"Retry-After": str(RETRY_AFTER)}
+            raise Problem(503, "stopping", "this web process is stopping; use another one", headers)
 
     def queues(self) -> dict[str, Any]:
         return {"queues": self.queue.queues()}
 
     def stats(self) -> dict[str, Any]:
-        return self.queue.stats(read_int(read_query("minutes"), "minutes", 0, 0, 120))
+        return self.queue.stats(read_int(read_query("minutes"), "minutes", 0, 0, MAX_MINUTES))
+
+    def types(self) -> dict[str, Any]:
+        """Report by type how many attempts ended and failed lately, and how long jobs take."""
+        return types(self.queue, read_int(read_query("minutes"), "minutes", TYPES_MINUTES, 1, MAX_MINUTES))
+
+    def verdict(self) -> dict[str, Any]:
+        """Say whether all is well, or what is wrong and what to do. Answers without Redis, too."""
+        return self.observer.verdict()
 
     def scale(self) -> dict[str, int]:
         """Count the jobs that need workers now, in each ?queue= or in all, for an autoscaler."""
@@ -645,11 +699,9 @@ class API(bottle.Bottle):  # type: ignore[misc]
 
         A server that stops is not ready, so that a load balancer sends requests elsewhere.
         """
-        if request.environ.get("tinyqueue.stopping"):
-            headers = {"Retry-After": str(RETRY_AFTER)}
-            raise Problem(503, "stopping", "this web process is stopping; use another one", headers)
+        self._require_running()
         self.queue.ping()
-        return {"status": "ok", "warnings": warnings(self.queue)}
+        return {"status": "ok", "warnings": list(map(str, self.observer.problems()))}
 
     def whoami(self) -> dict[str, Any]:
         """Return the name and roles of the caller's key. Without keys: no name, and all roles."""

@@ -32,6 +32,7 @@ from cutproxy import CutProxy
 
 from tinyqueue import HANDLERS, ID, Failure, Filter, Job, Queue, Status, handler
 from tinyqueue_config import LOGGERS, Settings
+from tinyqueue_job import HISTORY
 from tinyqueue_schedule import (
     SCHEDULES,
     Ticker,
@@ -484,8 +485,11 @@ FAMILIES = {
     "cancelled": "zset",
     "workers": "set",
     "counts": "hash",
+    "trouble": "hash",
     "promoter": "string",
     "repairer": "string",
+    "snapshots": "list",
+    "snapshotter": "string",
     "mark": "string",
     "metrics": "hash",
     "series": "set",
@@ -512,6 +516,7 @@ FAMILIES = {
 }
 EXPIRING = (
     *("lease:", "promoter", "repairer", "advancer", "mark", "once:", "minute:", "rate:", "done:", "pace:", "halt:"),
+    "snapshotter",
 )
 ENDED = ("completed", "failed", "cancelled")
 
@@ -686,7 +691,8 @@ def _check_place(id: str, record: dict[str, Any], expires: bool, places: Places)
     assert silent or record.get("callbackJob"), f"no delivery of an end: {record}"
     details = f"{id} is in {places}, and its record is {record}"
     assert expires == (status in ENDED), f"only an ended job may have a time to live, and it must: {details}"
-    assert bool(worker) == (status == "processing"), details
+    assert bool(worker) == (status == "processing") or (worker and status in ENDED), details
+    _check_history(record)
     assert places.index.keys() - {"delayed"} == {status} & set(ENDED), details
     if status == "pending":
         listed = record.get("queue", "default") in places.queue or places.held or places.waits
@@ -696,6 +702,15 @@ def _check_place(id: str, record: dict[str, Any], expires: bool, places: Places)
         assert worker in places.held, f"lost job: {details}"
     else:
         assert places.index[status] == record["endedAt"], details
+
+
+def _check_history(record: dict[str, Any]) -> None:
+    """Check that each former attempt has ended."""
+    history = record.get("history", [])
+    assert len(history) <= HISTORY, record
+    for attempt in history:
+        assert 0 < attempt["startedAt"] <= attempt["endedAt"], record
+        assert attempt["outcome"] in ("completed", "failed", "cancelled", "released", "lost"), record
 
 
 def _check_counts(

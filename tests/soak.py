@@ -53,7 +53,10 @@ DELETED_WITHIN = 150.0  # seconds; a worker trims once a minute
 SLACK = {"used": 1 << 20, "rss": 5 << 20, "threads": 0, "files": 0}
 SLOTS = 10
 # Once one queue was used, these stay for as long as there is a worker, or for two hours.
-STEADY = re.compile(r"counts|metrics|series|workers|worker:.*|lease:.*|minute:.*|bell:default|mark|promoter|repairer")
+STEADY = re.compile(
+    r"counts|metrics|series|workers|worker:.*|lease:.*|minute:.*|bell:default|mark|promoter|repairer"
+    r"|snapshots|snapshotter"
+)
 
 
 class Measurement(NamedTuple):

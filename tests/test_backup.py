@@ -34,7 +34,8 @@ from tinyqueue import (
     Unavailable,
 )
 from tinyqueue_backup import BackupError, Restored, back_up, check, restore
-from tinyqueue_doctor import examine, repair
+from tinyqueue_doctor import examine
+from tinyqueue_repair import repair
 from tinyqueue_shards import AnyQueue, Shards
 
 DEFAULT = ["default"]

@@ -18,7 +18,7 @@ from test_backup import Steps
 import tinyqueue
 from tinyqueue import SWEEP_AFTER, Failure, InvalidJob, Job, Once, Outcome, Queue, handler
 from tinyqueue_backup import back_up, restore
-from tinyqueue_doctor import find_forgotten, repair
+from tinyqueue_repair import find_forgotten, repair
 from tinyqueue_shards import Shards
 
 pytestmark = pytest.mark.usefixtures("no_handlers")

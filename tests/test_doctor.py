@@ -19,7 +19,8 @@ import handlers
 import worker
 from tinyqueue import Filter, Queue, QueueFull, Unavailable
 from tinyqueue_config import Settings
-from tinyqueue_doctor import Finding, examine, find_broken, repair, warnings
+from tinyqueue_doctor import Finding, examine, warnings
+from tinyqueue_repair import find_broken, repair
 from tinyqueue_shards import Shards
 from wsgi import API
 

@@ -152,9 +152,9 @@ def test_submit_puts_the_job_where_a_worker_takes_it(api: Client, queue: Queue) 
 BASE = {"id", "type", "payload", "status", "attempts", "maxAttempts", "queue", "createdAt", "updatedAt"}
 SHOWN = {
     "pending": BASE | {"why"},
-    "processing": BASE | {"startedAt", "worker"},
-    "completed": BASE | {"startedAt", "endedAt", "result"},
-    "failed": BASE | {"startedAt", "endedAt", "error"},
+    "processing": BASE | {"startedAt", "worker", "history"},
+    "completed": BASE | {"startedAt", "endedAt", "worker", "history", "result"},
+    "failed": BASE | {"startedAt", "endedAt", "worker", "history", "error"},
     "cancelled": BASE | {"endedAt"},
 }
 

@@ -28,14 +28,18 @@ IMPORTS = {  # each module, and those of ours that it may import
         *("tinyqueue", "tinyqueue_embedded", "tinyqueue_http", "tinyqueue_json", "tinyqueue_schedule"),
         *("tinyqueue_shards",),
     },
-    "tinyqueue_doctor": {"tinyqueue", "tinyqueue_redis", "tinyqueue_schedule", "tinyqueue_shards"},
+    "tinyqueue_doctor": {
+        *("tinyqueue", "tinyqueue_config", "tinyqueue_handler", "tinyqueue_json", "tinyqueue_redis"),
+        *("tinyqueue_schedule", "tinyqueue_shards"),
+    },
+    "tinyqueue_repair": {"tinyqueue", "tinyqueue_doctor", "tinyqueue_redis", "tinyqueue_shards"},
     "tinyqueue_backup": {
         *("tinyqueue", "tinyqueue_job", "tinyqueue_json", "tinyqueue_redis", "tinyqueue_schedule"),
         *("tinyqueue_shards",),
     },
     "tinyqueue_cli": {
         *("tinyqueue", "tinyqueue_backup", "tinyqueue_config", "tinyqueue_doctor", "tinyqueue_embedded"),
-        *("tinyqueue_json", "tinyqueue_schedule", "tinyqueue_shards", "tinyqueue_why"),
+        *("tinyqueue_json", "tinyqueue_repair", "tinyqueue_schedule", "tinyqueue_shards", "tinyqueue_why"),
     },
     "tinyqueue_metrics": {"tinyqueue", "tinyqueue_schedule", "tinyqueue_shards"},
     "tinyqueue_why": {"tinyqueue", "tinyqueue_shards"},
@@ -44,19 +48,21 @@ IMPORTS = {  # each module, and those of ours that it may import
     "tinyqueue_access": {"tinyqueue", "tinyqueue_config", "tinyqueue_problems", "tinyqueue_shards"},
     "tinyqueue_request": {"tinyqueue", "tinyqueue_json", "tinyqueue_problems"},
     "tinyqueue_waiter": {"tinyqueue"},
+    "tinyqueue_events": {"tinyqueue"},
     "tinyqueue_work": {"tinyqueue", "tinyqueue_config", "tinyqueue_problems", "tinyqueue_shards", "worker"},
     "tinyqueue_server": {"tinyqueue_config"},
     "handlers": {"tinyqueue"},
     "tinyqueue_slot": {"tinyqueue", "tinyqueue_config", "tinyqueue_json", "tinyqueue_redis"},
     # The two programs start each other, from within a function: `tinyqueue web`, and the workers of an embedded Redis.
     "worker": {
-        *("tinyqueue", "tinyqueue_cli", "tinyqueue_config", "tinyqueue_doctor", "tinyqueue_schedule"),
-        *("tinyqueue_shards", "tinyqueue_slot", "wsgi"),
+        *("tinyqueue", "tinyqueue_cli", "tinyqueue_config", "tinyqueue_doctor", "tinyqueue_repair"),
+        *("tinyqueue_schedule", "tinyqueue_shards", "tinyqueue_slot", "wsgi"),
     },
     "wsgi": {
-        *("tinyqueue", "tinyqueue_access", "tinyqueue_config", "tinyqueue_doctor", "tinyqueue_json"),
-        *("tinyqueue_metrics", "tinyqueue_openapi", "tinyqueue_problems", "tinyqueue_request", "tinyqueue_schedule"),
-        *("tinyqueue_server", "tinyqueue_shards", "tinyqueue_waiter", "tinyqueue_why", "tinyqueue_work", "worker"),
+        *("tinyqueue", "tinyqueue_access", "tinyqueue_config", "tinyqueue_doctor", "tinyqueue_events"),
+        *("tinyqueue_json", "tinyqueue_metrics", "tinyqueue_openapi", "tinyqueue_problems", "tinyqueue_request"),
+        *("tinyqueue_schedule", "tinyqueue_server", "tinyqueue_shards", "tinyqueue_waiter", "tinyqueue_why"),
+        *("tinyqueue_work", "worker"),
     },
 }
 SCREEN = 50  # lines

@@ -21,6 +21,7 @@ from hypothesis.stateful import (
 import tinyqueue
 import tinyqueue_schedule
 from tinyqueue import SWEEP_MARK, Failure, Job, KeyReused, Once, Outcome, Queue, Reaped, WrongStatus, handler
+from tinyqueue_job import HISTORY
 from tinyqueue_schedule import Schedule, Ticker, list_schedules, make_schedule
 
 # No second run: hypothesis might not find the same steps again.
@@ -49,6 +50,7 @@ class Known:
         self.waiting = set(job.after)
         self.runs_anyway = job.on_failure == "run"
         self.cause = ""  # the parent because of which it failed
+        self.outcomes: list[str] = []  # of its attempts
 
     @property
     def status(self) -> str:
@@ -66,7 +68,6 @@ class Known:
     def lose(self, beside: bool) -> None:
         self.status = "pending"
         self.due = 0
-        self.worker = ""
         if beside:
             self.attempts -= 1
             self.suspicions += 1
@@ -74,9 +75,12 @@ class Known:
             self.status = "cancelled"
         elif self.attempts >= self.max_attempts:
             self.status = "failed"
+        self.outcomes.append("cancelled" if self.cancel_requested else "lost")
+        self.worker = "" if self.status == "pending" else self.worker
 
     def revive(self) -> None:
         self.status = "pending"
+        self.worker = ""
         self.attempts = 0
         self.due = 0
         self.expires = 0
@@ -415,7 +419,6 @@ class Machine(RuleBasedStateMachine):
         return worker, outcomes
 
     def _settled(self, known: Known, job: Job, verb: str) -> None:
-        known.worker = ""
         if verb == "complete":
             known.status = "completed"
             known.cancel_requested = False
@@ -431,6 +434,9 @@ class Machine(RuleBasedStateMachine):
             assert job.run_at > self.queue.now()
         else:
             known.status = "failed"
+        again = "released" if verb == "release" else "failed"
+        known.outcomes.append(again if known.status == "pending" else known.status)
+        known.worker = "" if known.status == "pending" else known.worker
 
     @precondition(lambda self: self.workers)
     @rule(data=st.data())
@@ -488,7 +494,7 @@ class Machine(RuleBasedStateMachine):
 
     def _reap(self, id: str) -> None:
         held = self.queue.reap(id)
-        running = [known for known in self.model.values() if known.worker == id]
+        running = [known for known in self.model.values() if known.worker == id and known.status == "processing"]
         assert held >= len(running)  # it also held the jobs that it took and did not start
         for known in running:
             known.lose(beside=len(running) > 1)
@@ -587,6 +593,8 @@ class Machine(RuleBasedStateMachine):
             assert job.suspicions == known.suspicions
             assert job.cancelled == known.cancel_requested
             assert set(job.waiting_for) == known.waiting
+            running = ["running"] * (known.status == "processing")
+            assert [attempt.outcome for attempt in job.attempts_so_far()] == (known.outcomes + running)[-HISTORY:]
 
     @invariant()
     def limit_is_never_exceeded(self) -> None:

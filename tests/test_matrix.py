@@ -74,10 +74,11 @@ def reap_finder(queue: Queue, job: Job) -> None:
 
 
 def reap_owner(queue: Queue, job: Job) -> None:
-    """Reap the worker that has started the job; no worker has started the others."""
-    if job.worker:
-        lapse(queue, job.worker)
-    queue.reap(job.worker or "nobody")
+    """Reap the worker that runs the job; no worker runs the others."""
+    worker = job.worker if job.status == "processing" else "nobody"
+    if job.status == "processing":
+        lapse(queue, worker)
+    queue.reap(worker)
 
 
 def request(queue: Queue, job: Job) -> None:

@@ -186,7 +186,7 @@ def test_failures_of_a_registered_type_are_zero_in_each_served_queue(queue: Queu
         queue.register(served, 1)
         before |= {*served}
         values = samples(queue)
-        for name in ("failed", "reaped"):
+        for name in ("failed", "retried", "reaped"):
             zeros = {key[1] for key, value in values.items() if key[0] == f"tinyqueue_jobs_{name}_total" and value == 0}
             assert zeros == before
 

@@ -17,6 +17,7 @@ from conftest import RedisServer
 
 import tinyqueue
 import tinyqueue_doctor
+import tinyqueue_repair
 import worker
 from tinyqueue import Queue
 from tinyqueue_config import Settings
@@ -75,7 +76,9 @@ def test_alerts_name_their_entries() -> None:
 
 def kinds_of_findings() -> set[str]:
     """What `_judge` and `Finding` are called with, and the names of the checks that may fail."""
-    tree = ast.parse(inspect.getsource(tinyqueue_doctor))
+    tree = ast.parse(
+        inspect.getsource(tinyqueue_doctor) + inspect.getsource(tinyqueue_repair).partition("annotations")[2]
+    )
     calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)]
     places = {"_judge": 0, "Finding": 1}
     named = [call.args[places[call.func.id]] for call in calls if call.func.id in places]  # type: ignore[attr-defined]

@@ -25,7 +25,8 @@ import worker
 from tinyqueue import HANDLERS, Failure, InvalidJob, Job, Queue, QueueFull, Unavailable, handler, schedule
 from tinyqueue_backup import back_up, restore
 from tinyqueue_config import Settings
-from tinyqueue_doctor import examine, repair
+from tinyqueue_doctor import examine
+from tinyqueue_repair import repair
 from tinyqueue_schedule import NOTHING, Schedule, Scheduler, Ticker, declared, list_schedules, make_schedule, put, sync
 from tinyqueue_shards import Shards
 from wsgi import API
