@@ -187,7 +187,6 @@ life of a job, up to upkeep. Reading, loading and metrics come last.
 from __future__ import annotations
 
 import hashlib
-import heapq
 import itertools
 import logging
 import math
@@ -2771,8 +2770,8 @@ class Queue(Verbs):
         first: list[bytes] = []
         for window in self._read_unended(filter):
             last = first[-1] if len(first) > SCANNED else b""
-            closer = {id for id in window if last < id < bound and ID.fullmatch(text_of(id))}
-            first = heapq.nlargest(SCANNED + 1, closer.union(first)) if closer else first
+            if closer := [id for id in window if last < id < bound]:
+                first = _newest(closer, first)
         return [(created_at(id), id, UNENDED) for id in map(text_of, first)]
 
     def _read_unended(self, filter: Filter) -> Iterator[list[bytes]]:
@@ -2802,14 +2801,27 @@ class Queue(Verbs):
         return sorted(_queues_in(pairs(self.store.read(("HGETALL", self.keys.counts))[0])))
 
     def read_lists(self, keys: Sequence[str], command: Range = "LRANGE") -> Iterator[list[bytes]]:
-        """Read the first entries of 100 lists at a time, because most are short."""
-        for at in range(0, len(keys), 100):
-            part = keys[at : at + 100]
-            heads = self.store.read(*((command, key, 0, 99) for key in part))
-            yield list(itertools.chain(*heads))
-            for key, head in zip(part, heads, strict=True):
-                if len(head) == 100:
+        """Read several lists at a time, about LISTED entries, because most are short."""
+        count = "LLEN" if command == "LRANGE" else "ZCARD"
+        some: list[str] = []
+        entries = 0
+        for at in range(0, len(keys), 1000):
+            part = keys[at : at + 1000]
+            for key, size in zip(part, self.store.read(*((count, key) for key in part)), strict=True):
+                if size > LISTED // 2:  # it may grow meanwhile
                     yield from self.read_entries(key, command)
+                elif size:
+                    some.append(key)
+                    entries += size
+                if entries > LISTED // 2:
+                    yield self._read_whole(some, command)
+                    some = []
+                    entries = 0
+        if some:
+            yield self._read_whole(some, command)
+
+    def _read_whole(self, keys: Sequence[str], command: Range) -> list[bytes]:
+        return list(itertools.chain(*self.store.read(*((command, key, 0, -1) for key in keys))))
 
     def read_entries(self, key: str, command: Range = "LRANGE") -> Iterator[list[bytes]]:
         """Read a list from its left, or a sorted set from its highest score, LISTED at a time.
@@ -3129,6 +3141,14 @@ def _ends_by_type(fields: Iterable[tuple[str, bytes]]) -> dict[str, dict[str, An
 
 def _queues_in(counts: Iterable[tuple[str, bytes]]) -> set[str]:
     return {field.partition(":")[2] for field, _ in counts if ":" in field}
+
+
+def _newest(ids: Iterable[bytes], known: Sequence[bytes]) -> list[bytes]:
+    """Return the first SCANNED + 1 job ids, newest first, among those `known` and some more."""
+    found = sorted({*ids, *known}, reverse=True)
+    checked = {*known}
+    ours = (id for id in found if id in checked or ID.fullmatch(text_of(id)))
+    return list(itertools.islice(ours, SCANNED + 1))
 
 
 def _warn_of_gone(ids: Sequence[str]) -> None:
