@@ -12,7 +12,7 @@ import random
 import time
 import zlib
 from collections import Counter, defaultdict
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
 from functools import partial, reduce
@@ -426,6 +426,9 @@ class Shards(Verbs):
 
     def count_scrape_errors(self, times: int) -> None:
         self._try_first(lambda shard: shard.count_scrape_errors(times))
+
+    def count_refused(self, counts: Mapping[str, int]) -> None:
+        self._try_first(lambda shard: shard.count_refused(counts))
 
     def spend(self, who: str, limit: int, seconds: int) -> tuple[int, int]:
         """Like Queue.spend, in the shard of the client, or in the next that answers."""
