@@ -28,7 +28,7 @@ round trips however many jobs it moves. No Lua.
                                               unique
     sync      (schedules of the code)         generation,      code not replaced         schedules, ticks, generation
                                               schedules
-    take      (list to list)                  -                queue not paused          jobs -> proc, workers
+    take      (list to list)                  -                not paused; not quiet     jobs -> proc, workers
     start     pending -> processing           worker, records  registered; due; room     record: attempts + 1, worker,
                                               and running                                running, pace
     hold      (list to held)                  worker, records  registered; no room       held, holding, delayed, proc
@@ -45,6 +45,8 @@ round trips however many jobs it moves. No Lua.
     cancel    pending -> cancelled            record           -                         record, delayed, cancelled
     request   processing -> processing        record           handler takes a Job       record: cancelRequested
     retry     failed, cancelled -> pending    record, unique   uniqueKey free            record, its index, list
+    hasten    pending -> pending              record           delayed                   record, delayed, head of
+                                                                                         list
     promote   (delayed to list)               records          runAt has come            delayed, list
     wake      (held to list)                  held, if few     an attempt has ended      held, head of list
     look      (held to list)                  held, records,   room                      held, head of list, running,
@@ -60,8 +62,10 @@ round trips however many jobs it moves. No Lua.
     startedAt of the record are those that the worker holds. Worker's own: processing under that
     worker's name. Lease gone: missing, or seen unchanged for longer than a lease. Handler takes a
     Job: checked where the handler is known. Unused: no job has the id, and no unended one has the
-    uniqueKey. Queue paused: the queues of all pending jobs that load stores. A suspect is a job
-    that two workers lost while they ran it along with others. It starts only alone.
+    uniqueKey. Not paused, not quiet: the queue, and the worker that takes. Queue paused: the queues
+    of all pending jobs that load stores. Delayed: runAt has not come, and the job waits for no
+    other. A suspect is a job that two workers lost while they ran it along with others. It starts
+    only alone.
 
     dequeue is take, then start, hold or expire. enqueue is written by submit, hold and expire by
     start, and request by cancel. Whatever ends a job writes deliver too, except load: it enqueues a
@@ -70,7 +74,8 @@ round trips however many jobs it moves. No Lua.
     A busy worker uses it instead of these two, except with shards. load stores the jobs of a
     backup; the ended ones count in no metric. Every verb that fills a list rings its bell, and
     every verb keeps the counts and the metrics. Whatever ends a job frees its uniqueKey and leaves
-    a token for those who wait for it.
+    a token for those who wait for it. Whatever ends an attempt leaves it in the record: an ended
+    job keeps its last worker and times, and an attempt that another may follow goes to `history`.
 
     Schedules. A tick is a time at which the cron expression of a schedule matches. tick enqueues
     its job, at most once. If it fails, the schedule stays due. sync stores the schedules that code
@@ -105,6 +110,9 @@ round trips however many jobs it moves. No Lua.
     worker at a time takes, adopts and starts, or an id would be started twice. A worker that was
     reaped may wake up and take ids. take lists it as a worker again, so reap requeues them too.
 
+    A quiet worker takes no ids and leaves the bells to others. It runs what it has taken. Only a
+    registered worker becomes quiet, and reap ends that, or its mark would stay for ever.
+
     A slot is a thread of a worker that runs one job at a time (in a cluster: Redis' hash slot). To
     trim is to delete ended jobs that were kept long enough. A shard is one of several queues that
     are used as one. doctor is the command that checks Redis and the settings.
@@ -129,7 +137,7 @@ Keys. All share one hash tag, the namespace, and so one slot of a cluster.
     {queue}:once:<hash>       string  an Idempotency-Key, by its SHA-256: request fingerprint and
                                       job ids. Expires. Without ids: another shard has them
     {queue}:unique:<key>      string  id of the pending or processing job with this uniqueKey
-    {queue}:paused            set     names of the paused queues
+    {queue}:paused            set     names of the paused queues, and @<worker> of quiet workers
     {queue}:schedule:<name>   string  a schedule as JSON: when to enqueue what, and its last tick
     {queue}:ticks             zset    name of a schedule -> its next tick, +inf while it is paused
     {queue}:generation:<code> string  the releases of the code that synced schedules, newest first
@@ -252,6 +260,7 @@ from tinyqueue_job import (
     NotReplicated as NotReplicated,
     Once as Once,
     Outcome as Outcome,
+    PastAttempt as PastAttempt,
     Place,
     QueueFull as QueueFull,
     Reaped as Reaped,
@@ -325,6 +334,7 @@ MEMORY_SHARE = 0.95  # of maxmemory, above which submits are refused so that sto
 LISTED = 10_000  # entries of a list that are read with one command
 KEPT = 100_000  # ended jobs that are kept, of each status
 BELLS = 64  # wake-up tokens of a queue
+WORKER_ID = 43  # characters of a generated worker id
 PROMOTED = 500  # jobs moved by one promote
 TRIES = 50  # of a transaction whose watched keys keep changing
 WRITERS = 3  # handlers of a worker that write progress at the same time; the others wait
@@ -336,6 +346,7 @@ LOOK = 30_000  # milliseconds between two looks at a limit with held jobs, unles
 LOOK_GAP = 20  # milliseconds between two looks, at least
 AHEAD = 100  # held jobs, or jobs at the head of a queue, that one look reads
 SHOWN = 1000  # limits of one report
+QUIET_MARK = "@"  # with a worker, what stands among the paused queues while it is quiet
 LOOK_MARK = "limit:"  # with a limit, what stands among the delayed ids until the next look at that limit
 SWEEP_MARK = "advance:"  # stands among the delayed ids, to have promote look for tokens that are left
 SWEEP_AFTER = 1000  # milliseconds
@@ -1080,6 +1091,8 @@ class Verbs(ABC):
     @abstractmethod
     def retry(self, id: str) -> Job | None: ...
     @abstractmethod
+    def get(self, id: str) -> Job | None: ...
+    @abstractmethod
     def page(self, filter: Filter, *, limit: int, cursor: str, cut: int | None) -> tuple[list[Job], str]: ...
     @abstractmethod
     def forget(self, status: str, ids: Sequence[bytes]) -> int: ...
@@ -1112,6 +1125,27 @@ class Verbs(ABC):
     def draft(self, type: str, payload: Any, **options: Any) -> Job:
         """Check and make a job without storing it. Options as for `make_job`."""
         return make_job(self.now(), type, payload, **options)
+
+    def redraft(self, job: Job, **options: Any) -> Job:
+        """Check and make a job that replays an ended one, without storing it. See `replay`."""
+        if job.status in UNENDED:
+            raise WrongStatus("replay", job, f"it is {job.status}; cancel it first, or it would run twice")
+        draft = self.draft(job.type, **(job.again() | options))
+        draft.replay_of = job.id
+        draft.schedule = job.schedule
+        draft.scheduled_for = job.scheduled_for
+        return draft
+
+    def replay(self, id: str, **options: Any) -> Job | None:
+        """Submit an ended job again as a new one. Return that; None for an unknown id.
+
+        The new job has what the old one was submitted with, except its times, or what `options`
+        have instead, such as another payload. The old job stays as it is. Raises WrongStatus if it
+        has not ended, and otherwise like `enqueue`: its payload may not fit the handler any more,
+        and parents may be gone. While another job has its uniqueKey, returns that one.
+        """
+        job = self.get(id)
+        return self.submit([self.redraft(job, **options)])[0] if job else None
 
     def enqueue(self, type: str, payload: Any, **options: Any) -> Job:
         """Check and store one job. Options as for `make_job`, errors as for `submit`."""
@@ -1158,13 +1192,15 @@ class Verbs(ABC):
         if self.settle(outcome.job.worker, [outcome]):
             raise Reaped(f"job {outcome.job.id} is no longer with worker {outcome.job.worker}")
 
-    def change_many(self, verb: Literal["cancel", "retry"], filter: Filter, cursor: str = "") -> dict[str, Any]:
-        """Look at up to 1,000 jobs and cancel or retry those that match.
+    def change_many(
+        self, verb: Literal["cancel", "retry"], filter: Filter, cursor: str = "", most: int = SCANNED
+    ) -> dict[str, Any]:
+        """Look at up to 1,000 jobs and cancel or retry those that match, up to `most`.
 
         Continue with the returned cursor. Each job is changed in its own transaction. Those whose
         status changed meanwhile are counted as skipped.
         """
-        jobs, cursor = self.page(filter, limit=SCANNED, cursor=cursor, cut=0)
+        jobs, cursor = self.page(filter, limit=most, cursor=cursor, cut=0)
         change = self.cancel if verb == "cancel" else self.retry
         done = 0
         for job in jobs:
@@ -1172,15 +1208,25 @@ class Verbs(ABC):
                 done += change(job.id) is not None
         return {"cancelled" if verb == "cancel" else "retried": done, "skipped": len(jobs) - done, "cursor": cursor}
 
-    def purge(self, filter: Filter, cursor: str = "") -> dict[str, Any]:
-        """Look at up to 1,000 ended jobs and delete those that match.
+    def purge(self, filter: Filter, cursor: str = "", most: int = SCANNED) -> dict[str, Any]:
+        """Look at up to 1,000 ended jobs and delete those that match, up to `most`.
 
         Continue with the returned cursor.
         """
         if filter.status not in ENDED:
             raise InvalidJob("status", f"must be one of {', '.join(ENDED)}: other jobs have not ended")
-        jobs, cursor = self.page(filter, limit=SCANNED, cursor=cursor, cut=0)
+        jobs, cursor = self.page(filter, limit=most, cursor=cursor, cut=0)
         return {"purged": self.forget(filter.status, [job.id.encode() for job in jobs]), "cursor": cursor}
+
+    def purge_one(self, id: str) -> Job | None:
+        """Delete an ended job. Return it as it was; None for an unknown id.
+
+        Raises WrongStatus if it has not ended, or was retried meanwhile.
+        """
+        job = self.get(id)
+        if job and (job.status in UNENDED or not self.forget(job.status, [id.encode()])) and (now := self.get(id)):
+            raise WrongStatus("purge", now)
+        return job
 
 
 def try_each(
@@ -1523,34 +1569,46 @@ class Queue(Verbs):
 
         return self.store.transact((), body)
 
-    def wait(self, names: Sequence[str], seconds: float = BLOCK) -> set[str]:
-        """Wait for a bell of these queues. Return the name of the one that rang. Takes no job."""
-        bells = ("BLPOP", *map(self.keys.bell, names), seconds)
+    def wait(self, names: Sequence[str], seconds: float = BLOCK, worker: str = "") -> set[str]:
+        """Wait for a bell of these queues. Return the name of the one that rang. Takes no job.
+
+        A quiet worker waits for a bell that nobody rings, and hands back a token that it has got.
+        """
+        heard = [QUIET_MARK + worker] if self.is_quiet(worker) else names
+        bells = ("BLPOP", *map(self.keys.bell, heard), seconds)
         token, paused = self.store.read(bells, ("SMEMBERS", self.keys.paused))
         self._note_paused(paused)
+        if token is not None and self.is_quiet(worker):
+            self.store.read(("RPUSH", token[0], "1"))
+            token = None
         return {text_of(token[0]).removeprefix(self.keys.bell(""))} if token is not None else set()
+
+    def is_quiet(self, worker: str) -> bool:
+        """Whether a worker was quiet when this process last read the paused queues."""
+        return QUIET_MARK + worker in self._paused[1]
 
     def _note_paused(self, members: Iterable[bytes] | Exception) -> None:
         found = () if isinstance(members, Exception) else members
         self._paused = (time.monotonic(), frozenset(map(text_of, found)))
 
-    def _not_paused(self, names: Sequence[str]) -> list[str]:
-        """Leave out the paused queues as of up to PAUSE_AGE seconds ago."""
+    def _not_paused(self, names: Sequence[str], worker: str = "") -> list[str]:
+        """Leave out the paused queues, and all for a quiet worker, as of PAUSE_AGE seconds ago."""
         if time.monotonic() - self._paused[0] > PAUSE_AGE:
             with suppress(Corrupted):  # a key of the wrong type pauses nothing
                 self._note_paused(self.store.read(("SMEMBERS", self.keys.paused))[0])
-        return [name for name in names if name not in self._paused[1]]
+        return [name for name in names if name not in self._paused[1]] if not self.is_quiet(worker) else []
 
     def take(self, worker: str, names: Sequence[str], most: int) -> list[bytes]:
         """Move up to `most` ids to the worker's own list, from queues that are not paused.
 
-        Earlier queues are emptied first. If the reply is lost, the ids are in the worker's list,
-        where `adopt` finds them. The transaction also adds the worker to the set of workers. So a
-        worker that was reaped, wakes up and takes jobs is found and reaped again.
+        A quiet worker gets none. Earlier queues are emptied first. If the reply is lost, the ids
+        are in the worker's list, where `adopt` finds them. The transaction also adds the worker to
+        the set of workers. So a worker that was reaped, wakes up and takes jobs is found and reaped
+        again.
         """
         taken: list[bytes] = []
         broken: Corrupted | None = None
-        for name in self._not_paused(names):
+        for name in self._not_paused(names, worker):
             try:
                 added, paused, *ids = self.store.read(*self._moves(worker, name, most - len(taken)))[-1]
                 _checked([added, *ids])
@@ -1669,7 +1727,8 @@ class Queue(Verbs):
         job.attempts += 1
         job.started_at = job.updated_at = max(tx.now, job.created_at)
         job.ended_at = 0
-        job.progress = 0.0
+        if job.progress:  # or the zero would be stored
+            job.progress = 0.0
         tx.count("processing:" + job.queue)
         return job
 
@@ -1753,7 +1812,7 @@ class Queue(Verbs):
         not started, but returned pending.
         """
         keys = [self.keys.job(outcome.job.id) for outcome in outcomes]
-        untried = self._not_paused(names) if most else []
+        untried = self._not_paused(names, worker) if most else []
         ids: list[bytes] = []  # those that an earlier try took stay taken
         taken: Records = {}
 
@@ -1786,6 +1845,7 @@ class Queue(Verbs):
         job.error = outcome.error or job.error
         if outcome.error and not outcome.halt and not cancel_requested:
             tx.count_error(job)
+        leave = partial(job.leave_attempt, now=tx.now, error=outcome.error)
         if outcome.verb == "release":
             self._stop_attempt(tx, job, "released")
         else:
@@ -1797,8 +1857,10 @@ class Queue(Verbs):
             self._end(tx, job, "completed")
         elif cancel_requested:
             job.cancel_requested = True
+            job.error = outcome.error  # not that of an attempt before
             self._end(tx, job, "cancelled")
         elif outcome.halt and outcome.after:
+            leave("released")
             job.attempts -= 1
             if job.limit:
                 self._make_pending(tx, job)
@@ -1807,6 +1869,7 @@ class Queue(Verbs):
             else:
                 self._requeue(tx, job, tx.now + round(outcome.after * 1000))
         elif outcome.verb == "release" and job.refunds < MAX_REFUNDS:
+            leave("released")
             job.attempts -= 1
             job.refunds += 1
             run_at = tx.now + round(outcome.after * 1000) if outcome.after else 0
@@ -1814,6 +1877,7 @@ class Queue(Verbs):
         elif outcome.verb == "release":
             self._requeue_or_fail(tx, job, "released too often")
         elif outcome.after is not None and job.attempts < job.max_attempts:
+            leave("failed")
             self._requeue(tx, job, tx.now + round(outcome.after * 1000))
             tx.count_retry(job)
         else:
@@ -1852,7 +1916,6 @@ class Queue(Verbs):
     def _end(self, tx: Transaction, job: Job, status: Literal["completed", "failed", "cancelled"]) -> None:
         """Write the final state of a job: the record, which now expires, and its index entry."""
         job.status = status
-        job.worker = ""
         job.ended_at = job.updated_at = max(tx.now, job.updated_at)
         if job.callback_url:
             self._add_delivery(tx, job)
@@ -1884,7 +1947,6 @@ class Queue(Verbs):
 
     def _make_pending(self, tx: Transaction, job: Job, run_at: int = 0) -> None:
         job.status = "pending"
-        job.worker = ""
         job.run_at = run_at
         tx.write("SET", self.keys.job(job.id), record_of(job))
 
@@ -1905,6 +1967,7 @@ class Queue(Verbs):
         if job.cancel_requested:
             self._end(tx, job, "cancelled")
         elif job.attempts < job.max_attempts:
+            job.leave_attempt("lost", tx.now, job.error)
             self._requeue(tx, job, push="RPUSH")
         else:
             self._end(tx, job, "failed")
@@ -1958,9 +2021,39 @@ class Queue(Verbs):
 
         return self._change(id, body)
 
+    def hasten(self, id: str) -> Job | None:
+        """Let a delayed or retrying job start now. Return it; None for an unknown id.
+
+        pending -> pending, at the head of its queue, with the attempts that it has. Watches the
+        record. Raises WrongStatus if the job is not pending, waits for other jobs or is due.
+        """
+
+        def body(tx: Transaction, job: Job) -> None:
+            delayed = job.status == "pending" and not job.waiting_for and job.run_at > tx.now
+            if not delayed and tx.again:  # the try whose reply was lost hastened it
+                return
+            if not delayed:
+                raise WrongStatus("hasten", job, self._why_not_delayed(tx, job))
+            tx.write("ZREM", self.keys.delayed, id)
+            job.updated_at = max(tx.now, job.updated_at)
+            self._make_pending(tx, job)
+            tx.push("RPUSH", job)
+
+        return self._change(id, body)
+
+    def _why_not_delayed(self, tx: Transaction, job: Job) -> str:
+        if job.status != "pending":
+            return ""
+        if job.waiting_for:
+            return "it waits for other jobs"
+        if job.limit and tx.read(("ZSCORE", self.keys.held(job.limit), _entry_of(job)))[0] is not None:
+            return f"it is held by the limit {job.limit}; raise that, or wait until it has room"
+        return "it is due already"
+
     def _revive(self, tx: Transaction, job: Job, seen: str = "") -> None:
         """Requeue an ended job. Look again at the parents that it waits for, except one `seen`."""
         tx.write("ZREM", self.keys.ended[job.status], job.id)
+        job.leave_end()
         job.attempts = job.refunds = job.ended_at = job.expires_at = 0
         job.cancel_requested = False
         job.updated_at = max(tx.now, job.updated_at)
@@ -2140,6 +2233,29 @@ class Queue(Verbs):
 
         self.store.transact((), body)
 
+    def quiet(self, worker: str) -> bool:
+        """Let a worker take no more jobs. Return whether it is registered.
+
+        Takes effect after at most PAUSE_AGE seconds. The jobs that it has taken run to their ends.
+        Watches the registration, because reap removes the mark of a worker only once.
+        """
+        key = self.keys.worker(check_name("worker", worker))
+
+        def body(tx: Transaction) -> bool:
+            if registered := bool(tx.read(("EXISTS", key))[0]):
+                tx.write("SADD", self.keys.paused, QUIET_MARK + worker)
+            return registered
+
+        return self.store.transact([key], body)
+
+    def resume_worker(self, worker: str) -> bool:
+        """Let a quiet worker take jobs again, within two seconds.
+
+        Returns whether it is registered.
+        """
+        mark = QUIET_MARK + check_name("worker", worker)
+        return bool(self.store.read(("SREM", self.keys.paused, mark), ("EXISTS", self.keys.worker(worker)))[1])
+
     # Upkeep -----------------------------------------------------------------------------------------------------------
 
     def set_limit(self, limit: str, override: Override) -> None:
@@ -2307,6 +2423,7 @@ class Queue(Verbs):
                 held += 1
             tx.write("DEL", registration, lease, proc)
             tx.write("SREM", self.keys.workers, worker)
+            tx.write("SREM", self.keys.paused, QUIET_MARK + worker)
             if lost and known:
                 tx.minute[f"lost:{worker}"] += 1
                 tx.minute["requeued"] += held
@@ -2787,7 +2904,8 @@ class Queue(Verbs):
         """Return the registered workers: what each registered, its last heartbeat and its jobs."""
         ids = self._known_workers()
         keys = [key for id in ids for key in (self.keys.worker(id), self.keys.lease(id))]
-        return read_workers(ids, self.store.read(("MGET", *keys))[0] if keys else [])
+        found, paused = self.store.read(("MGET", *keys), ("SMEMBERS", self.keys.paused)) if keys else ([], ())
+        return read_workers(ids, found, set(map(text_of, paused)))
 
     def metrics(self) -> dict[str, dict[tuple[str, ...], int]]:
         """Return how often each event ever happened: by event, then by type and queue.
@@ -2988,14 +3106,21 @@ def host_name() -> str:
 
 
 def new_worker_id() -> str:
-    return f"{host_name()}-{os.getpid()}-{os.urandom(4).hex()}"
+    """Make an id of up to WORKER_ID characters, because every ended job keeps that of its worker.
+
+    Shortens the host name to the end of its first part, which differs between pods.
+    """
+    host = host_name()
+    end = f"-{os.getpid()}-{os.urandom(4).hex()}"
+    room = WORKER_ID - len(end)
+    return (host if len(host) <= room else host.partition(".")[0][-room:].lstrip("-_")) + end
 
 
-def read_workers(ids: Sequence[str], values: Sequence[bytes | None]) -> list[dict[str, Any]]:
+def read_workers(ids: Sequence[str], values: Sequence[bytes | None], paused: Collection[str]) -> list[dict[str, Any]]:
     """Read the registrations and leases of workers, two values each. Skip those not registered."""
     rows = zip(ids, values[::2], values[1::2], strict=True)
     try:
-        return [_worker(id, about, lease) for id, about, lease in rows if about]
+        return [_worker(id, about, lease, QUIET_MARK + id in paused) for id, about, lease in rows if about]
     except (msgspec.DecodeError, KeyError, AttributeError, TypeError) as error:
         raise Corrupted(f"the registration or the lease of a worker cannot be read: {error}") from None
 
@@ -3004,12 +3129,12 @@ def _slot(job: Job) -> dict[str, Any]:
     return {"jobId": job.id, "type": job.type, "startedAt": job.started_at}
 
 
-def _worker(id: str, about: bytes, lease: bytes | None) -> dict[str, Any]:
+def _worker(id: str, about: bytes, lease: bytes | None, quiet: bool) -> dict[str, Any]:
     known = msgspec.json.decode(about)
     beat = msgspec.json.decode(lease or b"{}")
     at = beat.get("at", known["startedAt"] if lease else 0)
     lists = {name: beat.get(name, []) for name in ("jobs", "slots", "givenUp")}
-    return {"id": id, **known, "alive": bool(lease), "lastHeartbeat": at, **lists}
+    return {"id": id, **known, "alive": bool(lease), "quiet": quiet, "lastHeartbeat": at, **lists}
 
 
 # Metrics --------------------------------------------------------------------------------------------------------------

@@ -37,6 +37,7 @@ from tinyqueue import (
     Filter,
     InvalidJob,
     Job,
+    PastAttempt,
     Schedule,
     SettingsError,
     Status,
@@ -351,6 +352,7 @@ def get(ctx: click.Context, id: str, watch: bool, as_json: bool) -> None:
 def _print_job(fields: dict[str, Any]) -> None:
     payload = fields.pop("payload")
     error = fields.pop("error", None)
+    history = fields.pop("history", ())
     if why := fields.pop("why", None):
         fields["why"] = f"it {why['text']}"
     for name, value in fields.items():
@@ -359,8 +361,19 @@ def _print_job(fields: dict[str, Any]) -> None:
             shown = " ".join(value)
         _print_safely(f"{name:<12} {shown}")
     _print_safely(f"payload\n{_format_json(payload)}")
+    if history:
+        _print_attempts(history)
     if error:
         _print_safely(f"error\n  {error_line(error)}\n{textwrap.indent(error.traceback, '  ')}".rstrip())
+
+
+def _print_attempts(history: Sequence[PastAttempt]) -> None:
+    rows = [["attempts", "started", "after", "worker", "error"]]
+    for attempt in history:
+        seconds = f"{(attempt.ended_at - attempt.started_at) / 1000:,.1f} s" if attempt.ended_at else ""
+        error = error_line(attempt.error)[:100]
+        rows.append(["  " + attempt.outcome, _format_time(attempt.started_at), seconds, attempt.worker, error])
+    _print_table(rows)
 
 
 # Manage jobs and queues -----------------------------------------------------------------------------------------------

@@ -510,30 +510,38 @@ def _lag(about: Mapping[str, str]) -> str:
 
 
 def _check_served(sight: Sight) -> Iterator[Problem]:
-    """Find queues with jobs and no live worker.
+    """Find queues with jobs and no live worker. An operator who made workers quiet knows it."""
+    unserved = sight.oldest_first(sight.waiting.keys() - sight.served - sight.quiet)
+    late = [name for name in unserved if sight.waited(name) >= _patience(sight, name)]
+    if late:
+        them = "it" if len(late) == 1 else "them"
+        why = f"no live worker serves {them}" if sight.alive else "no worker is alive"
+        text = f"{plural(sight.count_pending(late), 'job')} in {_names('queue', late)} cannot start, because {why}"
+        options = "".join(f" --queue {name}" for name in late[:NAMED]) if sight.alive else ""
+        todo = Next(f"start a worker{f' that serves {them}' if options else ''}", f"tinyqueue worker{options}")
+        since = sight.waiting[late[0]].since
+        yield Problem(check="unserved", level="critical", text=text, since=since, queues=late[:NAMED], next=todo)
+    names = sight.oldest_first(sight.waiting.keys() & sight.quiet - sight.served)
+    quiet = [name for name in names if sight.waited(name) >= sight.max_wait]
+    if quiet:
+        text = f"{plural(sight.count_pending(quiet), 'job')} in {_names('queue', quiet)} cannot start, because the "
+        text += "workers that could run them are quiet"
+        id = next(known[0]["id"] for known in sight.alive if quiet[0] in known[0]["queues"])
+        todo = Next("let a worker take jobs again", "", {"method": "POST", "path": f"/workers/{id}/resume"})
+        since = sight.waiting[quiet[0]].since
+        yield Problem(check="unserved", text=text, since=since, queues=quiet[:NAMED], subject="quiet", next=todo)
+
+
+def _patience(sight: Sight, name: str) -> int:
+    """Return how many ms jobs may wait in a queue without a worker.
 
     Without any worker, all may be scaled to zero, and the first may start soon. A queue that was
     served before may be served again after a deploy. One that never was has a wrong name, or its
     worker was forgotten.
     """
-    ever = {field.partition(":")[2] for field in sight.counts if field.startswith("processing:")}
-    late = [
-        name
-        for name in sight.oldest_first(sight.waiting.keys() - sight.served)
-        if sight.waited(name) >= (sight.patience if not sight.serving else UNSERVED if name in ever else SHORT_WAIT)
-    ]
-    if not late:
-        return
-    them = "it" if len(late) == 1 else "them"
-    why = f"no live worker serves {them}" if sight.serving else "all workers are quiet"
-    text = f"{plural(sight.count_pending(late), 'job')} in {_names('queue', late)} cannot start, because "
-    text += why if sight.alive else "no worker is alive"
-    options = "".join(f" --queue {name}" for name in late[:NAMED]) if sight.serving else ""
-    todo = Next(
-        f"start a worker that serves {them}" if sight.serving else "start a worker", f"tinyqueue worker{options}"
-    )
-    since = sight.waiting[late[0]].since
-    yield Problem(check="unserved", level="critical", text=text, since=since, queues=late[:NAMED], next=todo)
+    if not sight.alive:
+        return sight.patience
+    return UNSERVED if f"processing:{name}" in sight.counts else SHORT_WAIT
 
 
 def _check_known(sight: Sight) -> Iterator[Problem]:

@@ -150,9 +150,12 @@ SHOWN = ("id", "type", "payload", "status", "attempts", "maxAttempts", "queue", 
 SHOWN_IF_SET = (
     *("runAt", "startedAt", "endedAt", "worker", "progress", "expiresAt", "uniqueKey", "cancelRequested", "suspicions"),
     *("requestId", "traceparent", "limit", "callbackUrl", "callbackJob", "schedule", "scheduledFor", "error"),
-    *("after", "waitingFor", "onFailure"),
+    *("after", "waitingFor", "onFailure", "replayOf", "history"),
 )
 UNREADABLE = "UnreadableRecord"
+HISTORY = 10  # attempts that are kept of a job, the running or last one among them
+KEPT_MESSAGE = 200  # characters of an error message in the history
+KEPT_STACK = 2000  # characters of the end of the traceback of a TimedOut
 
 
 class Failure(msgspec.Struct, rename="camel", omit_defaults=True):
@@ -168,6 +171,32 @@ class Failure(msgspec.Struct, rename="camel", omit_defaults=True):
         return cls(*describe(error, traceback))
 
 
+class PastAttempt(msgspec.Struct, rename="camel", omit_defaults=True):
+    """An attempt in the history of a job. No version may remove a field or change its meaning.
+
+    released: it did not count, because its worker stopped or could not run the job, or because of
+    RateLimited. lost: its worker died or was cut off, or it was released too often. The error is
+    shortened, and has a traceback only if the handler exceeded its timeout.
+    """
+
+    started_at: int
+    ended_at: int = 0
+    worker: str = ""
+    outcome: str = ""  # completed, failed, cancelled, released or lost; in an answer also running
+    error: Failure | None = None
+
+    def explain(self, error: Failure | None) -> PastAttempt:
+        """Add the error of the attempt."""
+        if error:
+            stack = error.traceback[-KEPT_STACK:] if error.type == "TimedOut" else ""
+            self.error = Failure(error.type, error.message[:KEPT_MESSAGE], stack)
+        return self
+
+
+def _without_trace(error: Failure | None) -> Failure | None:
+    return Failure(error.type, error.message) if error else None
+
+
 class Job(msgspec.Struct, rename="camel", omit_defaults=True, dict=True, forbid_unknown_fields=True):
     """A job as it was when it was read. Times are in milliseconds of Redis TIME, 0 for never.
 
@@ -180,7 +209,7 @@ class Job(msgspec.Struct, rename="camel", omit_defaults=True, dict=True, forbid_
     - It must not rename or remove a field, nor change its type, its default or its meaning.
     - It must not write a new status: older versions could not read the record, and would fail the
       job. One version may learn to read it, and the next one to write it.
-    - It must not add a field to Failure, which has no `unknown`.
+    - It must not add a field to Failure or PastAttempt, which have no `unknown`.
     - It adds a sample of its records to tests/records, and leaves those of older versions there.
     """
 
@@ -215,6 +244,8 @@ class Job(msgspec.Struct, rename="camel", omit_defaults=True, dict=True, forbid_
     scheduled_for: int = 0
     callback_url: str = ""
     callback_job: str = ""  # id of the delivery of its last end
+    replay_of: str = ""  # id of the ended job that was submitted again as this one
+    history: tuple[PastAttempt, ...] = ()  # its former attempts; of an ended job, `worker` had the last one
     # The fields of a newer version. In the record they are beside the others, not under this name.
     unknown: dict[str, msgspec.Raw] | None = msgspec.field(default=None, name="*")
 
@@ -280,6 +311,45 @@ class Job(msgspec.Struct, rename="camel", omit_defaults=True, dict=True, forbid_
             with shield(), suppress(Unavailable):  # an attempt must not fail because of its progress
                 queue.write_progress(own)
 
+    def attempts_so_far(self) -> list[PastAttempt]:
+        """Return its last attempts, oldest first, the running one too. At most HISTORY."""
+        last = self._last_attempt()
+        return [*self.history, *([last] if last else [])][-HISTORY:]
+
+    def _last_attempt(self) -> PastAttempt | None:
+        """Return the running attempt or that which ended the job, unless the history has it.
+
+        A version without history has removed the worker from the jobs that it ended.
+        """
+        before = self.history[-1].started_at if self.history else 0
+        ran = self.status in ("completed", "failed") and not self.failed_because_of("")
+        if not self.worker and not (ran and self.started_at > before):
+            return None
+        attempt = PastAttempt(self.started_at, self.ended_at, self.worker, self.status)
+        if self.status == "processing":
+            attempt.outcome = "running"
+        elif self.status != "completed":
+            lost = self.error is not None and self.error.type == "WorkerLost" and self.status == "failed"
+            attempt.outcome = "lost" if lost else self.status
+            attempt.explain(self.error)
+        return attempt
+
+    def leave_attempt(self, outcome: str, now: int, error: Failure | None = None) -> None:
+        """Move the running attempt to the history, because another may follow."""
+        attempt = PastAttempt(self.started_at, max(now, self.started_at), self.worker, outcome)
+        self.history = (*self.history, attempt.explain(error))[-HISTORY:]
+        self.worker = ""
+
+    def leave_end(self) -> None:
+        """Move the last attempt of an ended job to the history, because the job is requeued."""
+        self.history = tuple(self.attempts_so_far())
+        self.worker = ""
+
+    def without_traces(self) -> Job:
+        """Return a copy without the tracebacks of its errors."""
+        history = (msgspec.structs.replace(attempt, error=_without_trace(attempt.error)) for attempt in self.history)
+        return msgspec.structs.replace(self, error=_without_trace(self.error), history=tuple(history))
+
     def parents(self) -> list[Job | None]:
         """Return the jobs in `after`, in that order, with their results, from within a handler.
 
@@ -311,6 +381,11 @@ class Job(msgspec.Struct, rename="camel", omit_defaults=True, dict=True, forbid_
         self.error = stored.error
         self.ended_at = self.updated_at = stored.ended_at
 
+    def again(self) -> dict[str, Any]:
+        """Return the options with which `make_job` makes this job again, to start now."""
+        names = ("queue", "max_attempts", "unique_key", "after", "on_failure", "callback_url")
+        return {"payload": self.payload, **{name: value for name in names if (value := getattr(self, name))}}
+
     def place(self) -> tuple[int, str]:
         """Its place in a listing: by when it ended, or was created if it has not ended."""
         return self.ended_at if self.status in ENDED else self.created_at, self.id
@@ -327,6 +402,7 @@ class Job(msgspec.Struct, rename="camel", omit_defaults=True, dict=True, forbid_
         fields = dict(zip(self.__struct_encode_fields__, msgspec.structs.astuple(self), strict=True))
         fields |= {"createdAt": self.created_at, "updatedAt": self.updated_at or self.created_at}
         fields |= {"after": list(self.after), "waitingFor": list(self.waiting_for)}
+        fields["history"] = self.attempts_so_far()
         set_now = [name for name in SHOWN_IF_SET if fields[name]] + ["result"] * (self.status == "completed")
         return {name: fields[name] for name in (*SHOWN, *set_now)}
 
@@ -414,9 +490,9 @@ def stopped(job: Job, now: int) -> Job:
     """Return a job as if a worker had released it without an attempt."""
     job = msgspec.structs.replace(job)
     if job.status == "processing":
+        job.leave_attempt("cancelled" if job.cancel_requested else "released", now)
         job.status = "cancelled" if job.cancel_requested else "pending"
         job.attempts = max(0, job.attempts - 1)
-        job.worker = ""
         job.run_at = 0
         job.updated_at = max(now, job.updated_at)
     if job.status in ENDED:

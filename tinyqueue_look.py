@@ -105,7 +105,7 @@ class Look:
         self.ready = sum(found[: len(lists)])
         found = found[len(lists) :]
         heads = [id for id in found[: len(lists)] if id]
-        self.workers = read_workers(self.worker_ids, values[: len(about)])
+        self.workers = read_workers(self.worker_ids, values[: len(about)], self.paused)
         self.halted = {limit for limit, value in zip(self.limits, values[len(about) :], strict=False) if value}
         found = found[len(lists) :]
         self.held_counts = dict(zip(self.limits, found[len(held) :], strict=True))
@@ -187,8 +187,8 @@ class Sight:
         for minute, counts in (item for look in looks for item in look.minutes.items()):
             self.minutes.setdefault(minute, Counter()).update(counts)
         self.minutes[max(self.minutes)].update({f"refused:{reason}": n for reason, n in refused.items()})
-        quiet = {name[1:] for look in looks for name in look.paused if name.startswith("@")}
-        self.serving = [known[0] for known in self.alive if known[0]["id"] not in quiet]
+        self.serving = [known[0] for known in self.alive if not known[0]["quiet"]]
+        self.quiet = {name for known in self.alive if known[0]["quiet"] for name in known[0]["queues"]}
         self.served = {name for worker in self.serving for name in worker["queues"]}
 
     def waited(self, name: str) -> int:

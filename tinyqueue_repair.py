@@ -160,7 +160,8 @@ def _recount(queue: Queue, actual: Mapping[str, int], before: Mapping[str, bytes
         yield Finding("ok", "repair", f"{field} counted again: it was {was}, and is {actual.get(field, 0)}")
     for name in sorted(set(map(_queue_in, wrong - set(corrected)))):
         seen = f"jobs {f'of queue {name} ' if name else ''}changed while they were counted"
-        yield Finding("warn", "repair", seen, f"if this goes on, tinyqueue pause {name}, and repair again")
+        todo = f"tinyqueue pause {name}, and repair again" if name else "pause the queues, and repair again"
+        yield Finding("warn", "repair", seen, f"if this goes on, {todo}")
 
 
 def _queue_in(field: str) -> str:

@@ -16,7 +16,7 @@ from urllib.parse import parse_qsl, quote
 from bottle import request
 
 from tinyqueue import HANDLERS, ID, NAME, STATUSES, Filter, InvalidJob, Job, Once, Schedule, UnknownType
-from tinyqueue_json import MAX_DEPTH, Preview, from_json
+from tinyqueue_json import MAX_DEPTH, Preview, from_json, is_number
 from tinyqueue_problems import Problem
 
 log = logging.getLogger("tinyqueue.web")
@@ -83,6 +83,11 @@ def read_json(limit: int) -> Any:
     return decode_json(read_body(limit, "application/json"), MAX_DEPTH + 1)  # a payload inside a job
 
 
+def read_optional_json(limit: int) -> Any:
+    """Return the body, or an empty object if the request has none."""
+    return read_json(limit) if request.content_type or content_length() > 0 else {}
+
+
 def read_batch(limit: int) -> Any:
     body = read_body(limit, "application/json", "application/x-ndjson")
     if media_type() == "application/json":
@@ -97,17 +102,23 @@ def decode_json(body: bytes, levels: int) -> Any:
         raise Problem(400, "not-json", f"the body is not JSON: {error}") from None
 
 
-def read_arguments(what: str, fields: Any, known: Mapping[str, str], required: Sequence[str]) -> dict[str, Any]:
-    """Return a client's fields as arguments. Refuses types without a handler."""
+def read_arguments(
+    what: str, fields: Any, known: Mapping[str, str], required: Sequence[str], type: str = ""
+) -> dict[str, Any]:
+    """Return a client's fields as arguments. Refuses types without a handler.
+
+    With `type`, that is the type, and it is no argument.
+    """
     if not isinstance(fields, dict):
-        raise InvalidJob(what, f"must be an object with {' and '.join(required)}")
+        raise InvalidJob(what, f"must be an object with {' and '.join(required or ('its fields',))}")
     if unknown := fields.keys() - known.keys():
         raise InvalidJob(printable(min(unknown)), f"unknown field; the fields of a {what} are {', '.join(known)}")
     if missing := set(required) - fields.keys():
         raise InvalidJob(max(missing), "is required")
-    if isinstance(fields["type"], str) and fields["type"] not in HANDLERS:
-        raise UnknownType(printable(fields["type"]), sorted(HANDLERS))
-    return {known[name]: value for name, value in fields.items()}
+    wanted = type or fields["type"]
+    if isinstance(wanted, str) and wanted not in HANDLERS:
+        raise UnknownType(printable(wanted), sorted(HANDLERS))
+    return {known[name]: value for name, value in fields.items() if not type or name != "type"}
 
 
 def read_key(content: Any) -> Once | None:
@@ -148,6 +159,14 @@ def read_int(query: dict[str, str], name: str, default: int, low: int, high: int
     return int(text)
 
 
+def read_most(fields: Any, high: int) -> int:
+    """Remove the number `most` from the fields of a body and return it."""
+    most = fields.pop("most", high) if isinstance(fields, dict) else high
+    if not is_number(most) or not 1 <= most <= high or most % 1:
+        raise InvalidJob("most", f"must be a whole number from 1 to {high}")
+    return int(most)
+
+
 def read_flag(query: Mapping[str, str], name: str) -> bool:
     text = query.get(name, "false")
     if text not in ("true", "false"):
@@ -163,6 +182,14 @@ def read_filter(wanted: Mapping[str, str]) -> Filter:
     if values.get("status", "pending") not in STATUSES:
         raise InvalidJob("status", f"must be one of {', '.join(STATUSES)}")
     return Filter(**values)  # type: ignore[arg-type]
+
+
+def note_sent_ids(job: Job) -> Job:
+    """Store the request id and the traceparent that the client has sent, none that was made."""
+    sent_ids = request.environ["tinyqueue.sent_ids"]
+    job.request_id = sent_ids.get("requestId", "")
+    job.traceparent = sent_ids.get("traceparent", "")
+    return job
 
 
 def is_ref(value: Any) -> bool:
@@ -198,17 +225,23 @@ def require_schedule(found: S | None) -> S:
     return found
 
 
+def require_worker(registered: bool) -> None:
+    if not registered:
+        raise Problem(404, "not-found", "no worker with this id is registered; see GET /workers")
+
+
 def summary(job: Job) -> dict[str, str]:
     return {"jobId": job.id, "status": job.status}
 
 
 def shorten(fields: dict[str, Any]) -> dict[str, Any]:
-    """Name a payload or result that was cut a preview, and remove the traceback."""
+    """Name a payload or result that was cut a preview. Remove the traceback and the history."""
     for name in ("payload", "result"):
         if isinstance(fields.get(name), Preview):
             fields[name + "Preview"] = str(fields.pop(name))
     if "error" in fields:
         fields["error"] = {"type": fields["error"].type, "message": fields["error"].message}
+    fields.pop("history", None)
     return fields
 
 

@@ -196,6 +196,8 @@ class Shards(Verbs):
     def _register_in(self, shard: Queue, worker: str) -> None:
         register, absent = self._registrations[worker]
         register(shard)
+        if any(part.is_quiet(worker) for part in self.parts):
+            shard.quiet(worker)
         absent.discard(shard)
 
     def _absent(self, worker: str) -> set[Queue]:
@@ -212,18 +214,18 @@ class Shards(Verbs):
             self._absent(worker).add(shard)
             raise
 
-    def wait(self, names: Sequence[str], seconds: float = BLOCK) -> set[str]:
+    def wait(self, names: Sequence[str], seconds: float = BLOCK, worker: str = "") -> set[str]:
         """Like Queue.wait, in all shards. Waits that outlast this call go on in the next one."""
         for shard in self.parts:
             if shard not in self._waits:
-                self._waits[shard] = self._waiters.submit(self._wait_in, shard, names, seconds)
+                self._waits[shard] = self._waiters.submit(self._wait_in, shard, names, seconds, worker)
         done, _ = wait(self._waits.values(), return_when=FIRST_COMPLETED)
         self._waits = {shard: future for shard, future in self._waits.items() if future not in done}
         return {name for future in done for name in future.result()}
 
-    def _wait_in(self, shard: Queue, names: Sequence[str], seconds: float) -> set[str]:
+    def _wait_in(self, shard: Queue, names: Sequence[str], seconds: float, worker: str) -> set[str]:
         try:
-            return shard.wait(names, seconds)
+            return shard.wait(names, seconds, worker)
         except TinyQueueError:  # as if no bell rang: the other shards are still waited for
             time.sleep(seconds)
             return set()
@@ -298,6 +300,15 @@ class Shards(Verbs):
 
     def retry(self, id: str) -> Job | None:
         return self.part_of(id).retry(id)
+
+    def hasten(self, id: str) -> Job | None:
+        return self.part_of(id).hasten(id)
+
+    def quiet(self, worker: str) -> bool:
+        return any(self._call_all(lambda shard: shard.quiet(worker), must=True))
+
+    def resume_worker(self, worker: str) -> bool:
+        return any(self._call_all(lambda shard: shard.resume_worker(worker), must=True))
 
     def cancel_requests(self, ids: Sequence[str]) -> list[str]:
         return self._call_each(ids, str, Queue.cancel_requests)

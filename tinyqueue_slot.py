@@ -8,6 +8,7 @@ nor the other threads of a worker.
 from __future__ import annotations
 
 import ctypes
+import itertools
 import logging
 import os
 import sys
@@ -53,6 +54,7 @@ FRAGILE_FUNCTIONS = frozenset(
     {"acquire", "release", "_acquireLock", "_releaseLock", "_acquire_restore", "_release_save"}
     | {"__enter__", "__exit__", "_get_module_lock", "_lock_unlock_module"}
 )
+GIVEN_UP = "The handler did not stop. Its thread was given up here (most recent call last):\n"
 STARTED = {"fields": {"event": "started"}}
 
 
@@ -91,7 +93,8 @@ def _postpone(job: Job, error: InvalidJob) -> Outcome:
     return Outcome(job, "release", error=failure, after=backoff(job.refunds + 1, UNREADABLE_BACKOFF))
 
 
-def fail(job: Job, error: BaseException) -> Outcome:
+def fail(job: Job, error: BaseException, stack: str = "") -> Outcome:
+    """Return the outcome of an attempt that an error has ended. `stack` replaces its traceback."""
     halt = issubclass(type(error), RateLimited)  # not isinstance, which asks the exception for its class
     known = HANDLERS.get(job.type)
     limits = (known.backoff, known.backoff_cap) if known else (UNREADABLE_BACKOFF,)
@@ -101,7 +104,7 @@ def fail(job: Job, error: BaseException) -> Outcome:
             after = None
         elif halt or issubclass(type(error), Retry):
             after = _wanted_delay(error, after)
-        failure = Failure.of(error, "" if halt else _format_traceback(error))
+        failure = Failure.of(error, "" if halt else stack or _format_traceback(error))
     except BaseException:  # an exception may raise another whenever it is touched
         failure = Failure.of(error)
     return Outcome(job, "release" if halt else "fail", error=failure, after=after, halt=halt)
@@ -121,6 +124,12 @@ def _format_traceback(error: BaseException) -> str:
         return "".join(traceback.format_exception(type(error), error, frames)) if frames else ""
     except BaseException:  # the exception's own __str__ can raise anything
         return ""
+
+
+def _format_stack(frame: FrameType | None) -> str:
+    """Format the stack of a thread that runs a job, from the handler's own frame on."""
+    frames = itertools.takewhile(lambda at: at[0].f_code is not run_job.__code__, traceback.walk_stack(frame))
+    return "".join(traceback.StackSummary.extract(iter(list(frames)[::-1])).format())
 
 
 def _raise_in_thread(thread: int, error: type[BaseException] | None) -> None:
@@ -212,6 +221,16 @@ class Slot(Shield):
     def is_stuck(self, now: float) -> bool:
         """Whether the handler still runs although TimedOut was raised in it, or could not be."""
         return self.job is not None and now > self.expired_at + GRACE
+
+    def give_up(self) -> Outcome | None:
+        """Take the job away from a handler that does not stop, and return how it failed (main).
+
+        The outcome has the stack of the thread. Returns None if the handler has just returned.
+        """
+        with self.lock:  # the thread cannot leave `run` meanwhile
+            frame = sys._current_frames().get(self.thread)
+        job = self.abandon()
+        return fail(job, TimedOut(), GIVEN_UP + _format_stack(frame)) if job else None
 
     def abandon(self) -> Job | None:
         """Take the job away from its handler; None if the handler has just returned (main)."""

@@ -13,7 +13,7 @@ from typing import Any
 from tinyqueue import Job, Queue, is_suspect
 from tinyqueue_shards import AnyQueue
 
-NAMED = 20  # parents that are named
+NAMED = 20  # parents or workers that are named
 COUNTED = 10_000  # jobs before a job that are counted, from the head of its queue
 ALMOST = "; it starts in a moment"
 
@@ -59,6 +59,11 @@ def _reasons_in_queue(part: Queue, job: Job, now: int) -> Iterator[Why]:
     if not serving:
         todo = f"start one: tinyqueue worker --queue {job.queue}"
         yield _why("notServed", f"no live worker serves its queue {job.queue}; {todo}", queue=job.queue)
+    if all(worker["quiet"] for worker in serving):
+        quiet = [worker["id"] for worker in serving]
+        text = f"only quiet workers serve its queue {job.queue}; resume one: tinyqueue quiet --resume {quiet[0]}"
+        yield _why("quiet", text, queue=job.queue, workers=quiet[:NAMED])
+    serving = [worker for worker in serving if not worker["quiet"]]
     # A worker of an older version does not report its types, and may know any.
     if not any(job.type in worker.get("types", [job.type]) for worker in serving):
         todo = f"start a worker that has a handler for it, and serves queue {job.queue}"

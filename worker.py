@@ -66,7 +66,6 @@ from tinyqueue import (
     Outcome,
     Queue,
     Reaped,
-    TimedOut,
     TinyQueueError,
     Unavailable,
     backoff,
@@ -90,7 +89,7 @@ from tinyqueue_doctor import warnings
 from tinyqueue_repair import find_broken, find_forgotten, repair
 from tinyqueue_schedule import Scheduler
 from tinyqueue_shards import AnyQueue
-from tinyqueue_slot import Slot, fail
+from tinyqueue_slot import Slot
 
 log = logging.getLogger("tinyqueue.worker")
 
@@ -270,12 +269,13 @@ class Worker:
             if not slot.is_stuck(now):
                 continue
             self.stuck.append(slot)  # first, because once it is abandoned its thread may remove it from the list
-            if not (job := slot.abandon()):
+            if not (outcome := slot.give_up()):
                 self.stuck.remove(slot)
                 continue
             self.beat_at_once = True
+            job = outcome.job
             log.error("job %s (%s) did not stop after its timeout; its thread was abandoned", job.id, job.type)
-            self._put([fail(job, TimedOut())])
+            self._put([outcome])
             self.slots.remove(slot)
             if len(self.stuck) >= self.settings.worker_concurrency:
                 self.stop("broken")
@@ -517,7 +517,7 @@ class Worker:
                 return
             self.at_bell = True
             try:
-                rung = self.queue.wait(self.names, 0.1 if self.burst else BLOCK)
+                rung = self.queue.wait(self.names, 0.1 if self.burst else BLOCK, worker)
             except Corrupted as error:  # a bell of the wrong type does not keep jobs from being taken
                 self._warn("wait for the bell", error)
                 rung = set() if self.stopping.wait(0.5) else set(self.names)

@@ -39,12 +39,13 @@ import tinyqueue_openapi
 import tinyqueue_schedule
 from tinyqueue import (
     BUILT_IN,
+    ENDED,
     ID,
     LIMIT,
     MAX_JOBS,
     NAME,
+    SCANNED,
     UNENDED,
-    Failure,
     InvalidJob,
     Job,
     Once,
@@ -83,6 +84,7 @@ from tinyqueue_request import (
     FILTERS,
     is_ref,
     log_request,
+    note_sent_ids,
     printable,
     read_arguments,
     read_batch,
@@ -91,11 +93,14 @@ from tinyqueue_request import (
     read_int,
     read_json,
     read_key,
+    read_most,
+    read_optional_json,
     read_query,
     read_query_pairs,
     read_refs,
     require_job,
     require_schedule,
+    require_worker,
     shorten,
     summary,
 )
@@ -141,8 +146,12 @@ ROUTES = (
     ("GET", "/jobs/<id>", "show", "read"),
     ("DELETE", "/jobs/<id>", "cancel", "admin"),
     ("POST", "/jobs/<id>/retry", "retry", "admin"),
+    ("POST", "/jobs/<id>/run", "hasten", "admin"),
+    ("POST", "/jobs/<id>/replay", "replay", "admin"),
+    ("POST", "/jobs/<id>/purge", "purge", "admin"),
     ("POST", "/jobs/retry", "retry_many", "admin"),
     ("POST", "/jobs/cancel", "cancel_many", "admin"),
+    ("POST", "/jobs/purge", "purge_many", "admin"),
     ("GET", "/queues", "queues", "read"),
     ("POST", "/queues/<name>/pause", "pause", "admin"),
     ("POST", "/queues/<name>/resume", "resume", "admin"),
@@ -161,6 +170,8 @@ ROUTES = (
     ("GET", "/workers", "workers", "read"),
     ("GET", "/types", "types", "read"),
     ("GET", "/events", "events", "read"),
+    ("POST", "/workers/<name>/quiet", "quiet_worker", "admin"),
+    ("POST", "/workers/<name>/resume", "resume_worker", "admin"),
     ("GET", "/metrics", "metrics", "read"),
 )
 # JSON name -> argument of Queue.draft
@@ -383,10 +394,21 @@ class API(bottle.Bottle):  # type: ignore[misc]
             options["after"] = [refs.get(name, name) if isinstance(name, str) else name for name in options["after"]]
         job = queue.draft(**options)
         job.id = id or job.id
-        sent_ids = request.environ["tinyqueue.sent_ids"]  # not a generated id: a client searches for its own
-        job.request_id = sent_ids.get("requestId", "")
-        job.traceparent = sent_ids.get("traceparent", "")
-        return job
+        return note_sent_ids(job)
+
+    def replay(self, id: str) -> dict[str, Any]:
+        """Submit an ended job again, perhaps with another payload or other fields. As submit."""
+        fields = read_optional_json(self.settings.max_body)
+        job = require_job(self.queue.get(id))
+        if isinstance(fields, dict) and fields.get("type", job.type) != job.type:
+            raise InvalidJob("type", f"must be {job.type}, that of the job, or be left out")
+        options = read_arguments("job", fields, FIELDS, (), job.type)
+        draft = note_sent_ids(self.queue.redraft(job, **options))
+        once = read_key(fields)
+        new = self.queue.submit([draft], once)[0]
+        request.environ["tinyqueue.job"] = new.id
+        bottle.response.set_header("Location", f"../{new.id}")
+        return self._answer_submit([draft], [new], once)[0]
 
     # Reading jobs, queues and workers ---------------------------------------------------------------------------------
 
@@ -429,10 +451,8 @@ class API(bottle.Bottle):  # type: ignore[misc]
 
         Only admins see what was answered to a webhook or to an http job that failed.
         """
-        fields = answer(self.queue, job)
-        if job.type in BUILT_IN and job.error and "admin" not in self._roles():
-            fields["error"] = Failure(job.error.type, job.error.message)
-        return fields
+        hides = job.type in BUILT_IN and "admin" not in self._roles()
+        return answer(self.queue, job.without_traces() if hides else job)
 
     def _roles(self) -> Collection[str]:
         """Return the roles of the caller's key. Without keys, these are all."""
@@ -527,20 +547,39 @@ class API(bottle.Bottle):  # type: ignore[misc]
     def retry(self, id: str) -> dict[str, str]:
         return summary(require_job(self.queue.retry(id)))
 
+    def hasten(self, id: str) -> dict[str, str]:
+        """Let a delayed or retrying job start now."""
+        return summary(require_job(self.queue.hasten(id)))
+
+    def purge(self, id: str) -> dict[str, str]:
+        """Delete an ended job. The status is the one that it had."""
+        return summary(require_job(self.queue.purge_one(id)))
+
     def cancel_many(self) -> dict[str, Any]:
         return self._change_many("cancel", "pending", {"pending"})
 
     def retry_many(self) -> dict[str, Any]:
         return self._change_many("retry", "failed", {"failed", "cancelled"})
 
-    def _change_many(self, verb: Literal["cancel", "retry"], default: str, allowed: set[str]) -> dict[str, Any]:
+    def purge_many(self) -> dict[str, Any]:
+        return self._change_many("purge", "", set(ENDED))
+
+    def _change_many(
+        self, verb: Literal["cancel", "retry", "purge"], default: str, allowed: set[str]
+    ) -> dict[str, Any]:
         fields = read_json(self.settings.max_body)
+        most = read_most(fields, SCANNED)
         if not isinstance(fields, dict) or not all(isinstance(value, str) for value in fields.values()):
-            raise InvalidJob("filter", f"must be an object of strings; possible keys: {', '.join(FILTERS)}, cursor")
-        filter = read_filter({"status": default} | {k: v for k, v in fields.items() if k != "cursor"})
+            keys = f"{', '.join(FILTERS)}, cursor"
+            raise InvalidJob("filter", f"must be an object of strings, and the number most; possible keys: {keys}")
+        cursor = fields.pop("cursor", "")
+        filter = read_filter({"status": default} | fields)
         if filter.status not in allowed:
             raise InvalidJob("status", f"must be {' or '.join(sorted(allowed))}; this route changes no other jobs")
-        counts = self.queue.change_many(verb, filter, fields.get("cursor", ""))
+        if verb == "purge":
+            counts = self.queue.purge(filter, cursor, most)
+        else:
+            counts = self.queue.change_many(verb, filter, cursor, most)
         return counts | {"cursor": counts["cursor"] or None}
 
     def pause(self, name: str) -> dict[str, Any]:
@@ -550,6 +589,15 @@ class API(bottle.Bottle):  # type: ignore[misc]
     def resume(self, name: str) -> dict[str, Any]:
         self.queue.resume(name)
         return {"queue": name, "paused": False}
+
+    def quiet_worker(self, name: str) -> dict[str, Any]:
+        """Let a worker take no more jobs. Those that it has run to their ends."""
+        require_worker(self.queue.quiet(name))
+        return {"worker": name, "quiet": True}
+
+    def resume_worker(self, name: str) -> dict[str, Any]:
+        require_worker(self.queue.resume_worker(name))
+        return {"worker": name, "quiet": False}
 
     def set_limit(self, limit: str) -> dict[str, Any]:
         """Pause, raise or lower a limit. An empty object returns to the numbers in the code."""
@@ -680,10 +728,12 @@ class API(bottle.Bottle):  # type: ignore[misc]
 
 def _explain_missing(path: str) -> str:
     """Say why no route has this path. A route with an id or a name has only valid ones."""
-    if re.fullmatch("/jobs/[^/]+(/retry)?", path):
+    if re.fullmatch("/jobs/[^/]+(/(retry|run|replay|purge))?", path):
         return "not a job id; an id is a UUID, such as 01900000-0000-7000-8000-000000000000"
     if re.fullmatch("/schedules/[^/]+(/(pause|resume|run))?", path):
         return "not the name of a schedule; a name is 1 to 100 of the characters A-Z a-z 0-9 . _ -"
+    if re.fullmatch("/workers/[^/]+/(quiet|resume)", path):
+        return "not the name of a worker; see GET /workers"
     if path.startswith("/limits/"):
         return "not the name of a limit; a name is a type, or type/value as GET /limits shows it"
     if re.fullmatch("/queues/[^/]+/(pause|resume)", path):

@@ -32,6 +32,7 @@ from cutproxy import CutProxy
 
 from tinyqueue import HANDLERS, ID, Failure, Filter, Job, Queue, Status, handler
 from tinyqueue_config import LOGGERS, Settings
+from tinyqueue_job import HISTORY
 from tinyqueue_schedule import (
     SCHEDULES,
     Ticker,
@@ -343,11 +344,12 @@ def lapse(queue: Queue, worker: str) -> None:
 
 def find_lost(queue: Any) -> list[str]:
     """The workers that are lost to a process that has watched for a lease while all others sent heartbeats."""
-    queue.lost_workers(now=0.0)
+    began = max((since for part in queue.parts for _, since in part._leases.values()), default=0.0)
+    queue.lost_workers(now=began)
     for worker in queue.workers():
         if worker["alive"]:
             queue.heartbeat(worker["id"], worker["jobs"])
-    return list(queue.lost_workers(now=queue.lease))
+    return list(queue.lost_workers(now=began + queue.lease))
 
 
 def put(queue: Queue, status: str, /, **options: Any) -> Job:
@@ -545,6 +547,8 @@ def check_consistency(queue: Queue) -> None:
     workers = {worker.decode() for worker in keys["workers"].value} if "workers" in keys else set()
     assert held.keys() <= workers, "a list belongs to a worker that is not in the set of workers"
     assert family("worker:").keys() <= workers
+    marks = {name.decode() for name in keys["paused"].value if name.startswith(b"@")} if "paused" in keys else set()
+    assert {mark[1:] for mark in marks} <= family("worker:").keys(), "the mark of a quiet worker has stayed"
     assert family("lease:").keys() <= workers
     assert all(len(bells) <= 64 for bells in family("bell:").values())
     for id, record in records.items():
@@ -686,7 +690,8 @@ def _check_place(id: str, record: dict[str, Any], expires: bool, places: Places)
     assert silent or record.get("callbackJob"), f"no delivery of an end: {record}"
     details = f"{id} is in {places}, and its record is {record}"
     assert expires == (status in ENDED), f"only an ended job may have a time to live, and it must: {details}"
-    assert bool(worker) == (status == "processing"), details
+    assert bool(worker) == (status == "processing") or (worker and status in ENDED), details
+    _check_history(record)
     assert places.index.keys() - {"delayed"} == {status} & set(ENDED), details
     if status == "pending":
         listed = record.get("queue", "default") in places.queue or places.held or places.waits
@@ -696,6 +701,15 @@ def _check_place(id: str, record: dict[str, Any], expires: bool, places: Places)
         assert worker in places.held, f"lost job: {details}"
     else:
         assert places.index[status] == record["endedAt"], details
+
+
+def _check_history(record: dict[str, Any]) -> None:
+    """Check that each former attempt has ended."""
+    history = record.get("history", [])
+    assert len(history) <= HISTORY, record
+    for attempt in history:
+        assert 0 < attempt["startedAt"] <= attempt["endedAt"], record
+        assert attempt["outcome"] in ("completed", "failed", "cancelled", "released", "lost"), record
 
 
 def _check_counts(

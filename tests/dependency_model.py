@@ -39,6 +39,7 @@ GUARDS = {
     "gone": "the token of a revival does nothing when the parent is gone",
     "persist": "a revival removes the time to live of next",
     "together": "the jobs of a batch are stored in one transaction",
+    "hasten": "a job that waits for parents is not hastened",
 }
 ENDED = ("completed", "failed", "cancelled")
 
@@ -207,6 +208,8 @@ class Dependencies:
             yield f"{job} completes", self.end(over, job, "completed")
             if state.fails:
                 yield f"{job} fails", self.end(over._replace(fails=state.fails - 1), job, "failed")
+        if record.status == "pending" and record.waiting and not self.guarded("hasten"):
+            yield f"hasten {job}", state._replace(list=state.list | {job})
         if record.status == "pending" and state.cancels:
             yield f"cancel {job}", self.end(state._replace(cancels=state.cancels - 1), job, "cancelled")
         if record.status in ("failed", "cancelled") and state.retries:

@@ -33,6 +33,9 @@ GUARDS = {
     "cycle": "one thread of a worker at a time takes, adopts and starts",
     "same": "an outcome is written only for its own attempt: after a lost reply it may be written again",
     "callback": "the transaction that ends a job enqueues the delivery to its callbackUrl",
+    "hasten": "hasten watches the record: the job may have started since it was read",
+    "quiet": "only a registered worker becomes quiet",
+    "unmark": "reap removes the mark of a quiet worker",
 }
 
 
@@ -71,6 +74,8 @@ class State(NamedTuple):
     ends: tuple[int, ...] = ()  # how many times each job has ended
     deliveries: tuple[int, ...] = ()  # how many deliveries each job has enqueued
     kills: int = 0
+    quiet: frozenset[int] = frozenset()  # the workers that take nothing
+    hasty: frozenset[int] = frozenset()  # without the guard "hasten": the jobs that hasten has read
 
     def record(self, job: int, **changes: object) -> State:
         record = self.records[job]._replace(**changes)  # type: ignore[arg-type]
@@ -95,7 +100,7 @@ class World:
         self.without = without
         # Larger worlds would have millions of states.
         self.timed = jobs * workers <= 2 and jobs == 1  # has jobs that are not due
-        self.detailed = jobs * workers == 1  # has lost replies of settle, and retries, too
+        self.detailed = jobs * workers == 1  # has lost replies of settle, retries and quiet workers, too
         self.first = State((Record(),) * jobs, (Worker(),) * workers, tuple(self.jobs))
         self.first = self.first._replace(**dict.fromkeys(("completed", "ends", "deliveries"), (0,) * jobs))
 
@@ -115,7 +120,10 @@ class World:
                 yield from self.reports(state, at)
             if not worker.leased:
                 yield from self.is_reaped(state, at)
+            if self.detailed:
+                yield from self.is_told(state, at)
         for job in self.jobs:
+            yield from self.hastens(state, job)
             if not state.records[job].due:
                 yield f"the time of {job} comes", state.record(job, due=True)
             if state.records[job].status == "failed" and self.detailed and not state.records[job].retries:
@@ -133,9 +141,25 @@ class World:
                 cancelled = state.ended(job, "cancelled")._replace(delayed=state.delayed - {job})
                 yield f"cancel {job}", self.delivered(cancelled, job)
 
+    def hastens(self, state: State, job: int) -> Iterator[Step]:
+        """Let a delayed job start now. Without the guard, it writes what it has read before."""
+        delayed = state.records[job].status == "pending" and not state.records[job].due
+        if job in state.hasty or (delayed and self.guarded("hasten")):
+            pending = state.record(job, status="pending", due=True, worker=None)
+            moved = pending._replace(delayed=state.delayed - {job}, list=(*state.list, job))
+            yield f"hasten {job}", moved._replace(hasty=state.hasty - {job})
+        elif delayed:
+            yield f"hasten reads {job}", state._replace(hasty=state.hasty | {job})
+
+    def is_told(self, state: State, at: int) -> Iterator[Step]:
+        if at in state.quiet:
+            yield f"{at} resumes", state._replace(quiet=state.quiet - {at})
+        elif state.workers[at].registered or not self.guarded("quiet"):
+            yield f"{at} becomes quiet", state._replace(quiet=state.quiet | {at})
+
     def takes(self, state: State, at: int) -> Iterator[Step]:
         worker = state.workers[at]
-        if worker.coming and self.guarded("cycle"):
+        if at in state.quiet or (worker.coming and self.guarded("cycle")):
             return
         if state.list and len(worker.proc) < 2:
             job = state.list[-1]
@@ -290,6 +314,7 @@ class World:
         worker = state.workers[at]
         if worker.registered or (worker.proc and self.guarded("again")):
             given = self.requeued(state, at).worker(at, proc=(), registered=False)
+            given = given._replace(quiet=given.quiet - {at}) if self.guarded("unmark") else given
             yield f"{at} is reaped", given.worker(at, registered=True, leased=True, alive=True) if self.pill else given
 
     def requeued(self, state: State, at: int) -> State:
@@ -314,8 +339,12 @@ class World:
 
     def wrong(self, state: State) -> str:
         found = (self.wrong_with(job, record, state) for job, record in enumerate(state.records))
-        too_many = f"{state.kills} workers were killed" if state.kills > MAX_ATTEMPTS + SUSPICIOUS else ""
-        return next(filter(None, found), too_many)
+        marks = [at for at in state.quiet if not state.workers[at].registered]
+        rest = {
+            f"{state.kills} workers were killed": state.kills > MAX_ATTEMPTS + SUSPICIOUS,
+            f"the mark of {marks} stays, though no such worker is registered": bool(marks),
+        }
+        return next(filter(None, found), "") or next((rule for rule, broken in rest.items() if broken), "")
 
     def wrong_with(self, job: int, record: Record, state: State) -> str:
         finders = [at for at, worker in enumerate(state.workers) if self.will_find(worker, job)]

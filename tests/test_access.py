@@ -82,6 +82,10 @@ NEEDED_ROLES = {
     ("POST", "/jobs/<id>/retry"): "admin",
     ("POST", "/jobs/retry"): "admin",
     ("POST", "/jobs/cancel"): "admin",
+    ("POST", "/jobs/purge"): "admin",
+    ("POST", "/jobs/<id>/run"): "admin",
+    ("POST", "/jobs/<id>/replay"): "admin",
+    ("POST", "/jobs/<id>/purge"): "admin",
     ("GET", "/queues"): "read",
     ("POST", "/queues/<name>/pause"): "admin",
     ("POST", "/queues/<name>/resume"): "admin",
@@ -100,6 +104,8 @@ NEEDED_ROLES = {
     ("GET", "/workers"): "read",
     ("GET", "/types"): "read",
     ("GET", "/events"): "read",
+    ("POST", "/workers/<name>/quiet"): "admin",
+    ("POST", "/workers/<name>/resume"): "admin",
     ("GET", "/metrics"): "read",
 }
 GUARDED = [route for route, role in NEEDED_ROLES.items() if role]

@@ -731,7 +731,8 @@ def test_retry_all_counts_the_matching_jobs_and_asks_before_it_requeues_them(ope
     page.get_by_role("button", name="Retry all matching jobs").click()
     page.get_by_role("button", name="Retry 1,205 jobs").click()
     shows(page, "1,205 of 1,205 requeued.")
-    playwright.expect(page.locator("dialog h2")).to_have_text("Done")
+    playwright.expect(page.locator("[data-key=task] small")).to_have_text("Done")
+    lacks(page, "dialog[open]")
     stats = near.stats()
     assert (stats["failed"], stats["pending"]) == (1, 1205)
     assert near.get(kept.id).status == "failed"  # type: ignore[union-attr]
@@ -793,20 +794,20 @@ def test_chart_describes_the_selected_minute(open: Open, near: Queue) -> None:
     put(near, "failed", queue="other")
     near.clock.ahead = 0
     page = open()
-    chart = page.locator("figure", has_text="Throughput")
+    chart = page.locator("figure", has_text="Attempts per minute")
     caption = chart.locator("figcaption")
     chart.locator("svg").focus()
     texts = []
     for _ in range(5):
         page.keyboard.press("ArrowLeft")
         texts.append(caption.text_content().partition("  ")[2])
-    assert texts.count("2 started, 1 completed, 1 failed, 0 cancelled") == 1
-    assert texts.count("0 started, 0 completed, 0 failed, 0 cancelled") == 4
+    assert texts.count("2 started, 1 completed, 0 retried, 1 failed, 0 cancelled") == 1
+    assert texts.count("0 started, 0 completed, 0 retried, 0 failed, 0 cancelled") == 4
     box = chart.locator("svg").bounding_box()
     page.mouse.move(box["x"] + 60, box["y"] + 50)
     playwright.expect(caption).to_contain_text("0 started")
     page.mouse.move(0, 0)
-    playwright.expect(caption).to_contain_text("jobs per minute")
+    playwright.expect(caption).to_contain_text("― started")
 
 
 # Keys -----------------------------------------------------------------------------------------------------------------
@@ -837,7 +838,7 @@ def test_sign_in_with_the_keyboard_leaves_no_focus_frame(open: Open, near: Queue
     page.get_by_label("API key").press_sequentially("admin-0123456789")
     page.keyboard.press("Enter")
     shows(page, "Queues")
-    page.wait_for_function("document.activeElement.tagName === 'H2' || document.activeElement.id === 'main'")
+    page.wait_for_function("document.activeElement.tagName === 'H1' || document.activeElement.id === 'main'")
     assert page.evaluate("getComputedStyle(document.activeElement).outlineStyle") == "none"
 
 
@@ -845,8 +846,7 @@ def test_navigation_closes_the_dialog(open: Open, near: Queue) -> None:
     put(near, "failed")
     page = open("#/jobs?status=failed")
     page.get_by_role("button", name="Retry all matching jobs").click()
-    page.locator("dialog").get_by_role("button", name="Retry 1 job").click()
-    playwright.expect(page.locator("dialog h2")).to_have_text("Done")
+    shows(page, "1 job matches now.")
     page.evaluate("location.hash = '#/overview'")
     lacks(page, "dialog[open]")
 
@@ -1119,7 +1119,7 @@ def test_page_fits_every_width_in_both_themes(open: Open, near: Queue, tmp_path:
     page = open(views.get(look, ""), color_scheme=theme, **keys)
     texts = {
         "empty": "No jobs yet",
-        "busy": "Throughput",
+        "busy": "Attempts per minute",
         "failed": "TimeoutError",
         "job": "Traceback",
         "submit": "uniqueKey",
@@ -1253,7 +1253,7 @@ def take_screenshot(path: Path) -> None:
         page.clock.set_fixed_time(SCREENSHOT_TIME)
         page.route("**/*", _set_date)
         page.goto(url)
-        shows(page, "Throughput", "worker-3")
+        shows(page, "Attempts per minute", "worker-3")
         picture = page.screenshot(full_page=True)
     path.parent.mkdir(exist_ok=True)
     Image.open(io.BytesIO(picture)).convert("RGB").quantize(256, dither=Image.Dither.NONE).save(path, optimize=True)

@@ -21,6 +21,7 @@ from hypothesis.stateful import (
 import tinyqueue
 import tinyqueue_schedule
 from tinyqueue import SWEEP_MARK, Failure, Job, KeyReused, Once, Outcome, Queue, Reaped, WrongStatus, handler
+from tinyqueue_job import HISTORY
 from tinyqueue_schedule import Schedule, Ticker, list_schedules, make_schedule
 
 # No second run: hypothesis might not find the same steps again.
@@ -49,6 +50,7 @@ class Known:
         self.waiting = set(job.after)
         self.runs_anyway = job.on_failure == "run"
         self.cause = ""  # the parent because of which it failed
+        self.outcomes: list[str] = []  # of its attempts
 
     @property
     def status(self) -> str:
@@ -66,7 +68,6 @@ class Known:
     def lose(self, beside: bool) -> None:
         self.status = "pending"
         self.due = 0
-        self.worker = ""
         if beside:
             self.attempts -= 1
             self.suspicions += 1
@@ -74,9 +75,12 @@ class Known:
             self.status = "cancelled"
         elif self.attempts >= self.max_attempts:
             self.status = "failed"
+        self.outcomes.append("cancelled" if self.cancel_requested else "lost")
+        self.worker = "" if self.status == "pending" else self.worker
 
     def revive(self) -> None:
         self.status = "pending"
+        self.worker = ""
         self.attempts = 0
         self.due = 0
         self.expires = 0
@@ -109,6 +113,7 @@ class Worker:
         self.id = id
         self.held = {}
         self.reaped = False
+        self.quiet = False
 
 
 class Machine(RuleBasedStateMachine):
@@ -215,7 +220,7 @@ class Machine(RuleBasedStateMachine):
         jobs = self.queue.enqueue_many("limited", [{}] * count, **options)
         self.model |= {job.id: Known(job) for job in jobs}
         worker = data.draw(st.sampled_from(self.workers))
-        self._start(worker, self.queue.take(worker.id, NAMES, 5))
+        self._start(worker, self._take(worker, 5))
         return multiple(*(job.id for job in jobs))
 
     @rule()
@@ -263,7 +268,42 @@ class Machine(RuleBasedStateMachine):
             with pytest.raises(WrongStatus):
                 self.queue.retry(id)
 
+    @rule(id=jobs)
+    def hasten(self, id: str) -> None:
+        known = self.model[id]
+        if known.status == "pending" and known.due > self.queue.now() and not known.waiting:
+            assert self.queue.hasten(id).run_at == 0
+            known.due = 0
+            assert self._listed_in(id)[-1] == id, "it is not the next job of its queue"
+        else:
+            with pytest.raises(WrongStatus):
+                self.queue.hasten(id)
+
+    def _listed_in(self, id: str) -> list[str]:
+        """Return the ids in the queue of a job, the next one last."""
+        key = self.queue.keys.jobs(self.queue.get(id).queue)
+        return [entry.decode() for entry in raw(self.queue).lrange(key, 0, -1)]
+
+    def _take(self, worker: Worker, most: int) -> list[bytes]:
+        ids = self.queue.take(worker.id, NAMES, most)
+        assert not (worker.quiet and ids), "a quiet worker takes jobs"
+        return ids
+
     # Workers
+
+    @precondition(lambda self: self.workers)
+    @rule(data=st.data())
+    def quiet(self, data: st.DataObject) -> None:
+        worker = data.draw(st.sampled_from(self.workers))
+        assert self.queue.quiet(worker.id) != worker.reaped
+        worker.quiet = not worker.reaped
+
+    @precondition(lambda self: any(worker.quiet for worker in self.workers))
+    @rule(data=st.data())
+    def resume_worker(self, data: st.DataObject) -> None:
+        worker = data.draw(st.sampled_from([worker for worker in self.workers if worker.quiet]))
+        assert self.queue.resume_worker(worker.id) != worker.reaped
+        worker.quiet = False
 
     @precondition(lambda self: len(self.workers) < 3)
     @rule()
@@ -275,7 +315,7 @@ class Machine(RuleBasedStateMachine):
     @rule(data=st.data(), most=st.integers(1, 3))
     def dequeue(self, data: st.DataObject, most: int) -> None:
         worker = data.draw(st.sampled_from(self.workers))
-        self._start(worker, self.queue.take(worker.id, NAMES, most))
+        self._start(worker, self._take(worker, most))
 
     @precondition(lambda self: self.workers)
     @rule(data=st.data(), most=st.integers(1, 3))
@@ -351,7 +391,7 @@ class Machine(RuleBasedStateMachine):
             return
         assert not worker.reaped
         assert lost == []
-        taken = listed[:most]
+        taken = [] if worker.quiet else listed[:most]
         for outcome in outcomes:
             del worker.held[outcome.job.id]
             self._settled(self.model[outcome.job.id], self.queue.get(outcome.job.id), verb)
@@ -379,7 +419,6 @@ class Machine(RuleBasedStateMachine):
         return worker, outcomes
 
     def _settled(self, known: Known, job: Job, verb: str) -> None:
-        known.worker = ""
         if verb == "complete":
             known.status = "completed"
             known.cancel_requested = False
@@ -395,6 +434,9 @@ class Machine(RuleBasedStateMachine):
             assert job.run_at > self.queue.now()
         else:
             known.status = "failed"
+        again = "released" if verb == "release" else "failed"
+        known.outcomes.append(again if known.status == "pending" else known.status)
+        known.worker = "" if known.status == "pending" else known.worker
 
     @precondition(lambda self: self.workers)
     @rule(data=st.data())
@@ -452,12 +494,13 @@ class Machine(RuleBasedStateMachine):
 
     def _reap(self, id: str) -> None:
         held = self.queue.reap(id)
-        running = [known for known in self.model.values() if known.worker == id]
+        running = [known for known in self.model.values() if known.worker == id and known.status == "processing"]
         assert held >= len(running)  # it also held the jobs that it took and did not start
         for known in running:
             known.lose(beside=len(running) > 1)
         for worker in self.workers:
             worker.reaped = worker.reaped or worker.id == id
+            worker.quiet = worker.quiet and not worker.reaped
 
     @rule()
     def promote(self) -> None:
@@ -550,6 +593,8 @@ class Machine(RuleBasedStateMachine):
             assert job.suspicions == known.suspicions
             assert job.cancelled == known.cancel_requested
             assert set(job.waiting_for) == known.waiting
+            running = ["running"] * (known.status == "processing")
+            assert [attempt.outcome for attempt in job.attempts_so_far()] == (known.outcomes + running)[-HISTORY:]
 
     @invariant()
     def limit_is_never_exceeded(self) -> None:

@@ -16,7 +16,7 @@ import pytest
 from conftest import Entry, dump, lapse, newest, put, raw
 
 import tinyqueue
-from tinyqueue import ENDED, LOOK, STATUSES, Failure, Filter, Job, Loaded, Queue, Reaped, WrongStatus, handler
+from tinyqueue import ENDED, LOOK, STATUSES, Failure, Filter, Job, Loaded, Outcome, Queue, Reaped, WrongStatus, handler
 from tinyqueue_schedule import Merge, Ticker, list_schedules, make_schedule, put as put_schedule, sync
 
 pytestmark = pytest.mark.usefixtures("no_handlers")
@@ -74,10 +74,11 @@ def reap_finder(queue: Queue, job: Job) -> None:
 
 
 def reap_owner(queue: Queue, job: Job) -> None:
-    """Reap the worker that has started the job; no worker has started the others."""
-    if job.worker:
-        lapse(queue, job.worker)
-    queue.reap(job.worker or "nobody")
+    """Reap the worker that runs the job; no worker runs the others."""
+    worker = job.worker if job.status == "processing" else "nobody"
+    if job.status == "processing":
+        lapse(queue, worker)
+    queue.reap(worker)
 
 
 def request(queue: Queue, job: Job) -> None:
@@ -150,6 +151,7 @@ ACTIONS = {
     "revive": Action("revive", "pending", advance("pending", "failed")),
     "revive after all has ended": Action("revive", "pending", advance("completed", "failed")),
     "retry": Action("retry", "pending", lambda queue, job: queue.retry(job.id), WrongStatus),
+    "hasten": Action("hasten", "pending", lambda queue, job: queue.hasten(job.id), WrongStatus),
 }
 TWINS = {"cancel": "request", "request": "cancel"}  # one verb of the queue, two rows
 BY_ENQUEUE = {("enqueue", "pending"), ("take", ""), ("promote", ""), ("restore", "")}  # tried below
@@ -166,7 +168,8 @@ def test_verb_changes_a_job_only_as_the_contract_says(queue: Queue, name: str, s
     job = put(queue, status, **options)
     before = dump(queue)
     plain = "pending" if status == "delayed" else status
-    if plain in TABLE[row].before and (status != "delayed" or "due" not in TABLE[row].conditions):
+    unmet = "due" if status == "delayed" else "delayed"
+    if plain in TABLE[row].before and unmet not in TABLE[row].conditions:
         act(queue, job)
         assert queue.get(job.id).status == to
     elif row in TWINS and plain in TABLE[TWINS[row]].before:
@@ -324,12 +327,39 @@ def break_expired(queue: Queue, verb: str) -> None:
     assert queue.get(started.id).status == "processing"
 
 
-def break_queue_not_paused(queue: Queue, verb: str) -> None:
+def break_not_paused(queue: Queue, verb: str) -> None:
     put(queue, "pending")
     worker = queue.register(["default"], 1)
     queue.pause("default")
     assert queue.take(worker, ["default"], 1) == []
     queue.resume("default")
+
+
+def break_not_quiet(queue: Queue, verb: str) -> None:
+    job = put(queue, "pending")
+    running = put(queue, "processing", queue="other")
+    assert queue.quiet(running.worker)
+    queue.queues()  # reads which are quiet, too
+    before = dump(queue)
+    assert queue.take(running.worker, ["default"], 1) == []
+    assert dump(queue) == before
+    assert queue.exchange(running.worker, [Outcome(running, "complete")], ["default"], 1, {}) == ([], [])
+    assert raw(queue).lrange(queue.keys.jobs("default"), 0, -1) == [job.id.encode()]
+
+
+def break_delayed(queue: Queue, verb: str) -> None:
+    """Hasten a job that is due, one that waits for another, and one that is held."""
+    running = fill_limit(queue)
+    held = put(queue, "pending")
+    dequeue(queue, held)
+    waiting = queue.enqueue("mail", 1, after=[running])
+    due = queue.enqueue("mail", 1)
+    reasons = ("it is held by the limit echo", "it waits for other jobs", "it is due already")
+    before = dump(queue)
+    for job, reason in zip((held, waiting, due), reasons, strict=True):
+        with pytest.raises(WrongStatus, match=f"cannot hasten job {job.id}: {reason}"):
+            queue.hasten(job.id)
+    assert dump(queue) == before
 
 
 def break_run_at_has_come(queue: Queue, verb: str) -> None:
@@ -492,7 +522,9 @@ BREAKS = {
     "no room": break_no_room,
     "an attempt has ended": break_an_attempt_has_ended,
     "expired": break_expired,
-    "queue not paused": break_queue_not_paused,
+    "not paused": break_not_paused,
+    "not quiet": break_not_quiet,
+    "delayed": break_delayed,
     "runAt has come": break_run_at_has_come,
     "lease gone": break_lease_gone,
     "worker's own": break_workers_own,

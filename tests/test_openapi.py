@@ -16,7 +16,18 @@ from client import Answer, Client, running
 from conftest import put
 from test_http import TIMES, WHOLE_TIMES
 
-from tinyqueue import HANDLERS, KEY_LENGTH, MAX_ATTEMPTS, MAX_DELAY, MAX_JOBS, STATUSES, Queue, __version__, handler
+from tinyqueue import (
+    HANDLERS,
+    KEY_LENGTH,
+    MAX_ATTEMPTS,
+    MAX_DELAY,
+    MAX_JOBS,
+    SCANNED,
+    STATUSES,
+    Queue,
+    __version__,
+    handler,
+)
 from tinyqueue_config import Settings
 from tinyqueue_job import URL, URL_LENGTH
 from tinyqueue_json import TIME
@@ -175,7 +186,9 @@ def test_operation_ids_are_a_verb_and_a_noun(document: Any) -> None:
     assert [
         id
         for id in ids
-        if not re.fullmatch("(get|list|put|remove|submit|cancel|retry|pause|resume|run|set)[A-Z][a-z]+", id)
+        if not re.fullmatch(
+            "(get|list|put|remove|submit|cancel|retry|pause|resume|run|set|replay|purge|quiet)[A-Z][a-z]+", id
+        )
     ] == []
     assert len(set(ids)) == len(ids)
 
@@ -193,6 +206,10 @@ STATUSES_OF = {
     ("POST", "/jobs/<id>/retry"): {200, 404, 409},
     ("POST", "/jobs/retry"): {200} | BODY,
     ("POST", "/jobs/cancel"): {200} | BODY,
+    ("POST", "/jobs/purge"): {200} | BODY,
+    ("POST", "/jobs/<id>/run"): {200, 404, 409},
+    ("POST", "/jobs/<id>/replay"): {200, 201, 404, 409} | BODY,
+    ("POST", "/jobs/<id>/purge"): {200, 404, 409},
     ("GET", "/queues"): {200},
     ("POST", "/queues/<name>/pause"): {200, 404},
     ("POST", "/queues/<name>/resume"): {200, 404},
@@ -203,6 +220,8 @@ STATUSES_OF = {
     ("GET", "/workers"): {200},
     ("GET", "/types"): {200},
     ("GET", "/events"): {200, 404},
+    ("POST", "/workers/<name>/quiet"): {200, 404},
+    ("POST", "/workers/<name>/resume"): {200, 404},
     ("GET", "/metrics"): {200},
 }
 EVERYWHERE = {400, 401, 403, 429, 500, 503}  # 400: invalid X-Forwarded-For
@@ -240,8 +259,10 @@ def test_document_describes_every_field_and_filter(document: Any) -> None:
         assert job["properties"].keys() == {*FIELDS, "ref"}
         assert job["required"] == ["type", "payload"]
         assert job["additionalProperties"] is False
-    for name in ("PendingFilter", "EndedFilter"):
-        assert schemas[name]["properties"].keys() == {*FILTERS, "cursor"}
+    assert schemas["Replay"]["properties"].keys() == FIELDS.keys()
+    for name in ("PendingFilter", "EndedFilter", "PurgeFilter"):
+        assert schemas[name]["properties"].keys() == {*FILTERS, "cursor", "most"}
+        assert schemas[name]["properties"]["most"]["maximum"] == SCANNED
     listed = {resolved(document, part)["name"] for part in operations(document)["GET", "/jobs"]["parameters"]}
     assert listed == {*FILTERS, "limit", "cursor"}
 
@@ -444,6 +465,12 @@ def test_answers_conform_to_the_document(queue: Queue, api: Client, status: str)
     assert_conforms(api.call("POST", f"/jobs/{job.id}/retry"), document, "POST", "/jobs/{id}/retry")
     assert_conforms(api.call("DELETE", f"/jobs/{job.id}"), document, "DELETE", "/jobs/{id}")
     assert_conforms(api.post("/jobs/cancel", {}), document, "POST", "/jobs/cancel")
+    assert_conforms(api.call("POST", f"/jobs/{job.id}/run"), document, "POST", "/jobs/{id}/run")
+    again = api.call("POST", f"/jobs/{job.id}/replay")
+    assert_conforms(again, document, "POST", "/jobs/{id}/replay")
+    assert_conforms(api.get(f"/jobs/{again.json.get('jobId', job.id)}"), document, "GET", "/jobs/{id}")
+    assert_conforms(api.call("POST", f"/jobs/{job.id}/purge"), document, "POST", "/jobs/{id}/purge")
+    assert_conforms(api.post("/jobs/purge", {"status": "cancelled"}), document, "POST", "/jobs/purge")
     assert_conforms(
         api.post("/jobs/batch?partial=true", [{"type": "nope", "payload": 1}]), document, "POST", "/jobs/batch"
     )

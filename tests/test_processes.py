@@ -1235,6 +1235,20 @@ def test_get_shows_the_error_and_traceback_of_a_failed_job(near: Queue, run: Any
     assert lines(run("get", job.id))[-4:] == ["error", "Boom: it broke", "Traceback:", "here"]
 
 
+def test_get_shows_the_attempts_of_a_job(near: Queue, run: Any) -> None:
+    job = near.enqueue("echo", 7)
+    worker = near.register(["default"], 1)
+    near.fail(near.dequeue(worker, ["default"])[0], Failure("Boom", "it\nbroke"), 60)
+    near.clock.ahead += 60_000
+    near.promote()
+    near.complete(near.dequeue(worker, ["default"])[0])
+    time = r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\dZ 0.\d s"
+    head, failed, completed = lines(run("get", job.id))[-3:]
+    assert head == "attempts started after worker error"
+    assert re.fullmatch(f"failed {time} {worker} Boom: it broke", failed)
+    assert re.fullmatch(f"completed {time} {worker}", completed)
+
+
 @pytest.mark.parametrize("command", [("failed",), ("get", "ID")])
 def test_print_text_of_handlers_with_control_characters_escaped(
     near: Queue, run: Any, command: tuple[str, ...]

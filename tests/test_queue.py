@@ -605,7 +605,7 @@ def test_complete_stores_the_result(queue: Queue, result: Any) -> None:
     before = queue.now()
     queue.complete(job, result)
     stored = queue.get(job.id)
-    assert (stored.status, stored.result, stored.attempts, stored.worker) == ("completed", result, 1, "")
+    assert (stored.status, stored.result, stored.attempts, stored.worker) == ("completed", result, 1, job.worker)
     assert before <= stored.ended_at == stored.updated_at <= queue.now()
     assert stored.answer()["result"] == result
 

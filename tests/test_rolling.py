@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 from client import Process, Wire, running, spell
-from conftest import NO_REDIS, REDIS, Server, until
+from conftest import NO_REDIS, REDIS, Server, put, until
 from rolling import roll
 from versions import OLD, has_commit, play, unpack
 
-from tinyqueue import Job, make_job
+from tinyqueue import Failure, Job, make_job
 from tinyqueue_job import record_of
 
 JOB = b'{"type":"echo","payload":1}'
@@ -53,6 +53,35 @@ def test_old_version_knows_all_fields_of_a_plain_job(tmp_path: Path) -> None:
     record = json.loads(record_of(make_job(1, "echo", {"n": 1}, delay=60, unique_key="a", max_attempts=3)))
     assert record.keys() <= set(fields)
     assert [name for name in Job.__struct_encode_fields__ if name in fields] == fields
+
+
+WITHOUT_HISTORY = "5c48923"  # a commit that keeps unknown fields, and does not know `history`
+RUN_TWICE = """
+import sys
+from tinyqueue import Failure, Queue
+queue = Queue.from_url(sys.argv[1])
+worker = queue.register(["default"], 1)
+for end in (lambda job: queue.fail(job, Failure("Old", "it broke"), 0), queue.complete):
+    queue.clock.ahead += 10
+    queue.promote()
+    [job] = queue.dequeue(worker, ["default"])
+    end(job)
+"""
+
+
+def test_older_version_keeps_the_history(real: Server, tmp_path: Path) -> None:
+    if not has_commit(WITHOUT_HISTORY):
+        pytest.skip(f"this copy has no history with the commit {WITHOUT_HISTORY}")
+    queue = real.queue()
+    job = put(queue, "processing")
+    queue.fail(job, Failure("New", "it broke"), 0)
+    [first] = queue.get(job.id).attempts_so_far()
+    folder = unpack(WITHOUT_HISTORY, tmp_path)
+    environ = {"PATH": os.environ["PATH"], "PYTHONPATH": str(folder)}
+    subprocess.run([sys.executable, "-c", RUN_TWICE, real.url], cwd=folder, env=environ, check=True)
+    ended = queue.get(job.id)
+    assert ended.history == (first,)
+    assert [attempt.outcome for attempt in ended.attempts_so_far()] == ["failed", "completed"]
 
 
 def ask(server: Process, method: str, path: str, body: bytes | None = None) -> int:

@@ -271,6 +271,19 @@ def test_verdict_names_several_queues(queue: Queue) -> None:
     assert text == "6 jobs in queues a, b, c and 3 more cannot start, because no live worker serves them"
 
 
+def test_verdict_names_quiet_workers_only_if_jobs_wait_for_long(queue: Queue) -> None:
+    worker = queue.register(["default"], 1)
+    queue.enqueue("echo", 1)
+    queue.quiet(worker)
+    later(queue, 200)
+    assert problems(queue) == {}
+    later(queue, 110)
+    problem = problems(queue)["unserved"]
+    text = "1 job in queue default cannot start, because the workers that could run them are quiet"
+    assert (problem["text"], problem["level"]) == (text, "warning")
+    assert problem["next"]["action"] == {"method": "POST", "path": f"/workers/{worker}/resume"}
+
+
 def test_verdict_names_a_lost_worker(queue: Queue) -> None:
     lost = put(queue, "processing").worker
     queue.register(["default"], 1)

@@ -28,7 +28,7 @@ from conftest import Server, dump, free_port, newest, put, raw, until
 from standardwebhooks.webhooks import Webhook, WebhookVerificationError
 
 import tinyqueue_http
-from tinyqueue import HANDLERS, Filter, InvalidJob, Job, Queue, SettingsError, handler
+from tinyqueue import HANDLERS, Failure, Filter, InvalidJob, Job, Queue, SettingsError, handler
 from tinyqueue_config import Settings
 from tinyqueue_http import (
     AT_ONCE,
@@ -834,6 +834,18 @@ def test_error_shows_what_a_receiver_answered_to_admins_only(queue: Queue, recei
         assert "internal-secret xx" in trace
         assert trace.count("x" * 484)
         assert "x" * 485 not in trace
+
+
+def test_attempts_of_built_in_types_show_their_tracebacks_to_admins_only(queue: Queue) -> None:
+    job = queue.enqueue("http", {"url": "http://receiver.example/"})
+    [started] = queue.dequeue(queue.register([job.queue], 1), [job.queue])
+    queue.fail(started, Failure("TimedOut", "too slow", "secret"), 60)
+    settings = Settings(api_keys="r:read:0123456789abcdef,a:admin:fedcba9876543210")
+    api = API(settings, queue)
+    [shown] = Client(api, "0123456789abcdef").get(f"/jobs/{job.id}").json["history"]
+    assert shown["error"] == {"type": "TimedOut", "message": "too slow"}
+    [shown] = Client(api, "fedcba9876543210").get(f"/jobs/{job.id}").json["history"]
+    assert shown["error"]["traceback"] == "secret"
 
 
 def test_error_of_other_types_shows_its_traceback_to_readers(queue: Queue) -> None:
