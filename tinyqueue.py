@@ -149,7 +149,10 @@ Keys. All share one hash tag, the namespace, and so one slot of a cluster.
     {queue}:overrides         hash    type or limit -> what replaces the numbers in the code
     {queue}:minute:<n>        hash    started, waitedMs, completed, failed, cancelled, retried in minute
                                       n since 1970; completed:<type> and error:<type>:<error>, the
-                                      attempts by how they ended. Expires after two hours
+                                      attempts by how they ended; ready, the jobs in lists when a
+                                      verdict looked; requeued and lost:<worker>, by reap; refused:
+                                      <reason>, submits; failedTick:<schedule>:<error>. Expires after
+                                      two hours
     {queue}:rate:<who>:<n>    string  requests of a client in rate window n. Expires
     {queue}:awaited           set     ids of the jobs whose end a caller waits for
     {queue}:done:<id>         list    a token that wakes those callers. A web process has an <id> of
@@ -2373,7 +2376,7 @@ class Queue(Verbs):
     def deregister(self, worker: str) -> None:
         """Remove a worker that has stopped. Requeue the jobs that it still holds, like `reap`."""
         self.store.read(("DEL", self.keys.lease(worker)))
-        self.reap(worker)
+        self.reap(worker, lost=False)
 
     def promote(self) -> int:
         """Move up to 500 jobs to their queues when runAt has come. Return how many ids it removed.
@@ -2455,7 +2458,7 @@ class Queue(Verbs):
         """How many workers had no lease when `lost_workers` last looked."""
         return sum(lease is None for lease, _ in self._leases.values())
 
-    def reap(self, worker: str, others: int = 0) -> int:
+    def reap(self, worker: str, others: int = 0, lost: bool = True) -> int:
         """Remove a lost worker and requeue or end its jobs. Return how many; 0 if it is alive.
 
         It is alive if its lease exists, unless `lost_workers` has seen that very lease unchanged
@@ -2466,7 +2469,8 @@ class Queue(Verbs):
         and deleting the list would lose what it takes. Requeues an id of the list only if its job
         is pending, or processing under this worker's name. Otherwise a job that was requeued before
         and runs elsewhere would run twice. A worker that was reaped before may have taken ids
-        since. They are requeued too. `others` counts the jobs that it ran in other shards.
+        since. They are requeued too. `others` counts the jobs that it ran in other shards. A worker
+        that is `lost` is counted in this minute, with its jobs.
         """
         registration = self.keys.worker(worker)
         lease = self.keys.lease(worker)
@@ -2474,7 +2478,7 @@ class Queue(Verbs):
         stale = self._lost.get(worker)
 
         def body(tx: Transaction) -> int:
-            sign, entries = tx.read(("GET", lease), ("LRANGE", proc, 0, -1))
+            known, sign, entries = tx.read(("EXISTS", registration), ("GET", lease), ("LRANGE", proc, 0, -1))
             if sign is not None and sign != stale:
                 return 0
             jobs = list(self._read_jobs(tx, entries, watch=True))
@@ -2493,6 +2497,9 @@ class Queue(Verbs):
             tx.write("DEL", registration, lease, proc)
             tx.write("SREM", self.keys.workers, worker)
             tx.write("SREM", self.keys.paused, QUIET_MARK + worker)
+            if lost and known:
+                tx.minute[f"lost:{worker}"] += 1
+                tx.minute["requeued"] += held
             self.limits.wake(tx)
             return held
 
@@ -2992,12 +2999,13 @@ class Queue(Verbs):
         another follows. `revived`: `retry` requeued a job. `released`: a stopping worker requeued a
         job. `reaped`: an attempt was lost with its worker. By time in BUCKETS: `waited` from when a
         job could start until it did, and `ran` from a start until its outcome was written.
-        `waitedMs` and `ranMs` are their sums. `scrapeErrors` has neither type nor queue.
+        `waitedMs` and `ranMs` are their sums. `scrapeErrors` has neither type nor queue. `refused`
+        has the reasons of refused submissions instead.
         """
         found: dict[str, dict[tuple[str, ...], int]] = {}
         for field, value in pairs(self.store.read(("HGETALL", self.keys.metrics))[0]):
             event, *labels = parts = field.split(":")
-            if len(labels) != 1 and all(map(NAME.fullmatch, parts)):
+            if (len(labels) != 1 or event == "refused") and all(map(NAME.fullmatch, parts)):
                 found.setdefault(event, {})[tuple(labels)] = read_count(value)
         return found
 
@@ -3021,6 +3029,14 @@ class Queue(Verbs):
     def count_scrape_errors(self, times: int) -> None:
         """Add scrapes of the metrics that failed while Redis was unavailable."""
         self.store.read(("HINCRBY", self.keys.metrics, "scrapeErrors", times))
+
+    def count_refused(self, counts: Mapping[str, int]) -> None:
+        """Add submissions that were refused, by reason, in this minute and in the metrics."""
+        minute = self.keys.minute(self.now())
+        adds = [
+            ("HINCRBY", key, f"refused:{why}", n) for why, n in counts.items() for key in (minute, self.keys.metrics)
+        ]
+        self.store.read(("MULTI",), *adds, ("EXPIRE", minute, 7200), ("EXEC",))
 
     def spend(self, who: str, limit: int, seconds: int) -> tuple[int, int]:
         """Count a request of a client in the current window of `seconds`.

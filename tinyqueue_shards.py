@@ -447,6 +447,9 @@ class Shards(Verbs):
     def count_scrape_errors(self, times: int) -> None:
         self._try_first(lambda shard: shard.count_scrape_errors(times))
 
+    def count_refused(self, counts: Mapping[str, int]) -> None:
+        self._try_first(lambda shard: shard.count_refused(counts))
+
     def spend(self, who: str, limit: int, seconds: int) -> tuple[int, int]:
         """Like Queue.spend, in the shard of the client, or in the next that answers."""
         return self._try_first(lambda shard: shard.spend(who, limit, seconds), self._index_of(who))
