@@ -14,13 +14,11 @@ import socket
 import sys
 import threading
 import time
-from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
-from itertools import accumulate
 from typing import Any, Literal, NamedTuple
 
 import msgspec
@@ -46,6 +44,7 @@ from tinyqueue import (
 from tinyqueue_config import plural
 from tinyqueue_handler import rule_of
 from tinyqueue_json import created_at
+from tinyqueue_metrics import percentile
 from tinyqueue_redis import ask_each, memory_use, pairs, parse_info, text_of
 from tinyqueue_schedule import list_schedules, read_schedule
 from tinyqueue_shards import AnyQueue
@@ -584,17 +583,9 @@ class Sight:
                 found = look.part.store.read(("HMGET", look.part.keys.metrics, *fields))[0]
                 for at, value in enumerate(found):
                     counts[at % len(BUCKETS)] += read_count(value)
-            usual[type] = _percentile(counts) if sum(counts) >= SAMPLES else UNKNOWN_RUN / 3
+            known = percentile(counts, 0.95) if sum(counts) >= SAMPLES else None
+            usual[type] = UNKNOWN_RUN / 3 if known is None else known
         return usual
-
-
-def _percentile(counts: Sequence[int]) -> float:
-    """Return the time below which 95 % of the times in BUCKETS are, assumed even within one."""
-    up_to = [0, *accumulate(counts)]
-    wanted = 0.95 * up_to[-1]
-    at = bisect_left(up_to, wanted) - 1
-    low = BUCKETS[at - 1] if at else 0
-    return low + (BUCKETS[at] - low) * (wanted - up_to[at]) / counts[at]
 
 
 # Checks: what is wrong with what a look has seen. Each returns nothing if all is well.
@@ -855,6 +846,11 @@ class Observer:
 
     def problems(self) -> list[Problem]:
         return self._look()[0]
+
+    def firing(self) -> dict[str, bool]:
+        """Return for every check whether it has found a problem."""
+        found = {problem.check for problem in self.problems()}
+        return {check: check in found for check in (*CHECKS, "counts")}
 
     def _look(self) -> tuple[list[Problem], str]:
         """Look again, unless another thread just did, or does so now."""

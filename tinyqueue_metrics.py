@@ -58,6 +58,7 @@ METRICS = (
         "time of the last tick, 0 before the first",
     ),
     ("schedule_ticks_failed", "counter", "", "failed tries to enqueue the job of a tick; each is followed by another"),
+    ("problems", "gauge", "check", "1 if the check of the verdict has found a problem, else 0"),
     ("scrape_errors", "counter", "", "scrapes that failed because Redis could not be read"),
     ("job_waiting_seconds", "histogram", "type queue", "time from when a job could start until it started"),
     ("job_running_seconds", "histogram", "type queue", "time from an attempt's start until its outcome was stored"),
@@ -69,7 +70,7 @@ FAILURES = {"jobs_failed", "jobs_reaped", "jobs_retried"}
 class Scrape:
     """The values of one scrape. It is a collector, as prometheus_client defines them."""
 
-    def __init__(self, queue: AnyQueue, missed: int = 0) -> None:
+    def __init__(self, queue: AnyQueue, missed: int = 0, problems: Mapping[str, bool] | None = None) -> None:
         stats = queue.stats()
         counters = queue.metrics()
         errors = {(): counters.pop("scrapeErrors", {}).get((), 0) + missed}
@@ -98,6 +99,7 @@ class Scrape:
             "schedule_overdue_seconds": {(made.name,): made.overdue(now) / 1000 for made in schedules},
             "schedule_last_tick_timestamp_seconds": {(made.name,): made.last_at / 1000 for made in schedules},
             "schedule_ticks_failed": {(): failed_ticks},
+            "problems": {(check,): int(found) for check, found in (problems or {}).items()},
             "scrape_errors": errors,
             "job_waiting_seconds": _histograms(counters, "waited"),
             "job_running_seconds": _histograms(counters, "ran"),

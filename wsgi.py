@@ -486,6 +486,7 @@ class API(bottle.Bottle):  # type: ignore[misc]
 
     def _overview(self) -> bytes:
         parts: dict[str, Callable[[], Any]] = {
+            "verdict": self.observer.verdict,  # first: it never fails
             "stats": partial(self.queue.stats, OVERVIEW_MINUTES),
             "workers": self.queue.workers,
             "types": self._types,
@@ -684,7 +685,7 @@ class API(bottle.Bottle):  # type: ignore[misc]
             missed = self._scrape_errors
             self._scrape_errors = 0
         try:
-            scrape = Scrape(self.queue, missed)
+            scrape = Scrape(self.queue, missed, self.observer.firing())
         except TinyQueueError:
             with self._lock:
                 self._scrape_errors += missed + 1
