@@ -162,6 +162,7 @@ Keys. All share one hash tag, the namespace, and so one slot of a cluster.
     {queue}:snapshots         list    the times in metrics by type as they were, newest first: up to 5
     {queue}:snapshotter       string  a lock until the next snapshot. Expires after 15 minutes
     {queue}:mark              string  a write that only WAIT needs. Expires after a second
+    {queue}:audit             list    the last 1,000 actions of operators as JSON, newest first
     {queue}:metrics           hash    events so far: <event>:<type>:<queue>, times with :<bucket>
     {queue}:trouble           hash    <check>:<subject> -> since when a verdict has found that problem
     {queue}:series            set     up to 1,000 <type>:<queue> of metrics; others: other:other
@@ -343,6 +344,9 @@ LOOK = 30_000  # milliseconds between two looks at a limit with held jobs, unles
 LOOK_GAP = 20  # milliseconds between two looks, at least
 AHEAD = 100  # held jobs, or jobs at the head of a queue, that one look reads
 SHOWN = 1000  # limits of one report
+MESSAGE = 200  # characters of an error that a group of failures shows
+ACTIONS = 1000  # of operators that are kept
+ONE_ACTION = 60_000  # milliseconds between two steps of a bulk change that count as one action
 QUIET_MARK = "@"  # with a worker, what stands among the paused queues while it is quiet
 LOOK_MARK = "limit:"  # with a limit, what stands among the delayed ids until the next look at that limit
 SWEEP_MARK = "advance:"  # stands among the delayed ids, to have promote look for tokens that are left
@@ -381,6 +385,7 @@ class Keys:
         self.trouble = prefix + "trouble"
         self.holding = prefix + "holding"
         self.overrides = prefix + "overrides"
+        self.audit = prefix + "audit"
         self.ended: dict[str, str] = {status: prefix + status for status in ENDED}
 
         def each(kind: str) -> Callable[[str], str]:
@@ -1090,6 +1095,10 @@ class Verbs(ABC):
     @abstractmethod
     def get(self, id: str) -> Job | None: ...
     @abstractmethod
+    def queues(self) -> dict[str, dict[str, Any]]: ...
+    @abstractmethod
+    def stats(self, minutes: int = 0) -> dict[str, Any]: ...
+    @abstractmethod
     def page(self, filter: Filter, *, limit: int, cursor: str, cut: int | None) -> tuple[list[Job], str]: ...
     @abstractmethod
     def forget(self, status: str, ids: Sequence[bytes]) -> int: ...
@@ -1214,6 +1223,33 @@ class Verbs(ABC):
             raise InvalidJob("status", f"must be one of {', '.join(ENDED)}: other jobs have not ended")
         jobs, cursor = self.page(filter, limit=most, cursor=cursor, cut=0)
         return {"purged": self.forget(filter.status, [job.id.encode() for job in jobs]), "cursor": cursor}
+
+    def count(self, filter: Filter, cursor: str = "") -> dict[str, Any]:
+        """Look at up to 1,000 jobs and count those that match. Continue with the returned cursor.
+
+        Those of a status are counted at once, and the unended ones of a queue.
+        """
+        status, queue = filter.status, filter.queue
+        if status and not cursor and filter == Filter(status):
+            return {"count": self.stats()[status], "cursor": ""}
+        if status in UNENDED and not cursor and filter == Filter(status, queue=queue):
+            return {"count": self.queues().get(queue or "", {status: 0})[status], "cursor": ""}
+        jobs, cursor = self.page(filter, limit=SCANNED, cursor=cursor, cut=0)
+        return {"count": len(jobs), "cursor": cursor}
+
+    def failures(self, filter: Filter, cursor: str = "") -> dict[str, Any]:
+        """Look at up to 1,000 jobs, and group those that match by type and type of their error.
+
+        Each group has its `count`, and of its newest job the `message`, `jobId` and `at`. Jobs
+        without an error are in none. Continue with the returned cursor, and add up the counts.
+        """
+        jobs, cursor = self.page(filter, limit=SCANNED, cursor=cursor, cut=0)
+        groups: dict[tuple[str, str], dict[str, Any]] = {}
+        for job, error in ((job, job.error) for job in jobs if job.error):
+            about = {"message": error.message[:MESSAGE], "jobId": job.id, "at": job.place()[0]}
+            own = {"type": job.type, "errorType": error.type, "count": 0, **about}
+            groups.setdefault((job.type, error.type), own)["count"] += 1
+        return {"groups": sorted(groups.values(), key=lambda group: -group["count"]), "cursor": cursor}
 
     def purge_one(self, id: str) -> Job | None:
         """Delete an ended job. Return it as it was; None for an unknown id.
@@ -2252,6 +2288,42 @@ class Queue(Verbs):
         """
         mark = QUIET_MARK + check_name("worker", worker)
         return bool(self.store.read(("SREM", self.keys.paused, mark), ("EXISTS", self.keys.worker(worker)))[1])
+
+    # Audit ------------------------------------------------------------------------------------------------------------
+
+    def note_action(self, by: str, action: str, target: Mapping[str, Any], result: Mapping[str, Any]) -> None:
+        """Add what an operator did to the last ACTIONS actions. `target` names what was changed.
+
+        If `target` has a filter, the step of a bulk change is added to the step before.
+        """
+        made = b""
+
+        def body(tx: Transaction) -> None:
+            nonlocal made
+            newest = tx.read(("LINDEX", self.keys.audit, 0))[0]
+            if tx.again and newest == made:
+                return
+            entry = {"at": tx.now, "by": by, "action": action, "target": dict(target), "result": dict(result)}
+            before = msgspec.json.decode(newest) if newest and "filter" in target else {}
+            same = all(before.get(name) == entry[name] for name in ("by", "action", "target"))
+            if same and tx.now - before["at"] < ONE_ACTION:
+                entry["result"] = {name: before["result"].get(name, 0) + count for name, count in result.items()}
+                tx.write("LTRIM", self.keys.audit, 1, -1)
+            made = encode(entry)
+            tx.write("LPUSH", self.keys.audit, made)
+            tx.write("LTRIM", self.keys.audit, 0, ACTIONS - 1)
+
+        self.store.transact([self.keys.audit], body)
+
+    def audit(self, limit: int = ACTIONS) -> list[dict[str, Any]]:
+        """Return the last actions of operators, newest first.
+
+        Each has `at`, `by` (the name of a key, or user@host), `action`, `target` and `result`.
+        """
+        try:
+            return list(map(msgspec.json.decode, self.store.read(("LRANGE", self.keys.audit, 0, limit - 1))[0]))
+        except msgspec.DecodeError as error:
+            raise Corrupted(f"an action in {self.keys.audit} cannot be read: {error}") from None
 
     # Upkeep -----------------------------------------------------------------------------------------------------------
 

@@ -12,13 +12,14 @@ import random
 import time
 import zlib
 from collections import Counter, defaultdict
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
 from functools import partial, reduce
 from typing import Any, TypeAlias
 
 from tinyqueue import (
+    ACTIONS,
     BLOCK,
     ID,
     Filter,
@@ -309,6 +310,14 @@ class Shards(Verbs):
 
     def resume_worker(self, worker: str) -> bool:
         return any(self._call_all(lambda shard: shard.resume_worker(worker), must=True))
+
+    def note_action(self, by: str, action: str, target: Mapping[str, Any], result: Mapping[str, Any]) -> None:
+        """Like Queue.note_action, in the first shard that answers."""
+        self._try_first(lambda shard: shard.note_action(by, action, target, result))
+
+    def audit(self, limit: int = ACTIONS) -> list[dict[str, Any]]:
+        found = itertools.chain(*self._call_all(lambda shard: shard.audit(limit)))
+        return sorted(found, key=lambda entry: -int(entry["at"]))[:limit]
 
     def cancel_requests(self, ids: Sequence[str]) -> list[str]:
         return self._call_each(ids, str, Queue.cancel_requests)

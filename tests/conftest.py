@@ -508,6 +508,7 @@ FAMILIES = {
     "generation:": "string",
     "holding": "set",
     "overrides": "hash",
+    "audit": "list",
     "running:": "set",
     "held:": "zset",
     "pace:": "zset",

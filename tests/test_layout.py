@@ -37,9 +37,11 @@ IMPORTS = {  # each module, and those of ours that it may import
         *("tinyqueue", "tinyqueue_job", "tinyqueue_json", "tinyqueue_redis", "tinyqueue_schedule"),
         *("tinyqueue_shards",),
     },
+    "tinyqueue_plan": {"tinyqueue", "tinyqueue_config"},
     "tinyqueue_cli": {
         *("tinyqueue", "tinyqueue_backup", "tinyqueue_config", "tinyqueue_doctor", "tinyqueue_embedded"),
-        *("tinyqueue_json", "tinyqueue_repair", "tinyqueue_schedule", "tinyqueue_shards", "tinyqueue_why"),
+        *("tinyqueue_json", "tinyqueue_plan", "tinyqueue_repair", "tinyqueue_schedule", "tinyqueue_shards"),
+        *("tinyqueue_why",),
     },
     "tinyqueue_metrics": {"tinyqueue", "tinyqueue_schedule", "tinyqueue_shards"},
     "tinyqueue_why": {"tinyqueue", "tinyqueue_shards"},
