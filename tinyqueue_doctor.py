@@ -674,7 +674,8 @@ def _check_stuck(sight: Sight) -> Iterator[Problem]:
     types = Counter(slot["type"] for _, slot in given_up)
     ids = sorted({worker["id"] for worker, _ in given_up})
     run = ", ".join(f"{count} of type {type}" for type, count in types.most_common(3))
-    text = f"{plural(len(given_up), 'handler was', 'handlers were')} given up after the timeout and still run: {run}, "
+    still = "was given up after the timeout and still runs", "were given up after the timeout and still run"
+    text = f"{plural(len(given_up), f'handler {still[0]}', f'handlers {still[1]}')}: {run}, "
     text += f"in {_names('worker', ids)}"
     todo = Next("let the handler use time limits of its own; a restart of the worker ends it", "tinyqueue workers")
     since = min(slot["startedAt"] for _, slot in given_up)
