@@ -364,7 +364,7 @@ def start_long(queue: Queue, seconds: float) -> list[Job]:
 
 def test_workers_of_an_older_version_report_no_slots(queue: Queue) -> None:
     worker = queue.register(["default"], 1)
-    raw(queue).set(queue.keys.lease(worker), b'{"at":1,"jobs":["x"]}')
+    raw(queue).set(queue.keys.lease(worker), b'{"at":1,"jobs":["x"]}', px=30_000)
     [shown] = queue.workers()
     assert (shown["jobs"], shown["slots"], shown["givenUp"]) == (["x"], [], [])
 
