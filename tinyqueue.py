@@ -149,7 +149,10 @@ Keys. All share one hash tag, the namespace, and so one slot of a cluster.
     {queue}:overrides         hash    type or limit -> what replaces the numbers in the code
     {queue}:minute:<n>        hash    started, waitedMs, completed, failed, cancelled, retried in minute
                                       n since 1970; completed:<type> and error:<type>:<error>, the
-                                      attempts by how they ended. Expires after two hours
+                                      attempts by how they ended; ready, the jobs in lists when a
+                                      verdict looked; requeued and lost:<worker>, by reap; refused:
+                                      <reason>, submits; failedTick:<schedule>:<error>. Expires after
+                                      two hours
     {queue}:rate:<who>:<n>    string  requests of a client in rate window n. Expires
     {queue}:awaited           set     ids of the jobs whose end a caller waits for
     {queue}:done:<id>         list    a token that wakes those callers. A web process has an <id> of
@@ -187,7 +190,6 @@ life of a job, up to upkeep. Reading, loading and metrics come last.
 from __future__ import annotations
 
 import hashlib
-import heapq
 import itertools
 import logging
 import math
@@ -242,6 +244,7 @@ from tinyqueue_job import (
     MAX_AFTER as MAX_AFTER,
     MAX_ATTEMPTS as MAX_ATTEMPTS,
     MAX_DELAY as MAX_DELAY,
+    MAX_TAGS as MAX_TAGS,
     NAME as NAME,
     PRINTABLE as PRINTABLE,
     STATUSES as STATUSES,
@@ -258,6 +261,7 @@ from tinyqueue_job import (
     NotReplicated as NotReplicated,
     Once as Once,
     Outcome as Outcome,
+    Page as Page,
     PastAttempt as PastAttempt,
     Place,
     QueueFull as QueueFull,
@@ -1099,7 +1103,7 @@ class Verbs(ABC):
     @abstractmethod
     def stats(self, minutes: int = 0) -> dict[str, Any]: ...
     @abstractmethod
-    def page(self, filter: Filter, *, limit: int, cursor: str, cut: int | None) -> tuple[list[Job], str]: ...
+    def page(self, filter: Filter, *, limit: int, cursor: str, cut: int | None) -> Page: ...
     @abstractmethod
     def forget(self, status: str, ids: Sequence[bytes]) -> int: ...
 
@@ -2372,7 +2376,7 @@ class Queue(Verbs):
     def deregister(self, worker: str) -> None:
         """Remove a worker that has stopped. Requeue the jobs that it still holds, like `reap`."""
         self.store.read(("DEL", self.keys.lease(worker)))
-        self.reap(worker)
+        self.reap(worker, lost=False)
 
     def promote(self) -> int:
         """Move up to 500 jobs to their queues when runAt has come. Return how many ids it removed.
@@ -2454,7 +2458,7 @@ class Queue(Verbs):
         """How many workers had no lease when `lost_workers` last looked."""
         return sum(lease is None for lease, _ in self._leases.values())
 
-    def reap(self, worker: str, others: int = 0) -> int:
+    def reap(self, worker: str, others: int = 0, lost: bool = True) -> int:
         """Remove a lost worker and requeue or end its jobs. Return how many; 0 if it is alive.
 
         It is alive if its lease exists, unless `lost_workers` has seen that very lease unchanged
@@ -2465,7 +2469,8 @@ class Queue(Verbs):
         and deleting the list would lose what it takes. Requeues an id of the list only if its job
         is pending, or processing under this worker's name. Otherwise a job that was requeued before
         and runs elsewhere would run twice. A worker that was reaped before may have taken ids
-        since. They are requeued too. `others` counts the jobs that it ran in other shards.
+        since. They are requeued too. `others` counts the jobs that it ran in other shards. A worker
+        that is `lost` is counted in this minute, with its jobs.
         """
         registration = self.keys.worker(worker)
         lease = self.keys.lease(worker)
@@ -2473,7 +2478,7 @@ class Queue(Verbs):
         stale = self._lost.get(worker)
 
         def body(tx: Transaction) -> int:
-            sign, entries = tx.read(("GET", lease), ("LRANGE", proc, 0, -1))
+            known, sign, entries = tx.read(("EXISTS", registration), ("GET", lease), ("LRANGE", proc, 0, -1))
             if sign is not None and sign != stale:
                 return 0
             jobs = list(self._read_jobs(tx, entries, watch=True))
@@ -2492,6 +2497,9 @@ class Queue(Verbs):
             tx.write("DEL", registration, lease, proc)
             tx.write("SREM", self.keys.workers, worker)
             tx.write("SREM", self.keys.paused, QUIET_MARK + worker)
+            if lost and known:
+                tx.minute[f"lost:{worker}"] += 1
+                tx.minute["requeued"] += held
             self.limits.wake(tx)
             return held
 
@@ -2698,9 +2706,7 @@ class Queue(Verbs):
         if ids:
             self.store.read(("SREM", self.keys.awaited, *ids))
 
-    def page(
-        self, filter: Filter | None = None, *, limit: int = 50, cursor: str = "", cut: int | None = None
-    ) -> tuple[list[Job], str]:
+    def page(self, filter: Filter | None = None, *, limit: int = 50, cursor: str = "", cut: int | None = None) -> Page:
         """Return matching jobs, newest first, and the cursor of the next page; "" after the last.
 
         Sorted by when jobs ended, or were created if they have not ended. The cursor is a place in
@@ -2715,15 +2721,16 @@ class Queue(Verbs):
         entries = self._find_entries(filter, place_of(cursor or "9999999999999999.g"))
         jobs: list[Job] = []
         seen = size = 0
-        for job, read in self.read_jobs([id for _, id, _ in entries[:SCANNED]], cut):
+        for id, record in self.read_records([id for _, id, _ in entries[:SCANNED]]):
             found_in = entries[seen][2]
             seen += 1
-            size += read
-            if job and job.status in found_in and filter.matches(job):
+            size += len(record or b"")
+            job = listed_job(id, record, cut) if record else None
+            if job and record and job.status in found_in and filter.matches(job, record):
                 jobs.append(job)
             if len(jobs) == limit or size > PAGE_BYTES:
                 break
-        return jobs, "{}.{}".format(*entries[seen - 1]) if len(entries) > seen else ""
+        return Page(jobs, "{}.{}".format(*entries[seen - 1]) if len(entries) > seen else "", seen)
 
     def read_jobs(self, ids: Sequence[str], cut: int | None = None) -> Iterator[tuple[Job | None, int]]:
         """Read jobs, and the sizes of their records."""
@@ -2770,8 +2777,8 @@ class Queue(Verbs):
         first: list[bytes] = []
         for window in self._read_unended(filter):
             last = first[-1] if len(first) > SCANNED else b""
-            closer = {id for id in window if last < id < bound and ID.fullmatch(text_of(id))}
-            first = heapq.nlargest(SCANNED + 1, closer.union(first)) if closer else first
+            if closer := [id for id in window if last < id < bound]:
+                first = _newest(closer, first)
         return [(created_at(id), id, UNENDED) for id in map(text_of, first)]
 
     def _read_unended(self, filter: Filter) -> Iterator[list[bytes]]:
@@ -2801,14 +2808,27 @@ class Queue(Verbs):
         return sorted(_queues_in(pairs(self.store.read(("HGETALL", self.keys.counts))[0])))
 
     def read_lists(self, keys: Sequence[str], command: Range = "LRANGE") -> Iterator[list[bytes]]:
-        """Read the first entries of 100 lists at a time, because most are short."""
-        for at in range(0, len(keys), 100):
-            part = keys[at : at + 100]
-            heads = self.store.read(*((command, key, 0, 99) for key in part))
-            yield list(itertools.chain(*heads))
-            for key, head in zip(part, heads, strict=True):
-                if len(head) == 100:
+        """Read several lists at a time, about LISTED entries, because most are short."""
+        count = "LLEN" if command == "LRANGE" else "ZCARD"
+        some: list[str] = []
+        entries = 0
+        for at in range(0, len(keys), 1000):
+            part = keys[at : at + 1000]
+            for key, size in zip(part, self.store.read(*((count, key) for key in part)), strict=True):
+                if size > LISTED // 2:  # it may grow meanwhile
                     yield from self.read_entries(key, command)
+                elif size:
+                    some.append(key)
+                    entries += size
+                if entries > LISTED // 2:
+                    yield self._read_whole(some, command)
+                    some = []
+                    entries = 0
+        if some:
+            yield self._read_whole(some, command)
+
+    def _read_whole(self, keys: Sequence[str], command: Range) -> list[bytes]:
+        return list(itertools.chain(*self.store.read(*((command, key, 0, -1) for key in keys))))
 
     def read_entries(self, key: str, command: Range = "LRANGE") -> Iterator[list[bytes]]:
         """Read a list from its left, or a sorted set from its highest score, LISTED at a time.
@@ -2979,12 +2999,13 @@ class Queue(Verbs):
         another follows. `revived`: `retry` requeued a job. `released`: a stopping worker requeued a
         job. `reaped`: an attempt was lost with its worker. By time in BUCKETS: `waited` from when a
         job could start until it did, and `ran` from a start until its outcome was written.
-        `waitedMs` and `ranMs` are their sums. `scrapeErrors` has neither type nor queue.
+        `waitedMs` and `ranMs` are their sums. `scrapeErrors` has neither type nor queue. `refused`
+        has the reasons of refused submissions instead.
         """
         found: dict[str, dict[tuple[str, ...], int]] = {}
         for field, value in pairs(self.store.read(("HGETALL", self.keys.metrics))[0]):
             event, *labels = parts = field.split(":")
-            if len(labels) != 1 and all(map(NAME.fullmatch, parts)):
+            if (len(labels) != 1 or event == "refused") and all(map(NAME.fullmatch, parts)):
                 found.setdefault(event, {})[tuple(labels)] = read_count(value)
         return found
 
@@ -3008,6 +3029,14 @@ class Queue(Verbs):
     def count_scrape_errors(self, times: int) -> None:
         """Add scrapes of the metrics that failed while Redis was unavailable."""
         self.store.read(("HINCRBY", self.keys.metrics, "scrapeErrors", times))
+
+    def count_refused(self, counts: Mapping[str, int]) -> None:
+        """Add submissions that were refused, by reason, in this minute and in the metrics."""
+        minute = self.keys.minute(self.now())
+        adds = [
+            ("HINCRBY", key, f"refused:{why}", n) for why, n in counts.items() for key in (minute, self.keys.metrics)
+        ]
+        self.store.read(("MULTI",), *adds, ("EXPIRE", minute, 7200), ("EXEC",))
 
     def spend(self, who: str, limit: int, seconds: int) -> tuple[int, int]:
         """Count a request of a client in the current window of `seconds`.
@@ -3128,6 +3157,14 @@ def _ends_by_type(fields: Iterable[tuple[str, bytes]]) -> dict[str, dict[str, An
 
 def _queues_in(counts: Iterable[tuple[str, bytes]]) -> set[str]:
     return {field.partition(":")[2] for field, _ in counts if ":" in field}
+
+
+def _newest(ids: Iterable[bytes], known: Sequence[bytes]) -> list[bytes]:
+    """Return the first SCANNED + 1 job ids, newest first, among those `known` and some more."""
+    found = sorted({*ids, *known}, reverse=True)
+    checked = {*known}
+    ours = (id for id in found if id in checked or ID.fullmatch(text_of(id)))
+    return list(itertools.islice(ours, SCANNED + 1))
 
 
 def _warn_of_gone(ids: Sequence[str]) -> None:

@@ -195,6 +195,8 @@ def filter_options(*statuses: str, required: bool = False, default: str | None =
             click.option("--type", metavar="TYPE", help="Only jobs of this type."),
             click.option("--queue", metavar="NAME", help="Only jobs in this queue."),
             click.option("--error-type", metavar="NAME", help="Only jobs whose last error has this type."),
+            click.option("--tag", metavar="TAG", help="Only jobs with this tag."),
+            click.option("--text", metavar="TEXT", help="Only jobs with this text in the JSON of their payload."),
         ]
         if statuses:
             about = partial(click.option, "--status", type=click.Choice(statuses), help="Only jobs with this status.")
@@ -228,6 +230,7 @@ def filter_options(*statuses: str, required: bool = False, default: str | None =
     help="If a job in --after fails or is cancelled: fail too, or run anyway.  [default: fail]",
 )
 @click.option("--callback-url", metavar="URL", help="http or https URL that gets a webhook when the job has ended.")
+@click.option("--tag", "tags", multiple=True, metavar="TAG", help="Tag to find the job by. Repeat it for several.")
 @click.pass_obj
 def enqueue(settings: Settings, /, type: str, payload: str, **options: Any) -> None:
     """Submit a job and print its id. PAYLOAD is JSON, or - to read it from standard input."""
@@ -439,8 +442,8 @@ def _print_job(fields: dict[str, Any]) -> None:
         fields["why"] = f"it {why['text']}"
     for name, value in fields.items():
         shown = _format_time(value) if name.endswith("At") else to_json(value).decode() if name == "result" else value
-        if name in ("after", "waitingFor"):
-            shown = " ".join(value)
+        if name in ("after", "waitingFor", "tags"):
+            shown = ", ".join(value)
         _print_safely(f"{name:<12} {shown}")
     _print_safely(f"payload\n{_format_json(payload)}")
     if history:
@@ -695,6 +698,7 @@ def _change_each(queue: AnyQueue, verb: Literal["cancel", "retry", "hasten", "pu
 
 def _confirm(verb: str, filter: Filter, yes: bool) -> None:
     parts = {"of type": filter.type, "in queue": filter.queue, "with error": filter.error_type}
+    parts |= {"with tag": filter.tag, "with payloads that have": filter.text}
     which = "".join(f" {words} {value}" for words, value in parts.items() if value)
     if not yes:
         click.confirm(f"{verb} all {filter.status} jobs{which}?", abort=True)

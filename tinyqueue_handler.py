@@ -26,8 +26,10 @@ from tinyqueue_job import (
     MAX_AFTER,
     MAX_ATTEMPTS,
     MAX_DELAY,
+    MAX_TAGS,
     NAME,
     PRINTABLE,
+    TAG_LENGTH,
     URL,
     URL_LENGTH,
     URL_RULE,
@@ -387,6 +389,7 @@ def make_job(
     after: Iterable[str | Job] | None = None,
     on_failure: Literal["fail", "run"] | None = None,
     callback_url: str | None = None,
+    tags: Iterable[str] | None = None,
 ) -> Job:
     """Check the parts of a job and make it. Raises InvalidJob with the field and the rule.
 
@@ -395,30 +398,28 @@ def make_job(
     pending or processing, submit returns that job and stores no other. The job starts when the jobs
     in `after` have completed: jobs, ids, or drafts of the same batch. If one of them fails or is
     cancelled, this job fails with DependencyFailed, or with `on_failure="run"` it starts anyway.
-    When the job ends, a job of type webhook sends its end to `callback_url`.
+    When the job ends, a job of type webhook sends its end to `callback_url`. Listings find a job by
+    its `tags`, up to 10 short texts.
     """
     known = HANDLERS.get(check_name("type", type))
     encoded = _encode_payload(payload)
     if known:
         known.parse(encoded)
-    if max_attempts is None:
-        max_attempts = known.max_attempts if known else 3
-    if queue is None:
-        queue = known.queue if known else "default"
+    own = (known.max_attempts, known.queue) if known else (3, "default")
     starts_at = _first_run(delay, run_at, now)
-    expires_at = _expiry(expires_in, now, starts_at)
     job = Job(
         id=new_id(now),
         type=type,
         payload=payload,
-        max_attempts=_whole("maxAttempts", max_attempts, 1, MAX_ATTEMPTS),
-        queue=check_name("queue", queue),
+        max_attempts=_whole("maxAttempts", own[0] if max_attempts is None else max_attempts, 1, MAX_ATTEMPTS),
+        queue=check_name("queue", own[1] if queue is None else queue),
         run_at=starts_at,
-        expires_at=expires_at,
+        expires_at=_expiry(expires_in, now, starts_at),
         unique_key=_text_key("uniqueKey", unique_key) if unique_key is not None else "",
         after=_parents(after) if after is not None else (),
         on_failure=_on_failure(on_failure) if on_failure is not None else "",
         callback_url=check_url("callbackUrl", callback_url) if callback_url is not None else "",
+        tags=_tags(tags) if tags is not None else (),
     )
     if known and known.limited:
         job.limit = limit_of(msgspec.structs.replace(job, payload=msgspec.json.decode(encoded)))
@@ -460,6 +461,17 @@ def _parents(after: Any) -> tuple[str, ...]:
         rule = "must be a list of job ids, or of refs in a batch"
         raise InvalidJob("after", f"{rule}; {ascii(wrong[0])[:80]} is neither")
     return tuple(dict.fromkeys(ids))
+
+
+def _tags(tags: Any) -> tuple[str, ...]:
+    rule = f"must be a list of up to {MAX_TAGS} texts of 1 to {TAG_LENGTH} printable characters"
+    if isinstance(tags, str | bytes | Mapping) or not isinstance(tags, Iterable):
+        raise InvalidJob("tags", rule)
+    found = list(tags)
+    texts = all(isinstance(tag, str) and PRINTABLE.fullmatch(tag) and len(tag) <= TAG_LENGTH for tag in found)
+    if len(found) > MAX_TAGS or not texts:
+        raise InvalidJob("tags", rule)
+    return tuple(dict.fromkeys(found))
 
 
 def _on_failure(value: Any) -> Literal["", "run"]:

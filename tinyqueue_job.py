@@ -24,6 +24,8 @@ MAX_ATTEMPTS = 100
 MAX_DELAY = 366 * 86400  # seconds
 MAX_AFTER = 1000  # parents of a job
 KEY_LENGTH = 200  # characters of a uniqueKey
+MAX_TAGS = 10
+TAG_LENGTH = 50  # characters of a tag
 NAME = re.compile(r"[A-Za-z0-9._-]{1,100}")  # of queues, types, workers: cannot spell another key
 PRINTABLE = re.compile(r"[^\x00-\x1f\x7f-\xa0\xad\u2028\u2029\ud800-\udfff]+")  # as in openapi.json
 # The only parser of URLs, so that all code reads a URL alike. It refuses a user name, a fragment, a
@@ -150,7 +152,7 @@ SHOWN = ("id", "type", "payload", "status", "attempts", "maxAttempts", "queue", 
 SHOWN_IF_SET = (
     *("runAt", "startedAt", "endedAt", "worker", "progress", "expiresAt", "uniqueKey", "cancelRequested", "suspicions"),
     *("requestId", "traceparent", "limit", "callbackUrl", "callbackJob", "schedule", "scheduledFor", "error"),
-    *("after", "waitingFor", "onFailure", "replayOf", "history"),
+    *("after", "waitingFor", "onFailure", "tags", "replayOf", "history"),
 )
 UNREADABLE = "UnreadableRecord"
 HISTORY = 10  # attempts that are kept of a job, the running or last one among them
@@ -245,6 +247,7 @@ class Job(msgspec.Struct, rename="camel", omit_defaults=True, dict=True, forbid_
     callback_url: str = ""
     callback_job: str = ""  # id of the delivery of its last end
     replay_of: str = ""  # id of the ended job that was submitted again as this one
+    tags: tuple[str, ...] = ()
     history: tuple[PastAttempt, ...] = ()  # its former attempts; of an ended job, `worker` had the last one
     # The fields of a newer version. In the record they are beside the others, not under this name.
     unknown: dict[str, msgspec.Raw] | None = msgspec.field(default=None, name="*")
@@ -383,7 +386,7 @@ class Job(msgspec.Struct, rename="camel", omit_defaults=True, dict=True, forbid_
 
     def again(self) -> dict[str, Any]:
         """Return the options with which `make_job` makes this job again, to start now."""
-        names = ("queue", "max_attempts", "unique_key", "after", "on_failure", "callback_url")
+        names = ("queue", "max_attempts", "unique_key", "after", "on_failure", "callback_url", "tags")
         return {"payload": self.payload, **{name: value for name in names if (value := getattr(self, name))}}
 
     def place(self) -> tuple[int, str]:
@@ -402,7 +405,7 @@ class Job(msgspec.Struct, rename="camel", omit_defaults=True, dict=True, forbid_
         fields = dict(zip(self.__struct_encode_fields__, msgspec.structs.astuple(self), strict=True))
         fields |= {"createdAt": self.created_at, "updatedAt": self.updated_at or self.created_at}
         fields |= {"after": list(self.after), "waitingFor": list(self.waiting_for)}
-        fields["history"] = self.attempts_so_far()
+        fields |= {"tags": list(self.tags), "history": self.attempts_so_far()}
         set_now = [name for name in SHOWN_IF_SET if fields[name]] + ["result"] * (self.status == "completed")
         return {name: fields[name] for name in (*SHOWN, *set_now)}
 
@@ -548,10 +551,46 @@ class Filter(NamedTuple):
     type: str | None = None
     queue: str | None = None
     error_type: str | None = None
+    tag: str | None = None
+    text: str | None = None  # of the payload's JSON, in upper or lower case
 
-    def matches(self, job: Job) -> bool:
+    def matches(self, job: Job, record: bytes) -> bool:
         values = (job.status, job.type, job.queue, job.error.type if job.error else None)
-        return all(wanted is None or wanted == value for wanted, value in zip(self, values, strict=True))
+        same = all(wanted is None or wanted == value for wanted, value in zip(self[:4], values, strict=True))
+        return same and (self.tag is None or self.tag in job.tags) and (self.text is None or self._is_in(record))
+
+    def _is_in(self, record: bytes) -> bool:
+        """Whether the payload of a record has the text: as it is, in a string or without spaces."""
+        text = str(self.text)
+        spellings = {text, encode(text).decode()[1:-1], re.sub(r"([:,])\s+", r"\1", text)}
+        payload = _payload_in(record).decode("utf-8", "replace").casefold()
+        return any(spelling.casefold() in payload for spelling in spellings)
+
+
+class Page(tuple[list[Job], str]):
+    """The jobs of a listing, and the cursor of the next page. `scanned`: how many it looked at."""
+
+    scanned: int
+
+    def __new__(cls, jobs: list[Job], cursor: str, scanned: int) -> Page:
+        page = super().__new__(cls, (jobs, cursor))
+        page.scanned = scanned
+        return page
+
+
+class _Payload(msgspec.Struct):
+    payload: msgspec.Raw
+
+
+_decode_payload = msgspec.json.Decoder(_Payload).decode
+
+
+def _payload_in(record: bytes) -> bytes:
+    """Return the JSON of the payload; of an unreadable record all that it has."""
+    try:
+        return bytes(_decode_payload(record).payload)
+    except msgspec.DecodeError:
+        return record
 
 
 CURSOR = re.compile(r"([0-9]{1,16})\.([0-9a-g-]{1,36})")

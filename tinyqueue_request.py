@@ -25,7 +25,10 @@ S = TypeVar("S", Job, Schedule)
 SHOWN = 200  # characters of each filter that the audit shows
 
 # JSON or query name -> field of Filter
-FILTERS = {"status": "status", "type": "type", "queue": "queue", "errorType": "error_type"}
+FILTERS = {
+    **{"status": "status", "type": "type", "queue": "queue", "errorType": "error_type"},
+    **{"tag": "tag", "text": "text"},
+}
 
 
 # Reading requests -----------------------------------------------------------------------------------------------------

@@ -29,6 +29,7 @@ from tinyqueue import (
     Once,
     Outcome,
     Override,
+    Page,
     Queue,
     Reaped,
     S,
@@ -393,18 +394,17 @@ class Shards(Verbs):
     def wait_for(self, id: str, seconds: float) -> Job | None:
         return self.part_of(id).wait_for(id, seconds)
 
-    def page(
-        self, filter: Filter | None = None, *, limit: int = 50, cursor: str = "", cut: int | None = None
-    ) -> tuple[list[Job], str]:
+    def page(self, filter: Filter | None = None, *, limit: int = 50, cursor: str = "", cut: int | None = None) -> Page:
         """Like Queue.page. Merges the pages of the shards as far as all of them have looked."""
         pages = [shard.page(filter, limit=limit, cursor=cursor, cut=cut) for shard in self.parts]
         horizon = max((place_of(cursor) for _, cursor in pages if cursor), default=(0, ""))
         found = sorted((job for jobs, _ in pages for job in jobs), key=Job.place, reverse=True)
         seen = [job for job in found if job.place() >= horizon]
+        scanned = sum(page.scanned for page in pages)
         if len(seen) > limit:
             at, id = seen[limit - 1].place()
-            return seen[:limit], f"{at}.{id}"
-        return seen, f"{horizon[0]}.{horizon[1]}" if horizon[1] else ""
+            return Page(seen[:limit], f"{at}.{id}", scanned)
+        return Page(seen, f"{horizon[0]}.{horizon[1]}" if horizon[1] else "", scanned)
 
     def queues(self) -> dict[str, dict[str, Any]]:
         return dict(sorted(reduce(_added, (shard.queues() for shard in self.parts)).items()))
@@ -446,6 +446,9 @@ class Shards(Verbs):
 
     def count_scrape_errors(self, times: int) -> None:
         self._try_first(lambda shard: shard.count_scrape_errors(times))
+
+    def count_refused(self, counts: Mapping[str, int]) -> None:
+        self._try_first(lambda shard: shard.count_refused(counts))
 
     def spend(self, who: str, limit: int, seconds: int) -> tuple[int, int]:
         """Like Queue.spend, in the shard of the client, or in the next that answers."""

@@ -79,7 +79,7 @@ from tinyqueue_config import (
 from tinyqueue_doctor import Observer, warnings
 from tinyqueue_events import HEADERS as EVENT_HEADERS, LISTENERS, Events, cached, overview
 from tinyqueue_json import new_id
-from tinyqueue_metrics import Scrape, types
+from tinyqueue_metrics import REASONS, Refusals, Scrape, types
 from tinyqueue_problems import HEADERS, RETRY_AFTER, Problem, kind_of_status, problem, problem_of, response_headers
 from tinyqueue_request import (
     FILTERS,
@@ -193,6 +193,7 @@ FIELDS = {
     "after": "after",
     "onFailure": "on_failure",
     "callbackUrl": "callback_url",
+    "tags": "tags",
 }
 # JSON name -> argument of make_schedule
 SCHEDULE_FIELDS = {
@@ -223,6 +224,7 @@ class API(bottle.Bottle):  # type: ignore[misc]
         self._blocked = threading.BoundedSemaphore(WEB_THREADS // 2)
         self._waiters: dict[Queue, Waiter] = {}
         self._guest = Guest()
+        self._refusals = Refusals()
         self._events = Events(self._overview)
         self._types = cached(lambda: types(self.queue, TYPES_MINUTES), TYPES_EVERY)  # for events only
         self._scrape_errors = 0  # not yet counted in Redis
@@ -242,7 +244,7 @@ class API(bottle.Bottle):  # type: ignore[misc]
 
     @cached_property
     def observer(self) -> Observer:
-        return Observer(self.queue, self.settings.max_wait)
+        return Observer(self.queue, self.settings.max_wait, self._refusals)
 
     @property
     def queue(self) -> AnyQueue:
@@ -295,14 +297,20 @@ class API(bottle.Bottle):  # type: ignore[misc]
             if role == "admin" and request.path != "/work":
                 self._note_action(route.__name__, args, body)
         except Problem as error:
-            return error.response()
+            return self._refuse(error, role)
         except TinyQueueError as error:
-            return problem(error).response()
+            return self._refuse(problem(error), role)
         if isinstance(body, bottle.HTTPResponse):
             return body
         bottle.response.headers.update(response_headers())
         bottle.response.content_type = "application/json"
         return msgspec.json.encode(body)
+
+    def _refuse(self, error: Problem, role: str) -> bottle.HTTPResponse:
+        """Answer with a problem. Counts a refusal of a submission that was valid."""
+        if role == "submit" and (reason := error.more.get("reason", error.kind)) in REASONS:
+            self._refusals.note(reason, self.queue)
+        return error.response()
 
     def _note_action(self, route: str, args: Mapping[str, str], body: Mapping[str, Any]) -> None:
         """Log what an operator did, and add it to the audit. A failure to add it is only logged."""
@@ -428,8 +436,9 @@ class API(bottle.Bottle):  # type: ignore[misc]
         query = read_query()
         limit = read_int(query, "limit", 50, 1, 500)
         cursor = query.pop("cursor", "")
-        jobs, cursor = self.queue.page(read_filter(query), limit=limit, cursor=cursor, cut=PREVIEW_BYTES)
-        return {"jobs": [shorten(job.answer()) for job in jobs], "cursor": cursor or None}
+        page = self.queue.page(read_filter(query), limit=limit, cursor=cursor, cut=PREVIEW_BYTES)
+        jobs, cursor = page
+        return {"jobs": [shorten(job.answer()) for job in jobs], "cursor": cursor or None, "scanned": page.scanned}
 
     def count(self) -> dict[str, Any]:
         """Count the jobs that match a filter, up to 1,000 looked at in each request."""

@@ -578,7 +578,7 @@ def check_consistency(queue: Queue) -> None:
     _check_schedules(family("schedule:"), keys["ticks"].value if "ticks" in keys else {})
     for minute in family("minute:").values():
         totals = {field.decode() for field in minute if b":" not in field}
-        assert totals <= {"started", "waitedMs", "retried", *ENDED}
+        assert totals <= {"started", "waitedMs", "retried", "ready", "requeued", *ENDED}
         ends = [int(count) for field, count in minute.items() if field.startswith(b"completed:")]
         assert sum(ends) == int(minute.get(b"completed", 0))
         assert int(minute.get(b"waitedMs", 0)) == 0 or int(minute[b"started"]) > 0

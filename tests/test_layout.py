@@ -28,8 +28,11 @@ IMPORTS = {  # each module, and those of ours that it may import
         *("tinyqueue", "tinyqueue_embedded", "tinyqueue_http", "tinyqueue_json", "tinyqueue_schedule"),
         *("tinyqueue_shards",),
     },
+    "tinyqueue_look": {
+        *("tinyqueue", "tinyqueue_json", "tinyqueue_metrics", "tinyqueue_redis", "tinyqueue_schedule"),
+    },
     "tinyqueue_doctor": {
-        *("tinyqueue", "tinyqueue_config", "tinyqueue_handler", "tinyqueue_json", "tinyqueue_metrics"),
+        *("tinyqueue", "tinyqueue_config", "tinyqueue_handler", "tinyqueue_look", "tinyqueue_metrics"),
         *("tinyqueue_redis", "tinyqueue_schedule", "tinyqueue_shards"),
     },
     "tinyqueue_repair": {"tinyqueue", "tinyqueue_doctor", "tinyqueue_redis", "tinyqueue_shards"},
