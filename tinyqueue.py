@@ -3147,7 +3147,7 @@ def _ends_by_type(fields: Iterable[tuple[str, bytes]]) -> dict[str, dict[str, An
     types: dict[str, dict[str, Any]] = {}
     for field, value in fields:
         event, type, error = [*field.split(":", 2), "", ""][:3]
-        if event not in ("completed", "error"):
+        if event not in ("completed", "error") or not type:  # fields without a type are the sums
             continue
         ends = types.setdefault(type, {"completed": 0, "failed": 0, "errors": {}})
         ends["completed" if event == "completed" else "failed"] += read_count(value)

@@ -589,7 +589,7 @@ def check_consistency(queue: Queue) -> None:
         totals = {field.decode() for field in minute if b":" not in field}
         assert totals <= {"started", "waitedMs", "retried", "ready", "requeued", *ENDED}
         ends = [int(count) for field, count in minute.items() if field.startswith(b"completed:")]
-        assert sum(ends) == int(minute.get(b"completed", 0))
+        assert sum(ends) <= int(minute.get(b"completed", 0))  # a version before them counts no types
         assert int(minute.get(b"waitedMs", 0)) == 0 or int(minute[b"started"]) > 0
 
 
