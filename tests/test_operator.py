@@ -232,6 +232,72 @@ def test_overview_follows_the_events_of_the_server_and_polls_without_them(open: 
     playwright.expect(tile(page, "pending")).to_have_text("2")
 
 
+# Somebody who has never seen it, with a keyboard on a phone -----------------------------------------------------------
+
+
+def tab_to(page: Any, role: str, name: str | re.Pattern[str]) -> Any:
+    """Press Tab until the element has the focus, which must be visible then."""
+    wanted = page.get_by_role(role, name=name).first
+    wanted.wait_for()
+    for _ in range(80):
+        page.keyboard.press("Tab")
+        if wanted.evaluate("element => element === document.activeElement"):
+            assert wanted.evaluate("element => getComputedStyle(element).outlineStyle") != "none"
+            return wanted
+    raise AssertionError(f"Tab does not reach the {role} {name}")
+
+
+BILLED = """
+from tinyqueue import handler
+
+@handler("send-invoice", max_attempts=25)
+def send_invoice(payload: dict[str, object]) -> str:
+    return f"sent {payload['amount'] + 0.5}"
+"""
+
+
+def test_keyboard_alone_finds_explains_corrects_and_repeats_a_job(
+    start_redis: Callable[..., RedisServer], start: Any, folder: Path, browser: Any
+) -> None:
+    (folder / "handlers.py").write_text(BILLED)
+    look = {"viewport": PHONE, "color_scheme": "dark", "reduced_motion": "reduce"}
+    page = browser.new_page(**CONTEXT | look)
+    page.set_default_timeout(10_000)
+    stage = Stage(start_redis("--appendonly", "yes"), start, page)
+    for customer in range(1, 40):
+        amount = "12,50" if customer == 17 else 12.5
+        stage.submit(type="send-invoice", payload={"customer": customer, "amount": amount}, tags=["march"])
+    until(lambda: stage.queue.stats()["retrying"] == 1)
+    page.keyboard.press("/")
+    page.keyboard.type("customer 17")
+    page.keyboard.press("Enter")
+    playwright.expect(page.locator("tbody tr")).to_have_count(1)
+    tab_to(page, "link", "send-invoice")
+    page.keyboard.press("Enter")
+    shows(page, "Delayed until", "It waits", "TypeError", '"amount": "12,50"')
+    tab_to(page, "button", "Edit and run again…")
+    page.keyboard.press("Enter")
+    playwright.expect(page.get_by_label("Payload", exact=True)).to_be_focused()
+    page.keyboard.press("Control+A")
+    page.keyboard.type('{"customer": 17, "amount": ')
+    tab_to(page, "button", "Run as a new job")
+    page.keyboard.press("Enter")
+    shows(page, "is not valid JSON")
+    playwright.expect(page.get_by_label("Payload", exact=True)).to_be_focused()
+    page.keyboard.press("Control+End")
+    page.keyboard.type("12.5}")
+    tab_to(page, "button", "Run as a new job")
+    page.keyboard.press("Enter")
+    shows(page, "completed", '"sent 13.0"', "Replay of", "march")
+    playwright.expect(page.get_by_role("heading", name="send-invoice")).to_be_focused()
+    tab_to(page, "link", re.compile(r"^[0-9a-f-]{36}$"))
+    page.keyboard.press("Enter")
+    shows(page, "cancelled", '"amount": "12,50"')
+    assert page.evaluate("document.documentElement.scrollWidth") <= PHONE["width"]
+    page.close()
+    stage.queue.disconnect()
+
+
 # Six incidents, played against real processes -------------------------------------------------------------------------
 
 IN_TIME = 5.0  # seconds from when a cause can be known until the page shows it, without a click
