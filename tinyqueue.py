@@ -1127,6 +1127,10 @@ class Verbs(ABC):
         """Seconds until a rate has room for a held job, as far as this process knows."""
         return min(part.limits.next_look() - part.clock.now() for part in self.parts) / 1000
 
+    def is_quiet(self, worker: str) -> bool:
+        """Whether a worker was quiet when this process last read the paused queues."""
+        return any(QUIET_MARK + worker in part._paused[1] for part in self.parts)
+
     def disconnect(self) -> None:
         """Close all connections. Do this before a fork: each process must open its own."""
         for part in self.parts:
@@ -1235,11 +1239,11 @@ class Verbs(ABC):
         """
         status, queue = filter.status, filter.queue
         if status and not cursor and filter == Filter(status):
-            return {"count": self.stats()[status], "cursor": ""}
+            return {"count": self.stats()[status], "cursor": "", "scanned": 0}
         if status in UNENDED and not cursor and filter == Filter(status, queue=queue):
-            return {"count": self.queues().get(queue or "", {status: 0})[status], "cursor": ""}
-        jobs, cursor = self.page(filter, limit=SCANNED, cursor=cursor, cut=0)
-        return {"count": len(jobs), "cursor": cursor}
+            return {"count": self.queues().get(queue or "", {status: 0})[status], "cursor": "", "scanned": 0}
+        page = self.page(filter, limit=SCANNED, cursor=cursor, cut=0)
+        return {"count": len(page[0]), "cursor": page[1], "scanned": page.scanned}
 
     def failures(self, filter: Filter, cursor: str = "") -> dict[str, Any]:
         """Look at up to 1,000 jobs, and group those that match by type and type of their error.
@@ -1247,13 +1251,14 @@ class Verbs(ABC):
         Each group has its `count`, and of its newest job the `message`, `jobId` and `at`. Jobs
         without an error are in none. Continue with the returned cursor, and add up the counts.
         """
-        jobs, cursor = self.page(filter, limit=SCANNED, cursor=cursor, cut=0)
+        page = self.page(filter, limit=SCANNED, cursor=cursor, cut=0)
         groups: dict[tuple[str, str], dict[str, Any]] = {}
-        for job, error in ((job, job.error) for job in jobs if job.error):
+        for job, error in ((job, job.error) for job in page[0] if job.error):
             about = {"message": error.message[:MESSAGE], "jobId": job.id, "at": job.place()[0]}
             own = {"type": job.type, "errorType": error.type, "count": 0, **about}
             groups.setdefault((job.type, error.type), own)["count"] += 1
-        return {"groups": sorted(groups.values(), key=lambda group: -group["count"]), "cursor": cursor}
+        listed = sorted(groups.values(), key=lambda group: -group["count"])
+        return {"groups": listed, "cursor": page[1], "scanned": page.scanned}
 
     def purge_one(self, id: str) -> Job | None:
         """Delete an ended job. Return it as it was; None for an unknown id.
@@ -1619,10 +1624,6 @@ class Queue(Verbs):
             self.store.read(("RPUSH", token[0], "1"))
             token = None
         return {text_of(token[0]).removeprefix(self.keys.bell(""))} if token is not None else set()
-
-    def is_quiet(self, worker: str) -> bool:
-        """Whether a worker was quiet when this process last read the paused queues."""
-        return QUIET_MARK + worker in self._paused[1]
 
     def _note_paused(self, members: Iterable[bytes] | Exception) -> None:
         found = () if isinstance(members, Exception) else members

@@ -198,7 +198,7 @@ class Shards(Verbs):
     def _register_in(self, shard: Queue, worker: str) -> None:
         register, absent = self._registrations[worker]
         register(shard)
-        if any(part.is_quiet(worker) for part in self.parts):
+        if self.is_quiet(worker):
             shard.quiet(worker)
         absent.discard(shard)
 
