@@ -84,9 +84,12 @@ def test_every_page_follows_the_rules_of_axe(
     shows(page, "API key")
     check_with_axe(page, "the sign-in form")
     sign_in(page, "admin-0123456789")
+    page.get_by_role("button", name="Resume queue reports").click()
     failed = next(job for job in newest(near, "failed") if job.error and job.error.traceback)
     views = {
         "#/": "Attempts per minute",
+        "#/failures": "29 failed",
+        "#/audit": "resume",
         "#/jobs": "reports",
         "#/jobs?status=failed": "TimeoutError",
         "#/jobs?status=completed&type=nothing": "No matching jobs",
@@ -103,10 +106,22 @@ def test_every_page_follows_the_rules_of_axe(
     page.get_by_role("button", name="Submit").click()
     shows(page, "is required")
     check_with_axe(page, "a form with errors")
+    page.goto(page.url.partition("#")[0] + f"#/jobs/{failed.id}")
+    page.get_by_role("button", name="Edit and run again…").click()
+    page.get_by_label("Payload", exact=True).fill("{")
+    page.get_by_role("button", name="Run as a new job").click()
+    shows(page, "is not valid JSON")
+    check_with_axe(page, "a dialog with an error")
     page.goto(page.url.partition("#")[0] + "#/jobs?status=failed")
+    page.get_by_label("select all on this page").check()
+    check_with_axe(page, "selected jobs")
+    page.locator("[data-key=tools] input").uncheck()
     page.get_by_role("button", name="Retry all matching jobs").click()
     shows(page, "jobs match now")
     check_with_axe(page, "a dialog")
+    page.get_by_role("button", name="Retry 29 jobs").click()
+    shows(page, "29 of 29 requeued.")
+    check_with_axe(page, "a change of many jobs")
 
 
 @pytest.fixture
