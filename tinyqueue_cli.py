@@ -276,7 +276,9 @@ def _print_stats(stats: dict[str, Any]) -> None:
         oldest = f"{counts['oldestWaitingMs'] / 1000:,.1f} s" if counts["oldestWaitingMs"] else "-"
         rows.append([name, counts["pending"], counts["processing"], oldest, "paused" if counts["paused"] else ""])
     _print_table(rows)
-    click.echo(f"\ndelayed (included in pending): {stats['delayed']}\nlive workers: {stats['workers']}\n")
+    click.echo(f"\ndelayed (included in pending): {stats['delayed']}")
+    click.echo(f"retrying (included in pending): {stats['retrying']}")
+    click.echo(f"live workers: {stats['workers']}\n")
     ended = [[status, stats[status], stats["lastMinute"][status], stats["total"][status]] for status in ENDED]
     _print_table([["ended", "kept", "last minute", "total"], *ended])
 
