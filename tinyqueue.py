@@ -152,7 +152,10 @@ Keys. All share one hash tag, the namespace, and so one slot of a cluster.
     {queue}:overrides         hash    type or limit -> what replaces the numbers in the code
     {queue}:minute:<n>        hash    started, waitedMs, completed, failed, cancelled, retried in minute
                                       n since 1970; completed:<type> and error:<type>:<error>, the
-                                      attempts by how they ended. Expires after two hours
+                                      attempts by how they ended; ready, the jobs in lists when a
+                                      verdict looked; requeued and lost:<worker>, by reap; refused:
+                                      <reason>, submits; failedTick:<schedule>:<error>. Expires after
+                                      two hours
     {queue}:rate:<who>:<n>    string  requests of a client in rate window n. Expires
     {queue}:awaited           set     ids of the jobs whose end a caller waits for
     {queue}:done:<id>         list    a token that wakes those callers. A web process has an <id> of
@@ -165,6 +168,7 @@ Keys. All share one hash tag, the namespace, and so one slot of a cluster.
     {queue}:snapshots         list    the times in metrics by type as they were, newest first: up to 5
     {queue}:snapshotter       string  a lock until the next snapshot. Expires after 15 minutes
     {queue}:mark              string  a write that only WAIT needs. Expires after a second
+    {queue}:audit             list    the last 1,000 actions of operators as JSON, newest first
     {queue}:metrics           hash    events so far: <event>:<type>:<queue>, times with :<bucket>
     {queue}:trouble           hash    <check>:<subject> -> since when a verdict has found that problem
     {queue}:series            set     up to 1,000 <type>:<queue> of metrics; others: other:other
@@ -189,7 +193,6 @@ life of a job, up to upkeep. Reading, loading and metrics come last.
 from __future__ import annotations
 
 import hashlib
-import heapq
 import itertools
 import logging
 import math
@@ -331,6 +334,9 @@ SUSPICIOUS = 2  # after this many lost workers that ran a job along with others,
 MAX_REFUNDS = 10
 SAMPLED = 100  # due jobs that a count for scaling reads while no worker promotes them
 SCANNED = 1000  # jobs that one page of a listing or one bulk change looks at
+LONG = 200  # entries of a list of which a page may read only the beginning
+HEAD = 100  # entries of a long list that are read first
+PROBES = 200  # places of long lists that are looked at, to see whether their ids are sorted
 PAGE_BYTES = 32 << 20  # bytes of the records that it looks at
 READ_BYTES = 1 << 20  # bytes of the records that it reads with one command
 MEMORY_SHARE = 0.95  # of maxmemory, above which submits are refused so that stored jobs can end
@@ -349,6 +355,9 @@ LOOK = 30_000  # milliseconds between two looks at a limit with held jobs, unles
 LOOK_GAP = 20  # milliseconds between two looks, at least
 AHEAD = 100  # held jobs, or jobs at the head of a queue, that one look reads
 SHOWN = 1000  # limits of one report
+MESSAGE = 200  # characters of an error that a group of failures shows
+ACTIONS = 1000  # of operators that are kept
+ONE_ACTION = 60_000  # milliseconds between two steps of a bulk change that count as one action
 QUIET_MARK = "@"  # with a worker, what stands among the paused queues while it is quiet
 LOOK_MARK = "limit:"  # with a limit, what stands among the delayed ids until the next look at that limit
 SWEEP_MARK = "advance:"  # stands among the delayed ids, to have promote look for tokens that are left
@@ -360,6 +369,8 @@ SERIES = 1000  # pairs of type and queue in the metrics: each adds some thirty l
 SNAPSHOTS = 5  # of the times in the metrics that are kept
 SNAPSHOT_EVERY = 900  # seconds
 BUCKETS = (10, 50, 250, 1000, 5000, 15_000, 60_000, 300_000, 1_800_000, math.inf)  # ms
+
+BEFORE_ALL = place_of("9999999999999999.g")  # of the first page of a listing
 
 # Keys -----------------------------------------------------------------------------------------------------------------
 
@@ -387,6 +398,7 @@ class Keys:
         self.trouble = prefix + "trouble"
         self.holding = prefix + "holding"
         self.overrides = prefix + "overrides"
+        self.audit = prefix + "audit"
         self.ended: dict[str, str] = {status: prefix + status for status in ENDED}
 
         def each(kind: str) -> Callable[[str], str]:
@@ -1097,6 +1109,10 @@ class Verbs(ABC):
     @abstractmethod
     def get(self, id: str) -> Job | None: ...
     @abstractmethod
+    def queues(self) -> dict[str, dict[str, Any]]: ...
+    @abstractmethod
+    def stats(self, minutes: int = 0) -> dict[str, Any]: ...
+    @abstractmethod
     def page(self, filter: Filter, *, limit: int, cursor: str, cut: int | None) -> Page: ...
     @abstractmethod
     def forget(self, status: str, ids: Sequence[bytes], logged: Collection[bytes] = ()) -> int: ...
@@ -1120,6 +1136,10 @@ class Verbs(ABC):
     def seconds_to_look(self) -> float:
         """Seconds until a rate has room for a held job, as far as this process knows."""
         return min(part.limits.next_look() - part.clock.now() for part in self.parts) / 1000
+
+    def is_quiet(self, worker: str) -> bool:
+        """Whether a worker was quiet when this process last read the paused queues."""
+        return any(QUIET_MARK + worker in part._paused[1] for part in self.parts)
 
     def disconnect(self) -> None:
         """Close all connections. Do this before a fork: each process must open its own."""
@@ -1223,6 +1243,34 @@ class Verbs(ABC):
         ids = [job.id.encode() for job in jobs]
         logged = [job.id.encode() for job in jobs if job.logged]
         return {"purged": self.forget(filter.status, ids, logged), "cursor": cursor}
+
+    def count(self, filter: Filter, cursor: str = "") -> dict[str, Any]:
+        """Look at up to 1,000 jobs and count those that match. Continue with the returned cursor.
+
+        Those of a status are counted at once, and the unended ones of a queue.
+        """
+        status, queue = filter.status, filter.queue
+        if status and not cursor and filter == Filter(status):
+            return {"count": self.stats()[status], "cursor": "", "scanned": 0}
+        if status in UNENDED and not cursor and filter == Filter(status, queue=queue):
+            return {"count": self.queues().get(queue or "", {status: 0})[status], "cursor": "", "scanned": 0}
+        page = self.page(filter, limit=SCANNED, cursor=cursor, cut=0)
+        return {"count": len(page[0]), "cursor": page[1], "scanned": page.scanned}
+
+    def failures(self, filter: Filter, cursor: str = "") -> dict[str, Any]:
+        """Look at up to 1,000 jobs, and group those that match by type and type of their error.
+
+        Each group has its `count`, and of its newest job the `message`, `jobId` and `at`. Jobs
+        without an error are in none. Continue with the returned cursor, and add up the counts.
+        """
+        page = self.page(filter, limit=SCANNED, cursor=cursor, cut=0)
+        groups: dict[tuple[str, str], dict[str, Any]] = {}
+        for job, error in ((job, job.error) for job in page[0] if job.error):
+            about = {"message": error.message[:MESSAGE], "jobId": job.id, "at": job.place()[0]}
+            own = {"type": job.type, "errorType": error.type, "count": 0, **about}
+            groups.setdefault((job.type, error.type), own)["count"] += 1
+        listed = sorted(groups.values(), key=lambda group: -group["count"])
+        return {"groups": listed, "cursor": page[1], "scanned": page.scanned}
 
     def purge_one(self, id: str) -> Job | None:
         """Delete an ended job. Return it as it was; None for an unknown id.
@@ -1591,10 +1639,6 @@ class Queue(Verbs):
             self.store.read(("RPUSH", token[0], "1"))
             token = None
         return {text_of(token[0]).removeprefix(self.keys.bell(""))} if token is not None else set()
-
-    def is_quiet(self, worker: str) -> bool:
-        """Whether a worker was quiet when this process last read the paused queues."""
-        return QUIET_MARK + worker in self._paused[1]
 
     def _note_paused(self, members: Iterable[bytes] | Exception) -> None:
         found = () if isinstance(members, Exception) else members
@@ -2320,6 +2364,42 @@ class Queue(Verbs):
         mark = QUIET_MARK + check_name("worker", worker)
         return bool(self.store.read(("SREM", self.keys.paused, mark), ("EXISTS", self.keys.worker(worker)))[1])
 
+    # Audit ------------------------------------------------------------------------------------------------------------
+
+    def note_action(self, by: str, action: str, target: Mapping[str, Any], result: Mapping[str, Any]) -> None:
+        """Add what an operator did to the last ACTIONS actions. `target` names what was changed.
+
+        If `target` has a filter, the step of a bulk change is added to the step before.
+        """
+        made = b""
+
+        def body(tx: Transaction) -> None:
+            nonlocal made
+            newest = tx.read(("LINDEX", self.keys.audit, 0))[0]
+            if tx.again and newest == made:
+                return
+            entry = {"at": tx.now, "by": by, "action": action, "target": dict(target), "result": dict(result)}
+            before = msgspec.json.decode(newest) if newest and "filter" in target else {}
+            same = all(before.get(name) == entry[name] for name in ("by", "action", "target"))
+            if same and tx.now - before["at"] < ONE_ACTION:
+                entry["result"] = {name: before["result"].get(name, 0) + count for name, count in result.items()}
+                tx.write("LTRIM", self.keys.audit, 1, -1)
+            made = encode(entry)
+            tx.write("LPUSH", self.keys.audit, made)
+            tx.write("LTRIM", self.keys.audit, 0, ACTIONS - 1)
+
+        self.store.transact([self.keys.audit], body)
+
+    def audit(self, limit: int = ACTIONS) -> list[dict[str, Any]]:
+        """Return the last actions of operators, newest first.
+
+        Each has `at`, `by` (the name of a key, or user@host), `action`, `target` and `result`.
+        """
+        try:
+            return list(map(msgspec.json.decode, self.store.read(("LRANGE", self.keys.audit, 0, limit - 1))[0]))
+        except msgspec.DecodeError as error:
+            raise Corrupted(f"an action in {self.keys.audit} cannot be read: {error}") from None
+
     # Upkeep -----------------------------------------------------------------------------------------------------------
 
     def set_limit(self, limit: str, override: Override) -> None:
@@ -2367,7 +2447,7 @@ class Queue(Verbs):
     def deregister(self, worker: str) -> None:
         """Remove a worker that has stopped. Requeue the jobs that it still holds, like `reap`."""
         self.store.read(("DEL", self.keys.lease(worker)))
-        self.reap(worker)
+        self.reap(worker, lost=False)
 
     def promote(self) -> int:
         """Move up to 500 jobs to their queues when runAt has come. Return how many ids it removed.
@@ -2449,7 +2529,7 @@ class Queue(Verbs):
         """How many workers had no lease when `lost_workers` last looked."""
         return sum(lease is None for lease, _ in self._leases.values())
 
-    def reap(self, worker: str, others: int = 0) -> int:
+    def reap(self, worker: str, others: int = 0, lost: bool = True) -> int:
         """Remove a lost worker and requeue or end its jobs. Return how many; 0 if it is alive.
 
         It is alive if its lease exists, unless `lost_workers` has seen that very lease unchanged
@@ -2460,7 +2540,8 @@ class Queue(Verbs):
         and deleting the list would lose what it takes. Requeues an id of the list only if its job
         is pending, or processing under this worker's name. Otherwise a job that was requeued before
         and runs elsewhere would run twice. A worker that was reaped before may have taken ids
-        since. They are requeued too. `others` counts the jobs that it ran in other shards.
+        since. They are requeued too. `others` counts the jobs that it ran in other shards. A worker
+        that is `lost` is counted in this minute, with its jobs.
         """
         registration = self.keys.worker(worker)
         lease = self.keys.lease(worker)
@@ -2468,7 +2549,7 @@ class Queue(Verbs):
         stale = self._lost.get(worker)
 
         def body(tx: Transaction) -> int:
-            sign, entries = tx.read(("GET", lease), ("LRANGE", proc, 0, -1))
+            known, sign, entries = tx.read(("EXISTS", registration), ("GET", lease), ("LRANGE", proc, 0, -1))
             if sign is not None and sign != stale:
                 return 0
             jobs = list(self._read_jobs(tx, entries, watch=True))
@@ -2487,6 +2568,9 @@ class Queue(Verbs):
             tx.write("DEL", registration, lease, proc)
             tx.write("SREM", self.keys.workers, worker)
             tx.write("SREM", self.keys.paused, QUIET_MARK + worker)
+            if lost and known:
+                tx.minute[f"lost:{worker}"] += 1
+                tx.minute["requeued"] += held
             self.limits.wake(tx)
             return held
 
@@ -2717,7 +2801,7 @@ class Queue(Verbs):
         bytes than that. Raises InvalidJob for a malformed cursor.
         """
         filter = filter or Filter()
-        entries = self._find_entries(filter, place_of(cursor or "9999999999999999.g"))
+        entries = self._find_entries(filter, place_of(cursor) if cursor else BEFORE_ALL)
         jobs: list[Job] = []
         seen = size = 0
         for id, record in self.read_records([id for _, id, _ in entries[:SCANNED]]):
@@ -2774,17 +2858,22 @@ class Queue(Verbs):
         start = f"{start[:8]}-{start[8:]}"
         bound = min(max(before[1], start), start + "~").encode()
         first: list[bytes] = []
-        for window in self._read_unended(filter):
-            last = first[-1] if len(first) > SCANNED else b""
-            closer = {id for id in window if last < id < bound and ID.fullmatch(text_of(id))}
-            first = heapq.nlargest(SCANNED + 1, closer.union(first)) if closer else first
+
+        def oldest() -> bytes:
+            return first[-1] if len(first) > SCANNED else b""
+
+        for window in self._read_unended(filter, oldest if before == BEFORE_ALL else None):
+            last = oldest()
+            if closer := [id for id in window if last < id < bound]:
+                first = _newest(closer, first)
         return [(created_at(id), id, UNENDED) for id in map(text_of, first)]
 
-    def _read_unended(self, filter: Filter) -> Iterator[list[bytes]]:
+    def _read_unended(self, filter: Filter, oldest: Callable[[], bytes] | None) -> Iterator[list[bytes]]:
         """Read the entries of all lists that may hold unended jobs, up to LISTED at a time.
 
         Reads them in the order in which a job moves on, so that it misses none that moves
-        meanwhile. Reads the lists of workers twice, because a job may go back from there.
+        meanwhile. Reads the lists of workers twice, because a job may go back from there. With
+        `oldest`, skips those that are older than what that returns, where that is easy.
         """
         held = [self.keys.proc(worker) for worker in self._known_workers()]
         yield from self.read_lists(held)
@@ -2792,9 +2881,36 @@ class Queue(Verbs):
             yield from self.read_entries(self.keys.delayed, "ZRANGE")
             yield from self.read_held()
             names = [filter.queue] if filter.queue else self.queue_names()
-            yield from self.read_lists([self.keys.jobs(name) for name in names])
+            lists = [self.keys.jobs(name) for name in names]
+            yield from self._read_newest(lists, oldest) if oldest else self.read_lists(lists)
             yield from self.read_lists([self.keys.proc(worker) for worker in self._known_workers()])
             yield from self.read_held()
+
+    def _read_newest(self, keys: Sequence[str], oldest: Callable[[], bytes]) -> Iterator[list[bytes]]:
+        """Read lists of queues, but only the beginning of long ones that begin with the newest job.
+
+        Jobs enter a list at its left. Only those that were delayed or run again may be older than
+        what is right of them. If the ids at several places are sorted, these jobs are few, and
+        reading stops where most ids are older than `oldest` returns.
+        """
+        sizes = self.store.read(*(("LLEN", key) for key in keys)) if keys else []
+        long = {key: size for key, size in zip(keys, sizes, strict=True) if size > LONG}
+        yield from self.read_lists([key for key in keys if key not in long])
+        count = max(4, PROBES // max(len(long), 1))
+        places = [[size * place // count for place in range(count)] + [-1] for size in long.values()]
+        probes = [("LINDEX", key, place) for key, own in zip(long, places, strict=True) for place in own]
+        ids = iter(self.store.read(*probes)) if probes else iter(())
+        found = {key: [next(ids) or b"" for _ in range(count + 1)] for key in long}
+        left = {key: 0 for key, own in found.items() if own == sorted(own, reverse=True)}
+        yield from self.read_lists([key for key in long if key not in left])
+        step = HEAD
+        while left:
+            windows = self.store.read(*(("LRANGE", key, at, at + step - 1) for key, at in left.items()))
+            yield list(itertools.chain(*windows))
+            last = oldest()
+            further = [len(window) == step and max(window[-step // 4 :]) > last for window in windows]
+            left = {key: at + step - step // 10 for (key, at), more in zip(left.items(), further, strict=True) if more}
+            step = max(HEAD, min(4 * step, LISTED // max(len(left), 1)))
 
     def read_held(self) -> Iterator[list[bytes]]:
         """Read the ids of the held jobs of all limits."""
@@ -2985,12 +3101,13 @@ class Queue(Verbs):
         another follows. `revived`: `retry` requeued a job. `released`: a stopping worker requeued a
         job. `reaped`: an attempt was lost with its worker. By time in BUCKETS: `waited` from when a
         job could start until it did, and `ran` from a start until its outcome was written.
-        `waitedMs` and `ranMs` are their sums. `scrapeErrors` has neither type nor queue.
+        `waitedMs` and `ranMs` are their sums. `scrapeErrors` has neither type nor queue. `refused`
+        has the reasons of refused submissions instead.
         """
         found: dict[str, dict[tuple[str, ...], int]] = {}
         for field, value in pairs(self.store.read(("HGETALL", self.keys.metrics))[0]):
             event, *labels = parts = field.split(":")
-            if len(labels) != 1 and all(map(NAME.fullmatch, parts)):
+            if (len(labels) != 1 or event == "refused") and all(map(NAME.fullmatch, parts)):
                 found.setdefault(event, {})[tuple(labels)] = read_count(value)
         return found
 
@@ -3014,6 +3131,14 @@ class Queue(Verbs):
     def count_scrape_errors(self, times: int) -> None:
         """Add scrapes of the metrics that failed while Redis was unavailable."""
         self.store.read(("HINCRBY", self.keys.metrics, "scrapeErrors", times))
+
+    def count_refused(self, counts: Mapping[str, int]) -> None:
+        """Add submissions that were refused, by reason, in this minute and in the metrics."""
+        minute = self.keys.minute(self.now())
+        adds = [
+            ("HINCRBY", key, f"refused:{why}", n) for why, n in counts.items() for key in (minute, self.keys.metrics)
+        ]
+        self.store.read(("MULTI",), *adds, ("EXPIRE", minute, 7200), ("EXEC",))
 
     def spend(self, who: str, limit: int, seconds: int) -> tuple[int, int]:
         """Count a request of a client in the current window of `seconds`.
@@ -3123,7 +3248,7 @@ def _ends_by_type(fields: Iterable[tuple[str, bytes]]) -> dict[str, dict[str, An
     types: dict[str, dict[str, Any]] = {}
     for field, value in fields:
         event, type, error = [*field.split(":", 2), "", ""][:3]
-        if not type:
+        if event not in ("completed", "error") or not type:  # fields without a type are the sums
             continue
         ends = types.setdefault(type, {"completed": 0, "failed": 0, "errors": {}})
         ends["completed" if event == "completed" else "failed"] += read_count(value)
@@ -3134,6 +3259,14 @@ def _ends_by_type(fields: Iterable[tuple[str, bytes]]) -> dict[str, dict[str, An
 
 def _queues_in(counts: Iterable[tuple[str, bytes]]) -> set[str]:
     return {field.partition(":")[2] for field, _ in counts if ":" in field}
+
+
+def _newest(ids: Iterable[bytes], known: Sequence[bytes]) -> list[bytes]:
+    """Return the first SCANNED + 1 job ids, newest first, among those `known` and some more."""
+    found = sorted({*ids, *known}, reverse=True)
+    checked = {*known}
+    ours = (id for id in found if id in checked or ID.fullmatch(text_of(id)))
+    return list(itertools.islice(ours, SCANNED + 1))
 
 
 def _warn_of_gone(ids: Sequence[str]) -> None:

@@ -8,21 +8,24 @@ from __future__ import annotations
 
 import codecs
 import functools
+import getpass
 import json
 import math
+import os
 import re
 import signal
 import sys
 import textwrap
+import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
 from functools import partial
 from http import HTTPStatus
 from io import TextIOWrapper
-from typing import Any, NamedTuple
+from typing import Any, Literal
 
 import click
 import msgspec
@@ -56,6 +59,7 @@ from tinyqueue_config import Settings, error_line, load_handlers, open_queue, pl
 from tinyqueue_doctor import Finding, Observer, examine, local_workers
 from tinyqueue_embedded import StartError, folder_of, local_redis
 from tinyqueue_json import from_json, to_json
+from tinyqueue_plan import BUSY, FULL, Load, Plan, make_plan
 from tinyqueue_repair import repair
 from tinyqueue_shards import AnyQueue
 from tinyqueue_why import answer
@@ -65,13 +69,15 @@ from tinyqueue_why import answer
 SECTIONS = {
     "Processes": ("web", "run", "worker", "redis"),
     "Submit jobs": ("enqueue",),
-    "Inspect": ("stats", "workers", "list", "failed", "get", "log"),
-    "Manage jobs and queues": ("retry", "cancel", "pause", "resume", "limits", "purge", "schedules"),
+    "Inspect": ("stats", "workers", "list", "failed", "failures", "get", "log", "audit"),
+    "Manage jobs": ("retry", "cancel", "hasten", "replay", "purge"),
+    "Manage queues and workers": ("pause", "resume", "limits", "schedules", "quiet"),
     "Back up": ("backup", "restore"),
     "Diagnose": ("doctor", "check"),
     "Prepare": ("plan",),
 }
 LOG_EVERY = 1.0  # seconds between two looks at a log that is followed
+WORDS = {"purged": "deleted", "skipped": "skipped (changed meanwhile)"}  # for the counts of bulk changes
 WEB_TIMEOUT = 5.0  # seconds for a web process to answer /health
 Command = Callable[..., None]
 
@@ -151,6 +157,25 @@ def _require_job(job: Job | None, id: str) -> Job:
     return job
 
 
+def _note(queue: AnyQueue, action: str, target: Mapping[str, Any], result: Mapping[str, Any] | None = None) -> None:
+    """Add a change to the audit. The change stays if that fails."""
+    try:
+        name = getpass.getuser()
+    except (KeyError, OSError, ImportError):  # a user id without a name, as in some containers
+        name = str(os.getuid())
+    try:
+        queue.note_action(f"{name}@{host_name()}", action, target, result or {})
+    except TinyQueueError as error:
+        click.echo(f"Warning: could not add this to the audit: {error}", err=True)
+
+
+def _read_payload(payload: str) -> Any:
+    try:
+        return from_json(sys.stdin.buffer.read() if payload == "-" else payload.encode("utf-8", "surrogateescape"))
+    except ValueError as error:
+        raise click.UsageError(f"PAYLOAD is not JSON: {error}") from None
+
+
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 refresh_option = click.option("--watch", is_flag=True, help="Refresh every two seconds until Ctrl-C.")
 limit_option = click.option(
@@ -214,11 +239,7 @@ def enqueue(settings: Settings, /, type: str, payload: str, **options: Any) -> N
     load_handlers(settings.handlers)
     if type not in HANDLERS:
         raise UnknownType(type, sorted(HANDLERS))
-    try:
-        value = from_json(sys.stdin.buffer.read() if payload == "-" else payload.encode("utf-8", "surrogateescape"))
-    except ValueError as error:
-        raise click.UsageError(f"PAYLOAD is not JSON: {error}") from None
-    click.echo(queue.enqueue(type, value, **options).id)
+    click.echo(queue.enqueue(type, _read_payload(payload), **options).id)
 
 
 # Inspect --------------------------------------------------------------------------------------------------------------
@@ -256,7 +277,9 @@ def _print_stats(stats: dict[str, Any]) -> None:
         oldest = f"{counts['oldestWaitingMs'] / 1000:,.1f} s" if counts["oldestWaitingMs"] else "-"
         rows.append([name, counts["pending"], counts["processing"], oldest, "paused" if counts["paused"] else ""])
     _print_table(rows)
-    click.echo(f"\ndelayed (included in pending): {stats['delayed']}\nlive workers: {stats['workers']}\n")
+    click.echo(f"\ndelayed (included in pending): {stats['delayed']}")
+    click.echo(f"retrying (included in pending): {stats['retrying']}")
+    click.echo(f"live workers: {stats['workers']}\n")
     ended = [[status, stats[status], stats["lastMinute"][status], stats["total"][status]] for status in ENDED]
     _print_table([["ended", "kept", "last minute", "total"], *ended])
 
@@ -274,7 +297,7 @@ def _print_workers(workers: list[dict[str, Any]]) -> None:
     rows = [["worker", "alive", "busy", "queues", "jobs"]]
     for worker in workers:
         busy = f"{len(worker['jobs'])}/{worker['concurrency']}"
-        alive = "yes" if worker["alive"] else "no"
+        alive = ("quiet" if worker["quiet"] else "yes") if worker["alive"] else "no"
         rows.append([worker["id"], alive, busy, ",".join(worker["queues"]), " ".join(worker["jobs"])])
     _print_table(rows, empty="no workers; start one with: tinyqueue worker")
     now = time.time() * 1000
@@ -292,11 +315,28 @@ def _print_workers(workers: list[dict[str, Any]]) -> None:
 @cli.command("list")
 @filter_options(*STATUSES)
 @limit_option
+@click.option("--count", "counts", is_flag=True, help="Only print how many there are, all of them.")
 @json_option
 @pass_queue
-def list_jobs(queue: AnyQueue, filter: Filter, limit: int, as_json: bool) -> None:
+def list_jobs(queue: AnyQueue, filter: Filter, limit: int, counts: bool, as_json: bool) -> None:
     """List jobs, newest first."""
-    _list(queue, filter, limit, as_json)
+    if counts:
+        click.echo(_count(queue, filter))
+    else:
+        _list(queue, filter, limit, as_json)
+
+
+def _count(queue: AnyQueue, filter: Filter) -> int:
+    return sum(step["count"] for step in _steps(partial(queue.count, filter)))
+
+
+def _steps(step: Callable[[str], dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Repeat a step that looks at some jobs until it has looked at all."""
+    cursor: str | None = None
+    while cursor != "":
+        found = step(cursor or "")
+        cursor = found["cursor"]
+        yield found
 
 
 @cli.command()
@@ -307,6 +347,50 @@ def list_jobs(queue: AnyQueue, filter: Filter, limit: int, as_json: bool) -> Non
 def failed(queue: AnyQueue, filter: Filter, limit: int, as_json: bool) -> None:
     """List failed jobs, most recent failure first, with their errors."""
     _list(queue, filter._replace(status="failed"), limit, as_json)
+
+
+@cli.command()
+@filter_options()
+@json_option
+@pass_queue
+def failures(queue: AnyQueue, filter: Filter, as_json: bool) -> None:
+    """Group all failed jobs by type and error, those with the most jobs first."""
+    filter = filter._replace(status="failed")
+    groups: dict[tuple[str, str], dict[str, Any]] = {}
+    with click.progressbar(length=queue.stats()["failed"], label="failures", file=sys.stderr) as bar:
+        for found in _steps(partial(queue.failures, filter)):
+            for group in found["groups"]:
+                own = groups.setdefault((group["type"], group["errorType"]), group | {"count": 0})
+                own["count"] += group["count"]
+            bar.update(SCANNED)
+    listed = sorted(groups.values(), key=lambda group: -group["count"])
+    if as_json:
+        _print_json(listed)
+        return
+    rows = [["jobs", "type", "error", "last", "message of the last"]]
+    for group in listed:
+        at = _format_time(group["at"])
+        rows.append([group["count"], group["type"], group["errorType"], at, " ".join(group["message"].split())[:100]])
+    _print_table(rows, empty="no failed jobs")
+
+
+@cli.command()
+@limit_option
+@json_option
+@pass_queue
+def audit(queue: AnyQueue, limit: int, as_json: bool) -> None:
+    """List what operators did last, newest first: over HTTP, and with these commands."""
+    actions = queue.audit(limit)
+    if as_json:
+        _print_json(actions)
+        return
+    rows = [["time", "by", "action", "on", "result"]]
+    for entry in actions:
+        [(kind, about)] = entry["target"].items()
+        on = " ".join(f"{name}={value}" for name, value in about.items()) if kind == "filter" else f"{kind} {about}"
+        result = " ".join(f"{name}={value}" for name, value in entry["result"].items())
+        rows.append([_format_time(entry["at"]), entry["by"] or "-", entry["action"], on, result])
+    _print_table(rows, empty="no actions yet")
 
 
 def _list(queue: AnyQueue, filter: Filter, limit: int, as_json: bool) -> None:
@@ -407,14 +491,20 @@ def _print_attempts(history: Sequence[PastAttempt]) -> None:
 @click.argument("ids", nargs=-1, metavar="[ID]...")
 @filter_options("failed", "cancelled", default="failed")
 @click.option("--all", "every", is_flag=True, help="All failed jobs. Needed if no ID and no other option selects jobs.")
+@click.option("--rate", type=click.IntRange(1, SCANNED), metavar="N", help="Requeue up to N jobs a second.")
+@click.option("--most", type=click.IntRange(1), metavar="N", help="Requeue up to N jobs, the newest first.")
 @pass_queue
-def retry(queue: AnyQueue, ids: tuple[str, ...], filter: Filter, every: bool) -> None:
-    """Requeue failed or cancelled jobs with attempts reset, by ID or all that match the options."""
+def retry(queue: AnyQueue, ids: tuple[str, ...], filter: Filter, every: bool, **bounds: int | None) -> None:
+    """Requeue failed or cancelled jobs with attempts reset, by ID or all that match the options.
+
+    Ctrl-C stops after the jobs that are being requeued, and says how many are left.
+    """
     filter = _bulk_filter("failed", ids, filter, every)
-    _change_each(ids, queue.retry)
+    if ids and any(bounds.values()):
+        raise click.UsageError("--rate and --most need options that select jobs (--all for all)")
+    _change_each(queue, "retry", ids)
     if not ids:
-        done = _run_in_steps(queue, "retry", filter, partial(queue.change_many, "retry", filter))
-        click.echo(f"{done['retried']} retried, {done['skipped']} skipped (changed meanwhile)")
+        _run_in_steps(queue, "retry", filter, partial(queue.change_many, "retry", filter), **bounds)
 
 
 @cli.command()
@@ -428,11 +518,38 @@ def retry(queue: AnyQueue, ids: tuple[str, ...], filter: Filter, every: bool) ->
 def cancel(queue: AnyQueue, ids: tuple[str, ...], filter: Filter, every: bool, yes: bool) -> None:
     """Cancel pending jobs, by ID or all that match. Running jobs given by ID are asked to stop."""
     filter = _bulk_filter("pending", ids, filter, every)
-    _change_each(ids, queue.cancel)
+    _change_each(queue, "cancel", ids)
     if not ids:
         _confirm("Cancel", filter, yes)
-        done = _run_in_steps(queue, "cancel", filter, partial(queue.change_many, "cancel", filter))
-        click.echo(f"{done['cancelled']} cancelled, {done['skipped']} skipped (changed meanwhile)")
+        _run_in_steps(queue, "cancel", filter, partial(queue.change_many, "cancel", filter))
+
+
+@cli.command()
+@click.argument("ids", nargs=-1, required=True, metavar="ID...")
+@pass_queue
+def hasten(queue: AnyQueue, ids: tuple[str, ...]) -> None:
+    """Let delayed or retrying jobs start now, before the others of their queues."""
+    _change_each(queue, "hasten", ids)
+
+
+@cli.command()
+@click.argument("id")
+@click.argument("payload", required=False)
+@click.pass_obj
+def replay(settings: Settings, /, id: str, payload: str | None) -> None:
+    """Submit an ended job again as a new job, and print its id.
+
+    PAYLOAD, which is JSON or - for standard input, replaces the payload. The old job stays as it
+    is.
+    """
+    queue = require_queue(settings)
+    load_handlers(settings.handlers)
+    job = _require_job(queue.get(id), id)
+    if job.type not in HANDLERS:
+        raise UnknownType(job.type, sorted(HANDLERS))
+    new = queue.replay(id, **({} if payload is None else {"payload": _read_payload(payload)}))
+    click.echo(_require_job(new, id).id)
+    _note(queue, "replay", {"job": id}, {"jobId": new.id} if new else {})
 
 
 @cli.command()
@@ -443,6 +560,7 @@ def pause(queue: AnyQueue, names: tuple[str, ...]) -> None:
     known = queue.queues()
     for name in [check_name("queue", name) for name in names]:
         queue.pause(name)
+        _note(queue, "pause", {"queue": name})
         click.echo(f"{name} paused" + ("" if name in known else "; this queue has no jobs yet"))
 
 
@@ -453,7 +571,21 @@ def resume(queue: AnyQueue, names: tuple[str, ...]) -> None:
     """Resume a paused queue: workers start its jobs."""
     for name in [check_name("queue", name) for name in names]:
         queue.resume(name)
+        _note(queue, "resume", {"queue": name})
         click.echo(f"{name} resumed")
+
+
+@cli.command()
+@click.argument("names", nargs=-1, required=True, metavar="WORKER...")
+@click.option("--resume", "resumes", is_flag=True, help="Let them take jobs again.")
+@pass_queue
+def quiet(queue: AnyQueue, names: tuple[str, ...], resumes: bool) -> None:
+    """Let a worker take no more jobs. Those that it has taken run to their ends."""
+    for name in names:
+        if not (queue.resume_worker(name) if resumes else queue.quiet(name)):
+            raise click.ClickException(f"no such worker: {name}; see tinyqueue workers")
+        _note(queue, "resume" if resumes else "quiet", {"worker": name})
+        click.echo(f"{name} {'resumed' if resumes else 'quiet'}")
 
 
 @cli.command()
@@ -478,6 +610,7 @@ def limits(settings: Settings, /, limit: str | None, reset: bool, as_json: bool,
     load_handlers(settings.handlers)
     if limit:
         queue.set_limit(check_limit(limit), read_override(limit, wanted))
+        _note(queue, "set", {"limit": limit}, wanted)
         click.echo(f"{limit} reset" if reset else f"{limit} set")
         return
     _show(queue.limits_in_use, _print_limits, as_json, False)
@@ -495,14 +628,18 @@ def _print_limits(limits: dict[str, dict[str, Any]]) -> None:
 
 
 @cli.command()
-@filter_options(*ENDED, required=True)
+@click.argument("ids", nargs=-1, metavar="[ID]...")
+@filter_options(*ENDED)
 @yes_option
 @pass_queue
-def purge(queue: AnyQueue, filter: Filter, yes: bool) -> None:
-    """Delete ended jobs now (asks for confirmation)."""
-    _confirm("Delete", filter, yes)
-    done = _run_in_steps(queue, "purge", filter, partial(queue.purge, filter))
-    click.echo(f"{done['purged']} deleted")
+def purge(queue: AnyQueue, ids: tuple[str, ...], filter: Filter, yes: bool) -> None:
+    """Delete ended jobs now, by ID or all that match (asks for confirmation)."""
+    if bool(ids) == bool(filter.status) or (ids and filter != Filter()):
+        raise click.UsageError("give either the IDs of jobs, or --status and other options that select jobs")
+    _change_each(queue, "purge", ids)
+    if not ids:
+        _confirm("Delete", filter, yes)
+        _run_in_steps(queue, "purge", filter, partial(queue.purge, filter))
 
 
 @cli.command()
@@ -525,6 +662,7 @@ def schedules(queue: AnyQueue, names: tuple[str, ...], verb: str | None, watch: 
         done: Schedule | Job | None = getattr(tinyqueue_schedule, verb)(queue, check_name("name", name))
         if done is None:
             raise click.ClickException(f"no such schedule: {name}")
+        _note(queue, verb, {"schedule": name}, {"jobId": done.id} if isinstance(done, Job) else {})
         click.echo(done.id if isinstance(done, Job) else f"{name} {verb.removesuffix('e')}ed")
 
 
@@ -560,14 +698,17 @@ def _bulk_filter(status: Status, ids: tuple[str, ...], filter: Filter, every: bo
     return filter._replace(status=filter.status or status)
 
 
-def _change_each(ids: Sequence[str], change: Callable[[str], Job | None]) -> None:
+def _change_each(queue: AnyQueue, verb: Literal["cancel", "retry", "hasten", "purge"], ids: Sequence[str]) -> None:
     """Change jobs by id and print the result of each. Exit with 1 if one could not be changed."""
+    change = {"cancel": queue.cancel, "retry": queue.retry, "hasten": queue.hasten, "purge": queue.purge_one}[verb]
     failed = 0
     for at, id in enumerate(ids):
         try:
             job = _require_job(change(id), id)
+            _note(queue, "run" if verb == "hasten" else verb, {"job": id})
             requested = job.status == "processing" and job.cancel_requested
-            click.echo(f"{id} {'cancellation requested' if requested else job.status}")
+            status = "deleted" if verb == "purge" else job.status
+            click.echo(f"{id} {'cancellation requested' if requested else status}")
         except (WrongStatus, click.ClickException) as error:
             failed += 1
             click.echo(f"Error: {error}", err=True)
@@ -586,17 +727,44 @@ def _confirm(verb: str, filter: Filter, yes: bool) -> None:
         click.confirm(f"{verb} all {filter.status} jobs{which}?", abort=True)
 
 
-def _run_in_steps(queue: AnyQueue, verb: str, filter: Filter, step: Callable[[str], dict[str, Any]]) -> Counter[str]:
-    """Repeat a bulk change until it has seen all jobs; show progress and add up the counts."""
+def _run_in_steps(
+    queue: AnyQueue,
+    verb: str,
+    filter: Filter,
+    step: Callable[[str, int], dict[str, Any]],
+    *,
+    rate: int | None = None,
+    most: int | None = None,
+) -> None:
+    """Repeat a bulk change until it has seen all jobs; show progress, and print the counts.
+
+    With a `rate`, there is a step each second. Ctrl-C stops between two steps: then print how many
+    jobs are left, and exit with 1.
+    """
+    stop = threading.Event()
+    signal.signal(signal.SIGINT, lambda *_: stop.set())
     total: Counter[str] = Counter()
-    with click.progressbar(length=queue.stats()[str(filter.status)], label=verb, file=sys.stderr) as bar:
+    about = {re.sub("_(.)", lambda match: match[1].upper(), name): v for name, v in filter._asdict().items() if v}
+    bounded = bool(rate or most)
+    left = most or math.inf
+    length = min(left, _count(queue, filter)) if bounded else queue.stats()[str(filter.status)]
+    with click.progressbar(length=int(length), label=verb, file=sys.stderr) as bar:
         cursor = ""
-        while cursor or not total:
-            counts = step(cursor)
+        while (cursor or not total) and left > 0 and not stop.is_set():
+            began = time.monotonic()
+            counts = step(cursor, int(min(left, rate or SCANNED)))
             cursor = counts.pop("cursor")
             total.update(counts)
-            bar.update(SCANNED)
-    return total
+            _note(queue, verb, {"filter": about}, counts)
+            changed = sum(counts.values())
+            left -= changed
+            bar.update(changed if bounded else SCANNED)
+            if rate and changed and cursor:
+                stop.wait(began + 1 - time.monotonic())
+    click.echo(", ".join(f"{count} {WORDS.get(word, word)}" for word, count in total.items()))
+    if stop.is_set() and cursor:
+        click.echo(f"stopped; {_count(queue, filter)} left")
+        click.get_current_context().exit(1)
 
 
 # The embedded Redis ---------------------------------------------------------------------------------------------------
@@ -658,6 +826,7 @@ def restore(queue: AnyQueue, file: str, merge: bool, resumes: bool, oldest: int)
     """Restore the jobs of a backup with their ids, into paused queues. - is standard input."""
     with click.progressbar(length=0, label="restore", file=sys.stderr) as bar:
         restored = restore_file(queue, file, bar, merge=merge, oldest=oldest)
+    _note(queue, "restore", {"file": file}, restored.stored)
     _print_restored(restored)
     names = restored.resumable
     for name in names if resumes else ():
@@ -708,8 +877,11 @@ def doctor(ctx: click.Context, repairs: bool, as_json: bool) -> None:
     settings: Settings = ctx.obj
     connections = settings.shards * (settings.web_concurrency * settings.web_connections + settings.worker_connections)
     queue = require_queue(settings)
-    repaired = (repair(queue.parts) or [Finding("ok", "repair", "nothing to repair")]) if repairs else []
-    findings = repaired + examine(queue, connections)
+    findings = repair(queue.parts) if repairs else []
+    if repairs:
+        _note(queue, "repair", {"namespace": settings.namespace}, {"repaired": len(findings)})
+        findings = findings or [Finding("ok", "repair", "nothing to repair")]
+    findings += examine(queue, connections)
     show = _print_json if as_json else _print_findings
     show(findings)
     ctx.exit(int(any(finding.level == "fail" for finding in findings)))
@@ -769,113 +941,8 @@ def _check_web(settings: Settings) -> str:
 
 # Prepare --------------------------------------------------------------------------------------------------------------
 
-# Measured by tests/bench.py --plan; docs/operations.md says where. Times are of one core.
-BUSY = 0.7  # planned use of slots and cores: the rest absorbs peaks and works off a backlog
-FULL = 0.8  # planned use of maxmemory; an alert fires above it
-REDIS_COST = 350e-6, 6e-9  # seconds of Redis for a job that is submitted and run by itself; for each byte of it
-WORKER_COST = 1000e-6, 10e-9  # seconds of a worker process, without the handler
-WEB_COST = 600e-6, 10e-9  # seconds of a web process for a submit
-ENTRY = 250, 450  # bytes of Redis for a pending job and for an ended one, beside its record
-RECORD = 50, 250  # bytes of the record, beside payload and result
-TRACEBACK = 1500  # bytes of a failed job's error
-ONCE = 360  # bytes of Redis for an Idempotency-Key
-OWN = 5_000_000, 25_000  # bytes of Redis without jobs, and for each connection
-MAX_SHARDS = 64
 PERIODS = (3600, "h"), (60, "min")
 CLIENTS = 10_000  # connections that Redis accepts by default
-
-
-class Load(NamedTuple):
-    """What a deployment is planned for. Sizes are bytes of JSON, times are seconds."""
-
-    rate: float
-    duration: float
-    payload: int
-    result: int = 100
-    failed: float = 1.0  # percent
-    outage: float = 3600.0
-    keys: bool = False
-
-
-class Plan(msgspec.Struct, rename="camel"):
-    """What a load needs. Memory is in bytes; connections are those to each shard."""
-
-    busy_slots: float
-    slots: int
-    workers: int
-    web_processes: int
-    shards: int
-    jobs_per_redis: int
-    connections: int
-    backlog: int
-    catch_up: float
-    memory: dict[str, int]
-    max_memory: int
-
-
-def make_plan(load: Load, settings: Settings) -> Plan:
-    """Compute what a load needs. Raises SettingsError if it is too much for one deployment."""
-    size = load.payload + load.result
-    per_redis = _rate_of_one(REDIS_COST, size)
-    per_worker = _rate_of_one(WORKER_COST, size)
-    shards = max(settings.shards, _round_up(load.rate / per_redis))
-    if shards > MAX_SHARDS:
-        raise SettingsError(f"{load.rate:,.0f} such jobs/s need {shards} shards, and {MAX_SHARDS} are the most")
-    needed = max(1, _round_up(load.rate * load.duration / BUSY))
-    workers = max(_round_up(needed / settings.worker_concurrency), _round_up(load.rate / per_worker))
-    web = _round_up(load.rate / _rate_of_one(WEB_COST, load.payload))
-    slots = workers * settings.worker_concurrency
-    backlog = _round_up(load.rate * load.outage)
-    connections = workers * settings.worker_connections + web * settings.web_connections
-    memory = _plan_memory(load, settings, backlog, shards)
-    memory["other"] = shards * (OWN[0] + connections * OWN[1])
-    return Plan(
-        busy_slots=load.rate * load.duration,
-        slots=slots,
-        workers=workers,
-        web_processes=web,
-        shards=shards,
-        jobs_per_redis=int(per_redis),
-        connections=connections,
-        backlog=backlog,
-        catch_up=backlog / (min(slots / load.duration, workers * per_worker / BUSY) - load.rate),
-        memory=memory,
-        max_memory=_round_up(sum(memory.values()) / FULL),
-    )
-
-
-def _rate_of_one(cost: tuple[float, float], size: int) -> float:
-    """Return how many jobs a second one core serves at the planned use."""
-    return BUSY / (cost[0] + cost[1] * size)
-
-
-def _round_up(number: float) -> int:
-    return math.ceil(round(number, 6))
-
-
-def _plan_memory(load: Load, settings: Settings, backlog: int, shards: int) -> dict[str, int]:
-    """Return the bytes of all jobs of each kind that are stored at the end of the outage."""
-    kept = KEPT * shards
-    share = load.failed / 100
-    completed = min(kept, load.rate * (1 - share) * settings.keep_completed)
-    failed = min(kept, load.rate * share * settings.keep_failed)
-    keys = load.rate * settings.keep_once if load.keys else 0
-    return {
-        "pending": _round_up((backlog + load.rate * load.duration) * memory_of(load.payload)),
-        "completed": _round_up(completed * memory_of(load.payload + load.result, ended=True)),
-        "failed": _round_up(failed * memory_of(load.payload + TRACEBACK, ended=True)),
-        "keys": _round_up(keys * ONCE),
-    }
-
-
-def memory_of(size: int, ended: bool = False) -> int:
-    """Return the bytes of Redis for a job with that many bytes of payload and result.
-
-    Redis' allocator rounds a record up to one of four sizes between two powers of two.
-    """
-    record = size + RECORD[ended]
-    step = 1 << max(4, (record - 1).bit_length() - 3)
-    return ENTRY[ended] + -(-record // step) * step
 
 
 class _Number(click.FloatRange):

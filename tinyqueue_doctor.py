@@ -11,48 +11,39 @@ import math
 import os
 import re
 import socket
-import sys
 import threading
 import time
-from bisect import bisect_left
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
-from itertools import accumulate
-from typing import Any, Literal, NamedTuple
+from itertools import pairwise
+from typing import Any, Literal
+from urllib.parse import urlencode
 
 import msgspec
 import redis
 from msgspec.structs import replace
 
 from tinyqueue import (
-    BUCKETS,
-    ID,
-    LIMIT,
     MEMORY_SHARE,
-    NAME,
-    SERIES,
     UNENDED,
     Queue,
     TinyQueueError,
-    Unavailable,
     host_name,
-    ids_in,
-    read_count,
-    read_workers,
 )
 from tinyqueue_config import plural
 from tinyqueue_handler import rule_of
-from tinyqueue_json import created_at
-from tinyqueue_redis import ask_each, memory_use, pairs, parse_info, text_of
-from tinyqueue_schedule import list_schedules, read_schedule
+from tinyqueue_look import LATEST, LONG_RUN, MINUTE, NAMED, RECENT, SHORT_WAIT, Look, Minutes, Sight, Waiting
+from tinyqueue_metrics import Refusals
+from tinyqueue_redis import ask_each, memory_use, parse_info
+from tinyqueue_schedule import list_schedules
 from tinyqueue_shards import AnyQueue
 
 OLDEST = (6, 0, 6)  # version of Redis: the first with LPOS
-SLOW = 10.0  # milliseconds to Redis and back; above this a worker spends its time waiting
 LATE = 90_000  # milliseconds that a schedule may be overdue: workers look once a minute
+SLOW = 10.0  # milliseconds to Redis and back; above this a worker spends its time waiting
 SKEW = 2.0  # seconds between two clocks
 COMMANDS = {  # every command that the queue uses, by how many arguments it needs at least
     0: "EXEC INFO MULTI TIME UNWATCH",
@@ -381,16 +372,15 @@ Severity = Literal["warning", "critical"]
 
 LIFETIME = 2.0  # seconds for which a process returns the same verdict again
 COUNT_EVERY = 10.0  # seconds between two comparisons of the counts, and two readings of the configuration
-SHORT_WAIT = 3000  # milliseconds that a job may always wait
 UNSERVED = 60_000  # milliseconds that a job may wait in a queue that has lost its workers
 BUSY_WAIT = 10_000  # milliseconds that a job may wait before it matters what the slots do
-LONG_RUN = 30_000  # milliseconds that a job of any type may run
-UNKNOWN_RUN = 900_000  # milliseconds that a job may run whose type has run less than SAMPLES times
-SAMPLES = 20
 LAG = 10  # seconds that a replica may be behind
-NAMED = 10  # jobs, queues or limits that a problem names
-LIMITS_READ = 50  # limits with held jobs that one look reads
-AWAY = ("unreachable", "timeout", "loading")
+FAILED = 5  # failed attempts of a type from which their share counts
+ALL_FAILED = 3  # the same if none succeeded
+FAILED_SHARE = 0.2  # of the attempts of a type
+RETRYING = 10  # jobs that wait for another attempt
+RATE_LIMITED = 10  # submissions that a rate limit may refuse
+GROWTH = 100  # jobs that a backlog grows by before it matters
 
 
 class Next(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -429,172 +419,20 @@ class Problem(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True):
         return {"check": self.check, "level": self.level} | {k: v for k, v in fields.items() if k != "subject"}
 
 
-class Waiting(NamedTuple):
-    """The job that has waited longest, and since when."""
-
-    since: int
-    job: str
-
-
-class Look:
-    """What one look at a shard has read, in a few round trips. It reads no list of jobs."""
-
-    def __init__(self, part: Queue, server: Mapping[str, str]) -> None:
-        self.part = part
-        self.now = part.now()
-        self.refusal: TinyQueueError | None = None  # why Redis takes no writes
-        try:
-            part.ping()
-        except Unavailable as error:
-            if error.reason in AWAY:
-                raise
-            self.refusal = error
-        memory = part.store.memory()
-        self.info = {**server, **memory} if memory else {}
-        self._read_tables()
-        self._read_places()
-
-    def _read_tables(self) -> None:
-        keys = self.part.keys
-        due = ("ZRANGEBYSCORE", keys.delayed, "-inf", self.now - SHORT_WAIT, "LIMIT", 0, NAMED)
-        ticks = ("ZRANGEBYSCORE", keys.ticks, "-inf", self.now - LATE, "WITHSCORES", "LIMIT", 0, NAMED)
-        sets = [("SMEMBERS", key) for key in (keys.paused, keys.workers, keys.holding)]
-        found = self.part.store.read(("HGETALL", keys.counts), ("HGETALL", keys.trouble), due, ticks, *sets)
-        counts, trouble, self.due, late, paused, workers, holding = found
-        self.counts = {field: read_count(value) for field, value in pairs(counts)}
-        self.trouble = {field: read_count(value) for field, value in pairs(trouble)}
-        self.paused = set(map(text_of, paused))
-        self.worker_ids = sorted(filter(NAME.fullmatch, map(text_of, workers)))
-        self.limits = sorted(filter(LIMIT.fullmatch, map(text_of, holding)))[:LIMITS_READ]
-        self.late = {name: int(float(at)) for name, at in pairs(late)}
-
-    def _read_places(self) -> None:
-        """Read the workers and the halts, and the next job of each place where jobs wait."""
-        keys = self.part.keys
-        counted = (field.partition(":")[2] for field, count in self.counts.items() if count > 0)
-        lists = [keys.jobs(name) for name in dict.fromkeys(counted) if name and name not in self.paused]
-        about = [key for id in self.worker_ids for key in (keys.worker(id), keys.lease(id))]
-        held = [("ZRANGE", keys.held(limit), 0, NAMED - 1) for limit in self.limits]
-        sizes = [("ZCARD", keys.held(limit)) for limit in self.limits]
-        mget = ("MGET", *about, *map(keys.halt, self.limits), keys.mark)
-        found = self.part.store.read(mget, *(("LINDEX", key, -1) for key in lists), *held, *sizes)
-        values = found[0]
-        heads = [id for id in found[1 : len(lists) + 1] if id]
-        self.workers = read_workers(self.worker_ids, values[: len(about)], self.paused)
-        self.halted = {limit for limit, value in zip(self.limits, values[len(about) :], strict=False) if value}
-        found = found[len(lists) + 1 :]
-        self.held_counts = dict(zip(self.limits, found[len(held) :], strict=True))
-        self._read_waiting([*heads, *self.due], dict(zip(self.limits, found[: len(held)], strict=True)))
-
-    def _read_waiting(self, queued: Sequence[bytes], entries: Mapping[str, Sequence[bytes]]) -> None:
-        """Read the jobs that may have waited for some time: their ids say when they were submitted.
-
-        So a look at a queue without a backlog reads no job.
-        """
-        awake = {limit: [e for e in map(text_of, some) if self._runs(e)] for limit, some in entries.items()}
-        held = {limit: some[0].partition(":")[2] for limit, some in awake.items() if some}
-        places = dict.fromkeys(ids_in(queued), True) | dict.fromkeys(held.values(), False)
-        old = [id for id in places if ID.fullmatch(id) and created_at(id) <= self.now - SHORT_WAIT]
-        self.held: dict[str, Waiting] = {}
-        self.waiting: dict[str, Waiting] = {}
-        for job in [job for job, _ in self.part.read_jobs(old, cut=0) if job and job.status == "pending"]:
-            mine = Waiting(self.now - job.waited(self.now), job.id)
-            if job.queue in self.paused or mine.since > self.now - SHORT_WAIT:
-                continue
-            if places[job.id]:
-                self.waiting[job.queue] = min(self.waiting.get(job.queue, mine), mine)
-            else:
-                self.held |= {limit: mine for limit, id in held.items() if id == job.id}
-
-    def _runs(self, entry: str) -> bool:
-        return entry.partition(":")[0] not in self.paused
-
-    def blocked_schedules(self) -> dict[str, str]:
-        """Return the overdue schedules that wait for the end of their last job, with that job."""
-        read = self.part.store.read
-        records = read(("MGET", *map(self.part.keys.schedule, self.late)))[0] if self.late else []
-        made = [read_schedule(record) for record in records if record]
-        last = {schedule.last_job: schedule.name for schedule in made if schedule.last_job}
-        jobs = (job for job, _ in self.part.read_jobs(list(last), cut=0) if job)
-        return {last[job.id]: job.id for job in jobs if job.status in UNENDED}
-
-    def still_run(self, slots: Mapping[str, int]) -> set[str]:
-        """Return which of these jobs still run since that time."""
-        jobs = (job for job, _ in self.part.read_jobs(list(slots), cut=0) if job and job.status == "processing")
-        return {job.id for job in jobs if job.started_at == slots[job.id]}
-
-
-class Sight:
-    """What the looks at all shards have seen together."""
-
-    def __init__(self, looks: Sequence[Look], max_wait: float) -> None:
-        self.looks = looks
-        self.now = looks[0].now
-        self.max_wait = round(1000 * max_wait) or sys.maxsize
-        self.patience = 2 * self.max_wait // 5  # with jobs that wait for the first worker
-        self.counts = Counter[str]()
-        for look in looks:
-            self.counts.update(look.counts)
-        self.waiting: dict[str, Waiting] = {}
-        for name, waiting in (item for look in looks for item in look.waiting.items()):
-            self.waiting[name] = min(self.waiting.get(name, waiting), waiting)
-        self.workers: dict[str, list[dict[str, Any]]] = {}  # by id, as each shard knows it
-        for worker in (worker for look in looks for worker in look.workers):
-            self.workers.setdefault(worker["id"], []).append(worker)
-        self.alive = [known for known in self.workers.values() if any(worker["alive"] for worker in known)]
-        self.halted = {limit for look in looks for limit in look.halted}
-        quiet = {name[1:] for look in looks for name in look.paused if name.startswith("@")}
-        self.serving = [known[0] for known in self.alive if known[0]["id"] not in quiet]
-        self.served = {name for worker in self.serving for name in worker["queues"]}
-
-    def waited(self, name: str) -> int:
-        """Return how long the next job of a queue has waited, in ms."""
-        return self.now - self.waiting[name].since
-
-    def oldest_first(self, names: Iterable[str]) -> list[str]:
-        return sorted(names, key=lambda name: self.waiting[name])
-
-    def count_pending(self, names: Iterable[str]) -> int:
-        return sum(self.counts["pending:" + name] for name in names)
-
-    def all_run_long(self, slots: Sequence[Mapping[str, Any]]) -> bool:
-        """Whether all these slots run jobs that take longer than usual.
-
-        A slot is as the last heartbeat says, so some jobs are read to see whether they still run.
-        """
-        shortest: dict[str, int] = {}
-        for slot in slots:
-            ran = self.now - slot["startedAt"]
-            shortest[slot["type"]] = min(ran, shortest.get(slot["type"], ran))
-        if any(ran < LONG_RUN for ran in shortest.values()):
-            return False
-        usual = self._usual_times(shortest)
-        if any(ran < max(LONG_RUN, 3 * usual[type]) for type, ran in shortest.items()):
-            return False
-        some = {slot["jobId"]: slot["startedAt"] for slot in slots[:NAMED]}
-        return some.keys() == {id for look in self.looks for id in look.still_run(some)}
-
-    def _usual_times(self, types: Iterable[str]) -> dict[str, float]:
-        """Return for each type in how many ms 95 % of its attempts end."""
-        usual: dict[str, float] = {}
-        for type in types:
-            fields = [f"ran:{type}:{name}:{bound}" for name in sorted(self.served)[:SERIES] for bound in BUCKETS]
-            counts = [0] * len(BUCKETS)
-            for look in self.looks:
-                found = look.part.store.read(("HMGET", look.part.keys.metrics, *fields))[0]
-                for at, value in enumerate(found):
-                    counts[at % len(BUCKETS)] += read_count(value)
-            usual[type] = _percentile(counts) if sum(counts) >= SAMPLES else UNKNOWN_RUN / 3
-        return usual
-
-
-def _percentile(counts: Sequence[int]) -> float:
-    """Return the time below which 95 % of the times in BUCKETS are, assumed even within one."""
-    up_to = [0, *accumulate(counts)]
-    wanted = 0.95 * up_to[-1]
-    at = bisect_left(up_to, wanted) - 1
-    low = BUCKETS[at - 1] if at else 0
-    return low + (BUCKETS[at] - low) * (wanted - up_to[at]) / counts[at]
+LOST = "read the end of its log, and check whether its process was killed or frozen"
+UNKNOWN = ":UnknownType"  # the error of jobs that a worker leaves to one that has their handler
+REFUSALS = {  # why submissions were refused, and what to do
+    "full": ("the memory of Redis is nearly used up", REMEDIES["full"]),
+    "read-only": ("Redis took no writes", REMEDIES["read-only"]),
+    "unreachable": ("Redis did not answer", REMEDIES["unreachable"]),
+    "timeout": ("Redis did not answer in time", REMEDIES["timeout"]),
+    "loading": ("Redis was loading its data", REMEDIES["loading"]),
+    "refused": ("Redis refused the user or the command", REMEDIES["refused"]),
+    "busy": ("connections or keys were in use by others", REMEDIES["busy"]),
+    "queue-full": ("there were too many pending jobs or queues", "start more workers, or raise TINYQUEUE_MAX_PENDING"),
+    "not-replicated": ("too few replicas had the jobs", "start the replicas, or lower TINYQUEUE_MIN_REPLICAS"),
+    "too-many-requests": ("of the rate limit", "let clients send less, or raise TINYQUEUE_RATE_LIMIT"),
+}
 
 
 # Checks: what is wrong with what a look has seen. Each returns nothing if all is well.
@@ -605,7 +443,8 @@ def _unavailable(part: Queue, error: TinyQueueError, shard: str = "") -> Problem
     reason = getattr(error, "reason", "")
     states = {"read-only": "takes no writes", "full": "is full"}
     detail = str(error).partition("): ")[2] or str(error)
-    text = f"Redis{shard} {states.get(reason, 'does not answer')}, so jobs can be neither submitted nor run: {detail}"
+    result = "its jobs do not run" if shard else "jobs can be neither submitted nor run"
+    text = f"Redis{shard} {states.get(reason, 'does not answer')}, so {result}: {detail}"
     away = round(1000 * (time.monotonic() - part.store.connections.last_contact))
     since = 0 if reason in states else round(1000 * time.time()) - away
     todo = Next(REMEDIES.get(reason, OTHER_REMEDY), "tinyqueue doctor")
@@ -672,44 +511,124 @@ def _lag(about: Mapping[str, str]) -> str:
 
 
 def _check_served(sight: Sight) -> Iterator[Problem]:
-    """Find queues with jobs and no live worker.
+    """Find queues with jobs and no live worker. An operator who made workers quiet knows it."""
+    unserved = sight.oldest_first(sight.waiting.keys() - sight.served - sight.quiet)
+    late = [name for name in unserved if sight.waited(name) >= _patience(sight, name)]
+    if late:
+        them = "it" if len(late) == 1 else "them"
+        why = f"no live worker serves {them}" if sight.alive else "no worker is alive"
+        text = f"{plural(sight.count_pending(late), 'job')} in {_names('queue', late)} cannot start, because {why}"
+        options = "".join(f" --queue {name}" for name in late[:NAMED]) if sight.alive else ""
+        todo = Next(f"start a worker{f' that serves {them}' if options else ''}", f"tinyqueue worker{options}")
+        since = sight.waiting[late[0]].since
+        yield Problem(check="unserved", level="critical", text=text, since=since, queues=late[:NAMED], next=todo)
+    names = sight.oldest_first(sight.waiting.keys() & sight.quiet - sight.served)
+    quiet = [name for name in names if sight.waited(name) >= sight.max_wait]
+    if quiet:
+        text = f"{plural(sight.count_pending(quiet), 'job')} in {_names('queue', quiet)} cannot start, because the "
+        text += "workers that could run them are quiet"
+        id = next(known[0]["id"] for known in sight.alive if quiet[0] in known[0]["queues"])
+        todo = Next("let a worker take jobs again", "", {"method": "POST", "path": f"/workers/{id}/resume"})
+        since = sight.waiting[quiet[0]].since
+        yield Problem(check="unserved", text=text, since=since, queues=quiet[:NAMED], subject="quiet", next=todo)
+
+
+def _patience(sight: Sight, name: str) -> int:
+    """Return how many ms jobs may wait in a queue without a worker.
 
     Without any worker, all may be scaled to zero, and the first may start soon. A queue that was
     served before may be served again after a deploy. One that never was has a wrong name, or its
     worker was forgotten.
     """
-    ever = {field.partition(":")[2] for field in sight.counts if field.startswith("processing:")}
-    late = [
-        name
-        for name in sight.oldest_first(sight.waiting.keys() - sight.served)
-        if sight.waited(name) >= (sight.patience if not sight.serving else UNSERVED if name in ever else SHORT_WAIT)
-    ]
-    if not late:
-        return
-    them = "it" if len(late) == 1 else "them"
-    why = f"no live worker serves {them}" if sight.serving else "all workers are quiet"
-    text = f"{plural(sight.count_pending(late), 'job')} in {_names('queue', late)} cannot start, because "
-    text += why if sight.alive else "no worker is alive"
-    options = "".join(f" --queue {name}" for name in late[:NAMED]) if sight.serving else ""
-    todo = Next(
-        f"start a worker that serves {them}" if sight.serving else "start a worker", f"tinyqueue worker{options}"
-    )
-    since = sight.waiting[late[0]].since
-    yield Problem(check="unserved", level="critical", text=text, since=since, queues=late[:NAMED], next=todo)
+    if not sight.alive:
+        return sight.patience
+    return UNSERVED if f"processing:{name}" in sight.counts else SHORT_WAIT
+
+
+def _check_known(sight: Sight) -> Iterator[Problem]:
+    """Find types that workers have postponed, because none that is alive has a handler for them."""
+    postponed = {field.rpartition(":")[0]: n for field, n in sight.recent("error:").items() if field.endswith(UNKNOWN)}
+    known = {name for worker in sight.serving for name in worker.get("types", postponed)}
+    if sight.serving and (types := sorted(postponed.keys() - known)):
+        text = f"Jobs of {_names('type', types)} are postponed, because no live worker has a handler for it"
+        todo = Next("start workers with the code that has it", "tinyqueue workers")
+        yield Problem(check="unknown", level="critical", text=text, types=types[:NAMED], next=todo)
+
+
+def _check_failing(sight: Sight) -> Iterator[Problem]:
+    """Find types whose attempts fail. What failed before the latest minutes is over."""
+    ends = _ends(sight, RECENT)
+    latest = _ends(sight, LATEST)
+    failing = [type for type in ends if _fails(ends[type]) and latest[type][1] > FAILED_SHARE * sum(latest[type][:2])]
+    for type in sorted(failing, key=lambda type: -ends[type][1])[:NAMED]:
+        completed, failed, errors = ends[type]
+        [(error, count)] = errors.most_common(1)
+        share = f"{failed / (completed + failed):.0%}" if completed else "All"
+        text = f"{share} of the {completed + failed} attempts of type {type} failed in the last {RECENT} minutes"
+        text += f", {'all' if count == failed else count} with {error}"
+        status = "pending" if sight.counts["retrying"] else "failed"
+        command = f"tinyqueue list --status {status} --type {type} --error-type {error}"
+        link = {"link": "#/jobs?" + urlencode({"status": status, "type": type, "errorType": error})}
+        minutes = (at for at in sorted(sight.minutes) if any(f"error:{type}:" in field for field in sight.minutes[at]))
+        yield Problem(
+            check="failing",
+            level="critical" if failed >= max(2 * FAILED, completed) else "warning",
+            text=text,
+            since=next(minutes) * MINUTE,
+            types=[type],
+            subject=type,
+            next=Next("read the errors of these jobs, and repair what they name", command, link),
+        )
+
+
+def _ends(sight: Sight, minutes: int) -> dict[str, tuple[int, int, Counter[str]]]:
+    """Return by type how many attempts completed and failed, and the failed ones by error."""
+    completed = sight.recent("completed:", minutes)
+    errors: defaultdict[str, Counter[str]] = defaultdict(Counter)
+    for field, count in sight.recent("error:", minutes).items():
+        if not field.endswith(UNKNOWN):
+            errors[field.partition(":")[0]][field.partition(":")[2]] += count
+    found = {type: (completed[type], some.total(), some) for type, some in errors.items()}
+    return defaultdict(lambda: (0, 0, Counter()), found)
+
+
+def _fails(ends: tuple[int, int, Counter[str]]) -> bool:
+    completed, failed, _ = ends
+    return failed >= (FAILED if completed else ALL_FAILED) and failed > FAILED_SHARE * (completed + failed)
+
+
+def _check_retrying(sight: Sight) -> Iterator[Problem]:
+    """Find more retrying jobs than a few failures explain."""
+    retrying = sight.counts["retrying"]
+    completed = sight.recent("completed:").total()
+    if retrying >= RETRYING and retrying > FAILED_SHARE * (retrying + completed):
+        text = f"{retrying} jobs wait for another attempt, because one has failed"
+        todo = Next("read their errors, and repair what they name", "tinyqueue list --status pending")
+        yield Problem(check="retrying", text=text, next=todo)
 
 
 def _check_lost(sight: Sight) -> Iterator[Problem]:
-    """Find workers without a lease. Another worker will reap them, if there is one."""
+    """Find workers without a lease, and those that were reaped in the last minutes."""
+    if reaped := sight.recent("lost:"):
+        ids = sorted(reaped)
+        jobs = plural(sight.recent("requeued").total(), "job was", "jobs were")
+        text = f"{_names('Worker', ids)} {'was' if len(ids) == 1 else 'were'} lost in the last {RECENT} minutes, "
+        text += f"and {jobs} requeued or ended"
+        todo = Next(LOST, "tinyqueue workers")
+        yield Problem(check="lost", text=text, workers=ids[:NAMED], subject="reaped", next=todo)
+    yield from _without_lease(sight)
+
+
+def _without_lease(sight: Sight) -> Iterator[Problem]:
     lost = [known[0] for known in sight.workers.values() if known not in sight.alive]
     ids = [worker["id"] for worker in lost]
-    lengths = [("LLEN", look.part.keys.proc(id)) for look in sight.looks for id in ids]
-    held = sum(sum(look.part.store.read(*(("LLEN", look.part.keys.proc(id)) for id in ids))) for look in sight.looks)
-    if not lengths or not (held or sight.alive):
+    held = sum(look.count_held(ids) for look in sight.looks)
+    if not ids or not (held or sight.alive):
         return
     text = f"{_names('Worker', ids)} sent no heartbeat for {sight.looks[0].part.lease:.0f} s"
     soon = "soon" if sight.alive else "only when another worker runs"
     text += f"; {plural(held, 'job')} will be requeued {soon}" if held else ""
-    todo = Next("read the end of its log, and check whether its process was killed or is frozen", "tinyqueue workers")
+    todo = Next(LOST, "tinyqueue workers")
     level: Severity = "warning" if sight.alive else "critical"
     yield Problem(check="lost", level=level, text=text, workers=ids[:NAMED], next=todo)
 
@@ -748,6 +667,54 @@ def _slots_taken(sight: Sight, ids: Sequence[str], names: Sequence[str], slots: 
     )
 
 
+def _check_stuck(sight: Sight) -> Iterator[Problem]:
+    given_up = [(worker, slot) for known in sight.alive for worker in known for slot in worker["givenUp"]]
+    if not given_up:
+        return
+    types = Counter(slot["type"] for _, slot in given_up)
+    ids = sorted({worker["id"] for worker, _ in given_up})
+    run = ", ".join(f"{count} of type {type}" for type, count in types.most_common(3))
+    still = "was given up after the timeout and still runs", "were given up after the timeout and still run"
+    text = f"{plural(len(given_up), f'handler {still[0]}', f'handlers {still[1]}')}: {run}, "
+    text += f"in {_names('worker', ids)}"
+    todo = Next("let the handler use time limits of its own; a restart of the worker ends it", "tinyqueue workers")
+    since = min(slot["startedAt"] for _, slot in given_up)
+    jobs = [slot["jobId"] for _, slot in given_up[:NAMED]]
+    yield Problem(check="stuck", text=text, since=since, types=list(types), workers=ids[:NAMED], jobs=jobs, next=todo)
+
+
+def _check_backlog(sight: Sight) -> Iterator[Problem]:
+    """Find a backlog that has grown in every minute, while jobs wait for long."""
+    minutes = sorted(sight.minutes)
+    sizes = [sight.minutes[at]["ready"] for at in minutes[:-1] if "ready" in sight.minutes[at]]
+    sizes.append(sum(look.ready for look in sight.looks))
+    grown = sizes[-1] - sizes[0]
+    names = sight.oldest_first(sight.waiting.keys() & sight.served)
+    steady = len(sizes) >= RECENT - 1 and all(before < after for before, after in pairwise(sizes))
+    if steady and grown >= max(GROWTH, sizes[0] / 4) and names and sight.waited(names[0]) >= LONG_RUN:
+        text = f"The backlog grows: {sizes[-1]} jobs wait, {grown} more than {len(sizes) - 1} minutes ago"
+        todo = Next("start more workers, or let clients submit less", "tinyqueue stats --watch")
+        yield Problem(check="backlog", text=text, since=minutes[0] * MINUTE, queues=names[:NAMED], next=todo)
+
+
+def _check_refused(sight: Sight) -> Iterator[Problem]:
+    if sight.recent("refused:", LATEST):
+        yield from _refused(sight.recent("refused:"))
+
+
+def _refused(counts: Mapping[str, int]) -> Iterator[Problem]:
+    """Make a problem of refused submissions. A rate limit may refuse a few on purpose."""
+    found = {reason: n for reason, n in counts.items() if n >= (RATE_LIMITED if reason == "too-many-requests" else 1)}
+    reasons = sorted(found, key=lambda reason: -found[reason])
+    if reasons:
+        why = "; ".join(f"{found[reason]} because {REFUSALS.get(reason, (reason, ''))[0]}" for reason in reasons)
+        count = plural(sum(found.values()), "submission was", "submissions were")
+        text = f"{count} refused in the last {RECENT} minutes: {why}"
+        todo = Next(REFUSALS.get(reasons[0], ("", OTHER_REMEDY))[1], "tinyqueue doctor")
+        level: Severity = "warning" if reasons == ["too-many-requests"] else "critical"
+        yield Problem(check="refused", level=level, text=text, next=todo)
+
+
 def _check_waiting(sight: Sight) -> Iterator[Problem]:
     served = sight.oldest_first(sight.waiting.keys() & sight.served)
     late = [name for name in served if sight.waited(name) >= sight.max_wait]
@@ -763,8 +730,12 @@ def _check_waiting(sight: Sight) -> Iterator[Problem]:
 
 def _check_schedules(sight: Sight) -> Iterator[Problem]:
     """Find overdue schedules. Without a worker, the one that starts soon enqueues their jobs."""
+    failed: Counter[str] = Counter()
+    for field, count in sight.recent("failedTick:", LATEST).items():
+        failed[field.partition(":")[0]] += count
+    patience = LATE if sight.serving else max(LATE, sight.patience)
     late = {name: at for look in sight.looks for name, at in look.late.items()}
-    late = {name: at for name, at in late.items() if sight.serving or sight.now - at >= max(LATE, sight.patience)}
+    late = {name: at for name, at in late.items() if sight.now - at >= patience or name in failed}
     blocked = {name: job for look in sight.looks for name, job in look.blocked_schedules().items()} if late else {}
     names = [name for name in late if name not in blocked or sight.now - late[name] >= sight.max_wait]
     if not names:
@@ -776,6 +747,9 @@ def _check_schedules(sight: Sight) -> Iterator[Problem]:
     if not sight.serving:
         text += ", and no worker is alive"
         todo = Next("start a worker", "tinyqueue worker")
+    elif first in failed:
+        errors = ", ".join(sorted(sight.recent(f"failedTick:{first}:", LATEST)))
+        text += f", but its job could not be enqueued ({errors})"
     elif first in blocked:
         text += f"; {first} waits for the end of its last job"
         todo = Next("check what that job does", f"tinyqueue get {blocked[first]}", {"link": f"#/jobs/{blocked[first]}"})
@@ -815,14 +789,20 @@ def _check_deliveries(sight: Sight) -> Iterator[Problem]:
 
 CHECKS: dict[str, Callable[[Sight], Iterator[Problem]]] = {
     "redis": _check_redis,
+    "refused": _check_refused,
+    "failing": _check_failing,
     "memory": _check_memory,
     "eviction": _check_eviction,
     "persistence": _check_persistence,
     "replicas": _check_replicas,
     "unserved": _check_served,
+    "unknown": _check_known,
     "lost": _check_lost,
     "slots": _check_slots,
+    "stuck": _check_stuck,
     "waiting": _check_waiting,
+    "backlog": _check_backlog,
+    "retrying": _check_retrying,
     "schedules": _check_schedules,
     "limits": _check_limits,
     "deliveries": _check_deliveries,
@@ -834,15 +814,18 @@ LOGGED = ("redis", "memory", "eviction")  # checks whose problems a process logs
 class Observer:
     """Gives the verdict on a queue, at most once in LIFETIME seconds. Threads may share it.
 
-    `max_wait` is how many seconds the next job of a queue may wait; 0: any time.
+    `max_wait` is how many seconds the next job of a queue may wait; 0: any time. `refusals` are
+    those of this process.
     """
 
-    def __init__(self, queue: AnyQueue, max_wait: float = 300) -> None:
+    def __init__(self, queue: AnyQueue, max_wait: float = 300, refusals: Refusals | None = None) -> None:
         self.queue = queue
         self.max_wait = max_wait
+        self.refusals = refusals or Refusals()
         self._lock = threading.Lock()
         self._given: tuple[float, list[Problem], str] = (-1e9, [], "")
         self._since: dict[str, int] = {}  # when problems began, if Redis took no writes
+        self._minutes: dict[Queue, Minutes] = {}
         self._servers: dict[Queue, tuple[float, dict[str, str]]] = {}
         self._compared: tuple[float, bool] = (-1e9, False)
 
@@ -855,6 +838,11 @@ class Observer:
 
     def problems(self) -> list[Problem]:
         return self._look()[0]
+
+    def firing(self) -> dict[str, bool]:
+        """Return for every check whether it has found a problem."""
+        found = {problem.check for problem in self.problems()}
+        return {check: check in found for check in (*CHECKS, "counts")}
 
     def _look(self) -> tuple[list[Problem], str]:
         """Look again, unless another thread just did, or does so now."""
@@ -874,16 +862,21 @@ class Observer:
         found: list[Problem] = []
         for part in parts:
             try:
-                looks.append(Look(part, self._read_server(part)))
+                looks.append(look := Look(part, self._read_server(part), self._minutes.get(part, {})))
+                self._minutes[part] = look.minutes
+                look.note_ready()
             except TinyQueueError as error:
                 found.append(_unavailable(part, error, _shard(part, len(parts))))
         text = "All is well"
-        if looks:
-            sight = Sight(looks, self.max_wait)
+        if not looks:
+            found += _refused(self.refusals.counts)
+        else:
+            sight = Sight(looks, self.max_wait, self.refusals.counts)
             text = f"All is well: {_summary(sight)}"
             try:
                 found += [problem for check in CHECKS.values() for problem in check(sight)]
                 found += self._check_counts(looks)
+                self.refusals.store(self.queue)
             except TinyQueueError as error:  # Redis went away meanwhile
                 found.append(_unavailable(looks[0].part, error))
         found.sort(key=lambda problem: problem.level != "critical")

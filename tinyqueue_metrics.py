@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import math
+import threading
+import time
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import accumulate, product
 from typing import Any
 
-from tinyqueue import BUCKETS, ENDED, HANDLERS, SERIES, UNENDED
+from tinyqueue import BUCKETS, ENDED, HANDLERS, SERIES, UNENDED, TinyQueueError
 from tinyqueue_schedule import list_schedules
 from tinyqueue_shards import AnyQueue
 
@@ -58,6 +62,9 @@ METRICS = (
         "time of the last tick, 0 before the first",
     ),
     ("schedule_ticks_failed", "counter", "", "failed tries to enqueue the job of a tick; each is followed by another"),
+    ("submissions_refused", "counter", "reason", "requests to submit jobs that were refused although they were valid"),
+    ("stuck_threads", "gauge", "", "handlers that still run although they were given up after their timeout"),
+    ("problems", "gauge", "check", "1 if the check of the verdict has found a problem, else 0"),
     ("scrape_errors", "counter", "", "scrapes that failed because Redis could not be read"),
     ("job_waiting_seconds", "histogram", "type queue", "time from when a job could start until it started"),
     ("job_running_seconds", "histogram", "type queue", "time from an attempt's start until its outcome was stored"),
@@ -66,13 +73,48 @@ METRICS = (
 FAILURES = {"jobs_failed", "jobs_reaped", "jobs_retried"}
 
 
+REASONS = (  # why submissions are refused: reasons of Unavailable, and kinds of problems
+    *("full", "read-only", "unreachable", "timeout", "loading", "refused", "busy"),
+    *("queue-full", "not-replicated", "too-many-requests"),
+)
+
+
+class Refusals:
+    """Counts the submissions that a web process refused, in memory until Redis takes the counts."""
+
+    def __init__(self) -> None:
+        self.counts = Counter[str]()
+        self._lock = threading.Lock()
+        self._stored = -math.inf  # when
+
+    def note(self, reason: str, queue: AnyQueue) -> None:
+        """Count a refusal. Stores the counts at most once a second, and not if Redis is away."""
+        with self._lock:
+            self.counts[reason] += 1
+        if reason not in ("unreachable", "timeout", "loading") and time.monotonic() - self._stored >= 1:
+            self.store(queue)
+
+    def store(self, queue: AnyQueue) -> None:
+        with self._lock:
+            self._stored = time.monotonic()
+            counts = self.counts
+            self.counts = Counter()
+        try:
+            if counts:
+                queue.count_refused(counts)
+        except TinyQueueError:
+            with self._lock:
+                self.counts += counts
+
+
 class Scrape:
     """The values of one scrape. It is a collector, as prometheus_client defines them."""
 
-    def __init__(self, queue: AnyQueue, missed: int = 0) -> None:
+    def __init__(self, queue: AnyQueue, missed: int = 0, problems: Mapping[str, bool] | None = None) -> None:
         stats = queue.stats()
         counters = queue.metrics()
         errors = {(): counters.pop("scrapeErrors", {}).get((), 0) + missed}
+        refused = counters.pop("refused", {})
         failed_ticks = counters.pop("failedTicks", {}).get((), 0)
         schedules = [made for made, _ in list_schedules(queue)]
         now = queue.now()
@@ -98,13 +140,16 @@ class Scrape:
             "schedule_overdue_seconds": {(made.name,): made.overdue(now) / 1000 for made in schedules},
             "schedule_last_tick_timestamp_seconds": {(made.name,): made.last_at / 1000 for made in schedules},
             "schedule_ticks_failed": {(): failed_ticks},
+            "submissions_refused": {(reason,): refused.get((reason,), 0) for reason in REASONS},
+            "stuck_threads": {(): sum(len(worker["givenUp"]) for worker in workers)},
+            "problems": {(check,): int(found) for check, found in (problems or {}).items()},
             "scrape_errors": errors,
             "job_waiting_seconds": _histograms(counters, "waited"),
             "job_running_seconds": _histograms(counters, "ran"),
         }
         started = {pair: buckets[-1][1] for pair, (buckets, _) in self.values["job_waiting_seconds"].items()}
         for what, kind, labels, _ in METRICS:
-            if kind == "counter" and labels:
+            if kind == "counter" and labels == "type queue":
                 counts = started if what == "jobs_started" else counters.get(what.removeprefix("jobs_"), {})
                 # Also zeros: Prometheus sees no increase when a counter first appears with a value.
                 more = unused if what in FAILURES else ()

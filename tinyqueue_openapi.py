@@ -26,7 +26,7 @@ def describe(document: dict[str, Any]) -> dict[str, Any]:
     schemas = document["components"]["schemas"]
     document["info"]["version"] = __version__
     general = schemas["Job"]
-    optional = {name: schema for name, schema in general["properties"].items() if name != "ref"}
+    optional = {name: schema for name, schema in general["properties"].items() if name not in ("type", "ref")}
     schemas["Replay"] = {key: value for key, value in general.items() if key != "required"} | {"properties": optional}
     jobs = []
     for type, handler in HANDLERS.items():

@@ -22,6 +22,8 @@ from tinyqueue_problems import Problem
 log = logging.getLogger("tinyqueue.web")
 S = TypeVar("S", Job, Schedule)
 
+SHOWN = 200  # characters of each filter that the audit shows
+
 # JSON or query name -> field of Filter
 FILTERS = {
     **{"status": "status", "type": "type", "queue": "queue", "errorType": "error_type"},
@@ -110,7 +112,7 @@ def read_arguments(
 ) -> dict[str, Any]:
     """Return a client's fields as arguments. Refuses types without a handler.
 
-    With `type`, that is the type, and it is no argument.
+    `type` is that of the job if the fields have none.
     """
     if not isinstance(fields, dict):
         raise InvalidJob(what, f"must be an object with {' and '.join(required or ('its fields',))}")
@@ -121,7 +123,7 @@ def read_arguments(
     wanted = type or fields["type"]
     if isinstance(wanted, str) and wanted not in HANDLERS:
         raise UnknownType(printable(wanted), sorted(HANDLERS))
-    return {known[name]: value for name, value in fields.items() if not type or name != "type"}
+    return {known[name]: value for name, value in fields.items()}
 
 
 def read_key(content: Any) -> Once | None:
@@ -231,6 +233,36 @@ def require_schedule(found: S | None) -> S:
 def require_worker(registered: bool) -> None:
     if not registered:
         raise Problem(404, "not-found", "no worker with this id is registered; see GET /workers")
+
+
+# What the audit calls a route whose name is another.
+CALLED = {"hasten": "run", "put": "set"}
+COUNTS = {"cancelled", "retried", "purged", "skipped"}  # in the answer to a bulk change
+
+
+def describe_action(
+    route: str, args: Mapping[str, str], body: Mapping[str, Any]
+) -> tuple[str, dict[str, Any], dict[str, Any]]:
+    """Return the action, the target and the result of a route that has changed something."""
+    verb, _, kind = route.partition("_")
+    action = CALLED.get(verb, verb)
+    if kind == "many":
+        filter = {name: value[:SHOWN] for name, value in request.environ["tinyqueue.filter"].items() if value}
+        return action, {"filter": filter}, {name: body[name] for name in COUNTS & body.keys()}
+    [(part, name)] = args.items()
+    target = {{"id": "job", "name": kind or "queue", "limit": "limit"}[part]: name}
+    if kind == "limit":
+        return action, target, body.get("override", {})
+    return action, target, {"jobId": body["jobId"]} if body.get("jobId", name) != name else {}
+
+
+def shown(target: Mapping[str, Any]) -> str:
+    """Return the target of an action as a text: job 0190..., or failed jobs with type mail."""
+    [(kind, about)] = target.items()
+    if kind != "filter":
+        return f"{kind} {about}"
+    others = " and ".join(f"{name} {ascii(value)[1:-1]}" for name, value in about.items() if name != "status")
+    return f"{about['status']} jobs" + (f" with {others}" if others else "")
 
 
 def summary(job: Job) -> dict[str, str]:

@@ -17,6 +17,7 @@ import itertools
 import logging
 import re
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
@@ -379,7 +380,7 @@ class Ticker:
     def __init__(self, part: Any) -> None:
         self.part = part
         self.at = 0  # when to read next
-        self.failed = 0  # failed ticks that are not counted in Redis yet
+        self.failed = Counter[str]()  # failed ticks that are not counted in Redis yet, by schedule and error
 
     def tick(self) -> None:
         """Enqueue what is due. Tries all schedules before it raises an error."""
@@ -394,7 +395,7 @@ class Ticker:
                 left = self.part.change_schedule(name, tick)
             except TinyQueueError as error:
                 trouble = error
-                self.failed += 1
+                self.failed[f"{name}:{type(error).__name__}"] += 1
             if trouble or (left and left.next_at <= now):
                 self.at = min(self.at, now + RETRY)
         self._count_failed()
@@ -404,9 +405,12 @@ class Ticker:
     def _count_failed(self) -> None:
         """Count failed ticks in the metrics. If Redis is too full, the next call retries."""
         if self.failed:
+            minute = self.part.keys.minute(self.part.now())
+            counts = [("HINCRBY", minute, f"failedTick:{name}", n) for name, n in self.failed.items()]
+            total = ("HINCRBY", self.part.keys.metrics, "failedTicks", self.failed.total())
             with suppress(TinyQueueError):
-                self.part.store.read(("HINCRBY", self.part.keys.metrics, "failedTicks", self.failed))
-                self.failed = 0
+                self.part.store.read(("MULTI",), total, *counts, ("EXPIRE", minute, 7200), ("EXEC",))
+                self.failed.clear()
 
 
 def tick(found: Schedule | None, last: Job | None, now: int) -> tuple[Schedule | None, int]:

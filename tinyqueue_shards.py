@@ -12,13 +12,14 @@ import random
 import time
 import zlib
 from collections import Counter, defaultdict
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
 from functools import partial, reduce
 from typing import Any, TypeAlias
 
 from tinyqueue import (
+    ACTIONS,
     BLOCK,
     ID,
     Filter,
@@ -198,7 +199,7 @@ class Shards(Verbs):
     def _register_in(self, shard: Queue, worker: str) -> None:
         register, absent = self._registrations[worker]
         register(shard)
-        if any(part.is_quiet(worker) for part in self.parts):
+        if self.is_quiet(worker):
             shard.quiet(worker)
         absent.discard(shard)
 
@@ -311,6 +312,14 @@ class Shards(Verbs):
 
     def resume_worker(self, worker: str) -> bool:
         return any(self._call_all(lambda shard: shard.resume_worker(worker), must=True))
+
+    def note_action(self, by: str, action: str, target: Mapping[str, Any], result: Mapping[str, Any]) -> None:
+        """Like Queue.note_action, in the first shard that answers."""
+        self._try_first(lambda shard: shard.note_action(by, action, target, result))
+
+    def audit(self, limit: int = ACTIONS) -> list[dict[str, Any]]:
+        found = itertools.chain(*self._call_all(lambda shard: shard.audit(limit)))
+        return sorted(found, key=lambda entry: -int(entry["at"]))[:limit]
 
     def cancel_requests(self, ids: Sequence[str]) -> list[str]:
         return self._call_each(ids, str, Queue.cancel_requests)
@@ -441,6 +450,9 @@ class Shards(Verbs):
 
     def count_scrape_errors(self, times: int) -> None:
         self._try_first(lambda shard: shard.count_scrape_errors(times))
+
+    def count_refused(self, counts: Mapping[str, int]) -> None:
+        self._try_first(lambda shard: shard.count_refused(counts))
 
     def spend(self, who: str, limit: int, seconds: int) -> tuple[int, int]:
         """Like Queue.spend, in the shard of the client, or in the next that answers."""

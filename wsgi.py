@@ -38,6 +38,7 @@ from bottle import request
 import tinyqueue_openapi
 import tinyqueue_schedule
 from tinyqueue import (
+    ACTIONS,
     BUILT_IN,
     ENDED,
     ID,
@@ -78,10 +79,11 @@ from tinyqueue_config import (
 from tinyqueue_doctor import Observer, warnings
 from tinyqueue_events import HEADERS as EVENT_HEADERS, LISTENERS, Events, cached, overview
 from tinyqueue_json import new_id
-from tinyqueue_metrics import Scrape, types
+from tinyqueue_metrics import REASONS, Refusals, Scrape, types
 from tinyqueue_problems import HEADERS, RETRY_AFTER, Problem, kind_of_status, problem, problem_of, response_headers
 from tinyqueue_request import (
     FILTERS,
+    describe_action,
     is_ref,
     log_request,
     note_sent_ids,
@@ -102,6 +104,7 @@ from tinyqueue_request import (
     require_schedule,
     require_worker,
     shorten,
+    shown,
     summary,
 )
 from tinyqueue_shards import AnyQueue
@@ -143,6 +146,7 @@ ROUTES = (
     ("POST", "/jobs", "submit", "submit"),
     ("POST", "/jobs/batch", "submit_batch", "submit"),
     ("GET", "/jobs", "list", "read"),
+    ("GET", "/jobs/count", "count", "read"),
     ("GET", "/jobs/<id>", "show", "read"),
     ("GET", "/jobs/<id>/log", "job_log", "read"),
     ("DELETE", "/jobs/<id>", "cancel", "admin"),
@@ -153,6 +157,7 @@ ROUTES = (
     ("POST", "/jobs/retry", "retry_many", "admin"),
     ("POST", "/jobs/cancel", "cancel_many", "admin"),
     ("POST", "/jobs/purge", "purge_many", "admin"),
+    ("GET", "/failures", "failures", "read"),
     ("GET", "/queues", "queues", "read"),
     ("POST", "/queues/<name>/pause", "pause", "admin"),
     ("POST", "/queues/<name>/resume", "resume", "admin"),
@@ -173,6 +178,7 @@ ROUTES = (
     ("GET", "/events", "events", "read"),
     ("POST", "/workers/<name>/quiet", "quiet_worker", "admin"),
     ("POST", "/workers/<name>/resume", "resume_worker", "admin"),
+    ("GET", "/audit", "audit", "read"),
     ("GET", "/metrics", "metrics", "read"),
 )
 # JSON name -> argument of Queue.draft
@@ -219,6 +225,7 @@ class API(bottle.Bottle):  # type: ignore[misc]
         self._blocked = threading.BoundedSemaphore(WEB_THREADS // 2)
         self._waiters: dict[Queue, Waiter] = {}
         self._guest = Guest()
+        self._refusals = Refusals()
         self._events = Events(self._overview)
         self._types = cached(lambda: types(self.queue, TYPES_MINUTES), TYPES_EVERY)  # for events only
         self._scrape_errors = 0  # not yet counted in Redis
@@ -238,7 +245,7 @@ class API(bottle.Bottle):  # type: ignore[misc]
 
     @cached_property
     def observer(self) -> Observer:
-        return Observer(self.queue, self.settings.max_wait)
+        return Observer(self.queue, self.settings.max_wait, self._refusals)
 
     @property
     def queue(self) -> AnyQueue:
@@ -288,15 +295,34 @@ class API(bottle.Bottle):  # type: ignore[misc]
             if role and "tinyqueue.caller" not in request.environ:  # it is there when a request has waited
                 request.environ["tinyqueue.caller"] = self.access.authorize(role, lambda: self.queue)
             body = route(**args)
+            if role == "admin" and request.path != "/work":
+                self._note_action(route.__name__, args, body)
         except Problem as error:
-            return error.response()
+            return self._refuse(error, role)
         except TinyQueueError as error:
-            return problem(error).response()
+            return self._refuse(problem(error), role)
         if isinstance(body, bottle.HTTPResponse):
             return body
         bottle.response.headers.update(response_headers())
         bottle.response.content_type = "application/json"
         return msgspec.json.encode(body)
+
+    def _refuse(self, error: Problem, role: str) -> bottle.HTTPResponse:
+        """Answer with a problem. Counts a refusal of a submission that was valid."""
+        if role == "submit" and (reason := error.more.get("reason", error.kind)) in REASONS:
+            self._refusals.note(reason, self.queue)
+        return error.response()
+
+    def _note_action(self, route: str, args: Mapping[str, str], body: Mapping[str, Any]) -> None:
+        """Log what an operator did, and add it to the audit. A failure to add it is only logged."""
+        by = request.environ["tinyqueue.caller"]
+        action, target, result = describe_action(route, args, body)
+        fields = {"event": "action", "key": by, "action": action, "target": target, "result": result}
+        log.info("%s: %s %s", by or "somebody", action, shown(target), extra={"fields": fields})
+        try:
+            self.queue.note_action(by, action, target, result)
+        except TinyQueueError as error:
+            log.warning("could not add this action to the audit: %s", error)
 
     def default_error_handler(self, error: bottle.HTTPError) -> Any:
         """Answer what Bottle itself refuses. OPTIONS, which it refuses, gets a 204 with Allow."""
@@ -395,9 +421,8 @@ class API(bottle.Bottle):  # type: ignore[misc]
         """Submit an ended job again, perhaps with another payload or other fields. As submit."""
         fields = read_optional_json(self.settings.max_body)
         job = require_job(self.queue.get(id))
-        if isinstance(fields, dict) and fields.get("type", job.type) != job.type:
-            raise InvalidJob("type", f"must be {job.type}, that of the job, or be left out")
-        options = read_arguments("job", fields, FIELDS, (), job.type)
+        known = {name: argument for name, argument in FIELDS.items() if name != "type"}
+        options = read_arguments("replay", fields, known, (), job.type)
         draft = note_sent_ids(self.queue.redraft(job, **options))
         once = read_key(fields)
         new = self.queue.submit([draft], once)[0]
@@ -415,6 +440,23 @@ class API(bottle.Bottle):  # type: ignore[misc]
         page = self.queue.page(read_filter(query), limit=limit, cursor=cursor, cut=PREVIEW_BYTES)
         jobs, cursor = page
         return {"jobs": [shorten(job.answer()) for job in jobs], "cursor": cursor or None, "scanned": page.scanned}
+
+    def count(self) -> dict[str, Any]:
+        """Count the jobs that match a filter, up to 1,000 looked at in each request."""
+        query = read_query()
+        cursor = query.pop("cursor", "")
+        found = self.queue.count(read_filter(query), cursor)
+        return found | {"cursor": found["cursor"] or None}
+
+    def failures(self) -> dict[str, Any]:
+        """Group failed jobs, or pending ones that were tried, by type and error."""
+        query = read_query()
+        cursor = query.pop("cursor", "")
+        filter = read_filter(query | {"status": query.get("status") or "failed"})
+        if filter.status not in ("failed", "pending"):
+            raise InvalidJob("status", "must be failed, or pending for jobs that will be tried again")
+        found = self.queue.failures(filter, cursor)
+        return found | {"cursor": found["cursor"] or None}
 
     def show(self, id: str) -> dict[str, Any]:
         """Return a job. With ?wait=SECONDS, return it when it has ended or the time is up.
@@ -496,6 +538,7 @@ class API(bottle.Bottle):  # type: ignore[misc]
 
     def _overview(self) -> bytes:
         parts: dict[str, Callable[[], Any]] = {
+            "verdict": self.observer.verdict,  # first: it never fails
             "stats": partial(self.queue.stats, OVERVIEW_MINUTES),
             "workers": self.queue.workers,
             "types": self._types,
@@ -534,6 +577,10 @@ class API(bottle.Bottle):  # type: ignore[misc]
 
     def workers(self) -> dict[str, Any]:
         return {"workers": self.queue.workers()}
+
+    def audit(self) -> dict[str, Any]:
+        """List what operators did last, newest first."""
+        return {"actions": self.queue.audit(read_int(read_query("limit"), "limit", 100, 1, ACTIONS))}
 
     def limits(self) -> dict[str, Any]:
         return {"limits": self.queue.limits_in_use()}
@@ -576,6 +623,7 @@ class API(bottle.Bottle):  # type: ignore[misc]
             raise InvalidJob("filter", f"must be an object of strings, and the number most; possible keys: {keys}")
         cursor = fields.pop("cursor", "")
         filter = read_filter({"status": default} | fields)
+        request.environ["tinyqueue.filter"] = {"status": default} | fields
         if filter.status not in allowed:
             raise InvalidJob("status", f"must be {' or '.join(sorted(allowed))}; this route changes no other jobs")
         if verb == "purge":
@@ -694,7 +742,7 @@ class API(bottle.Bottle):  # type: ignore[misc]
             missed = self._scrape_errors
             self._scrape_errors = 0
         try:
-            scrape = Scrape(self.queue, missed)
+            scrape = Scrape(self.queue, missed, self.observer.firing())
         except TinyQueueError:
             with self._lock:
                 self._scrape_errors += missed + 1

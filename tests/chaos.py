@@ -69,7 +69,7 @@ sys.path.insert(0, str(ROOT))
 from conftest import RedisServer, check_consistency, disconnect, free_port, until  # noqa: E402
 from cutproxy import CutProxy  # noqa: E402
 
-from tinyqueue import ENDED, Job, Queue, Schedule, Unavailable  # noqa: E402
+from tinyqueue import ENDED, Job, Queue, Schedule, TinyQueueError, Unavailable, WrongStatus  # noqa: E402
 from tinyqueue_schedule import list_schedules, make_schedule  # noqa: E402
 
 LEASE = 2  # seconds; renewed after at most 0.92, so that 1.08 are left at any time
@@ -964,6 +964,34 @@ def _due_next(made: Schedule, now: int) -> Schedule:
     return msgspec.structs.replace(made, next_at=now - now % 60_000 + 60_000)
 
 
+def hasten(world: World, fault: Fault) -> None:
+    """Let every delayed job start now, also those that fail meanwhile and wait for their backoff."""
+    end = time.monotonic() + fault.seconds
+    while time.monotonic() < end:
+        with suppress(TinyQueueError, redis.RedisError):
+            for entry in world.client.zrange(world.queue.keys.delayed, 0, -1):
+                with suppress(WrongStatus):
+                    world.queue.hasten(entry.decode())
+        time.sleep(0.01)
+
+
+def quiet(world: World, fault: Fault) -> None:
+    """Let a worker take no jobs for a while. If it dies, so does its mark."""
+    pid = world.processes[fault.victim].pid
+
+    def tell(verb: Callable[[Queue, str], bool]) -> bool:
+        with suppress(Unavailable):
+            for worker in world.queue.workers():
+                if worker["pid"] == pid:
+                    verb(world.queue, worker["id"])
+            return True
+        return False
+
+    until(lambda: tell(Queue.quiet), PATIENCE)
+    time.sleep(fault.seconds)
+    until(lambda: tell(Queue.resume_worker), PATIENCE)
+
+
 def harmful_jobs(world: World, fault: Fault) -> None:
     """Do nothing: the submits of the plan include harmful jobs."""
 
@@ -1002,6 +1030,8 @@ KINDS: dict[str, Callable[[World, Fault], None]] = {
     "link-cut": link_cut,
     "log-stall": log_stall,
     "log-stall-long": log_stall,
+    "hasten": hasten,
+    "quiet-long": quiet,
     **({"schedule-tick": schedule_tick} if CC else {}),
     **dict.fromkeys(HARMFUL, harmful_jobs),
 }

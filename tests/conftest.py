@@ -411,6 +411,15 @@ def follow_jobs(queue: Queue) -> None:
     running = started()
     assert {job.id for job in running} == {held.id, child.id}
     assert [job.result for job in running[-1].parents()] == ["done"] * len(running[-1].parents())
+    later = queue.enqueue("echo", 4, delay=60)
+    queue.quiet(worker)
+    queue.queues()
+    queue.hasten(later.id)
+    assert started() == []
+    queue.resume_worker(worker)
+    queue.queues()
+    running += started()
+    assert running[-1].id == later.id
     for job in running:
         queue.fail(job, Failure("Boom", "it broke"))
     assert [job.type for job in queue.dequeue(worker, ["webhooks"], 2)] == ["webhook"]
@@ -510,6 +519,7 @@ FAMILIES = {
     "generation:": "string",
     "holding": "set",
     "overrides": "hash",
+    "audit": "list",
     "running:": "set",
     "held:": "zset",
     "pace:": "zset",
@@ -584,9 +594,9 @@ def check_consistency(queue: Queue) -> None:
     _check_schedules(family("schedule:"), keys["ticks"].value if "ticks" in keys else {})
     for minute in family("minute:").values():
         totals = {field.decode() for field in minute if b":" not in field}
-        assert totals <= {"started", "waitedMs", "retried", *ENDED}
+        assert totals <= {"started", "waitedMs", "retried", "ready", "requeued", *ENDED}
         ends = [int(count) for field, count in minute.items() if field.startswith(b"completed:")]
-        assert sum(ends) == int(minute.get(b"completed", 0))
+        assert sum(ends) <= int(minute.get(b"completed", 0))  # a version before them counts no types
         assert int(minute.get(b"waitedMs", 0)) == 0 or int(minute[b"started"]) > 0
 
 

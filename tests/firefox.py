@@ -38,7 +38,7 @@ class Firefox:
         all = QUIET | preferences
         lines = [f"user_pref({json.dumps(name)}, {json.dumps(value)});" for name, value in all.items()]
         (folder / "user.js").write_text("\n".join(lines))
-        options = ["--headless", "--marionette", "--remote-allow-system-access", "--no-remote", "--profile", str(folder)]
+        options = ["--headless", "--profile", str(folder), "--marionette", "--remote-allow-system-access"]
         silent = subprocess.DEVNULL
         environ = os.environ | {"HOME": str(folder)}
         self.process = subprocess.Popen([str(FIREFOX), *options], stdout=silent, stderr=silent, env=environ)

@@ -77,6 +77,8 @@ NEEDED_ROLES = {
     ("POST", "/jobs"): "submit",
     ("POST", "/jobs/batch"): "submit",
     ("GET", "/jobs"): "read",
+    ("GET", "/jobs/count"): "read",
+    ("GET", "/failures"): "read",
     ("GET", "/jobs/<id>"): "read",
     ("DELETE", "/jobs/<id>"): "admin",
     ("GET", "/jobs/<id>/log"): "read",
@@ -107,6 +109,7 @@ NEEDED_ROLES = {
     ("GET", "/events"): "read",
     ("POST", "/workers/<name>/quiet"): "admin",
     ("POST", "/workers/<name>/resume"): "admin",
+    ("GET", "/audit"): "read",
     ("GET", "/metrics"): "read",
 }
 GUARDED = [route for route, role in NEEDED_ROLES.items() if role]

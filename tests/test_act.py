@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import logging
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -10,9 +11,12 @@ import msgspec
 import pytest
 from client import NO_BODY, Client
 from conftest import Server, check_consistency, disconnect, dump, find_lost, lapse, put, raw
+from cutproxy import CutProxy
 
 from tinyqueue import (
+    ACTIONS,
     Failure,
+    Filter,
     InvalidJob,
     Job,
     Once,
@@ -20,7 +24,9 @@ from tinyqueue import (
     WrongStatus,
     handler,
 )
+from tinyqueue_config import Settings
 from tinyqueue_shards import Shards
+from wsgi import API
 
 BOOM = Failure("Boom", "it broke")
 NO_JOB = "01900000-0000-7000-8000-000000000000"
@@ -120,6 +126,36 @@ def test_hasten_with_shards(shards: Shards) -> None:
     assert shards.waiting(["default"]) == 6
 
 
+@pytest.mark.parametrize("cut", ["drop_reply", "drop_request", "hold"])
+def test_hasten_is_applied_once_when_a_packet_is_lost(near: Queue, far: Queue, proxy: CutProxy, cut: str) -> None:
+    job = put(near, "delayed")
+    getattr(proxy, cut)(b"EXEC")
+    assert far.hasten(job.id).run_at == 0
+    proxy.deliver()
+    assert near.waiting(["default"]) == 1
+
+
+def test_hasten_after_a_lost_reply_leaves_a_job_that_has_started(near: Queue, far: Queue, proxy: CutProxy) -> None:
+    job = put(near, "delayed")
+    worker = near.register(["default"], 1)
+    proxy.drop_reply(b"EXEC", lambda: near.dequeue(worker, ["default"]))
+    assert far.hasten(job.id).status == "processing"
+    assert near.waiting(["default"]) == 0
+
+
+def test_hasten_is_refused_when_the_job_starts_meanwhile(near: Queue, far: Queue, proxy: CutProxy) -> None:
+    job = put(near, "delayed")
+    worker = near.register(["default"], 1)
+
+    def run() -> None:
+        near.hasten(job.id)
+        near.dequeue(worker, ["default"])
+
+    proxy.before(b"EXEC", run)
+    with pytest.raises(WrongStatus, match="it is processing"):
+        far.hasten(job.id)
+
+
 # Purge one ------------------------------------------------------------------------------------------------------------
 
 
@@ -151,6 +187,22 @@ def test_purge_one_with_shards(shards: Shards) -> None:
         shards.cancel(job.id)
     assert [shards.purge_one(job.id).id for job in jobs] == [job.id for job in jobs]
     assert shards.page()[0] == []
+
+
+def test_purge_one_is_refused_when_the_job_is_retried_meanwhile(near: Queue, far: Queue, proxy: CutProxy) -> None:
+    job = put(near, "failed")
+    proxy.before(b"EXEC", lambda: near.retry(job.id))
+    with pytest.raises(WrongStatus, match="it is pending"):
+        far.purge_one(job.id)
+    assert near.get(job.id).status == "pending"
+
+
+@pytest.mark.parametrize("cut", ["drop_reply", "drop_request"])
+def test_purge_one_deletes_the_job_when_a_packet_is_lost(near: Queue, far: Queue, proxy: CutProxy, cut: str) -> None:
+    job = put(near, "failed")
+    getattr(proxy, cut)(b"EXEC")
+    assert far.purge_one(job.id) == job
+    assert near.get(job.id) is None
 
 
 # Purge many -----------------------------------------------------------------------------------------------------------
@@ -226,7 +278,7 @@ def test_replay_checks_the_payload_against_the_type(queue: Queue, api: Client) -
 REFUSED = {
     "another type": ({"type": "echo"}, "type"),
     "unknown field": ({"priority": 1}, "priority"),
-    "no object": ([], "job"),
+    "no object": ([], "replay"),
     "wrong queue": ({"queue": "a b"}, "queue"),
 }
 
@@ -369,6 +421,13 @@ def test_quiet_workers_are_no_paused_queues(queue: Queue) -> None:
     assert queue.scale()["ready"] == 0
 
 
+def test_quiet_leaves_no_mark_when_the_worker_is_reaped_meanwhile(near: Queue, far: Queue, proxy: CutProxy) -> None:
+    worker = near.register(["default"], 1)
+    proxy.before(b"EXEC", lambda: near.deregister(worker))
+    assert not far.quiet(worker)
+    assert near.keys.paused not in dump(near)
+
+
 def test_quiet_and_resume_over_http(queue: Queue, api: Client) -> None:
     worker = queue.register(["default"], 1)
     answer = api.call("POST", f"/workers/{worker}/quiet")
@@ -410,3 +469,240 @@ def test_quiet_with_shards_stays_when_a_shard_has_reaped_the_worker(shards: Shar
     assert [row["quiet"] for row in shards.workers()] == [False]
     assert not shards.quiet("nobody")
     shards.deregister(worker)
+
+
+# Count, group, and change some --------------------------------------------------------------------------------------
+
+
+def in_steps(step: Callable[[str], dict[str, Any]]) -> list[dict[str, Any]]:
+    """Repeat a step until its cursor is at the end."""
+    steps = [step("")]
+    while cursor := steps[-1]["cursor"]:
+        steps.append(step(cursor))
+    return steps
+
+
+def test_count_the_jobs_that_match_in_bounded_steps(queue: Queue, api: Client) -> None:
+    for at in range(1, 4):
+        queue.enqueue_many("echo" if at < 3 else "mail", [{"to": "you"}] * 1000, delay=60)
+    steps = in_steps(lambda cursor: api.get(f"/jobs/count?type=echo&cursor={cursor}").json)
+    assert sum(step["count"] for step in steps) == 2000
+    assert len(steps) == 3
+    assert [step["scanned"] for step in steps] == [1000] * 3
+
+
+def test_count_a_status_or_a_queue_at_once(queue: Queue, api: Client) -> None:
+    queue.enqueue_many("echo", range(1000), queue="slow")
+    queue.enqueue_many("echo", range(1000))
+    put(queue, "cancelled", queue="other")
+    found = {
+        query: api.get(f"/jobs/count?{query}").json
+        for query in ("status=pending", "status=pending&queue=slow", "status=cancelled", "status=processing&queue=none")
+    }
+    assert {query: answer["count"] for query, answer in found.items()} == {
+        "status=pending": 2000,
+        "status=pending&queue=slow": 1000,
+        "status=cancelled": 1,
+        "status=processing&queue=none": 0,
+    }
+    assert all(answer["cursor"] is None for answer in found.values())
+    assert api.get("/jobs/count?colour=red").status == 422
+
+
+def test_failures_are_grouped_by_type_and_error_over_all_jobs(queue: Queue, api: Client) -> None:
+    fail(queue, queue.enqueue("mail", {"to": "x"}), error=Failure("Timeout", "after 3 s"))
+    for at in range(3):
+        last = fail(queue, queue.enqueue("echo", at), error=Failure("Timeout", f"{at}" * 300))
+    fail(queue, queue.enqueue("echo", 4), error=BOOM)
+    fail(queue, queue.enqueue("echo", 5), after=60, error=Failure("Later", "in a minute"))
+    answer = api.get("/failures").json
+    assert [(group["type"], group["errorType"], group["count"]) for group in answer["groups"]] == [
+        ("echo", "Timeout", 3),
+        ("echo", "Boom", 1),
+        ("mail", "Timeout", 1),
+    ]
+    first = answer["groups"][0]
+    assert (first["jobId"], first["at"], first["message"]) == (last.id, last.ended_at, "2" * 200)
+    assert [group["count"] for group in api.get("/failures?type=mail&status=").json["groups"]] == [1]
+    assert [group["errorType"] for group in api.get("/failures?status=pending").json["groups"]] == ["Later"]
+    assert api.get("/failures?status=completed").status == 422
+
+
+def test_failures_of_more_jobs_than_a_step_looks_at(queue: Queue) -> None:
+    draft = [msgspec.structs.replace(queue.draft("echo", at), status="failed", error=BOOM) for at in range(1500)]
+    for at in (0, 1000):
+        queue.load(draft[at : at + 1000])
+    steps = in_steps(lambda cursor: queue.failures(Filter("failed"), cursor))
+    assert sum(group["count"] for step in steps for group in step["groups"]) == 1500
+    assert len(steps) == 2
+
+
+def test_count_and_group_with_shards(shards: Shards) -> None:
+    jobs = [shards.enqueue("echo", at) for at in range(9)]
+    worker = shards.register(["default"], 9)
+    for job in shards.dequeue(worker, ["default"], 9):
+        shards.fail(job, BOOM)
+    assert shards.count(Filter("failed")) == {"count": len(jobs), "cursor": "", "scanned": 0}
+    assert sum(step["count"] for step in in_steps(lambda cursor: shards.count(Filter(type="echo"), cursor))) == 9
+    [group] = shards.failures(Filter("failed"))["groups"]
+    assert (group["errorType"], group["count"]) == ("Boom", 9)
+    shards.deregister(worker)
+
+
+def test_retry_some_of_the_jobs_that_match_each_time(queue: Queue, api: Client) -> None:
+    jobs = [put(queue, "failed") for _ in range(5)]
+    cursor = ""
+    retried = []
+    while cursor is not None:
+        answer = api.post("/jobs/retry", {"most": 2, "cursor": cursor})
+        cursor = answer.json["cursor"]
+        retried.append(answer.json["retried"])
+    assert retried == [2, 2, 1]
+    assert queue.count(Filter("pending"))["count"] == len(jobs)
+
+
+def test_cancel_some_of_the_jobs_that_match(queue: Queue, api: Client) -> None:
+    queue.enqueue_many("echo", range(5))
+    assert api.post("/jobs/cancel", {"most": 3.0}).json["cancelled"] == 3
+    assert queue.stats()["pending"] == 2
+
+
+@pytest.mark.parametrize("most", [0, 1001, 1.5, True, "2", None])
+@pytest.mark.parametrize("verb", ["retry", "cancel", "purge"])
+def test_refuse_a_number_of_jobs_to_change(queue: Queue, api: Client, verb: str, most: Any) -> None:
+    put(queue, "failed")
+    before = dump(queue)
+    answer = api.post(f"/jobs/{verb}", {"most": most, "status": "pending" if verb == "cancel" else "failed"})
+    assert (answer.status, answer.problem["field"]) == (422, "most")
+    assert dump(queue) == before
+
+
+# Audit ----------------------------------------------------------------------------------------------------------------
+
+KEYS = "ops:admin:0123456789abcdef,app:submit:fedcba9876543210"
+
+
+def actions(api: Client) -> list[tuple[str, str, Any, Any]]:
+    """Return what the audit lists, oldest first, without the times."""
+    listed = api.get("/audit").json["actions"]
+    return [tuple(entry[name] for name in ("by", "action", "target", "result")) for entry in reversed(listed)]
+
+
+def test_audit_lists_every_action_with_the_name_of_the_key(queue: Queue) -> None:
+    handler("charge", max_running=2)(lambda_handler)
+    api = Client(API(Settings(api_keys=KEYS), queue), "0123456789abcdef")
+    delayed, failed, completed, pending = (put(queue, s) for s in ("delayed", "failed", "completed", "delayed"))
+    worker = queue.register(["default"], 1)
+    before = queue.now()
+    api.call("POST", f"/jobs/{delayed.id}/run")
+    replayed = api.call("POST", f"/jobs/{failed.id}/replay").json["jobId"]
+    api.call("POST", f"/jobs/{failed.id}/retry")
+    api.call("POST", f"/jobs/{completed.id}/purge")
+    api.call("DELETE", f"/jobs/{pending.id}")
+    api.call("POST", "/queues/default/pause")
+    api.call("POST", "/queues/default/resume")
+    api.call("POST", f"/workers/{worker}/quiet")
+    api.call("POST", f"/workers/{worker}/resume")
+    api.call("PUT", "/limits/charge", {"maxRunning": 1})
+    api.call("PUT", "/schedules/nightly", {"cron": "@daily", "type": "echo"})
+    run = api.call("POST", "/schedules/nightly/run").json["jobId"]
+    api.call("POST", "/schedules/nightly/pause")
+    api.call("POST", "/schedules/nightly/resume")
+    api.call("DELETE", "/schedules/nightly")
+    nightly = {"schedule": "nightly"}
+    assert actions(api) == [
+        ("ops", "run", {"job": delayed.id}, {}),
+        ("ops", "replay", {"job": failed.id}, {"jobId": replayed}),
+        ("ops", "retry", {"job": failed.id}, {}),
+        ("ops", "purge", {"job": completed.id}, {}),
+        ("ops", "cancel", {"job": pending.id}, {}),
+        ("ops", "pause", {"queue": "default"}, {}),
+        ("ops", "resume", {"queue": "default"}, {}),
+        ("ops", "quiet", {"worker": worker}, {}),
+        ("ops", "resume", {"worker": worker}, {}),
+        ("ops", "set", {"limit": "charge"}, {"maxRunning": 1}),
+        ("ops", "set", nightly, {}),
+        ("ops", "run", nightly, {"jobId": run}),
+        ("ops", "pause", nightly, {}),
+        ("ops", "resume", nightly, {}),
+        ("ops", "remove", nightly, {}),
+    ]
+    assert all(before <= entry["at"] <= queue.now() for entry in api.get("/audit").json["actions"])
+
+
+def lambda_handler(payload: object) -> None: ...
+
+
+def test_audit_lists_neither_reads_nor_submits_nor_refusals(queue: Queue, api: Client) -> None:
+    job = put(queue, "pending")
+    api.post("/jobs", {"type": "echo", "payload": 1})
+    api.get("/stats")
+    api.call("POST", f"/jobs/{job.id}/run")
+    api.call("POST", f"/jobs/{NO_JOB}/retry")
+    api.post("/jobs/retry", {"status": "pending"})
+    assert actions(api) == []
+
+
+def test_audit_adds_up_the_steps_of_a_bulk_change(queue: Queue, api: Client) -> None:
+    for _ in range(3):
+        put(queue, "failed")
+    for _ in range(3):
+        api.post("/jobs/retry", {"type": "echo", "most": 1})
+    api.post("/jobs/cancel", {"queue": "default", "errorType": ""})
+    queue.clock.ahead += 61_000
+    api.post("/jobs/cancel", {"queue": "default", "errorType": ""})
+    retry = {"filter": {"status": "failed", "type": "echo"}}
+    cancel = {"filter": {"status": "pending", "queue": "default"}}
+    assert actions(api) == [
+        ("", "retry", retry, {"retried": 3, "skipped": 0}),
+        ("", "cancel", cancel, {"cancelled": 3, "skipped": 0}),
+        ("", "cancel", cancel, {"cancelled": 0, "skipped": 0}),
+    ]
+
+
+@pytest.mark.parametrize("cut", ["drop_reply", "drop_request", "hold"])
+@pytest.mark.parametrize("target", [{"queue": "slow"}, {"filter": {"status": "failed"}}], ids=["queue", "filter"])
+def test_audit_lists_an_action_once_when_a_packet_is_lost(
+    near: Queue, far: Queue, proxy: CutProxy, cut: str, target: dict[str, Any]
+) -> None:
+    getattr(proxy, cut)(b"EXEC")
+    far.note_action("ops", "purge", target, {"purged": 7})
+    proxy.deliver()
+    assert [(entry["target"], entry["result"]) for entry in near.audit()] == [(target, {"purged": 7})]
+
+
+def test_audit_keeps_the_last_actions(queue: Queue, api: Client) -> None:
+    for at in range(ACTIONS + 2):
+        queue.note_action("ops", "pause", {"queue": str(at)}, {})
+    listed = queue.audit()
+    assert [entry["target"]["queue"] for entry in listed] == [str(at) for at in range(ACTIONS + 1, 1, -1)]
+    assert [entry["target"]["queue"] for entry in api.get("/audit?limit=2").json["actions"]] == ["1001", "1000"]
+    assert len(api.get("/audit").json["actions"]) == 100
+    assert api.get("/audit?limit=1001").status == 400
+
+
+def test_audit_logs_each_action(queue: Queue, api: Client, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    api.call("POST", "/queues/slow/pause")
+    api.post("/jobs/purge", {"status": "failed", "type": "mail\n"})
+    said = [record.getMessage() for record in caplog.records if getattr(record, "fields", {}).get("event") == "action"]
+    assert said == ["somebody: pause queue slow", "somebody: purge failed jobs with type mail\\n"]
+
+
+def test_audit_with_shards_lists_actions_in_order(shards: Shards) -> None:
+    for at, part in enumerate(shards.parts):
+        part.clock.ahead += at
+        part.note_action("ops", "pause", {"queue": str(at)}, {})
+    shards.note_action("ops", "quiet", {"worker": "w"}, {})
+    assert [entry["target"] for entry in shards.audit(3)][-1] != {"queue": "0"}
+    assert len(shards.audit()) == 4
+    times = [entry["at"] for entry in shards.audit()]
+    assert times == sorted(times, reverse=True)
+
+
+def test_action_stays_when_its_audit_cannot_be_written(near: Queue, caplog: pytest.LogCaptureFixture) -> None:
+    raw(near).set(near.keys.audit, "not a list")
+    assert Client(API(Settings(), near)).call("POST", "/queues/slow/pause").status == 200
+    assert near.queues()["slow"]["paused"]
+    assert "could not add this action to the audit" in caplog.text
+    raw(near).delete(near.keys.audit)

@@ -14,8 +14,8 @@ from conftest import RedisServer, raw, until
 
 import worker
 from tinyqueue import Failure, Queue, SettingsError
-from tinyqueue_cli import BUSY, FULL, MAX_SHARDS, TRACEBACK, Load, make_plan, memory_of
 from tinyqueue_config import Settings
+from tinyqueue_plan import BUSY, FULL, MAX_SHARDS, TRACEBACK, Load, make_plan, memory_of
 
 TYPICAL = Load(rate=50, duration=0.4, payload=2000)
 

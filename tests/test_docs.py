@@ -23,12 +23,12 @@ from conftest import Server, free_port, until
 
 import tinyqueue
 import tinyqueue_access
-import tinyqueue_cli
 import tinyqueue_config
 import tinyqueue_events
 import tinyqueue_http
 import tinyqueue_json
 import tinyqueue_metrics
+import tinyqueue_plan
 import tinyqueue_problems
 import tinyqueue_request
 import tinyqueue_schedule
@@ -275,17 +275,17 @@ NUMBERS = {
         r"but never more than (\d+)",
         Settings(worker_concurrency=500).worker_connections,
     ),
-    "BUSY": (OPERATIONS, r"At most (\d+) % are busy on average", 100 * tinyqueue_cli.BUSY),
-    "FULL": (OPERATIONS, r"so that (\d+) % of it are used then", 100 * tinyqueue_cli.FULL),
-    "REDIS_COST": (OPERATIONS, r"Redis, for each job \| ([\d.]+) ms", 1e3 * tinyqueue_cli.REDIS_COST[0]),
-    "WORKER_COST": (OPERATIONS, r"without the handler \| ([\d.]+) ms", 1e3 * tinyqueue_cli.WORKER_COST[0]),
-    "WEB_COST": (OPERATIONS, r"for each submit \| ([\d.]+) ms", 1e3 * tinyqueue_cli.WEB_COST[0]),
-    "ENTRY": (OPERATIONS, r"of a pending job \| (\d+) bytes", tinyqueue_cli.ENTRY[0]),
-    "ENTRY of an ended job": (OPERATIONS, r"of an ended job \| (\d+) bytes", tinyqueue_cli.ENTRY[1]),
-    "RECORD": (OPERATIONS, r"the payload and (\d+) bytes", tinyqueue_cli.RECORD[0]),
-    "RECORD of an ended job": (OPERATIONS, r"the result and (\d+) bytes", tinyqueue_cli.RECORD[1]),
-    "TRACEBACK": (OPERATIONS, r"error of a failed job \| (\d+) bytes", tinyqueue_cli.TRACEBACK),
-    "ONCE": (OPERATIONS, r"idempotency key \| (\d+) bytes", tinyqueue_cli.ONCE),
+    "BUSY": (OPERATIONS, r"At most (\d+) % are busy on average", 100 * tinyqueue_plan.BUSY),
+    "FULL": (OPERATIONS, r"so that (\d+) % of it are used then", 100 * tinyqueue_plan.FULL),
+    "REDIS_COST": (OPERATIONS, r"Redis, for each job \| ([\d.]+) ms", 1e3 * tinyqueue_plan.REDIS_COST[0]),
+    "WORKER_COST": (OPERATIONS, r"without the handler \| ([\d.]+) ms", 1e3 * tinyqueue_plan.WORKER_COST[0]),
+    "WEB_COST": (OPERATIONS, r"for each submit \| ([\d.]+) ms", 1e3 * tinyqueue_plan.WEB_COST[0]),
+    "ENTRY": (OPERATIONS, r"of a pending job \| (\d+) bytes", tinyqueue_plan.ENTRY[0]),
+    "ENTRY of an ended job": (OPERATIONS, r"of an ended job \| (\d+) bytes", tinyqueue_plan.ENTRY[1]),
+    "RECORD": (OPERATIONS, r"the payload and (\d+) bytes", tinyqueue_plan.RECORD[0]),
+    "RECORD of an ended job": (OPERATIONS, r"the result and (\d+) bytes", tinyqueue_plan.RECORD[1]),
+    "TRACEBACK": (OPERATIONS, r"error of a failed job \| (\d+) bytes", tinyqueue_plan.TRACEBACK),
+    "ONCE": (OPERATIONS, r"idempotency key \| (\d+) bytes", tinyqueue_plan.ONCE),
     "catchup": (SCHEDULES, r"([\d]+) by default and at most", tinyqueue_schedule.Schedule("", "", "", None).catchup),
     "MAX_CATCHUP": (SCHEDULES, r"by default and at most (\d+)", tinyqueue_schedule.MAX_CATCHUP),
     "GRACE": (SCHEDULES, r"may always be late by (\d+) seconds", tinyqueue_schedule.GRACE),

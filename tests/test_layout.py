@@ -32,18 +32,23 @@ IMPORTS = {  # each module, and those of ours that it may import
         *("tinyqueue", "tinyqueue_embedded", "tinyqueue_http", "tinyqueue_json", "tinyqueue_schedule"),
         *("tinyqueue_shards",),
     },
+    "tinyqueue_look": {
+        *("tinyqueue", "tinyqueue_json", "tinyqueue_metrics", "tinyqueue_redis", "tinyqueue_schedule"),
+    },
     "tinyqueue_doctor": {
-        *("tinyqueue", "tinyqueue_config", "tinyqueue_handler", "tinyqueue_json", "tinyqueue_redis"),
-        *("tinyqueue_schedule", "tinyqueue_shards"),
+        *("tinyqueue", "tinyqueue_config", "tinyqueue_handler", "tinyqueue_look", "tinyqueue_metrics"),
+        *("tinyqueue_redis", "tinyqueue_schedule", "tinyqueue_shards"),
     },
     "tinyqueue_repair": {"tinyqueue", "tinyqueue_doctor", "tinyqueue_redis", "tinyqueue_shards"},
     "tinyqueue_backup": {
         *("tinyqueue", "tinyqueue_job", "tinyqueue_json", "tinyqueue_redis", "tinyqueue_schedule"),
         *("tinyqueue_shards",),
     },
+    "tinyqueue_plan": {"tinyqueue", "tinyqueue_config"},
     "tinyqueue_cli": {
         *("tinyqueue", "tinyqueue_backup", "tinyqueue_config", "tinyqueue_doctor", "tinyqueue_embedded"),
-        *("tinyqueue_json", "tinyqueue_repair", "tinyqueue_schedule", "tinyqueue_shards", "tinyqueue_why"),
+        *("tinyqueue_json", "tinyqueue_plan", "tinyqueue_repair", "tinyqueue_schedule", "tinyqueue_shards"),
+        *("tinyqueue_why",),
     },
     "tinyqueue_metrics": {"tinyqueue", "tinyqueue_schedule", "tinyqueue_shards"},
     "tinyqueue_why": {"tinyqueue", "tinyqueue_shards"},

@@ -187,7 +187,7 @@ def test_operation_ids_are_a_verb_and_a_noun(document: Any) -> None:
         id
         for id in ids
         if not re.fullmatch(
-            "(get|list|put|remove|submit|cancel|retry|pause|resume|run|set|replay|purge|quiet)[A-Z][a-z]+", id
+            "(get|list|put|remove|submit|cancel|retry|pause|resume|run|set|replay|purge|quiet|count)[A-Z][a-z]+", id
         )
     ] == []
     assert len(set(ids)) == len(ids)
@@ -201,6 +201,8 @@ STATUSES_OF = {
     ("POST", "/jobs"): {200, 201} | BODY,
     ("POST", "/jobs/batch"): {200, 201} | BODY,
     ("GET", "/jobs"): {200, 400, 422},
+    ("GET", "/jobs/count"): {200, 400, 422},
+    ("GET", "/failures"): {200, 400, 422},
     ("GET", "/jobs/<id>"): {200, 400, 404},
     ("DELETE", "/jobs/<id>"): {200, 202, 404, 409},
     ("POST", "/jobs/<id>/retry"): {200, 404, 409},
@@ -222,6 +224,7 @@ STATUSES_OF = {
     ("GET", "/events"): {200, 404},
     ("POST", "/workers/<name>/quiet"): {200, 404},
     ("POST", "/workers/<name>/resume"): {200, 404},
+    ("GET", "/audit"): {200, 400},
     ("GET", "/metrics"): {200},
 }
 EVERYWHERE = {400, 401, 403, 429, 500, 503}  # 400: invalid X-Forwarded-For
@@ -259,12 +262,15 @@ def test_document_describes_every_field_and_filter(document: Any) -> None:
         assert job["properties"].keys() == {*FIELDS, "ref"}
         assert job["required"] == ["type", "payload"]
         assert job["additionalProperties"] is False
-    assert schemas["Replay"]["properties"].keys() == FIELDS.keys()
+    assert schemas["Replay"]["properties"].keys() == FIELDS.keys() - {"type"}
     for name in ("PendingFilter", "EndedFilter", "PurgeFilter"):
         assert schemas[name]["properties"].keys() == {*FILTERS, "cursor", "most"}
         assert schemas[name]["properties"]["most"]["maximum"] == SCANNED
     listed = {resolved(document, part)["name"] for part in operations(document)["GET", "/jobs"]["parameters"]}
     assert listed == {*FILTERS, "limit", "cursor"}
+    for path in ("/jobs/count", "/failures"):
+        names = {resolved(document, part)["name"] for part in operations(document)["GET", path]["parameters"]}
+        assert names == {*FILTERS, "cursor"}
 
 
 def test_document_contains_the_limits_of_the_code(document: Any) -> None:
@@ -459,7 +465,8 @@ def test_answers_conform_to_the_document(queue: Queue, api: Client, status: str)
     job = put(queue, status, unique_key="u", expires_in=60)
     assert_conforms(api.get(f"/jobs/{job.id}"), document, "GET", "/jobs/{id}")
     queue.enqueue("echo", "x" * 2000)
-    for path in ("/jobs", "/queues", "/stats", "/verdict", "/workers", "/whoami", "/types"):
+    reads = ("/jobs", "/jobs/count", "/failures", "/queues", "/stats", "/verdict", "/workers", "/audit", "/whoami")
+    for path in (*reads, "/types"):
         assert_conforms(api.get(path), document, "GET", path)
     assert_conforms(api.get("/stats?minutes=2"), document, "GET", "/stats")
     assert_conforms(api.call("POST", f"/jobs/{job.id}/retry"), document, "POST", "/jobs/{id}/retry")

@@ -24,7 +24,7 @@ import pytest
 from conftest import RedisServer, Server, free_port, newest, put, raw, until
 from cutproxy import CutProxy
 
-from tinyqueue import Failure, Job, Queue
+from tinyqueue import PAUSE_AGE, Failure, Job, Queue, host_name
 from tinyqueue_config import Settings
 from tinyqueue_redis import CONNECT_TIMEOUT, SOCKET_TIMEOUT
 from tinyqueue_why import explain
@@ -254,6 +254,41 @@ class Runs:
 @pytest.fixture
 def runs(folder: Path) -> Runs:
     return Runs(folder)
+
+
+# Quiet workers --------------------------------------------------------------------------------------------------------
+
+
+def test_quiet_worker_ends_its_job_and_leaves_the_others(near: Queue, work: Any, runs: Runs) -> None:
+    process = work("--concurrency", "2")
+    worker = registered(near, process)
+    gate = near.enqueue("gate", "a")
+    runs.until("begin a")
+    near.quiet(worker)
+    time.sleep(2 * PAUSE_AGE)  # until then, the worker may not know it
+    jobs = near.enqueue_many("echo", range(20))
+    runs.open("a")
+    until_is(near, gate, "completed")
+    assert near.stats()["pending"] == len(jobs)
+    other = work("--concurrency", "1")
+    second = registered(near, other)
+    assert {until_is(near, job, "completed").worker for job in jobs} == {second}
+    assert other.end(SIGTERM) == 0
+    last = near.enqueue("echo", 21)
+    near.resume_worker(worker)
+    assert until_is(near, last, "completed").worker == worker
+
+
+def test_idle_quiet_worker_delays_no_job_of_another(near: Queue, work: Any) -> None:
+    quiet, _ = registered(near, work()), work()
+    near.quiet(quiet)
+    time.sleep(2 * PAUSE_AGE)
+    waited = []
+    for at in range(10):
+        job = until_is(near, near.enqueue("echo", at), "completed")
+        assert job.worker != quiet
+        waited.append(job.started_at - job.created_at)
+    assert max(waited) < 1500, "it took the token of a bell, and another worker overslept"
 
 
 # Killed workers -------------------------------------------------------------------------------------------------------
@@ -1381,6 +1416,110 @@ def test_purge_deletes_only_the_jobs_that_match(near: Queue, run: Any) -> None:
     assert [job.queue for job in newest(near, "cancelled")] == ["default"]
 
 
+def test_purge_deletes_jobs_by_id(near: Queue, run: Any) -> None:
+    jobs = [put(near, status) for status in ("failed", "completed", "failed")]
+    assert lines(run("purge", *(job.id for job in jobs[:2]))) == [f"{job.id} deleted" for job in jobs[:2]]
+    assert [job.id for job in near.page()[0]] == [jobs[2].id]
+    assert run("purge", jobs[2].id, "--status", "failed").returncode == 2
+    assert run("purge", "--type", "echo").returncode == 2
+
+
+def test_hasten_lets_a_delayed_job_start(near: Queue, run: Any) -> None:
+    job = put(near, "delayed")
+    assert lines(run("hasten", job.id)) == [f"{job.id} pending"]
+    assert near.waiting(["default"]) == 1
+    done = run("hasten", job.id)
+    assert (done.returncode, done.stderr.decode()) == (1, f"Error: cannot hasten job {job.id}: it is due already\n")
+
+
+def test_replay_prints_the_id_of_the_new_job(near: Queue, run: Any) -> None:
+    old = near.cancel(near.enqueue("echo", 7).id)
+    [id] = lines(run("replay", old.id))
+    [other] = lines(run("replay", old.id, "-", input=b"8"))
+    assert [(job.replay_of, job.payload) for job in map(near.get, (id, other))] == [(old.id, 7), (old.id, 8)]
+    assert b"payload" in run("replay", old.id, "[]").stderr
+    assert run("replay", old.id, "{").returncode == 2
+    done = run("replay", id)
+    assert (done.returncode, b"cancel it first" in done.stderr) == (1, True)
+
+
+def test_quiet_lets_a_worker_take_no_more_jobs(near: Queue, run: Any) -> None:
+    worker = near.register(["default"], 1)
+    assert lines(run("quiet", worker)) == [f"{worker} quiet"]
+    assert [row["quiet"] for row in near.workers()] == [True]
+    assert lines(run("workers"))[1].split()[:2] == [worker, "quiet"]
+    assert lines(run("quiet", "--resume", worker)) == [f"{worker} resumed"]
+    assert [row["quiet"] for row in near.workers()] == [False]
+    done = run("quiet", "nobody")
+    assert (done.returncode, done.stderr.decode()) == (1, "Error: no such worker: nobody; see tinyqueue workers\n")
+
+
+def test_failures_groups_failed_jobs_by_type_and_error(near: Queue, run: Any) -> None:
+    assert lines(run("failures")) == ["no failed jobs"]
+    jobs = [put(near, "failed") for _ in range(3)]
+    rows = [line.split() for line in lines(run("failures"))]
+    assert rows[0] == ["jobs", "type", "error", "last", "message", "of", "the", "last"]
+    assert (rows[1][:3], rows[1][5:]) == (["3", "echo", "Boom"], ["it", "broke"])
+    [group] = json.loads(run("failures", "--json").stdout)
+    assert (group["count"], group["jobId"]) == (3, jobs[-1].id)
+    assert json.loads(run("failures", "--json", "--type", "mail").stdout) == []
+
+
+def test_list_counts_all_jobs_that_match(near: Queue, run: Any) -> None:
+    near.enqueue_many("echo", range(70))
+    near.enqueue("other", 1)
+    assert lines(run("list", "--count", "--type", "echo")) == ["70"]
+    assert lines(run("list", "--count")) == ["71"]
+
+
+def test_audit_lists_what_commands_have_changed(near: Queue, run: Any) -> None:
+    assert lines(run("audit")) == ["no actions yet"]
+    job = put(near, "failed")
+    run("retry", job.id)
+    run("cancel", "--error-type", "Boom", "--yes")
+    run("pause", "slow")
+    run("schedules", "--run", "none")
+    found = json.loads(run("audit", "--json").stdout)
+    assert [(entry["action"], entry["target"], entry["result"]) for entry in found] == [
+        ("pause", {"queue": "slow"}, {}),
+        ("cancel", {"filter": {"status": "pending", "errorType": "Boom"}}, {"cancelled": 1, "skipped": 0}),
+        ("retry", {"job": job.id}, {}),
+    ]
+    assert all(entry["by"].endswith(f"@{host_name()}") for entry in found)
+    rows = [line.split() for line in lines(run("audit", "--limit", "1"))]
+    assert [row[-4:] for row in rows] == [["by", "action", "on", "result"], [found[0]["by"], "pause", "queue", "slow"]]
+
+
+def test_retry_at_a_bounded_rate_takes_as_long(near: Queue, run: Any) -> None:
+    for _ in range(5):
+        put(near, "failed")
+    began = time.monotonic()
+    assert lines(run("retry", "--all", "--rate", "2")) == ["5 retried, 0 skipped (changed meanwhile)"]
+    assert time.monotonic() - began >= 2
+    assert near.stats()["pending"] == 5
+
+
+def test_retry_at_most_some_jobs(near: Queue, run: Any) -> None:
+    jobs = [put(near, "failed") for _ in range(5)]
+    assert lines(run("retry", "--all", "--most", "2")) == ["2 retried, 0 skipped (changed meanwhile)"]
+    assert [near.get(job.id).status for job in jobs] == ["failed"] * 3 + ["pending"] * 2
+    assert run("retry", jobs[0].id, "--most", "1").returncode == 2
+
+
+def test_retry_stops_at_ctrl_c_and_says_how_many_are_left(real: Server, near: Queue, start: Any) -> None:
+    for _ in range(99):
+        put(near, "failed")
+    process = start(ROOT / "worker.py", "retry", "--all", "--rate", "2", REDIS_URL=real.url)
+    until(lambda: near.stats()["pending"] >= 4)
+    assert process.end(SIGINT) == 1
+    left = near.stats()["failed"]
+    assert process.output.splitlines()[-2:] == [
+        f"{99 - left} retried, 0 skipped (changed meanwhile)",
+        f"stopped; {left} left",
+    ]
+    assert left % 2 == 1
+
+
 def test_complete_commands_in_the_shell(folder: Path) -> None:
     script = Path(sys.executable).with_name("tinyqueue")
     if not script.exists():
@@ -1389,7 +1528,7 @@ def test_complete_commands_in_the_shell(folder: Path) -> None:
     done = subprocess.run(
         [script], cwd=folder, env=environment(**request), capture_output=True, text=True, timeout=30, check=False
     )
-    assert set(done.stdout.split()) == {"plain,redis", "plain,restore", "plain,retry", "plain,resume"}
+    assert set(done.stdout.split()) == {f"plain,{name}" for name in ("redis", "replay", "restore", "resume", "retry")}
 
 
 def test_failed_lists_failed_jobs_with_their_errors(near: Queue, run: Any) -> None:
@@ -1414,14 +1553,15 @@ def test_cancel_of_a_running_job_prints_that_it_was_requested(near: Queue, run: 
     assert (done.returncode, done.stdout.decode()) == (0, f"{job.id} cancellation requested\n")
 
 
-@pytest.mark.parametrize("command", ["get", "retry", "cancel"])
+@pytest.mark.parametrize("command", ["get", "retry", "cancel", "hasten", "replay", "purge"])
 def test_refuse_commands_on_an_unknown_job(run: Any, command: str) -> None:
     done = run(command, "no-such-job")
     assert (done.returncode, done.stdout, done.stderr) == (1, b"", b"Error: no such job: no-such-job\n")
 
 
 @pytest.mark.parametrize(
-    ("command", "fitting", "result"), [("cancel", "pending", "cancelled"), ("retry", "failed", "pending")]
+    ("command", "fitting", "result"),
+    [("cancel", "pending", "cancelled"), ("retry", "failed", "pending"), ("hasten", "delayed", "pending")],
 )
 def test_retry_and_cancel_go_on_after_jobs_that_cannot_be_changed(
     near: Queue, run: Any, command: str, fitting: str, result: str
@@ -1434,7 +1574,7 @@ def test_retry_and_cancel_go_on_after_jobs_that_cannot_be_changed(
     assert done.stderr.decode() == refused + "Error: no such job: no-such-job\n"
 
 
-@pytest.mark.parametrize("command", ["cancel", "retry"])
+@pytest.mark.parametrize("command", ["cancel", "retry", "hasten", "purge"])
 def test_retry_and_cancel_without_redis_name_the_jobs_not_tried(run: Any, command: str) -> None:
     first, *others = (f"01a21209-ff58-7622-86d1-f71be07e4d0{at}" for at in range(3))
     done = run(command, first, *others, REDIS_URL=f"redis://127.0.0.1:{free_port()}/0")
@@ -1466,6 +1606,12 @@ COMMANDS = {
     "pause": ("pause", "mine"),
     "purge": ("purge", "--status", "failed", "--yes"),
     "bulk retry": ("retry", "--all"),
+    "hasten": ("hasten", "01a21209-ff58-7622-86d1-f71be07e4d07"),
+    "replay": ("replay", "01a21209-ff58-7622-86d1-f71be07e4d07"),
+    "quiet": ("quiet", "worker"),
+    "failures": ("failures",),
+    "audit": ("audit",),
+    "count": ("list", "--count", "--type", "echo"),
 }
 
 

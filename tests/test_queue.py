@@ -1583,7 +1583,9 @@ def test_promote_and_reap_drop_an_entry_that_names_no_job(queue: Queue, worker: 
     raw(queue).lpush(queue.keys.proc(worker), entry)
     lapse(queue, worker)
     assert (queue.promote(), queue.reap(worker)) == (1, 0)
-    assert dump(queue) == {}
+    [(key, minute)] = dump(queue).items()
+    assert key.startswith(queue.keys.prefix + "minute:")
+    assert minute.value == {f"lost:{worker}".encode(): b"1"}
 
 
 @pytest.mark.parametrize("record", RECORDS, ids=range(len(RECORDS)))

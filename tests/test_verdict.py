@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 from client import Client
-from conftest import RedisServer, Server, free_port, lapse, put, raw, until
+from conftest import RedisServer, Server, find_lost, free_port, lapse, put, raw, until
+from test_worker import Running
 
-from tinyqueue import Job, Queue, handler
+import worker as worker_module
+from tinyqueue import Failure, Job, Outcome, Queue, QueueFull, handler
 from tinyqueue_config import Settings
 from tinyqueue_doctor import CHECKS, Observer
-from tinyqueue_schedule import make_schedule, pause as pause_schedule, put as put_schedule
+from tinyqueue_http import CircuitOpen, register
+from tinyqueue_json import new_id
+from tinyqueue_schedule import Ticker, make_schedule, pause as pause_schedule, put as put_schedule
 from tinyqueue_shards import Shards
+from tinyqueue_slot import fail as slot_fail, run_job
 from wsgi import API
-
-MINUTE = 60_000
 
 
 def verdict(queue: Any, **options: Any) -> dict[str, Any]:
@@ -271,6 +277,19 @@ def test_verdict_names_several_queues(queue: Queue) -> None:
     assert text == "6 jobs in queues a, b, c and 3 more cannot start, because no live worker serves them"
 
 
+def test_verdict_names_quiet_workers_only_if_jobs_wait_for_long(queue: Queue) -> None:
+    worker = queue.register(["default"], 1)
+    queue.enqueue("echo", 1)
+    queue.quiet(worker)
+    later(queue, 200)
+    assert problems(queue) == {}
+    later(queue, 110)
+    problem = problems(queue)["unserved"]
+    text = "1 job in queue default cannot start, because the workers that could run them are quiet"
+    assert (problem["text"], problem["level"]) == (text, "warning")
+    assert problem["next"]["action"] == {"method": "POST", "path": f"/workers/{worker}/resume"}
+
+
 def test_verdict_names_a_lost_worker(queue: Queue) -> None:
     lost = put(queue, "processing").worker
     queue.register(["default"], 1)
@@ -289,6 +308,26 @@ def test_verdict_names_a_lost_worker_whose_jobs_nobody_requeues(queue: Queue) ->
     assert f"Worker {lost} sent no heartbeat for 30 s; 1 job will be requeued only when another worker runs" in [
         problem["text"] for problem in found["problems"]
     ]
+
+
+def test_verdict_names_a_worker_that_was_reaped(queue: Queue) -> None:
+    lost = put(queue, "processing").worker
+    own = queue.register(["default"], 1)
+    lapse(queue, lost)
+    assert find_lost(queue) == [lost]
+    queue.reap(lost)
+    problem = problems(queue)["lost"]
+    assert problem["text"] == f"Worker {lost} was lost in the last 5 minutes, and 1 job was requeued or ended"
+    assert problem["workers"] == [lost]
+    queue.deregister(own)
+    later(queue, 6 * 60)
+    assert "lost" not in problems(queue)
+
+
+def test_verdict_names_no_worker_that_was_deregistered(queue: Queue) -> None:
+    put(queue, "completed")
+    queue.register(["default"], 1)
+    assert problems(queue) == {}
 
 
 def test_verdict_names_a_job_that_waits_too_long(queue: Queue) -> None:
@@ -321,6 +360,13 @@ def start_long(queue: Queue, seconds: float) -> list[Job]:
     later(queue, seconds)
     queue.heartbeat(worker, [job.id for job in jobs], jobs)
     return jobs
+
+
+def test_workers_of_an_older_version_report_no_slots(queue: Queue) -> None:
+    worker = queue.register(["default"], 1)
+    raw(queue).set(queue.keys.lease(worker), b'{"at":1,"jobs":["x"]}', px=30_000)
+    [shown] = queue.workers()
+    assert (shown["jobs"], shown["slots"], shown["givenUp"]) == (["x"], [], [])
 
 
 def test_verdict_names_slots_that_are_taken_for_longer_than_usual(queue: Queue) -> None:
@@ -378,6 +424,248 @@ def test_verdict_names_held_jobs_whose_limit_is_full_for_long(queue: Queue, no_h
     assert problem["limits"] == ["charge"]
 
 
+def test_verdict_names_a_receiver_whose_deliveries_are_held(queue: Queue, no_handlers: None) -> None:
+    register()
+    for _ in range(3):
+        put(queue, "completed", queue="mail", callback_url="http://receiver.example/")
+    worker = queue.register(["default", "webhooks"], 3)
+    [first, *_] = queue.dequeue(worker, ["webhooks"], 3)
+    assert problems(queue) == {}
+    error = CircuitOpen("receiver.example has failed 10 times in a row", after=60)
+    queue.settle(worker, [slot_fail(first, error)])
+    problem = problems(queue)["deliveries"]
+    assert problem["text"] == "2 deliveries are held, because receiver.example failed many times in a row"
+    assert problem["limits"] == ["webhook/receiver.example"]
+
+
+def test_verdict_names_a_schedule_whose_job_cannot_be_enqueued(server: Server) -> None:
+    queue = server.queue(max_pending=1)
+    queue.register(["default"], 1)
+    queue.enqueue("echo", 1)
+    queue.pause("default")
+    put_schedule(queue, make_schedule("nightly", "* * * * *", "echo", 3))
+    ticker = Ticker(queue)
+    later(queue, 61)
+    with pytest.raises(QueueFull):
+        ticker.tick()
+    problem = problems(queue)["schedules"]
+    assert problem["text"].startswith("Schedule nightly should have run ")
+    assert problem["text"].endswith(" s ago, but its job could not be enqueued (QueueFull)")
+
+
+# Attempts -------------------------------------------------------------------------------------------------------------
+
+
+def attempt(queue: Queue, type: str, failed: int, completed: int, error: str = "ConnectionError") -> None:
+    """Run jobs of a type. Those that fail have attempts left."""
+    worker = queue.register(["default"], failed + completed)
+    queue.enqueue_many(type, range(failed + completed))
+    jobs = queue.dequeue(worker, ["default"], failed + completed)
+    failures = [Outcome(job, "fail", error=Failure(error, "no route"), after=600.0) for job in jobs[:failed]]
+    queue.settle(worker, [*failures, *(Outcome(job, "complete") for job in jobs[failed:])])
+    queue.deregister(worker)
+
+
+def test_verdict_names_a_type_whose_attempts_all_fail(queue: Queue) -> None:
+    attempt(queue, "report", 2, 0)
+    assert problems(queue) == {}
+    attempt(queue, "report", 1, 0)
+    problem = problems(queue)["failing"]
+    text = "All of the 3 attempts of type report failed in the last 5 minutes, all with ConnectionError"
+    assert problem["text"] == text
+    assert (problem["level"], problem["types"]) == ("warning", ["report"])
+    command = "tinyqueue list --status pending --type report --error-type ConnectionError"
+    assert problem["next"]["command"] == command
+    assert problem["next"]["action"] == {"link": "#/jobs?status=pending&type=report&errorType=ConnectionError"}
+    assert queue.now() - 120_000 < problem["since"] <= queue.now()
+
+
+def test_verdict_names_the_share_and_the_main_error(queue: Queue) -> None:
+    attempt(queue, "mail", 0, 100)
+    attempt(queue, "report", 30, 10)
+    attempt(queue, "report", 2, 0, "ValueError")
+    found = problems(queue)
+    text = "76% of the 42 attempts of type report failed in the last 5 minutes, 30 with ConnectionError"
+    assert found["failing"]["text"] == text
+    assert found["failing"]["level"] == "critical"
+
+
+def test_verdict_is_well_with_a_few_failures_under_load(queue: Queue) -> None:
+    attempt(queue, "report", 40, 360)
+    attempt(queue, "mail", 2, 3)
+    assert problems(queue) == {}
+
+
+def test_verdict_forgets_failures_when_attempts_succeed_again(queue: Queue) -> None:
+    attempt(queue, "report", 20, 0)
+    assert "failing" in problems(queue)
+    later(queue, 120)
+    attempt(queue, "report", 0, 1)
+    assert "failing" not in problems(queue)
+
+
+def test_since_of_failing_attempts_is_when_they_began(queue: Queue) -> None:
+    began = queue.now()
+    for _ in range(8):
+        attempt(queue, "report", 5, 0)
+        problem = problems(queue)["failing"]
+        later(queue, 60)
+    assert began - 60_000 < problem["since"] <= began
+
+
+def test_verdict_names_retrying_jobs(queue: Queue) -> None:
+    attempt(queue, "report", 12, 0)
+    later(queue, 300)
+    problem = problems(queue)["retrying"]
+    assert problem["text"] == "12 jobs wait for another attempt, because one has failed"
+    later(queue, 60)
+    attempt(queue, "report", 0, 100)
+    assert problems(queue) == {}
+
+
+def test_verdict_names_a_type_that_no_live_worker_knows(queue: Queue, no_handlers: None) -> None:
+    @handler("echo")
+    def echo(payload: object) -> None: ...
+
+    worker = queue.register(["default"], 1)
+    queue.enqueue("resize", 1)
+    [job] = queue.dequeue(worker, ["default"])
+    queue.settle(worker, [run_job(job)])
+    problem = problems(queue)["unknown"]
+    text = "Jobs of type resize are postponed, because no live worker has a handler for it"
+    assert (problem["text"], problem["types"]) == (text, ["resize"])
+
+    @handler("resize")
+    def resize(payload: object) -> None: ...
+
+    queue.register(["default"], 1)  # a rolling deploy: the old worker is still there
+    assert problems(queue) == {}
+
+
+def test_verdict_names_handlers_that_were_given_up(queue: Queue) -> None:
+    job = put(queue, "processing")
+    later(queue, 60)
+    queue.heartbeat(job.worker, [], [], [job])
+    problem = problems(queue)["stuck"]
+    text = "1 handler was given up after the timeout and still runs: 1 of type echo"
+    assert problem["text"] == f"{text}, in worker {job.worker}"
+    assert problem["jobs"] == [job.id]
+    assert problem["since"] == job.started_at
+
+
+def test_verdict_names_a_backlog_that_grows(queue: Queue) -> None:
+    queue.register(["default"], 1)
+    for size in (100, 200, 300):
+        queue.enqueue_many("echo", range(size))
+        assert "backlog" not in problems(queue)
+        later(queue, 60)
+    for size in (400, 500):
+        queue.enqueue_many("echo", range(size))
+        problem = problems(queue)["backlog"]
+        later(queue, 60)
+    assert problem["text"] == "The backlog grows: 1500 jobs wait, 1400 more than 4 minutes ago"
+    assert problem["queues"] == ["default"]
+
+
+def test_verdict_is_well_while_a_large_batch_is_worked_off(queue: Queue) -> None:
+    worker = queue.register(["default"], 100)
+    queue.enqueue_many("echo", range(1000))
+    for _ in range(5):
+        queue.settle(worker, [Outcome(job, "complete") for job in queue.dequeue(worker, ["default"], 50)])
+        assert problems(queue) == {}
+        later(queue, 55)
+
+
+# Refused submissions --------------------------------------------------------------------------------------------------
+
+JOB = {"type": "echo", "payload": {}}
+
+
+def accept_echo() -> None:
+    @handler("echo")
+    def echo(payload: object) -> None: ...
+
+
+def refused(queue: Queue, settings: Settings | None = None, times: int = 1) -> dict[str, Any]:
+    """The problem after submits that are refused."""
+    accept_echo()
+    app = API(settings or Settings(), queue)
+    api = Client(app)
+    assert {api.post("/jobs", JOB).status for _ in range(times)} <= {429, 503}
+    return {problem["check"]: problem for problem in app.observer.verdict()["problems"]}["refused"]
+
+
+def test_verdict_names_submissions_that_a_full_queue_refuses(server: Server, no_handlers: None) -> None:
+    queue = server.queue(max_pending=1)
+    queue.register(["default"], 1)
+    queue.enqueue("echo", 1)
+    problem = refused(queue)
+    text = "1 submission was refused in the last 5 minutes: 1 because there were too many pending jobs or queues"
+    assert (problem["text"], problem["level"]) == (text, "critical")
+    assert "TINYQUEUE_MAX_PENDING" in problem["next"]["text"]
+    assert queue.metrics()["refused"] == {("queue-full",): 1}
+    later(queue, 180)
+    assert "refused" not in problems(queue)
+
+
+def test_verdict_names_submissions_that_a_full_redis_refuses(own: Queue, no_handlers: None) -> None:
+    fill(own, 0.97)
+    text = "1 submission was refused in the last 5 minutes: 1 because the memory of Redis is nearly used up"
+    assert refused(own)["text"] == text
+
+
+def test_verdict_names_submissions_refused_while_redis_takes_no_writes(own: Queue, no_handlers: None) -> None:
+    fill(own, 1.05)
+    text = "3 submissions were refused in the last 5 minutes: 3 because the memory of Redis is nearly used up"
+    assert refused(own, times=3)["text"] == text
+
+
+def test_refusals_without_redis_are_counted_when_it_is_back(
+    start_redis: Callable[..., RedisServer], no_handlers: None
+) -> None:
+    server = start_redis()
+    accept_echo()
+    api = Client(API(Settings(), Queue.from_url(server.url)))
+    assert api.get("/verdict").json["problems"]
+    server.kill()
+    assert {api.post("/jobs", JOB).json["reason"] for _ in range(2)} == {"unreachable"}
+    found = until(lambda: {p["check"]: p for p in api.get("/verdict").json["problems"]}.get("refused"))
+    assert found["text"].endswith("2 because Redis did not answer")
+    server.start()
+    text = 'tinyqueue_submissions_refused_total{reason="unreachable"} 2.0'
+    until(lambda: text in api.get("/metrics").body.decode())
+
+
+def test_verdict_names_submissions_that_too_few_replicas_have(own: Queue, no_handlers: None) -> None:
+    queue = Queue(own.pool, min_replicas=1)
+    found = refused(queue)
+    assert found["text"].endswith("1 because too few replicas had the jobs")
+    text = "Submits are refused: they need 1 replica, and 0 of them keep up"
+    assert problems(queue)["replicas"]["text"] == text
+
+
+def test_verdict_names_submissions_that_the_rate_limit_refuses(real: Server, no_handlers: None) -> None:
+    queue = real.queue()
+    settings = Settings(rate_limit="1/hour")
+    Client(API(settings, queue)).post("/jobs", JOB)
+    problem = refused(queue, settings, times=10)
+    text = "10 submissions were refused in the last 5 minutes: 10 because of the rate limit"
+    assert (problem["text"], problem["level"]) == (text, "warning")
+
+
+def test_verdict_is_well_when_the_rate_limit_refuses_a_few(real: Server, no_handlers: None) -> None:
+    queue = real.queue()
+    accept_echo()
+    api = Client(API(Settings(rate_limit="1/hour"), queue))
+    assert [api.post("/jobs", JOB).status for _ in range(5)][1:] == [429] * 4
+    assert problems(queue) == {}
+
+
+def test_invalid_submissions_are_not_counted_as_refused(queue: Queue, api: Client) -> None:
+    assert api.post("/jobs", {"type": "nope", "payload": 1}).status == 422
+    assert "refused" not in queue.metrics()
+
+
 # Counts, shards and outputs -------------------------------------------------------------------------------------------
 
 
@@ -420,7 +708,8 @@ def test_since_is_kept_in_redis_until_a_problem_ends(real: Server) -> None:
     later(queue, 60)
     assert problems(real.queue())["lost"]["since"] == first["since"]
     assert b"lost:" in raw(queue).hgetall(queue.keys.trouble)
-    queue.deregister(lost) if queue.workers()[0]["alive"] else queue.reap(lost)
+    queue.reap(lost)
+    later(queue, 360)
     assert "lost" not in problems(queue)
     assert b"lost:" not in raw(queue).hgetall(queue.keys.trouble)
 
@@ -431,3 +720,144 @@ def test_ready_warns_of_what_the_verdict_says(queue: Queue) -> None:
     later(queue, 4)
     text = "1 job in queue mial cannot start, because no live worker serves it: start a worker that serves it"
     assert f"{text} (tinyqueue worker --queue mial)" in Client(API(Settings(), queue)).get("/ready").json["warnings"]
+
+
+# Real workers ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def work(own: Queue, no_handlers: None) -> Iterator[Callable[..., Running]]:
+    """Start workers on the queue. They end with the test."""
+    started: list[Running] = []
+
+    def work(**options: Any) -> Running:
+        started.append(Running(own, **options))
+        return started[-1]
+
+    yield work
+    for running in started:
+        running.end("release")
+
+
+def test_verdict_names_failing_attempts_within_five_seconds(own: Queue, work: Callable[..., Running]) -> None:
+    @handler("report", backoff=0.5)
+    def report(payload: object) -> None:
+        raise ConnectionError("no route")
+
+    work(slots=2)
+    api = Client(API(Settings(), own))
+    assert api.get("/verdict").json["status"] == "well"
+    began = time.monotonic()
+    own.enqueue_many("report", range(3))
+    until(lambda: api.get("/verdict").json["status"] != "well", timeout=5)
+    assert time.monotonic() - began < 5
+    found = {problem["check"]: problem for problem in api.get("/verdict").json["problems"]}
+    assert found["failing"]["text"].startswith("All of the ")
+    assert found["failing"]["text"].endswith("failed in the last 5 minutes, all with ConnectionError")
+
+
+def test_verdict_names_a_handler_that_its_worker_has_given_up(own: Queue, work: Callable[..., Running]) -> None:
+    gate = threading.Event()
+
+    @handler("stuck", timeout=0.1, max_attempts=1)
+    def stuck(payload: object) -> None:
+        gate.wait()  # a wait for a lock cannot be interrupted
+
+    running = work(slots=2)
+    job = own.enqueue("stuck", 1)
+    try:
+        until(lambda: running.worker.stuck)
+        problem = until(lambda: problems(own).get("stuck"), timeout=5)
+        assert problem["text"].startswith("1 handler was given up after the timeout and still runs: 1 of type stuck")
+        assert problem["jobs"] == [job.id]
+        [shown] = own.workers()
+        assert [slot["jobId"] for slot in shown["givenUp"]] == [job.id]
+    finally:
+        gate.set()
+    until(lambda: "stuck" not in problems(own), timeout=5)
+
+
+def test_verdict_stays_well_under_load_and_while_workers_are_replaced(own: Queue, work: Callable[..., Running]) -> None:
+    @handler("mail", backoff=0.1)
+    def mail(payload: int) -> None:
+        if payload % 50 == 0:
+            raise ValueError("one in fifty")
+
+    running = work(slots=5)
+    until(own.workers)
+    for round in range(8):
+        own.enqueue_many("mail", range(400))
+        assert verdict(own)["problems"] == []
+        if round in (2, 5):
+            old, running = running, work(slots=5)
+            old.end("drain")
+            assert verdict(own)["problems"] == []
+        until(lambda: own.stats()["pending"] < 100)
+        assert verdict(own)["problems"] == []
+
+
+def test_verdict_names_slots_that_a_real_worker_reports(own: Queue, work: Callable[..., Running]) -> None:
+    gate = threading.Event()
+
+    @handler("report")
+    def report(payload: object) -> None:
+        gate.wait(60)
+
+    running = work(slots=2)
+    jobs = own.enqueue_many("report", range(3))
+    until(lambda: len(running.worker.held) == 2)
+    running.worker.beat_at_once = True
+    slots = until(lambda: own.workers()[0]["slots"])
+    assert {slot["jobId"] for slot in slots} == {job.id for job in jobs[:2]}
+    gate.set()
+
+
+# On the command line --------------------------------------------------------------------------------------------------
+
+
+def test_stats_prints_the_verdict(real: Server) -> None:
+    queue = real.queue()
+    queue.register(["default"], 1)
+    job = queue.draft("echo", 1, queue="mial")
+    job.id = new_id(queue.now() - 10_000)  # the commands go by the clock of Redis
+    queue.submit([job])
+    environ = {"REDIS_URL": real.url}
+    shown = CliRunner(env=environ).invoke(worker_module.cli, ["stats"]).output
+    first = "critical: 1 job in queue mial cannot start, because no live worker serves it (since "
+    assert shown.startswith(first)
+    assert "\n  next: start a worker that serves it: tinyqueue worker --queue mial\n" in shown
+    about = json.loads(CliRunner(env=environ).invoke(worker_module.cli, ["stats", "--json"]).output)
+    assert about["verdict"]["status"] == "critical"
+
+
+def test_stats_says_that_all_is_well(own: Queue) -> None:
+    own.register(["default"], 1)
+    environ = {"REDIS_URL": f"redis://127.0.0.1:{own.pool.connection_kwargs['port']}/0"}
+    shown = CliRunner(env=environ).invoke(worker_module.cli, ["stats"]).output
+    assert shown.startswith("All is well: 1 live worker, 0 running jobs, 0 pending jobs.\n")
+
+
+def test_workers_prints_what_each_slot_runs(real: Server) -> None:
+    queue = real.queue()
+    job = put(queue, "processing")
+    queue.heartbeat(job.worker, [job.id], [job], [job])
+    shown = CliRunner(env={"REDIS_URL": real.url}).invoke(worker_module.cli, ["workers"]).output
+    lines = [line.split() for line in shown.splitlines() if job.id in line][1:]
+    assert [line[:3] for line in lines] == [[job.worker, job.id, "echo"]] * 2
+    assert lines[1][5:] == ["given", "up,", "and", "still", "runs"]
+
+
+# Replicas and sentinels -----------------------------------------------------------------------------------------------
+
+
+def test_verdict_names_a_replica_that_lags(own: Queue, start_redis: Callable[..., RedisServer]) -> None:
+    port = own.pool.connection_kwargs["port"]
+    replica = start_redis("--replicaof", "127.0.0.1", str(port), "--repl-diskless-sync-delay", "0")
+    until(lambda: raw(own).info("replication").get("slave0", {}).get("state") == "online")
+    assert verdict(own)["problems"] == []
+    assert replica.process
+    os.kill(replica.process.pid, signal.SIGSTOP)
+    problem = until(lambda: problems(own).get("replicas"), timeout=30)
+    start = f"A failover may lose the last changes, because replicas are behind: 127.0.0.1:{replica.port} (1"
+    assert problem["text"].startswith(start)
+    os.kill(replica.process.pid, signal.SIGCONT)
