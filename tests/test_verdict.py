@@ -133,6 +133,28 @@ def test_verdict_names_a_redis_that_does_not_answer() -> None:
     assert problem["next"]["command"] == "tinyqueue doctor"
 
 
+def test_verdict_is_given_without_redis_although_requests_are_limited() -> None:
+    queue = Queue.from_url(f"redis://127.0.0.1:{free_port()}/0")
+    api = Client(API(Settings(rate_limit="1/hour"), queue))
+    assert api.get("/verdict").json["status"] == "critical"
+    assert api.get("/stats").status == 503
+
+
+def test_verdict_names_a_redis_that_refuses_the_user(own: Queue) -> None:
+    port = own.pool.connection_kwargs["port"]
+    problem = problems(Queue.from_url(f"redis://:wrong@127.0.0.1:{port}/0"))["redis"]
+    assert problem["text"].startswith("Redis refuses this user, or a command, so jobs can be neither submitted nor run")
+    assert "ACL" in problem["next"]["text"]
+
+
+def test_verdict_names_data_of_another_program(real: Server) -> None:
+    queue = real.queue()
+    raw(queue).set(queue.keys.counts, "x")
+    problem = problems(queue)["redis"]
+    assert problem["text"].startswith("Redis has other data under the keys of the queue, so ")
+    assert "nothing else writes to the queue's keys" in problem["next"]["text"]
+
+
 def test_verdict_says_since_when_redis_does_not_answer(start_redis: Callable[..., RedisServer]) -> None:
     server = start_redis()
     api = Client(API(Settings(), Queue.from_url(server.url)))
