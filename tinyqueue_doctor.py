@@ -533,7 +533,8 @@ def _check_served(sight: Sight) -> Iterator[Problem]:
         text = f"{plural(sight.count_pending(quiet), 'job')} in {_names('queue', quiet)} cannot start, because the "
         text += "workers that could run them are quiet"
         id = next(known[0]["id"] for known in sight.alive if quiet[0] in known[0]["queues"])
-        todo = Next("let a worker take jobs again", "", {"method": "POST", "path": f"/workers/{id}/resume"})
+        action = {"method": "POST", "path": f"/workers/{id}/resume"}
+        todo = Next("let a worker take jobs again", f"tinyqueue quiet {id} --resume", action)
         since = sight.waiting[quiet[0]].since
         yield Problem(check="unserved", text=text, since=since, queues=quiet[:NAMED], subject="quiet", next=todo)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import threading
 import time
@@ -734,6 +735,17 @@ def test_since_is_kept_in_redis_until_a_problem_ends(real: Server) -> None:
     later(queue, 360)
     assert "lost" not in problems(queue)
     assert b"lost:" not in raw(queue).hgetall(queue.keys.trouble)
+
+
+def test_metrics_expose_every_check(queue: Queue) -> None:
+    job = put(queue, "processing", queue="mail")
+    queue.heartbeat(job.worker, [], [], [job])
+    text = Client(API(Settings(), queue)).get("/metrics").body.decode()
+    shown = dict(re.findall('^tinyqueue_problems{check="([a-z]+)"} ([01]).0$', text, re.M))
+    assert shown.keys() == {*CHECKS, "counts"}
+    assert {check for check, value in shown.items() if value == "1"} - {"persistence"} == {"stuck"}
+    assert "\ntinyqueue_stuck_threads 1.0\n" in text
+    assert '\ntinyqueue_submissions_refused_total{reason="queue-full"} 0.0\n' in text
 
 
 def test_ready_warns_of_what_the_verdict_says(queue: Queue) -> None:
