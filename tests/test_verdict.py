@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import threading
 import time
@@ -131,6 +132,28 @@ def test_verdict_names_a_redis_that_does_not_answer() -> None:
     [problem] = found["problems"]
     assert "REDIS_URL" in problem["next"]["text"]
     assert problem["next"]["command"] == "tinyqueue doctor"
+
+
+def test_verdict_is_given_without_redis_although_requests_are_limited() -> None:
+    queue = Queue.from_url(f"redis://127.0.0.1:{free_port()}/0")
+    api = Client(API(Settings(rate_limit="1/hour"), queue))
+    assert api.get("/verdict").json["status"] == "critical"
+    assert api.get("/stats").status == 503
+
+
+def test_verdict_names_a_redis_that_refuses_the_user(own: Queue) -> None:
+    port = own.pool.connection_kwargs["port"]
+    problem = problems(Queue.from_url(f"redis://:wrong@127.0.0.1:{port}/0"))["redis"]
+    assert problem["text"].startswith("Redis refuses this user, or a command, so jobs can be neither submitted nor run")
+    assert "ACL" in problem["next"]["text"]
+
+
+def test_verdict_names_data_of_another_program(real: Server) -> None:
+    queue = real.queue()
+    raw(queue).set(queue.keys.counts, "x")
+    problem = problems(queue)["redis"]
+    assert problem["text"].startswith("Redis has other data under the keys of the queue, so ")
+    assert "nothing else writes to the queue's keys" in problem["next"]["text"]
 
 
 def test_verdict_says_since_when_redis_does_not_answer(start_redis: Callable[..., RedisServer]) -> None:
@@ -712,6 +735,17 @@ def test_since_is_kept_in_redis_until_a_problem_ends(real: Server) -> None:
     later(queue, 360)
     assert "lost" not in problems(queue)
     assert b"lost:" not in raw(queue).hgetall(queue.keys.trouble)
+
+
+def test_metrics_expose_every_check(queue: Queue) -> None:
+    job = put(queue, "processing", queue="mail")
+    queue.heartbeat(job.worker, [], [], [job])
+    text = Client(API(Settings(), queue)).get("/metrics").body.decode()
+    shown = dict(re.findall('^tinyqueue_problems{check="([a-z]+)"} ([01]).0$', text, re.M))
+    assert shown.keys() == {*CHECKS, "counts"}
+    assert {check for check, value in shown.items() if value == "1"} - {"persistence"} == {"stuck"}
+    assert "\ntinyqueue_stuck_threads 1.0\n" in text
+    assert '\ntinyqueue_submissions_refused_total{reason="queue-full"} 0.0\n' in text
 
 
 def test_ready_warns_of_what_the_verdict_says(queue: Queue) -> None:
