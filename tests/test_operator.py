@@ -84,9 +84,12 @@ def test_every_page_follows_the_rules_of_axe(
     shows(page, "API key")
     check_with_axe(page, "the sign-in form")
     sign_in(page, "admin-0123456789")
+    page.get_by_role("button", name="Resume queue reports").click()
     failed = next(job for job in newest(near, "failed") if job.error and job.error.traceback)
     views = {
         "#/": "Attempts per minute",
+        "#/failures": "29 failed",
+        "#/audit": "resume",
         "#/jobs": "reports",
         "#/jobs?status=failed": "TimeoutError",
         "#/jobs?status=completed&type=nothing": "No matching jobs",
@@ -103,10 +106,22 @@ def test_every_page_follows_the_rules_of_axe(
     page.get_by_role("button", name="Submit").click()
     shows(page, "is required")
     check_with_axe(page, "a form with errors")
+    page.goto(page.url.partition("#")[0] + f"#/jobs/{failed.id}")
+    page.get_by_role("button", name="Edit and run again…").click()
+    page.get_by_label("Payload", exact=True).fill("{")
+    page.get_by_role("button", name="Run as a new job").click()
+    shows(page, "is not valid JSON")
+    check_with_axe(page, "a dialog with an error")
     page.goto(page.url.partition("#")[0] + "#/jobs?status=failed")
+    page.get_by_label("select all on this page").check()
+    check_with_axe(page, "selected jobs")
+    page.locator("[data-key=tools] input").uncheck()
     page.get_by_role("button", name="Retry all matching jobs").click()
     shows(page, "jobs match now")
     check_with_axe(page, "a dialog")
+    page.get_by_role("button", name="Retry 29 jobs").click()
+    shows(page, "29 of 29 requeued.")
+    check_with_axe(page, "a change of many jobs")
 
 
 @pytest.fixture
@@ -230,6 +245,72 @@ def test_overview_follows_the_events_of_the_server_and_polls_without_them(open: 
     with page.expect_response("**/stats?*"):
         page.clock.run_for(2500)
     playwright.expect(tile(page, "pending")).to_have_text("2")
+
+
+# Somebody who has never seen it, with a keyboard on a phone -----------------------------------------------------------
+
+
+def tab_to(page: Any, role: str, name: str | re.Pattern[str]) -> Any:
+    """Press Tab until the element has the focus, which must be visible then."""
+    wanted = page.get_by_role(role, name=name).first
+    wanted.wait_for()
+    for _ in range(80):
+        page.keyboard.press("Tab")
+        if wanted.evaluate("element => element === document.activeElement"):
+            assert wanted.evaluate("element => getComputedStyle(element).outlineStyle") != "none"
+            return wanted
+    raise AssertionError(f"Tab does not reach the {role} {name}")
+
+
+BILLED = """
+from tinyqueue import handler
+
+@handler("send-invoice", max_attempts=25)
+def send_invoice(payload: dict[str, object]) -> str:
+    return f"sent {payload['amount'] + 0.5}"
+"""
+
+
+def test_keyboard_alone_finds_explains_corrects_and_repeats_a_job(
+    start_redis: Callable[..., RedisServer], start: Any, folder: Path, browser: Any
+) -> None:
+    (folder / "handlers.py").write_text(BILLED)
+    look = {"viewport": PHONE, "color_scheme": "dark", "reduced_motion": "reduce"}
+    page = browser.new_page(**CONTEXT | look)
+    page.set_default_timeout(10_000)
+    stage = Stage(start_redis("--appendonly", "yes"), start, page)
+    for customer in range(1, 40):
+        amount = "12,50" if customer == 17 else 12.5
+        stage.submit(type="send-invoice", payload={"customer": customer, "amount": amount}, tags=["march"])
+    until(lambda: stage.queue.stats()["retrying"] == 1)
+    page.keyboard.press("/")
+    page.keyboard.type("customer 17")
+    page.keyboard.press("Enter")
+    playwright.expect(page.locator("tbody tr")).to_have_count(1)
+    tab_to(page, "link", "send-invoice")
+    page.keyboard.press("Enter")
+    shows(page, "Delayed until", "It waits", "TypeError", '"amount": "12,50"')
+    tab_to(page, "button", "Edit and run again…")
+    page.keyboard.press("Enter")
+    playwright.expect(page.get_by_label("Payload", exact=True)).to_be_focused()
+    page.keyboard.press("Control+A")
+    page.keyboard.type('{"customer": 17, "amount": ')
+    tab_to(page, "button", "Run as a new job")
+    page.keyboard.press("Enter")
+    shows(page, "is not valid JSON")
+    playwright.expect(page.get_by_label("Payload", exact=True)).to_be_focused()
+    page.keyboard.press("Control+End")
+    page.keyboard.type("12.5}")
+    tab_to(page, "button", "Run as a new job")
+    page.keyboard.press("Enter")
+    shows(page, "completed", '"sent 13.0"', "Replay of", "march")
+    playwright.expect(page.get_by_role("heading", name="send-invoice")).to_be_focused()
+    tab_to(page, "link", re.compile(r"^[0-9a-f-]{36}$"))
+    page.keyboard.press("Enter")
+    shows(page, "cancelled", '"amount": "12,50"')
+    assert page.evaluate("document.documentElement.scrollWidth") <= PHONE["width"]
+    page.close()
+    stage.queue.disconnect()
 
 
 # Six incidents, played against real processes -------------------------------------------------------------------------
