@@ -269,7 +269,7 @@ def test_job_shows_its_callback_and_the_state_of_its_delivery(open: Open, near: 
     worker = near.register(["webhooks"], 1)
     [delivery] = near.dequeue(worker, ["webhooks"])
     near.fail(delivery, Failure("NoAnswer", "receiver.example: connection refused"), after=300)
-    shows(page, "delayed", "attempt 1 of 10", "NoAnswer: receiver.example: connection refused")
+    shows(page, "retrying", "attempt 1 of 10", "NoAnswer: receiver.example: connection refused")
     page.locator(f"a[href='#/jobs/{delivery.id}']").click()
     shows(page, "webhook", delivery.id, "Delayed until")
     near.deregister(worker)

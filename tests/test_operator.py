@@ -221,6 +221,32 @@ def test_job_can_be_run_now_and_deleted(open: Open, near: Queue) -> None:
     shows(page, "Job deleted.", "Job not found")
 
 
+def test_job_shows_each_attempt_and_where_a_handler_was_given_up(open: Open, near: Queue) -> None:
+    job = near.enqueue("echo", 1, queue="default", max_attempts=3, tags=["march"])
+    first, second = near.register(["default"], 1), near.register(["default"], 1)
+    stack = "The handler did not stop. Its thread was given up here (most recent call last):\n  sleep(60)\n"
+    near.fail(near.dequeue(first, ["default"])[0], Failure("TimedOut", "took longer than 1 s", stack), after=0)
+    until(lambda: near.promote() or near.stats()["oldestWaitingMs"])
+    near.fail(near.dequeue(second, ["default"])[0], Failure("Boom", "it broke"), after=3600)
+    page = open(f"#/jobs/{job.id}")
+    steps = page.locator(".line > li")
+    playwright.expect(steps).to_contain_text(
+        [
+            "Submitted",
+            re.compile(f"Attempt 1 started on {first}"),
+            re.compile("Attempt failed.*TimedOut: took longer than 1 s", re.S),
+            re.compile(f"Attempt 2 started on {second}"),
+            re.compile("Attempt failed.*Boom: it broke", re.S),
+            "Next attempt",
+        ]
+    )
+    page.get_by_text("Where it was").click()
+    shows(page, "sleep(60)", "retrying", "for attempt 3 of 3")
+    page.locator("main").get_by_role("link", name="march").click()
+    playwright.expect(page.locator("tbody tr")).to_have_count(1)
+    assert page.url.endswith("#/jobs?tag=march")
+
+
 def test_worker_is_made_quiet_and_takes_jobs_again(open: Open, near: Queue) -> None:
     near.register(["default"], 2)
     page = open()
