@@ -330,6 +330,9 @@ SUSPICIOUS = 2  # after this many lost workers that ran a job along with others,
 MAX_REFUNDS = 10
 SAMPLED = 100  # due jobs that a count for scaling reads while no worker promotes them
 SCANNED = 1000  # jobs that one page of a listing or one bulk change looks at
+LONG = 200  # entries of a list of which a page may read only the beginning
+HEAD = 100  # entries of a long list that are read first
+PROBES = 200  # places of long lists that are looked at, to see whether their ids are sorted
 PAGE_BYTES = 32 << 20  # bytes of the records that it looks at
 READ_BYTES = 1 << 20  # bytes of the records that it reads with one command
 MEMORY_SHARE = 0.95  # of maxmemory, above which submits are refused so that stored jobs can end
@@ -362,6 +365,8 @@ SERIES = 1000  # pairs of type and queue in the metrics: each adds some thirty l
 SNAPSHOTS = 5  # of the times in the metrics that are kept
 SNAPSHOT_EVERY = 900  # seconds
 BUCKETS = (10, 50, 250, 1000, 5000, 15_000, 60_000, 300_000, 1_800_000, math.inf)  # ms
+
+BEFORE_ALL = place_of("9999999999999999.g")  # of the first page of a listing
 
 # Keys -----------------------------------------------------------------------------------------------------------------
 
@@ -2719,7 +2724,7 @@ class Queue(Verbs):
         bytes than that. Raises InvalidJob for a malformed cursor.
         """
         filter = filter or Filter()
-        entries = self._find_entries(filter, place_of(cursor or "9999999999999999.g"))
+        entries = self._find_entries(filter, place_of(cursor) if cursor else BEFORE_ALL)
         jobs: list[Job] = []
         seen = size = 0
         for id, record in self.read_records([id for _, id, _ in entries[:SCANNED]]):
@@ -2776,17 +2781,22 @@ class Queue(Verbs):
         start = f"{start[:8]}-{start[8:]}"
         bound = min(max(before[1], start), start + "~").encode()
         first: list[bytes] = []
-        for window in self._read_unended(filter):
-            last = first[-1] if len(first) > SCANNED else b""
+
+        def oldest() -> bytes:
+            return first[-1] if len(first) > SCANNED else b""
+
+        for window in self._read_unended(filter, oldest if before == BEFORE_ALL else None):
+            last = oldest()
             if closer := [id for id in window if last < id < bound]:
                 first = _newest(closer, first)
         return [(created_at(id), id, UNENDED) for id in map(text_of, first)]
 
-    def _read_unended(self, filter: Filter) -> Iterator[list[bytes]]:
+    def _read_unended(self, filter: Filter, oldest: Callable[[], bytes] | None) -> Iterator[list[bytes]]:
         """Read the entries of all lists that may hold unended jobs, up to LISTED at a time.
 
         Reads them in the order in which a job moves on, so that it misses none that moves
-        meanwhile. Reads the lists of workers twice, because a job may go back from there.
+        meanwhile. Reads the lists of workers twice, because a job may go back from there. With
+        `oldest`, skips those that are older than what that returns, where that is easy.
         """
         held = [self.keys.proc(worker) for worker in self._known_workers()]
         yield from self.read_lists(held)
@@ -2794,9 +2804,36 @@ class Queue(Verbs):
             yield from self.read_entries(self.keys.delayed, "ZRANGE")
             yield from self.read_held()
             names = [filter.queue] if filter.queue else self.queue_names()
-            yield from self.read_lists([self.keys.jobs(name) for name in names])
+            lists = [self.keys.jobs(name) for name in names]
+            yield from self._read_newest(lists, oldest) if oldest else self.read_lists(lists)
             yield from self.read_lists([self.keys.proc(worker) for worker in self._known_workers()])
             yield from self.read_held()
+
+    def _read_newest(self, keys: Sequence[str], oldest: Callable[[], bytes]) -> Iterator[list[bytes]]:
+        """Read lists of queues, but only the beginning of long ones that begin with the newest job.
+
+        Jobs enter a list at its left. Only those that were delayed or run again may be older than
+        what is right of them. If the ids at several places are sorted, these jobs are few, and
+        reading stops where most ids are older than `oldest` returns.
+        """
+        sizes = self.store.read(*(("LLEN", key) for key in keys)) if keys else []
+        long = {key: size for key, size in zip(keys, sizes, strict=True) if size > LONG}
+        yield from self.read_lists([key for key in keys if key not in long])
+        count = max(4, PROBES // max(len(long), 1))
+        places = [[size * place // count for place in range(count)] + [-1] for size in long.values()]
+        probes = [("LINDEX", key, place) for key, own in zip(long, places, strict=True) for place in own]
+        ids = iter(self.store.read(*probes)) if probes else iter(())
+        found = {key: [next(ids) or b"" for _ in range(count + 1)] for key in long}
+        left = {key: 0 for key, own in found.items() if own == sorted(own, reverse=True)}
+        yield from self.read_lists([key for key in long if key not in left])
+        step = HEAD
+        while left:
+            windows = self.store.read(*(("LRANGE", key, at, at + step - 1) for key, at in left.items()))
+            yield list(itertools.chain(*windows))
+            last = oldest()
+            further = [len(window) == step and max(window[-step // 4 :]) > last for window in windows]
+            left = {key: at + step - step // 10 for (key, at), more in zip(left.items(), further, strict=True) if more}
+            step = max(HEAD, min(4 * step, LISTED // max(len(left), 1)))
 
     def read_held(self) -> Iterator[list[bytes]]:
         """Read the ids of the held jobs of all limits."""
@@ -2809,27 +2846,14 @@ class Queue(Verbs):
         return sorted(_queues_in(pairs(self.store.read(("HGETALL", self.keys.counts))[0])))
 
     def read_lists(self, keys: Sequence[str], command: Range = "LRANGE") -> Iterator[list[bytes]]:
-        """Read several lists at a time, about LISTED entries, because most are short."""
-        count = "LLEN" if command == "LRANGE" else "ZCARD"
-        some: list[str] = []
-        entries = 0
-        for at in range(0, len(keys), 1000):
-            part = keys[at : at + 1000]
-            for key, size in zip(part, self.store.read(*((count, key) for key in part)), strict=True):
-                if size > LISTED // 2:  # it may grow meanwhile
+        """Read the first entries of 100 lists at a time, because most are short."""
+        for at in range(0, len(keys), 100):
+            part = keys[at : at + 100]
+            heads = self.store.read(*((command, key, 0, 99) for key in part))
+            yield list(itertools.chain(*heads))
+            for key, head in zip(part, heads, strict=True):
+                if len(head) == 100:
                     yield from self.read_entries(key, command)
-                elif size:
-                    some.append(key)
-                    entries += size
-                if entries > LISTED // 2:
-                    yield self._read_whole(some, command)
-                    some = []
-                    entries = 0
-        if some:
-            yield self._read_whole(some, command)
-
-    def _read_whole(self, keys: Sequence[str], command: Range) -> list[bytes]:
-        return list(itertools.chain(*self.store.read(*((command, key, 0, -1) for key in keys))))
 
     def read_entries(self, key: str, command: Range = "LRANGE") -> Iterator[list[bytes]]:
         """Read a list from its left, or a sorted set from its highest score, LISTED at a time.

@@ -805,6 +805,7 @@ def restore(queue: AnyQueue, file: str, merge: bool, resumes: bool, oldest: int)
     """Restore the jobs of a backup with their ids, into paused queues. - is standard input."""
     with click.progressbar(length=0, label="restore", file=sys.stderr) as bar:
         restored = restore_file(queue, file, bar, merge=merge, oldest=oldest)
+    _note(queue, "restore", {"file": file}, restored.stored)
     _print_restored(restored)
     names = restored.resumable
     for name in names if resumes else ():
@@ -855,8 +856,11 @@ def doctor(ctx: click.Context, repairs: bool, as_json: bool) -> None:
     settings: Settings = ctx.obj
     connections = settings.shards * (settings.web_concurrency * settings.web_connections + settings.worker_connections)
     queue = require_queue(settings)
-    repaired = (repair(queue.parts) or [Finding("ok", "repair", "nothing to repair")]) if repairs else []
-    findings = repaired + examine(queue, connections)
+    findings = repair(queue.parts) if repairs else []
+    if repairs:
+        _note(queue, "repair", {"namespace": settings.namespace}, {"repaired": len(findings)})
+        findings = findings or [Finding("ok", "repair", "nothing to repair")]
+    findings += examine(queue, connections)
     show = _print_json if as_json else _print_findings
     show(findings)
     ctx.exit(int(any(finding.level == "fail" for finding in findings)))

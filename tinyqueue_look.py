@@ -134,7 +134,7 @@ class Look:
     def note_ready(self) -> None:
         """Store how many jobs wait, once a minute, to know later whether the backlog grows."""
         minute = self.now // MINUTE
-        if "ready" not in self.minutes[minute]:
+        if self.ready and "ready" not in self.minutes[minute]:
             key = self.part.keys.minute(self.now)
             with suppress(TinyQueueError):
                 self.part.store.read(("HSETNX", key, "ready", self.ready), ("EXPIRE", key, 7200))

@@ -982,6 +982,35 @@ def test_page_lists_every_job_of_a_long_queue_in_no_order(near: Queue) -> None:
     assert everything(near, Filter("pending"), 500) == sorted(made, reverse=True)
 
 
+def test_first_page_reads_only_the_newest_of_a_long_queue(near: Queue) -> None:
+    for _ in range(20):
+        near.enqueue_many("echo", range(1000))
+        near.enqueue_many("echo", range(100), queue="other")
+    client = raw(near)
+    before = client.info("stats")["total_net_output_bytes"]
+    jobs, cursor = near.page(Filter("pending"), limit=150)
+    sent = client.info("stats")["total_net_output_bytes"] - before
+    assert sorted((job.id for job in jobs), reverse=True) == [job.id for job in jobs]
+    assert {job.queue for job in jobs} == {"default", "other"}
+    assert len(jobs) == 150
+    assert cursor
+    assert sent < 200_000, "all ids have 900 KB"
+
+
+@pytest.mark.parametrize("fresh", [1, 30, 1500])
+def test_first_page_lists_new_jobs_behind_old_ones_that_were_retried(near: Queue, fresh: int) -> None:
+    old = near.enqueue_many("echo", range(1000))
+    new = [job for at in range(0, fresh, 1000) for job in near.enqueue_many("echo", range(min(1000, fresh - at)))]
+    for job in old:
+        near.cancel(job.id)
+        near.retry(job.id)
+    expected = sorted((job.id for job in new + old), reverse=True)
+    found, cursor = near.page(Filter("pending"), limit=1000)
+    assert [job.id for job in found] == expected[:1000]
+    rest, _ = near.page(Filter("pending"), limit=1000, cursor=cursor)
+    assert [job.id for job in rest] == expected[1000:2000]
+
+
 def test_page_lists_delayed_jobs_that_are_promoted_meanwhile(near: Queue) -> None:
     made = enqueue_thousands(near, 12, delay=60)
     found, cursor = near.page(limit=500)
