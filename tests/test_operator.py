@@ -7,11 +7,9 @@
 
 from __future__ import annotations
 
-import logging
 import re
 import shutil
 import subprocess
-import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -36,11 +34,10 @@ from test_dashboard import (  # the fixtures among them are used by name
     shows,
     sign_in,
     tile,
-    working,
 )
 from test_processes import ROOT, Process, Web, folder, registered, start
 
-from tinyqueue import Failure, Job, Queue, handler
+from tinyqueue import Failure, Queue
 from tinyqueue_config import Settings
 from wsgi import API
 
@@ -248,36 +245,6 @@ def test_job_shows_each_attempt_and_where_a_handler_was_given_up(open: Open, nea
     page.locator("main").get_by_role("link", name="march").click()
     playwright.expect(page.locator("tbody tr")).to_have_count(1)
     assert page.url.endswith("#/jobs?tag=march")
-
-
-def test_log_of_a_job_grows_while_it_runs_and_follows_its_end(open: Open, near: Queue) -> None:
-    gates = [threading.Event() for _ in range(3)]
-
-    @handler("import", logs=True)
-    def import_file(payload: Any, job: Job) -> None:
-        job.log("reading", payload)
-        gates[0].wait(20)
-        for line in range(100):
-            job.log("line", line)
-        gates[1].wait(20)
-        logging.getLogger("shop").warning("line 17 is empty")
-        gates[2].wait(20)
-
-    job = near.enqueue("import", "<b>a file</b>")
-    page = open(f"#/jobs/{job.id}")
-    log = page.locator("pre.log")
-    end = "box => box.scrollHeight - box.scrollTop - box.clientHeight"
-    with working(near):
-        playwright.expect(log).to_contain_text("reading <b>a file</b>")
-        gates[0].set()
-        playwright.expect(log).to_contain_text("line 99")
-        assert log.evaluate(end) <= 1
-        log.evaluate("box => box.scrollTop = 0")  # somebody reads the beginning
-        gates[1].set()
-        playwright.expect(log).to_contain_text("WARNING line 17 is empty")
-        assert log.evaluate("box => box.scrollTop") == 0
-        gates[2].set()
-        shows(page, "completed", "102 lines")
 
 
 def test_worker_is_made_quiet_and_takes_jobs_again(open: Open, near: Queue) -> None:
