@@ -135,22 +135,36 @@ def firefox(tmp_path: Path) -> Iterator[Firefox]:
         assert firefox.errors() == []
 
 
+ENTER = "\ue007"  # as WebDriver spells it
+
+
 def test_dashboard_works_in_firefox(near: Queue, firefox: Firefox) -> None:
-    jobs = busy(near)
+    busy(near)
+    wrong = near.enqueue("echo", {"customer": 17, "amount": "12,50"}, queue="billing")
+    near.fail(
+        near.dequeue(near.register(["billing"], 1), ["billing"])[0], Failure("ValueError", "not a number"), after=900
+    )
     with Servers() as servers:
         url = servers.serve(API(Settings(), near))
         firefox.open(url)
-        firefox.shows("Attempts per minute", "40 %")
+        firefox.shows("Attempts per minute", "40 %", "retrying\n1\n")
         assert firefox.run("return matchMedia('(prefers-color-scheme: dark)').matches") is True
         assert firefox.run("return document.documentElement.scrollWidth <= innerWidth") is True
-        firefox.type(".find input", jobs["trace"].id)
-        firefox.shows(jobs["trace"].id, "Payload")
+        firefox.type(".find input", "customer 17" + ENTER)
+        firefox.shows("ValueError: not a number")
+        firefox.click("td.name a")
+        firefox.shows(wrong.id, "Delayed until", "for attempt 2 of 3, after ValueError: not a number")
+        firefox.click("[data-key=replay]")
+        firefox.run("document.querySelector('#replay').select()")
+        firefox.type("#replay", '{"customer": 17, "amount": 12.5}')
+        firefox.click("dialog button.main")
+        firefox.shows("Replay of", '"amount": 12.5')
         firefox.open(url + "#/jobs?status=failed")
         firefox.shows("TimeoutError")
         firefox.click("[data-key='all retry']")
         firefox.shows("jobs match now")
         firefox.click("dialog button.main")
-        firefox.shows("Done")
+        firefox.shows("29 of 29 requeued", "Done")
         assert near.stats()["failed"] == 0
 
 
