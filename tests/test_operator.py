@@ -135,22 +135,36 @@ def firefox(tmp_path: Path) -> Iterator[Firefox]:
         assert firefox.errors() == []
 
 
+ENTER = "\ue007"  # as WebDriver spells it
+
+
 def test_dashboard_works_in_firefox(near: Queue, firefox: Firefox) -> None:
-    jobs = busy(near)
+    busy(near)
+    wrong = near.enqueue("echo", {"customer": 17, "amount": "12,50"}, queue="billing")
+    near.fail(
+        near.dequeue(near.register(["billing"], 1), ["billing"])[0], Failure("ValueError", "not a number"), after=900
+    )
     with Servers() as servers:
         url = servers.serve(API(Settings(), near))
         firefox.open(url)
-        firefox.shows("Attempts per minute", "40 %")
+        firefox.shows("Attempts per minute", "40 %", "retrying\n1\n")
         assert firefox.run("return matchMedia('(prefers-color-scheme: dark)').matches") is True
         assert firefox.run("return document.documentElement.scrollWidth <= innerWidth") is True
-        firefox.type(".find input", jobs["trace"].id)
-        firefox.shows(jobs["trace"].id, "Payload")
+        firefox.type(".find input", "customer 17" + ENTER)
+        firefox.shows("ValueError: not a number")
+        firefox.click("td.name a")
+        firefox.shows(wrong.id, "Delayed until", "for attempt 2 of 3, after ValueError: not a number")
+        firefox.click("[data-key=replay]")
+        firefox.run("document.querySelector('#replay').select()")
+        firefox.type("#replay", '{"customer": 17, "amount": 12.5}')
+        firefox.click("dialog button.main")
+        firefox.shows("Replay of", '"amount": 12.5')
         firefox.open(url + "#/jobs?status=failed")
         firefox.shows("TimeoutError")
         firefox.click("[data-key='all retry']")
         firefox.shows("jobs match now")
         firefox.click("dialog button.main")
-        firefox.shows("Done")
+        firefox.shows("29 of 29 requeued", "Done")
         assert near.stats()["failed"] == 0
 
 
@@ -219,6 +233,32 @@ def test_job_can_be_run_now_and_deleted(open: Open, near: Queue) -> None:
     page.get_by_role("button", name="Delete…").click()
     page.get_by_role("button", name="Delete", exact=True).click()
     shows(page, "Job deleted.", "Job not found")
+
+
+def test_job_shows_each_attempt_and_where_a_handler_was_given_up(open: Open, near: Queue) -> None:
+    job = near.enqueue("echo", 1, queue="default", max_attempts=3, tags=["march"])
+    first, second = near.register(["default"], 1), near.register(["default"], 1)
+    stack = "The handler did not stop. Its thread was given up here (most recent call last):\n  sleep(60)\n"
+    near.fail(near.dequeue(first, ["default"])[0], Failure("TimedOut", "took longer than 1 s", stack), after=0)
+    until(lambda: near.promote() or near.stats()["oldestWaitingMs"])
+    near.fail(near.dequeue(second, ["default"])[0], Failure("Boom", "it broke"), after=3600)
+    page = open(f"#/jobs/{job.id}")
+    steps = page.locator(".line > li")
+    playwright.expect(steps).to_contain_text(
+        [
+            "Submitted",
+            re.compile(f"Attempt 1 started on {first}"),
+            re.compile("Attempt failed.*TimedOut: took longer than 1 s", re.S),
+            re.compile(f"Attempt 2 started on {second}"),
+            re.compile("Attempt failed.*Boom: it broke", re.S),
+            "Next attempt",
+        ]
+    )
+    page.get_by_text("Where it was").click()
+    shows(page, "sleep(60)", "retrying", "for attempt 3 of 3")
+    page.locator("main").get_by_role("link", name="march").click()
+    playwright.expect(page.locator("tbody tr")).to_have_count(1)
+    assert page.url.endswith("#/jobs?tag=march")
 
 
 def test_worker_is_made_quiet_and_takes_jobs_again(open: Open, near: Queue) -> None:
