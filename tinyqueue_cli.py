@@ -69,13 +69,14 @@ from tinyqueue_why import answer
 SECTIONS = {
     "Processes": ("web", "run", "worker", "redis"),
     "Submit jobs": ("enqueue",),
-    "Inspect": ("stats", "workers", "list", "failed", "failures", "get", "audit"),
+    "Inspect": ("stats", "workers", "list", "failed", "failures", "get", "log", "audit"),
     "Manage jobs": ("retry", "cancel", "hasten", "replay", "purge"),
     "Manage queues and workers": ("pause", "resume", "limits", "schedules", "quiet"),
     "Back up": ("backup", "restore"),
     "Diagnose": ("doctor", "check"),
     "Prepare": ("plan",),
 }
+LOG_EVERY = 1.0  # seconds between two looks at a log that is followed
 WORDS = {"purged": "deleted", "skipped": "skipped (changed meanwhile)"}  # for the counts of bulk changes
 WEB_TIMEOUT = 5.0  # seconds for a web process to answer /health
 Command = Callable[..., None]
@@ -276,7 +277,9 @@ def _print_stats(stats: dict[str, Any]) -> None:
         oldest = f"{counts['oldestWaitingMs'] / 1000:,.1f} s" if counts["oldestWaitingMs"] else "-"
         rows.append([name, counts["pending"], counts["processing"], oldest, "paused" if counts["paused"] else ""])
     _print_table(rows)
-    click.echo(f"\ndelayed (included in pending): {stats['delayed']}\nlive workers: {stats['workers']}\n")
+    click.echo(f"\ndelayed (included in pending): {stats['delayed']}")
+    click.echo(f"retrying (included in pending): {stats['retrying']}")
+    click.echo(f"live workers: {stats['workers']}\n")
     ended = [[status, stats[status], stats["lastMinute"][status], stats["total"][status]] for status in ENDED]
     _print_table([["ended", "kept", "last minute", "total"], *ended])
 
@@ -450,6 +453,26 @@ def _print_job(fields: dict[str, Any]) -> None:
         _print_attempts(history)
     if error:
         _print_safely(f"error\n  {error_line(error)}\n{textwrap.indent(error.traceback, '  ')}".rstrip())
+
+
+@cli.command()
+@click.argument("id")
+@click.option("--follow", is_flag=True, help="Go on until the job has ended.")
+@json_option
+@pass_queue
+def log(queue: AnyQueue, id: str, follow: bool, as_json: bool) -> None:
+    """Show what a job has logged, if its handler keeps logs."""
+    after = 0
+    while True:
+        job, lines = queue.read_log(id, after)
+        for line in lines:
+            text = f"{_format_time(line.number // 1000)}  {line.attempt}  {line.level:<8} {line.text}"
+            _print_safely(to_json(line.answer()).decode() if as_json else text)
+        after = lines[-1].number if lines else after
+        if not follow or _require_job(job, id).status in ENDED:
+            _require_job(job, id)
+            return
+        time.sleep(LOG_EVERY)
 
 
 def _print_attempts(history: Sequence[PastAttempt]) -> None:
@@ -803,6 +826,7 @@ def restore(queue: AnyQueue, file: str, merge: bool, resumes: bool, oldest: int)
     """Restore the jobs of a backup with their ids, into paused queues. - is standard input."""
     with click.progressbar(length=0, label="restore", file=sys.stderr) as bar:
         restored = restore_file(queue, file, bar, merge=merge, oldest=oldest)
+    _note(queue, "restore", {"file": file}, restored.stored)
     _print_restored(restored)
     names = restored.resumable
     for name in names if resumes else ():
@@ -853,8 +877,11 @@ def doctor(ctx: click.Context, repairs: bool, as_json: bool) -> None:
     settings: Settings = ctx.obj
     connections = settings.shards * (settings.web_concurrency * settings.web_connections + settings.worker_connections)
     queue = require_queue(settings)
-    repaired = (repair(queue.parts) or [Finding("ok", "repair", "nothing to repair")]) if repairs else []
-    findings = repaired + examine(queue, connections)
+    findings = repair(queue.parts) if repairs else []
+    if repairs:
+        _note(queue, "repair", {"namespace": settings.namespace}, {"repaired": len(findings)})
+        findings = findings or [Finding("ok", "repair", "nothing to repair")]
+    findings += examine(queue, connections)
     show = _print_json if as_json else _print_findings
     show(findings)
     ctx.exit(int(any(finding.level == "fail" for finding in findings)))

@@ -35,7 +35,7 @@ from tinyqueue import (
 )
 from tinyqueue_config import plural
 from tinyqueue_handler import rule_of
-from tinyqueue_look import LATEST, LONG_RUN, MINUTE, NAMED, RECENT, SHORT_WAIT, Look, Minutes, Sight, Waiting
+from tinyqueue_look import AWAY, LATEST, LONG_RUN, MINUTE, NAMED, RECENT, SHORT_WAIT, Look, Minutes, Sight, Waiting
 from tinyqueue_metrics import Refusals
 from tinyqueue_redis import ask_each, memory_use, parse_info
 from tinyqueue_schedule import list_schedules
@@ -120,7 +120,7 @@ def _examine(queue: Queue, connections: int) -> list[Finding]:
             if reason == "full" and str(error) in {finding.seen for finding in found}:
                 continue  # Redis refuses every transaction, even one that only reads
             found.append(Finding("fail", about, str(error), REMEDIES.get(reason, OTHER_REMEDY)))
-            if reason in ("unreachable", "timeout", "loading"):
+            if reason in AWAY:
                 break
     return found
 
@@ -441,11 +441,17 @@ REFUSALS = {  # why submissions were refused, and what to do
 def _unavailable(part: Queue, error: TinyQueueError, shard: str = "") -> Problem:
     """Make the problem of a Redis that does not answer, or that takes no writes."""
     reason = getattr(error, "reason", "")
-    states = {"read-only": "takes no writes", "full": "is full"}
+    states = {
+        "read-only": "takes no writes",
+        "full": "is full",
+        "refused": "refuses this user, or a command",
+        "": "has other data under the keys of the queue",
+    }
     detail = str(error).partition("): ")[2] or str(error)
-    text = f"Redis{shard} {states.get(reason, 'does not answer')}, so jobs can be neither submitted nor run: {detail}"
+    result = "its jobs do not run" if shard else "jobs can be neither submitted nor run"
+    text = f"Redis{shard} {states.get(reason, 'does not answer')}, so {result}: {detail}"
     away = round(1000 * (time.monotonic() - part.store.connections.last_contact))
-    since = 0 if reason in states else round(1000 * time.time()) - away
+    since = 0 if reason not in AWAY else round(1000 * time.time()) - away
     todo = Next(REMEDIES.get(reason, OTHER_REMEDY), "tinyqueue doctor")
     return Problem(check="redis", level="critical", text=text, since=since, next=todo, subject=part.keys.prefix)
 
@@ -527,7 +533,8 @@ def _check_served(sight: Sight) -> Iterator[Problem]:
         text = f"{plural(sight.count_pending(quiet), 'job')} in {_names('queue', quiet)} cannot start, because the "
         text += "workers that could run them are quiet"
         id = next(known[0]["id"] for known in sight.alive if quiet[0] in known[0]["queues"])
-        todo = Next("let a worker take jobs again", "", {"method": "POST", "path": f"/workers/{id}/resume"})
+        action = {"method": "POST", "path": f"/workers/{id}/resume"}
+        todo = Next("let a worker take jobs again", f"tinyqueue quiet {id} --resume", action)
         since = sight.waiting[quiet[0]].since
         yield Problem(check="unserved", text=text, since=since, queues=quiet[:NAMED], subject="quiet", next=todo)
 
@@ -565,7 +572,8 @@ def _check_failing(sight: Sight) -> Iterator[Problem]:
         share = f"{failed / (completed + failed):.0%}" if completed else "All"
         text = f"{share} of the {completed + failed} attempts of type {type} failed in the last {RECENT} minutes"
         text += f", {'all' if count == failed else count} with {error}"
-        status = "pending" if sight.counts["retrying"] else "failed"
+        ended = sum(counts["failed"] for counts in sight.minutes.values())
+        status = "pending" if sight.recent("retried").total() > ended else "failed"
         command = f"tinyqueue list --status {status} --type {type} --error-type {error}"
         link = {"link": "#/jobs?" + urlencode({"status": status, "type": type, "errorType": error})}
         minutes = (at for at in sorted(sight.minutes) if any(f"error:{type}:" in field for field in sight.minutes[at]))
@@ -673,7 +681,8 @@ def _check_stuck(sight: Sight) -> Iterator[Problem]:
     types = Counter(slot["type"] for _, slot in given_up)
     ids = sorted({worker["id"] for worker, _ in given_up})
     run = ", ".join(f"{count} of type {type}" for type, count in types.most_common(3))
-    text = f"{plural(len(given_up), 'handler was', 'handlers were')} given up after the timeout and still run: {run}, "
+    still = "was given up after the timeout and still runs", "were given up after the timeout and still run"
+    text = f"{plural(len(given_up), f'handler {still[0]}', f'handlers {still[1]}')}: {run}, "
     text += f"in {_names('worker', ids)}"
     todo = Next("let the handler use time limits of its own; a restart of the worker ends it", "tinyqueue workers")
     since = min(slot["startedAt"] for _, slot in given_up)
@@ -911,7 +920,7 @@ class Observer:
 
         Stores that in Redis only when a problem begins or ends.
         """
-        known = looks[0].trouble | self._since if looks else dict(self._since)
+        known = self._since | looks[0].trouble if looks else self._since
         now = looks[0].now if looks else round(1000 * time.time())
         since = {problem.key: min(known.get(problem.key, now), problem.since or now) for problem in found}
         self._since = since

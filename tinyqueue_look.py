@@ -6,8 +6,9 @@ the looks at all shards have seen together. tinyqueue_doctor.py judges it.
 
 from __future__ import annotations
 
+import itertools
 import sys
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any, NamedTuple
@@ -37,7 +38,7 @@ LATEST = 2  # the last of them: what has ended before is over
 SHORT_WAIT = 3000  # milliseconds that a job may always wait
 LONG_RUN = 30_000  # milliseconds that a job of any type may run
 UNKNOWN_RUN = 900_000  # milliseconds that a job may run whose type has run less than SAMPLES times
-SAMPLES = 20
+SAMPLES = 10
 NAMED = 10  # jobs, queues or limits that a problem names
 LIMITS_READ = 50  # limits with held jobs that one look reads
 AWAY = ("unreachable", "timeout", "loading")
@@ -134,7 +135,7 @@ class Look:
     def note_ready(self) -> None:
         """Store how many jobs wait, once a minute, to know later whether the backlog grows."""
         minute = self.now // MINUTE
-        if "ready" not in self.minutes[minute]:
+        if self.ready and "ready" not in self.minutes[minute]:
             key = self.part.keys.minute(self.now)
             with suppress(TinyQueueError):
                 self.part.store.read(("HSETNX", key, "ready", self.ready), ("EXPIRE", key, 7200))
@@ -228,8 +229,8 @@ class Sight:
 
     def _usual_times(self, types: Iterable[str]) -> dict[str, float]:
         """Return for each type in how many ms 95 % of its attempts end."""
-        usual: dict[str, float] = {}
-        for type in types:
+        usual = defaultdict[str, float](lambda: UNKNOWN_RUN / 3)
+        for type in itertools.islice(types, NAMED):
             fields = [f"ran:{type}:{name}:{bound}" for name in sorted(self.served)[:SERIES] for bound in BUCKETS]
             counts = [0] * len(BUCKETS)
             for look in self.looks:
@@ -237,5 +238,5 @@ class Sight:
                 for at, value in enumerate(found):
                     counts[at % len(BUCKETS)] += read_count(value)
             known = percentile(counts, 0.95) if sum(counts) >= SAMPLES else None
-            usual[type] = UNKNOWN_RUN / 3 if known is None else known
+            usual[type] = known or UNKNOWN_RUN / 3
         return usual

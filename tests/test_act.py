@@ -11,6 +11,7 @@ import msgspec
 import pytest
 from client import NO_BODY, Client
 from conftest import Server, check_consistency, disconnect, dump, find_lost, lapse, put, raw
+from cutproxy import CutProxy
 
 from tinyqueue import (
     ACTIONS,
@@ -125,6 +126,36 @@ def test_hasten_with_shards(shards: Shards) -> None:
     assert shards.waiting(["default"]) == 6
 
 
+@pytest.mark.parametrize("cut", ["drop_reply", "drop_request", "hold"])
+def test_hasten_is_applied_once_when_a_packet_is_lost(near: Queue, far: Queue, proxy: CutProxy, cut: str) -> None:
+    job = put(near, "delayed")
+    getattr(proxy, cut)(b"EXEC")
+    assert far.hasten(job.id).run_at == 0
+    proxy.deliver()
+    assert near.waiting(["default"]) == 1
+
+
+def test_hasten_after_a_lost_reply_leaves_a_job_that_has_started(near: Queue, far: Queue, proxy: CutProxy) -> None:
+    job = put(near, "delayed")
+    worker = near.register(["default"], 1)
+    proxy.drop_reply(b"EXEC", lambda: near.dequeue(worker, ["default"]))
+    assert far.hasten(job.id).status == "processing"
+    assert near.waiting(["default"]) == 0
+
+
+def test_hasten_is_refused_when_the_job_starts_meanwhile(near: Queue, far: Queue, proxy: CutProxy) -> None:
+    job = put(near, "delayed")
+    worker = near.register(["default"], 1)
+
+    def run() -> None:
+        near.hasten(job.id)
+        near.dequeue(worker, ["default"])
+
+    proxy.before(b"EXEC", run)
+    with pytest.raises(WrongStatus, match="it is processing"):
+        far.hasten(job.id)
+
+
 # Purge one ------------------------------------------------------------------------------------------------------------
 
 
@@ -156,6 +187,22 @@ def test_purge_one_with_shards(shards: Shards) -> None:
         shards.cancel(job.id)
     assert [shards.purge_one(job.id).id for job in jobs] == [job.id for job in jobs]
     assert shards.page()[0] == []
+
+
+def test_purge_one_is_refused_when_the_job_is_retried_meanwhile(near: Queue, far: Queue, proxy: CutProxy) -> None:
+    job = put(near, "failed")
+    proxy.before(b"EXEC", lambda: near.retry(job.id))
+    with pytest.raises(WrongStatus, match="it is pending"):
+        far.purge_one(job.id)
+    assert near.get(job.id).status == "pending"
+
+
+@pytest.mark.parametrize("cut", ["drop_reply", "drop_request"])
+def test_purge_one_deletes_the_job_when_a_packet_is_lost(near: Queue, far: Queue, proxy: CutProxy, cut: str) -> None:
+    job = put(near, "failed")
+    getattr(proxy, cut)(b"EXEC")
+    assert far.purge_one(job.id) == job
+    assert near.get(job.id) is None
 
 
 # Purge many -----------------------------------------------------------------------------------------------------------
@@ -215,6 +262,22 @@ def test_replay_over_http_needs_no_body(queue: Queue, api: Client) -> None:
     answer = api.call("POST", f"/jobs/{old.id}/replay", NO_BODY, {"X-Request-ID": "mine"})
     new = queue.get(answer.json["jobId"])
     assert (answer.status, new.replay_of, new.payload, new.request_id) == (201, old.id, old.payload, "mine")
+
+
+@pytest.mark.parametrize("type", ["", "text/plain", "application/json"])
+@pytest.mark.parametrize("length", ["", "0"])
+def test_replay_takes_a_request_without_a_body_from_any_server(
+    queue: Queue, api: Client, type: str, length: str
+) -> None:
+    old = put(queue, "failed")
+    answer = api.call("POST", f"/jobs/{old.id}/replay", b"", {"Content-Type": type, "Content-Length": length})
+    assert answer.status == 201
+
+
+def test_refuse_a_replay_whose_body_is_not_json(queue: Queue, api: Client) -> None:
+    old = put(queue, "failed")
+    answer = api.call("POST", f"/jobs/{old.id}/replay", b'{"payload": 2}', {"Content-Type": "text/plain"})
+    assert (answer.status, answer.kind) == (415, "unsupported-media-type")
 
 
 def test_replay_checks_the_payload_against_the_type(queue: Queue, api: Client) -> None:
@@ -372,6 +435,13 @@ def test_quiet_workers_are_no_paused_queues(queue: Queue) -> None:
     queue.quiet(worker)
     assert {name: row["paused"] for name, row in queue.queues().items()} == {"slow": True}
     assert queue.scale()["ready"] == 0
+
+
+def test_quiet_leaves_no_mark_when_the_worker_is_reaped_meanwhile(near: Queue, far: Queue, proxy: CutProxy) -> None:
+    worker = near.register(["default"], 1)
+    proxy.before(b"EXEC", lambda: near.deregister(worker))
+    assert not far.quiet(worker)
+    assert near.keys.paused not in dump(near)
 
 
 def test_quiet_and_resume_over_http(queue: Queue, api: Client) -> None:
@@ -604,6 +674,17 @@ def test_audit_adds_up_the_steps_of_a_bulk_change(queue: Queue, api: Client) -> 
         ("", "cancel", cancel, {"cancelled": 3, "skipped": 0}),
         ("", "cancel", cancel, {"cancelled": 0, "skipped": 0}),
     ]
+
+
+@pytest.mark.parametrize("cut", ["drop_reply", "drop_request", "hold"])
+@pytest.mark.parametrize("target", [{"queue": "slow"}, {"filter": {"status": "failed"}}], ids=["queue", "filter"])
+def test_audit_lists_an_action_once_when_a_packet_is_lost(
+    near: Queue, far: Queue, proxy: CutProxy, cut: str, target: dict[str, Any]
+) -> None:
+    getattr(proxy, cut)(b"EXEC")
+    far.note_action("ops", "purge", target, {"purged": 7})
+    proxy.deliver()
+    assert [(entry["target"], entry["result"]) for entry in near.audit()] == [(target, {"purged": 7})]
 
 
 def test_audit_keeps_the_last_actions(queue: Queue, api: Client) -> None:

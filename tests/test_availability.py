@@ -22,6 +22,7 @@ from test_processes import HANDLERS, ROOT, Process, Web, environment
 
 from tinyqueue import NotReplicated, Queue, SettingsError, Unavailable, handler
 from tinyqueue_config import Settings, open_queue
+from tinyqueue_doctor import Observer
 from tinyqueue_redis import FOLLOW_EVERY, connect
 from wsgi import API
 
@@ -385,6 +386,19 @@ def test_follow_the_sentinels_in_a_requested_failover(monitored: Monitored, tmp_
     window = max(lost) - min(lost) if lost else 0.0
     print(f"{len(lost)} of {len(load.accepted)} accepted jobs were lost within {window:.2f} s")
     assert all(at < named + FOLLOW_EVERY + 0.5 for at in lost), f"jobs were lost up to {max(lost) - named:.2f} s later"
+
+
+def test_verdict_names_the_time_without_a_master_and_then_goes_on(monitored: Monitored, queue_at: Any) -> None:
+    queue = queue_at(monitored.url)
+    queue.register(["default"], 1)
+
+    def checks() -> set[str]:
+        return {problem.check for problem in Observer(queue).problems()} - {"persistence"}
+
+    assert checks() == set()
+    monitored.master.kill()
+    assert "redis" in checks()
+    until(lambda: monitored.replaced and "redis" not in checks(), timeout=60)
 
 
 def missing(queue: Queue, load: Load) -> list[float]:

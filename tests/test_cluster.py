@@ -18,6 +18,7 @@ import tinyqueue
 from tinyqueue import Outcome, Unavailable, handler
 from tinyqueue_backup import BackupError, back_up, restore
 from tinyqueue_config import Settings
+from tinyqueue_doctor import Observer
 from tinyqueue_shards import Shards
 from worker import Worker
 
@@ -156,6 +157,7 @@ def test_every_verb_works_through_every_node(cluster: Cluster, queue_at: Any) ->
         queue.take(queue.register(DEFAULT, 1), DEFAULT, 1)
         queue.wait(DEFAULT, 0.01)
         assert queue.stats()["workers"] > 0
+        assert not {problem.check for problem in Observer(queue).problems()} & {"redis", "counts"}
         check_consistency(queue)
         assert queue.pool.place == ("127.0.0.1", cluster.owner().port)
 

@@ -84,9 +84,12 @@ def test_every_page_follows_the_rules_of_axe(
     shows(page, "API key")
     check_with_axe(page, "the sign-in form")
     sign_in(page, "admin-0123456789")
+    page.get_by_role("button", name="Resume queue reports").click()
     failed = next(job for job in newest(near, "failed") if job.error and job.error.traceback)
     views = {
         "#/": "Attempts per minute",
+        "#/failures": "29 failed",
+        "#/audit": "resume",
         "#/jobs": "reports",
         "#/jobs?status=failed": "TimeoutError",
         "#/jobs?status=completed&type=nothing": "No matching jobs",
@@ -103,10 +106,22 @@ def test_every_page_follows_the_rules_of_axe(
     page.get_by_role("button", name="Submit").click()
     shows(page, "is required")
     check_with_axe(page, "a form with errors")
+    page.goto(page.url.partition("#")[0] + f"#/jobs/{failed.id}")
+    page.get_by_role("button", name="Edit and run again…").click()
+    page.get_by_label("Payload", exact=True).fill("{")
+    page.get_by_role("button", name="Run as a new job").click()
+    shows(page, "is not valid JSON")
+    check_with_axe(page, "a dialog with an error")
     page.goto(page.url.partition("#")[0] + "#/jobs?status=failed")
+    page.get_by_label("select all on this page").check()
+    check_with_axe(page, "selected jobs")
+    page.locator("[data-key=tools] input").uncheck()
     page.get_by_role("button", name="Retry all matching jobs").click()
     shows(page, "jobs match now")
     check_with_axe(page, "a dialog")
+    page.get_by_role("button", name="Retry 29 jobs").click()
+    shows(page, "29 of 29 requeued.")
+    check_with_axe(page, "a change of many jobs")
 
 
 @pytest.fixture
@@ -120,22 +135,36 @@ def firefox(tmp_path: Path) -> Iterator[Firefox]:
         assert firefox.errors() == []
 
 
+ENTER = "\ue007"  # as WebDriver spells it
+
+
 def test_dashboard_works_in_firefox(near: Queue, firefox: Firefox) -> None:
-    jobs = busy(near)
+    busy(near)
+    wrong = near.enqueue("echo", {"customer": 17, "amount": "12,50"}, queue="billing")
+    near.fail(
+        near.dequeue(near.register(["billing"], 1), ["billing"])[0], Failure("ValueError", "not a number"), after=900
+    )
     with Servers() as servers:
         url = servers.serve(API(Settings(), near))
         firefox.open(url)
-        firefox.shows("Attempts per minute", "40 %")
+        firefox.shows("Attempts per minute", "40 %", "retrying\n1\n")
         assert firefox.run("return matchMedia('(prefers-color-scheme: dark)').matches") is True
         assert firefox.run("return document.documentElement.scrollWidth <= innerWidth") is True
-        firefox.type(".find input", jobs["trace"].id)
-        firefox.shows(jobs["trace"].id, "Payload")
+        firefox.type(".find input", "customer 17" + ENTER)
+        firefox.shows("ValueError: not a number")
+        firefox.click("td.name a")
+        firefox.shows(wrong.id, "Delayed until", "for attempt 2 of 3, after ValueError: not a number")
+        firefox.click("[data-key=replay]")
+        firefox.run("document.querySelector('#replay').select()")
+        firefox.type("#replay", '{"customer": 17, "amount": 12.5}')
+        firefox.click("dialog button.main")
+        firefox.shows("Replay of", '"amount": 12.5')
         firefox.open(url + "#/jobs?status=failed")
         firefox.shows("TimeoutError")
         firefox.click("[data-key='all retry']")
         firefox.shows("jobs match now")
         firefox.click("dialog button.main")
-        firefox.shows("Done")
+        firefox.shows("29 of 29 requeued", "Done")
         assert near.stats()["failed"] == 0
 
 
@@ -206,6 +235,32 @@ def test_job_can_be_run_now_and_deleted(open: Open, near: Queue) -> None:
     shows(page, "Job deleted.", "Job not found")
 
 
+def test_job_shows_each_attempt_and_where_a_handler_was_given_up(open: Open, near: Queue) -> None:
+    job = near.enqueue("echo", 1, queue="default", max_attempts=3, tags=["march"])
+    first, second = near.register(["default"], 1), near.register(["default"], 1)
+    stack = "The handler did not stop. Its thread was given up here (most recent call last):\n  sleep(60)\n"
+    near.fail(near.dequeue(first, ["default"])[0], Failure("TimedOut", "took longer than 1 s", stack), after=0)
+    until(lambda: near.promote() or near.stats()["oldestWaitingMs"])
+    near.fail(near.dequeue(second, ["default"])[0], Failure("Boom", "it broke"), after=3600)
+    page = open(f"#/jobs/{job.id}")
+    steps = page.locator(".line > li")
+    playwright.expect(steps).to_contain_text(
+        [
+            "Submitted",
+            re.compile(f"Attempt 1 started on {first}"),
+            re.compile("Attempt failed.*TimedOut: took longer than 1 s", re.S),
+            re.compile(f"Attempt 2 started on {second}"),
+            re.compile("Attempt failed.*Boom: it broke", re.S),
+            "Next attempt",
+        ]
+    )
+    page.get_by_text("Where it was").click()
+    shows(page, "sleep(60)", "retrying", "for attempt 3 of 3")
+    page.locator("main").get_by_role("link", name="march").click()
+    playwright.expect(page.locator("tbody tr")).to_have_count(1)
+    assert page.url.endswith("#/jobs?tag=march")
+
+
 def test_worker_is_made_quiet_and_takes_jobs_again(open: Open, near: Queue) -> None:
     near.register(["default"], 2)
     page = open()
@@ -230,6 +285,72 @@ def test_overview_follows_the_events_of_the_server_and_polls_without_them(open: 
     with page.expect_response("**/stats?*"):
         page.clock.run_for(2500)
     playwright.expect(tile(page, "pending")).to_have_text("2")
+
+
+# Somebody who has never seen it, with a keyboard on a phone -----------------------------------------------------------
+
+
+def tab_to(page: Any, role: str, name: str | re.Pattern[str]) -> Any:
+    """Press Tab until the element has the focus, which must be visible then."""
+    wanted = page.get_by_role(role, name=name).first
+    wanted.wait_for()
+    for _ in range(80):
+        page.keyboard.press("Tab")
+        if wanted.evaluate("element => element === document.activeElement"):
+            assert wanted.evaluate("element => getComputedStyle(element).outlineStyle") != "none"
+            return wanted
+    raise AssertionError(f"Tab does not reach the {role} {name}")
+
+
+BILLED = """
+from tinyqueue import handler
+
+@handler("send-invoice", max_attempts=25)
+def send_invoice(payload: dict[str, object]) -> str:
+    return f"sent {payload['amount'] + 0.5}"
+"""
+
+
+def test_keyboard_alone_finds_explains_corrects_and_repeats_a_job(
+    start_redis: Callable[..., RedisServer], start: Any, folder: Path, browser: Any
+) -> None:
+    (folder / "handlers.py").write_text(BILLED)
+    look = {"viewport": PHONE, "color_scheme": "dark", "reduced_motion": "reduce"}
+    page = browser.new_page(**CONTEXT | look)
+    page.set_default_timeout(10_000)
+    stage = Stage(start_redis("--appendonly", "yes"), start, page)
+    for customer in range(1, 40):
+        amount = "12,50" if customer == 17 else 12.5
+        stage.submit(type="send-invoice", payload={"customer": customer, "amount": amount}, tags=["march"])
+    until(lambda: stage.queue.stats()["retrying"] == 1)
+    page.keyboard.press("/")
+    page.keyboard.type("customer 17")
+    page.keyboard.press("Enter")
+    playwright.expect(page.locator("tbody tr")).to_have_count(1)
+    tab_to(page, "link", "send-invoice")
+    page.keyboard.press("Enter")
+    shows(page, "Delayed until", "It waits", "TypeError", '"amount": "12,50"')
+    tab_to(page, "button", "Edit and run again…")
+    page.keyboard.press("Enter")
+    playwright.expect(page.get_by_label("Payload", exact=True)).to_be_focused()
+    page.keyboard.press("Control+A")
+    page.keyboard.type('{"customer": 17, "amount": ')
+    tab_to(page, "button", "Run as a new job")
+    page.keyboard.press("Enter")
+    shows(page, "is not valid JSON")
+    playwright.expect(page.get_by_label("Payload", exact=True)).to_be_focused()
+    page.keyboard.press("Control+End")
+    page.keyboard.type("12.5}")
+    tab_to(page, "button", "Run as a new job")
+    page.keyboard.press("Enter")
+    shows(page, "completed", '"sent 13.0"', "Replay of", "march")
+    playwright.expect(page.get_by_role("heading", name="send-invoice")).to_be_focused()
+    tab_to(page, "link", re.compile(r"^[0-9a-f-]{36}$"))
+    page.keyboard.press("Enter")
+    shows(page, "cancelled", '"amount": "12,50"')
+    assert page.evaluate("document.documentElement.scrollWidth") <= PHONE["width"]
+    page.close()
+    stage.queue.disconnect()
 
 
 # Six incidents, played against real processes -------------------------------------------------------------------------

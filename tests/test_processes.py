@@ -24,7 +24,7 @@ import pytest
 from conftest import RedisServer, Server, free_port, newest, put, raw, until
 from cutproxy import CutProxy
 
-from tinyqueue import Failure, Job, Queue, host_name
+from tinyqueue import PAUSE_AGE, Failure, Job, Queue, host_name
 from tinyqueue_config import Settings
 from tinyqueue_redis import CONNECT_TIMEOUT, SOCKET_TIMEOUT
 from tinyqueue_why import explain
@@ -254,6 +254,41 @@ class Runs:
 @pytest.fixture
 def runs(folder: Path) -> Runs:
     return Runs(folder)
+
+
+# Quiet workers --------------------------------------------------------------------------------------------------------
+
+
+def test_quiet_worker_ends_its_job_and_leaves_the_others(near: Queue, work: Any, runs: Runs) -> None:
+    process = work("--concurrency", "2")
+    worker = registered(near, process)
+    gate = near.enqueue("gate", "a")
+    runs.until("begin a")
+    near.quiet(worker)
+    time.sleep(2 * PAUSE_AGE)  # until then, the worker may not know it
+    jobs = near.enqueue_many("echo", range(20))
+    runs.open("a")
+    until_is(near, gate, "completed")
+    assert near.stats()["pending"] == len(jobs)
+    other = work("--concurrency", "1")
+    second = registered(near, other)
+    assert {until_is(near, job, "completed").worker for job in jobs} == {second}
+    assert other.end(SIGTERM) == 0
+    last = near.enqueue("echo", 21)
+    near.resume_worker(worker)
+    assert until_is(near, last, "completed").worker == worker
+
+
+def test_idle_quiet_worker_delays_no_job_of_another(near: Queue, work: Any) -> None:
+    quiet, _ = registered(near, work()), work()
+    near.quiet(quiet)
+    time.sleep(2 * PAUSE_AGE)
+    waited = []
+    for at in range(10):
+        job = until_is(near, near.enqueue("echo", at), "completed")
+        assert job.worker != quiet
+        waited.append(job.started_at - job.created_at)
+    assert max(waited) < 1500, "it took the token of a bell, and another worker overslept"
 
 
 # Killed workers -------------------------------------------------------------------------------------------------------

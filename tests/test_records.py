@@ -100,6 +100,7 @@ VERBS: dict[str, tuple[str, Callable[[Queue, Job], Any]]] = {
     "release": ("processing", outcome("release")),
     "reap": ("processing", reap),
     "retry": ("failed", lambda queue, job: queue.retry(job.id)),
+    "hasten": ("delayed", lambda queue, job: queue.hasten(job.id)),
     "retry of a cancelled job": ("cancelled", lambda queue, job: queue.retry(job.id)),
 }
 

@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 from client import Client
 from conftest import RedisServer, Server, find_lost, free_port, lapse, put, raw, until
+from test_worker import Running
 
+import worker as worker_module
 from tinyqueue import Failure, Job, Outcome, Queue, QueueFull, handler
 from tinyqueue_config import Settings
 from tinyqueue_doctor import CHECKS, Observer
 from tinyqueue_http import CircuitOpen, register
+from tinyqueue_json import new_id
 from tinyqueue_schedule import Ticker, make_schedule, pause as pause_schedule, put as put_schedule
 from tinyqueue_shards import Shards
 from tinyqueue_slot import fail as slot_fail, run_job
@@ -125,6 +132,28 @@ def test_verdict_names_a_redis_that_does_not_answer() -> None:
     [problem] = found["problems"]
     assert "REDIS_URL" in problem["next"]["text"]
     assert problem["next"]["command"] == "tinyqueue doctor"
+
+
+def test_verdict_is_given_without_redis_although_requests_are_limited() -> None:
+    queue = Queue.from_url(f"redis://127.0.0.1:{free_port()}/0")
+    api = Client(API(Settings(rate_limit="1/hour"), queue))
+    assert api.get("/verdict").json["status"] == "critical"
+    assert api.get("/stats").status == 503
+
+
+def test_verdict_names_a_redis_that_refuses_the_user(own: Queue) -> None:
+    port = own.pool.connection_kwargs["port"]
+    problem = problems(Queue.from_url(f"redis://:wrong@127.0.0.1:{port}/0"))["redis"]
+    assert problem["text"].startswith("Redis refuses this user, or a command, so jobs can be neither submitted nor run")
+    assert "ACL" in problem["next"]["text"]
+
+
+def test_verdict_names_data_of_another_program(real: Server) -> None:
+    queue = real.queue()
+    raw(queue).set(queue.keys.counts, "x")
+    problem = problems(queue)["redis"]
+    assert problem["text"].startswith("Redis has other data under the keys of the queue, so ")
+    assert "nothing else writes to the queue's keys" in problem["next"]["text"]
 
 
 def test_verdict_says_since_when_redis_does_not_answer(start_redis: Callable[..., RedisServer]) -> None:
@@ -356,6 +385,13 @@ def start_long(queue: Queue, seconds: float) -> list[Job]:
     return jobs
 
 
+def test_workers_of_an_older_version_report_no_slots(queue: Queue) -> None:
+    worker = queue.register(["default"], 1)
+    raw(queue).set(queue.keys.lease(worker), b'{"at":1,"jobs":["x"]}', px=30_000)
+    [shown] = queue.workers()
+    assert (shown["jobs"], shown["slots"], shown["givenUp"]) == (["x"], [], [])
+
+
 def test_verdict_names_slots_that_are_taken_for_longer_than_usual(queue: Queue) -> None:
     run_for(queue, "report", 10, times=20)
     jobs = start_long(queue, 70)
@@ -534,7 +570,7 @@ def test_verdict_names_handlers_that_were_given_up(queue: Queue) -> None:
     later(queue, 60)
     queue.heartbeat(job.worker, [], [], [job])
     problem = problems(queue)["stuck"]
-    text = "1 handler was given up after the timeout and still run: 1 of type echo"
+    text = "1 handler was given up after the timeout and still runs: 1 of type echo"
     assert problem["text"] == f"{text}, in worker {job.worker}"
     assert problem["jobs"] == [job.id]
     assert problem["since"] == job.started_at
@@ -701,9 +737,161 @@ def test_since_is_kept_in_redis_until_a_problem_ends(real: Server) -> None:
     assert b"lost:" not in raw(queue).hgetall(queue.keys.trouble)
 
 
+def test_metrics_expose_every_check(queue: Queue) -> None:
+    job = put(queue, "processing", queue="mail")
+    queue.heartbeat(job.worker, [], [], [job])
+    text = Client(API(Settings(), queue)).get("/metrics").body.decode()
+    shown = dict(re.findall('^tinyqueue_problems{check="([a-z]+)"} ([01]).0$', text, re.M))
+    assert shown.keys() == {*CHECKS, "counts"}
+    assert {check for check, value in shown.items() if value == "1"} - {"persistence"} == {"stuck"}
+    assert "\ntinyqueue_stuck_threads 1.0\n" in text
+    assert '\ntinyqueue_submissions_refused_total{reason="queue-full"} 0.0\n' in text
+
+
 def test_ready_warns_of_what_the_verdict_says(queue: Queue) -> None:
     queue.register(["default"], 1)
     queue.enqueue("echo", 1, queue="mial")
     later(queue, 4)
     text = "1 job in queue mial cannot start, because no live worker serves it: start a worker that serves it"
     assert f"{text} (tinyqueue worker --queue mial)" in Client(API(Settings(), queue)).get("/ready").json["warnings"]
+
+
+# Real workers ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def work(own: Queue, no_handlers: None) -> Iterator[Callable[..., Running]]:
+    """Start workers on the queue. They end with the test."""
+    started: list[Running] = []
+
+    def work(**options: Any) -> Running:
+        started.append(Running(own, **options))
+        return started[-1]
+
+    yield work
+    for running in started:
+        running.end("release")
+
+
+def test_verdict_names_failing_attempts_within_five_seconds(own: Queue, work: Callable[..., Running]) -> None:
+    @handler("report", backoff=0.5)
+    def report(payload: object) -> None:
+        raise ConnectionError("no route")
+
+    work(slots=2)
+    api = Client(API(Settings(), own))
+    assert api.get("/verdict").json["status"] == "well"
+    began = time.monotonic()
+    own.enqueue_many("report", range(3))
+    until(lambda: api.get("/verdict").json["status"] != "well", timeout=5)
+    assert time.monotonic() - began < 5
+    found = {problem["check"]: problem for problem in api.get("/verdict").json["problems"]}
+    assert found["failing"]["text"].startswith("All of the ")
+    assert found["failing"]["text"].endswith("failed in the last 5 minutes, all with ConnectionError")
+
+
+def test_verdict_names_a_handler_that_its_worker_has_given_up(own: Queue, work: Callable[..., Running]) -> None:
+    gate = threading.Event()
+
+    @handler("stuck", timeout=0.1, max_attempts=1)
+    def stuck(payload: object) -> None:
+        gate.wait()  # a wait for a lock cannot be interrupted
+
+    running = work(slots=2)
+    job = own.enqueue("stuck", 1)
+    try:
+        until(lambda: running.worker.stuck)
+        problem = until(lambda: problems(own).get("stuck"), timeout=5)
+        assert problem["text"].startswith("1 handler was given up after the timeout and still runs: 1 of type stuck")
+        assert problem["jobs"] == [job.id]
+        [shown] = own.workers()
+        assert [slot["jobId"] for slot in shown["givenUp"]] == [job.id]
+    finally:
+        gate.set()
+    until(lambda: "stuck" not in problems(own), timeout=5)
+
+
+def test_verdict_stays_well_under_load_and_while_workers_are_replaced(own: Queue, work: Callable[..., Running]) -> None:
+    @handler("mail", backoff=0.1)
+    def mail(payload: int) -> None:
+        if payload % 50 == 0:
+            raise ValueError("one in fifty")
+
+    running = work(slots=5)
+    until(own.workers)
+    for round in range(8):
+        own.enqueue_many("mail", range(400))
+        assert verdict(own)["problems"] == []
+        if round in (2, 5):
+            old, running = running, work(slots=5)
+            old.end("drain")
+            assert verdict(own)["problems"] == []
+        until(lambda: own.stats()["pending"] < 100)
+        assert verdict(own)["problems"] == []
+
+
+def test_verdict_names_slots_that_a_real_worker_reports(own: Queue, work: Callable[..., Running]) -> None:
+    gate = threading.Event()
+
+    @handler("report")
+    def report(payload: object) -> None:
+        gate.wait(60)
+
+    running = work(slots=2)
+    jobs = own.enqueue_many("report", range(3))
+    until(lambda: len(running.worker.held) == 2)
+    running.worker.beat_at_once = True
+    slots = until(lambda: own.workers()[0]["slots"])
+    assert {slot["jobId"] for slot in slots} == {job.id for job in jobs[:2]}
+    gate.set()
+
+
+# On the command line --------------------------------------------------------------------------------------------------
+
+
+def test_stats_prints_the_verdict(real: Server) -> None:
+    queue = real.queue()
+    queue.register(["default"], 1)
+    job = queue.draft("echo", 1, queue="mial")
+    job.id = new_id(queue.now() - 10_000)  # the commands go by the clock of Redis
+    queue.submit([job])
+    environ = {"REDIS_URL": real.url}
+    shown = CliRunner(env=environ).invoke(worker_module.cli, ["stats"]).output
+    first = "critical: 1 job in queue mial cannot start, because no live worker serves it (since "
+    assert shown.startswith(first)
+    assert "\n  next: start a worker that serves it: tinyqueue worker --queue mial\n" in shown
+    about = json.loads(CliRunner(env=environ).invoke(worker_module.cli, ["stats", "--json"]).output)
+    assert about["verdict"]["status"] == "critical"
+
+
+def test_stats_says_that_all_is_well(own: Queue) -> None:
+    own.register(["default"], 1)
+    environ = {"REDIS_URL": f"redis://127.0.0.1:{own.pool.connection_kwargs['port']}/0"}
+    shown = CliRunner(env=environ).invoke(worker_module.cli, ["stats"]).output
+    assert shown.startswith("All is well: 1 live worker, 0 running jobs, 0 pending jobs.\n")
+
+
+def test_workers_prints_what_each_slot_runs(real: Server) -> None:
+    queue = real.queue()
+    job = put(queue, "processing")
+    queue.heartbeat(job.worker, [job.id], [job], [job])
+    shown = CliRunner(env={"REDIS_URL": real.url}).invoke(worker_module.cli, ["workers"]).output
+    lines = [line.split() for line in shown.splitlines() if job.id in line][1:]
+    assert [line[:3] for line in lines] == [[job.worker, job.id, "echo"]] * 2
+    assert lines[1][5:] == ["given", "up,", "and", "still", "runs"]
+
+
+# Replicas and sentinels -----------------------------------------------------------------------------------------------
+
+
+def test_verdict_names_a_replica_that_lags(own: Queue, start_redis: Callable[..., RedisServer]) -> None:
+    port = own.pool.connection_kwargs["port"]
+    replica = start_redis("--replicaof", "127.0.0.1", str(port), "--repl-diskless-sync-delay", "0")
+    until(lambda: raw(own).info("replication").get("slave0", {}).get("state") == "online")
+    assert verdict(own)["problems"] == []
+    assert replica.process
+    os.kill(replica.process.pid, signal.SIGSTOP)
+    problem = until(lambda: problems(own).get("replicas"), timeout=30)
+    start = f"A failover may lose the last changes, because replicas are behind: 127.0.0.1:{replica.port} (1"
+    assert problem["text"].startswith(start)
+    os.kill(replica.process.pid, signal.SIGCONT)
