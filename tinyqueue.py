@@ -207,6 +207,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
+from itertools import pairwise
 from typing import Any, Literal, TypeVar
 
 import msgspec
@@ -336,7 +337,9 @@ SAMPLED = 100  # due jobs that a count for scaling reads while no worker promote
 SCANNED = 1000  # jobs that one page of a listing or one bulk change looks at
 LONG = 200  # entries of a list of which a page may read only the beginning
 HEAD = 100  # entries of a long list that are read first
-PROBES = 200  # places of long lists that are looked at, to see whether their ids are sorted
+TAIL = 50  # entries at the right end of a long list that a page looks at
+PROBES = 200  # places of long lists at which a page looks whether ids are in order
+JITTER = 1000  # milliseconds that a job may enter its list after its creation
 PAGE_BYTES = 32 << 20  # bytes of the records that it looks at
 READ_BYTES = 1 << 20  # bytes of the records that it reads with one command
 MEMORY_SHARE = 0.95  # of maxmemory, above which submits are refused so that stored jobs can end
@@ -2887,30 +2890,41 @@ class Queue(Verbs):
             yield from self.read_held()
 
     def _read_newest(self, keys: Sequence[str], oldest: Callable[[], bytes]) -> Iterator[list[bytes]]:
-        """Read lists of queues, but only the beginning of long ones that begin with the newest job.
+        """Read lists of queues, but of long ones only the beginning, as far as it may be needed.
 
-        Jobs enter a list at its left. Only those that were delayed or run again may be older than
-        what is right of them. If the ids at several places are sorted, these jobs are few, and
-        reading stops where most ids are older than `oldest` returns.
+        Jobs enter a list at its left. Behind a job that entered when it was created, none is newer
+        than it. So reading stops at such a job if it is older than `oldest` returns. Two things
+        break this rule: jobs that enter at the right, and a repair that enters old jobs again. So
+        the ids at some places and at the right end must be in order, too.
         """
         sizes = self.store.read(*(("LLEN", key) for key in keys)) if keys else []
         long = {key: size for key, size in zip(keys, sizes, strict=True) if size > LONG}
         yield from self.read_lists([key for key in keys if key not in long])
         count = max(4, PROBES // max(len(long), 1))
-        places = [[size * place // count for place in range(count)] + [-1] for size in long.values()]
-        probes = [("LINDEX", key, place) for key, own in zip(long, places, strict=True) for place in own]
-        ids = iter(self.store.read(*probes)) if probes else iter(())
-        found = {key: [next(ids) or b"" for _ in range(count + 1)] for key in long}
-        left = {key: 0 for key, own in found.items() if own == sorted(own, reverse=True)}
+        places = [(key, (size - TAIL) * at // (count - 1)) for key, size in long.items() for at in range(count)]
+        ends = [("LRANGE", key, -TAIL, -1) for key in long]
+        probes = self.store.read(*(("LINDEX", key, place) for key, place in places), *ends) if long else []
+        times = {key: [_time_in(probes.pop(0) or b"") for _ in range(count)] for key in long}
+        for own, end in zip(times.values(), probes, strict=True):
+            own.append(max(map(_time_in, end), default=0))
+        left = {key: 0 for key, own in times.items() if all(old <= new + JITTER for new, old in pairwise(own))}
         yield from self.read_lists([key for key in long if key not in left])
         step = HEAD
         while left:
             windows = self.store.read(*(("LRANGE", key, at, at + step - 1) for key, at in left.items()))
             yield list(itertools.chain(*windows))
-            last = oldest()
-            further = [len(window) == step and max(window[-step // 4 :]) > last for window in windows]
+            some = [window[-step // 4 :: step // 8] if len(window) == step else [] for window in windows]
+            direct = self._entered_before(_time_in(oldest()), list(itertools.chain(*some)))
+            further = [bool(ids) and direct.isdisjoint(ids) for ids in some]
             left = {key: at + step - step // 10 for (key, at), more in zip(left.items(), further, strict=True) if more}
             step = max(HEAD, min(4 * step, LISTED // max(len(left), 1)))
+
+    def _entered_before(self, time: int, entries: Sequence[bytes]) -> set[bytes]:
+        """Return those of some entries that entered their list at their creation, before a time."""
+        ids = [text_of(entry) for entry in entries if _time_in(entry) + JITTER < time]
+        jobs = (job for job, _ in self.read_jobs(ids, cut=0) if job)
+        direct = (job for job in jobs if job.status == "pending" and not (job.run_at or job.attempts or job.after))
+        return {job.id.encode() for job in direct if job.updated_at <= created_at(job.id) + JITTER}
 
     def read_held(self) -> Iterator[list[bytes]]:
         """Read the ids of the held jobs of all limits."""
@@ -3259,6 +3273,11 @@ def _ends_by_type(fields: Iterable[tuple[str, bytes]]) -> dict[str, dict[str, An
 
 def _queues_in(counts: Iterable[tuple[str, bytes]]) -> set[str]:
     return {field.partition(":")[2] for field, _ in counts if ":" in field}
+
+
+def _time_in(entry: bytes) -> int:
+    """Return when the id in an entry was made, or 0 if it is none."""
+    return created_at(text_of(entry)) if ID.fullmatch(text_of(entry)) else 0
 
 
 def _newest(ids: Iterable[bytes], known: Sequence[bytes]) -> list[bytes]:
