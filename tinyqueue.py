@@ -1910,7 +1910,6 @@ class Queue(Verbs):
         job.error = outcome.error or job.error
         if outcome.error and not outcome.halt and not cancel_requested:
             tx.count_error(job)
-        leave = partial(job.leave_attempt, now=tx.now, error=outcome.error)
         if outcome.verb == "release":
             self._stop_attempt(tx, job, "released")
         else:
@@ -1925,7 +1924,7 @@ class Queue(Verbs):
             job.error = outcome.error  # not that of an attempt before
             self._end(tx, job, "cancelled")
         elif outcome.halt and outcome.after:
-            leave("released")
+            job.leave_attempt("released", tx.now, outcome.error)
             job.attempts -= 1
             if job.limit:
                 self._make_pending(tx, job)
@@ -1934,7 +1933,7 @@ class Queue(Verbs):
             else:
                 self._requeue(tx, job, tx.now + round(outcome.after * 1000))
         elif outcome.verb == "release" and job.refunds < MAX_REFUNDS:
-            leave("released")
+            job.leave_attempt("released", tx.now, outcome.error)
             job.attempts -= 1
             job.refunds += 1
             run_at = tx.now + round(outcome.after * 1000) if outcome.after else 0
@@ -1942,7 +1941,7 @@ class Queue(Verbs):
         elif outcome.verb == "release":
             self._requeue_or_fail(tx, job, "released too often")
         elif outcome.after is not None and job.attempts < job.max_attempts:
-            leave("failed")
+            job.leave_attempt("failed", tx.now, outcome.error)
             self._requeue(tx, job, tx.now + round(outcome.after * 1000))
             tx.count_retry(job)
         else:
