@@ -39,6 +39,7 @@ round trips however many jobs it moves. No Lua.
     release   processing -> pending, failed*  worker, records  registered; same attempt  record, proc, head of
                                                                                          list or delayed
     progress  processing -> processing        worker, record   registered; same attempt  record
+    log       processing -> processing        worker, record   registered; same attempt  record: logged, log
     deliver   nothing -> pending              -                callbackUrl               record, list
     advance   pending -> pending, failed      parent, records  waits for that parent     waitingFor, list, advance
     revive    failed -> pending               parent, records  failed because of that    record, its index, delayed
@@ -127,6 +128,8 @@ Keys. All share one hash tag, the namespace, and so one slot of a cluster.
                                       limit:<limit> -> time of the next look; advance: -> when to do so
     {queue}:next:<id>         set     ids of the jobs that wait for job <id>, or failed because of it.
                                       Expires once that has failed
+    {queue}:log:<id>          list    lines that job <id> has logged, oldest first, at most 64 kB.
+                                      Expires with the record
     {queue}:advance           list    tokens <id>:<status>:<any>: job <id> has ended or was revived,
                                       and its dependents may not know yet
     {queue}:advancer          string  a lock that saves two advancers the same work. Expires
@@ -204,6 +207,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
+from itertools import pairwise
 from typing import Any, Literal, TypeVar
 
 import msgspec
@@ -285,6 +289,7 @@ from tinyqueue_job import (
     translated,
 )
 from tinyqueue_json import created_at, encode
+from tinyqueue_log import LogLine, read_lines
 from tinyqueue_redis import (
     Clock,
     Command,
@@ -332,7 +337,9 @@ SAMPLED = 100  # due jobs that a count for scaling reads while no worker promote
 SCANNED = 1000  # jobs that one page of a listing or one bulk change looks at
 LONG = 200  # entries of a list of which a page may read only the beginning
 HEAD = 100  # entries of a long list that are read first
-PROBES = 200  # places of long lists that are looked at, to see whether their ids are sorted
+TAIL = 50  # entries at the right end of a long list that a page looks at
+PROBES = 200  # places of long lists at which a page looks whether ids are in order
+JITTER = 1000  # milliseconds that a job may enter its list after its creation
 PAGE_BYTES = 32 << 20  # bytes of the records that it looks at
 READ_BYTES = 1 << 20  # bytes of the records that it reads with one command
 MEMORY_SHARE = 0.95  # of maxmemory, above which submits are refused so that stored jobs can end
@@ -409,6 +416,7 @@ class Keys:
         self.lease = each("lease")
         self.proc = each("proc")
         self.next = each("next")
+        self.log = each("log")
         self.once_hash = each("once")
         self.schedule = each("schedule")
         self.generation = each("generation")
@@ -1110,7 +1118,7 @@ class Verbs(ABC):
     @abstractmethod
     def page(self, filter: Filter, *, limit: int, cursor: str, cut: int | None) -> Page: ...
     @abstractmethod
-    def forget(self, status: str, ids: Sequence[bytes]) -> int: ...
+    def forget(self, status: str, ids: Sequence[bytes], logged: Collection[bytes] = ()) -> int: ...
 
     @property
     def last_contact(self) -> float:
@@ -1235,7 +1243,9 @@ class Verbs(ABC):
         if filter.status not in ENDED:
             raise InvalidJob("status", f"must be one of {', '.join(ENDED)}: other jobs have not ended")
         jobs, cursor = self.page(filter, limit=most, cursor=cursor, cut=0)
-        return {"purged": self.forget(filter.status, [job.id.encode() for job in jobs]), "cursor": cursor}
+        ids = [job.id.encode() for job in jobs]
+        logged = [job.id.encode() for job in jobs if job.logged]
+        return {"purged": self.forget(filter.status, ids, logged), "cursor": cursor}
 
     def count(self, filter: Filter, cursor: str = "") -> dict[str, Any]:
         """Look at up to 1,000 jobs and count those that match. Continue with the returned cursor.
@@ -1271,7 +1281,9 @@ class Verbs(ABC):
         Raises WrongStatus if it has not ended, or was retried meanwhile.
         """
         job = self.get(id)
-        if job and (job.status in UNENDED or not self.forget(job.status, [id.encode()])) and (now := self.get(id)):
+        ids = [id.encode()]
+        deleted = job and job.status in ENDED and self.forget(job.status, ids, ids if job.logged else ())
+        if job and not deleted and (now := self.get(id)):
             raise WrongStatus("purge", now)
         return job
 
@@ -1339,6 +1351,7 @@ class Queue(Verbs):
         self._leases: dict[str, tuple[bytes | None, float]] = {}  # as last seen, and since when
         self._lost: dict[str, bytes | None] = {}  # those that were seen unchanged for too long
         self._writers = threading.BoundedSemaphore(WRITERS)
+        self.keeps_logs = False  # whether jobs may have logs, as far as this process knows
         self.shard: int | None = None  # its number, if it is one of several
 
     @classmethod
@@ -1733,7 +1746,14 @@ class Queue(Verbs):
         _warn_of_gone([id for id, record in records.items() if record is None])
         for job in jobs:
             job.__dict__["_queue"] = self
+            if job.logged and self.keeps_logs:
+                self._measure_log(job)
         return jobs
+
+    def _measure_log(self, job: Job) -> None:
+        """Note the sizes of the lines that earlier attempts have logged."""
+        with suppress(Unavailable, Corrupted):  # then the next write replaces them
+            job.__dict__["_log_sizes"] = list(map(len, self.store.read(("LRANGE", self.keys.log(job.id), 0, -1))[0]))
 
     def _read_fenced(
         self, tx: Transaction, worker: str, keys: Sequence[str], *more: Command, before: Sequence[Command] = ()
@@ -1837,6 +1857,8 @@ class Queue(Verbs):
             if attempt := attempt_in(record, outcome.job):
                 tx.write("LREM", self.keys.proc(worker), -1, outcome.job.id)
                 outcome.job.followed = attempt.followed
+                if attempt.logged or "_log" in outcome.job.__dict__:
+                    self._add_lines(tx, outcome.job, attempt.logged)
                 self._write_outcome(tx, outcome, attempt.cancel_requested)
             else:
                 lost.append(outcome)
@@ -1932,6 +1954,29 @@ class Queue(Verbs):
         Watches the registration and the record. Only WRITERS threads at a time write, so that a
         worker does not need a connection for each slot.
         """
+        self._write_running(job, lambda tx, logged: self._write_record(tx, job))
+
+    def write_log(self, job: Job) -> None:
+        """Write what a running job has logged since the last time. Raises Reaped like progress.
+
+        Writes the record only with the first lines.
+        """
+        log = job.__dict__["_log"]
+        lines = log.unwritten()
+
+        def write(tx: Transaction, logged: bool) -> None:
+            if tx.again and tx.read(("LRANGE", self.keys.log(job.id), -1, -1))[0] == [lines[-1][1]]:
+                return
+            self._add_lines(tx, job, logged, lines)
+            if not logged:
+                self._write_record(tx, job)
+
+        if lines:
+            self._write_running(job, write)
+            log.note_written(lines)
+
+    def _write_running(self, job: Job, write: Callable[[Transaction, bool], None]) -> None:
+        """Write to a running job. `write` gets whether its record is marked as logged."""
         key = self.keys.job(job.id)
 
         def body(tx: Transaction) -> None:
@@ -1941,11 +1986,30 @@ class Queue(Verbs):
                 raise Reaped(f"job {job.id} is no longer with worker {job.worker}")
             job.cancel_requested = attempt.cancel_requested
             job.followed = attempt.followed
-            now = max(tx.now, job.started_at)
-            tx.write("SET", key, note_record(job, record_of(msgspec.structs.replace(job, updated_at=now))))
+            write(tx, attempt.logged)
 
         with self._writers:
             self.store.transact([self.keys.worker(job.worker), key], body)
+
+    def _write_record(self, tx: Transaction, job: Job) -> None:
+        record = record_of(msgspec.structs.replace(job, updated_at=max(tx.now, job.started_at)))
+        tx.write("SET", self.keys.job(job.id), note_record(job, record))
+
+    def _add_lines(
+        self, tx: Transaction, job: Job, logged: bool, lines: Sequence[tuple[int, bytes]] | None = None
+    ) -> None:
+        """Add lines to the log of a job, by default all that are not written. Drop the oldest."""
+        job.logged = job.logged or logged
+        log = job.__dict__.get("_log")
+        lines = log.unwritten() if log and lines is None else lines
+        if not log or not lines:
+            return
+        key = self.keys.log(job.id)
+        job.logged = True
+        if log.sizes is None:
+            tx.write("DEL", key)
+        tx.write("RPUSH", key, *(line for _, line in lines))
+        tx.write("LTRIM", key, -len(log.fit(lines)), -1)
 
     # The end of a job -------------------------------------------------------------------------------------------------
 
@@ -1963,6 +2027,8 @@ class Queue(Verbs):
         if job.callback_url:
             self._add_delivery(tx, job)
         tx.write("SET", self.keys.job(job.id), record_of(job), "PX", self.keep_ms[status])
+        if job.logged:
+            tx.write("PEXPIRE", self.keys.log(job.id), self.keep_ms[status])
         tx.gather("ZADD", self.keys.ended[status], job.ended_at, job.id)
         tx.count_end(job)
         if job.followed:
@@ -2102,6 +2168,8 @@ class Queue(Verbs):
         job.updated_at = max(tx.now, job.updated_at)
         self._requeue(tx, job)
         tx.measure("revived", job)
+        if job.logged:
+            tx.write("PERSIST", self.keys.log(job.id))
         if job.followed:
             tx.write("PERSIST", self.keys.next(job.id))
             tx.push_token(job.id, job.status)
@@ -2554,7 +2622,7 @@ class Queue(Verbs):
             if not ids and size > KEPT:
                 ids = self.store.read(("ZRANGE", index, 0, min(size - KEPT, MAX_JOBS) - 1))[0]
             if ids:
-                removed += self.forget(status, ids)
+                removed += self.forget(status, ids, ids if self.keeps_logs else ())
         return removed
 
     def _forget_queues(self) -> None:
@@ -2605,8 +2673,10 @@ class Queue(Verbs):
         self.store.read(("LPUSH", self.keys.snapshots, snapshot), kept)
         return True
 
-    def forget(self, status: str, ids: Sequence[bytes]) -> int:
+    def forget(self, status: str, ids: Sequence[bytes], logged: Collection[bytes] = ()) -> int:
         """Delete ended jobs and their entries in the index of that status. Return how many.
+
+        Also deletes the logs of those that may have some.
 
         Watches the records, because a job that was requeued meanwhile must stay. Completed jobs
         cannot be requeued, so these need neither a check nor a watch, and may be many. When memory
@@ -2619,7 +2689,8 @@ class Queue(Verbs):
             scores = tx.read(*(("ZSCORE", index, id) for id in ids)) if watched else ids
             gone = [id for id, score in zip(ids, scores, strict=True) if score is not None]
             if gone:
-                write("DEL", *(self.keys.job(text_of(id)) for id in gone))
+                logs = (self.keys.log(text_of(id)) for id in gone if id in logged)
+                write("DEL", *(self.keys.job(text_of(id)) for id in gone), *logs)
                 write("ZREM", index, *gone)
             return len(gone)
 
@@ -2642,6 +2713,15 @@ class Queue(Verbs):
             return None
         record = self.store.read(("GET", self.keys.job(id)))[0]
         return read_job(id, record) if record is not None else None
+
+    def read_log(self, id: str, after: int = 0) -> tuple[Job | None, list[LogLine]]:
+        """Return a job, and the lines with a number above `after` that it has logged."""
+        if not ID.fullmatch(id):
+            return None, []
+        record, lines = self.store.read(("GET", self.keys.job(id)), ("LRANGE", self.keys.log(id), 0, -1))
+        if record is None:
+            return None, []
+        return read_job(id, record), read_lines(lines, after)
 
     def waiting(self, names: Sequence[str], due: bool = False) -> int:
         """Count the entries in the lists of queues that are not paused.
@@ -2810,30 +2890,41 @@ class Queue(Verbs):
             yield from self.read_held()
 
     def _read_newest(self, keys: Sequence[str], oldest: Callable[[], bytes]) -> Iterator[list[bytes]]:
-        """Read lists of queues, but only the beginning of long ones that begin with the newest job.
+        """Read lists of queues, but of long ones only the beginning, as far as it may be needed.
 
-        Jobs enter a list at its left. Only those that were delayed or run again may be older than
-        what is right of them. If the ids at several places are sorted, these jobs are few, and
-        reading stops where most ids are older than `oldest` returns.
+        Jobs enter a list at its left. Behind a job that entered when it was created, none is newer
+        than it. So reading stops at such a job if it is older than `oldest` returns. Two things
+        break this rule: jobs that enter at the right, and a repair that enters old jobs again. So
+        the ids at some places and at the right end must be in order, too.
         """
         sizes = self.store.read(*(("LLEN", key) for key in keys)) if keys else []
         long = {key: size for key, size in zip(keys, sizes, strict=True) if size > LONG}
         yield from self.read_lists([key for key in keys if key not in long])
         count = max(4, PROBES // max(len(long), 1))
-        places = [[size * place // count for place in range(count)] + [-1] for size in long.values()]
-        probes = [("LINDEX", key, place) for key, own in zip(long, places, strict=True) for place in own]
-        ids = iter(self.store.read(*probes)) if probes else iter(())
-        found = {key: [next(ids) or b"" for _ in range(count + 1)] for key in long}
-        left = {key: 0 for key, own in found.items() if own == sorted(own, reverse=True)}
+        places = [(key, (size - TAIL) * at // (count - 1)) for key, size in long.items() for at in range(count)]
+        ends = [("LRANGE", key, -TAIL, -1) for key in long]
+        probes = self.store.read(*(("LINDEX", key, place) for key, place in places), *ends) if long else []
+        times = {key: [_time_in(probes.pop(0) or b"") for _ in range(count)] for key in long}
+        for own, end in zip(times.values(), probes, strict=True):
+            own.append(max(map(_time_in, end), default=0))
+        left = {key: 0 for key, own in times.items() if all(old <= new + JITTER for new, old in pairwise(own))}
         yield from self.read_lists([key for key in long if key not in left])
         step = HEAD
         while left:
             windows = self.store.read(*(("LRANGE", key, at, at + step - 1) for key, at in left.items()))
             yield list(itertools.chain(*windows))
-            last = oldest()
-            further = [len(window) == step and max(window[-step // 4 :]) > last for window in windows]
+            some = [window[-step // 4 :: step // 8] if len(window) == step else [] for window in windows]
+            direct = self._entered_before(_time_in(oldest()), list(itertools.chain(*some)))
+            further = [bool(ids) and direct.isdisjoint(ids) for ids in some]
             left = {key: at + step - step // 10 for (key, at), more in zip(left.items(), further, strict=True) if more}
             step = max(HEAD, min(4 * step, LISTED // max(len(left), 1)))
+
+    def _entered_before(self, time: int, entries: Sequence[bytes]) -> set[bytes]:
+        """Return those of some entries that entered their list at their creation, before a time."""
+        ids = [text_of(entry) for entry in entries if _time_in(entry) + JITTER < time]
+        jobs = (job for job, _ in self.read_jobs(ids, cut=0) if job)
+        direct = (job for job in jobs if job.status == "pending" and not (job.run_at or job.attempts or job.after))
+        return {job.id.encode() for job in direct if job.updated_at <= created_at(job.id) + JITTER}
 
     def read_held(self) -> Iterator[list[bytes]]:
         """Read the ids of the held jobs of all limits."""
@@ -3182,6 +3273,11 @@ def _ends_by_type(fields: Iterable[tuple[str, bytes]]) -> dict[str, dict[str, An
 
 def _queues_in(counts: Iterable[tuple[str, bytes]]) -> set[str]:
     return {field.partition(":")[2] for field, _ in counts if ":" in field}
+
+
+def _time_in(entry: bytes) -> int:
+    """Return when the id in an entry was made, or 0 if it is none."""
+    return created_at(text_of(entry)) if ID.fullmatch(text_of(entry)) else 0
 
 
 def _newest(ids: Iterable[bytes], known: Sequence[bytes]) -> list[bytes]:

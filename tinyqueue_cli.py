@@ -69,13 +69,14 @@ from tinyqueue_why import answer
 SECTIONS = {
     "Processes": ("web", "run", "worker", "redis"),
     "Submit jobs": ("enqueue",),
-    "Inspect": ("stats", "workers", "list", "failed", "failures", "get", "audit"),
+    "Inspect": ("stats", "workers", "list", "failed", "failures", "get", "log", "audit"),
     "Manage jobs": ("retry", "cancel", "hasten", "replay", "purge"),
     "Manage queues and workers": ("pause", "resume", "limits", "schedules", "quiet"),
     "Back up": ("backup", "restore"),
     "Diagnose": ("doctor", "check"),
     "Prepare": ("plan",),
 }
+LOG_EVERY = 1.0  # seconds between two looks at a log that is followed
 WORDS = {"purged": "deleted", "skipped": "skipped (changed meanwhile)"}  # for the counts of bulk changes
 WEB_TIMEOUT = 5.0  # seconds for a web process to answer /health
 Command = Callable[..., None]
@@ -452,6 +453,26 @@ def _print_job(fields: dict[str, Any]) -> None:
         _print_attempts(history)
     if error:
         _print_safely(f"error\n  {error_line(error)}\n{textwrap.indent(error.traceback, '  ')}".rstrip())
+
+
+@cli.command()
+@click.argument("id")
+@click.option("--follow", is_flag=True, help="Go on until the job has ended.")
+@json_option
+@pass_queue
+def log(queue: AnyQueue, id: str, follow: bool, as_json: bool) -> None:
+    """Show what a job has logged, if its handler keeps logs."""
+    after = 0
+    while True:
+        job, lines = queue.read_log(id, after)
+        for line in lines:
+            text = f"{_format_time(line.number // 1000)}  {line.attempt}  {line.level:<8} {line.text}"
+            _print_safely(to_json(line.answer()).decode() if as_json else text)
+        after = lines[-1].number if lines else after
+        if not follow or _require_job(job, id).status in ENDED:
+            _require_job(job, id)
+            return
+        time.sleep(LOG_EVERY)
 
 
 def _print_attempts(history: Sequence[PastAttempt]) -> None:

@@ -141,6 +141,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         int,
         Meta(ge=0, le=10**6, description="megabytes in use above which a worker process does the same; 0: unlimited"),
     ] = 0
+    job_logs: Annotated[bool, Meta(description="1: keep what every handler logs with its job")] = False
     max_work: Annotated[
         int,
         Meta(

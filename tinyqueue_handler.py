@@ -74,6 +74,7 @@ class Handler(Generic[P, A, R]):
         self.max_running = int(options["max_running"] or 0)
         self.rate: str = options["rate"]
         self.limit_by: str = options["limit_by"]
+        self.logs = bool(options["logs"])
         self.limited = bool(self.max_running or self.rate)
         if self.limit_by and self.limit_by not in (known := _fields_of(self.payload_type, self.limit_by)):
             raise TypeError(f"handler {type!r}: limit_by must be a field of the payload, one of {', '.join(known)}")
@@ -117,6 +118,7 @@ def handler(
     max_running: int = 0,
     rate: str = "",
     limit_by: str = "",
+    logs: bool = False,
 ) -> Callable[[Callable[Concatenate[P, A], R]], Handler[P, A, R]]:
     """Register a function as the handler of jobs of `type`.
 
@@ -132,12 +134,11 @@ def handler(
     At most `max_running` jobs of the type run at a time over all workers, and at most `rate` start
     in any second, minute, hour or day, such as "10/second". With `limit_by`, the name of a field of
     the payload, both apply to each value of that field separately. Jobs without room are held, and
-    delay no job of another limit.
+    delay no job of another limit. `logs` keeps what the function logs, also by `job.log`.
 
     `schedule` is a cron expression: workers enqueue a job with the payload {} whenever it matches
-    in `timezone`. The function `schedule` has more options.
-
-    Mistakes raise TypeError or InvalidJob when the module is imported.
+    in `timezone`. The function `schedule` has more options. Mistakes raise TypeError or InvalidJob
+    when the module is imported.
     """
     if callable(type):
         raise TypeError("handler needs the type of the jobs: write @handler('send-email'), not @handler")
@@ -145,7 +146,7 @@ def handler(
     _check_times(type, timeout, backoff, backoff_cap)
     _check_limit(type, max_running, rate, limit_by)
     options: dict[str, Any] = {"max_attempts": max_attempts, "queue": queue, "schedule": schedule, "timezone": timezone}
-    options |= {"timeout": timeout, "backoff": backoff, "backoff_cap": backoff_cap}
+    options |= {"timeout": timeout, "backoff": backoff, "backoff_cap": backoff_cap, "logs": logs}
     options |= {"max_running": max_running, "rate": rate, "limit_by": limit_by}
 
     def register(function: Callable[Concatenate[P, A], R]) -> Handler[P, A, R]:

@@ -151,6 +151,7 @@ ENDED = STATUSES[2:]
 SHOWN = ("id", "type", "payload", "status", "attempts", "maxAttempts", "queue", "createdAt", "updatedAt")
 SHOWN_IF_SET = (
     *("runAt", "startedAt", "endedAt", "worker", "progress", "expiresAt", "uniqueKey", "cancelRequested", "suspicions"),
+    "logged",
     *("requestId", "traceparent", "limit", "callbackUrl", "callbackJob", "schedule", "scheduledFor", "error"),
     *("after", "waitingFor", "onFailure", "tags", "replayOf", "history"),
 )
@@ -249,6 +250,7 @@ class Job(msgspec.Struct, rename="camel", omit_defaults=True, dict=True, forbid_
     replay_of: str = ""  # id of the ended job that was submitted again as this one
     tags: tuple[str, ...] = ()
     history: tuple[PastAttempt, ...] = ()  # its former attempts; of an ended job, `worker` had the last one
+    logged: bool = False  # whether lines that it logged are stored
     # The fields of a newer version. In the record they are beside the others, not under this name.
     unknown: dict[str, msgspec.Raw] | None = msgspec.field(default=None, name="*")
 
@@ -313,6 +315,14 @@ class Job(msgspec.Struct, rename="camel", omit_defaults=True, dict=True, forbid_
             own.__dict__["_progress_written"] = now
             with shield(), suppress(Unavailable):  # an attempt must not fail because of its progress
                 queue.write_progress(own)
+
+    def log(self, *values: object) -> None:
+        """Add a line to the log of this job from within a handler, with values joined as by print.
+
+        The log is kept if the handler is declared with `logs=True`, or with TINYQUEUE_JOB_LOGS=1.
+        """
+        if log := self.__dict__.get("_own", self).__dict__.get("_log"):
+            log.add("INFO", " ".join(map(str, values)))
 
     def attempts_so_far(self) -> list[PastAttempt]:
         """Return its last attempts, oldest first, the running one too. At most HISTORY."""
@@ -420,6 +430,7 @@ class Attempt(msgspec.Struct, rename="camel"):
     started_at: int = 0
     cancel_requested: bool = False
     followed: bool = False
+    logged: bool = False
 
 
 _decode_job = msgspec.json.Decoder(Job).decode
@@ -481,7 +492,7 @@ def attempt_in(record: bytes | None, job: Job) -> Attempt | None:
         stored = _decode_attempt(record or b"{}")
     except (msgspec.DecodeError, RecursionError):
         return None
-    marks = stored.cancel_requested, stored.followed
+    marks = stored.cancel_requested, stored.followed, stored.logged
     if stored != Attempt("processing", job.worker, job.attempts, job.refunds, job.started_at, *marks):
         return None
     if record and record != job.__dict__.get("_record"):

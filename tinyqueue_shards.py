@@ -44,6 +44,7 @@ from tinyqueue import (
 )
 from tinyqueue_handler import outer_parents
 from tinyqueue_job import place_of
+from tinyqueue_log import LogLine
 from tinyqueue_redis import shield, text_of
 
 OTHER_SHARD = "must be jobs of one shard, that of the uniqueKey if it is given, because TINYQUEUE_SHARDS is above 1"
@@ -381,8 +382,8 @@ class Shards(Verbs):
     def trim(self) -> int:
         return sum(self._call_all(Queue.trim))
 
-    def forget(self, status: str, ids: Sequence[bytes]) -> int:
-        return sum(shard.forget(status, part) for shard, part in self._by_shard(ids, text_of).items())
+    def forget(self, status: str, ids: Sequence[bytes], logged: Collection[bytes] = ()) -> int:
+        return sum(shard.forget(status, part, logged) for shard, part in self._by_shard(ids, text_of).items())
 
     def ping(self) -> None:
         """Raise Unavailable unless a shard accepts writes. `warnings` names those that do not."""
@@ -390,6 +391,9 @@ class Shards(Verbs):
 
     def get(self, id: str) -> Job | None:
         return self.part_of(id).get(id)
+
+    def read_log(self, id: str, after: int = 0) -> tuple[Job | None, list[LogLine]]:
+        return self.part_of(id).read_log(id, after)
 
     def wait_for(self, id: str, seconds: float) -> Job | None:
         return self.part_of(id).wait_for(id, seconds)

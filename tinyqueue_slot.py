@@ -39,6 +39,7 @@ from tinyqueue import (
 )
 from tinyqueue_config import LOG_CONTEXT
 from tinyqueue_json import to_json
+from tinyqueue_log import JOB_LOG, JobLog
 from tinyqueue_redis import THREAD, Shield
 
 log = logging.getLogger("tinyqueue.worker")
@@ -147,9 +148,10 @@ def _is_fragile(frame: FrameType | None) -> bool:
 class Slot(Shield):
     """A thread that runs jobs. `lock` decides who ends one: its handler, or the main thread."""
 
-    def __init__(self) -> None:
+    def __init__(self, keeps_logs: bool = False) -> None:
         super().__init__()
         THREAD.shield = self
+        self.keeps_logs = keeps_logs  # of all types
         self.thread = threading.get_ident()
         self.process = os.getpid()
         self.job: Job | None = None
@@ -161,9 +163,14 @@ class Slot(Shield):
 
     def run(self, job: Job) -> Outcome | None:
         """Run a job and return its outcome; None if it was abandoned and this thread must end."""
-        timeout = HANDLERS[job.type].timeout if job.type in HANDLERS else None
+        known = HANDLERS.get(job.type)
+        timeout = known.timeout if known else None
         context = Context()  # of this attempt alone: the next job must not see what this one sets
         context.run(LOG_CONTEXT.set, job.log_fields)  # for the handler's log lines
+        if self.keeps_logs or (known and known.logs):
+            sizes = job.__dict__.get("_log_sizes") if job.logged else ()
+            log_of_job = job.__dict__["_log"] = JobLog(job.attempts, job.started_at, sizes)
+            context.run(JOB_LOG.set, log_of_job)
         if log.isEnabledFor(logging.DEBUG):
             text = "job %s (%s) started, attempt %d/%d"
             context.run(log.debug, text, job.id, job.type, job.attempts, job.max_attempts, extra=STARTED)

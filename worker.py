@@ -47,7 +47,7 @@ import time
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from functools import partial
 from pathlib import Path
 from queue import Empty, SimpleQueue
@@ -86,6 +86,7 @@ from tinyqueue_config import (
     variable,
 )
 from tinyqueue_doctor import warnings
+from tinyqueue_log import capturing
 from tinyqueue_repair import find_broken, find_forgotten, repair
 from tinyqueue_schedule import Scheduler
 from tinyqueue_shards import AnyQueue
@@ -95,6 +96,7 @@ log = logging.getLogger("tinyqueue.worker")
 
 TICK = 0.25  # seconds between two checks of the handlers' timeouts
 SHORT_TICK = 0.005  # the same while a handler cannot be interrupted yet, or while too many outcomes are unsaved
+LOG_EVERY = 1.0  # seconds between two writes of what a job logs
 PROMOTE_EVERY = 1.0  # seconds; a delayed job is promoted about that late at most, and a tick comes about that late
 SOON = 2.0  # seconds that a burst waits for a rate, at most
 LATE = 1.0  # seconds until a job that a rate lets start is in its list, at most
@@ -195,6 +197,12 @@ class Worker:
 
         A taker that waits for the bell may outlive this by BLOCK seconds. It takes no more jobs.
         """
+        for part in self.queue.parts:
+            part.keeps_logs = self.settings.job_logs or any(handler.logs for handler in HANDLERS.values())
+        with capturing() if self.queue.parts[0].keeps_logs else nullcontext():
+            return self._run()
+
+    def _run(self) -> int:
         for _ in range(self.settings.worker_concurrency):
             self._add_slot()
         taker = self._start_thread("taker", self._take_jobs)
@@ -543,7 +551,7 @@ class Worker:
     # Slot threads -----------------------------------------------------------------------------------------------------
 
     def _run_slot(self) -> None:
-        slot = Slot()
+        slot = Slot(self.settings.job_logs)
         self.slots.append(slot)
         while job := self._next_job():
             if self.inbox or self.outcomes:  # this handler may run for long
@@ -726,6 +734,7 @@ class Worker:
             ("enqueue the jobs of schedules", self.scheduler.tick, PROMOTE_EVERY),
             ("read cancellation requests", self._pass_on_cancellations, PROMOTE_EVERY),
             ("reap workers", self._reap, min(lease / 6, PROMOTE_EVERY if self.burst else REAP_EVERY)),
+            ("write the logs of jobs", self._write_logs, LOG_EVERY),
             ("trim ended jobs", self._trim, TRIM_EVERY),
         ]
         due = [0.0] * len(duties)
@@ -775,6 +784,14 @@ class Worker:
             jobs = {id: job for id, job in self.held.items() if job.type in HANDLERS and HANDLERS[job.type].wants_job}
         for id in self.queue.cancel_requests([id for id, job in jobs.items() if not job.cancel_requested]):
             jobs[id].cancel_requested = True
+
+    def _write_logs(self) -> None:
+        """Write what running jobs have logged since the last time."""
+        with self.lock:
+            jobs = [job for job in self.held.values() if "_log" in job.__dict__]
+        for job in jobs:
+            with suppress(Reaped):  # it has just ended, or the heartbeat finds out
+                self.queue.part_of(job.id).write_log(job)
 
     def _reap(self) -> None:
         """Reap lost workers, unless a Redis command failed within the last lease period.

@@ -148,6 +148,7 @@ ROUTES = (
     ("GET", "/jobs", "list", "read"),
     ("GET", "/jobs/count", "count", "read"),
     ("GET", "/jobs/<id>", "show", "read"),
+    ("GET", "/jobs/<id>/log", "job_log", "read"),
     ("DELETE", "/jobs/<id>", "cancel", "admin"),
     ("POST", "/jobs/<id>/retry", "retry", "admin"),
     ("POST", "/jobs/<id>/run", "hasten", "admin"),
@@ -490,6 +491,13 @@ class API(bottle.Bottle):  # type: ignore[misc]
         """
         hides = job.type in BUILT_IN and "admin" not in self._roles()
         return answer(self.queue, job.without_traces() if hides else job)
+
+    def job_log(self, id: str) -> dict[str, Any]:
+        """Return what a job has logged since the line ?after=, and whether more may follow."""
+        after = read_int(read_query("after"), "after", 0, 0, 2**53 - 1)
+        job, lines = self.queue.read_log(id, after)
+        last = lines[-1].number if lines else after
+        return {"lines": [line.answer() for line in lines], "after": last, "status": require_job(job).status}
 
     def _roles(self) -> Collection[str]:
         """Return the roles of the caller's key. Without keys, these are all."""

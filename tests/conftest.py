@@ -33,6 +33,7 @@ from cutproxy import CutProxy
 from tinyqueue import HANDLERS, ID, Failure, Filter, Job, Queue, Status, handler
 from tinyqueue_config import LOGGERS, Settings
 from tinyqueue_job import HISTORY
+from tinyqueue_log import LOG_BYTES
 from tinyqueue_schedule import (
     SCHEDULES,
     Ticker,
@@ -510,6 +511,7 @@ FAMILIES = {
     "awaited": "set",
     "done:": "list",
     "next:": "set",
+    "log:": "list",
     "advance": "list",
     "advancer": "string",
     "schedule:": "string",
@@ -541,7 +543,7 @@ def check_consistency(queue: Queue) -> None:
         match = re.match(r"[a-z]+:?", key)
         assert match, f"unknown key {key}"
         assert FAMILIES.get(match[0]) == entry.type, f"unknown key {key}, a {entry.type}"
-        assert entry.expires == (match[0] in EXPIRING) or match[0] in ("job:", "next:"), (
+        assert entry.expires == (match[0] in EXPIRING) or match[0] in ("job:", "next:", "log:"), (
             f"{key} has a time to live: {entry.expires}"
         )
 
@@ -569,6 +571,11 @@ def check_consistency(queue: Queue) -> None:
             waits=f"{record.get('queue', 'default')}:{id}" in waiting.get(record.get("limit", ""), ()),
         )
         _check_place(id, record, keys["job:" + id].expires, places)
+    for id, lines in family("log:").items():
+        record = records.get(id, {})
+        assert record.get("logged") or (not record and keys["log:" + id].expires), f"nobody deletes the log of {id}"
+        assert not record or keys["log:" + id].expires == (record.get("status") in ENDED), record
+        assert 0 < sum(map(len, lines)) <= LOG_BYTES
     now = queue.now()
     for status in ENDED:
         for id, ended in indexes[status].items():

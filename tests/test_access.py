@@ -81,6 +81,7 @@ NEEDED_ROLES = {
     ("GET", "/failures"): "read",
     ("GET", "/jobs/<id>"): "read",
     ("DELETE", "/jobs/<id>"): "admin",
+    ("GET", "/jobs/<id>/log"): "read",
     ("POST", "/jobs/<id>/retry"): "admin",
     ("POST", "/jobs/retry"): "admin",
     ("POST", "/jobs/cancel"): "admin",

@@ -264,6 +264,22 @@ def test_replay_over_http_needs_no_body(queue: Queue, api: Client) -> None:
     assert (answer.status, new.replay_of, new.payload, new.request_id) == (201, old.id, old.payload, "mine")
 
 
+@pytest.mark.parametrize("type", ["", "text/plain", "application/json"])
+@pytest.mark.parametrize("length", ["", "0"])
+def test_replay_takes_a_request_without_a_body_from_any_server(
+    queue: Queue, api: Client, type: str, length: str
+) -> None:
+    old = put(queue, "failed")
+    answer = api.call("POST", f"/jobs/{old.id}/replay", b"", {"Content-Type": type, "Content-Length": length})
+    assert answer.status == 201
+
+
+def test_refuse_a_replay_whose_body_is_not_json(queue: Queue, api: Client) -> None:
+    old = put(queue, "failed")
+    answer = api.call("POST", f"/jobs/{old.id}/replay", b'{"payload": 2}', {"Content-Type": "text/plain"})
+    assert (answer.status, answer.kind) == (415, "unsupported-media-type")
+
+
 def test_replay_checks_the_payload_against_the_type(queue: Queue, api: Client) -> None:
     old = fail(queue, queue.enqueue("mail", {"to": "wrong"}))
     before = dump(queue)

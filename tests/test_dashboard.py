@@ -24,6 +24,7 @@ from datetime import UTC, datetime
 from email.utils import format_datetime
 from pathlib import Path
 from typing import Any, Literal
+from urllib.parse import urlencode
 
 import pytest
 from client import Client, serving
@@ -269,7 +270,7 @@ def test_job_shows_its_callback_and_the_state_of_its_delivery(open: Open, near: 
     worker = near.register(["webhooks"], 1)
     [delivery] = near.dequeue(worker, ["webhooks"])
     near.fail(delivery, Failure("NoAnswer", "receiver.example: connection refused"), after=300)
-    shows(page, "delayed", "attempt 1 of 10", "NoAnswer: receiver.example: connection refused")
+    shows(page, "retrying", "attempt 1 of 10", "NoAnswer: receiver.example: connection refused")
     page.locator(f"a[href='#/jobs/{delivery.id}']").click()
     shows(page, "webhook", delivery.id, "Delayed until")
     near.deregister(worker)
@@ -871,12 +872,13 @@ def test_read_key_sees_no_button_that_changes_anything(open: Open, near: Queue, 
     put_schedule(near, make_schedule("nightly", "@daily", "echo", {}))
     page = open(api_keys=KEYS)
     sign_in(page, "read-0123456789ab")
-    for view in ("#/", "#/jobs?status=failed", *(f"#/jobs/{job.id}" for job in jobs)):
+    texts = {"#/": "nightly", "#/failures": "Boom", "#/audit": "Nobody has", "#/jobs?status=failed": "Boom"}
+    for view in (*texts, *(f"#/jobs/{job.id}" for job in jobs)):
         page.goto(page.url.partition("#")[0] + view)
-        shows(page, {"#/": "nightly", "#/jobs?status=failed": "Boom"}.get(view, "Payload"))
+        shows(page, texts.get(view, "Payload"))
         assert view != "#/" or page.locator("[data-key='bill/a']").count() == 1
-        found = page.locator("button, a.button").all_text_contents()
-        assert set(found) <= {"Sign out", "Copy", "Copy as curl"}
+        found = page.locator("button, main a.button, input[type=checkbox]").all_text_contents()
+        assert set(found) <= {"Sign out", "Copy", "Copy as curl", "Count again"}
     lacks(page, ".tabs >> text=Submit")
     page.goto(page.url.partition("#")[0] + "#/submit")
     shows(page, "Key reader lacks the role submit. Sign in with a key that has it.")
@@ -1027,7 +1029,8 @@ EVIL = "<img src=x onerror=\"document.title='owned'\"><script>document.title='ow
 
 def test_page_shows_job_data_as_text(open: Open, near: Queue) -> None:
     worker = near.register(["default"], 1)
-    failed = near.enqueue("echo", {EVIL: EVIL}, unique_key=EVIL, queue="default")
+    tag = "<img src=x onerror=alert(1)>"
+    failed = near.enqueue("echo", {EVIL: EVIL}, unique_key=EVIL, queue="default", tags=[tag])
     near.fail(near.dequeue(worker, ["default"])[0], Failure(EVIL, EVIL, EVIL), after=None)
     done = near.enqueue("echo", EVIL, queue="default")
     near.complete(near.dequeue(worker, ["default"])[0], EVIL)
@@ -1040,7 +1043,9 @@ def test_page_shows_job_data_as_text(open: Open, near: Queue) -> None:
     quoted = json.dumps(EVIL)
     for view, texts in {
         "#/": (EVIL,),
-        "#/jobs?status=failed": (f"{EVIL}: {EVIL}",),
+        "#/failures": (EVIL,),
+        "#/jobs?status=failed": (f"{EVIL}: {EVIL}", tag),
+        f"#/jobs?{urlencode({'text': EVIL})}": (quoted,),
         "#/jobs": (quoted,),
         f"#/jobs/{failed.id}": (f"{quoted}: {quoted}", f"{EVIL}: {EVIL}", f"Unique key{EVIL}"),
         f"#/jobs/{done.id}": (quoted,),
@@ -1221,8 +1226,10 @@ class DemoQueue:
             self.travel(begin)
             jobs = self.queue.dequeue(worker, [queue], 500)
             failures = 7 if outage and queue == "emails" else self.random.choice([0, 0, 0, 1])
+            failures = 4 if minute < 4 and queue == "images" else failures
             self.travel(begin - 900)
-            self.queue.settle(worker, [_outcome(job, n < failures) for n, job in enumerate(jobs)])
+            retry = 300 if minute < 4 else None
+            self.queue.settle(worker, [_outcome(job, n < failures, retry) for n, job in enumerate(jobs)])
 
     def run(self, worker: str, queue: str, type: str, before: int, progress: float = 0) -> None:
         self.travel(before)
@@ -1237,9 +1244,10 @@ class DemoQueue:
         return self.queue.enqueue_many(type, [{}] * number, queue=queue, **options)
 
 
-def _outcome(job: Job, failed: bool) -> Outcome:
+def _outcome(job: Job, failed: bool, retry: float | None) -> Outcome:
     if failed:
-        return Outcome(job, "fail", error=Failure("TimeoutError", "the mail server did not answer within 30 s"))
+        error = Failure("TimeoutError", "the mail server did not answer within 30 s")
+        return Outcome(job, "fail", error=error, after=retry)
     return Outcome(job, "complete")
 
 
@@ -1255,6 +1263,7 @@ def take_screenshot(path: Path) -> None:
         page = browser.new_page(**CONTEXT | {"viewport": {"width": 1120, "height": 400}}, device_scale_factor=1.25)
         page.clock.set_fixed_time(SCREENSHOT_TIME)
         page.route("**/*", _set_date)
+        page.route("**/events", lambda route: route.abort())  # they never end
         page.goto(url)
         shows(page, "Attempts per minute", "worker-3")
         picture = page.screenshot(full_page=True)

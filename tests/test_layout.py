@@ -21,8 +21,12 @@ IMPORTS = {  # each module, and those of ours that it may import
     "tinyqueue_schedule": {
         *("tinyqueue_calendar", "tinyqueue_handler", "tinyqueue_job", "tinyqueue_json", "tinyqueue_redis"),
     },
-    "tinyqueue": {"tinyqueue_handler", "tinyqueue_job", "tinyqueue_json", "tinyqueue_redis", "tinyqueue_schedule"},
-    "tinyqueue_shards": {"tinyqueue", "tinyqueue_handler", "tinyqueue_job", "tinyqueue_redis"},
+    "tinyqueue_log": {"tinyqueue_json", "tinyqueue_redis"},
+    "tinyqueue": {
+        *("tinyqueue_handler", "tinyqueue_job", "tinyqueue_json", "tinyqueue_log", "tinyqueue_redis"),
+        "tinyqueue_schedule",
+    },
+    "tinyqueue_shards": {"tinyqueue", "tinyqueue_handler", "tinyqueue_job", "tinyqueue_log", "tinyqueue_redis"},
     "tinyqueue_http": {"tinyqueue", "tinyqueue_handler", "tinyqueue_job", "tinyqueue_json"},
     "tinyqueue_config": {
         *("tinyqueue", "tinyqueue_embedded", "tinyqueue_http", "tinyqueue_json", "tinyqueue_schedule"),
@@ -57,11 +61,11 @@ IMPORTS = {  # each module, and those of ours that it may import
     "tinyqueue_work": {"tinyqueue", "tinyqueue_config", "tinyqueue_problems", "tinyqueue_shards", "worker"},
     "tinyqueue_server": {"tinyqueue_config"},
     "handlers": {"tinyqueue"},
-    "tinyqueue_slot": {"tinyqueue", "tinyqueue_config", "tinyqueue_json", "tinyqueue_redis"},
+    "tinyqueue_slot": {"tinyqueue", "tinyqueue_config", "tinyqueue_json", "tinyqueue_log", "tinyqueue_redis"},
     # The two programs start each other, from within a function: `tinyqueue web`, and the workers of an embedded Redis.
     "worker": {
         *("tinyqueue", "tinyqueue_cli", "tinyqueue_config", "tinyqueue_doctor", "tinyqueue_repair"),
-        *("tinyqueue_schedule", "tinyqueue_shards", "tinyqueue_slot", "wsgi"),
+        *("tinyqueue_log", "tinyqueue_schedule", "tinyqueue_shards", "tinyqueue_slot", "wsgi"),
     },
     "wsgi": {
         *("tinyqueue", "tinyqueue_access", "tinyqueue_config", "tinyqueue_doctor", "tinyqueue_events"),

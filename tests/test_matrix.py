@@ -17,6 +17,7 @@ from conftest import Entry, dump, lapse, newest, put, raw
 
 import tinyqueue
 from tinyqueue import ENDED, LOOK, STATUSES, Failure, Filter, Job, Loaded, Outcome, Queue, Reaped, WrongStatus, handler
+from tinyqueue_log import JobLog
 from tinyqueue_schedule import Merge, Ticker, list_schedules, make_schedule, put as put_schedule, sync
 
 pytestmark = pytest.mark.usefixtures("no_handlers")
@@ -81,6 +82,13 @@ def reap_owner(queue: Queue, job: Job) -> None:
     queue.reap(worker)
 
 
+def write_log(queue: Queue, job: Job) -> None:
+    """Write a line that the job has logged."""
+    job.__dict__["_log"] = JobLog(job.attempts, job.started_at)
+    job.log("working")
+    queue.write_log(job)
+
+
 def request(queue: Queue, job: Job) -> None:
     """Request the cancellation of a job that is processing."""
     if job.status == "processing":
@@ -141,6 +149,7 @@ ACTIONS = {
     "release": Action("release", "pending", lambda queue, job: queue.release(job), Reaped),
     "release on request": Action("release", "cancelled", then(request, lambda queue, job: queue.release(job)), Reaped),
     "progress": Action("progress", "processing", lambda queue, job: queue.write_progress(job), Reaped),
+    "log": Action("log", "processing", write_log, Reaped),
     "reap": Action("reap", "pending", reap_owner),
     "reap with no attempt left": Action("reap", "failed", reap_owner, None, LAST),
     "reap on request": Action("reap", "cancelled", then(request, reap_owner)),
@@ -224,6 +233,7 @@ def settle_as(verb: str, queue: Queue, job: Job) -> None:
         "fail": lambda: queue.fail(job, BOOM),
         "release": lambda: queue.release(job),
         "progress": lambda: queue.write_progress(job),
+        "log": lambda: write_log(queue, job),
     }[verb]()
 
 

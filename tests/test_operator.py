@@ -7,9 +7,11 @@
 
 from __future__ import annotations
 
+import logging
 import re
 import shutil
 import subprocess
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -34,10 +36,11 @@ from test_dashboard import (  # the fixtures among them are used by name
     shows,
     sign_in,
     tile,
+    working,
 )
 from test_processes import ROOT, Process, Web, folder, registered, start
 
-from tinyqueue import Failure, Queue
+from tinyqueue import Failure, Job, Queue, handler
 from tinyqueue_config import Settings
 from wsgi import API
 
@@ -135,26 +138,69 @@ def firefox(tmp_path: Path) -> Iterator[Firefox]:
         assert firefox.errors() == []
 
 
+ENTER = "\ue007"  # as WebDriver spells it
+
+
 def test_dashboard_works_in_firefox(near: Queue, firefox: Firefox) -> None:
-    jobs = busy(near)
+    busy(near)
+    wrong = near.enqueue("echo", {"customer": 17, "amount": "12,50"}, queue="billing")
+    near.fail(
+        near.dequeue(near.register(["billing"], 1), ["billing"])[0], Failure("ValueError", "not a number"), after=900
+    )
     with Servers() as servers:
         url = servers.serve(API(Settings(), near))
         firefox.open(url)
-        firefox.shows("Attempts per minute", "40 %")
+        firefox.shows("Attempts per minute", "40 %", "retrying\n1\n")
         assert firefox.run("return matchMedia('(prefers-color-scheme: dark)').matches") is True
         assert firefox.run("return document.documentElement.scrollWidth <= innerWidth") is True
-        firefox.type(".find input", jobs["trace"].id)
-        firefox.shows(jobs["trace"].id, "Payload")
+        firefox.type(".find input", "customer 17" + ENTER)
+        firefox.shows("ValueError: not a number")
+        firefox.click("td.name a")
+        firefox.shows(wrong.id, "Delayed until", "for attempt 2 of 3, after ValueError: not a number")
+        firefox.click("[data-key=replay]")
+        firefox.run("document.querySelector('#replay').select()")
+        firefox.type("#replay", '{"customer": 17, "amount": 12.5}')
+        firefox.click("dialog button.main")
+        firefox.shows("Replay of", '"amount": 12.5')
         firefox.open(url + "#/jobs?status=failed")
         firefox.shows("TimeoutError")
         firefox.click("[data-key='all retry']")
         firefox.shows("jobs match now")
         firefox.click("dialog button.main")
-        firefox.shows("Done")
+        firefox.shows("29 of 29 requeued", "Done")
         assert near.stats()["failed"] == 0
 
 
 # What an operator does ------------------------------------------------------------------------------------------------
+
+
+def test_banner_names_each_problem_and_its_next_step(open: Open, near: Queue) -> None:
+    ghost = "g" * 100
+    worker = near.register(["default"], 5)
+    near.clock.ahead = -10_000
+    near.enqueue("echo", 1, queue=ghost)
+    near.clock.ahead = 0
+    near.enqueue_many("echo", range(5), queue="default")
+    for job in near.dequeue(worker, ["default"], 5):
+        near.fail(job, Failure("Boom", "it broke"), after=3600)
+    page = open("#/submit")
+    problems = page.locator("#banner li")
+    playwright.expect(problems.filter(has_text=f"queue {ghost} cannot start")).to_contain_text(
+        re.compile("since .*s\\)")
+    )
+    page.get_by_role("button", name="Copy the command tinyqueue worker").click()
+    shows(page, "Command copied.")
+    assert page.evaluate("navigator.clipboard.readText()") == f"tinyqueue worker --queue {ghost}"
+    said = page.locator("#announcement").text_content()
+    for width in (360, 800):
+        page.set_viewport_size({"width": width, "height": 900})
+        assert page.evaluate("document.documentElement.scrollWidth") <= width
+    shown = page.locator("#banner").text_content()
+    page.wait_for_function("shown => document.querySelector('#banner').textContent !== shown", arg=shown)
+    assert page.locator("#announcement").text_content() == said  # not once more, because the problems are the same
+    problems.filter(has_text="All of the 5 attempts of type echo failed").get_by_role("link").click()
+    playwright.expect(page.locator("tbody tr")).to_have_count(5)
+    playwright.expect(page.locator("tbody tr").first).to_contain_text("retrying")
 
 
 def test_failures_are_grouped_over_all_jobs_and_retried_at_a_rate_until_stopped(open: Open, near: Queue) -> None:
@@ -219,6 +265,62 @@ def test_job_can_be_run_now_and_deleted(open: Open, near: Queue) -> None:
     page.get_by_role("button", name="Delete…").click()
     page.get_by_role("button", name="Delete", exact=True).click()
     shows(page, "Job deleted.", "Job not found")
+
+
+def test_job_shows_each_attempt_and_where_a_handler_was_given_up(open: Open, near: Queue) -> None:
+    job = near.enqueue("echo", 1, queue="default", max_attempts=3, tags=["march"])
+    first, second = near.register(["default"], 1), near.register(["default"], 1)
+    stack = "The handler did not stop. Its thread was given up here (most recent call last):\n  sleep(60)\n"
+    near.fail(near.dequeue(first, ["default"])[0], Failure("TimedOut", "took longer than 1 s", stack), after=0)
+    until(lambda: near.promote() or near.stats()["oldestWaitingMs"])
+    near.fail(near.dequeue(second, ["default"])[0], Failure("Boom", "it broke"), after=3600)
+    page = open(f"#/jobs/{job.id}")
+    steps = page.locator(".line > li")
+    playwright.expect(steps).to_contain_text(
+        [
+            "Submitted",
+            re.compile(f"Attempt 1 started on {first}"),
+            re.compile("Attempt failed.*TimedOut: took longer than 1 s", re.S),
+            re.compile(f"Attempt 2 started on {second}"),
+            re.compile("Attempt failed.*Boom: it broke", re.S),
+            "Next attempt",
+        ]
+    )
+    page.get_by_text("Where it was").click()
+    shows(page, "sleep(60)", "retrying", "for attempt 3 of 3")
+    page.locator("main").get_by_role("link", name="march").click()
+    playwright.expect(page.locator("tbody tr")).to_have_count(1)
+    assert page.url.endswith("#/jobs?tag=march")
+
+
+def test_log_of_a_job_grows_while_it_runs_and_follows_its_end(open: Open, near: Queue) -> None:
+    gates = [threading.Event() for _ in range(3)]
+
+    @handler("import", logs=True)
+    def import_file(payload: Any, job: Job) -> None:
+        job.log("reading", payload)
+        gates[0].wait(20)
+        for line in range(100):
+            job.log("line", line)
+        gates[1].wait(20)
+        logging.getLogger("shop").warning("line 17 is empty")
+        gates[2].wait(20)
+
+    job = near.enqueue("import", "<b>a file</b>")
+    page = open(f"#/jobs/{job.id}")
+    log = page.locator("pre.log")
+    end = "box => box.scrollHeight - box.scrollTop - box.clientHeight"
+    with working(near):
+        playwright.expect(log).to_contain_text("reading <b>a file</b>")
+        gates[0].set()
+        playwright.expect(log).to_contain_text("line 99")
+        assert log.evaluate(end) <= 1
+        log.evaluate("box => box.scrollTop = 0")  # somebody reads the beginning
+        gates[1].set()
+        playwright.expect(log).to_contain_text("WARNING line 17 is empty")
+        assert log.evaluate("box => box.scrollTop") == 0
+        gates[2].set()
+        shows(page, "completed", "102 lines")
 
 
 def test_worker_is_made_quiet_and_takes_jobs_again(open: Open, near: Queue) -> None:

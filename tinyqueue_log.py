@@ -1,0 +1,141 @@
+"""The lines that a job logs: what its handler gives to `logging` and to `job.log`.
+
+A worker keeps the lines of an attempt here until they are written. This module knows no queue.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+import msgspec
+
+from tinyqueue_json import encode
+from tinyqueue_redis import shield
+
+LOG_BYTES = 65536  # of the lines of a job, as they are stored; the oldest are dropped
+LINE = 4000  # characters of a line
+
+
+class LogLine(msgspec.Struct, array_like=True):
+    """A line as it is stored. `number` is its time in microseconds, and higher than that before."""
+
+    number: int
+    attempt: int
+    level: str
+    text: str
+
+    def answer(self) -> dict[str, Any]:
+        """The line as clients see it."""
+        return {"number": self.number, "at": self.number // 1000, **msgspec.structs.asdict(self)}
+
+
+def read_lines(stored: Iterable[bytes], after: int) -> list[LogLine]:
+    """Read the stored lines with a higher number. One that cannot be read is left out."""
+    lines: dict[int, LogLine] = {}  # a line whose write lost its reply may be there twice
+    for entry in stored:
+        try:
+            line = msgspec.json.decode(entry, type=LogLine)
+        except (msgspec.DecodeError, UnicodeDecodeError):
+            continue
+        if line.number > after:
+            lines.setdefault(line.number, line)
+    return [lines[number] for number in sorted(lines)]
+
+
+class JobLog:
+    """The lines of an attempt that are not written yet. Its times continue those of Redis.
+
+    `sizes` has the sizes of the stored lines of earlier attempts; None: there may be some.
+    """
+
+    def __init__(self, attempt: int, started_at: int, sizes: Sequence[int] | None = ()) -> None:
+        self.attempt = attempt
+        self.sizes = None if sizes is None else list(sizes)
+        self._lines: deque[tuple[int, bytes]] = deque()
+        self._size = 0
+        self._last = 0
+        self._began = time.monotonic_ns() // 1000 - started_at * 1000
+        self._lock = threading.Lock()
+
+    def add(self, level: str, text: str) -> None:
+        """Add a line. Drops the oldest if too many wait to be written."""
+        text = text[:LINE].encode("utf-8", "backslashreplace").decode()
+        with shield(), self._lock:
+            self._last = max(self._last + 1, time.monotonic_ns() // 1000 - self._began)
+            self._put(self._last, encode(LogLine(self._last, self.attempt, level, text)))
+
+    def _put(self, number: int, line: bytes) -> None:
+        self._lines.append((number, line))
+        self._size += len(line)
+        while self._size > LOG_BYTES:
+            self._size -= len(self._lines.popleft()[1])
+
+    def unwritten(self) -> list[tuple[int, bytes]]:
+        """Return the lines to write, with their numbers."""
+        with self._lock:
+            return list(self._lines)
+
+    def fit(self, lines: Sequence[tuple[int, bytes]]) -> list[int]:
+        """Return the sizes of the newest stored lines that may stay once these are stored too."""
+        sizes = [*(self.sizes or ()), *(len(line) for _, line in lines)]
+        excess = sum(sizes) - LOG_BYTES
+        first = 0
+        while excess > 0:
+            excess -= sizes[first]
+            first += 1
+        return sizes[first:]
+
+    def note_written(self, lines: Sequence[tuple[int, bytes]]) -> None:
+        """Note that lines are stored."""
+        self.sizes = self.fit(lines)
+        with self._lock:
+            while self._lines and self._lines[0][0] <= lines[-1][0]:
+                self._size -= len(self._lines.popleft()[1])
+
+
+# The log of the job that the thread works on, if its lines are kept.
+JOB_LOG: ContextVar[JobLog | None] = ContextVar("job_log", default=None)
+
+
+class Capture(logging.Handler):
+    """Adds records to the log of the job in whose context they were made. Takes no lock.
+
+    If several workers share the process, each has one, and the first adds a record.
+    """
+
+    def createLock(self) -> None:
+        self.lock = None
+
+    def handle(self, record: logging.LogRecord) -> bool:
+        log = JOB_LOG.get()
+        if log is not None and not record.__dict__.get("_captured"):
+            record.__dict__["_captured"] = True
+            log.add(str(record.levelname), _text_of(record))
+        return True
+
+
+def _text_of(record: logging.LogRecord) -> str:
+    try:
+        trace = logging.Formatter().formatException(record.exc_info) if record.exc_info else ""
+        return "\n".join(filter(None, [record.getMessage(), trace]))
+    except Exception as error:
+        return f"cannot format a log line from {record.pathname}:{record.lineno}: {type(error).__name__}"
+
+
+@contextmanager
+def capturing() -> Iterator[None]:
+    """Keep the log records that handlers make meanwhile. Several workers may do so at once."""
+    root = logging.getLogger()
+    capture = Capture()
+    root.addHandler(capture)
+    try:
+        yield
+    finally:
+        root.removeHandler(capture)
