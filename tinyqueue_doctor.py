@@ -476,8 +476,10 @@ def _check_eviction(sight: Sight) -> Iterator[Problem]:
 
 def _check_persistence(sight: Sight) -> Iterator[Problem]:
     """Find a Redis that stores nothing, or cannot. Snapshots alone may be what is wanted."""
-    if any(_persistence(look.info).level == "fail" or look.info.get("save") == "" for look in sight.looks):
-        yield from _of_server(sight, "persistence", _persistence, "Redis may lose jobs: ")
+    broken = any(_persistence(look.info).level == "fail" for look in sight.looks)
+    if broken or any(look.info.get("save") == "" for look in sight.looks):
+        why = ", because it cannot write to its disk" if broken else ""
+        yield from _of_server(sight, "persistence", _persistence, f"Redis may lose jobs{why}: ")
 
 
 def _of_server(

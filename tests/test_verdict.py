@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import threading
 import time
@@ -19,7 +20,7 @@ from conftest import RedisServer, Server, find_lost, free_port, lapse, put, raw,
 from test_worker import Running
 
 import worker as worker_module
-from tinyqueue import Failure, Job, Outcome, Queue, QueueFull, handler
+from tinyqueue import Failure, Job, Outcome, Override, Queue, QueueFull, handler
 from tinyqueue_config import Settings
 from tinyqueue_doctor import CHECKS, Observer
 from tinyqueue_http import CircuitOpen, register
@@ -270,6 +271,19 @@ def test_verdict_names_persistence_that_is_off(start_redis: Callable[..., RedisS
     queue.pool.disconnect()
 
 
+def test_verdict_names_a_disk_that_redis_cannot_write_to(start_redis: Callable[..., RedisServer]) -> None:
+    server = start_redis("--save", "3600 1000000", "--stop-writes-on-bgsave-error", "no")
+    queue = Queue.from_url(server.url)
+    assert verdict(queue)["problems"] == []
+    shutil.rmtree(server.folder)
+    raw(queue).bgsave()
+    problem = until(lambda: verdict(queue)["problems"])[0]
+    start = "Redis may lose jobs, because it cannot write to its disk: appendonly no"
+    assert (problem["text"].startswith(start), problem["level"]) == (True, "critical")
+    assert problem["next"]["text"] == "Redis cannot write to its disk: read its log"
+    queue.pool.disconnect()
+
+
 # Queues and workers ---------------------------------------------------------------------------------------------------
 
 
@@ -461,6 +475,44 @@ def test_verdict_names_an_overdue_schedule(queue: Queue) -> None:
     assert problem["text"].startswith("Schedule nightly should have run 1")
     assert problem["text"].endswith(" minutes ago")
     assert problem["schedules"] == ["nightly"]
+
+
+def test_verdict_names_an_overdue_schedule_without_a_worker(queue: Queue) -> None:
+    put_schedule(queue, make_schedule("nightly", "* * * * *", "echo", 3))
+    later(queue, 115)
+    assert problems(queue) == {}  # a worker that starts soon enqueues its job
+    later(queue, 180)
+    problem = problems(queue)["schedules"]
+    assert problem["text"].endswith(" ago, and no worker is alive")
+    assert problem["next"]["command"] == "tinyqueue worker"
+
+
+def test_verdict_names_a_schedule_that_waits_for_its_last_job_for_long(queue: Queue) -> None:
+    worker = queue.register(["default"], 1)
+    put_schedule(queue, make_schedule("nightly", "* * * * *", "echo", 3, overlap="one"))
+    ticker = Ticker(queue)
+    later(queue, 61)
+    ticker.tick()
+    [job] = queue.dequeue(worker, ["default"])
+    later(queue, 200)
+    ticker.tick()
+    assert problems(queue) == {}
+    later(queue, 300)
+    problem = problems(queue)["schedules"]
+    assert problem["text"].endswith(" minutes ago; nightly waits for the end of its last job")
+    assert problem["next"]["command"] == f"tinyqueue get {job.id}"
+
+
+def test_verdict_is_well_while_a_limit_is_paused(queue: Queue, no_handlers: None) -> None:
+    @handler("charge", max_running=1)
+    def charge(payload: object) -> None: ...
+
+    queue.set_limit("charge", Override(paused=True))
+    worker = queue.register(["default"], 2)
+    queue.enqueue_many("charge", [1, 2])
+    assert queue.dequeue(worker, ["default"], 2) == []
+    later(queue, 3600)
+    assert problems(queue) == {}
 
 
 def test_verdict_names_held_jobs_whose_limit_is_full_for_long(queue: Queue, no_handlers: None) -> None:
