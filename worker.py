@@ -134,6 +134,7 @@ class Worker:
     """
 
     beat_at_once = False  # whether the next heartbeat has news that cannot wait
+    quiet = False  # whether the last line that was logged about it says so
 
     def __init__(
         self,
@@ -173,7 +174,6 @@ class Worker:
         self.closed = threading.Event()  # the settlers and the keeper must end
         self.adopt_at = 0.0  # when the taker next looks for jobs whose replies were lost
         self.all_busy = False  # True while the taker waits for slots: that is not a hang
-        self.quiet = False  # whether the last line that was logged about it says so
         self.at_bell = False  # True while the taker waits for the bell: after a stop it takes nothing then
         self.last_take = time.monotonic()  # when Redis last answered a take or an exchange, even without a job
         self.last_upkeep = time.monotonic()  # when the keeper last began one of its duties
