@@ -112,7 +112,7 @@ round trips however many jobs it moves. No Lua.
     reaped may wake up and take ids. take lists it as a worker again, so reap requeues them too.
 
     A quiet worker takes no ids and leaves the bells to others. It runs what it has taken. Only a
-    registered worker becomes quiet, and reap ends that, or its mark would stay for ever.
+    registered worker can become quiet, and reap removes its mark. So no mark outlives its worker.
 
     A slot is a thread of a worker that runs one job at a time (in a cluster: Redis' hash slot). To
     trim is to delete ended jobs that were kept long enough. A shard is one of several queues that
