@@ -24,6 +24,7 @@ from datetime import UTC, datetime
 from email.utils import format_datetime
 from pathlib import Path
 from typing import Any, Literal
+from urllib.parse import urlencode
 
 import pytest
 from client import Client, serving
@@ -871,12 +872,13 @@ def test_read_key_sees_no_button_that_changes_anything(open: Open, near: Queue, 
     put_schedule(near, make_schedule("nightly", "@daily", "echo", {}))
     page = open(api_keys=KEYS)
     sign_in(page, "read-0123456789ab")
-    for view in ("#/", "#/jobs?status=failed", *(f"#/jobs/{job.id}" for job in jobs)):
+    texts = {"#/": "nightly", "#/failures": "Boom", "#/audit": "Nobody has", "#/jobs?status=failed": "Boom"}
+    for view in (*texts, *(f"#/jobs/{job.id}" for job in jobs)):
         page.goto(page.url.partition("#")[0] + view)
-        shows(page, {"#/": "nightly", "#/jobs?status=failed": "Boom"}.get(view, "Payload"))
+        shows(page, texts.get(view, "Payload"))
         assert view != "#/" or page.locator("[data-key='bill/a']").count() == 1
-        found = page.locator("button, a.button").all_text_contents()
-        assert set(found) <= {"Sign out", "Copy", "Copy as curl"}
+        found = page.locator("button, main a.button, input[type=checkbox]").all_text_contents()
+        assert set(found) <= {"Sign out", "Copy", "Copy as curl", "Count again"}
     lacks(page, ".tabs >> text=Submit")
     page.goto(page.url.partition("#")[0] + "#/submit")
     shows(page, "Key reader lacks the role submit. Sign in with a key that has it.")
@@ -1027,7 +1029,8 @@ EVIL = "<img src=x onerror=\"document.title='owned'\"><script>document.title='ow
 
 def test_page_shows_job_data_as_text(open: Open, near: Queue) -> None:
     worker = near.register(["default"], 1)
-    failed = near.enqueue("echo", {EVIL: EVIL}, unique_key=EVIL, queue="default")
+    tag = "<img src=x onerror=alert(1)>"
+    failed = near.enqueue("echo", {EVIL: EVIL}, unique_key=EVIL, queue="default", tags=[tag])
     near.fail(near.dequeue(worker, ["default"])[0], Failure(EVIL, EVIL, EVIL), after=None)
     done = near.enqueue("echo", EVIL, queue="default")
     near.complete(near.dequeue(worker, ["default"])[0], EVIL)
@@ -1040,7 +1043,9 @@ def test_page_shows_job_data_as_text(open: Open, near: Queue) -> None:
     quoted = json.dumps(EVIL)
     for view, texts in {
         "#/": (EVIL,),
-        "#/jobs?status=failed": (f"{EVIL}: {EVIL}",),
+        "#/failures": (EVIL,),
+        "#/jobs?status=failed": (f"{EVIL}: {EVIL}", tag),
+        f"#/jobs?{urlencode({'text': EVIL})}": (quoted,),
         "#/jobs": (quoted,),
         f"#/jobs/{failed.id}": (f"{quoted}: {quoted}", f"{EVIL}: {EVIL}", f"Unique key{EVIL}"),
         f"#/jobs/{done.id}": (quoted,),
