@@ -2799,9 +2799,10 @@ class Queue(Verbs):
         that order, so jobs that come or go shift nothing. A job that keeps its status is on exactly
         one page. One whose status changes meanwhile may be on none, or on two. Looks at up to
         SCANNED jobs and PAGE_BYTES of their records, so a page may be short or even empty and still
-        have a cursor. Also reads the ids of all unended jobs, up to LISTED with each command. With
-        `cut`, payloads and results stay JSON, a `msgspec.Raw`, or a `Preview` if they have more
-        bytes than that. Raises InvalidJob for a malformed cursor.
+        have a cursor. Also reads the ids of all unended jobs, up to LISTED with each command; the
+        first page reads only the newest of long queues. With `cut`, payloads and results stay JSON,
+        a `msgspec.Raw`, or a `Preview` if they have more bytes than that. Raises InvalidJob for a
+        malformed cursor.
         """
         filter = filter or Filter()
         entries = self._find_entries(filter, place_of(cursor) if cursor else BEFORE_ALL)
