@@ -7,9 +7,11 @@
 
 from __future__ import annotations
 
+import logging
 import re
 import shutil
 import subprocess
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -34,10 +36,11 @@ from test_dashboard import (  # the fixtures among them are used by name
     shows,
     sign_in,
     tile,
+    working,
 )
 from test_processes import ROOT, Process, Web, folder, registered, start
 
-from tinyqueue import Failure, Queue
+from tinyqueue import Failure, Job, Queue, handler
 from tinyqueue_config import Settings
 from wsgi import API
 
@@ -171,6 +174,35 @@ def test_dashboard_works_in_firefox(near: Queue, firefox: Firefox) -> None:
 # What an operator does ------------------------------------------------------------------------------------------------
 
 
+def test_banner_names_each_problem_and_its_next_step(open: Open, near: Queue) -> None:
+    ghost = "g" * 100
+    worker = near.register(["default"], 5)
+    near.clock.ahead = -10_000
+    near.enqueue("echo", 1, queue=ghost)
+    near.clock.ahead = 0
+    near.enqueue_many("echo", range(5), queue="default")
+    for job in near.dequeue(worker, ["default"], 5):
+        near.fail(job, Failure("Boom", "it broke"), after=3600)
+    page = open("#/submit")
+    problems = page.locator("#banner li")
+    playwright.expect(problems.filter(has_text=f"queue {ghost} cannot start")).to_contain_text(
+        re.compile("since .*s\\)")
+    )
+    page.get_by_role("button", name="Copy the command tinyqueue worker").click()
+    shows(page, "Command copied.")
+    assert page.evaluate("navigator.clipboard.readText()") == f"tinyqueue worker --queue {ghost}"
+    said = page.locator("#announcement").text_content()
+    for width in (360, 800):
+        page.set_viewport_size({"width": width, "height": 900})
+        assert page.evaluate("document.documentElement.scrollWidth") <= width
+    shown = page.locator("#banner").text_content()
+    page.wait_for_function("shown => document.querySelector('#banner').textContent !== shown", arg=shown)
+    assert page.locator("#announcement").text_content() == said  # not once more, because the problems are the same
+    problems.filter(has_text="All of the 5 attempts of type echo failed").get_by_role("link").click()
+    playwright.expect(page.locator("tbody tr")).to_have_count(5)
+    playwright.expect(page.locator("tbody tr").first).to_contain_text("retrying")
+
+
 def test_failures_are_grouped_over_all_jobs_and_retried_at_a_rate_until_stopped(open: Open, near: Queue) -> None:
     many_failed(near, 1100)
     put(near, "failed", queue="other", max_attempts=1)
@@ -259,6 +291,36 @@ def test_job_shows_each_attempt_and_where_a_handler_was_given_up(open: Open, nea
     page.locator("main").get_by_role("link", name="march").click()
     playwright.expect(page.locator("tbody tr")).to_have_count(1)
     assert page.url.endswith("#/jobs?tag=march")
+
+
+def test_log_of_a_job_grows_while_it_runs_and_follows_its_end(open: Open, near: Queue) -> None:
+    gates = [threading.Event() for _ in range(3)]
+
+    @handler("import", logs=True)
+    def import_file(payload: Any, job: Job) -> None:
+        job.log("reading", payload)
+        gates[0].wait(20)
+        for line in range(100):
+            job.log("line", line)
+        gates[1].wait(20)
+        logging.getLogger("shop").warning("line 17 is empty")
+        gates[2].wait(20)
+
+    job = near.enqueue("import", "<b>a file</b>")
+    page = open(f"#/jobs/{job.id}")
+    log = page.locator("pre.log")
+    end = "box => box.scrollHeight - box.scrollTop - box.clientHeight"
+    with working(near):
+        playwright.expect(log).to_contain_text("reading <b>a file</b>")
+        gates[0].set()
+        playwright.expect(log).to_contain_text("line 99")
+        assert log.evaluate(end) <= 1
+        log.evaluate("box => box.scrollTop = 0")  # somebody reads the beginning
+        gates[1].set()
+        playwright.expect(log).to_contain_text("WARNING line 17 is empty")
+        assert log.evaluate("box => box.scrollTop") == 0
+        gates[2].set()
+        shows(page, "completed", "102 lines")
 
 
 def test_worker_is_made_quiet_and_takes_jobs_again(open: Open, near: Queue) -> None:

@@ -340,6 +340,12 @@ VERBS = {
 }
 
 
+def play_counts(queue: Any) -> None:
+    queue.metrics()
+    queue.count_scrape_errors(1)
+    queue.count_refused({"queue-full": 1})
+
+
 def play_waiting(queue: Any) -> None:
     """Call every verb that waits for the end of a job."""
     waiting = newest(queue, "pending")[0].id
@@ -450,8 +456,7 @@ def play(queue: Any, folder: Path) -> None:
     until(queue.promote)
     queue.trim()
     queue.purge(Filter("completed"))
-    queue.metrics()
-    queue.count_scrape_errors(1)
+    play_counts(queue)
     queue.lost_workers()
     queue.deregister(id)
     assert queue.reap(id) == 0
