@@ -16,7 +16,7 @@ import msgspec
 from tinyqueue import TinyQueueError
 
 LISTENERS = 200  # at a time; each takes one of the server's connections
-EVERY = 2.0  # seconds between two events
+EVERY = 2.1  # seconds between two events; longer than a verdict is kept, or every second event would have an old one
 QUIET = 10.0  # seconds until a comment is sent if nothing changes, because proxies close idle connections
 HEADERS = {
     "Content-Type": "text/event-stream; charset=utf-8",

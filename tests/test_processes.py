@@ -267,6 +267,7 @@ def test_quiet_worker_ends_its_job_and_leaves_the_others(near: Queue, work: Any,
     near.quiet(worker)
     time.sleep(2 * PAUSE_AGE)  # until then, the worker may not know it
     jobs = near.enqueue_many("echo", range(20))
+    process.until_output("is quiet: it takes no more jobs")
     runs.open("a")
     until_is(near, gate, "completed")
     assert near.stats()["pending"] == len(jobs)
@@ -277,6 +278,7 @@ def test_quiet_worker_ends_its_job_and_leaves_the_others(near: Queue, work: Any,
     last = near.enqueue("echo", 21)
     near.resume_worker(worker)
     assert until_is(near, last, "completed").worker == worker
+    process.until_output(f"worker {worker} takes jobs again")
 
 
 def test_idle_quiet_worker_delays_no_job_of_another(near: Queue, work: Any) -> None:
