@@ -112,7 +112,7 @@ round trips however many jobs it moves. No Lua.
     reaped may wake up and take ids. take lists it as a worker again, so reap requeues them too.
 
     A quiet worker takes no ids and leaves the bells to others. It runs what it has taken. Only a
-    registered worker becomes quiet, and reap ends that, or its mark would stay for ever.
+    registered worker can become quiet, and reap removes its mark. So no mark outlives its worker.
 
     A slot is a thread of a worker that runs one job at a time (in a cluster: Redis' hash slot). To
     trim is to delete ended jobs that were kept long enough. A shard is one of several queues that
@@ -2799,9 +2799,10 @@ class Queue(Verbs):
         that order, so jobs that come or go shift nothing. A job that keeps its status is on exactly
         one page. One whose status changes meanwhile may be on none, or on two. Looks at up to
         SCANNED jobs and PAGE_BYTES of their records, so a page may be short or even empty and still
-        have a cursor. Also reads the ids of all unended jobs, up to LISTED with each command. With
-        `cut`, payloads and results stay JSON, a `msgspec.Raw`, or a `Preview` if they have more
-        bytes than that. Raises InvalidJob for a malformed cursor.
+        have a cursor. Also reads the ids of all unended jobs, up to LISTED with each command; the
+        first page reads only the newest of long queues. With `cut`, payloads and results stay JSON,
+        a `msgspec.Raw`, or a `Preview` if they have more bytes than that. Raises InvalidJob for a
+        malformed cursor.
         """
         filter = filter or Filter()
         entries = self._find_entries(filter, place_of(cursor) if cursor else BEFORE_ALL)

@@ -476,8 +476,10 @@ def _check_eviction(sight: Sight) -> Iterator[Problem]:
 
 def _check_persistence(sight: Sight) -> Iterator[Problem]:
     """Find a Redis that stores nothing, or cannot. Snapshots alone may be what is wanted."""
-    if any(_persistence(look.info).level == "fail" or look.info.get("save") == "" for look in sight.looks):
-        yield from _of_server(sight, "persistence", _persistence, "Redis may lose jobs: ")
+    broken = any(_persistence(look.info).level == "fail" for look in sight.looks)
+    if broken or any(look.info.get("save") == "" for look in sight.looks):
+        why = ", because it cannot write to its disk" if broken else ""
+        yield from _of_server(sight, "persistence", _persistence, f"Redis may lose jobs{why}: ")
 
 
 def _of_server(
@@ -609,7 +611,7 @@ def _check_retrying(sight: Sight) -> Iterator[Problem]:
     retrying = sight.counts["retrying"]
     completed = sight.recent("completed:").total()
     if retrying >= RETRYING and retrying > FAILED_SHARE * (retrying + completed):
-        text = f"{retrying} jobs wait for another attempt, because one has failed"
+        text = f"{retrying} jobs wait for another attempt after one that failed"
         todo = Next("read their errors, and repair what they name", "tinyqueue list --status pending")
         yield Problem(check="retrying", text=text, next=todo)
 
@@ -794,6 +796,13 @@ def _check_deliveries(sight: Sight) -> Iterator[Problem]:
             yield Problem(check="deliveries", text=text, limits=[limit], types=["webhook"], subject=host, next=todo)
 
 
+def _check_counts(sight: Sight) -> Iterator[Problem]:
+    if sight.is_miscounted():
+        text = "More jobs are counted than are listed: keys were lost, and some jobs may never run"
+        todo = Next("repair it; workers do so too, every ten minutes", "tinyqueue doctor --repair")
+        yield Problem(check="counts", level="critical", text=text, next=todo)
+
+
 CHECKS: dict[str, Callable[[Sight], Iterator[Problem]]] = {
     "redis": _check_redis,
     "refused": _check_refused,
@@ -813,6 +822,7 @@ CHECKS: dict[str, Callable[[Sight], Iterator[Problem]]] = {
     "schedules": _check_schedules,
     "limits": _check_limits,
     "deliveries": _check_deliveries,
+    "counts": _check_counts,
 }
 
 LOGGED = ("redis", "memory", "eviction")  # checks whose problems a process logs at its start
@@ -849,7 +859,7 @@ class Observer:
     def firing(self) -> dict[str, bool]:
         """Return for every check whether it has found a problem."""
         found = {problem.check for problem in self.problems()}
-        return {check: check in found for check in (*CHECKS, "counts")}
+        return {check: check in found for check in CHECKS}
 
     def _look(self) -> tuple[list[Problem], str]:
         """Look again, unless another thread just did, or does so now."""
@@ -878,11 +888,11 @@ class Observer:
         if not looks:
             found += _refused(self.refusals.counts)
         else:
-            sight = Sight(looks, self.max_wait, self.refusals.counts)
+            sight = Sight(looks, self.max_wait, self.refusals.counts, partial(self._miscounts, looks))
             text = f"All is well: {_summary(sight)}"
             try:
-                found += [problem for check in CHECKS.values() for problem in check(sight)]
-                found += self._check_counts(looks)
+                for check in CHECKS.values():
+                    found += check(sight)
                 self.refusals.store(self.queue)
             except TinyQueueError as error:  # Redis went away meanwhile
                 found.append(_unavailable(looks[0].part, error))
@@ -905,15 +915,13 @@ class Observer:
             self._servers[part] = (time.monotonic() if allowed else math.inf, known)  # never ask again if refused
         return known | parse_info(found[0]) | parse_info(found[1])
 
-    def _check_counts(self, looks: Sequence[Look]) -> Iterator[Problem]:
+    def _miscounts(self, looks: Sequence[Look]) -> bool:
+        """Compare the counts with the lists, again after some seconds unless they are wrong."""
         compared_at, wrong = self._compared
         if wrong or time.monotonic() - compared_at >= COUNT_EVERY:
-            wrong = any(compare_counts(look.part)[2] for look in looks)
+            wrong = any(compare_counts(look.part)[2] for look in looks if not look.refusal)
             self._compared = (time.monotonic(), wrong)
-        if wrong:
-            text = "More jobs are counted than are listed: keys were lost, and some jobs may never run"
-            todo = Next("repair it; workers do so too, every ten minutes", "tinyqueue doctor --repair")
-            yield Problem(check="counts", level="critical", text=text, next=todo)
+        return wrong
 
     def _dated(self, found: Sequence[Problem], looks: Sequence[Look]) -> list[Problem]:
         """Say since when each problem lasts: since it was first found, or earlier if that is known.

@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import sys
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any, NamedTuple
 
@@ -167,9 +167,16 @@ class Look:
 class Sight:
     """What the looks at all shards have seen together."""
 
-    def __init__(self, looks: Sequence[Look], max_wait: float, refused: Mapping[str, int]) -> None:
-        """Add up the looks. `refused` has the submissions that are not counted in Redis yet."""
+    def __init__(
+        self, looks: Sequence[Look], max_wait: float, refused: Mapping[str, int], is_miscounted: Callable[[], bool]
+    ) -> None:
+        """Add up the looks.
+
+        `refused` has the submissions that are not counted in Redis yet. `is_miscounted` returns
+        whether more jobs are counted than listed.
+        """
         self.looks = looks
+        self.is_miscounted = is_miscounted
         self.now = looks[0].now
         self.max_wait = round(1000 * max_wait) or sys.maxsize
         self.patience = 2 * self.max_wait // 5  # with jobs that wait for the first worker

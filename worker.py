@@ -134,6 +134,7 @@ class Worker:
     """
 
     beat_at_once = False  # whether the next heartbeat has news that cannot wait
+    quiet = False  # whether the last line that was logged about it says so
 
     def __init__(
         self,
@@ -531,11 +532,18 @@ class Worker:
                 rung = set() if self.stopping.wait(0.5) else set(self.names)
             finally:
                 self.at_bell = False
+            self._note_quiet(worker)
             # If the bell of deliveries is lost, the next adoption looks. A burst has none.
             self.deliveries_due = self.deliveries_due or self.burst or "webhooks" in rung
             if rung or self.queue.waiting(self._names()):
                 return
             self.last_take = time.monotonic()
+
+    def _note_quiet(self, worker: str) -> None:
+        """Log when this worker becomes quiet, and when it takes jobs again."""
+        if (quiet := self.queue.is_quiet(worker)) != self.quiet:
+            self.quiet = quiet
+            log.info("worker %s %s", worker, "is quiet: it takes no more jobs" if quiet else "takes jobs again")
 
     def _nothing_is_due(self) -> bool:
         """Whether a burst may end. If a worker has no lease, its jobs may be requeued soon."""

@@ -228,6 +228,9 @@ def wrong_query(rng: random.Random) -> Request:
     return Request(rng.choice(["GET", "HEAD"]), rng.choice(choices))
 
 
+VERBS = ("retry", "run", "replay", "purge")  # in the path of a job
+
+
 def wrong_change(rng: random.Random) -> Request:
     """A bulk change with an invalid filter."""
     fields = rng.choice(
@@ -242,9 +245,10 @@ def wrong_change(rng: random.Random) -> Request:
             {rng.choice(ODD_TEXTS): "x"},
             rng.choice([value for value in ODD_VALUES if not isinstance(value, dict)]),
             {"limit": "1"},
+            {"most": rng.choice([0, 1001, 1.5, -1, True, "1", [], {}, None]), "status": "failed"},
         ]
     )
-    return Request("POST", rng.choice(["/jobs/cancel", "/jobs/retry"]), fields)
+    return Request("POST", rng.choice(["/jobs/cancel", "/jobs/retry", "/jobs/purge"]), fields)
 
 
 def invalid_queue_name(rng: random.Random) -> Request:
@@ -406,7 +410,9 @@ def invalid_id(rng: random.Random) -> Request:
         id[rng.randrange(len(id))] = rng.choice(
             ["g", "%00", "%0a", "%2f", ":", "*", "%25", "A", "%e0", "", " ", "..", "/", "x" * 200]
         )
-    method, suffix = rng.choice([("GET", ""), ("GET", "?wait=25"), ("DELETE", ""), ("POST", "/retry")])
+    method, suffix = rng.choice(
+        [("GET", ""), ("GET", "?wait=25"), ("DELETE", ""), *(("POST", "/" + verb) for verb in VERBS)]
+    )
     return Request(method, "/jobs/" + "".join(id) + suffix)
 
 

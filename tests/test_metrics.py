@@ -19,6 +19,7 @@ import tinyqueue
 import tinyqueue_metrics
 from tinyqueue import Failure, Job, Outcome, Queue, handler
 from tinyqueue_config import Settings
+from tinyqueue_doctor import CHECKS
 from tinyqueue_metrics import METRICS
 from tinyqueue_schedule import make_schedule, put as put_schedule
 from wsgi import API
@@ -396,6 +397,12 @@ def test_alerts_are_valid_and_documented() -> None:
         assert "summary:" in alert
         assert "description:" in alert
         assert "severity:" in alert
+
+
+def test_alerts_name_checks_that_exist() -> None:
+    named = re.findall(r'check!?[=~]+"([\w|]+)"', (DEPLOY / "alerts.yml").read_text())
+    assert len(named) == 2
+    assert {name for names in named for name in names.split("|")} <= CHECKS.keys()
 
 
 def test_alerts_fire_only_when_they_should() -> None:

@@ -31,6 +31,7 @@ import worker
 from tinyqueue import (
     Failure,
     Filter,
+    Job,
     NotReplicated,
     Once,
     Outcome,
@@ -43,6 +44,7 @@ from tinyqueue import (
 from tinyqueue_backup import back_up, restore
 from tinyqueue_config import Settings, open_queue
 from tinyqueue_doctor import COMMANDS, OLDEST, examine
+from tinyqueue_log import JobLog
 from tinyqueue_repair import repair
 from wsgi import ROUTES
 
@@ -338,6 +340,12 @@ VERBS = {
 }
 
 
+def play_counts(queue: Any) -> None:
+    queue.metrics()
+    queue.count_scrape_errors(1)
+    queue.count_refused({"queue-full": 1})
+
+
 def play_waiting(queue: Any) -> None:
     """Call every verb that waits for the end of a job."""
     waiting = newest(queue, "pending")[0].id
@@ -410,6 +418,14 @@ def play_operator(queue: Any) -> None:
     queue.deregister(worker)
 
 
+def play_log(queue: Any, job: Job) -> None:
+    job.__dict__["_log"] = JobLog(job.attempts, job.started_at, None)
+    job.log("working")
+    queue.write_log(job)
+    queue.write_progress(job)
+    queue.read_log(job.id)
+
+
 def play(queue: Any, folder: Path) -> None:
     """Call every verb of a queue, in each of the cases in which it writes something else."""
     queue.enqueue("echo", 0, max_attempts=1)
@@ -421,7 +437,7 @@ def play(queue: Any, folder: Path) -> None:
     queue.waiting(["default"], due=True)
     completed, failed, released, stopped = queue.dequeue(id, ["default"], 4)
     queue.heartbeat(id, [completed.id])
-    queue.write_progress(completed)
+    play_log(queue, completed)
     queue.cancel_requests([completed.id])
     queue.cancel(stopped.id)
     queue.complete(completed, 1)
@@ -440,8 +456,7 @@ def play(queue: Any, folder: Path) -> None:
     until(queue.promote)
     queue.trim()
     queue.purge(Filter("completed"))
-    queue.metrics()
-    queue.count_scrape_errors(1)
+    play_counts(queue)
     queue.lost_workers()
     queue.deregister(id)
     assert queue.reap(id) == 0

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 from client import Client
-from conftest import raw, until
+from conftest import put, raw, until
 from test_metrics import run, samples
 
 from tinyqueue import BUCKETS, SNAPSHOTS, Failure, Queue, Unavailable, handler
@@ -15,6 +15,7 @@ from tinyqueue_config import Settings
 from tinyqueue_metrics import percentile, types
 from tinyqueue_shards import Shards
 from worker import Worker
+from wsgi import API
 
 MINUTE = 60_000
 BOOM = Failure("Boom", "it broke")
@@ -210,3 +211,27 @@ def test_metrics_have_the_jobs_that_retry(queue: Queue) -> None:
     assert samples(queue)["tinyqueue_jobs_retrying",] == 0
     run(queue, worker, "fail", error=BOOM, after=60)
     assert samples(queue)["tinyqueue_jobs_retrying",] == 1
+
+
+# Costs ----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", ["/stats?minutes=60", "/types", "/metrics", "/queues", "/workers", "/limits"])
+def test_reports_send_the_same_commands_however_many_jobs_there_are(near: Queue, path: str) -> None:
+    client = raw(near)
+    api = Client(API(Settings(), near))
+    assert snapshot(near)
+
+    def commands() -> dict[str, int]:
+        assert api.get(path).status == 200
+        client.config_resetstat()
+        assert api.get(path).status == 200
+        return {name: about["calls"] for name, about in client.info("commandstats").items() if "config" not in name}
+
+    for status in ("completed", "failed", "cancelled", "processing", "delayed", "pending"):
+        put(near, status, queue=status)
+    few = commands()
+    for name in ("completed", "delayed", "pending"):
+        near.enqueue_many("echo", range(1000), queue=name)
+        near.enqueue_many("echo", range(1000), queue=name, delay=600)
+    assert commands() == few
