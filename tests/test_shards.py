@@ -63,6 +63,7 @@ ONE_BY_ONE = {
     "load",
     "change_schedule",
     "sync_schedules",
+    "write_log",
     "write_schedule",
 }  # called for each shard, by other verbs, by doctor, by backups, by the web process and for schedules
 
