@@ -2626,6 +2626,7 @@ class Queue(Verbs):
     def _forget_queues(self) -> None:
         """Forget up to 1,000 queues without jobs, if there are more than KEPT_QUEUES queues."""
         counts, paused = self.store.read(("HGETALL", self.keys.counts), ("SMEMBERS", self.keys.paused))
+        self._correct_retrying(dict(pairs(counts)))
         names = _queues_in(pairs(counts)) - set(map(text_of, paused))
         if len(names) <= KEPT_QUEUES:
             return
@@ -2634,6 +2635,21 @@ class Queue(Verbs):
         for at in range(0, len(empty), 100):
             with suppress(Unavailable):  # too busy: they are forgotten next time
                 self._forget_empty(empty[at : at + 100])
+
+    def _correct_retrying(self, counts: Mapping[str, bytes]) -> None:
+        """Reset the count of retrying jobs if no job is pending.
+
+        Versions before this count start and end such jobs without counting them.
+        """
+        pending = {field: count for field, count in counts.items() if field.startswith("pending:") and count != b"0"}
+        if pending or counts.get("retrying", b"0") == b"0":
+            return
+
+        def body(tx: Transaction) -> None:
+            if dict(pairs(tx.read(("HGETALL", self.keys.counts))[0])) == counts:
+                tx.write("HDEL", self.keys.counts, "retrying")
+
+        self.store.transact([self.keys.counts], body)
 
     def _forget_empty(self, names: Sequence[str]) -> None:
         """Delete the counts of queues without jobs. Drop up to 100 ids from the list of each.

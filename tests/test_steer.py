@@ -1420,6 +1420,18 @@ def test_stats_count_a_job_as_retrying_until_its_next_attempt(queue: Queue, end:
     assert queue.stats()["retrying"] == 0
 
 
+def test_trim_corrects_the_count_of_retrying_jobs_once_none_is_pending(queue: Queue) -> None:
+    queue.enqueue("echo", 1)
+    raw(queue).hset(queue.keys.counts, "retrying", 2)  # as if a version without the count had ended two of them
+    queue.trim()
+    assert queue.stats()["retrying"] == 2
+    worker = queue.register(DEFAULT, 1)
+    [job] = queue.dequeue(worker, DEFAULT)
+    queue.complete(job)
+    queue.trim()
+    assert queue.stats()["retrying"] == 0
+
+
 def test_recent_counts_attempts_by_type_and_error(queue: Queue) -> None:
     queue.store.clock = FixedClock()
     begun = queue.now()
