@@ -73,6 +73,12 @@ def test_submit_in_a_batch_with_tags(api: Client, queue: Queue) -> None:
     assert [queue.get(job["jobId"]).tags for job in answer.json["jobs"]] == [("a",), ("b",)]
 
 
+def test_replay_keeps_the_tags(queue: Queue) -> None:
+    job = put(queue, "failed", tags=["vip"])
+    assert queue.replay(job.id).tags == ("vip",)
+    assert queue.replay(job.id, tags=None).tags == ()
+
+
 # Filters --------------------------------------------------------------------------------------------------------------
 
 
