@@ -373,7 +373,6 @@ SNAPSHOTS = 5  # of the times in the metrics that are kept
 SNAPSHOT_EVERY = 900  # seconds
 BUCKETS = (10, 50, 250, 1000, 5000, 15_000, 60_000, 300_000, 1_800_000, math.inf)  # ms
 
-BEFORE_ALL = place_of("9999999999999999.g")  # of the first page of a listing
 
 # Keys -----------------------------------------------------------------------------------------------------------------
 
@@ -2798,13 +2797,13 @@ class Queue(Verbs):
         that order, so jobs that come or go shift nothing. A job that keeps its status is on exactly
         one page. One whose status changes meanwhile may be on none, or on two. Looks at up to
         SCANNED jobs and PAGE_BYTES of their records, so a page may be short or even empty and still
-        have a cursor. Also reads the ids of all unended jobs, up to LISTED with each command; the
-        first page reads only the newest of long queues. With `cut`, payloads and results stay JSON,
-        a `msgspec.Raw`, or a `Preview` if they have more bytes than that. Raises InvalidJob for a
-        malformed cursor.
+        have a cursor. Also reads the ids of all unended jobs, up to LISTED with each command. Of
+        long queues it usually reads only those up to the end of the page. With `cut`, payloads and
+        results stay JSON, a `msgspec.Raw`, or a `Preview` if they have more bytes than that. Raises
+        InvalidJob for a malformed cursor.
         """
         filter = filter or Filter()
-        entries = self._find_entries(filter, place_of(cursor) if cursor else BEFORE_ALL)
+        entries = self._find_entries(filter, place_of(cursor or "9999999999999999.g"))
         jobs: list[Job] = []
         seen = size = 0
         for id, record in self.read_records([id for _, id, _ in entries[:SCANNED]]):
@@ -2865,18 +2864,18 @@ class Queue(Verbs):
         def oldest() -> bytes:
             return first[-1] if len(first) > SCANNED else b""
 
-        for window in self._read_unended(filter, oldest if before == BEFORE_ALL else None):
+        for window in self._read_unended(filter, oldest):
             last = oldest()
             if closer := [id for id in window if last < id < bound]:
                 first = _newest(closer, first)
         return [(created_at(id), id, UNENDED) for id in map(text_of, first)]
 
-    def _read_unended(self, filter: Filter, oldest: Callable[[], bytes] | None) -> Iterator[list[bytes]]:
+    def _read_unended(self, filter: Filter, oldest: Callable[[], bytes]) -> Iterator[list[bytes]]:
         """Read the entries of all lists that may hold unended jobs, up to LISTED at a time.
 
         Reads them in the order in which a job moves on, so that it misses none that moves
-        meanwhile. Reads the lists of workers twice, because a job may go back from there. With
-        `oldest`, skips those that are older than what that returns, where that is easy.
+        meanwhile. Reads the lists of workers twice, because a job may go back from there. Skips
+        those that are older than what `oldest` returns, where that is easy.
         """
         held = [self.keys.proc(worker) for worker in self._known_workers()]
         yield from self.read_lists(held)
@@ -2885,7 +2884,7 @@ class Queue(Verbs):
             yield from self.read_held()
             names = [filter.queue] if filter.queue else self.queue_names()
             lists = [self.keys.jobs(name) for name in names]
-            yield from self._read_newest(lists, oldest) if oldest else self.read_lists(lists)
+            yield from self._read_newest(lists, oldest)
             yield from self.read_lists([self.keys.proc(worker) for worker in self._known_workers()])
             yield from self.read_held()
 

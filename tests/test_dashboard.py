@@ -969,14 +969,15 @@ def test_outage_stops_the_clock_at_the_last_answer_in_every_view(open: Open, nea
     page.context.set_offline(True)
     page.clock.run_for(2500)
     shows(page, "Showing data from")
-    notice, was = page.locator("#banner").text_content(), up.text_content()
+    banner = page.locator("[data-key=poll-error]")
+    notice, was = banner.text_content(), up.text_content()
     page.clock.run_for(60_000)
     playwright.expect(up).to_have_text(was)
     page.get_by_role("link", name="Submit", exact=True).click()
     shows(page, "Submit a job")
     with page.expect_event("requestfailed"):
         page.clock.run_for(2500)
-    playwright.expect(page.locator("#banner")).to_contain_text(notice.partition(" Retrying")[0])
+    playwright.expect(banner).to_contain_text(notice.partition(" Retrying")[0])
 
 
 def test_outage_is_shown_above_the_submit_form(open: Open, near: Queue) -> None:

@@ -1045,6 +1045,28 @@ def test_first_page_lists_a_new_job_between_old_ones_that_were_delayed_and_older
     assert [job.id for job in near.page(limit=10)[0]] == [new, *delayed[:9]]
 
 
+@pytest.mark.usefixtures("few_scanned")
+@pytest.mark.parametrize("others", [0, 1, 2, 40])
+def test_pages_list_every_job_once_of_a_long_queue_with_jobs_in_other_places(near: Queue, others: int) -> None:
+    ids = submitted(near, 300)
+    ids += submitted(near, others, delay=50)
+    ids += submitted(near, 300)
+    near.promote()
+    for id in random.Random(7).sample(ids, others):
+        near.cancel(id)
+        near.retry(id)
+    ids += submitted(near, 300)
+    ids += (late := submitted(near, others, delay=600))
+    for id in late[:2]:
+        near.hasten(id)
+    found: list[str] = []
+    cursor = ""
+    while cursor or not found:
+        jobs, cursor = near.page(Filter("pending"), limit=15, cursor=cursor)
+        found += [job.id for job in jobs]
+    assert found == sorted(ids, reverse=True)
+
+
 def test_page_lists_delayed_jobs_that_are_promoted_meanwhile(near: Queue) -> None:
     made = enqueue_thousands(near, 12, delay=60)
     found, cursor = near.page(limit=500)
