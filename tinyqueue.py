@@ -373,7 +373,6 @@ SNAPSHOTS = 5  # of the times in the metrics that are kept
 SNAPSHOT_EVERY = 900  # seconds
 BUCKETS = (10, 50, 250, 1000, 5000, 15_000, 60_000, 300_000, 1_800_000, math.inf)  # ms
 
-BEFORE_ALL = place_of("9999999999999999.g")  # of the first page of a listing
 
 # Keys -----------------------------------------------------------------------------------------------------------------
 
@@ -1910,7 +1909,6 @@ class Queue(Verbs):
         job.error = outcome.error or job.error
         if outcome.error and not outcome.halt and not cancel_requested:
             tx.count_error(job)
-        leave = partial(job.leave_attempt, now=tx.now, error=outcome.error)
         if outcome.verb == "release":
             self._stop_attempt(tx, job, "released")
         else:
@@ -1925,7 +1923,7 @@ class Queue(Verbs):
             job.error = outcome.error  # not that of an attempt before
             self._end(tx, job, "cancelled")
         elif outcome.halt and outcome.after:
-            leave("released")
+            job.leave_attempt("released", tx.now, outcome.error)
             job.attempts -= 1
             if job.limit:
                 self._make_pending(tx, job)
@@ -1934,7 +1932,7 @@ class Queue(Verbs):
             else:
                 self._requeue(tx, job, tx.now + round(outcome.after * 1000))
         elif outcome.verb == "release" and job.refunds < MAX_REFUNDS:
-            leave("released")
+            job.leave_attempt("released", tx.now, outcome.error)
             job.attempts -= 1
             job.refunds += 1
             run_at = tx.now + round(outcome.after * 1000) if outcome.after else 0
@@ -1942,7 +1940,7 @@ class Queue(Verbs):
         elif outcome.verb == "release":
             self._requeue_or_fail(tx, job, "released too often")
         elif outcome.after is not None and job.attempts < job.max_attempts:
-            leave("failed")
+            job.leave_attempt("failed", tx.now, outcome.error)
             self._requeue(tx, job, tx.now + round(outcome.after * 1000))
             tx.count_retry(job)
         else:
@@ -2628,6 +2626,7 @@ class Queue(Verbs):
     def _forget_queues(self) -> None:
         """Forget up to 1,000 queues without jobs, if there are more than KEPT_QUEUES queues."""
         counts, paused = self.store.read(("HGETALL", self.keys.counts), ("SMEMBERS", self.keys.paused))
+        self._correct_retrying(dict(pairs(counts)))
         names = _queues_in(pairs(counts)) - set(map(text_of, paused))
         if len(names) <= KEPT_QUEUES:
             return
@@ -2636,6 +2635,21 @@ class Queue(Verbs):
         for at in range(0, len(empty), 100):
             with suppress(Unavailable):  # too busy: they are forgotten next time
                 self._forget_empty(empty[at : at + 100])
+
+    def _correct_retrying(self, counts: Mapping[str, bytes]) -> None:
+        """Reset the count of retrying jobs if no job is pending.
+
+        Versions before this count start and end such jobs without counting them.
+        """
+        pending = {field: count for field, count in counts.items() if field.startswith("pending:") and count != b"0"}
+        if pending or counts.get("retrying", b"0") == b"0":
+            return
+
+        def body(tx: Transaction) -> None:
+            if dict(pairs(tx.read(("HGETALL", self.keys.counts))[0])) == counts:
+                tx.write("HDEL", self.keys.counts, "retrying")
+
+        self.store.transact([self.keys.counts], body)
 
     def _forget_empty(self, names: Sequence[str]) -> None:
         """Delete the counts of queues without jobs. Drop up to 100 ids from the list of each.
@@ -2799,13 +2813,13 @@ class Queue(Verbs):
         that order, so jobs that come or go shift nothing. A job that keeps its status is on exactly
         one page. One whose status changes meanwhile may be on none, or on two. Looks at up to
         SCANNED jobs and PAGE_BYTES of their records, so a page may be short or even empty and still
-        have a cursor. Also reads the ids of all unended jobs, up to LISTED with each command; the
-        first page reads only the newest of long queues. With `cut`, payloads and results stay JSON,
-        a `msgspec.Raw`, or a `Preview` if they have more bytes than that. Raises InvalidJob for a
-        malformed cursor.
+        have a cursor. Also reads the ids of all unended jobs, up to LISTED with each command. Of
+        long queues it usually reads only those up to the end of the page. With `cut`, payloads and
+        results stay JSON, a `msgspec.Raw`, or a `Preview` if they have more bytes than that. Raises
+        InvalidJob for a malformed cursor.
         """
         filter = filter or Filter()
-        entries = self._find_entries(filter, place_of(cursor) if cursor else BEFORE_ALL)
+        entries = self._find_entries(filter, place_of(cursor or "9999999999999999.g"))
         jobs: list[Job] = []
         seen = size = 0
         for id, record in self.read_records([id for _, id, _ in entries[:SCANNED]]):
@@ -2866,18 +2880,18 @@ class Queue(Verbs):
         def oldest() -> bytes:
             return first[-1] if len(first) > SCANNED else b""
 
-        for window in self._read_unended(filter, oldest if before == BEFORE_ALL else None):
+        for window in self._read_unended(filter, oldest):
             last = oldest()
             if closer := [id for id in window if last < id < bound]:
                 first = _newest(closer, first)
         return [(created_at(id), id, UNENDED) for id in map(text_of, first)]
 
-    def _read_unended(self, filter: Filter, oldest: Callable[[], bytes] | None) -> Iterator[list[bytes]]:
+    def _read_unended(self, filter: Filter, oldest: Callable[[], bytes]) -> Iterator[list[bytes]]:
         """Read the entries of all lists that may hold unended jobs, up to LISTED at a time.
 
         Reads them in the order in which a job moves on, so that it misses none that moves
-        meanwhile. Reads the lists of workers twice, because a job may go back from there. With
-        `oldest`, skips those that are older than what that returns, where that is easy.
+        meanwhile. Reads the lists of workers twice, because a job may go back from there. Skips
+        those that are older than what `oldest` returns, where that is easy.
         """
         held = [self.keys.proc(worker) for worker in self._known_workers()]
         yield from self.read_lists(held)
@@ -2886,7 +2900,7 @@ class Queue(Verbs):
             yield from self.read_held()
             names = [filter.queue] if filter.queue else self.queue_names()
             lists = [self.keys.jobs(name) for name in names]
-            yield from self._read_newest(lists, oldest) if oldest else self.read_lists(lists)
+            yield from self._read_newest(lists, oldest)
             yield from self.read_lists([self.keys.proc(worker) for worker in self._known_workers()])
             yield from self.read_held()
 

@@ -839,6 +839,7 @@ class Observer:
         self.queue = queue
         self.max_wait = max_wait
         self.refusals = refusals or Refusals()
+        self.away: TinyQueueError | None = None  # why no shard answered the last look
         self._lock = threading.Lock()
         self._given: tuple[float, list[Problem], str] = (-1e9, [], "")
         self._since: dict[str, int] = {}  # when problems began, if Redis took no writes
@@ -883,7 +884,9 @@ class Observer:
                 self._minutes[part] = look.minutes
                 look.note_ready()
             except TinyQueueError as error:
+                trouble = error
                 found.append(_unavailable(part, error, _shard(part, len(parts))))
+        self.away = None if looks else trouble
         text = "All is well"
         if not looks:
             found += _refused(self.refusals.counts)

@@ -539,11 +539,17 @@ class API(bottle.Bottle):  # type: ignore[misc]
     def _overview(self) -> bytes:
         parts: dict[str, Callable[[], Any]] = {
             "verdict": self.observer.verdict,  # first: it never fails
-            "stats": partial(self.queue.stats, OVERVIEW_MINUTES),
+            "stats": self._overview_stats,
             "workers": self.queue.workers,
             "types": self._types,
         }
         return overview(parts, lambda error: problem_of(error).body())
+
+    def _overview_stats(self) -> dict[str, Any]:
+        """Return the stats. If the look of the verdict just waited for Redis in vain, fail at once."""
+        if self.observer.away:
+            raise self.observer.away
+        return self.queue.stats(OVERVIEW_MINUTES)
 
     def _require_running(self) -> None:
         """Refuse the request if the server is stopping: another process should answer it."""

@@ -351,6 +351,7 @@ def roll(
 def _judge(folder: Path, queue: Queue, accepted: list[str]) -> list[str]:
     """Wait until all jobs have ended, and return what is wrong with them."""
     until(lambda: (stats := queue.stats())["pending"] + stats["processing"] == 0, timeout=60)
+    queue.trim()  # corrects the count of retrying jobs, which an old version does not keep
     check_consistency(queue)
     runs = Counter((folder / "runs").read_text().split())
     failures = [f"job {id} was stored, but not accepted" for id in runs.keys() - set(accepted)]

@@ -81,6 +81,7 @@ def test_listener_gets_the_answers_of_other_routes_at_once(near: Queue, address:
         assert listener.headers["connection"] == "close"
         assert listener.headers["x-request-id"]
         event = listener.event()
+    assert event["verdict"]["problems"][0]["check"] == "persistence"
     assert event["stats"]["pending"] == 1
     assert len(event["stats"]["history"]) == 60
     assert [about["id"] for about in event["workers"]] == [worker]
@@ -111,6 +112,7 @@ def test_listener_gets_the_problem_while_redis_is_down(start_redis: Any, monkeyp
         assert "problem" not in listener.event()
         server.kill()
         problem = until(lambda: listener.event().get("problem"))
+        until(lambda: listener.event()["verdict"]["problems"][0]["check"] == "redis")
         assert (problem["status"], problem["type"]) == (503, "urn:tinyqueue:unavailable")
         server.start()
         until(lambda: "problem" not in listener.event())

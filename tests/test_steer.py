@@ -1045,6 +1045,28 @@ def test_first_page_lists_a_new_job_between_old_ones_that_were_delayed_and_older
     assert [job.id for job in near.page(limit=10)[0]] == [new, *delayed[:9]]
 
 
+@pytest.mark.usefixtures("few_scanned")
+@pytest.mark.parametrize("others", [0, 1, 2, 40])
+def test_pages_list_every_job_once_of_a_long_queue_with_jobs_in_other_places(near: Queue, others: int) -> None:
+    ids = submitted(near, 300)
+    ids += submitted(near, others, delay=50)
+    ids += submitted(near, 300)
+    near.promote()
+    for id in random.Random(7).sample(ids, others):
+        near.cancel(id)
+        near.retry(id)
+    ids += submitted(near, 300)
+    ids += (late := submitted(near, others, delay=600))
+    for id in late[:2]:
+        near.hasten(id)
+    found: list[str] = []
+    cursor = ""
+    while cursor or not found:
+        jobs, cursor = near.page(Filter("pending"), limit=15, cursor=cursor)
+        found += [job.id for job in jobs]
+    assert found == sorted(ids, reverse=True)
+
+
 def test_page_lists_delayed_jobs_that_are_promoted_meanwhile(near: Queue) -> None:
     made = enqueue_thousands(near, 12, delay=60)
     found, cursor = near.page(limit=500)
@@ -1395,6 +1417,18 @@ def test_stats_count_a_job_as_retrying_until_its_next_attempt(queue: Queue, end:
         queue.cancel(id)
     else:
         queue.dequeue(worker, DEFAULT)
+    assert queue.stats()["retrying"] == 0
+
+
+def test_trim_corrects_the_count_of_retrying_jobs_once_none_is_pending(queue: Queue) -> None:
+    queue.enqueue("echo", 1)
+    raw(queue).hset(queue.keys.counts, "retrying", 2)  # as if a version without the count had ended two of them
+    queue.trim()
+    assert queue.stats()["retrying"] == 2
+    worker = queue.register(DEFAULT, 1)
+    [job] = queue.dequeue(worker, DEFAULT)
+    queue.complete(job)
+    queue.trim()
     assert queue.stats()["retrying"] == 0
 
 
