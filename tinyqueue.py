@@ -2380,7 +2380,7 @@ class Queue(Verbs):
             if tx.again and newest == made:
                 return
             entry = {"at": tx.now, "by": by, "action": action, "target": dict(target), "result": dict(result)}
-            before = msgspec.json.decode(newest) if newest and "filter" in target else {}
+            before = _read_action(newest) if newest and "filter" in target else {}
             same = all(before.get(name) == entry[name] for name in ("by", "action", "target"))
             if same and tx.now - before["at"] < ONE_ACTION:
                 entry["result"] = {name: before["result"].get(name, 0) + count for name, count in result.items()}
@@ -2818,7 +2818,7 @@ class Queue(Verbs):
         results stay JSON, a `msgspec.Raw`, or a `Preview` if they have more bytes than that. Raises
         InvalidJob for a malformed cursor.
         """
-        filter = filter or Filter()
+        filter = (filter or Filter()).check()
         entries = self._find_entries(filter, place_of(cursor or "9999999999999999.g"))
         jobs: list[Job] = []
         seen = size = 0
@@ -3263,6 +3263,13 @@ class Queue(Verbs):
 def is_suspect(job: Job) -> bool:
     """Whether a job must run alone: workers were lost while running it beside other jobs."""
     return job.suspicions >= SUSPICIOUS
+
+
+def _read_action(stored: bytes) -> dict[str, Any]:
+    """Read an action of the audit; {} if that cannot be read, so that it equals no other."""
+    with suppress(msgspec.DecodeError, UnicodeDecodeError):
+        return msgspec.json.decode(stored, type=dict[str, Any])
+    return {}
 
 
 def read_count(value: bytes | None) -> int:

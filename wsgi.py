@@ -784,7 +784,7 @@ class API(bottle.Bottle):  # type: ignore[misc]
 
 def _explain_missing(path: str) -> str:
     """Say why no route has this path. A route with an id or a name has only valid ones."""
-    if re.fullmatch("/jobs/[^/]+(/(retry|run|replay|purge))?", path):
+    if re.fullmatch("/jobs/[^/]+(/(log|retry|run|replay|purge))?", path):
         return "not a job id; an id is a UUID, such as 01900000-0000-7000-8000-000000000000"
     if re.fullmatch("/schedules/[^/]+(/(pause|resume|run))?", path):
         return "not the name of a schedule; a name is 1 to 100 of the characters A-Z a-z 0-9 . _ -"
