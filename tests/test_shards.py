@@ -61,6 +61,7 @@ ONE_BY_ONE = {
     "discard",
     "exchange",
     "load",
+    "pending_among",
     "change_schedule",
     "sync_schedules",
     "write_log",
