@@ -3070,7 +3070,7 @@ class Queue(Verbs):
         heads = filter(None, found[len(lists) :])
         roomy = self.limits.startable(first)
         held = Counter(entry.partition(":")[0] for entry in roomy)
-        promotable = self._pending_among(first)
+        promotable = self.pending_among(first)
         share = Counter(job.queue for job in promotable)
         ready = 0
         for name, size in zip(waiting, sizes, strict=True):
@@ -3078,7 +3078,7 @@ class Queue(Verbs):
             ready += min(counts["pending:" + name], size + unpromoted + held[name])
         ready = min(ready, sum(sizes) + late + len(roomy)) + ticks
         oldest = [_id_in(entry).encode() for entry in roomy]
-        jobs = [*promotable, *self._pending_among([*heads, *oldest])]
+        jobs = [*promotable, *self.pending_among([*heads, *oldest])]
         ages = [job.waited(now) for job in jobs if job.queue in waiting]
         processing = sum(counts.get("processing:" + name, 0) for name in names)
         return {
@@ -3088,7 +3088,8 @@ class Queue(Verbs):
             "oldestWaitingMs": max(ages, default=0),
         }
 
-    def _pending_among(self, entries: Iterable[bytes]) -> list[Job]:
+    def pending_among(self, entries: Iterable[bytes]) -> list[Job]:
+        """Read the jobs that some entries name. Return those that are pending."""
         ids = ids_in(entries)
         records = self.store.read(("MGET", *map(self.keys.job, ids)))[0] if ids else []
         jobs = (listed_job(id, record, 0) for id, record in zip(ids, records, strict=True) if record)

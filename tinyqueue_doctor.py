@@ -607,8 +607,12 @@ def _fails(ends: tuple[int, int, Counter[str]]) -> bool:
 
 
 def _check_retrying(sight: Sight) -> Iterator[Problem]:
-    """Find more retrying jobs than a few failures explain."""
-    retrying = sight.counts["retrying"]
+    """Find more retrying jobs than a few failures explain.
+
+    The count may be too high after workers of an older version ran, which do not keep it.
+    """
+    pending = sum(count for field, count in sight.counts.items() if field.startswith("pending:"))
+    retrying = min(sight.counts["retrying"], pending)
     completed = sight.recent("completed:").total()
     if retrying >= RETRYING and retrying > FAILED_SHARE * (retrying + completed):
         text = f"{retrying} jobs wait for another attempt after one that failed"

@@ -392,6 +392,9 @@ class Shards(Verbs):
     def get(self, id: str) -> Job | None:
         return self.part_of(id).get(id)
 
+    def write_log(self, job: Job) -> None:
+        self.part_of(job.id).write_log(job)
+
     def read_log(self, id: str, after: int = 0) -> tuple[Job | None, list[LogLine]]:
         return self.part_of(id).read_log(id, after)
 

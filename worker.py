@@ -799,7 +799,7 @@ class Worker:
             jobs = [job for job in self.held.values() if "_log" in job.__dict__]
         for job in jobs:
             with suppress(Reaped):  # it has just ended, or the heartbeat finds out
-                self.queue.part_of(job.id).write_log(job)
+                self.queue.write_log(job)
 
     def _reap(self) -> None:
         """Reap lost workers, unless a Redis command failed within the last lease period.

@@ -546,7 +546,7 @@ class API(bottle.Bottle):  # type: ignore[misc]
         return overview(parts, lambda error: problem_of(error).body())
 
     def _overview_stats(self) -> dict[str, Any]:
-        """Return the stats. If the look of the verdict just waited for Redis in vain, fail at once."""
+        """Return the stats. Fail at once if the verdict has just waited for Redis in vain."""
         if self.observer.away:
             raise self.observer.away
         return self.queue.stats(OVERVIEW_MINUTES)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,6 +15,8 @@ import tinyqueue
 from tinyqueue import MAX_TAGS, Filter, InvalidJob, Job, Queue, handler
 from tinyqueue_job import TAG_LENGTH
 from tinyqueue_shards import Shards
+
+REPOSITORY = Path(__file__).resolve().parent.parent
 
 pytestmark = pytest.mark.usefixtures("no_handlers")
 
@@ -71,6 +74,19 @@ def test_submit_refuses_invalid_tags(api: Client, queue: Queue, tags: Any) -> No
 def test_submit_in_a_batch_with_tags(api: Client, queue: Queue) -> None:
     answer = api.post("/jobs/batch", [{"type": "echo", "payload": 1, "tags": [tag]} for tag in "ab"])
     assert [queue.get(job["jobId"]).tags for job in answer.json["jobs"]] == [("a",), ("b",)]
+
+
+def test_documents_say_how_many_tags_a_job_may_have() -> None:
+    tags = json.loads((REPOSITORY / "openapi.json").read_text())["components"]["schemas"]["Job"]["properties"]["tags"]
+    assert (tags["maxItems"], tags["items"]["maxLength"]) == (MAX_TAGS, TAG_LENGTH)
+    row = f"| `tags` | up to {MAX_TAGS} texts of at most {TAG_LENGTH} printable characters"
+    assert row in (REPOSITORY / "docs" / "http.md").read_text()
+
+
+def test_replay_keeps_the_tags(queue: Queue) -> None:
+    job = put(queue, "failed", tags=["vip"])
+    assert queue.replay(job.id).tags == ("vip",)
+    assert queue.replay(job.id, tags=None).tags == ()
 
 
 # Filters --------------------------------------------------------------------------------------------------------------

@@ -377,7 +377,7 @@ def test_read_log_of_a_shard(near: Queue) -> None:
     [started] = own.dequeue(own.register(DEFAULT, 1), DEFAULT)
     started.__dict__["_log"] = JobLog(1, started.started_at)
     started.log("one")
-    own.write_log(started)
+    shards.write_log(started)
     own.complete(started)
     assert texts(shards, job) == ["one"]
     assert shards.purge(Filter("completed"))["purged"] == 1

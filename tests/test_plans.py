@@ -424,6 +424,7 @@ def play_log(queue: Any, job: Job) -> None:
     queue.write_log(job)
     queue.write_progress(job)
     queue.read_log(job.id)
+    queue.pending_among([job.id.encode()])
 
 
 def play(queue: Any, folder: Path) -> None:

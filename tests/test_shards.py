@@ -61,8 +61,10 @@ ONE_BY_ONE = {
     "discard",
     "exchange",
     "load",
+    "pending_among",
     "change_schedule",
     "sync_schedules",
+    "write_log",
     "write_schedule",
 }  # called for each shard, by other verbs, by doctor, by backups, by the web process and for schedules
 
