@@ -238,7 +238,7 @@ NUMBERS = {
     "PAGE_BYTES": (HTTP, r"([\d,]+) MB of their data", tinyqueue.PAGE_BYTES >> 20),
     "PREVIEW_BYTES": (HTTP, r"longer than ([\d,]+) bytes are cut", wsgi.PREVIEW_BYTES),
     "LONGEST_WAIT": (HTTP, r"has ended, after at most (\d+) seconds", wsgi.LONGEST_WAIT),
-    "LISTENERS": (HTTP, r"sends events to up to (\d+) listeners", tinyqueue_events.LISTENERS),
+    "LISTENERS": (HTTP, r"sends it to up to (\d+) listeners", tinyqueue_events.LISTENERS),
     "time to read an event": (HTTP, r"longer than (\d+) seconds to read an event", tinyqueue_server.PATIENCE),
     "CONNECTIONS": (HTTP, r"serves ([\d,]+) connections at a time", tinyqueue_server.CONNECTIONS),
     "time to send": (HTTP, r"has (\d+) seconds to send a request", tinyqueue_server.CLIENT_TIMES[1]),
