@@ -329,6 +329,22 @@ def test_verdict_names_a_queue_that_has_lost_its_worker(queue: Queue) -> None:
     assert problems(queue)["unserved"]["queues"] == ["mail"]
 
 
+@pytest.mark.parametrize("cancelled", [1, 150])
+def test_verdict_names_a_job_behind_cancelled_ones(queue: Queue, cancelled: int) -> None:
+    queue.register(["default"], 1)
+    before = queue.enqueue_many("echo", range(cancelled), queue="typo")
+    later(queue, 10)
+    job = queue.enqueue("echo", 1, queue="typo")
+    for other in before:
+        queue.cancel(other.id)
+    later(queue, 30)
+    found = problems(queue)["unserved"]
+    assert found["text"] == "1 job in queue typo cannot start, because no live worker serves it"
+    assert found["since"] == job.created_at
+    assert 30_000 <= queue.queues()["typo"]["oldestWaitingMs"] < 35_000
+    assert 30_000 <= queue.scale(["typo"])["oldestWaitingMs"] < 35_000
+
+
 def test_verdict_names_deliveries_that_no_worker_serves(queue: Queue) -> None:
     put(queue, "completed", callback_url="http://receiver.example/")
     queue.register(["default"], 1)
