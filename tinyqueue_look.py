@@ -46,10 +46,11 @@ Minutes = dict[int, dict[str, int]]  # the counts of each minute since 1970
 
 
 class Waiting(NamedTuple):
-    """The job that has waited longest, and since when."""
+    """The job that has waited longest, since when, and in which queue."""
 
     since: int
     job: str
+    queue: str
 
 
 class Look:
@@ -124,7 +125,7 @@ class Look:
         self.held: dict[str, Waiting] = {}
         self.waiting: dict[str, Waiting] = {}
         for job in [*queued.values(), *self.part.pending_among(others)]:
-            mine = Waiting(self.now - job.waited(self.now), job.id)
+            mine = Waiting(self.now - job.waited(self.now), job.id, job.queue)
             if job.queue in self.paused or mine.since > self.now - SHORT_WAIT:
                 continue
             if job.id in held.values():
