@@ -49,6 +49,7 @@ from tinyqueue import (
     UNENDED,
     InvalidJob,
     Job,
+    NotReplicated,
     Once,
     Queue,
     Schedule,
@@ -300,6 +301,8 @@ class API(bottle.Bottle):  # type: ignore[misc]
         except Problem as error:
             return self._refuse(error, role)
         except TinyQueueError as error:
+            if isinstance(error, NotReplicated) and role == "admin":  # a replay, whose job is stored
+                self._note_action(route.__name__, args, {"jobId": error.jobs[0].id})
             return self._refuse(problem(error), role)
         if isinstance(body, bottle.HTTPResponse):
             return body

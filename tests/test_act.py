@@ -730,3 +730,14 @@ def test_bulk_change_is_answered_after_an_action_that_cannot_be_read(queue: Queu
     put(queue, "failed")
     assert api.post("/jobs/retry", {"status": "failed"}).json["retried"] == 1
     assert json.loads(raw(queue).lindex(queue.keys.audit, 0))["action"] == "retry"
+
+
+def test_audit_lists_a_replay_that_too_few_replicas_have(near: Queue) -> None:
+    job = put(near, "completed")
+    near.min_replicas = 1
+    api = Client(API(Settings(), near))
+    answer = api.call("POST", f"/jobs/{job.id}/replay")
+    assert answer.status == 503
+    stored = answer.problem["jobId"]
+    assert near.get(stored)
+    assert actions(api) == [("", "replay", {"job": job.id}, {"jobId": stored})]
