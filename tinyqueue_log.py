@@ -6,6 +6,7 @@ A worker keeps the lines of an attempt here until they are written. This module 
 from __future__ import annotations
 
 import logging
+import os
 import threading
 import time
 from collections import deque
@@ -64,9 +65,16 @@ class JobLog:
         self._last = 0
         self._began = time.monotonic_ns() // 1000 - started_at * 1000
         self._lock = threading.Lock()
+        self._process = os.getpid()
 
     def add(self, level: str, text: str) -> None:
-        """Add a line. Drops the oldest if too many wait to be written."""
+        """Add a line. Drops the oldest if too many wait to be written.
+
+        Does nothing in a process that the handler has forked: nobody writes the lines there, and
+        the lock may have been held at the fork.
+        """
+        if os.getpid() != self._process:
+            return
         level = _valid(level[:LEVEL])
         text = _valid(text[:LINE])
         with shield(), self._lock:

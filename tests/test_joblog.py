@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import logging.config
+import os
 import threading
 from collections.abc import Callable
 from contextvars import copy_context
@@ -527,6 +528,28 @@ def test_lines_are_kept_after_a_handler_has_configured_logging(
             assert texts(queue, job)[0] == line
     finally:
         logging.getLogger().handlers[:] = handlers
+
+
+def test_forked_process_adds_no_lines_and_does_not_wait_for_the_lock() -> None:
+    kept = JobLog(1, 1)
+    halt = threading.Event()
+
+    def read() -> None:
+        while not halt.is_set():
+            kept.unwritten()
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    try:
+        for _ in range(50):  # at some of these forks the reader holds the lock
+            if (child := os.fork()) == 0:
+                kept.add("INFO", "in the child")
+                os._exit(0)
+            until(lambda child=child: os.waitpid(child, os.WNOHANG)[0])  # type: ignore[misc]
+    finally:
+        halt.set()
+        reader.join()
+    assert kept.unwritten() == []
 
 
 def test_name_of_a_level_that_is_no_unicode_or_long_fails_no_attempt(queue: Queue) -> None:
