@@ -6,6 +6,7 @@ import json
 import logging
 import logging.config
 import os
+import signal
 import threading
 from collections.abc import Callable
 from contextvars import copy_context
@@ -545,7 +546,11 @@ def test_forked_process_adds_no_lines_and_does_not_wait_for_the_lock() -> None:
             if (child := os.fork()) == 0:
                 kept.add("INFO", "in the child")
                 os._exit(0)
-            until(lambda child=child: os.waitpid(child, os.WNOHANG)[0])  # type: ignore[misc]
+            try:
+                until(lambda child=child: os.waitpid(child, os.WNOHANG)[0], 5)  # type: ignore[misc]
+            except AssertionError:
+                os.kill(child, signal.SIGKILL)
+                raise
     finally:
         halt.set()
         reader.join()
