@@ -478,7 +478,7 @@ def frozen_worker(stage: Stage) -> str:
     stage.work("default")  # another one, which reaps the first
     stage.worker.signal(SIGSTOP)
     until(lambda: not registered(stage.queue, stage.worker))
-    return r"[Ww]orker .* (sent no heartbeat|lost)"
+    return r"[Ww]orker .* (has sent no heartbeat|lost)"
 
 
 def redis_down(stage: Stage) -> str:
