@@ -123,7 +123,7 @@ class Look:
         old = [id for id in places if ID.fullmatch(id) and created_at(id) <= self.now - SHORT_WAIT]
         self.held: dict[str, Waiting] = {}
         self.waiting: dict[str, Waiting] = {}
-        for job in [job for job, _ in self.part.read_jobs(old, cut=0) if job and job.status == "pending"]:
+        for job in self.part.pending_among(map(str.encode, old)):
             mine = Waiting(self.now - job.waited(self.now), job.id)
             if job.queue in self.paused or mine.since > self.now - SHORT_WAIT:
                 continue

@@ -14,7 +14,7 @@ from conftest import PORTS, NoBar, RedisServer, check_consistency, follow_jobs, 
 from redis.crc import key_slot
 from test_availability import Load, service, stopped
 
-import tinyqueue
+import tinyqueue_reading
 from tinyqueue import Outcome, Unavailable, handler
 from tinyqueue_backup import BackupError, back_up, restore
 from tinyqueue_config import Settings
@@ -249,7 +249,7 @@ def test_follow_a_moved_slot_within_one_call(cluster: Cluster, queue_at: Any) ->
 def test_exchange_follows_a_moved_slot_and_keeps_the_order_of_queues(
     cluster: Cluster, queue_at: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tinyqueue, "PAUSE_AGE", 3600.0)  # the exchange is the first to ask the wrong node
+    monkeypatch.setattr(tinyqueue_reading, "PAUSE_AGE", 3600.0)  # the exchange is the first to ask the wrong node
     source = cluster.owner()
     queue = queue_at(source.url)
     names = ["high", "low"]

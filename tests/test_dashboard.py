@@ -983,6 +983,7 @@ def test_outage_stops_the_clock_at_the_last_answer_in_every_view(open: Open, nea
 def test_outage_is_shown_above_the_submit_form(open: Open, near: Queue) -> None:
     page = open("#/submit", fake_time=True)
     shows(page, "Submit a job")
+    page.wait_for_function("state.loadedAt")  # the form is shown before
     page.context.set_offline(True)
     page.clock.run_for(2500)
     shows(page, "Cannot reach the server. Showing data from")

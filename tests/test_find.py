@@ -12,6 +12,7 @@ from conftest import Server, put, raw
 from test_processes import folder, run  # noqa: F401  fixtures
 
 import tinyqueue
+import tinyqueue_reading
 from tinyqueue import MAX_TAGS, Filter, InvalidJob, Job, Queue, handler
 from tinyqueue_job import TAG_LENGTH
 from tinyqueue_shards import Shards
@@ -134,7 +135,7 @@ def test_list_by_text_finds_a_record_that_cannot_be_read(server: Server) -> None
 
 
 def test_list_says_how_many_jobs_it_has_looked_at(api: Client, queue: Queue, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tinyqueue, "SCANNED", 4)
+    monkeypatch.setattr(tinyqueue_reading, "SCANNED", 4)
     wanted = queue.enqueue("echo", {"customer": 17}, tags=["vip"])
     queue.enqueue_many("echo", range(9))
     found: list[str] = []

@@ -22,8 +22,10 @@ IMPORTS = {  # each module, and those of ours that it may import
         *("tinyqueue_calendar", "tinyqueue_handler", "tinyqueue_job", "tinyqueue_json", "tinyqueue_redis"),
     },
     "tinyqueue_log": {"tinyqueue_json", "tinyqueue_redis"},
+    "tinyqueue_reading": {"tinyqueue_job", "tinyqueue_json", "tinyqueue_redis"},
     "tinyqueue": {
-        *("tinyqueue_handler", "tinyqueue_job", "tinyqueue_json", "tinyqueue_log", "tinyqueue_redis"),
+        *("tinyqueue_handler", "tinyqueue_job", "tinyqueue_json", "tinyqueue_log", "tinyqueue_reading"),
+        "tinyqueue_redis",
         "tinyqueue_schedule",
     },
     "tinyqueue_shards": {"tinyqueue", "tinyqueue_handler", "tinyqueue_job", "tinyqueue_log", "tinyqueue_redis"},
@@ -83,7 +85,12 @@ def source(module: str) -> str:
 
 
 def imported(module: str) -> Iterator[str]:
-    for node in ast.walk(ast.parse(source(module))):
+    """The modules that a module imports when it runs, not those that only its types need."""
+    tree = ast.parse(source(module))
+    tree.body = [
+        node for node in tree.body if not (isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test))
+    ]
+    for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom):
             yield str(node.module).removeprefix("tinyqueue.")
         elif isinstance(node, ast.Import):

@@ -19,6 +19,7 @@ from hypothesis.stateful import (
 )
 
 import tinyqueue
+import tinyqueue_reading
 import tinyqueue_schedule
 from tinyqueue import SWEEP_MARK, Failure, Job, KeyReused, Once, Outcome, Queue, Reaped, WrongStatus, handler
 from tinyqueue_job import HISTORY
@@ -641,7 +642,7 @@ def test_queue_agrees_with_the_model_in_any_order_of_events(
     server: Server, queue: Queue, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     handler("limited", max_running=1)(limited)
-    monkeypatch.setattr(tinyqueue, "PAUSE_AGE", -1.0)  # a pause takes effect at once
+    monkeypatch.setattr(tinyqueue_reading, "PAUSE_AGE", -1.0)  # a pause takes effect at once
     monkeypatch.setattr(tinyqueue, "SUSPICIOUS", 1)  # or few jobs would become suspects
     examples, steps = (40, 40) if not server.url else (15, 30)
     limits = settings(

@@ -292,6 +292,13 @@ def test_job_shows_each_attempt_and_where_a_handler_was_given_up(open: Open, nea
     page.locator("main").get_by_role("link", name="march").click()
     playwright.expect(page.locator("tbody tr")).to_have_count(1)
     assert page.url.endswith("#/jobs?tag=march")
+    page.get_by_role("searchbox").fill("march")
+    page.get_by_role("searchbox").press("Enter")
+    page.get_by_role("link", name="the tag march").click()
+    playwright.expect(page.locator("tbody tr")).to_have_count(1)
+    page.get_by_role("searchbox").fill("shop = 3")
+    page.get_by_role("searchbox").press("Enter")
+    assert page.get_by_role("link", name='"shop":"3"').get_attribute("href") == "#/jobs?text=%22shop%22%3A%223%22"
 
 
 def test_log_of_a_job_grows_while_it_runs_and_follows_its_end(open: Open, near: Queue) -> None:

@@ -45,6 +45,7 @@ from tinyqueue_backup import back_up, restore
 from tinyqueue_config import Settings, open_queue
 from tinyqueue_doctor import COMMANDS, OLDEST, examine
 from tinyqueue_log import JobLog
+from tinyqueue_reading import Reading
 from tinyqueue_repair import repair
 from wsgi import ROUTES
 
@@ -335,7 +336,7 @@ class Noted:
 
 VERBS = {
     name
-    for name, made in {**vars(Verbs), **vars(Queue)}.items()
+    for name, made in {**vars(Verbs), **vars(Reading), **vars(Queue)}.items()
     if inspect.isfunction(made) and not name.startswith("_")
 }
 
@@ -424,6 +425,7 @@ def play_log(queue: Any, job: Job) -> None:
     queue.write_log(job)
     queue.write_progress(job)
     queue.read_log(job.id)
+    queue.pending_among([job.id.encode()])
 
 
 def play(queue: Any, folder: Path) -> None:

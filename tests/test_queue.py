@@ -26,6 +26,7 @@ from hypothesis import given, settings, strategies as st
 from redis._parsers import _RESP2Parser  # private to the client
 
 import tinyqueue
+import tinyqueue_reading
 import tinyqueue_redis
 from tinyqueue import (
     MAX_DELAY,
@@ -869,7 +870,7 @@ def test_exchange_empties_the_first_queue_first(queue: Queue, worker: str, most:
 
 
 def test_exchange_leaves_out_paused_queues(queue: Queue, worker: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tinyqueue, "PAUSE_AGE", -1.0)  # a pause takes effect at once
+    monkeypatch.setattr(tinyqueue_reading, "PAUSE_AGE", -1.0)  # a pause takes effect at once
     job = put(queue, "processing")
     paused = queue.enqueue("echo", 1)
     other = queue.enqueue("echo", 2, queue="other")
@@ -883,7 +884,7 @@ def test_exchange_leaves_out_paused_queues(queue: Queue, worker: str, monkeypatc
 
 def test_exchange_reads_which_queues_are_paused(server: Server, queue: Queue, monkeypatch: pytest.MonkeyPatch) -> None:
     """Otherwise a worker that does nothing else would read it in a round trip of its own."""
-    monkeypatch.setattr(tinyqueue, "PAUSE_AGE", 3600.0)
+    monkeypatch.setattr(tinyqueue_reading, "PAUSE_AGE", 3600.0)
     job = put(queue, "processing")
     queue.enqueue_many("echo", range(3))
     server.queue().pause("default")
@@ -2293,7 +2294,7 @@ def test_transitions_take_two_round_trips(near: Queue, far: Queue, proxy: CutPro
 def test_exchange_takes_three_round_trips(
     near: Queue, far: Queue, proxy: CutProxy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tinyqueue, "PAUSE_AGE", 3600.0)  # an exchange reads which queues are paused
+    monkeypatch.setattr(tinyqueue_reading, "PAUSE_AGE", 3600.0)  # an exchange reads which queues are paused
     worker = near.register(DEFAULT, 10)
     near.enqueue_many("echo", range(20))
     near.enqueue_many("echo", range(20), queue="low")

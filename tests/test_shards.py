@@ -35,6 +35,7 @@ from tinyqueue import (
 )
 from tinyqueue_config import Settings, open_queue
 from tinyqueue_doctor import examine, warnings
+from tinyqueue_reading import Reading
 from tinyqueue_shards import Shards
 from worker import CLOSING, LAST_WRITE, StopMode
 from wsgi import API
@@ -61,6 +62,7 @@ ONE_BY_ONE = {
     "discard",
     "exchange",
     "load",
+    "pending_among",
     "change_schedule",
     "sync_schedules",
     "write_log",
@@ -88,7 +90,11 @@ def shard_of(job: Job) -> int:
 
 
 def test_shards_have_every_verb_of_a_queue() -> None:
-    public = {name for name, member in vars(Queue).items() if not name.startswith("_") and inspect.isroutine(member)}
+    public = {
+        name
+        for name, member in {**vars(Reading), **vars(Queue)}.items()
+        if not name.startswith("_") and inspect.isroutine(member)
+    }
     assert public - CONSTRUCTORS - ONE_BY_ONE - vars(Verbs).keys() - vars(Shards).keys() == set()
 
 

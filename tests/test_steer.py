@@ -16,6 +16,7 @@ from conftest import ENDED, RedisServer, Server, check_consistency, dump, lapse,
 from cutproxy import CutProxy
 
 import tinyqueue
+import tinyqueue_reading
 import tinyqueue_redis
 import worker as process
 from tinyqueue import (
@@ -508,7 +509,7 @@ def test_expiry_refuses_an_invalid_time(queue: Queue, seconds: Any) -> None:
 @pytest.fixture
 def immediate_pause(monkeypatch: pytest.MonkeyPatch) -> None:
     """Make a pause take effect at once."""
-    monkeypatch.setattr(tinyqueue, "PAUSE_AGE", -1.0)
+    monkeypatch.setattr(tinyqueue_reading, "PAUSE_AGE", -1.0)
 
 
 def test_pause_starts_no_jobs_but_accepts_them(queue: Queue, worker: str, immediate_pause: None) -> None:
@@ -577,7 +578,7 @@ def test_promote_and_release_fill_a_paused_queue(queue: Queue, worker: str, imme
 
 
 def test_resume_wakes_a_waiting_worker(server: Server, queue: Queue, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tinyqueue, "PAUSE_AGE", 3600.0)  # only the wait can end the pause for it
+    monkeypatch.setattr(tinyqueue_reading, "PAUSE_AGE", 3600.0)  # only the wait can end the pause for it
     queue.pause("default")
     other = server.queue()
     assert other.waiting(DEFAULT) == 0
@@ -919,7 +920,7 @@ def test_page_lists_every_job_of_many_that_ended_in_the_same_millisecond(near: Q
 
 
 def test_page_examines_a_limited_number_and_may_be_empty(queue: Queue, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tinyqueue, "SCANNED", 3)
+    monkeypatch.setattr(tinyqueue_reading, "SCANNED", 3)
     first = queue.enqueue("rare", {})
     queue.clock.ahead += 5
     queue.enqueue_many("echo", range(7))
@@ -1001,7 +1002,7 @@ def test_first_page_reads_only_the_newest_of_a_long_queue(near: Queue) -> None:
 @pytest.fixture
 def few_scanned(monkeypatch: pytest.MonkeyPatch) -> None:
     """A page needs the beginning of a list only, even of one with a few hundred entries."""
-    monkeypatch.setattr(tinyqueue, "SCANNED", 20)
+    monkeypatch.setattr(tinyqueue_reading, "SCANNED", 20)
 
 
 def submitted(queue: Queue, number: int, **options: Any) -> list[str]:
@@ -1088,7 +1089,7 @@ def test_page_lists_a_pending_job_in_the_list_of_a_worker(queue: Queue, worker: 
 
 
 def test_page_goes_on_past_entries_that_name_no_job(queue: Queue, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tinyqueue, "SCANNED", 3)
+    monkeypatch.setattr(tinyqueue_reading, "SCANNED", 3)
     job = queue.enqueue("echo", {})
     copies = [job.id, *(f"{at:08x}-nonsense" for at in range(9))] * 4
     raw(queue).lpush(queue.keys.jobs("default"), *copies)
@@ -1141,7 +1142,7 @@ def test_retry_many_revives_one_job_for_each_unique_key(queue: Queue) -> None:
 def test_change_many_continues_at_its_cursor(
     queue: Queue, monkeypatch: pytest.MonkeyPatch, verb: Any, word: str, status: str
 ) -> None:
-    monkeypatch.setattr(tinyqueue, "SCANNED", 2)
+    monkeypatch.setattr(tinyqueue_reading, "SCANNED", 2)
     for name in "abcde":
         put(queue, status, queue=name)
     counts = []
@@ -1166,7 +1167,7 @@ def test_cancel_many_skips_jobs_that_change_meanwhile(near: Queue, far: Queue, p
 
 
 def test_cancel_many_reaches_every_job_of_a_long_queue(queue: Queue, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tinyqueue, "LISTED", 5)
+    monkeypatch.setattr(tinyqueue_reading, "LISTED", 5)
     jobs = queue.enqueue_many("echo", range(12))
     cursor = queue.change_many("cancel", Filter("pending"))["cursor"]
     while cursor:

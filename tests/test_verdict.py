@@ -142,8 +142,8 @@ def test_verdict_reads_neither_lists_nor_all_keys(own: Queue) -> None:
     raw(own).config_resetstat()
     assert "unserved" in problems(own)
     stats = {name.removeprefix("cmdstat_"): about for name, about in raw(own).info("commandstats").items()}
-    assert not stats.keys() & {"lrange", "zrange", "scan", "keys", "sort"}
-    assert stats["strlen"]["calls"] == 50  # of the next job of each queue, before it is read
+    assert not stats.keys() & {"lrange", "zrange", "scan", "keys", "sort", "strlen"}
+    assert stats["mget"]["calls"] <= 3  # the next jobs of all queues are read with one of them
     assert sum(about["usec"] for about in stats.values()) < 5000  # 300 on a quiet machine
 
 
