@@ -371,7 +371,7 @@ def _is_running(pid: int) -> bool:
 Severity = Literal["warning", "critical"]
 
 LIFETIME = 2.0  # seconds for which a process returns the same verdict again
-COUNT_EVERY = 10.0  # seconds between two comparisons of the counts, and two reads of the configuration
+COUNT_EVERY = 10.0  # seconds between two comparisons of the counts, or reads of the configuration
 UNSERVED = 60_000  # milliseconds that a job may wait in a queue that has lost its workers
 BUSY_WAIT = 10_000  # milliseconds that a job may wait before the check `slots` looks at the slots
 LAG = 10  # seconds that a replica may be behind
@@ -485,7 +485,7 @@ def _check_persistence(sight: Sight) -> Iterator[Problem]:
 def _of_server(
     sight: Sight, check: str, judge: Callable[[Mapping[str, str]], Finding], begin: str
 ) -> Iterator[Problem]:
-    """Turn a finding of `doctor` into a problem: only the first, because shards may share a server."""
+    """Turn a finding of `doctor` into a problem. One is enough: shards may share a server."""
     for finding in (judge(look.info) for look in sight.looks if look.info):
         if finding.level != "ok":
             level: Severity = "critical" if finding.level == "fail" else "warning"
@@ -520,7 +520,7 @@ def _lag(about: Mapping[str, str]) -> str:
 
 
 def _check_served(sight: Sight) -> Iterator[Problem]:
-    """Find queues with jobs and no live worker. Quiet workers are reported later: they are intended."""
+    """Find queues with jobs and no live worker. Quiet workers are intended: that waits longer."""
     unserved = sight.oldest_first(sight.waiting.keys() - sight.served - sight.quiet)
     late = [name for name in unserved if sight.waited(name) >= _patience(sight, name)]
     if late:
@@ -568,7 +568,7 @@ def _check_known(sight: Sight) -> Iterator[Problem]:
 
 
 def _check_failing(sight: Sight) -> Iterator[Problem]:
-    """Find types whose attempts fail. Failures are over if there were none in the LATEST minutes."""
+    """Find types whose attempts fail, and still do so in the LATEST minutes."""
     ends = _ends(sight, RECENT)
     latest = _ends(sight, LATEST)
     failing = [type for type in ends if _fails(ends[type]) and latest[type][1] > FAILED_SHARE * sum(latest[type][:2])]
@@ -747,7 +747,7 @@ def _check_waiting(sight: Sight) -> Iterator[Problem]:
 
 
 def _check_schedules(sight: Sight) -> Iterator[Problem]:
-    """Find overdue schedules. If no worker is alive, one that starts soon may enqueue their jobs."""
+    """Find overdue schedules. If no worker is alive, one may start soon and enqueue their jobs."""
     failed: Counter[str] = Counter()
     for field, count in sight.recent("failedTick:", LATEST).items():
         failed[field.partition(":")[0]] += count
@@ -776,7 +776,7 @@ def _check_schedules(sight: Sight) -> Iterator[Problem]:
 
 
 def _check_limits(sight: Sight) -> Iterator[Problem]:
-    """Find limits that have held jobs for too long. Paused and halted limits hold jobs on purpose."""
+    """Find limits that have held jobs for too long. Paused and halted ones do so on purpose."""
     late: dict[str, Waiting] = {}
     for look in sight.looks:
         held = [limit for limit in look.held if sight.now - look.held[limit].since >= sight.max_wait]
@@ -916,7 +916,7 @@ class Observer:
         return found, f"{text}."
 
     def _read_server(self, part: Queue) -> dict[str, str]:
-        """Return what INFO says about persistence and replicas, and the configuration of snapshots."""
+        """Return what INFO says about persistence and replicas, and the setting `save`."""
         read_at, known = self._servers.get(part, (-1e9, {}))
         asks = time.monotonic() - read_at >= COUNT_EVERY
         config = [("CONFIG", "GET", "save")] if asks else []
@@ -929,7 +929,7 @@ class Observer:
         return known | parse_info(found[0]) | parse_info(found[1])
 
     def _miscounts(self, looks: Sequence[Look]) -> bool:
-        """Compare the counts with the lists: every COUNT_EVERY seconds, and each time while they are wrong."""
+        """Compare the counts with the lists every COUNT_EVERY seconds; always while they are wrong."""
         compared_at, wrong = self._compared
         if wrong or time.monotonic() - compared_at >= COUNT_EVERY:
             wrong = any(compare_counts(look.part)[2] for look in looks if not look.refusal)
