@@ -520,7 +520,7 @@ def _lag(about: Mapping[str, str]) -> str:
 
 
 def _check_served(sight: Sight) -> Iterator[Problem]:
-    """Find queues with jobs and no live worker. Quiet workers are intended: that waits longer."""
+    """Find queues with jobs and no live worker. Quiet workers are intended, so they get longer."""
     unserved = sight.oldest_first(sight.waiting.keys() - sight.served - sight.quiet)
     late = [name for name in unserved if sight.waited(name) >= _patience(sight, name)]
     if late:
@@ -929,7 +929,7 @@ class Observer:
         return known | parse_info(found[0]) | parse_info(found[1])
 
     def _miscounts(self, looks: Sequence[Look]) -> bool:
-        """Compare the counts with the lists every COUNT_EVERY seconds; always while they are wrong."""
+        """Compare the counts with the lists every COUNT_EVERY seconds; always while wrong."""
         compared_at, wrong = self._compared
         if wrong or time.monotonic() - compared_at >= COUNT_EVERY:
             wrong = any(compare_counts(look.part)[2] for look in looks if not look.refusal)
