@@ -243,7 +243,7 @@ def test_selected_jobs_are_changed_one_by_one(open: Open, near: Queue) -> None:
     shows(page, "4 selected")
     page.get_by_label(f"Select echo {failed[0].id[-8:]}").uncheck()
     page.get_by_role("button", name="Delete selected…").click()
-    shows(page, "Delete 2 jobs?", "1 other selected job has a status that does not allow it.", "cannot be restored")
+    shows(page, "Delete 2 jobs?", "1 other selected job has a status that does not allow this.", "cannot be restored")
     page.get_by_role("button", name="Delete 2 jobs").click()
     shows(page, "2 of 2 deleted.", "Done")
     assert [job.id for job in near.page()[0]] == [delayed.id, failed[0].id]
