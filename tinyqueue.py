@@ -2312,8 +2312,7 @@ class Queue(Reading, Verbs):
         """Make a worker quiet: it takes no more jobs. Return whether it is registered.
 
         Takes effect after at most PAUSE_AGE seconds. The worker finishes the jobs that it has
-        taken.
-        Watches the registration, because reap removes the mark of a worker only once.
+        taken. Watches the registration, because reap removes the mark of a worker only once.
         """
         key = self.keys.worker(check_name("worker", worker))
 
