@@ -51,7 +51,7 @@ DESK = {"width": 1400, "height": 900}
 
 @pytest.fixture(scope="module")
 def axe(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """The script of axe-core, which finds what keeps people from using a page."""
+    """The script of axe-core, which finds faults of accessibility."""
     if not shutil.which("npm"):
         pytest.skip("npm is not on PATH: NOBODY LOOKS WHETHER ALL CAN USE THE DASHBOARD")
     folder = tmp_path_factory.mktemp("axe")

@@ -412,7 +412,7 @@ def test_verdict_names_a_job_that_waits_too_long(queue: Queue) -> None:
 
 
 def run_for(queue: Queue, type: str, seconds: float, times: int = 1) -> None:
-    """Run jobs of a type that take so long."""
+    """Run jobs of a type, each for that time."""
     worker = queue.register(["default"], times)
     queue.enqueue_many(type, range(times))
     for job in queue.dequeue(worker, ["default"], times):
@@ -422,7 +422,7 @@ def run_for(queue: Queue, type: str, seconds: float, times: int = 1) -> None:
 
 
 def start_long(queue: Queue, seconds: float) -> list[Job]:
-    """Let a worker run two jobs for so long, while a third waits. Returns the two."""
+    """Let a worker run two jobs for that time, while a third waits. Return the two."""
     worker = queue.register(["default"], 2)
     queue.enqueue_many("report", [1, 2, 3])
     jobs = queue.dequeue(worker, ["default"], 2)
