@@ -581,9 +581,9 @@ def test_verdict_names_a_type_whose_attempts_all_fail(queue: Queue) -> None:
     text = "All of the 3 attempts of type report failed in the last 5 minutes, all with ConnectionError"
     assert problem["text"] == text
     assert (problem["level"], problem["types"]) == ("warning", ["report"])
-    command = "tinyqueue list --status pending --type report --error-type ConnectionError"
+    command = "tinyqueue list --type report --error-type ConnectionError"
     assert problem["next"]["command"] == command
-    assert problem["next"]["action"] == {"link": "#/jobs?status=pending&type=report&errorType=ConnectionError"}
+    assert problem["next"]["action"] == {"link": "#/jobs?type=report&errorType=ConnectionError"}
     assert queue.now() - 120_000 < problem["since"] <= queue.now()
 
 
