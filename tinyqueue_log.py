@@ -1,6 +1,6 @@
-"""The lines that a job logs: what its handler gives to `logging` and to `job.log`.
+"""The lines that a job logs: those that its handler passes to `logging` and to `job.log`.
 
-A worker keeps the lines of an attempt here until they are written. This module knows no queue.
+A worker keeps the lines of an attempt here until it writes them. This module knows no queue.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ LINE = 4000  # characters of a line
 
 
 class LogLine(msgspec.Struct, array_like=True):
-    """A line as it is stored. `number` is its time in microseconds, and higher than that before."""
+    """A stored line. Its `number` is its time in microseconds, and higher than the one before."""
 
     number: int
     attempt: int
@@ -37,8 +37,8 @@ class LogLine(msgspec.Struct, array_like=True):
 
 
 def read_lines(stored: Iterable[bytes], after: int) -> list[LogLine]:
-    """Read the stored lines with a higher number. One that cannot be read is left out."""
-    lines: dict[int, LogLine] = {}  # a line whose write lost its reply may be there twice
+    """Read the stored lines with a number above `after`. Skips lines that cannot be read."""
+    lines: dict[int, LogLine] = {}  # a line may be stored twice if the reply to its write was lost
     for entry in stored:
         try:
             line = msgspec.json.decode(entry, type=LogLine)
@@ -50,9 +50,9 @@ def read_lines(stored: Iterable[bytes], after: int) -> list[LogLine]:
 
 
 class JobLog:
-    """The lines of an attempt that are not written yet. Its times continue those of Redis.
+    """The lines of an attempt that are not written yet. Their times follow the clock of Redis.
 
-    `sizes` has the sizes of the stored lines of earlier attempts; None: there may be some.
+    `sizes` has the sizes of the stored lines of earlier attempts; None: unknown.
     """
 
     def __init__(self, attempt: int, started_at: int, sizes: Sequence[int] | None = ()) -> None:
@@ -100,14 +100,14 @@ class JobLog:
                 self._size -= len(self._lines.popleft()[1])
 
 
-# The log of the job that the thread works on, if its lines are kept.
+# The log of the job that this thread runs, if the lines of the job are kept.
 JOB_LOG: ContextVar[JobLog | None] = ContextVar("job_log", default=None)
 
 
 class Capture(logging.Handler):
-    """Adds records to the log of the job in whose context they were made. Takes no lock.
+    """Adds each record to the log of the job in whose context it was made. Takes no lock.
 
-    If several workers share the process, each has one, and the first adds a record.
+    If several workers share the process, each has a Capture. Only the first one adds a record.
     """
 
     def createLock(self) -> None:
@@ -131,7 +131,7 @@ def _text_of(record: logging.LogRecord) -> str:
 
 @contextmanager
 def capturing() -> Iterator[None]:
-    """Keep the log records that handlers make meanwhile. Several workers may do so at once."""
+    """Keep the log records that handlers make meanwhile. Several workers may use it at once."""
     root = logging.getLogger()
     capture = Capture()
     root.addHandler(capture)

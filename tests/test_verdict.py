@@ -354,7 +354,7 @@ def test_verdict_names_quiet_workers_only_if_jobs_wait_for_long(queue: Queue) ->
     assert problems(queue) == {}
     later(queue, 110)
     problem = problems(queue)["unserved"]
-    text = "1 job in queue default cannot start, because the workers that could run them are quiet"
+    text = "1 job in queue default cannot start, because only quiet workers serve it"
     assert (problem["text"], problem["level"]) == (text, "warning")
     assert problem["next"]["action"] == {"method": "POST", "path": f"/workers/{worker}/resume"}
 
@@ -365,7 +365,7 @@ def test_verdict_names_a_lost_worker(queue: Queue) -> None:
     assert problems(queue) == {}
     lapse(queue, lost)
     problem = problems(queue)["lost"]
-    assert problem["text"] == f"Worker {lost} sent no heartbeat for 30 s; 1 job will be requeued soon"
+    assert problem["text"] == f"Worker {lost} has sent no heartbeat for 30 s; 1 job will be requeued soon"
     assert (problem["level"], problem["workers"]) == ("warning", [lost])
 
 
@@ -374,7 +374,7 @@ def test_verdict_names_a_lost_worker_whose_jobs_nobody_requeues(queue: Queue) ->
     lapse(queue, lost)
     found = verdict(queue)
     assert found["status"] == "critical"
-    assert f"Worker {lost} sent no heartbeat for 30 s; 1 job will be requeued only when another worker runs" in [
+    assert f"Worker {lost} has sent no heartbeat for 30 s; 1 job will be requeued only when another worker runs" in [
         problem["text"] for problem in found["problems"]
     ]
 
@@ -443,7 +443,7 @@ def test_verdict_names_slots_that_are_taken_for_longer_than_usual(queue: Queue) 
     jobs = start_long(queue, 70)
     problem = problems(queue)["slots"]
     text = "1 job waits in queue default, because all 2 slots run jobs that take longer than usual"
-    assert problem["text"] == f"{text}: report in 2, for up to 70 s"
+    assert problem["text"] == f"{text}: 2 of type report, for up to 70 s"
     assert set(problem["jobs"]) == {job.id for job in jobs}
     assert problem["types"] == ["report"]
     queue.complete(jobs[0])
@@ -527,7 +527,7 @@ def test_verdict_names_held_jobs_whose_limit_is_full_for_long(queue: Queue, no_h
     assert problems(queue) == {}
     later(queue, 20)
     problem = problems(queue)["limits"]
-    assert problem["text"] == "Limit charge had no room for 5 minutes for a job that waits"
+    assert problem["text"] == "Limit charge has had no room for a waiting job for 5 minutes"
     assert problem["limits"] == ["charge"]
 
 
@@ -717,13 +717,13 @@ def test_verdict_names_submissions_that_a_full_queue_refuses(server: Server, no_
 
 def test_verdict_names_submissions_that_a_full_redis_refuses(own: Queue, no_handlers: None) -> None:
     fill(own, 0.97)
-    text = "1 submission was refused in the last 5 minutes: 1 because the memory of Redis is nearly used up"
+    text = "1 submission was refused in the last 5 minutes: 1 because the memory of Redis was nearly used up"
     assert refused(own)["text"] == text
 
 
 def test_verdict_names_submissions_refused_while_redis_takes_no_writes(own: Queue, no_handlers: None) -> None:
     fill(own, 1.05)
-    text = "3 submissions were refused in the last 5 minutes: 3 because the memory of Redis is nearly used up"
+    text = "3 submissions were refused in the last 5 minutes: 3 because the memory of Redis was nearly used up"
     assert refused(own, times=3)["text"] == text
 
 
@@ -747,7 +747,7 @@ def test_verdict_names_submissions_that_too_few_replicas_have(own: Queue, no_han
     queue = Queue(own.pool, min_replicas=1)
     found = refused(queue)
     assert found["text"].endswith("1 because too few replicas had the jobs")
-    text = "Submits are refused: they need 1 replica, and 0 of them keep up"
+    text = "Submissions are refused, because 0 replicas keep up and 1 is required"
     assert problems(queue)["replicas"]["text"] == text
 
 
