@@ -471,7 +471,8 @@ def log(queue: AnyQueue, id: str, follow: bool, as_json: bool) -> None:
             _print_safely(to_json(line.answer()).decode() if as_json else text)
         after = lines[-1].number if lines else after
         if not follow or _require_job(job, id).status in ENDED:
-            _require_job(job, id)
+            if not _require_job(job, id).logged and not as_json:
+                click.echo(f"job {id} has no log; only handlers with logs=True keep one", err=True)
             return
         time.sleep(LOG_EVERY)
 

@@ -579,10 +579,8 @@ def _check_failing(sight: Sight) -> Iterator[Problem]:
         share = f"{failed / (completed + failed):.0%}" if completed else "All"
         text = f"{share} of the {completed + failed} attempts of type {type} failed in the last {RECENT} minutes"
         text += f", {'all' if count == failed else count} with {error}"
-        ended = sum(counts["failed"] for counts in sight.minutes.values())
-        status = "pending" if sight.recent("retried").total() > ended else "failed"
-        command = f"tinyqueue list --status {status} --type {type} --error-type {shlex.quote(error)}"
-        link = {"link": "#/jobs?" + urlencode({"status": status, "type": type, "errorType": error})}
+        command = f"tinyqueue list --type {type} --error-type {shlex.quote(error)}"
+        link = {"link": "#/jobs?" + urlencode({"type": type, "errorType": error})}
         minutes = (at for at in sorted(sight.minutes) if any(f"error:{type}:" in field for field in sight.minutes[at]))
         yield Problem(
             check="failing",

@@ -257,7 +257,7 @@ def describe_action(
     action = CALLED.get(verb, verb)
     if kind == "many":
         filter = {name: value[:SHOWN] for name, value in request.environ["tinyqueue.filter"].items() if value}
-        return action, {"filter": filter}, {name: body[name] for name in COUNTS & body.keys()}
+        return action, {"filter": filter}, {name: n for name, n in body.items() if name in COUNTS}
     [(part, name)] = args.items()
     target = {{"id": "job", "name": kind or "queue", "limit": "limit"}[part]: name}
     if kind == "limit":

@@ -595,6 +595,9 @@ def test_command_line_shows_the_log(near: Queue, run: Any) -> None:  # noqa: F81
     lines = [json.loads(line) for line in run("log", job.id, "--json").stdout.splitlines()]
     assert [line["text"] for line in lines] == ["one", "two\x1b"]
     assert run("log", "01a2155f-3143-7000-b0c9-28342567d0c6").returncode == 1
+    silent = run("log", put(near, "pending").id)
+    assert (silent.returncode, silent.stdout) == (0, b"")
+    assert b"has no log; only handlers with logs=True keep one" in silent.stderr
 
 
 def test_command_line_follows_the_log_until_the_job_ends(near: Queue, run: Any) -> None:  # noqa: F811

@@ -616,9 +616,9 @@ def test_verdict_names_a_type_whose_attempts_all_fail(queue: Queue) -> None:
     text = "All of the 3 attempts of type report failed in the last 5 minutes, all with ConnectionError"
     assert problem["text"] == text
     assert (problem["level"], problem["types"]) == ("warning", ["report"])
-    command = "tinyqueue list --status pending --type report --error-type ConnectionError"
+    command = "tinyqueue list --type report --error-type ConnectionError"
     assert problem["next"]["command"] == command
-    assert problem["next"]["action"] == {"link": "#/jobs?status=pending&type=report&errorType=ConnectionError"}
+    assert problem["next"]["action"] == {"link": "#/jobs?type=report&errorType=ConnectionError"}
     assert queue.now() - 120_000 < problem["since"] <= queue.now()
 
 
@@ -629,7 +629,7 @@ def test_next_step_quotes_the_name_of_an_error(queue: Queue) -> None:
         [job] = queue.dequeue(worker, ["default"])
         queue.fail(job, Failure("Bad; rm -r x", "no"))
     command = problems(queue)["failing"]["next"]["command"]
-    assert command == "tinyqueue list --status failed --type echo --error-type 'Bad; rm -r x'"
+    assert command == "tinyqueue list --type echo --error-type 'Bad; rm -r x'"
 
 
 def test_verdict_names_the_share_and_the_main_error(queue: Queue) -> None:
