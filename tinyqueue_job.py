@@ -555,7 +555,7 @@ def _decode_stored(text: bytes) -> Job:
     return _decode_listed(text)
 
 
-FILTER_NAMES = {"error_type": "errorType"}  # the names of fields that JSON clients know by another
+FILTER_NAMES = {"error_type": "errorType"}  # field of Filter -> name in JSON, where it differs
 
 
 class Filter(NamedTuple):
@@ -569,7 +569,7 @@ class Filter(NamedTuple):
     text: str | None = None  # in the JSON of the payload; case does not matter
 
     def check(self) -> Filter:
-        """Raise InvalidJob for text that is no Unicode: no job has it, and nothing can store it."""
+        """Return the filter. Raises InvalidJob for text that is not Unicode: no job can have it."""
         for field, value in self._asdict().items():
             if value and re.search("[\ud800-\udfff]", value):
                 raise InvalidJob(FILTER_NAMES.get(field, field), "must be valid Unicode, without lone surrogates")

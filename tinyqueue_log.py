@@ -21,7 +21,7 @@ from tinyqueue_redis import shield
 
 LOG_BYTES = 65536  # of the lines of a job, as they are stored; the oldest are dropped
 LINE = 4000  # characters of a line
-LEVEL = 50  # characters of the name of a level
+LEVEL = 50  # characters of the name of a log level
 
 
 class LogLine(msgspec.Struct, array_like=True):
@@ -103,7 +103,7 @@ class JobLog:
 
 
 def _valid(text: str) -> str:
-    """Replace lone surrogates, which JSON in UTF-8 cannot have."""
+    """Escape lone surrogates, which JSON in UTF-8 cannot contain."""
     return text.encode("utf-8", "backslashreplace").decode()
 
 
@@ -153,6 +153,6 @@ def capturing() -> Iterator[None]:
 
 
 def recapture() -> None:
-    """Go on after a handler has configured logging, which may have removed the captures."""
+    """Add the captures again: a handler that configured logging may have removed them."""
     for capture in _CAPTURES[:]:
-        logging.getLogger().addHandler(capture)  # does nothing if it is there
+        logging.getLogger().addHandler(capture)  # does nothing if it is still there

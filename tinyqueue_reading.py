@@ -50,7 +50,7 @@ HEAD = 100  # entries of a long list that are read first
 TAIL = 50  # entries at the right end of a long list that a page looks at
 PROBES = 200  # places of long lists at which a page looks whether ids are in order
 JITTER = 1000  # milliseconds after its creation in which a job may enter its list
-STALE = 1000  # entries of a list among which the next pending job is looked for
+STALE = 1000  # entries of a list that are searched for the next pending job
 SAMPLED = 100  # due jobs that a count for scaling reads while no worker promotes them
 BUCKETS = (10, 50, 250, 1000, 5000, 15_000, 60_000, 300_000, 1_800_000, math.inf)  # ms
 QUIET_MARK = "@"  # before the id of a quiet worker among the names of the paused queues
@@ -282,10 +282,10 @@ class Reading:
         }
 
     def next_jobs(self, heads: Mapping[str, bytes | None]) -> dict[str, Job]:
-        """Return the next pending job of each queue that has one. `heads` are their first entries.
+        """Return the next pending job of each queue that has one. `heads` are the first entries.
 
-        The entry of a cancelled job stays until a worker drops it. So where the first entry is none
-        of a pending job, this looks at up to STALE more.
+        The entry of a cancelled job stays until a worker drops it. If the first entry of a queue
+        names no pending job, this looks at up to STALE more.
         """
         jobs = {job.id: job for job in self.pending_among(filter(None, heads.values()))}
         found = {name: jobs.get(text_of(id)) or self._first_pending(name) for name, id in heads.items() if id}

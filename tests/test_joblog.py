@@ -529,7 +529,7 @@ def test_lines_are_kept_after_a_handler_has_configured_logging(
         logging.getLogger().handlers[:] = handlers
 
 
-def test_name_of_a_level_that_is_no_unicode_or_long_fails_no_attempt(queue: Queue) -> None:
+def test_name_of_a_level_that_is_not_unicode_or_long_fails_no_attempt(queue: Queue) -> None:
     job = begun(queue)
     kept = job.__dict__["_log"]
     kept.add("L\ud800", "one")
