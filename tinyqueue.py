@@ -2350,7 +2350,7 @@ class Queue(Reading, Verbs):
             if tx.again and newest == made:
                 return
             entry = {"at": tx.now, "by": by, "action": action, "target": dict(target), "result": dict(result)}
-            before = msgspec.json.decode(newest) if newest and "filter" in target else {}
+            before = _read_action(newest) if newest and "filter" in target else {}
             same = all(before.get(name) == entry[name] for name in ("by", "action", "target"))
             if same and tx.now - before["at"] < ONE_ACTION:
                 entry["result"] = {name: before["result"].get(name, 0) + count for name, count in result.items()}
@@ -2875,6 +2875,13 @@ class Queue(Reading, Verbs):
 
 
 # What is stored beside jobs -------------------------------------------------------------------------------------------
+
+
+def _read_action(stored: bytes) -> dict[str, Any]:
+    """Read an action of the audit; {} if that cannot be read, so that it equals no other."""
+    with suppress(msgspec.DecodeError, UnicodeDecodeError):
+        return msgspec.json.decode(stored, type=dict[str, Any])
+    return {}
 
 
 def is_suspect(job: Job) -> bool:

@@ -40,6 +40,7 @@ from tinyqueue import (
     Filter,
     InvalidJob,
     Job,
+    NotReplicated,
     PastAttempt,
     Schedule,
     SettingsError,
@@ -547,7 +548,11 @@ def replay(settings: Settings, /, id: str, payload: str | None) -> None:
     job = _require_job(queue.get(id), id)
     if job.type not in HANDLERS:
         raise UnknownType(job.type, sorted(HANDLERS))
-    new = queue.replay(id, **({} if payload is None else {"payload": _read_payload(payload)}))
+    try:
+        new = queue.replay(id, **({} if payload is None else {"payload": _read_payload(payload)}))
+    except NotReplicated as error:  # the job is stored
+        _note(queue, "replay", {"job": id}, {"jobId": error.jobs[0].id})
+        raise
     click.echo(_require_job(new, id).id)
     _note(queue, "replay", {"job": id}, {"jobId": new.id} if new else {})
 

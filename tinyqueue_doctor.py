@@ -10,6 +10,7 @@ import ipaddress
 import math
 import os
 import re
+import shlex
 import socket
 import threading
 import time
@@ -447,7 +448,7 @@ def _unavailable(part: Queue, error: TinyQueueError, shard: str = "") -> Problem
         "refused": "refuses this user, or a command",
         "": "has other data under the keys of the queue",
     }
-    detail = str(error).partition("): ")[2] or str(error)
+    detail = (str(error).partition("): ")[2] or str(error)).rstrip(".")
     result = "its jobs do not run" if shard else "jobs can be neither submitted nor run"
     text = f"Redis{shard} {states.get(reason, 'does not answer')}, so {result}: {detail}"
     away = round(1000 * (time.monotonic() - part.store.connections.last_contact))
@@ -578,7 +579,7 @@ def _check_failing(sight: Sight) -> Iterator[Problem]:
         share = f"{failed / (completed + failed):.0%}" if completed else "All"
         text = f"{share} of the {completed + failed} attempts of type {type} failed in the last {RECENT} minutes"
         text += f", {'all' if count == failed else count} with {error}"
-        command = f"tinyqueue list --type {type} --error-type {error}"
+        command = f"tinyqueue list --type {type} --error-type {shlex.quote(error)}"
         link = {"link": "#/jobs?" + urlencode({"type": type, "errorType": error})}
         minutes = (at for at in sorted(sight.minutes) if any(f"error:{type}:" in field for field in sight.minutes[at]))
         yield Problem(
@@ -789,6 +790,10 @@ def _check_limits(sight: Sight) -> Iterator[Problem]:
     has = "has" if len(names) == 1 else "have"
     text = f"{_names('Limit', names)} {has} had no room for a waiting job for {_time(sight.now - first.since)}"
     todo = Next("check the jobs that run under it, or raise its numbers", "tinyqueue limits")
+    if first.queue not in sight.served | sight.quiet:
+        begin = f"{_names('Limit', names)} {has} held a job for {_time(sight.now - first.since)}"
+        text = f"{begin}, and no live worker serves its queue {first.queue}"
+        todo = Next("start a worker that serves it", f"tinyqueue worker --queue {first.queue}")
     since = first.since + sight.max_wait
     yield Problem(check="limits", text=text, since=since, limits=names[:NAMED], jobs=[first.job], next=todo)
 

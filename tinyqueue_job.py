@@ -555,6 +555,9 @@ def _decode_stored(text: bytes) -> Job:
     return _decode_listed(text)
 
 
+FILTER_NAMES = {"error_type": "errorType"}  # the names of fields that JSON clients know by another
+
+
 class Filter(NamedTuple):
     """Which jobs a listing returns or a bulk change touches: those that match all that is given."""
 
@@ -564,6 +567,13 @@ class Filter(NamedTuple):
     error_type: str | None = None
     tag: str | None = None
     text: str | None = None  # in the JSON of the payload; case does not matter
+
+    def check(self) -> Filter:
+        """Raise InvalidJob for text that is no Unicode: no job has it, and nothing can store it."""
+        for field, value in self._asdict().items():
+            if value and re.search("[\ud800-\udfff]", value):
+                raise InvalidJob(FILTER_NAMES.get(field, field), "must be valid Unicode, without lone surrogates")
+        return self
 
     def matches(self, job: Job, record: bytes) -> bool:
         values = (job.status, job.type, job.queue, job.error.type if job.error else None)
@@ -600,7 +610,7 @@ def _payload_in(record: bytes) -> bytes:
     """Return the JSON of the payload, or the whole record if it cannot be read."""
     try:
         return bytes(_decode_payload(record).payload)
-    except msgspec.DecodeError:
+    except (msgspec.DecodeError, RecursionError):
         return record
 
 

@@ -21,6 +21,7 @@ from tinyqueue_redis import shield
 
 LOG_BYTES = 65536  # of the lines of a job, as they are stored; the oldest are dropped
 LINE = 4000  # characters of a line
+LEVEL = 50  # characters of the name of a level
 
 
 class LogLine(msgspec.Struct, array_like=True):
@@ -66,7 +67,8 @@ class JobLog:
 
     def add(self, level: str, text: str) -> None:
         """Add a line. Drops the oldest if too many wait to be written."""
-        text = text[:LINE].encode("utf-8", "backslashreplace").decode()
+        level = _valid(level[:LEVEL])
+        text = _valid(text[:LINE])
         with shield(), self._lock:
             self._last = max(self._last + 1, time.monotonic_ns() // 1000 - self._began)
             self._put(self._last, encode(LogLine(self._last, self.attempt, level, text)))
@@ -100,6 +102,11 @@ class JobLog:
                 self._size -= len(self._lines.popleft()[1])
 
 
+def _valid(text: str) -> str:
+    """Replace lone surrogates, which JSON in UTF-8 cannot have."""
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
 # The log of the job that this thread runs, if the lines of the job are kept.
 JOB_LOG: ContextVar[JobLog | None] = ContextVar("job_log", default=None)
 
@@ -129,13 +136,23 @@ def _text_of(record: logging.LogRecord) -> str:
         return f"cannot format a log line from {record.pathname}:{record.lineno}: {type(error).__name__}"
 
 
+_CAPTURES: list[Capture] = []  # those of the workers in this process
+
+
 @contextmanager
 def capturing() -> Iterator[None]:
     """Keep the log records that handlers make meanwhile. Several workers may use it at once."""
-    root = logging.getLogger()
     capture = Capture()
-    root.addHandler(capture)
+    _CAPTURES.append(capture)
+    recapture()
     try:
         yield
     finally:
-        root.removeHandler(capture)
+        _CAPTURES.remove(capture)
+        logging.getLogger().removeHandler(capture)
+
+
+def recapture() -> None:
+    """Go on after a handler has configured logging, which may have removed the captures."""
+    for capture in _CAPTURES[:]:
+        logging.getLogger().addHandler(capture)  # does nothing if it is there

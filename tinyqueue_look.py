@@ -15,7 +15,6 @@ from typing import Any, NamedTuple
 
 from tinyqueue import (
     BUCKETS,
-    ID,
     LIMIT,
     NAME,
     SERIES,
@@ -47,10 +46,11 @@ Minutes = dict[int, dict[str, int]]  # the counts of each minute since 1970
 
 
 class Waiting(NamedTuple):
-    """The job that has waited for the longest time, and since when."""
+    """The job that has waited for the longest time, since when, and in which queue."""
 
     since: int
     job: str
+    queue: str
 
 
 class Look:
@@ -96,7 +96,8 @@ class Look:
         """Read the workers and the halts, and the next job of each place where jobs wait."""
         keys = self.part.keys
         counted = (field.partition(":")[2] for field, count in self.counts.items() if count > 0)
-        lists = [keys.jobs(name) for name in dict.fromkeys(counted) if name and name not in self.paused]
+        names = [name for name in dict.fromkeys(counted) if name and name not in self.paused]
+        lists = list(map(keys.jobs, names))
         about = [key for id in self.worker_ids for key in (keys.worker(id), keys.lease(id))]
         held = [("ZRANGE", keys.held(limit), 0, NAMED - 1) for limit in self.limits]
         sizes = [("ZCARD", keys.held(limit)) for limit in self.limits]
@@ -105,32 +106,36 @@ class Look:
         values, *found = self.part.store.read(mget, *lengths, *(("LINDEX", key, -1) for key in lists), *held, *sizes)
         self.ready = sum(found[: len(lists)])
         found = found[len(lists) :]
-        heads = [id for id in found[: len(lists)] if id]
+        heads = dict(zip(names, found[: len(lists)], strict=True))
         self.workers = read_workers(self.worker_ids, values[: len(about)], self.paused)
         self.halted = {limit for limit, value in zip(self.limits, values[len(about) :], strict=False) if value}
         found = found[len(lists) :]
         self.held_counts = dict(zip(self.limits, found[len(held) :], strict=True))
-        self._read_waiting([*heads, *self.due], dict(zip(self.limits, found[: len(held)], strict=True)))
+        self._read_waiting(heads, dict(zip(self.limits, found[: len(held)], strict=True)))
 
-    def _read_waiting(self, queued: Sequence[bytes], entries: Mapping[str, Sequence[bytes]]) -> None:
+    def _read_waiting(self, heads: Mapping[str, bytes | None], entries: Mapping[str, Sequence[bytes]]) -> None:
         """Read the jobs that may have waited for some time. Their ids say when they were submitted.
 
         A look at a queue without a backlog therefore reads no job.
         """
         awake = {limit: [e for e in map(text_of, some) if self._runs(e)] for limit, some in entries.items()}
         held = {limit: some[0].partition(":")[2] for limit, some in awake.items() if some}
-        places = dict.fromkeys(ids_in(queued), True) | dict.fromkeys(held.values(), False)
-        old = [id for id in places if ID.fullmatch(id) and created_at(id) <= self.now - SHORT_WAIT]
+        queued = self.part.next_jobs({name: id for name, id in heads.items() if id and self._is_old(id)})
+        others = [id for id in (*self.due, *map(str.encode, held.values())) if self._is_old(id)]
         self.held: dict[str, Waiting] = {}
         self.waiting: dict[str, Waiting] = {}
-        for job in self.part.pending_among(map(str.encode, old)):
-            mine = Waiting(self.now - job.waited(self.now), job.id)
+        for job in [*queued.values(), *self.part.pending_among(others)]:
+            mine = Waiting(self.now - job.waited(self.now), job.id, job.queue)
             if job.queue in self.paused or mine.since > self.now - SHORT_WAIT:
                 continue
-            if places[job.id]:
-                self.waiting[job.queue] = min(self.waiting.get(job.queue, mine), mine)
-            else:
+            if job.id in held.values():
                 self.held |= {limit: mine for limit, id in held.items() if id == job.id}
+            else:
+                self.waiting[job.queue] = min(self.waiting.get(job.queue, mine), mine)
+
+    def _is_old(self, entry: bytes) -> bool:
+        """Whether an entry is the id of a job that was submitted some time ago."""
+        return any(created_at(id) <= self.now - SHORT_WAIT for id in ids_in([entry]))
 
     def note_ready(self) -> None:
         """Store once a minute how many jobs wait. Later looks see whether the backlog grows."""

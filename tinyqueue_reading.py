@@ -31,7 +31,6 @@ from tinyqueue_job import (
     ids_in,
     listed_job,
     place_of,
-    read_job,
     translated,
 )
 from tinyqueue_json import created_at
@@ -51,6 +50,7 @@ HEAD = 100  # entries of a long list that are read first
 TAIL = 50  # entries at the right end of a long list that a page looks at
 PROBES = 200  # places of long lists at which a page looks whether ids are in order
 JITTER = 1000  # milliseconds after its creation in which a job may enter its list
+STALE = 1000  # entries of a list among which the next pending job is looked for
 SAMPLED = 100  # due jobs that a count for scaling reads while no worker promotes them
 BUCKETS = (10, 50, 250, 1000, 5000, 15_000, 60_000, 300_000, 1_800_000, math.inf)  # ms
 QUIET_MARK = "@"  # before the id of a quiet worker among the names of the paused queues
@@ -102,7 +102,7 @@ class Reading:
         results stay JSON, a `msgspec.Raw`, or a `Preview` if they have more bytes than that. Raises
         InvalidJob for a malformed cursor.
         """
-        filter = filter or Filter()
+        filter = (filter or Filter()).check()
         entries = self._find_entries(filter, place_of(cursor or "9999999999999999.g"))
         jobs: list[Job] = []
         seen = size = 0
@@ -267,21 +267,34 @@ class Reading:
         counts = {field: read_count(value) for field, value in pairs(fields)}
         counted = {field.partition(":")[2] for field in counts if ":" in field}
         names = sorted(counted | set(filter(NAME.fullmatch, self._paused[1])))
-        heads = self.store.read(*(("LINDEX", self.keys.jobs(name), -1) for name in names))
-        ids = [text_of(head or b"") for head in heads]
-        records = self.store.read(("MGET", *map(self.keys.job, ids)))[0] if ids else []
+        filled = [name for name in names if counts.get("pending:" + name)]
+        heads = self.store.read(*(("LINDEX", self.keys.jobs(name), -1) for name in filled))
+        now = self.now()
+        waited = {name: job.waited(now) for name, job in self.next_jobs(dict(zip(filled, heads, strict=True))).items()}
         return {
             name: {
                 "pending": counts.get("pending:" + name, 0),
                 "processing": counts.get("processing:" + name, 0),
-                "oldestWaitingMs": self._age(id, record) if counts.get("pending:" + name) else 0,
+                "oldestWaitingMs": waited.get(name, 0),
                 "paused": name in self._paused[1],
             }
-            for name, id, record in zip(names, ids, records, strict=True)
+            for name in names
         }
 
-    def _age(self, id: str, record: bytes | None) -> int:
-        return read_job(id, record).waited(self.now()) if record and ID.fullmatch(id) else 0
+    def next_jobs(self, heads: Mapping[str, bytes | None]) -> dict[str, Job]:
+        """Return the next pending job of each queue that has one. `heads` are their first entries.
+
+        The entry of a cancelled job stays until a worker drops it. So where the first entry is none
+        of a pending job, this looks at up to STALE more.
+        """
+        jobs = {job.id: job for job in self.pending_among(filter(None, heads.values()))}
+        found = {name: jobs.get(text_of(id)) or self._first_pending(name) for name, id in heads.items() if id}
+        return {name: job for name, job in found.items() if job}
+
+    def _first_pending(self, name: str) -> Job | None:
+        entries = self.store.read(("LRANGE", self.keys.jobs(name), -STALE, -1))[0]
+        jobs = (job for job, _ in self.read_jobs(ids_in(reversed(entries)), cut=0))
+        return next((job for job in jobs if job and job.status == "pending"), None)
 
     def count_unended(self) -> tuple[list[int], int]:
         """Count pending and processing jobs, and the entries of their lists, all at one moment."""
@@ -351,7 +364,7 @@ class Reading:
         lists = [self.keys.jobs(name) for name in waiting]
         found = self.store.read(*(("LLEN", key) for key in lists), *(("LINDEX", key, -1) for key in lists))
         sizes = found[: len(lists)]
-        heads = filter(None, found[len(lists) :])
+        heads = self.next_jobs(dict(zip(waiting, found[len(lists) :], strict=True)))
         roomy = self.limits.startable(first)
         held = Counter(entry.partition(":")[0] for entry in roomy)
         promotable = self.pending_among(first)
@@ -362,7 +375,7 @@ class Reading:
             ready += min(counts["pending:" + name], size + unpromoted + held[name])
         ready = min(ready, sum(sizes) + late + len(roomy)) + ticks
         oldest = [entry.partition(":")[2].encode() for entry in roomy]
-        jobs = [*promotable, *self.pending_among([*heads, *oldest])]
+        jobs = [*promotable, *heads.values(), *self.pending_among(oldest)]
         ages = [job.waited(now) for job in jobs if job.queue in waiting]
         processing = sum(counts.get("processing:" + name, 0) for name in names)
         return {

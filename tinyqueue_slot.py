@@ -39,7 +39,7 @@ from tinyqueue import (
 )
 from tinyqueue_config import LOG_CONTEXT
 from tinyqueue_json import to_json
-from tinyqueue_log import JOB_LOG, JobLog
+from tinyqueue_log import JOB_LOG, JobLog, recapture
 from tinyqueue_redis import THREAD, Shield
 
 log = logging.getLogger("tinyqueue.worker")
@@ -171,6 +171,7 @@ class Slot(Shield):
             sizes = job.__dict__.get("_log_sizes") if job.logged else ()
             log_of_job = job.__dict__["_log"] = JobLog(job.attempts, job.started_at, sizes)
             context.run(JOB_LOG.set, log_of_job)
+            recapture()
         if log.isEnabledFor(logging.DEBUG):
             text = "job %s (%s) started, attempt %d/%d"
             context.run(log.debug, text, job.id, job.type, job.attempts, job.max_attempts, extra=STARTED)

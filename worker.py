@@ -86,7 +86,7 @@ from tinyqueue_config import (
     variable,
 )
 from tinyqueue_doctor import warnings
-from tinyqueue_log import capturing
+from tinyqueue_log import capturing, recapture
 from tinyqueue_repair import find_broken, find_forgotten, repair
 from tinyqueue_schedule import Scheduler
 from tinyqueue_shards import AnyQueue
@@ -797,6 +797,8 @@ class Worker:
         """Write what running jobs have logged since the last time."""
         with self.lock:
             jobs = [job for job in self.held.values() if "_log" in job.__dict__]
+        if jobs:
+            recapture()
         for job in jobs:
             with suppress(Reaped):  # the job has just ended, or the heartbeat will find that it is lost
                 self.queue.write_log(job)

@@ -49,6 +49,7 @@ from tinyqueue import (
     UNENDED,
     InvalidJob,
     Job,
+    NotReplicated,
     Once,
     Queue,
     Schedule,
@@ -300,6 +301,8 @@ class API(bottle.Bottle):  # type: ignore[misc]
         except Problem as error:
             return self._refuse(error, role)
         except TinyQueueError as error:
+            if isinstance(error, NotReplicated) and role == "admin":  # a replay, whose job is stored
+                self._note_action(route.__name__, args, {"jobId": error.jobs[0].id})
             return self._refuse(problem(error), role)
         if isinstance(body, bottle.HTTPResponse):
             return body
@@ -784,7 +787,7 @@ class API(bottle.Bottle):  # type: ignore[misc]
 
 def _explain_missing(path: str) -> str:
     """Say why no route has this path. A route with an id or a name has only valid ones."""
-    if re.fullmatch("/jobs/[^/]+(/(retry|run|replay|purge))?", path):
+    if re.fullmatch("/jobs/[^/]+(/(log|retry|run|replay|purge))?", path):
         return "not a job id; an id is a UUID, such as 01900000-0000-7000-8000-000000000000"
     if re.fullmatch("/schedules/[^/]+(/(pause|resume|run))?", path):
         return "not the name of a schedule; a name is 1 to 100 of the characters A-Z a-z 0-9 . _ -"

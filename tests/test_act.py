@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -733,3 +734,21 @@ def test_action_stays_when_its_audit_cannot_be_written(near: Queue, caplog: pyte
     assert near.queues()["slow"]["paused"]
     assert "could not add this action to the audit" in caplog.text
     raw(near).delete(near.keys.audit)
+
+
+def test_bulk_change_is_answered_after_an_action_that_cannot_be_read(queue: Queue, api: Client) -> None:
+    raw(queue).lpush(queue.keys.audit, b"no JSON")
+    put(queue, "failed")
+    assert api.post("/jobs/retry", {"status": "failed"}).json["retried"] == 1
+    assert json.loads(raw(queue).lindex(queue.keys.audit, 0))["action"] == "retry"
+
+
+def test_audit_lists_a_replay_that_too_few_replicas_have(near: Queue) -> None:
+    job = put(near, "completed")
+    near.min_replicas = 1
+    api = Client(API(Settings(), near))
+    answer = api.call("POST", f"/jobs/{job.id}/replay")
+    assert answer.status == 503
+    stored = answer.problem["jobId"]
+    assert near.get(stored)
+    assert actions(api) == [("", "replay", {"job": job.id}, {"jobId": stored})]

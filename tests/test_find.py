@@ -190,6 +190,33 @@ def test_command_line_submits_tags(near: Queue, run: Any) -> None:  # noqa: F811
     assert "tags         vip, two words" in run("get", id).stdout.decode()
 
 
+NO_UNICODE = [("type", "type"), ("queue", "queue"), ("error_type", "errorType"), ("tag", "tag"), ("text", "text")]
+
+
+@pytest.mark.parametrize(("field", "name"), NO_UNICODE)
+def test_refuse_a_filter_that_is_no_unicode(api: Client, queue: Queue, field: str, name: str) -> None:
+    put(queue, "failed")
+    with pytest.raises(InvalidJob, match=f"{name}: must be valid Unicode"):
+        queue.page(Filter(**{field: "a\ud800"}))
+    for verb in ("retry", "purge"):
+        answer = api.post(f"/jobs/{verb}", {"status": "failed", name: "a\ud800"})
+        assert (answer.status, answer.problem["field"]) == (422, name)
+
+
+def test_command_line_refuses_a_text_that_is_no_unicode(near: Queue, run: Any) -> None:  # noqa: F811
+    near.enqueue("echo", 1)
+    done = run("list", "--text", b"\xff")
+    assert b"text: must be valid Unicode" in done.stderr
+    assert done.returncode == 2
+
+
+def test_list_by_text_finds_a_record_that_is_nested_too_deep(server: Server) -> None:
+    queue = server.queue()
+    job = put(queue, "failed")
+    raw(queue).set(queue.keys.job(job.id), b'{"type":"echo","payload":' + b"[" * 100_000 + b"broken", keepttl=True)
+    assert ids(queue.page(Filter(text="broken"))[0]) == [job.id]
+
+
 def test_command_line_finds_by_tag_and_text(near: Queue, run: Any) -> None:  # noqa: F811
     id = near.enqueue("echo", {"customer": 17}, tags=["vip", "two words"]).id
     near.enqueue("echo", {"customer": 18})

@@ -98,6 +98,7 @@ def echo_with(**fields: Any) -> dict[str, Any]:
         ("GET", "/jobs/nope", "not a job id; "),
         ("DELETE", "/jobs/nope", "not a job id; "),
         ("POST", "/jobs/nope/retry", "not a job id; "),
+        ("GET", "/jobs/nope/log", "not a job id; "),
         ("POST", "/queues/a%20b/pause", "not the name of a queue; "),
         ("PUT", "/limits/charge/a%20b", "not the name of a limit; "),
         ("GET", "/nope", "unknown path; see /openapi.json"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import logging.config
 import threading
 from collections.abc import Callable
 from contextvars import copy_context
@@ -22,7 +23,7 @@ import worker
 from tinyqueue import Failure, Filter, Job, Outcome, Queue, Reaped, handler
 from tinyqueue_backup import back_up, restore
 from tinyqueue_config import Settings
-from tinyqueue_log import JOB_LOG, LINE, LOG_BYTES, Capture, JobLog, LogLine
+from tinyqueue_log import JOB_LOG, LEVEL, LINE, LOG_BYTES, Capture, JobLog, LogLine
 from tinyqueue_shards import Shards
 
 DEFAULT = ["default"]
@@ -487,6 +488,57 @@ def test_workers_of_one_process_keep_each_line_once(queue: Queue, work: Any) -> 
     for running in workers:
         running.end("drain")
     assert logging.getLogger().handlers == before
+
+
+@pytest.mark.parametrize(
+    "configure",
+    [
+        lambda: logging.basicConfig(force=True),
+        lambda: logging.config.dictConfig({"version": 1, "disable_existing_loggers": False, "root": {"handlers": []}}),
+    ],
+)
+def test_lines_are_kept_after_a_handler_has_configured_logging(
+    queue: Queue,
+    work: Any,  # noqa: F811
+    fast: None,
+    configure: Callable[[], None],
+) -> None:
+    handlers = logging.getLogger().handlers[:]
+
+    @handler("configures", logs=True)
+    def configures(payload: Any, job: Job) -> None:
+        configure()
+
+        def log_again() -> list[str]:
+            log.warning("later")
+            return texts(queue, job)
+
+        until(log_again)
+
+    @handler("chatty", logs=True)
+    def chatty(payload: Any, job: Job) -> None:
+        log.warning("one")
+
+    work(queue, slots=1)
+    try:
+        for type, line in {"configures": "later", "chatty": "one"}.items():
+            job = queue.enqueue(type, 1)
+            until_ended(queue, job)
+            assert texts(queue, job)[0] == line
+    finally:
+        logging.getLogger().handlers[:] = handlers
+
+
+def test_name_of_a_level_that_is_no_unicode_or_long_fails_no_attempt(queue: Queue) -> None:
+    job = begun(queue)
+    kept = job.__dict__["_log"]
+    kept.add("L\ud800", "one")
+    kept.add("L" * LOG_BYTES, "two")
+    queue.write_log(job)
+    assert [(line.level, line.text) for line in queue.read_log(job.id)[1]] == [
+        ("L\\ud800", "one"),
+        ("L" * LEVEL, "two"),
+    ]
 
 
 def test_thread_that_is_given_up_logs_no_more(

@@ -62,6 +62,7 @@ ONE_BY_ONE = {
     "discard",
     "exchange",
     "load",
+    "next_jobs",
     "pending_among",
     "change_schedule",
     "sync_schedules",

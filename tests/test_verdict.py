@@ -161,6 +161,8 @@ def test_verdict_names_a_redis_that_does_not_answer() -> None:
     found = verdict(queue)
     assert found["status"] == "critical"
     assert found["text"].startswith("Redis does not answer, so jobs can be neither submitted nor run: Error 111")
+    assert found["text"].endswith("Connection refused.")
+    assert not found["text"].endswith("..")
     [problem] = found["problems"]
     assert "REDIS_URL" in problem["next"]["text"]
     assert problem["next"]["command"] == "tinyqueue doctor"
@@ -327,6 +329,22 @@ def test_verdict_names_a_queue_that_has_lost_its_worker(queue: Queue) -> None:
     assert problems(queue) == {}
     later(queue, 10)
     assert problems(queue)["unserved"]["queues"] == ["mail"]
+
+
+@pytest.mark.parametrize("cancelled", [1, 150])
+def test_verdict_names_a_job_behind_cancelled_ones(queue: Queue, cancelled: int) -> None:
+    queue.register(["default"], 1)
+    before = queue.enqueue_many("echo", range(cancelled), queue="typo")
+    later(queue, 10)
+    job = queue.enqueue("echo", 1, queue="typo")
+    for other in before:
+        queue.cancel(other.id)
+    later(queue, 30)
+    found = problems(queue)["unserved"]
+    assert found["text"] == "1 job in queue typo cannot start, because no live worker serves it"
+    assert found["since"] == job.created_at
+    assert 30_000 <= queue.queues()["typo"]["oldestWaitingMs"] < 35_000
+    assert 30_000 <= queue.scale(["typo"])["oldestWaitingMs"] < 35_000
 
 
 def test_verdict_names_deliveries_that_no_worker_serves(queue: Queue) -> None:
@@ -531,6 +549,23 @@ def test_verdict_names_held_jobs_whose_limit_is_full_for_long(queue: Queue, no_h
     assert problem["limits"] == ["charge"]
 
 
+def test_verdict_names_held_jobs_that_have_lost_their_workers(queue: Queue, no_handlers: None) -> None:
+    @handler("charge", rate="1/hour", queue="money")
+    def charge(payload: object) -> None: ...
+
+    worker = queue.register(["money"], 2)
+    queue.enqueue_many("charge", [1, 2])
+    [job] = queue.dequeue(worker, ["money"], 2)
+    queue.complete(job)
+    queue.deregister(worker)
+    queue.register(["default"], 1)
+    later(queue, 600)
+    problem = problems(queue)["limits"]
+    assert problem["text"].endswith("and no live worker serves its queue money")
+    assert problem["text"].startswith("Limit charge has held a job for 10 minutes")
+    assert problem["next"]["command"] == "tinyqueue worker --queue money"
+
+
 def test_verdict_names_a_receiver_whose_deliveries_are_held(queue: Queue, no_handlers: None) -> None:
     register()
     for _ in range(3):
@@ -585,6 +620,16 @@ def test_verdict_names_a_type_whose_attempts_all_fail(queue: Queue) -> None:
     assert problem["next"]["command"] == command
     assert problem["next"]["action"] == {"link": "#/jobs?type=report&errorType=ConnectionError"}
     assert queue.now() - 120_000 < problem["since"] <= queue.now()
+
+
+def test_next_step_quotes_the_name_of_an_error(queue: Queue) -> None:
+    worker = queue.register(["default"], 5)
+    for _ in range(5):
+        queue.enqueue("echo", 1, max_attempts=1)
+        [job] = queue.dequeue(worker, ["default"])
+        queue.fail(job, Failure("Bad; rm -r x", "no"))
+    command = problems(queue)["failing"]["next"]["command"]
+    assert command == "tinyqueue list --type echo --error-type 'Bad; rm -r x'"
 
 
 def test_verdict_names_the_share_and_the_main_error(queue: Queue) -> None:
