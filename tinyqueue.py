@@ -1251,15 +1251,18 @@ class Verbs(ABC):
     def failures(self, filter: Filter, cursor: str = "") -> dict[str, Any]:
         """Look at up to 1,000 jobs, and group those that match by type and by type of error.
 
-        Each group has its `count`, and the `message`, `jobId` and `at` of its newest job. Jobs
+        Each group has its `count`, and the `message`, `jobId` and `at` of its latest failure. Jobs
         without an error are in no group. Continue with the returned cursor, and add up the counts.
         """
         page = self.page(filter, limit=SCANNED, cursor=cursor, cut=0)
         groups: dict[tuple[str, str], dict[str, Any]] = {}
         for job, error in ((job, job.error) for job in page[0] if job.error):
-            about = {"message": error.message[:MESSAGE], "jobId": job.id, "at": job.place()[0]}
-            own = {"type": job.type, "errorType": error.type, "count": 0, **about}
-            groups.setdefault((job.type, error.type), own)["count"] += 1
+            first: dict[str, Any] = {"type": job.type, "errorType": error.type, "count": 0, "at": -1}
+            own = groups.setdefault((job.type, error.type), first)
+            own["count"] += 1
+            at = job.ended_at or job.updated_at  # a retrying job was updated when its attempt failed
+            if at > own["at"]:
+                own |= {"message": error.message[:MESSAGE], "jobId": job.id, "at": at}
         listed = sorted(groups.values(), key=lambda group: -group["count"])
         return {"groups": listed, "cursor": page[1], "scanned": page.scanned}
 
