@@ -153,7 +153,8 @@ Keys. All share one hash tag, the namespace, and so one slot of a cluster.
     {queue}:overrides         hash    type or limit -> what replaces the numbers in the code
     {queue}:minute:<n>        hash    started, waitedMs, completed, failed, cancelled, retried in minute
                                       n since 1970; completed:<type> and error:<type>:<error>, the
-                                      attempts by how they ended; ready, the jobs in lists when a
+                                      attempts by how they ended (each process names up to 1,000
+                                      errors; others: other); ready, the jobs in lists when a
                                       verdict looked; requeued and lost:<worker>, by reap; refused:
                                       <reason>, submits; failedTick:<schedule>:<error>. Expires after
                                       two hours
@@ -610,6 +611,7 @@ class Store:
         self.keys = Keys(namespace)
         self.clock = Clock()
         self.series: frozenset[str] = frozenset()  # the <type>:<queue> that have their own metrics
+        self.errors: set[str] = set()  # the types of errors that this process counts by name
         self.series_known = False  # whether these were read and no others have been met since
         self.advance: Callable[[], Any] = int  # called after a transaction that pushed a token
 
@@ -1249,15 +1251,18 @@ class Verbs(ABC):
     def failures(self, filter: Filter, cursor: str = "") -> dict[str, Any]:
         """Look at up to 1,000 jobs, and group those that match by type and by type of error.
 
-        Each group has its `count`, and the `message`, `jobId` and `at` of its newest job. Jobs
+        Each group has its `count`, and the `message`, `jobId` and `at` of its latest failure. Jobs
         without an error are in no group. Continue with the returned cursor, and add up the counts.
         """
         page = self.page(filter, limit=SCANNED, cursor=cursor, cut=0)
         groups: dict[tuple[str, str], dict[str, Any]] = {}
         for job, error in ((job, job.error) for job in page[0] if job.error):
-            about = {"message": error.message[:MESSAGE], "jobId": job.id, "at": job.place()[0]}
-            own = {"type": job.type, "errorType": error.type, "count": 0, **about}
-            groups.setdefault((job.type, error.type), own)["count"] += 1
+            first: dict[str, Any] = {"type": job.type, "errorType": error.type, "count": 0, "at": -1}
+            own = groups.setdefault((job.type, error.type), first)
+            own["count"] += 1
+            at = job.ended_at or job.updated_at  # a retrying job was updated when its attempt failed
+            if at > own["at"]:
+                own |= {"message": error.message[:MESSAGE], "jobId": job.id, "at": at}
         listed = sorted(groups.values(), key=lambda group: -group["count"])
         return {"groups": listed, "cursor": page[1], "scanned": page.scanned}
 
@@ -2972,6 +2977,9 @@ def _metric_commands(store: Store, tx: Transaction) -> list[Command]:
             for ms in times:
                 sums[f"{event}:{name}:{BUCKETS[bisect_left(BUCKETS, ms)]}"] += 1
     for (type, queue, error), count in tx.errors.items():
-        tx.minute[f"error:{type if f'{type}:{queue}' in store.series else 'other'}:{error}"] += count
+        if len(store.errors) < SERIES:
+            store.errors.add(error)
+        known_error = error if error in store.errors else "other"
+        tx.minute[f"error:{type if f'{type}:{queue}' in store.series else 'other'}:{known_error}"] += count
     added: list[Command] = [("SADD", store.keys.series, *new)] if new else []
     return added + [("HINCRBY", store.keys.metrics, field, by) for field, by in sums.items() if by]

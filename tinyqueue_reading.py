@@ -267,10 +267,10 @@ class Reading:
         counts = {field: read_count(value) for field, value in pairs(fields)}
         counted = {field.partition(":")[2] for field in counts if ":" in field}
         names = sorted(counted | set(filter(NAME.fullmatch, self._paused[1])))
-        filled = [name for name in names if counts.get("pending:" + name)]
-        heads = self.store.read(*(("LINDEX", self.keys.jobs(name), -1) for name in filled))
+        found = self.store.read(*(("LINDEX", self.keys.jobs(name), -1) for name in names))
+        heads = {name: id for name, id in zip(names, found, strict=True) if counts.get("pending:" + name)}
         now = self.now()
-        waited = {name: job.waited(now) for name, job in self.next_jobs(dict(zip(filled, heads, strict=True))).items()}
+        waited = {name: job.waited(now) for name, job in self.next_jobs(heads).items()}
         return {
             name: {
                 "pending": counts.get("pending:" + name, 0),

@@ -10,7 +10,7 @@ from client import Client
 from conftest import put, raw, until
 from test_metrics import run, samples
 
-from tinyqueue import BUCKETS, SNAPSHOTS, Failure, Queue, Unavailable, handler
+from tinyqueue import BUCKETS, SERIES, SNAPSHOTS, Failure, Outcome, Queue, Unavailable, handler
 from tinyqueue_config import Settings
 from tinyqueue_metrics import percentile, types
 from tinyqueue_shards import Shards
@@ -236,3 +236,20 @@ def test_reports_send_the_same_commands_however_many_jobs_there_are(near: Queue,
         near.enqueue_many("echo", range(1000), queue=name)
         near.enqueue_many("echo", range(1000), queue=name, delay=600)
     assert commands() == few
+
+
+def test_errors_with_invented_names_do_not_fill_redis(queue: Queue) -> None:
+    worker = queue.register(["default"], 2000)
+    for batch in range(2):
+        queue.enqueue_many("echo", [{}] * 600, max_attempts=1)
+        jobs = queue.dequeue(worker, ["default"], 600)
+        failures = [Failure(f"Invented{batch}_{at}", "") for at in range(len(jobs))]
+        queue.settle(worker, [Outcome(job, "fail", error=error) for job, error in zip(jobs, failures, strict=True)])
+    errors = types(queue, 5)["types"]["echo"]["errors"]
+    assert len(errors) == SERIES + 1
+    assert errors["other"] == 1200 - SERIES
+    worker = queue.register(["default"], 1)
+    queue.enqueue("echo", {}, max_attempts=1)
+    [job] = queue.dequeue(worker, ["default"])
+    queue.fail(job, Failure("Invented0_0", ""))
+    assert types(queue, 5)["types"]["echo"]["errors"]["Invented0_0"] == 2

@@ -70,7 +70,7 @@ def is_not_served(queue: Queue) -> tuple[Job, str]:
 
 def is_of_an_unknown_type(queue: Queue) -> tuple[Job, str]:
     queue.register(["default"], 1)
-    return queue.enqueue("report", 1), "no live worker of its queue has a handler for its type report; start a worker"
+    return queue.enqueue("report", 1), "waits, because no live worker of its queue has a handler for its type report"
 
 
 def has_expired(queue: Queue) -> tuple[Job, str]:
