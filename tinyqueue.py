@@ -111,8 +111,9 @@ round trips however many jobs it moves. No Lua.
     worker at a time takes, adopts and starts, or an id would be started twice. A worker that was
     reaped may wake up and take ids. take lists it as a worker again, so reap requeues them too.
 
-    A quiet worker takes no ids and leaves the bells to others. It runs what it has taken. Only a
-    registered worker can become quiet, and reap removes its mark. So no mark outlives its worker.
+    A quiet worker takes no ids and leaves the bells to others. It finishes the jobs that it has
+    taken. Only a registered worker can become quiet, and reap removes its mark. So no mark outlives
+    its worker.
 
     A slot is a thread of a worker that runs one job at a time (in a cluster: Redis' hash slot). To
     trim is to delete ended jobs that were kept long enough. A shard is one of several queues that
@@ -162,7 +163,7 @@ Keys. All share one hash tag, the namespace, and so one slot of a cluster.
     {queue}:done:<id>         list    a token that wakes those callers. A web process has an <id> of
                                       its own, to be woken for more jobs. Expires after a minute
     {queue}:counts            hash    pending:<name> and processing:<name> now;
-                                      retrying: pending ones of which an attempt has failed;
+                                      retrying: pending ones after a failed attempt;
                                       completed, failed and cancelled ever
     {queue}:promoter          string  a lock that saves two promoters the same work. Expires
     {queue}:repairer          string  a lock that saves workers the same repair. Expires
@@ -359,8 +360,8 @@ LOOK = 30_000  # milliseconds between two looks at a limit with held jobs, unles
 LOOK_GAP = 20  # milliseconds between two looks, at least
 AHEAD = 100  # held jobs, or jobs at the head of a queue, that one look reads
 SHOWN = 1000  # limits of one report
-MESSAGE = 200  # characters of an error that a group of failures shows
-ACTIONS = 1000  # of operators that are kept
+MESSAGE = 200  # characters of an error message that a group of failures shows
+ACTIONS = 1000  # actions of operators that are kept
 ONE_ACTION = 60_000  # milliseconds between two steps of a bulk change that count as one action
 LOOK_MARK = "limit:"  # with a limit, what stands among the delayed ids until the next look at that limit
 SWEEP_MARK = "advance:"  # stands among the delayed ids, to have promote look for tokens that are left
@@ -369,8 +370,8 @@ TOKENS = 1000  # of advance that are read at a time
 ADVANCED = 100  # waiting jobs that one transaction of advance changes
 FATES = {"failed": "has failed", "cancelled": "was cancelled"}  # of a parent, in an error
 SERIES = 1000  # pairs of type and queue in the metrics: each adds some thirty lines to a scrape
-SNAPSHOTS = 5  # of the times in the metrics that are kept
-SNAPSHOT_EVERY = 900  # seconds
+SNAPSHOTS = 5  # snapshots of the times in the metrics that are kept
+SNAPSHOT_EVERY = 900  # seconds between two snapshots
 
 
 # Keys -----------------------------------------------------------------------------------------------------------------
@@ -556,7 +557,7 @@ class Transaction:
         self._counts[field] += by
 
     def count_pending(self, job: Job, by: int = 1) -> None:
-        """Count a job that became pending, or that is so no longer but still looks like it."""
+        """Count a job that became pending. With `by` -1: one that stops being pending."""
         self.count("pending:" + job.queue, by)
         if job.retrying:
             self.count("retrying", by)
@@ -574,12 +575,12 @@ class Transaction:
         self.measure(job.status, job)
 
     def count_retry(self, job: Job) -> None:
-        """Count a failed attempt that another follows, in this minute and in the metrics."""
+        """Count a failed attempt that is retried, in this minute and in the metrics."""
         self.minute["retried"] += 1
         self.measure("retried", job)
 
     def count_error(self, job: Job) -> None:
-        """Count a failed attempt, in this minute, by its error."""
+        """Count a failed attempt in this minute, by its type and error."""
         self.errors[job.type, job.queue, job.error.type if job.error else ""] += 1
 
     def measure(self, event: str, job: Job, ms: int = -1) -> None:
@@ -1150,12 +1151,13 @@ class Verbs(ABC):
         return draft
 
     def replay(self, id: str, **options: Any) -> Job | None:
-        """Submit an ended job again as a new one. Return that; None for an unknown id.
+        """Submit an ended job again. Return the new job; None for an unknown id.
 
-        The new job has what the old one was submitted with, except its times, or what `options`
-        have instead, such as another payload. The old job stays as it is. Raises WrongStatus if it
-        has not ended, and otherwise like `enqueue`: its payload may not fit the handler any more,
-        and parents may be gone. While another job has its uniqueKey, returns that one.
+        The new job has the options that the old one was submitted with, except its times.
+        `options` replaces some of them, for example the payload. The old job stays as it is. Raises
+        WrongStatus if it has not ended, and otherwise the errors of `enqueue`: the payload may no
+        longer fit the handler, and parents may be gone. If another job has the uniqueKey now,
+        returns that job.
         """
         job = self.get(id)
         return self.submit([self.redraft(job, **options)])[0] if job else None
@@ -1236,7 +1238,7 @@ class Verbs(ABC):
     def count(self, filter: Filter, cursor: str = "") -> dict[str, Any]:
         """Look at up to 1,000 jobs and count those that match. Continue with the returned cursor.
 
-        Those of a status are counted at once, and the unended ones of a queue.
+        Counts all at once if the filter is only a status, or a queue with an unended status.
         """
         status, queue = filter.status, filter.queue
         if status and not cursor and filter == Filter(status):
@@ -1247,17 +1249,20 @@ class Verbs(ABC):
         return {"count": len(page[0]), "cursor": page[1], "scanned": page.scanned}
 
     def failures(self, filter: Filter, cursor: str = "") -> dict[str, Any]:
-        """Look at up to 1,000 jobs, and group those that match by type and type of their error.
+        """Look at up to 1,000 jobs, and group those that match by type and by type of error.
 
-        Each group has its `count`, and of its newest job the `message`, `jobId` and `at`. Jobs
-        without an error are in none. Continue with the returned cursor, and add up the counts.
+        Each group has its `count`, and the `message`, `jobId` and `at` of its latest failure. Jobs
+        without an error are in no group. Continue with the returned cursor, and add up the counts.
         """
         page = self.page(filter, limit=SCANNED, cursor=cursor, cut=0)
         groups: dict[tuple[str, str], dict[str, Any]] = {}
         for job, error in ((job, job.error) for job in page[0] if job.error):
-            about = {"message": error.message[:MESSAGE], "jobId": job.id, "at": job.place()[0]}
-            own = {"type": job.type, "errorType": error.type, "count": 0, **about}
-            groups.setdefault((job.type, error.type), own)["count"] += 1
+            first: dict[str, Any] = {"type": job.type, "errorType": error.type, "count": 0, "at": -1}
+            own = groups.setdefault((job.type, error.type), first)
+            own["count"] += 1
+            at = job.ended_at or job.updated_at  # a retrying job was updated when its attempt failed
+            if at > own["at"]:
+                own |= {"message": error.message[:MESSAGE], "jobId": job.id, "at": at}
         listed = sorted(groups.values(), key=lambda group: -group["count"])
         return {"groups": listed, "cursor": page[1], "scanned": page.scanned}
 
@@ -1608,7 +1613,7 @@ class Queue(Reading, Verbs):
     def wait(self, names: Sequence[str], seconds: float = BLOCK, worker: str = "") -> set[str]:
         """Wait for a bell of these queues. Return the name of the one that rang. Takes no job.
 
-        A quiet worker waits for a bell that nobody rings, and hands back a token that it has got.
+        A quiet worker waits for a bell that nobody rings, and returns a token that it has taken.
         """
         heard = [QUIET_MARK + worker] if self.is_quiet(worker) else names
         bells = ("BLPOP", *map(self.keys.bell, heard), seconds)
@@ -1716,7 +1721,7 @@ class Queue(Reading, Verbs):
         return jobs
 
     def _measure_log(self, job: Job) -> None:
-        """Note the sizes of the lines that earlier attempts have logged."""
+        """Note the sizes of the stored lines that earlier attempts logged."""
         with suppress(Unavailable, Corrupted):  # then the next write replaces them
             job.__dict__["_log_sizes"] = list(map(len, self.store.read(("LRANGE", self.keys.log(job.id), 0, -1))[0]))
 
@@ -1921,7 +1926,7 @@ class Queue(Reading, Verbs):
         self._write_running(job, lambda tx, logged: self._write_record(tx, job))
 
     def write_log(self, job: Job) -> None:
-        """Write what a running job has logged since the last time. Raises Reaped like progress.
+        """Write what a running job has logged since the last write. Raises Reaped like progress.
 
         Writes the record only with the first lines.
         """
@@ -1940,7 +1945,7 @@ class Queue(Reading, Verbs):
             log.note_written(lines)
 
     def _write_running(self, job: Job, write: Callable[[Transaction, bool], None]) -> None:
-        """Write to a running job. `write` gets whether its record is marked as logged."""
+        """Let `write` write to a running job. It gets whether the record is marked as logged."""
         key = self.keys.job(job.id)
 
         def body(tx: Transaction) -> None:
@@ -1962,7 +1967,7 @@ class Queue(Reading, Verbs):
     def _add_lines(
         self, tx: Transaction, job: Job, logged: bool, lines: Sequence[tuple[int, bytes]] | None = None
     ) -> None:
-        """Add lines to the log of a job, by default all that are not written. Drop the oldest."""
+        """Add lines to the log of a job, by default all unwritten ones. Drop the oldest lines."""
         job.logged = job.logged or logged
         log = job.__dict__.get("_log")
         lines = log.unwritten() if log and lines is None else lines
@@ -2097,7 +2102,7 @@ class Queue(Reading, Verbs):
     def hasten(self, id: str) -> Job | None:
         """Let a delayed or retrying job start now. Return it; None for an unknown id.
 
-        pending -> pending, at the head of its queue, with the attempts that it has. Watches the
+        pending -> pending, at the head of its queue. The job keeps its attempts. Watches the
         record. Raises WrongStatus if the job is not pending, waits for other jobs or is due.
         """
 
@@ -2309,10 +2314,10 @@ class Queue(Reading, Verbs):
         self.store.transact((), body)
 
     def quiet(self, worker: str) -> bool:
-        """Let a worker take no more jobs. Return whether it is registered.
+        """Make a worker quiet: it takes no more jobs. Return whether it is registered.
 
-        Takes effect after at most PAUSE_AGE seconds. The jobs that it has taken run to their ends.
-        Watches the registration, because reap removes the mark of a worker only once.
+        Takes effect after at most PAUSE_AGE seconds. The worker finishes the jobs that it has
+        taken. Watches the registration, because reap removes the mark of a worker only once.
         """
         key = self.keys.worker(check_name("worker", worker))
 
@@ -2334,9 +2339,10 @@ class Queue(Reading, Verbs):
     # Audit ------------------------------------------------------------------------------------------------------------
 
     def note_action(self, by: str, action: str, target: Mapping[str, Any], result: Mapping[str, Any]) -> None:
-        """Add what an operator did to the last ACTIONS actions. `target` names what was changed.
+        """Add an action of an operator to the audit. `target` names what was changed.
 
-        If `target` has a filter, the step of a bulk change is added to the step before.
+        Keeps the last ACTIONS. If `target` has a filter, adds the counts to the step before, if
+        that is at most ONE_ACTION old.
         """
         made = b""
 
@@ -2358,7 +2364,7 @@ class Queue(Reading, Verbs):
         self.store.transact([self.keys.audit], body)
 
     def audit(self, limit: int = ACTIONS) -> list[dict[str, Any]]:
-        """Return the last actions of operators, newest first.
+        """Return the latest actions of operators, newest first.
 
         Each has `at`, `by` (the name of a key, or user@host), `action`, `target` and `result`.
         """
@@ -2601,7 +2607,7 @@ class Queue(Reading, Verbs):
     def _correct_retrying(self, counts: Mapping[str, bytes]) -> None:
         """Reset the count of retrying jobs if no job is pending.
 
-        Versions before this count start and end such jobs without counting them.
+        Versions that do not keep this count start and end such jobs without counting them.
         """
         pending = {field: count for field, count in counts.items() if field.startswith("pending:") and count != b"0"}
         if pending or counts.get("retrying", b"0") == b"0":
@@ -2638,7 +2644,7 @@ class Queue(Reading, Verbs):
         self.store.transact([self.keys.counts, *lists], body)
 
     def take_snapshot(self) -> bool:
-        """Keep the times in the metrics as they are now, if 15 minutes have passed since the last.
+        """Store the times in the metrics, if 15 minutes have passed since the last snapshot.
 
         Returns whether it did. `times` compares them with later ones.
         """
@@ -2691,7 +2697,7 @@ class Queue(Reading, Verbs):
         return read_job(id, record) if record is not None else None
 
     def read_log(self, id: str, after: int = 0) -> tuple[Job | None, list[LogLine]]:
-        """Return a job, and the lines with a number above `after` that it has logged."""
+        """Return a job, and the lines that it logged with a number above `after`."""
         if not ID.fullmatch(id):
             return None, []
         record, lines = self.store.read(("GET", self.keys.job(id)), ("LRANGE", self.keys.log(id), 0, -1))
@@ -2775,7 +2781,7 @@ class Queue(Reading, Verbs):
         self.store.read(("HINCRBY", self.keys.metrics, "scrapeErrors", times))
 
     def count_refused(self, counts: Mapping[str, int]) -> None:
-        """Add submissions that were refused, by reason, in this minute and in the metrics."""
+        """Count refused submissions by reason, in this minute and in the metrics."""
         minute = self.keys.minute(self.now())
         adds = [
             ("HINCRBY", key, f"refused:{why}", n) for why, n in counts.items() for key in (minute, self.keys.metrics)
@@ -2917,9 +2923,9 @@ def host_name() -> str:
 
 
 def new_worker_id() -> str:
-    """Make an id of up to WORKER_ID characters, because every ended job keeps that of its worker.
+    """Make an id of up to WORKER_ID characters: short, because every ended job keeps its worker's.
 
-    Shortens the host name to the end of its first part, which differs between pods.
+    A long host name is shortened to the end of its first part, which differs between pods.
     """
     host = host_name()
     end = f"-{os.getpid()}-{os.urandom(4).hex()}"

@@ -77,7 +77,7 @@ SECTIONS = {
     "Diagnose": ("doctor", "check"),
     "Prepare": ("plan",),
 }
-LOG_EVERY = 1.0  # seconds between two looks at a log that is followed
+LOG_EVERY = 1.0  # seconds between two reads of a log that is followed
 WORDS = {"purged": "deleted", "skipped": "skipped (changed meanwhile)"}  # for the counts of bulk changes
 WEB_TIMEOUT = 5.0  # seconds for a web process to answer /health
 Command = Callable[..., None]
@@ -159,10 +159,10 @@ def _require_job(job: Job | None, id: str) -> Job:
 
 
 def _note(queue: AnyQueue, action: str, target: Mapping[str, Any], result: Mapping[str, Any] | None = None) -> None:
-    """Add a change to the audit. The change stays if that fails."""
+    """Add a change to the audit. If that fails, the change stays in effect."""
     try:
         name = getpass.getuser()
-    except (KeyError, OSError, ImportError):  # a user id without a name, as in some containers
+    except (KeyError, OSError, ImportError):  # the user id has no name, as in some containers
         name = str(os.getuid())
     try:
         queue.note_action(f"{name}@{host_name()}", action, target, result or {})
@@ -180,7 +180,7 @@ def _read_payload(payload: str) -> Any:
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 refresh_option = click.option("--watch", is_flag=True, help="Refresh every two seconds until Ctrl-C.")
 limit_option = click.option(
-    "--limit", type=click.IntRange(1, 1000), metavar="N", default=50, show_default=True, help="Maximum number of jobs."
+    "--limit", type=click.IntRange(1, 1000), metavar="N", default=50, show_default=True, help="Maximum number to list."
 )
 yes_option = click.option("--yes", is_flag=True, help="Do not ask for confirmation.")
 
@@ -232,7 +232,7 @@ def filter_options(*statuses: str, required: bool = False, default: str | None =
     help="If a job in --after fails or is cancelled: fail too, or run anyway.  [default: fail]",
 )
 @click.option("--callback-url", metavar="URL", help="http or https URL that gets a webhook when the job has ended.")
-@click.option("--tag", "tags", multiple=True, metavar="TAG", help="Tag to find the job by. Repeat it for several.")
+@click.option("--tag", "tags", multiple=True, metavar="TAG", help="Tag of the job. Repeat it for several.")
 @click.pass_obj
 def enqueue(settings: Settings, /, type: str, payload: str, **options: Any) -> None:
     """Submit a job and print its id. PAYLOAD is JSON, or - to read it from standard input."""
@@ -316,7 +316,7 @@ def _print_workers(workers: list[dict[str, Any]]) -> None:
 @cli.command("list")
 @filter_options(*STATUSES)
 @limit_option
-@click.option("--count", "counts", is_flag=True, help="Only print how many there are, all of them.")
+@click.option("--count", "counts", is_flag=True, help="Only print the number of all jobs that match.")
 @json_option
 @pass_queue
 def list_jobs(queue: AnyQueue, filter: Filter, limit: int, counts: bool, as_json: bool) -> None:
@@ -332,7 +332,7 @@ def _count(queue: AnyQueue, filter: Filter) -> int:
 
 
 def _steps(step: Callable[[str], dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """Repeat a step that looks at some jobs until it has looked at all."""
+    """Repeat a step, which looks at some jobs, until it has looked at all."""
     cursor: str | None = None
     while cursor != "":
         found = step(cursor or "")
@@ -380,7 +380,7 @@ def failures(queue: AnyQueue, filter: Filter, as_json: bool) -> None:
 @json_option
 @pass_queue
 def audit(queue: AnyQueue, limit: int, as_json: bool) -> None:
-    """List what operators did last, newest first: over HTTP, and with these commands."""
+    """List the latest actions of operators, over HTTP and with these commands."""
     actions = queue.audit(limit)
     if as_json:
         _print_json(actions)
@@ -458,7 +458,7 @@ def _print_job(fields: dict[str, Any]) -> None:
 
 @cli.command()
 @click.argument("id")
-@click.option("--follow", is_flag=True, help="Go on until the job has ended.")
+@click.option("--follow", is_flag=True, help="Show new lines until the job has ended.")
 @json_option
 @pass_queue
 def log(queue: AnyQueue, id: str, follow: bool, as_json: bool) -> None:
@@ -471,7 +471,8 @@ def log(queue: AnyQueue, id: str, follow: bool, as_json: bool) -> None:
             _print_safely(to_json(line.answer()).decode() if as_json else text)
         after = lines[-1].number if lines else after
         if not follow or _require_job(job, id).status in ENDED:
-            _require_job(job, id)
+            if not _require_job(job, id).logged and not as_json:
+                click.echo(f"job {id} has no log; only handlers with logs=True keep one", err=True)
             return
         time.sleep(LOG_EVERY)
 
@@ -498,7 +499,7 @@ def _print_attempts(history: Sequence[PastAttempt]) -> None:
 def retry(queue: AnyQueue, ids: tuple[str, ...], filter: Filter, every: bool, **bounds: int | None) -> None:
     """Requeue failed or cancelled jobs with attempts reset, by ID or all that match the options.
 
-    Ctrl-C stops after the jobs that are being requeued, and says how many are left.
+    Ctrl-C stops after the current step, and prints how many jobs are left.
     """
     filter = _bulk_filter("failed", ids, filter, every)
     if ids and any(bounds.values()):
@@ -540,8 +541,7 @@ def hasten(queue: AnyQueue, ids: tuple[str, ...]) -> None:
 def replay(settings: Settings, /, id: str, payload: str | None) -> None:
     """Submit an ended job again as a new job, and print its id.
 
-    PAYLOAD, which is JSON or - for standard input, replaces the payload. The old job stays as it
-    is.
+    PAYLOAD replaces the payload: JSON, or - for standard input. The old job stays as it is.
     """
     queue = require_queue(settings)
     load_handlers(settings.handlers)
@@ -582,10 +582,10 @@ def resume(queue: AnyQueue, names: tuple[str, ...]) -> None:
 
 @cli.command()
 @click.argument("names", nargs=-1, required=True, metavar="WORKER...")
-@click.option("--resume", "resumes", is_flag=True, help="Let them take jobs again.")
+@click.option("--resume", "resumes", is_flag=True, help="Let the workers take jobs again.")
 @pass_queue
 def quiet(queue: AnyQueue, names: tuple[str, ...], resumes: bool) -> None:
-    """Let a worker take no more jobs. Those that it has taken run to their ends."""
+    """Make a worker quiet: it takes no more jobs, and finishes those that it has taken."""
     for name in names:
         if not (queue.resume_worker(name) if resumes else queue.quiet(name)):
             raise click.ClickException(f"no such worker: {name}; see tinyqueue workers")
@@ -741,10 +741,10 @@ def _run_in_steps(
     rate: int | None = None,
     most: int | None = None,
 ) -> None:
-    """Repeat a bulk change until it has seen all jobs; show progress, and print the counts.
+    """Repeat a bulk change until it has looked at all jobs. Show progress, and print the counts.
 
-    With a `rate`, there is a step each second. Ctrl-C stops between two steps: then print how many
-    jobs are left, and exit with 1.
+    With a `rate`, takes one step a second. Ctrl-C stops between two steps. Then this prints how
+    many jobs are left, and exits with 1.
     """
     stop = threading.Event()
     signal.signal(signal.SIGINT, lambda *_: stop.set())

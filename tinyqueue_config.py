@@ -141,7 +141,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         int,
         Meta(ge=0, le=10**6, description="megabytes in use above which a worker process does the same; 0: unlimited"),
     ] = 0
-    job_logs: Annotated[bool, Meta(description="1: keep what every handler logs with its job")] = False
+    job_logs: Annotated[bool, Meta(description="1: keep with each job what its handler logs")] = False
     max_work: Annotated[
         int,
         Meta(
@@ -160,7 +160,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         Meta(
             ge=0,
             le=10**9,
-            description="seconds that the next job of a queue may wait until the verdict warns of it; 0: unlimited",
+            description="seconds that the next job of a queue may wait before the verdict warns; 0: unlimited",
         ),
     ] = 300
     min_replicas: Annotated[

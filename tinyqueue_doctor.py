@@ -1,7 +1,7 @@
-"""The checks of `doctor`, which examine what the queue depends on, and those of a verdict.
+"""The checks of `doctor`, which examine what the queue depends on, and those of the verdict.
 
-`examine` changes nothing. Errors of Redis become findings. An `Observer` says whether all is well,
-as the dashboard, GET /verdict, `stats`, /ready and the alerts show it.
+`examine` changes nothing. Errors of Redis become findings. An `Observer` says whether all is well.
+The dashboard, GET /verdict, `stats`, /ready and the metrics show what it says.
 """
 
 from __future__ import annotations
@@ -150,7 +150,7 @@ def _all_addresses(host: str, kind: str) -> bool:
 
 
 def _password(pool: Any) -> Iterator[Finding]:
-    """Warn if others than this machine reach a Redis that requires no password."""
+    """Warn if other machines can reach a Redis that requires no password."""
     proofs = {"password": "with a password", "ssl_certfile": "with a client certificate"}
     seen = next((text for name, text in proofs.items() if pool.connection_kwargs.get(name)), "")
     host = str(pool.connection_kwargs.get("host", ""))
@@ -335,9 +335,9 @@ def local_workers(queue: AnyQueue) -> list[dict[str, Any]]:
     """Return the workers whose processes run on this host.
 
     A worker is alive if it holds its lease in any shard that answers. Raises the error of the first
-    shard if none answers. A process with the id of one that has died replaces that.
+    shard if none answers. If a new process has the pid of a dead one, only the new one counts.
     """
-    with ThreadPoolExecutor(len(queue.parts)) as threads:  # a shard that hangs holds up no other
+    with ThreadPoolExecutor(len(queue.parts)) as threads:  # a shard that hangs delays no other
         found = list(threads.map(_try_workers, queue.parts))
     answers = [workers for workers in found if not isinstance(workers, TinyQueueError)]
     if not answers:
@@ -372,20 +372,20 @@ def _is_running(pid: int) -> bool:
 Severity = Literal["warning", "critical"]
 
 LIFETIME = 2.0  # seconds for which a process returns the same verdict again
-COUNT_EVERY = 10.0  # seconds between two comparisons of the counts, and two readings of the configuration
+COUNT_EVERY = 10.0  # seconds between two comparisons of the counts, or reads of the configuration
 UNSERVED = 60_000  # milliseconds that a job may wait in a queue that has lost its workers
-BUSY_WAIT = 10_000  # milliseconds that a job may wait before it matters what the slots do
+BUSY_WAIT = 10_000  # milliseconds that a job may wait before the check `slots` looks at the slots
 LAG = 10  # seconds that a replica may be behind
-FAILED = 5  # failed attempts of a type from which their share counts
-ALL_FAILED = 3  # the same if none succeeded
+FAILED = 5  # minimum of failed attempts of a type before their share counts
+ALL_FAILED = 3  # the same if none completed
 FAILED_SHARE = 0.2  # of the attempts of a type
-RETRYING = 10  # jobs that wait for another attempt
-RATE_LIMITED = 10  # submissions that a rate limit may refuse
-GROWTH = 100  # jobs that a backlog grows by before it matters
+RETRYING = 10  # minimum of jobs that wait for another attempt before they count
+RATE_LIMITED = 10  # minimum of submissions that the rate limit refused before they count
+GROWTH = 100  # minimum of jobs by which a backlog grows before it counts
 
 
 class Next(msgspec.Struct, frozen=True, omit_defaults=True):
-    """The next step in words, as a command, and as a request or as a link of the dashboard."""
+    """The next step: in words, as a command, and as a request or a link of the dashboard."""
 
     text: str
     command: str = ""
@@ -393,7 +393,7 @@ class Next(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 class Problem(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True):
-    """What is wrong, since when (in ms), what it concerns, and the next step."""
+    """What is wrong, since when (ms since 1970), what it concerns, and the next step."""
 
     check: str
     level: Severity = "warning"
@@ -406,7 +406,7 @@ class Problem(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True):
     jobs: Sequence[str] = ()
     schedules: Sequence[str] = ()
     limits: Sequence[str] = ()
-    subject: str = ""  # tells the problems of one check apart; not a part of the answer
+    subject: str = ""  # distinguishes the problems of one check; not part of the answer
 
     def __str__(self) -> str:
         return f"{self.text}: {self.next.text}" + (f" ({self.next.command})" if self.next.command else "")
@@ -423,7 +423,7 @@ class Problem(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True):
 LOST = "read the end of its log, and check whether its process was killed or frozen"
 UNKNOWN = ":UnknownType"  # the error of jobs that a worker leaves to one that has their handler
 REFUSALS = {  # why submissions were refused, and what to do
-    "full": ("the memory of Redis is nearly used up", REMEDIES["full"]),
+    "full": ("the memory of Redis was nearly used up", REMEDIES["full"]),
     "read-only": ("Redis took no writes", REMEDIES["read-only"]),
     "unreachable": ("Redis did not answer", REMEDIES["unreachable"]),
     "timeout": ("Redis did not answer in time", REMEDIES["timeout"]),
@@ -432,15 +432,15 @@ REFUSALS = {  # why submissions were refused, and what to do
     "busy": ("connections or keys were in use by others", REMEDIES["busy"]),
     "queue-full": ("there were too many pending jobs or queues", "start more workers, or raise TINYQUEUE_MAX_PENDING"),
     "not-replicated": ("too few replicas had the jobs", "start the replicas, or lower TINYQUEUE_MIN_REPLICAS"),
-    "too-many-requests": ("of the rate limit", "let clients send less, or raise TINYQUEUE_RATE_LIMIT"),
+    "too-many-requests": ("of the rate limit", "have clients send fewer requests, or raise TINYQUEUE_RATE_LIMIT"),
 }
 
 
-# Checks: what is wrong with what a look has seen. Each returns nothing if all is well.
+# Checks. Each yields the problems that it finds in what the looks have seen.
 
 
 def _unavailable(part: Queue, error: TinyQueueError, shard: str = "") -> Problem:
-    """Make the problem of a Redis that does not answer, or that takes no writes."""
+    """Return the problem of a Redis that does not answer, or that takes no writes."""
     reason = getattr(error, "reason", "")
     states = {
         "read-only": "takes no writes",
@@ -476,7 +476,7 @@ def _check_eviction(sight: Sight) -> Iterator[Problem]:
 
 
 def _check_persistence(sight: Sight) -> Iterator[Problem]:
-    """Find a Redis that stores nothing, or cannot. Snapshots alone may be what is wanted."""
+    """Find a Redis that stores nothing on disk, or fails to. Snapshots alone may be intended."""
     broken = any(_persistence(look.info).level == "fail" for look in sight.looks)
     if broken or any(look.info.get("save") == "" for look in sight.looks):
         why = ", because it cannot write to its disk" if broken else ""
@@ -486,7 +486,7 @@ def _check_persistence(sight: Sight) -> Iterator[Problem]:
 def _of_server(
     sight: Sight, check: str, judge: Callable[[Mapping[str, str]], Finding], begin: str
 ) -> Iterator[Problem]:
-    """Make a problem of what `doctor` finds too. Shards may be on one server, so of the first."""
+    """Turn a finding of `doctor` into a problem. One is enough: shards may share a server."""
     for finding in (judge(look.info) for look in sight.looks if look.info):
         if finding.level != "ok":
             level: Severity = "critical" if finding.level == "fail" else "warning"
@@ -502,7 +502,9 @@ def _check_replicas(sight: Sight) -> Iterator[Problem]:
         good = [about for about in replicas if about.get("state") == "online" and int(about["lag"]) <= LAG]
         needed = look.part.min_replicas if look.info else 0
         if len(good) < needed:
-            text = f"Submits are refused: they need {plural(needed, 'replica')}, and {len(good)} of them keep up"
+            required = f"{needed} {'is' if needed == 1 else 'are'} required"
+            text = f"Submissions are refused, because {plural(len(good), 'replica keeps', 'replicas keep')} up "
+            text += f"and {required}"
             todo = Next("start the replicas, or lower TINYQUEUE_MIN_REPLICAS", "redis-cli INFO replication")
             yield Problem(check="replicas", level="critical", text=text, next=todo)
             return
@@ -519,7 +521,7 @@ def _lag(about: Mapping[str, str]) -> str:
 
 
 def _check_served(sight: Sight) -> Iterator[Problem]:
-    """Find queues with jobs and no live worker. An operator who made workers quiet knows it."""
+    """Find queues with jobs and no live worker. Quiet workers are intended, so they get longer."""
     unserved = sight.oldest_first(sight.waiting.keys() - sight.served - sight.quiet)
     late = [name for name in unserved if sight.waited(name) >= _patience(sight, name)]
     if late:
@@ -533,8 +535,9 @@ def _check_served(sight: Sight) -> Iterator[Problem]:
     names = sight.oldest_first(sight.waiting.keys() & sight.quiet - sight.served)
     quiet = [name for name in names if sight.waited(name) >= sight.max_wait]
     if quiet:
-        text = f"{plural(sight.count_pending(quiet), 'job')} in {_names('queue', quiet)} cannot start, because the "
-        text += "workers that could run them are quiet"
+        them = "it" if len(quiet) == 1 else "them"
+        text = f"{plural(sight.count_pending(quiet), 'job')} in {_names('queue', quiet)} cannot start, because only "
+        text += f"quiet workers serve {them}"
         id = next(known[0]["id"] for known in sight.alive if quiet[0] in known[0]["queues"])
         action = {"method": "POST", "path": f"/workers/{id}/resume"}
         todo = Next("let a worker take jobs again", f"tinyqueue quiet {id} --resume", action)
@@ -545,9 +548,9 @@ def _check_served(sight: Sight) -> Iterator[Problem]:
 def _patience(sight: Sight, name: str) -> int:
     """Return how many ms jobs may wait in a queue without a worker.
 
-    Without any worker, all may be scaled to zero, and the first may start soon. A queue that was
-    served before may be served again after a deploy. One that never was has a wrong name, or its
-    worker was forgotten.
+    If no worker is alive, all may be scaled to zero, and the first may start soon. A deploy may
+    leave a queue without workers for a moment. A queue that no worker ever served has a wrong name,
+    or nobody started its worker.
     """
     if not sight.alive:
         return sight.patience
@@ -555,17 +558,18 @@ def _patience(sight: Sight, name: str) -> int:
 
 
 def _check_known(sight: Sight) -> Iterator[Problem]:
-    """Find types that workers have postponed, because none that is alive has a handler for them."""
+    """Find types whose jobs were postponed, because no live worker has a handler for them."""
     postponed = {field.rpartition(":")[0]: n for field, n in sight.recent("error:").items() if field.endswith(UNKNOWN)}
     known = {name for worker in sight.serving for name in worker.get("types", postponed)}
     if sight.serving and (types := sorted(postponed.keys() - known)):
-        text = f"Jobs of {_names('type', types)} are postponed, because no live worker has a handler for it"
-        todo = Next("start workers with the code that has it", "tinyqueue workers")
+        them = "it" if len(types) == 1 else "them"
+        text = f"Jobs of {_names('type', types)} are postponed, because no live worker has a handler for {them}"
+        todo = Next("start workers whose code has that handler", "tinyqueue workers")
         yield Problem(check="unknown", level="critical", text=text, types=types[:NAMED], next=todo)
 
 
 def _check_failing(sight: Sight) -> Iterator[Problem]:
-    """Find types whose attempts fail. What failed before the latest minutes is over."""
+    """Find types whose attempts fail, and still do so in the LATEST minutes."""
     ends = _ends(sight, RECENT)
     latest = _ends(sight, LATEST)
     failing = [type for type in ends if _fails(ends[type]) and latest[type][1] > FAILED_SHARE * sum(latest[type][:2])]
@@ -575,10 +579,8 @@ def _check_failing(sight: Sight) -> Iterator[Problem]:
         share = f"{failed / (completed + failed):.0%}" if completed else "All"
         text = f"{share} of the {completed + failed} attempts of type {type} failed in the last {RECENT} minutes"
         text += f", {'all' if count == failed else count} with {error}"
-        ended = sum(counts["failed"] for counts in sight.minutes.values())
-        status = "pending" if sight.recent("retried").total() > ended else "failed"
-        command = f"tinyqueue list --status {status} --type {type} --error-type {shlex.quote(error)}"
-        link = {"link": "#/jobs?" + urlencode({"status": status, "type": type, "errorType": error})}
+        command = f"tinyqueue list --type {type} --error-type {shlex.quote(error)}"
+        link = {"link": "#/jobs?" + urlencode({"type": type, "errorType": error})}
         minutes = (at for at in sorted(sight.minutes) if any(f"error:{type}:" in field for field in sight.minutes[at]))
         yield Problem(
             check="failing",
@@ -587,7 +589,7 @@ def _check_failing(sight: Sight) -> Iterator[Problem]:
             since=next(minutes) * MINUTE,
             types=[type],
             subject=type,
-            next=Next("read the errors of these jobs, and repair what they name", command, link),
+            next=Next("read the errors of these jobs, and fix the cause", command, link),
         )
 
 
@@ -608,7 +610,7 @@ def _fails(ends: tuple[int, int, Counter[str]]) -> bool:
 
 
 def _check_retrying(sight: Sight) -> Iterator[Problem]:
-    """Find more retrying jobs than a few failures explain.
+    """Find out whether more jobs are retrying than a few failures explain.
 
     The count may be too high after workers of an older version ran, which do not keep it.
     """
@@ -617,7 +619,7 @@ def _check_retrying(sight: Sight) -> Iterator[Problem]:
     completed = sight.recent("completed:").total()
     if retrying >= RETRYING and retrying > FAILED_SHARE * (retrying + completed):
         text = f"{retrying} jobs wait for another attempt after one that failed"
-        todo = Next("read their errors, and repair what they name", "tinyqueue list --status pending")
+        todo = Next("read the errors of these jobs, and fix the cause", "tinyqueue list --status pending")
         yield Problem(check="retrying", text=text, next=todo)
 
 
@@ -639,7 +641,8 @@ def _without_lease(sight: Sight) -> Iterator[Problem]:
     held = sum(look.count_held(ids) for look in sight.looks)
     if not ids or not (held or sight.alive):
         return
-    text = f"{_names('Worker', ids)} sent no heartbeat for {sight.looks[0].part.lease:.0f} s"
+    has = "has" if len(ids) == 1 else "have"
+    text = f"{_names('Worker', ids)} {has} sent no heartbeat for {sight.looks[0].part.lease:.0f} s"
     soon = "soon" if sight.alive else "only when another worker runs"
     text += f"; {plural(held, 'job')} will be requeued {soon}" if held else ""
     todo = Next(LOST, "tinyqueue workers")
@@ -662,7 +665,7 @@ def _check_slots(sight: Sight) -> Iterator[Problem]:
 
 def _slots_taken(sight: Sight, ids: Sequence[str], names: Sequence[str], slots: Sequence[Mapping[str, Any]]) -> Problem:
     types = Counter(slot["type"] for slot in slots)
-    run = ", ".join(f"{type} in {count}" for type, count in types.most_common(3))
+    run = ", ".join(f"{count} of type {type}" for type, count in types.most_common(3))
     longest = _time(sight.now - min(slot["startedAt"] for slot in slots))
     waits = plural(sight.count_pending(names), "job waits", "jobs wait")
     text = f"{waits} in {_names('queue', names)}, because all {plural(len(slots), 'slot')} run jobs that take longer "
@@ -691,14 +694,14 @@ def _check_stuck(sight: Sight) -> Iterator[Problem]:
     still = "was given up after the timeout and still runs", "were given up after the timeout and still run"
     text = f"{plural(len(given_up), f'handler {still[0]}', f'handlers {still[1]}')}: {run}, "
     text += f"in {_names('worker', ids)}"
-    todo = Next("let the handler use time limits of its own; a restart of the worker ends it", "tinyqueue workers")
+    todo = Next("restart the worker to end it, and set time limits inside the handler", "tinyqueue workers")
     since = min(slot["startedAt"] for _, slot in given_up)
     jobs = [slot["jobId"] for _, slot in given_up[:NAMED]]
     yield Problem(check="stuck", text=text, since=since, types=list(types), workers=ids[:NAMED], jobs=jobs, next=todo)
 
 
 def _check_backlog(sight: Sight) -> Iterator[Problem]:
-    """Find a backlog that has grown in every minute, while jobs wait for long."""
+    """Find a backlog that has grown in each of the last minutes while jobs wait."""
     minutes = sorted(sight.minutes)
     sizes = [sight.minutes[at]["ready"] for at in minutes[:-1] if "ready" in sight.minutes[at]]
     sizes.append(sum(look.ready for look in sight.looks))
@@ -707,7 +710,7 @@ def _check_backlog(sight: Sight) -> Iterator[Problem]:
     steady = len(sizes) >= RECENT - 1 and all(before < after for before, after in pairwise(sizes))
     if steady and grown >= max(GROWTH, sizes[0] / 4) and names and sight.waited(names[0]) >= LONG_RUN:
         text = f"The backlog grows: {sizes[-1]} jobs wait, {grown} more than {len(sizes) - 1} minutes ago"
-        todo = Next("start more workers, or let clients submit less", "tinyqueue stats --watch")
+        todo = Next("start more workers, or have clients submit fewer jobs", "tinyqueue stats --watch")
         yield Problem(check="backlog", text=text, since=minutes[0] * MINUTE, queues=names[:NAMED], next=todo)
 
 
@@ -717,7 +720,7 @@ def _check_refused(sight: Sight) -> Iterator[Problem]:
 
 
 def _refused(counts: Mapping[str, int]) -> Iterator[Problem]:
-    """Make a problem of refused submissions. A rate limit may refuse a few on purpose."""
+    """Return the problem of refused submissions. A rate limit refuses a few on purpose."""
     found = {reason: n for reason, n in counts.items() if n >= (RATE_LIMITED if reason == "too-many-requests" else 1)}
     reasons = sorted(found, key=lambda reason: -found[reason])
     if reasons:
@@ -743,7 +746,7 @@ def _check_waiting(sight: Sight) -> Iterator[Problem]:
 
 
 def _check_schedules(sight: Sight) -> Iterator[Problem]:
-    """Find overdue schedules. Without a worker, the one that starts soon enqueues their jobs."""
+    """Find overdue schedules. If no worker is alive, one may start soon and enqueue their jobs."""
     failed: Counter[str] = Counter()
     for field, count in sight.recent("failedTick:", LATEST).items():
         failed[field.partition(":")[0]] += count
@@ -772,7 +775,7 @@ def _check_schedules(sight: Sight) -> Iterator[Problem]:
 
 
 def _check_limits(sight: Sight) -> Iterator[Problem]:
-    """Find limits that hold jobs for too long. Those that are paused or halted do so on purpose."""
+    """Find limits that have held jobs for too long. Paused and halted ones do so on purpose."""
     late: dict[str, Waiting] = {}
     for look in sight.looks:
         held = [limit for limit in look.held if sight.now - look.held[limit].since >= sight.max_wait]
@@ -784,11 +787,12 @@ def _check_limits(sight: Sight) -> Iterator[Problem]:
         return
     names = sorted(late, key=lambda limit: late[limit])
     first = late[names[0]]
-    text = f"{_names('Limit', names)} had no room for {_time(sight.now - first.since)} for a job that waits"
-    todo = Next("check the jobs that run under it, or set higher numbers", "tinyqueue limits")
+    has = "has" if len(names) == 1 else "have"
+    text = f"{_names('Limit', names)} {has} had no room for a waiting job for {_time(sight.now - first.since)}"
+    todo = Next("check the jobs that run under it, or raise its numbers", "tinyqueue limits")
     if first.queue not in sight.served | sight.quiet:
-        text = f"{_names('Limit', names)} held a job for {_time(sight.now - first.since)}, and no live worker serves "
-        text += f"its queue {first.queue}"
+        begin = f"{_names('Limit', names)} {has} held a job for {_time(sight.now - first.since)}"
+        text = f"{begin}, and no live worker serves its queue {first.queue}"
         todo = Next("start a worker that serves it", f"tinyqueue worker --queue {first.queue}")
     since = first.since + sight.max_wait
     yield Problem(check="limits", text=text, since=since, limits=names[:NAMED], jobs=[first.job], next=todo)
@@ -801,14 +805,14 @@ def _check_deliveries(sight: Sight) -> Iterator[Problem]:
         if type == "webhook" and held:
             text = f"{plural(held, 'delivery is', 'deliveries are')} held, because {host} failed many times in a row"
             link = {"link": "#/jobs?status=pending&type=webhook"}
-            todo = Next("check that receiver; the deliveries go on by themselves when it answers", "", link)
+            todo = Next("check that receiver; the deliveries resume by themselves once it answers", "", link)
             yield Problem(check="deliveries", text=text, limits=[limit], types=["webhook"], subject=host, next=todo)
 
 
 def _check_counts(sight: Sight) -> Iterator[Problem]:
     if sight.is_miscounted():
         text = "More jobs are counted than are listed: keys were lost, and some jobs may never run"
-        todo = Next("repair it; workers do so too, every ten minutes", "tinyqueue doctor --repair")
+        todo = Next("run a repair; workers also run one every ten minutes", "tinyqueue doctor --repair")
         yield Problem(check="counts", level="critical", text=text, next=todo)
 
 
@@ -838,9 +842,9 @@ LOGGED = ("redis", "memory", "eviction")  # checks whose problems a process logs
 
 
 class Observer:
-    """Gives the verdict on a queue, at most once in LIFETIME seconds. Threads may share it.
+    """Gives the verdict on a queue, a new one at most every LIFETIME seconds. Threads may share it.
 
-    `max_wait` is how many seconds the next job of a queue may wait; 0: any time. `refusals` are
+    `max_wait` is how many seconds the next job of a queue may wait; 0: unlimited. `refusals` are
     those of this process.
     """
 
@@ -848,7 +852,7 @@ class Observer:
         self.queue = queue
         self.max_wait = max_wait
         self.refusals = refusals or Refusals()
-        self.away: TinyQueueError | None = None  # why no shard answered the last look
+        self.away: TinyQueueError | None = None  # the reason, if no shard answered the last look
         self._lock = threading.Lock()
         self._given: tuple[float, list[Problem], str] = (-1e9, [], "")
         self._since: dict[str, int] = {}  # when problems began, if Redis took no writes
@@ -872,7 +876,7 @@ class Observer:
         return {check: check in found for check in CHECKS}
 
     def _look(self) -> tuple[list[Problem], str]:
-        """Look again, unless another thread just did, or does so now."""
+        """Look again, unless another thread has just looked, or is looking now."""
         first = not self._given[2]
         if time.monotonic() - self._given[0] >= LIFETIME and self._lock.acquire(blocking=first):
             try:
@@ -915,7 +919,7 @@ class Observer:
         return found, f"{text}."
 
     def _read_server(self, part: Queue) -> dict[str, str]:
-        """Return what INFO says of persistence and replicas, and the configuration of snapshots."""
+        """Return what INFO says about persistence and replicas, and the setting `save`."""
         read_at, known = self._servers.get(part, (-1e9, {}))
         asks = time.monotonic() - read_at >= COUNT_EVERY
         config = [("CONFIG", "GET", "save")] if asks else []
@@ -928,7 +932,7 @@ class Observer:
         return known | parse_info(found[0]) | parse_info(found[1])
 
     def _miscounts(self, looks: Sequence[Look]) -> bool:
-        """Compare the counts with the lists, again after some seconds unless they are wrong."""
+        """Compare the counts with the lists every COUNT_EVERY seconds; always while wrong."""
         compared_at, wrong = self._compared
         if wrong or time.monotonic() - compared_at >= COUNT_EVERY:
             wrong = any(compare_counts(look.part)[2] for look in looks if not look.refusal)
@@ -936,9 +940,9 @@ class Observer:
         return wrong
 
     def _dated(self, found: Sequence[Problem], looks: Sequence[Look]) -> list[Problem]:
-        """Say since when each problem lasts: since it was first found, or earlier if that is known.
+        """Date each problem: since it was first found, or earlier if that is known.
 
-        Stores that in Redis only when a problem begins or ends.
+        Stores the dates in Redis only when a problem begins or ends.
         """
         known = self._since | looks[0].trouble if looks else self._since
         now = looks[0].now if looks else round(1000 * time.time())
@@ -960,7 +964,7 @@ def _summary(sight: Sight) -> str:
 
 
 def _names(what: str, names: Sequence[str]) -> str:
-    """Name some things: queue a; queues a, b and c; queues a, b, c and 5 more."""
+    """Return names as words: queue a; queues a, b and c; queues a, b, c and 5 more."""
     if len(names) == 1:
         return f"{what} {names[0]}"
     shown, last = (names[:3], f"{len(names) - 3} more") if len(names) > 4 else (names[:-1], names[-1])
@@ -968,7 +972,7 @@ def _names(what: str, names: Sequence[str]) -> str:
 
 
 def _time(ms: float) -> str:
-    """Return a time as people say it: 45 s, 12 minutes, 3 hours, 2 days."""
+    """Return a duration in words: 45 s, 12 minutes, 3 hours, 2 days."""
     for unit, size in (("day", 86_400_000), ("hour", 3_600_000), ("minute", 60_000)):
         if ms >= 2 * size:
             return f"{ms / size:.0f} {unit}s"

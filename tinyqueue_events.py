@@ -16,7 +16,7 @@ import msgspec
 from tinyqueue import TinyQueueError
 
 LISTENERS = 200  # at a time; each takes one of the server's connections
-EVERY = 2.1  # seconds between two events; longer than a verdict is kept, or every second event would have an old one
+EVERY = 2.1  # seconds between two events; more than a verdict lasts, or every second event would repeat one
 QUIET = 10.0  # seconds until a comment is sent if nothing changes, because proxies close idle connections
 HEADERS = {
     "Content-Type": "text/event-stream; charset=utf-8",
@@ -34,15 +34,15 @@ class Connection(Protocol):
     @property
     def connected(self) -> bool: ...
     def push(self, data: bytes) -> None:
-        """Send data without waiting. Data that the client is too slow for may be left out."""
+        """Send data without waiting. May drop it if the client is too slow."""
 
 
 class Place:
-    """One of the places for listeners. It is free again when its connection is closed."""
+    """A place for one listener. It is free again once its connection is closed."""
 
     def __init__(self, attached: Callable[[], None]) -> None:
         self.connection: Connection | None = None
-        self.greeted = False  # whether it has got its first event
+        self.greeted = False  # whether its first event was sent
         self._attached = attached
 
     def attach(self, connection: Connection) -> None:
@@ -61,7 +61,7 @@ class Place:
 
 
 class Events:
-    """Sends what `compute` returns to all listeners, from one thread, while there are any."""
+    """Sends what `compute` returns to all listeners. Its one thread runs while there are any."""
 
     def __init__(self, compute: Callable[[], bytes]) -> None:
         self._compute = compute
@@ -89,7 +89,7 @@ class Events:
             threading.Thread(target=self._run, name="events", daemon=True).start()
 
     def wake(self) -> None:
-        """Look for connections that are closed. The thread ends if no others are left."""
+        """Let the thread look for closed connections. It ends if no others are left."""
         self._bell.set()
 
     def _taken(self) -> list[Place]:
@@ -126,19 +126,19 @@ class Events:
 
 
 def overview(parts: Mapping[str, Callable[[], Any]], refused: Callable[[TinyQueueError], Any]) -> bytes:
-    """Make an event from the answers of several routes. If one fails, it has the `problem`, too."""
+    """Make an event from the answers of several routes, and the `problem` if one of them fails."""
     body: dict[str, Any] = {}
     for name, part in parts.items():
         try:
             body[name] = part()
-        except TinyQueueError as error:  # the other parts would fail for the same reason, one time-out after the other
+        except TinyQueueError as error:  # the other parts would fail too, one timeout after another
             body["problem"] = refused(error)
             break
     return b"event: overview\ndata: %b\n\n" % msgspec.json.encode(body)  # JSON in one line
 
 
 def cached(compute: Callable[[], T], seconds: float) -> Callable[[], T]:
-    """Return a function that computes something again only after some seconds. For one thread."""
+    """Return a function that computes something again only after some seconds. Not thread-safe."""
     kept: list[tuple[float, T]] = []
 
     def get() -> T:

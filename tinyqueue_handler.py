@@ -134,7 +134,7 @@ def handler(
     At most `max_running` jobs of the type run at a time over all workers, and at most `rate` start
     in any second, minute, hour or day, such as "10/second". With `limit_by`, the name of a field of
     the payload, both apply to each value of that field separately. Jobs without room are held, and
-    delay no job of another limit. `logs` keeps what the function logs, also by `job.log`.
+    delay no job of another limit. `logs` keeps what the function logs with `logging` and `job.log`.
 
     `schedule` is a cron expression: workers enqueue a job with the payload {} whenever it matches
     in `timezone`. The function `schedule` has more options. Mistakes raise TypeError or InvalidJob
@@ -399,8 +399,8 @@ def make_job(
     pending or processing, submit returns that job and stores no other. The job starts when the jobs
     in `after` have completed: jobs, ids, or drafts of the same batch. If one of them fails or is
     cancelled, this job fails with DependencyFailed, or with `on_failure="run"` it starts anyway.
-    When the job ends, a job of type webhook sends its end to `callback_url`. Listings find a job by
-    its `tags`, up to 10 short texts.
+    When the job ends, a job of type webhook sends its end to `callback_url`. Listings can find the
+    job by its `tags`, up to 10 short texts.
     """
     known = HANDLERS.get(check_name("type", type))
     encoded = _encode_payload(payload)

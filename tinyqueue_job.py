@@ -156,7 +156,7 @@ SHOWN_IF_SET = (
     *("after", "waitingFor", "onFailure", "tags", "replayOf", "history"),
 )
 UNREADABLE = "UnreadableRecord"
-HISTORY = 10  # attempts that are kept of a job, the running or last one among them
+HISTORY = 10  # attempts of a job that are kept, including the running or last one
 KEPT_MESSAGE = 200  # characters of an error message in the history
 KEPT_STACK = 2000  # characters of the end of the traceback of a TimedOut
 
@@ -247,9 +247,9 @@ class Job(msgspec.Struct, rename="camel", omit_defaults=True, dict=True, forbid_
     scheduled_for: int = 0
     callback_url: str = ""
     callback_job: str = ""  # id of the delivery of its last end
-    replay_of: str = ""  # id of the ended job that was submitted again as this one
+    replay_of: str = ""  # id of the ended job that was replayed as this one
     tags: tuple[str, ...] = ()
-    history: tuple[PastAttempt, ...] = ()  # its former attempts; of an ended job, `worker` had the last one
+    history: tuple[PastAttempt, ...] = ()  # its former attempts, without the last one of an ended job
     logged: bool = False  # whether lines that it logged are stored
     # The fields of a newer version. In the record they are beside the others, not under this name.
     unknown: dict[str, msgspec.Raw] | None = msgspec.field(default=None, name="*")
@@ -325,14 +325,14 @@ class Job(msgspec.Struct, rename="camel", omit_defaults=True, dict=True, forbid_
             log.add("INFO", " ".join(map(str, values)))
 
     def attempts_so_far(self) -> list[PastAttempt]:
-        """Return its last attempts, oldest first, the running one too. At most HISTORY."""
+        """Return its last attempts, oldest first, including the running one. At most HISTORY."""
         last = self._last_attempt()
         return [*self.history, *([last] if last else [])][-HISTORY:]
 
     def _last_attempt(self) -> PastAttempt | None:
-        """Return the running attempt or that which ended the job, unless the history has it.
+        """Return the running attempt or the one that ended the job, unless the history has it.
 
-        A version without history has removed the worker from the jobs that it ended.
+        Versions without history removed the worker from the jobs that they ended.
         """
         before = self.history[-1].started_at if self.history else 0
         ran = self.status in ("completed", "failed") and not self.failed_because_of("")
@@ -395,7 +395,7 @@ class Job(msgspec.Struct, rename="camel", omit_defaults=True, dict=True, forbid_
         self.ended_at = self.updated_at = stored.ended_at
 
     def again(self) -> dict[str, Any]:
-        """Return the options with which `make_job` makes this job again, to start now."""
+        """Return the options with which `make_job` makes this job again, without its times."""
         names = ("queue", "max_attempts", "unique_key", "after", "on_failure", "callback_url", "tags")
         return {"payload": self.payload, **{name: value for name in names if (value := getattr(self, name))}}
 
@@ -555,7 +555,7 @@ def _decode_stored(text: bytes) -> Job:
     return _decode_listed(text)
 
 
-FILTER_NAMES = {"error_type": "errorType"}  # the names of fields that JSON clients know by another
+FILTER_NAMES = {"error_type": "errorType"}  # field of Filter -> name in JSON, where it differs
 
 
 class Filter(NamedTuple):
@@ -566,10 +566,10 @@ class Filter(NamedTuple):
     queue: str | None = None
     error_type: str | None = None
     tag: str | None = None
-    text: str | None = None  # of the payload's JSON, in upper or lower case
+    text: str | None = None  # in the JSON of the payload; case does not matter
 
     def check(self) -> Filter:
-        """Raise InvalidJob for text that is no Unicode: no job has it, and nothing can store it."""
+        """Return the filter. Raises InvalidJob for text that is not Unicode: no job can have it."""
         for field, value in self._asdict().items():
             if value and re.search("[\ud800-\udfff]", value):
                 raise InvalidJob(FILTER_NAMES.get(field, field), "must be valid Unicode, without lone surrogates")
@@ -581,7 +581,7 @@ class Filter(NamedTuple):
         return same and (self.tag is None or self.tag in job.tags) and (self.text is None or self._is_in(record))
 
     def _is_in(self, record: bytes) -> bool:
-        """Whether the payload of a record has the text: as it is, in a string or without spaces."""
+        """Whether the payload of a record has the text: as it is, escaped, or without spaces."""
         text = str(self.text)
         spellings = {text, encode(text).decode()[1:-1], re.sub(r"([:,])\s+", r"\1", text)}
         payload = _payload_in(record).decode("utf-8", "replace").casefold()
@@ -589,7 +589,7 @@ class Filter(NamedTuple):
 
 
 class Page(tuple[list[Job], str]):
-    """The jobs of a listing, and the cursor of the next page. `scanned`: how many it looked at."""
+    """The jobs of a listing, and the cursor of the next page. `scanned` jobs were looked at."""
 
     scanned: int
 
@@ -607,7 +607,7 @@ _decode_payload = msgspec.json.Decoder(_Payload).decode
 
 
 def _payload_in(record: bytes) -> bytes:
-    """Return the JSON of the payload; of an unreadable record all that it has."""
+    """Return the JSON of the payload, or the whole record if it cannot be read."""
     try:
         return bytes(_decode_payload(record).payload)
     except (msgspec.DecodeError, RecursionError):

@@ -1,6 +1,6 @@
-"""The lines that a job logs: what its handler gives to `logging` and to `job.log`.
+"""The lines that a job logs: those that its handler passes to `logging` and to `job.log`.
 
-A worker keeps the lines of an attempt here until they are written. This module knows no queue.
+A worker keeps the lines of an attempt here until it writes them. This module knows no queue.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from tinyqueue_redis import shield
 
 LOG_BYTES = 65536  # of the lines of a job, as they are stored; the oldest are dropped
 LINE = 4000  # characters of a line
-LEVEL = 50  # characters of the name of a level
+LEVEL = 50  # characters of the name of a log level
 
 
 class LogLine(msgspec.Struct, array_like=True):
-    """A line as it is stored. `number` is its time in microseconds, and higher than that before."""
+    """A stored line. Its `number` is its time in microseconds, and higher than the one before."""
 
     number: int
     attempt: int
@@ -39,8 +39,8 @@ class LogLine(msgspec.Struct, array_like=True):
 
 
 def read_lines(stored: Iterable[bytes], after: int) -> list[LogLine]:
-    """Read the stored lines with a higher number. One that cannot be read is left out."""
-    lines: dict[int, LogLine] = {}  # a line whose write lost its reply may be there twice
+    """Read the stored lines with a number above `after`. Skips lines that cannot be read."""
+    lines: dict[int, LogLine] = {}  # a line may be stored twice if the reply to its write was lost
     for entry in stored:
         try:
             line = msgspec.json.decode(entry, type=LogLine)
@@ -52,9 +52,9 @@ def read_lines(stored: Iterable[bytes], after: int) -> list[LogLine]:
 
 
 class JobLog:
-    """The lines of an attempt that are not written yet. Its times continue those of Redis.
+    """The lines of an attempt that are not written yet. Their times follow the clock of Redis.
 
-    `sizes` has the sizes of the stored lines of earlier attempts; None: there may be some.
+    `sizes` has the sizes of the stored lines of earlier attempts; None: unknown.
     """
 
     def __init__(self, attempt: int, started_at: int, sizes: Sequence[int] | None = ()) -> None:
@@ -111,18 +111,18 @@ class JobLog:
 
 
 def _valid(text: str) -> str:
-    """Replace lone surrogates, which JSON in UTF-8 cannot have."""
+    """Escape lone surrogates, which JSON in UTF-8 cannot contain."""
     return text.encode("utf-8", "backslashreplace").decode()
 
 
-# The log of the job that the thread works on, if its lines are kept.
+# The log of the job that this thread runs, if the lines of the job are kept.
 JOB_LOG: ContextVar[JobLog | None] = ContextVar("job_log", default=None)
 
 
 class Capture(logging.Handler):
-    """Adds records to the log of the job in whose context they were made. Takes no lock.
+    """Adds each record to the log of the job in whose context it was made. Takes no lock.
 
-    If several workers share the process, each has one, and the first adds a record.
+    If several workers share the process, each has a Capture. Only the first one adds a record.
     """
 
     def createLock(self) -> None:
@@ -149,7 +149,7 @@ _CAPTURES: list[Capture] = []  # those of the workers in this process
 
 @contextmanager
 def capturing() -> Iterator[None]:
-    """Keep the log records that handlers make meanwhile. Several workers may do so at once."""
+    """Keep the log records that handlers make meanwhile. Several workers may use it at once."""
     capture = Capture()
     _CAPTURES.append(capture)
     recapture()
@@ -161,6 +161,6 @@ def capturing() -> Iterator[None]:
 
 
 def recapture() -> None:
-    """Go on after a handler has configured logging, which may have removed the captures."""
+    """Add the captures again: a handler that configured logging may have removed them."""
     for capture in _CAPTURES[:]:
-        logging.getLogger().addHandler(capture)  # does nothing if it is there
+        logging.getLogger().addHandler(capture)  # does nothing if it is still there

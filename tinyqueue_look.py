@@ -1,7 +1,7 @@
-"""What a verdict is made from: everything that one look at a queue reads.
+"""The data that a verdict is based on: everything that one look at a queue reads.
 
-A `Look` reads a shard, in a few round trips and without reading any list of jobs. A `Sight` is what
-the looks at all shards have seen together. tinyqueue_doctor.py judges it.
+A `Look` reads a shard in a few round trips, and reads no list of jobs as a whole. A `Sight` adds up
+the looks at all shards. tinyqueue_doctor.py judges it.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ from tinyqueue_schedule import read_schedule
 
 MINUTE = 60_000  # milliseconds
 RECENT = 5  # minutes that a verdict looks back
-LATEST = 2  # the last of them: what has ended before is over
+LATEST = 2  # the last of these minutes: a problem that is not in them is over
 SHORT_WAIT = 3000  # milliseconds that a job may always wait
 LONG_RUN = 30_000  # milliseconds that a job of any type may run
-UNKNOWN_RUN = 900_000  # milliseconds that a job may run whose type has run less than SAMPLES times
+UNKNOWN_RUN = 900_000  # the same for a type with fewer than SAMPLES ended attempts
 SAMPLES = 10
-NAMED = 10  # jobs, queues or limits that a problem names
+NAMED = 10  # jobs, queues or others that a problem names
 LIMITS_READ = 50  # limits with held jobs that one look reads
 AWAY = ("unreachable", "timeout", "loading")
 
@@ -46,7 +46,7 @@ Minutes = dict[int, dict[str, int]]  # the counts of each minute since 1970
 
 
 class Waiting(NamedTuple):
-    """The job that has waited longest, since when, and in which queue."""
+    """The job that has waited for the longest time, since when, and in which queue."""
 
     since: int
     job: str
@@ -54,10 +54,10 @@ class Waiting(NamedTuple):
 
 
 class Look:
-    """What one look at a shard has read, in a few round trips. It reads no list of jobs."""
+    """The data that one look at a shard has read, in a few round trips."""
 
     def __init__(self, part: Queue, server: Mapping[str, str], known: Minutes) -> None:
-        """Look at a shard. `known` are minutes that an earlier look has read."""
+        """Look at a shard. `known` are the minutes that an earlier look has read."""
         self.part = part
         self.now = part.now()
         self.refusal: TinyQueueError | None = None  # why Redis takes no writes
@@ -114,9 +114,9 @@ class Look:
         self._read_waiting(heads, dict(zip(self.limits, found[: len(held)], strict=True)))
 
     def _read_waiting(self, heads: Mapping[str, bytes | None], entries: Mapping[str, Sequence[bytes]]) -> None:
-        """Read the jobs that may have waited for some time: their ids say when they were submitted.
+        """Read the jobs that may have waited for some time. Their ids say when they were submitted.
 
-        So a look at a queue without a backlog reads no job.
+        A look at a queue without a backlog therefore reads no job.
         """
         awake = {limit: [e for e in map(text_of, some) if self._runs(e)] for limit, some in entries.items()}
         held = {limit: some[0].partition(":")[2] for limit, some in awake.items() if some}
@@ -138,7 +138,7 @@ class Look:
         return any(created_at(id) <= self.now - SHORT_WAIT for id in ids_in([entry]))
 
     def note_ready(self) -> None:
-        """Store how many jobs wait, once a minute, to know later whether the backlog grows."""
+        """Store once a minute how many jobs wait. Later looks see whether the backlog grows."""
         minute = self.now // MINUTE
         if self.ready and "ready" not in self.minutes[minute]:
             key = self.part.keys.minute(self.now)
@@ -170,7 +170,7 @@ class Look:
 
 
 class Sight:
-    """What the looks at all shards have seen together."""
+    """The data of the looks at all shards together."""
 
     def __init__(
         self, looks: Sequence[Look], max_wait: float, refused: Mapping[str, int], is_miscounted: Callable[[], bool]
@@ -184,7 +184,7 @@ class Sight:
         self.is_miscounted = is_miscounted
         self.now = looks[0].now
         self.max_wait = round(1000 * max_wait) or sys.maxsize
-        self.patience = 2 * self.max_wait // 5  # with jobs that wait for the first worker
+        self.patience = 2 * self.max_wait // 5  # for jobs while no worker is alive
         self.counts = Counter[str]()
         for look in looks:
             self.counts.update(look.counts)
@@ -225,7 +225,8 @@ class Sight:
     def all_run_long(self, slots: Sequence[Mapping[str, Any]]) -> bool:
         """Whether all these slots run jobs that take longer than usual.
 
-        A slot is as the last heartbeat says, so some jobs are read to see whether they still run.
+        `slots` are as of the last heartbeat, so this reads some of the jobs to see whether they
+        still run.
         """
         shortest: dict[str, int] = {}
         for slot in slots:
@@ -240,7 +241,7 @@ class Sight:
         return some.keys() == {id for look in self.looks for id in look.still_run(some)}
 
     def _usual_times(self, types: Iterable[str]) -> dict[str, float]:
-        """Return for each type in how many ms 95 % of its attempts end."""
+        """Return for each type the 95th percentile of the time that its attempts ran, in ms."""
         usual = defaultdict[str, float](lambda: UNKNOWN_RUN / 3)
         for type in itertools.islice(types, NAMED):
             fields = [f"ran:{type}:{name}:{bound}" for name in sorted(self.served)[:SERIES] for bound in BUCKETS]

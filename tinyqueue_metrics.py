@@ -19,7 +19,7 @@ from tinyqueue_shards import AnyQueue
 METRICS = (
     ("jobs", "gauge", "queue status", "pending and processing jobs; pending ones include delayed ones"),
     ("jobs_delayed", "gauge", "", "pending jobs that wait for their runAt or for other jobs"),
-    ("jobs_retrying", "gauge", "", "pending jobs of which an attempt has failed"),
+    ("jobs_retrying", "gauge", "", "pending jobs that wait for another attempt after a failed one"),
     ("jobs_kept", "gauge", "status", "jobs that have ended and are still stored"),
     ("oldest_waiting_seconds", "gauge", "queue", "time that the next job has waited since it could start"),
     ("redis_memory_ratio", "gauge", "", "share of Redis' maxmemory that is used, 0 without a limit"),
@@ -73,7 +73,7 @@ METRICS = (
 FAILURES = {"jobs_failed", "jobs_reaped", "jobs_retried"}
 
 
-REASONS = (  # why submissions are refused: reasons of Unavailable, and kinds of problems
+REASONS = (  # why submissions are refused: reasons of Unavailable, then kinds of problems
     *("full", "read-only", "unreachable", "timeout", "loading", "refused", "busy"),
     *("queue-full", "not-replicated", "too-many-requests"),
 )
@@ -88,7 +88,7 @@ class Refusals:
         self._stored = -math.inf  # when
 
     def note(self, reason: str, queue: AnyQueue) -> None:
-        """Count a refusal. Stores the counts at most once a second, and not if Redis is away."""
+        """Count a refusal. Stores the counts at most once a second, and not while Redis is away."""
         with self._lock:
             self.counts[reason] += 1
         if reason not in ("unreachable", "timeout", "loading") and time.monotonic() - self._stored >= 1:
@@ -193,7 +193,7 @@ def _histograms(
 
 # Types ----------------------------------------------------------------------------------------------------------------
 
-LAST = BUCKETS[-2]  # ms; times above the last bound count as this
+LAST = BUCKETS[-2]  # ms; times above the last finite bound count as this
 
 
 def types(queue: AnyQueue, minutes: int) -> dict[str, Any]:
@@ -243,7 +243,7 @@ def _percentiles(counts: Mapping[str, int]) -> dict[str, float | None]:
 def percentile(buckets: Sequence[int], share: float) -> float | None:
     """Estimate a percentile from the counts of BUCKETS, as Prometheus does. None without counts.
 
-    Times are expected to be spread evenly within a bucket.
+    Assumes that times are spread evenly within a bucket.
     """
     wanted = share * sum(buckets)
     below = low = 0.0

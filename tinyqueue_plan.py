@@ -62,7 +62,7 @@ def make_plan(load: Load, settings: Settings) -> Plan:
     per_worker = _rate_of_one(WORKER_COST, size)
     shards = max(settings.shards, _round_up(load.rate / per_redis))
     if shards > MAX_SHARDS:
-        raise SettingsError(f"{load.rate:,.0f} such jobs/s need {shards} shards, and {MAX_SHARDS} are the most")
+        raise SettingsError(f"{load.rate:,.0f} such jobs/s need {shards} shards, and {MAX_SHARDS} is the maximum")
     needed = max(1, _round_up(load.rate * load.duration / BUSY))
     workers = max(_round_up(needed / settings.worker_concurrency), _round_up(load.rate / per_worker))
     web = _round_up(load.rate / _rate_of_one(WEB_COST, load.payload))

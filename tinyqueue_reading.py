@@ -1,4 +1,4 @@
-"""Reading a queue: listings, counts, load, workers and metrics. It changes nothing.
+"""Reading a queue: listings, counts, load, workers and metrics. Nothing here changes a job.
 
 `Reading` is a base of Queue, which has the keys, the connections and the verbs.
 """
@@ -42,18 +42,18 @@ if TYPE_CHECKING:
 Range = Literal["LRANGE", "ZRANGE"]
 Times = dict[str, dict[str, dict[str, int]]]  # by type, then "waited" or "ran", then bucket
 SCANNED = 1000  # jobs that one page of a listing or one bulk change looks at
-PAGE_BYTES = 32 << 20  # bytes of the records that it looks at
-READ_BYTES = 1 << 20  # bytes of the records that it reads with one command
+PAGE_BYTES = 32 << 20  # bytes of records that it looks at
+READ_BYTES = 1 << 20  # bytes of records that it reads with one command
 LISTED = 10_000  # entries of a list that are read with one command
 LONG = 200  # entries of a list of which a page may read only the beginning
 HEAD = 100  # entries of a long list that are read first
 TAIL = 50  # entries at the right end of a long list that a page looks at
 PROBES = 200  # places of long lists at which a page looks whether ids are in order
-JITTER = 1000  # milliseconds that a job may enter its list after its creation
-STALE = 1000  # entries of a list among which the next pending job is looked for
+JITTER = 1000  # milliseconds after its creation in which a job may enter its list
+STALE = 1000  # entries of a list that are searched for the next pending job
 SAMPLED = 100  # due jobs that a count for scaling reads while no worker promotes them
 BUCKETS = (10, 50, 250, 1000, 5000, 15_000, 60_000, 300_000, 1_800_000, math.inf)  # ms
-QUIET_MARK = "@"  # with a worker, what stands among the paused queues while it is quiet
+QUIET_MARK = "@"  # before the id of a quiet worker among the names of the paused queues
 PAUSE_AGE = 0.1  # seconds for which the known set of paused queues is used
 
 
@@ -80,7 +80,7 @@ class Reading:
         self._paused = (time.monotonic(), frozenset(map(text_of, found)))
 
     def _not_paused(self, names: Sequence[str], worker: str = "") -> list[str]:
-        """Leave out the paused queues, and all for a quiet worker, as of PAUSE_AGE seconds ago."""
+        """Leave out paused queues, and all queues if the worker is quiet, as of PAUSE_AGE ago."""
         if time.monotonic() - self._paused[0] > PAUSE_AGE:
             with suppress(Corrupted):  # a key of the wrong type pauses nothing
                 self._note_paused(self.store.read(("SMEMBERS", self.keys.paused))[0])
@@ -175,7 +175,7 @@ class Reading:
 
         Reads them in the order in which a job moves on, so that it misses none that moves
         meanwhile. Reads the lists of workers twice, because a job may go back from there. Skips
-        those that are older than what `oldest` returns, where that is easy.
+        entries older than `oldest` returns, where that is cheap.
         """
         held = [self.keys.proc(worker) for worker in self._known_workers()]
         yield from self.read_lists(held)
@@ -189,7 +189,7 @@ class Reading:
             yield from self.read_held()
 
     def _read_newest(self, keys: Sequence[str], oldest: Callable[[], bytes]) -> Iterator[list[bytes]]:
-        """Read lists of queues, but of long ones only the beginning, as far as it may be needed.
+        """Read lists of queues. Of a long list, read only the beginning, as far as needed.
 
         Jobs enter a list at its left. Behind a job that entered when it was created, none is newer
         than it. So reading stops at such a job if it is older than `oldest` returns. Two things
@@ -282,10 +282,10 @@ class Reading:
         }
 
     def next_jobs(self, heads: Mapping[str, bytes | None]) -> dict[str, Job]:
-        """Return the next pending job of each queue that has one. `heads` are their first entries.
+        """Return the next pending job of each queue that has one. `heads` are the first entries.
 
-        The entry of a cancelled job stays until a worker drops it. So where the first entry is none
-        of a pending job, this looks at up to STALE more.
+        The entry of a cancelled job stays until a worker drops it. If the first entry of a queue
+        names no pending job, this looks at up to STALE more.
         """
         jobs = {job.id: job for job in self.pending_among(filter(None, heads.values()))}
         found = {name: jobs.get(text_of(id)) or self._first_pending(name) for name, id in heads.items() if id}
@@ -308,8 +308,8 @@ class Reading:
     def stats(self, minutes: int = 0) -> dict[str, Any]:
         """Count the jobs of every status, those of every queue, and the live workers.
 
-        `pending` includes the delayed jobs and those `retrying`, of which an attempt has failed:
-        these wait for their backoff or for a slot. `lastMinute` estimates the jobs that ended in
+        `pending` includes the delayed and the `retrying` jobs. A retrying job waits, after a failed
+        attempt, for its backoff or for a slot. `lastMinute` estimates the jobs that ended in
         the last sixty seconds. `total` counts all that ever ended, even if their records have
         expired. With `minutes`, `history` has an entry for each of the last minutes. Their counts
         exist for 120.
@@ -406,8 +406,8 @@ class Reading:
         """Count how attempts ended in each of the last minutes, by type. Oldest first.
 
         Each minute has `at`, and `types`: for each type `completed`, `failed` and `errors`, which
-        has the failed attempts by the type of their error. Attempts that another follows have
-        failed too, and so have those that were lost with their worker.
+        has the failed attempts by the type of their error. Attempts that are retried count as
+        failed, and so do attempts that were lost with their worker.
         """
         now = self.now()
         begun = [(now // 60_000 - back) * 60_000 for back in reversed(range(minutes))]
@@ -429,7 +429,7 @@ class Reading:
         """Return how often each event ever happened: by event, then by type and queue.
 
         `completed`, `failed` and `cancelled` are ends of jobs. `retried`: an attempt failed and
-        another follows. `revived`: `retry` requeued a job. `released`: a stopping worker requeued a
+        is retried. `revived`: `retry` requeued a job. `released`: a stopping worker requeued a
         job. `reaped`: an attempt was lost with its worker. By time in BUCKETS: `waited` from when a
         job could start until it did, and `ran` from a start until its outcome was written.
         `waitedMs` and `ranMs` are their sums. `scrapeErrors` has neither type nor queue. `refused`
@@ -443,10 +443,10 @@ class Reading:
         return found
 
     def times(self, minutes: int) -> tuple[int, Times]:
-        """Count by type how long jobs waited and ran in the last minutes, and maybe before these.
+        """Count by type how long jobs waited and ran, in the last minutes or a longer window.
 
-        The window begins at the newest snapshot that is old enough, which is returned too. It is 0
-        if there is none: then all times ever are counted.
+        The window begins at the newest snapshot that is old enough. Its time is returned too. If
+        there is none, it is 0, and all times ever count.
         """
         latest = self.now() - minutes * 60_000
         stored = self.store.read(("LRANGE", self.keys.snapshots, 0, -1))[0]
@@ -484,7 +484,7 @@ def queues_in(counts: Iterable[tuple[str, bytes]]) -> set[str]:
 
 
 def _time_in(entry: bytes) -> int:
-    """Return when the id in an entry was made, or 0 if it is none."""
+    """Return when the id in an entry was made, or 0 if it is not an id."""
     return created_at(text_of(entry)) if ID.fullmatch(text_of(entry)) else 0
 
 
@@ -514,7 +514,7 @@ def _worker(id: str, about: bytes, lease: bytes | None, quiet: bool) -> dict[str
 
 
 class Snapshot(msgspec.Struct):
-    """The times that the metrics had at a moment."""
+    """The times that the metrics had at one moment."""
 
     at: int
     times: Times
@@ -531,7 +531,7 @@ def times_by_type(counters: Mapping[str, Mapping[tuple[str, ...], int]]) -> Time
 
 
 def _subtract(now: Times, then: Times) -> Times:
-    """Return what the times of a snapshot do not count yet."""
+    """Subtract the times of a snapshot from the present ones."""
     for type, events in now.items():
         for event, counts in events.items():
             before = then.get(type, {}).get(event, {})

@@ -1,4 +1,4 @@
-"""Repair: `repair` restores what lost keys have broken. Workers call it by themselves, too."""
+"""Restoring what lost keys have broken. `doctor --repair` calls `repair`, and so do workers."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ def _enlist(queue: Queue, workers: Sequence[str]) -> int:
 
 
 def find_forgotten(queue: AnyQueue) -> list[Finding]:
-    """Look at some jobs that wait for others, and advance those that wait for one that has ended.
+    """Look at some jobs that wait for others, and advance those whose parents have ended.
 
     There are none, unless keys were lost or an older version of a worker ended a parent.
     """

@@ -22,7 +22,7 @@ from tinyqueue_problems import Problem
 log = logging.getLogger("tinyqueue.web")
 S = TypeVar("S", Job, Schedule)
 
-SHOWN = 200  # characters of each filter that the audit shows
+SHOWN = 200  # characters of a filter that the audit shows
 
 # JSON or query name -> field of Filter
 FILTERS = {
@@ -91,7 +91,8 @@ def read_json(limit: int) -> Any:
 def read_optional_json(limit: int) -> Any:
     """Return the body, or an empty object if the request has none.
 
-    Without a length, the media type tells: some servers make one up for requests without a body.
+    Without a length, only JSON as media type means a body: some servers add another type to
+    requests without one.
     """
     length = content_length()
     chunked = "HTTP_TRANSFER_ENCODING" in request.environ
@@ -188,7 +189,7 @@ def read_flag(query: Mapping[str, str], name: str) -> bool:
 
 
 def read_filter(wanted: Mapping[str, str]) -> Filter:
-    """Make a filter from a query or from the fields of a body. An empty value does not filter."""
+    """Make a filter from a query or the fields of a body. Empty values do not filter."""
     values = {FILTERS[name]: value for name, value in wanted.items() if name in FILTERS and value}
     if unknown := wanted.keys() - FILTERS.keys():
         raise InvalidJob(printable(min(unknown)), f"unknown filter; the filters are {', '.join(FILTERS)}")
@@ -198,7 +199,7 @@ def read_filter(wanted: Mapping[str, str]) -> Filter:
 
 
 def note_sent_ids(job: Job) -> Job:
-    """Store the request id and the traceparent that the client has sent, none that was made."""
+    """Store the request id and the traceparent of the client, if it sent them."""
     sent_ids = request.environ["tinyqueue.sent_ids"]
     job.request_id = sent_ids.get("requestId", "")
     job.traceparent = sent_ids.get("traceparent", "")
@@ -243,7 +244,7 @@ def require_worker(registered: bool) -> None:
         raise Problem(404, "not-found", "no worker with this id is registered; see GET /workers")
 
 
-# What the audit calls a route whose name is another.
+# What the audit calls a route that has another name.
 CALLED = {"hasten": "run", "put": "set"}
 COUNTS = {"cancelled", "retried", "purged", "skipped"}  # in the answer to a bulk change
 
@@ -256,7 +257,7 @@ def describe_action(
     action = CALLED.get(verb, verb)
     if kind == "many":
         filter = {name: value[:SHOWN] for name, value in request.environ["tinyqueue.filter"].items() if value}
-        return action, {"filter": filter}, {name: body[name] for name in COUNTS & body.keys()}
+        return action, {"filter": filter}, {name: n for name, n in body.items() if name in COUNTS}
     [(part, name)] = args.items()
     target = {{"id": "job", "name": kind or "queue", "limit": "limit"}[part]: name}
     if kind == "limit":
@@ -265,7 +266,7 @@ def describe_action(
 
 
 def shown(target: Mapping[str, Any]) -> str:
-    """Return the target of an action as a text: job 0190..., or failed jobs with type mail."""
+    """Return the target of an action in words: job 0190..., or failed jobs with type mail."""
     [(kind, about)] = target.items()
     if kind != "filter":
         return f"{kind} {about}"
@@ -278,7 +279,7 @@ def summary(job: Job) -> dict[str, str]:
 
 
 def shorten(fields: dict[str, Any]) -> dict[str, Any]:
-    """Name a payload or result that was cut a preview. Remove the traceback and the history."""
+    """Mark a payload or result that was cut as a preview. Remove the traceback and the history."""
     for name in ("payload", "result"):
         if isinstance(fields.get(name), Preview):
             fields[name + "Preview"] = str(fields.pop(name))

@@ -1,8 +1,8 @@
 """The HTTP server: a Waitress whose clients cannot block it, and that stops without losing an answer.
 
 A connection has one request in progress. A request that only waits needs no thread: its app raises
-Parked, and is called again later. Neither does an answer that goes on: its app raises Stream. This
-module knows nothing of jobs.
+Parked, and is called again later. An endless answer needs no thread either: its app raises Stream.
+This module knows nothing about jobs.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ CROWDED_TIMES = (3, 20)  # the two times above, in a crowd
 # earliest. The second one starts again with every byte that the client sends.
 DRAIN_TIMES = (1, 5)
 PATIENCE = 20  # seconds that a listener may take to read an event
-UNSENT = 65536  # bytes that the kernel keeps for a listener that does not read
+UNSENT = 65536  # bytes that the kernel buffers for a listener that does not read
 LINGER = 2  # seconds that a client has to close its side
 # Linux only: options of a socket, and a filter of one instruction that drops all packets.
 ATTACH_FILTER, DETACH_FILTER = 26, 27
@@ -90,10 +90,10 @@ class Parked(BaseException):
 
 
 class Stream(BaseException):
-    """Raised by an app whose answer goes on after the request, to give back the thread.
+    """Raised by an app to release its thread while its answer goes on.
 
-    Only where the environ has "tinyqueue.can_park". The server sends `headers` with status 200, and
-    then calls `attach` with the connection. What is passed to its `push` is sent to the client.
+    Allowed only if the environ has "tinyqueue.can_park". The server sends `headers` with status
+    200, and then calls `attach` with the connection. Its `push` sends data to the client.
     """
 
     def __init__(self, headers: Iterable[tuple[str, str]], attach: Callable[[Channel], None]) -> None:
@@ -177,8 +177,8 @@ class Channel(HTTPChannel):  # type: ignore[misc]
     error_task_class = Refusal
     rest = b""
     lingering = False
-    listening = False  # True: it gets a Stream
-    requests: list[Any]  # those that it has not answered
+    listening = False  # whether it gets a Stream
+    requests: list[Any]  # requests without an answer yet
     total_outbufs_len: int  # bytes that are not sent yet
 
     def __init__(self, *args: Any, **options: Any) -> None:
@@ -226,8 +226,8 @@ class Channel(HTTPChannel):  # type: ignore[misc]
     def push(self, data: bytes) -> None:
         """Send data to a listener, from any thread and without waiting.
 
-        Leaves it out while the client has not read what was sent before, so that no more than one
-        event waits in memory.
+        Drops the data if the client has not read what was sent before. So no more than one event
+        waits in memory.
         """
         with self.outbuf_lock:
             if self.total_outbufs_len or not self.connected:
@@ -384,7 +384,7 @@ class Server(TcpWSGIServer):  # type: ignore[misc]
             wasyncore.close_all(self._map)
 
     def _end_streams(self) -> None:
-        """Close the connections of all listeners, which can go on with another process."""
+        """Close the connections of all listeners. They can connect to another process."""
         for channel in list(self.active_channels.values()):
             if channel.listening:
                 channel.handle_close()

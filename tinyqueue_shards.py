@@ -447,7 +447,7 @@ class Shards(Verbs):
         return any(self._call_all(Queue.take_snapshot))
 
     def times(self, minutes: int) -> tuple[int, Times]:
-        """Like Queue.times, added up. The window is the longest of any shard."""
+        """Like Queue.times, added up. Returns the earliest beginning of a window."""
         found = [shard.times(minutes) for shard in self.parts]
         return min(at for at, _ in found), reduce(_added, (times for _, times in found))
 

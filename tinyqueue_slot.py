@@ -95,7 +95,7 @@ def _postpone(job: Job, error: InvalidJob) -> Outcome:
 
 
 def fail(job: Job, error: BaseException, stack: str = "") -> Outcome:
-    """Return the outcome of an attempt that an error has ended. `stack` replaces its traceback."""
+    """Return the outcome of an attempt that an error ended. `stack` replaces the traceback."""
     halt = issubclass(type(error), RateLimited)  # not isinstance, which asks the exception for its class
     known = HANDLERS.get(job.type)
     limits = (known.backoff, known.backoff_cap) if known else (UNREADABLE_BACKOFF,)
@@ -128,7 +128,7 @@ def _format_traceback(error: BaseException) -> str:
 
 
 def _format_stack(frame: FrameType | None) -> str:
-    """Format the stack of a thread that runs a job, from the handler's own frame on."""
+    """Format the stack of a thread that runs a job, beginning with the frame of the handler."""
     frames = itertools.takewhile(lambda at: at[0].f_code is not run_job.__code__, traceback.walk_stack(frame))
     return "".join(traceback.StackSummary.extract(iter(list(frames)[::-1])).format())
 
@@ -159,7 +159,7 @@ class Slot(Shield):
         self.expired_at = float("inf")  # when the main thread first tried to interrupt it
         self.interrupted = False
         self.abandoned = False  # the handler still runs, and its job was taken away
-        self.given_up: Job | None = None  # that job
+        self.given_up: Job | None = None  # the job whose handler was given up
 
     def run(self, job: Job) -> Outcome | None:
         """Run a job and return its outcome; None if it was abandoned and this thread must end."""
@@ -231,7 +231,7 @@ class Slot(Shield):
         return self.job is not None and now > self.expired_at + GRACE
 
     def give_up(self) -> Outcome | None:
-        """Take the job away from a handler that does not stop, and return how it failed (main).
+        """Give up a handler that does not stop, and return the outcome of its attempt (main).
 
         The outcome has the stack of the thread. Returns None if the handler has just returned.
         """

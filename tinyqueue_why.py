@@ -28,7 +28,10 @@ def answer(queue: AnyQueue, job: Job) -> dict[str, Any]:
 
 
 def explain(queue: AnyQueue, job: Job) -> Why | None:
-    """Return why a job does not run: `reason`, `text` and details. None if it is not pending."""
+    """Return why a job does not run: `reason`, `text` and details. None if it is not pending.
+
+    The text continues a sentence that begins with "it".
+    """
     return next(_reasons(queue.part_of(job.id), job)) if job.status == "pending" else None
 
 
@@ -54,20 +57,23 @@ def _reasons_in_queue(part: Queue, job: Job, now: int) -> Iterator[Why]:
     found = part.store.read(("SMEMBERS", part.keys.paused), ("LLEN", key), place, ("ZSCORE", part.keys.delayed, job.id))
     paused, size, index, due = found
     if job.queue.encode() in paused:
-        yield _why("paused", f"its queue {job.queue} is paused; resume it", queue=job.queue)
+        yield _why("paused", f"waits, because its queue {job.queue} is paused; resume it", queue=job.queue)
     serving = [worker for worker in part.workers() if worker["alive"] and job.queue in worker["queues"]]
     if not serving:
         todo = f"start one: tinyqueue worker --queue {job.queue}"
-        yield _why("notServed", f"no live worker serves its queue {job.queue}; {todo}", queue=job.queue)
+        text = f"waits, because no live worker serves its queue {job.queue}; {todo}"
+        yield _why("notServed", text, queue=job.queue)
     if all(worker["quiet"] for worker in serving):
         quiet = [worker["id"] for worker in serving]
-        text = f"only quiet workers serve its queue {job.queue}; resume one: tinyqueue quiet --resume {quiet[0]}"
+        todo = f"resume one: tinyqueue quiet --resume {quiet[0]}"
+        text = f"waits, because only quiet workers serve its queue {job.queue}; {todo}"
         yield _why("quiet", text, queue=job.queue, workers=quiet[:NAMED])
     serving = [worker for worker in serving if not worker["quiet"]]
     # A worker of an older version does not report its types, and may know any.
     if not any(job.type in worker.get("types", [job.type]) for worker in serving):
-        todo = f"start a worker that has a handler for it, and serves queue {job.queue}"
-        yield _why("unknownType", f"no live worker knows its type {job.type}; {todo}", type=job.type)
+        todo = f"start a worker with the code that has one: tinyqueue worker --queue {job.queue}"
+        text = f"waits, because no live worker of its queue has a handler for its type {job.type}; {todo}"
+        yield _why("unknownType", text, type=job.type)
     if job.has_expired(now):
         yield _why("expired", "has expired; it fails when its turn comes", expiresAt=job.expires_at)
     if index is not None:

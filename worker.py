@@ -133,8 +133,8 @@ class Worker:
     then the process goes on after it.
     """
 
-    beat_at_once = False  # whether the next heartbeat has news that cannot wait
-    quiet = False  # whether the last line that was logged about it says so
+    beat_at_once = False  # whether the next heartbeat must not wait
+    quiet = False  # whether this worker last logged that it is quiet
 
     def __init__(
         self,
@@ -800,7 +800,7 @@ class Worker:
         if jobs:
             recapture()
         for job in jobs:
-            with suppress(Reaped):  # it has just ended, or the heartbeat finds out
+            with suppress(Reaped):  # the job has just ended, or the heartbeat will find that it is lost
                 self.queue.write_log(job)
 
     def _reap(self) -> None:

@@ -122,7 +122,7 @@ log = logging.getLogger("tinyqueue.web")
 
 OVERVIEW_MINUTES = 60  # of history in each event
 TYPES_MINUTES = 15  # that GET /types looks back, unless the request says otherwise
-TYPES_EVERY = 10  # seconds until events have new numbers of the types
+TYPES_EVERY = 10  # seconds until events have new counts of the types
 MAX_MINUTES = 120  # for which there are counts
 LONGEST_WAIT = 25  # seconds that GET /jobs/<id>?wait= may take: routers time out after 30
 WORK_TIME = 20  # seconds that POST /work takes at most, unless the request says otherwise
@@ -311,13 +311,13 @@ class API(bottle.Bottle):  # type: ignore[misc]
         return msgspec.json.encode(body)
 
     def _refuse(self, error: Problem, role: str) -> bottle.HTTPResponse:
-        """Answer with a problem. Counts a refusal of a submission that was valid."""
+        """Answer with a problem. Count it if it refuses a submission that was valid."""
         if role == "submit" and (reason := error.more.get("reason", error.kind)) in REASONS:
             self._refusals.note(reason, self.queue)
         return error.response()
 
     def _note_action(self, route: str, args: Mapping[str, str], body: Mapping[str, Any]) -> None:
-        """Log what an operator did, and add it to the audit. A failure to add it is only logged."""
+        """Log an action of an operator, and add it to the audit. If that fails, log a warning."""
         by = request.environ["tinyqueue.caller"]
         action, target, result = describe_action(route, args, body)
         fields = {"event": "action", "key": by, "action": action, "target": target, "result": result}
@@ -421,7 +421,7 @@ class API(bottle.Bottle):  # type: ignore[misc]
         return note_sent_ids(job)
 
     def replay(self, id: str) -> dict[str, Any]:
-        """Submit an ended job again, perhaps with another payload or other fields. As submit."""
+        """Submit an ended job again, with the same fields or others. Answers like submit."""
         fields = read_optional_json(self.settings.max_body)
         job = require_job(self.queue.get(id))
         known = {name: argument for name, argument in FIELDS.items() if name != "type"}
@@ -445,19 +445,19 @@ class API(bottle.Bottle):  # type: ignore[misc]
         return {"jobs": [shorten(job.answer()) for job in jobs], "cursor": cursor or None, "scanned": page.scanned}
 
     def count(self) -> dict[str, Any]:
-        """Count the jobs that match a filter, up to 1,000 looked at in each request."""
+        """Count the jobs that match a filter. Looks at up to 1,000 jobs in each request."""
         query = read_query()
         cursor = query.pop("cursor", "")
         found = self.queue.count(read_filter(query), cursor)
         return found | {"cursor": found["cursor"] or None}
 
     def failures(self) -> dict[str, Any]:
-        """Group failed jobs, or pending ones that were tried, by type and error."""
+        """Group failed jobs, or jobs that wait for another attempt, by type and error."""
         query = read_query()
         cursor = query.pop("cursor", "")
         filter = read_filter(query | {"status": query.get("status") or "failed"})
         if filter.status not in ("failed", "pending"):
-            raise InvalidJob("status", "must be failed, or pending for jobs that will be tried again")
+            raise InvalidJob("status", "must be failed, or pending for jobs that wait for another attempt")
         found = self.queue.failures(filter, cursor)
         return found | {"cursor": found["cursor"] or None}
 
@@ -496,7 +496,7 @@ class API(bottle.Bottle):  # type: ignore[misc]
         return answer(self.queue, job.without_traces() if hides else job)
 
     def job_log(self, id: str) -> dict[str, Any]:
-        """Return what a job has logged since the line ?after=, and whether more may follow."""
+        """Return the lines that a job logged after the line ?after=, and the status of the job."""
         after = read_int(read_query("after"), "after", 0, 0, 2**53 - 1)
         job, lines = self.queue.read_log(id, after)
         last = lines[-1].number if lines else after
@@ -520,12 +520,12 @@ class API(bottle.Bottle):  # type: ignore[misc]
         self._events.wake()
 
     def events(self) -> bottle.HTTPResponse:
-        """Send the data of the dashboard's overview again and again, as server-sent events.
+        """Send the data of the dashboard's overview as server-sent events, until one side closes.
 
         Only our own server can send events without a thread for each listener.
         """
         if "tinyqueue.can_park" not in request.environ:
-            raise Problem(404, "not-found", "this server sends no events; request GET /stats again and again instead")
+            raise Problem(404, "not-found", "this server cannot send events; poll GET /stats instead")
         self._require_running()
         headers = response_headers() | EVENT_HEADERS
         if request.method == "HEAD":
@@ -533,7 +533,7 @@ class API(bottle.Bottle):  # type: ignore[misc]
         self.queue  # noqa: B018 - if it cannot be opened, this is the answer
         place = self._events.enter()
         if not place:
-            detail = f"{LISTENERS} listeners get events from this process already; request GET /stats instead"
+            detail = f"this process already sends events to {LISTENERS} listeners; poll GET /stats instead"
             raise Problem(503, "too-many-listeners", detail, {"Retry-After": "60"})
         from tinyqueue_server import Stream
 
@@ -567,11 +567,11 @@ class API(bottle.Bottle):  # type: ignore[misc]
         return self.queue.stats(read_int(read_query("minutes"), "minutes", 0, 0, MAX_MINUTES))
 
     def types(self) -> dict[str, Any]:
-        """Report by type how many attempts ended and failed lately, and how long jobs take."""
+        """Report by type how many attempts ended and failed, and how long jobs wait and run."""
         return types(self.queue, read_int(read_query("minutes"), "minutes", TYPES_MINUTES, 1, MAX_MINUTES))
 
     def verdict(self) -> dict[str, Any]:
-        """Say whether all is well, or what is wrong and what to do. Answers without Redis, too."""
+        """Say whether all is well, or what is wrong and what to do. Answers without Redis too."""
         return self.observer.verdict()
 
     def scale(self) -> dict[str, int]:
@@ -588,7 +588,7 @@ class API(bottle.Bottle):  # type: ignore[misc]
         return {"workers": self.queue.workers()}
 
     def audit(self) -> dict[str, Any]:
-        """List what operators did last, newest first."""
+        """List the latest actions of operators, newest first."""
         return {"actions": self.queue.audit(read_int(read_query("limit"), "limit", 100, 1, ACTIONS))}
 
     def limits(self) -> dict[str, Any]:
@@ -650,7 +650,7 @@ class API(bottle.Bottle):  # type: ignore[misc]
         return {"queue": name, "paused": False}
 
     def quiet_worker(self, name: str) -> dict[str, Any]:
-        """Let a worker take no more jobs. Those that it has run to their ends."""
+        """Make a worker quiet: it takes no more jobs, and finishes those that it has taken."""
         require_worker(self.queue.quiet(name))
         return {"worker": name, "quiet": True}
 

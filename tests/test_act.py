@@ -545,6 +545,17 @@ def test_failures_are_grouped_by_type_and_error_over_all_jobs(queue: Queue, api:
     assert api.get("/failures?status=completed").status == 422
 
 
+def test_group_of_retrying_jobs_shows_the_latest_failure(queue: Queue, api: Client) -> None:
+    queue.enqueue_many("echo", range(2))
+    early, late = queue.dequeue(queue.register(["default"], 2), ["default"], 2)
+    queue.fail(late, Failure("Boom", "first"), 60)
+    queue.clock.ahead += 5000
+    queue.fail(early, Failure("Boom", "second"), 60)
+    [group] = api.get("/failures?status=pending").json["groups"]
+    assert (group["jobId"], group["message"], group["count"]) == (early.id, "second", 2)
+    assert group["at"] >= early.created_at + 5000
+
+
 def test_failures_of_more_jobs_than_a_step_looks_at(queue: Queue) -> None:
     draft = [msgspec.structs.replace(queue.draft("echo", at), status="failed", error=BOOM) for at in range(1500)]
     for at in (0, 1000):

@@ -79,7 +79,7 @@ def test_plan_adds_shards_where_one_redis_is_too_busy() -> None:
 
 
 def test_plan_refuses_more_shards_than_there_can_be() -> None:
-    with pytest.raises(SettingsError, match="500,000 such jobs/s need 259 shards, and 64 are the most"):
+    with pytest.raises(SettingsError, match="500,000 such jobs/s need 259 shards, and 64 is the maximum"):
         make_plan(TYPICAL._replace(rate=500_000), Settings())
     assert Settings.read({"TINYQUEUE_SHARDS": str(MAX_SHARDS)}).shards == MAX_SHARDS
     with pytest.raises(SettingsError, match="TINYQUEUE_SHARDS"):
@@ -186,7 +186,7 @@ def test_plan_prints_json() -> None:
         ("--rate 1 --duration inf --payload 1", "Invalid value for '--duration': inf is not in the range"),
         ("--rate 1 --duration 1 --payload 2k", "Invalid value for '--payload': '2k' is not a valid integer range."),
         ("--rate 1 --duration 1 --payload 300000", "--payload is above TINYQUEUE_MAX_BODY (262144); raise that,"),
-        ("--rate 500000 --duration 1 --payload 9", "500,000 such jobs/s need 251 shards, and 64 are the most"),
+        ("--rate 500000 --duration 1 --payload 9", "500,000 such jobs/s need 251 shards, and 64 is the maximum"),
     ],
 )
 def test_plan_of_a_wrong_load_prints_one_clear_line(options: str, error: str) -> None:

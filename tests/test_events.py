@@ -1,4 +1,4 @@
-"""Server-sent events: what listeners get, how many there may be, and that none of them holds up another."""
+"""Server-sent events: what listeners get, how many there may be, and that none of them delays another."""
 
 from __future__ import annotations
 

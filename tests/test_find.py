@@ -194,7 +194,7 @@ NO_UNICODE = [("type", "type"), ("queue", "queue"), ("error_type", "errorType"),
 
 
 @pytest.mark.parametrize(("field", "name"), NO_UNICODE)
-def test_refuse_a_filter_that_is_no_unicode(api: Client, queue: Queue, field: str, name: str) -> None:
+def test_refuse_a_filter_that_is_not_unicode(api: Client, queue: Queue, field: str, name: str) -> None:
     put(queue, "failed")
     with pytest.raises(InvalidJob, match=f"{name}: must be valid Unicode"):
         queue.page(Filter(**{field: "a\ud800"}))
@@ -203,7 +203,7 @@ def test_refuse_a_filter_that_is_no_unicode(api: Client, queue: Queue, field: st
         assert (answer.status, answer.problem["field"]) == (422, name)
 
 
-def test_command_line_refuses_a_text_that_is_no_unicode(near: Queue, run: Any) -> None:  # noqa: F811
+def test_command_line_refuses_a_text_that_is_not_unicode(near: Queue, run: Any) -> None:  # noqa: F811
     near.enqueue("echo", 1)
     done = run("list", "--text", b"\xff")
     assert b"text: must be valid Unicode" in done.stderr

@@ -135,7 +135,11 @@ def test_show_returns_the_whole_record_of_a_new_job(api: Client) -> None:
         "queue": "mail",
         "createdAt": created,
         "updatedAt": created,
-        "why": {"reason": "notServed", "text": f"no live worker serves its queue mail; {todo}", "queue": "mail"},
+        "why": {
+            "reason": "notServed",
+            "text": f"waits, because no live worker serves its queue mail; {todo}",
+            "queue": "mail",
+        },
     }
 
 

@@ -557,7 +557,7 @@ def test_forked_process_adds_no_lines_and_does_not_wait_for_the_lock() -> None:
     assert kept.unwritten() == []
 
 
-def test_name_of_a_level_that_is_no_unicode_or_long_fails_no_attempt(queue: Queue) -> None:
+def test_name_of_a_level_that_is_not_unicode_or_long_fails_no_attempt(queue: Queue) -> None:
     job = begun(queue)
     kept = job.__dict__["_log"]
     kept.add("L\ud800", "one")
@@ -623,6 +623,9 @@ def test_command_line_shows_the_log(near: Queue, run: Any) -> None:  # noqa: F81
     lines = [json.loads(line) for line in run("log", job.id, "--json").stdout.splitlines()]
     assert [line["text"] for line in lines] == ["one", "two\x1b"]
     assert run("log", "01a2155f-3143-7000-b0c9-28342567d0c6").returncode == 1
+    silent = run("log", put(near, "pending").id)
+    assert (silent.returncode, silent.stdout) == (0, b"")
+    assert b"has no log; only handlers with logs=True keep one" in silent.stderr
 
 
 def test_command_line_follows_the_log_until_the_job_ends(near: Queue, run: Any) -> None:  # noqa: F811

@@ -51,7 +51,7 @@ DESK = {"width": 1400, "height": 900}
 
 @pytest.fixture(scope="module")
 def axe(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """The script of axe-core, which finds what keeps people from using a page."""
+    """The script of axe-core, which finds faults of accessibility."""
     if not shutil.which("npm"):
         pytest.skip("npm is not on PATH: NOBODY LOOKS WHETHER ALL CAN USE THE DASHBOARD")
     folder = tmp_path_factory.mktemp("axe")
@@ -243,7 +243,7 @@ def test_selected_jobs_are_changed_one_by_one(open: Open, near: Queue) -> None:
     shows(page, "4 selected")
     page.get_by_label(f"Select echo {failed[0].id[-8:]}").uncheck()
     page.get_by_role("button", name="Delete selected…").click()
-    shows(page, "Delete 2 jobs?", "1 other selected job has a status that does not allow it.", "cannot be brought back")
+    shows(page, "Delete 2 jobs?", "1 other selected job has a status that does not allow this.", "cannot be restored")
     page.get_by_role("button", name="Delete 2 jobs").click()
     shows(page, "2 of 2 deleted.", "Done")
     assert [job.id for job in near.page()[0]] == [delayed.id, failed[0].id]
@@ -287,7 +287,7 @@ def test_job_shows_each_attempt_and_where_a_handler_was_given_up(open: Open, nea
             "Next attempt",
         ]
     )
-    page.get_by_text("Where it was").click()
+    page.get_by_text("Where the handler was").click()
     shows(page, "sleep(60)", "retrying", "for attempt 3 of 3")
     page.locator("main").get_by_role("link", name="march").click()
     playwright.expect(page.locator("tbody tr")).to_have_count(1)
@@ -485,7 +485,7 @@ def frozen_worker(stage: Stage) -> str:
     stage.work("default")  # another one, which reaps the first
     stage.worker.signal(SIGSTOP)
     until(lambda: not registered(stage.queue, stage.worker))
-    return r"[Ww]orker .* (sent no heartbeat|lost)"
+    return r"[Ww]orker .* (has sent no heartbeat|lost)"
 
 
 def redis_down(stage: Stage) -> str:

@@ -426,6 +426,7 @@ def play_log(queue: Any, job: Job) -> None:
     queue.write_progress(job)
     queue.read_log(job.id)
     queue.pending_among([job.id.encode()])
+    queue.next_jobs({"default": job.id.encode()})
 
 
 def play(queue: Any, folder: Path) -> None:

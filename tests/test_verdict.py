@@ -372,7 +372,7 @@ def test_verdict_names_quiet_workers_only_if_jobs_wait_for_long(queue: Queue) ->
     assert problems(queue) == {}
     later(queue, 110)
     problem = problems(queue)["unserved"]
-    text = "1 job in queue default cannot start, because the workers that could run them are quiet"
+    text = "1 job in queue default cannot start, because only quiet workers serve it"
     assert (problem["text"], problem["level"]) == (text, "warning")
     assert problem["next"]["action"] == {"method": "POST", "path": f"/workers/{worker}/resume"}
 
@@ -383,7 +383,7 @@ def test_verdict_names_a_lost_worker(queue: Queue) -> None:
     assert problems(queue) == {}
     lapse(queue, lost)
     problem = problems(queue)["lost"]
-    assert problem["text"] == f"Worker {lost} sent no heartbeat for 30 s; 1 job will be requeued soon"
+    assert problem["text"] == f"Worker {lost} has sent no heartbeat for 30 s; 1 job will be requeued soon"
     assert (problem["level"], problem["workers"]) == ("warning", [lost])
 
 
@@ -392,7 +392,7 @@ def test_verdict_names_a_lost_worker_whose_jobs_nobody_requeues(queue: Queue) ->
     lapse(queue, lost)
     found = verdict(queue)
     assert found["status"] == "critical"
-    assert f"Worker {lost} sent no heartbeat for 30 s; 1 job will be requeued only when another worker runs" in [
+    assert f"Worker {lost} has sent no heartbeat for 30 s; 1 job will be requeued only when another worker runs" in [
         problem["text"] for problem in found["problems"]
     ]
 
@@ -430,7 +430,7 @@ def test_verdict_names_a_job_that_waits_too_long(queue: Queue) -> None:
 
 
 def run_for(queue: Queue, type: str, seconds: float, times: int = 1) -> None:
-    """Run jobs of a type that take so long."""
+    """Run jobs of a type, each for that time."""
     worker = queue.register(["default"], times)
     queue.enqueue_many(type, range(times))
     for job in queue.dequeue(worker, ["default"], times):
@@ -440,7 +440,7 @@ def run_for(queue: Queue, type: str, seconds: float, times: int = 1) -> None:
 
 
 def start_long(queue: Queue, seconds: float) -> list[Job]:
-    """Let a worker run two jobs for so long, while a third waits. Returns the two."""
+    """Let a worker run two jobs for that time, while a third waits. Return the two."""
     worker = queue.register(["default"], 2)
     queue.enqueue_many("report", [1, 2, 3])
     jobs = queue.dequeue(worker, ["default"], 2)
@@ -461,7 +461,7 @@ def test_verdict_names_slots_that_are_taken_for_longer_than_usual(queue: Queue) 
     jobs = start_long(queue, 70)
     problem = problems(queue)["slots"]
     text = "1 job waits in queue default, because all 2 slots run jobs that take longer than usual"
-    assert problem["text"] == f"{text}: report in 2, for up to 70 s"
+    assert problem["text"] == f"{text}: 2 of type report, for up to 70 s"
     assert set(problem["jobs"]) == {job.id for job in jobs}
     assert problem["types"] == ["report"]
     queue.complete(jobs[0])
@@ -545,7 +545,7 @@ def test_verdict_names_held_jobs_whose_limit_is_full_for_long(queue: Queue, no_h
     assert problems(queue) == {}
     later(queue, 20)
     problem = problems(queue)["limits"]
-    assert problem["text"] == "Limit charge had no room for 5 minutes for a job that waits"
+    assert problem["text"] == "Limit charge has had no room for a waiting job for 5 minutes"
     assert problem["limits"] == ["charge"]
 
 
@@ -562,7 +562,7 @@ def test_verdict_names_held_jobs_that_have_lost_their_workers(queue: Queue, no_h
     later(queue, 600)
     problem = problems(queue)["limits"]
     assert problem["text"].endswith("and no live worker serves its queue money")
-    assert problem["text"].startswith("Limit charge held a job for 10 minutes")
+    assert problem["text"].startswith("Limit charge has held a job for 10 minutes")
     assert problem["next"]["command"] == "tinyqueue worker --queue money"
 
 
@@ -616,9 +616,9 @@ def test_verdict_names_a_type_whose_attempts_all_fail(queue: Queue) -> None:
     text = "All of the 3 attempts of type report failed in the last 5 minutes, all with ConnectionError"
     assert problem["text"] == text
     assert (problem["level"], problem["types"]) == ("warning", ["report"])
-    command = "tinyqueue list --status pending --type report --error-type ConnectionError"
+    command = "tinyqueue list --type report --error-type ConnectionError"
     assert problem["next"]["command"] == command
-    assert problem["next"]["action"] == {"link": "#/jobs?status=pending&type=report&errorType=ConnectionError"}
+    assert problem["next"]["action"] == {"link": "#/jobs?type=report&errorType=ConnectionError"}
     assert queue.now() - 120_000 < problem["since"] <= queue.now()
 
 
@@ -629,7 +629,7 @@ def test_next_step_quotes_the_name_of_an_error(queue: Queue) -> None:
         [job] = queue.dequeue(worker, ["default"])
         queue.fail(job, Failure("Bad; rm -r x", "no"))
     command = problems(queue)["failing"]["next"]["command"]
-    assert command == "tinyqueue list --status failed --type echo --error-type 'Bad; rm -r x'"
+    assert command == "tinyqueue list --type echo --error-type 'Bad; rm -r x'"
 
 
 def test_verdict_names_the_share_and_the_main_error(queue: Queue) -> None:
@@ -762,13 +762,13 @@ def test_verdict_names_submissions_that_a_full_queue_refuses(server: Server, no_
 
 def test_verdict_names_submissions_that_a_full_redis_refuses(own: Queue, no_handlers: None) -> None:
     fill(own, 0.97)
-    text = "1 submission was refused in the last 5 minutes: 1 because the memory of Redis is nearly used up"
+    text = "1 submission was refused in the last 5 minutes: 1 because the memory of Redis was nearly used up"
     assert refused(own)["text"] == text
 
 
 def test_verdict_names_submissions_refused_while_redis_takes_no_writes(own: Queue, no_handlers: None) -> None:
     fill(own, 1.05)
-    text = "3 submissions were refused in the last 5 minutes: 3 because the memory of Redis is nearly used up"
+    text = "3 submissions were refused in the last 5 minutes: 3 because the memory of Redis was nearly used up"
     assert refused(own, times=3)["text"] == text
 
 
@@ -792,7 +792,7 @@ def test_verdict_names_submissions_that_too_few_replicas_have(own: Queue, no_han
     queue = Queue(own.pool, min_replicas=1)
     found = refused(queue)
     assert found["text"].endswith("1 because too few replicas had the jobs")
-    text = "Submits are refused: they need 1 replica, and 0 of them keep up"
+    text = "Submissions are refused, because 0 replicas keep up and 1 is required"
     assert problems(queue)["replicas"]["text"] == text
 
 
