@@ -151,13 +151,13 @@ Keys. All share one hash tag, the namespace, and so one slot of a cluster.
     {queue}:pace:<limit>      zset    <id>:<start> of the starts in the last period. Expires
     {queue}:halt:<limit>      string  until when RateLimited halts the limit. Expires
     {queue}:overrides         hash    type or limit -> what replaces the numbers in the code
-    {queue}:minute:<n>        hash    started, waitedMs, completed, failed, cancelled, retried in minute
-                                      n since 1970; completed:<type> and error:<type>:<error>, the
-                                      attempts by how they ended (each process names up to 1,000
-                                      errors; others: other); ready, the jobs in lists when a
-                                      verdict looked; requeued and lost:<worker>, by reap; refused:
-                                      <reason>, submits; failedTick:<schedule>:<error>. Expires after
-                                      two hours
+    {queue}:minute:<n>        hash    what happened in minute n since 1970: started, waitedMs, completed,
+                                      failed, cancelled, retried; completed:<type> and
+                                      error:<type>:<error>, the attempts by how they ended (each
+                                      process names up to 1,000 errors; others: other);
+                                      refused:<reason>, submits; requeued and lost:<worker>, by reap;
+                                      failedTick:<schedule>:<error>; ready, the jobs in lists when a
+                                      verdict looked. Expires after two hours
     {queue}:rate:<who>:<n>    string  requests of a client in rate window n. Expires
     {queue}:awaited           set     ids of the jobs whose end a caller waits for
     {queue}:done:<id>         list    a token that wakes those callers. A web process has an <id> of
