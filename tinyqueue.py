@@ -370,6 +370,7 @@ TOKENS = 1000  # of advance that are read at a time
 ADVANCED = 100  # waiting jobs that one transaction of advance changes
 FATES = {"failed": "has failed", "cancelled": "was cancelled"}  # of a parent, in an error
 SERIES = 1000  # pairs of type and queue in the metrics: each adds some thirty lines to a scrape
+MINUTE_KEPT = 7200  # seconds that the counts of a minute are kept
 SNAPSHOTS = 5  # snapshots of the times in the metrics that are kept
 SNAPSHOT_EVERY = 900  # seconds between two snapshots
 
@@ -597,7 +598,7 @@ class Transaction:
         if self.minute:
             minute = self._keys.minute(self.now)
             commands += [("HINCRBY", minute, field, by) for field, by in self.minute.items() if by]
-            commands.append(("EXPIRE", minute, 7200))
+            commands.append(("EXPIRE", minute, MINUTE_KEPT))
         return commands
 
 
@@ -2774,7 +2775,7 @@ class Queue(Reading, Verbs):
         if ids:
             self.store.read(("SREM", self.keys.awaited, *ids))
 
-    # Counting for the web process -------------------------------------------------------------------------------------
+    # Counting what is not a job ---------------------------------------------------------------------------------------
 
     def count_scrape_errors(self, times: int) -> None:
         """Add scrapes of the metrics that failed while Redis was unavailable."""
@@ -2782,11 +2783,19 @@ class Queue(Reading, Verbs):
 
     def count_refused(self, counts: Mapping[str, int]) -> None:
         """Count refused submissions by reason, in this minute and in the metrics."""
+        refused = {f"refused:{why}": n for why, n in counts.items()}
+        self._count_events(refused, refused)
+
+    def count_failed_ticks(self, counts: Mapping[str, int]) -> None:
+        """Count failed ticks: by <schedule>:<error> in this minute, and all in the metrics."""
+        failed = {f"failedTick:{what}": n for what, n in counts.items()}
+        self._count_events(failed, {"failedTicks": sum(counts.values())})
+
+    def _count_events(self, now: Mapping[str, int], ever: Mapping[str, int]) -> None:
         minute = self.keys.minute(self.now())
-        adds = [
-            ("HINCRBY", key, f"refused:{why}", n) for why, n in counts.items() for key in (minute, self.keys.metrics)
-        ]
-        self.store.read(("MULTI",), *adds, ("EXPIRE", minute, 7200), ("EXEC",))
+        adds = [("HINCRBY", minute, field, n) for field, n in now.items()]
+        adds += [("HINCRBY", self.keys.metrics, field, n) for field, n in ever.items()]
+        self.store.read(("MULTI",), *adds, ("EXPIRE", minute, MINUTE_KEPT), ("EXEC",))
 
     def spend(self, who: str, limit: int, seconds: int) -> tuple[int, int]:
         """Count a request of a client in the current window of `seconds`.

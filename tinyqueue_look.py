@@ -16,18 +16,18 @@ from typing import Any, NamedTuple
 from tinyqueue import (
     BUCKETS,
     LIMIT,
+    MINUTE_KEPT,
     NAME,
     SERIES,
     UNENDED,
     Queue,
     TinyQueueError,
     Unavailable,
-    ids_in,
     read_count,
     read_workers,
 )
-from tinyqueue_json import created_at
 from tinyqueue_metrics import percentile
+from tinyqueue_reading import time_in
 from tinyqueue_redis import pairs, text_of
 from tinyqueue_schedule import read_schedule
 
@@ -135,7 +135,7 @@ class Look:
 
     def _is_old(self, entry: bytes) -> bool:
         """Whether an entry is the id of a job that was submitted some time ago."""
-        return any(created_at(id) <= self.now - SHORT_WAIT for id in ids_in([entry]))
+        return 0 < time_in(entry) <= self.now - SHORT_WAIT
 
     def note_ready(self) -> None:
         """Store once a minute how many jobs wait. Later looks see whether the backlog grows."""
@@ -143,7 +143,7 @@ class Look:
         if self.ready and "ready" not in self.minutes[minute]:
             key = self.part.keys.minute(self.now)
             with suppress(TinyQueueError):
-                self.part.store.read(("HSETNX", key, "ready", self.ready), ("EXPIRE", key, 7200))
+                self.part.store.read(("HSETNX", key, "ready", self.ready), ("EXPIRE", key, MINUTE_KEPT))
                 self.minutes[minute]["ready"] = self.ready
 
     def count_held(self, workers: Sequence[str]) -> int:

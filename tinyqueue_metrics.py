@@ -11,6 +11,7 @@ from itertools import accumulate, product
 from typing import Any
 
 from tinyqueue import BUCKETS, ENDED, HANDLERS, SERIES, UNENDED, TinyQueueError
+from tinyqueue_reading import add_counts
 from tinyqueue_schedule import list_schedules
 from tinyqueue_shards import AnyQueue
 
@@ -206,19 +207,11 @@ def types(queue: AnyQueue, minutes: int) -> dict[str, Any]:
     since, times = queue.times(minutes)
     counts: dict[str, dict[str, Any]] = {}
     for minute in recent:
-        _add(counts, minute["types"])
+        add_counts(counts, minute["types"])
     elapsed = max((queue.now() - recent[0]["at"]) / 60_000, 1.0)
     names = sorted({*HANDLERS, *counts, *times})
     rows = {name: _row(counts.get(name, {}), times.get(name, {}), elapsed) for name in names}
     return {"minutes": minutes, "timesSince": since, "types": rows}
-
-
-def _add(total: dict[str, Any], more: Mapping[str, Any]) -> None:
-    for name, value in more.items():
-        if isinstance(value, Mapping):
-            _add(total.setdefault(name, {}), value)
-        else:
-            total[name] = total.get(name, 0) + value
 
 
 def _row(counts: Mapping[str, Any], times: Mapping[str, Mapping[str, int]], minutes: float) -> dict[str, Any]:

@@ -84,11 +84,8 @@ class Reading:
         if time.monotonic() - self._paused[0] > PAUSE_AGE:
             with suppress(Corrupted):  # a key of the wrong type pauses nothing
                 self._note_paused(self.store.read(("SMEMBERS", self.keys.paused))[0])
-        return (
-            [name for name in names if name not in self._paused[1]]
-            if QUIET_MARK + worker not in self._paused[1]
-            else []
-        )
+        paused = self._paused[1]
+        return [] if QUIET_MARK + worker in paused else [name for name in names if name not in paused]
 
     def page(self, filter: Filter | None = None, *, limit: int = 50, cursor: str = "", cut: int | None = None) -> Page:
         """Return matching jobs, newest first, and the cursor of the next page; "" after the last.
@@ -203,9 +200,9 @@ class Reading:
         places = [(key, (size - TAIL) * at // (count - 1)) for key, size in long.items() for at in range(count)]
         ends = [("LRANGE", key, -TAIL, -1) for key in long]
         probes = self.store.read(*(("LINDEX", key, place) for key, place in places), *ends) if long else []
-        times = {key: [_time_in(probes.pop(0) or b"") for _ in range(count)] for key in long}
+        times = {key: [time_in(probes.pop(0) or b"") for _ in range(count)] for key in long}
         for own, end in zip(times.values(), probes, strict=True):
-            own.append(max(map(_time_in, end), default=0))
+            own.append(max(map(time_in, end), default=0))
         left = {key: 0 for key, own in times.items() if all(old <= new + JITTER for new, old in pairwise(own))}
         yield from self.read_lists([key for key in long if key not in left])
         step = HEAD
@@ -213,14 +210,14 @@ class Reading:
             windows = self.store.read(*(("LRANGE", key, at, at + step - 1) for key, at in left.items()))
             yield list(itertools.chain(*windows))
             some = [window[-step // 4 :: step // 8] if len(window) == step else [] for window in windows]
-            direct = self._entered_before(_time_in(oldest()), list(itertools.chain(*some)))
+            direct = self._entered_before(time_in(oldest()), list(itertools.chain(*some)))
             further = [bool(ids) and direct.isdisjoint(ids) for ids in some]
             left = {key: at + step - step // 10 for (key, at), more in zip(left.items(), further, strict=True) if more}
             step = max(HEAD, min(4 * step, LISTED // max(len(left), 1)))
 
     def _entered_before(self, time: int, entries: Sequence[bytes]) -> set[bytes]:
         """Return those of some entries that entered their list at their creation, before a time."""
-        ids = [text_of(entry) for entry in entries if _time_in(entry) + JITTER < time]
+        ids = [text_of(entry) for entry in entries if time_in(entry) + JITTER < time]
         jobs = (job for job, _ in self.read_jobs(ids, cut=0) if job)
         direct = (job for job in jobs if job.status == "pending" and not (job.run_at or job.attempts or job.after))
         return {job.id.encode() for job in direct if job.updated_at <= created_at(job.id) + JITTER}
@@ -395,7 +392,7 @@ class Reading:
     def _history(self, now: int, minutes: int) -> list[dict[str, int]]:
         """Count what started and ended in each minute, oldest first. The last is not over yet."""
         fields = ("started", *ENDED, "retried", "waitedMs")
-        begun = [(now // 60_000 - back) * 60_000 for back in reversed(range(minutes))]
+        begun = _last_minutes(now, minutes)
         found = self.store.read(*(("HMGET", self.keys.minute(at), *fields) for at in begun))
         return [
             {"at": at, **{field: read_count(value) for field, value in zip(fields, values, strict=True)}}
@@ -409,8 +406,7 @@ class Reading:
         has the failed attempts by the type of their error. Attempts that are retried count as
         failed, and so do attempts that were lost with their worker.
         """
-        now = self.now()
-        begun = [(now // 60_000 - back) * 60_000 for back in reversed(range(minutes))]
+        begun = _last_minutes(self.now(), minutes)
         found = self.store.read(*(("HGETALL", self.keys.minute(at)) for at in begun))
         return [{"at": at, "types": _ends_by_type(pairs(fields))} for at, fields in zip(begun, found, strict=True)]
 
@@ -466,6 +462,11 @@ def read_count(value: bytes | None) -> int:
         raise Corrupted(f"expected a count, found {value!r}") from None
 
 
+def _last_minutes(now: int, count: int) -> list[int]:
+    """Return when the last minutes began, oldest first. The last one is not over."""
+    return [(now // 60_000 - back) * 60_000 for back in reversed(range(count))]
+
+
 def _ends_by_type(fields: Iterable[tuple[str, bytes]]) -> dict[str, dict[str, Any]]:
     types: dict[str, dict[str, Any]] = {}
     for field, value in fields:
@@ -479,11 +480,20 @@ def _ends_by_type(fields: Iterable[tuple[str, bytes]]) -> dict[str, dict[str, An
     return types
 
 
+def add_counts(total: dict[str, Any], more: Mapping[str, Any]) -> None:
+    """Add counts to others of the same names, at each level."""
+    for name, value in more.items():
+        if isinstance(value, Mapping):
+            add_counts(total.setdefault(name, {}), value)
+        else:
+            total[name] = total.get(name, 0) + value
+
+
 def queues_in(counts: Iterable[tuple[str, bytes]]) -> set[str]:
     return {field.partition(":")[2] for field, _ in counts if ":" in field}
 
 
-def _time_in(entry: bytes) -> int:
+def time_in(entry: bytes) -> int:
     """Return when the id in an entry was made, or 0 if it is not an id."""
     return created_at(text_of(entry)) if ID.fullmatch(text_of(entry)) else 0
 

@@ -405,11 +405,8 @@ class Ticker:
     def _count_failed(self) -> None:
         """Count failed ticks in the metrics. If Redis is too full, the next call retries."""
         if self.failed:
-            minute = self.part.keys.minute(self.part.now())
-            counts = [("HINCRBY", minute, f"failedTick:{name}", n) for name, n in self.failed.items()]
-            total = ("HINCRBY", self.part.keys.metrics, "failedTicks", self.failed.total())
             with suppress(TinyQueueError):
-                self.part.store.read(("MULTI",), total, *counts, ("EXPIRE", minute, 7200), ("EXEC",))
+                self.part.count_failed_ticks(self.failed)
                 self.failed.clear()
 
 

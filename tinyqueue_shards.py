@@ -45,6 +45,7 @@ from tinyqueue import (
 from tinyqueue_handler import outer_parents
 from tinyqueue_job import place_of
 from tinyqueue_log import LogLine
+from tinyqueue_reading import add_counts
 from tinyqueue_redis import shield, text_of
 
 OTHER_SHARD = "must be jobs of one shard, that of the uniqueKey if it is given, because TINYQUEUE_SHARDS is above 1"
@@ -428,9 +429,11 @@ class Shards(Verbs):
         return total | ({"history": [history[at] for at in sorted(history)[-minutes:]]} if minutes else {})
 
     def recent(self, minutes: int) -> list[dict[str, Any]]:
-        each = ({minute["at"]: minute for minute in shard.recent(minutes)} for shard in self.parts)
-        found = reduce(_added, each)
-        return [found[at] for at in sorted(found)[-minutes:]]
+        found: dict[int, dict[str, Any]] = {}
+        for minute in (minute for shard in self.parts for minute in shard.recent(minutes)):
+            # Not _added: a handler may name its errors like fields of a report.
+            add_counts(found.setdefault(minute["at"], {}), minute["types"])
+        return [{"at": at, "types": found[at]} for at in sorted(found)[-minutes:]]
 
     def scale(self, names: Sequence[str] = ()) -> dict[str, int]:
         return reduce(_added, (shard.scale(names) for shard in self.parts))

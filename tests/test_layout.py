@@ -28,14 +28,16 @@ IMPORTS = {  # each module, and those of ours that it may import
         "tinyqueue_redis",
         "tinyqueue_schedule",
     },
-    "tinyqueue_shards": {"tinyqueue", "tinyqueue_handler", "tinyqueue_job", "tinyqueue_log", "tinyqueue_redis"},
+    "tinyqueue_shards": {
+        *("tinyqueue", "tinyqueue_handler", "tinyqueue_job", "tinyqueue_log", "tinyqueue_reading", "tinyqueue_redis"),
+    },
     "tinyqueue_http": {"tinyqueue", "tinyqueue_handler", "tinyqueue_job", "tinyqueue_json"},
     "tinyqueue_config": {
         *("tinyqueue", "tinyqueue_embedded", "tinyqueue_http", "tinyqueue_json", "tinyqueue_schedule"),
         *("tinyqueue_shards",),
     },
     "tinyqueue_look": {
-        *("tinyqueue", "tinyqueue_json", "tinyqueue_metrics", "tinyqueue_redis", "tinyqueue_schedule"),
+        *("tinyqueue", "tinyqueue_metrics", "tinyqueue_reading", "tinyqueue_redis", "tinyqueue_schedule"),
     },
     "tinyqueue_doctor": {
         *("tinyqueue", "tinyqueue_config", "tinyqueue_handler", "tinyqueue_look", "tinyqueue_metrics"),
@@ -52,7 +54,7 @@ IMPORTS = {  # each module, and those of ours that it may import
         *("tinyqueue_json", "tinyqueue_plan", "tinyqueue_repair", "tinyqueue_schedule", "tinyqueue_shards"),
         *("tinyqueue_why",),
     },
-    "tinyqueue_metrics": {"tinyqueue", "tinyqueue_schedule", "tinyqueue_shards"},
+    "tinyqueue_metrics": {"tinyqueue", "tinyqueue_reading", "tinyqueue_schedule", "tinyqueue_shards"},
     "tinyqueue_why": {"tinyqueue", "tinyqueue_shards"},
     "tinyqueue_openapi": {"tinyqueue"},
     "tinyqueue_problems": {"tinyqueue"},

@@ -345,6 +345,7 @@ def play_counts(queue: Any) -> None:
     queue.metrics()
     queue.count_scrape_errors(1)
     queue.count_refused({"queue-full": 1})
+    queue.count_failed_ticks({"nightly:Unavailable": 1})
 
 
 def play_waiting(queue: Any) -> None:

@@ -58,6 +58,7 @@ ONE_BY_ONE = {
     "read_records",
     "restore",
     "claim",
+    "count_failed_ticks",
     "count_pending",
     "discard",
     "exchange",
@@ -329,6 +330,17 @@ def test_recent_adds_up_all_shards(queue: Shards, worker: str) -> None:
     queue.settle(worker, [Outcome(job, "fail", error=Failure("Boom", "it broke")) for job in jobs])
     assert sum(minute["types"].get("echo", {"failed": 0})["failed"] for minute in queue.recent(2)) == 6
     assert sum(minute["types"]["echo"]["errors"]["Boom"] for minute in queue.recent(2) if minute["types"]) == 6
+
+
+@pytest.mark.parametrize("error", ["at", "rate", "workers"])
+def test_recent_adds_up_an_error_that_is_named_like_a_part_of_a_report(queue: Shards, worker: str, error: str) -> None:
+    for _ in range(COUNT):
+        queue.enqueue("echo", {})
+    jobs = queue.dequeue(worker, DEFAULT, COUNT)
+    assert {shard_of(job) for job in jobs} == set(range(COUNT))
+    queue.settle(worker, [Outcome(job, "fail", error=Failure(error, "it broke")) for job in jobs])
+    found = [minute["types"]["echo"]["errors"][error] for minute in queue.recent(2) if minute["types"]]
+    assert sum(found) == COUNT
 
 
 def test_history_and_metrics_add_up_all_shards(queue: Shards, worker: str) -> None:

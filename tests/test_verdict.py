@@ -22,9 +22,10 @@ from test_worker import Running
 import worker as worker_module
 from tinyqueue import Failure, Job, Outcome, Override, Queue, QueueFull, handler
 from tinyqueue_config import Settings
-from tinyqueue_doctor import CHECKS, Observer
+from tinyqueue_doctor import CHECKS, REFUSALS, Observer
 from tinyqueue_http import CircuitOpen, register
 from tinyqueue_json import new_id
+from tinyqueue_metrics import REASONS
 from tinyqueue_schedule import Ticker, make_schedule, pause as pause_schedule, put as put_schedule
 from tinyqueue_shards import Shards
 from tinyqueue_slot import fail as slot_fail, run_job
@@ -145,6 +146,10 @@ def test_verdict_reads_neither_lists_nor_all_keys(own: Queue) -> None:
     assert not stats.keys() & {"lrange", "zrange", "scan", "keys", "sort", "strlen"}
     assert stats["mget"]["calls"] <= 3  # the next jobs of all queues are read with one of them
     assert sum(about["usec"] for about in stats.values()) < 5000  # 300 on a quiet machine
+
+
+def test_verdict_explains_every_reason_that_the_metrics_count() -> None:
+    assert REFUSALS.keys() == set(REASONS)
 
 
 def test_checks_are_documented() -> None:
